@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up .venv by themselves. Everything else is a part or a longer form of them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-all lint types imports spec bench clean
+
+setup: $(STAMP)
+
+# torch is pinned for the set-up only: a newer one pulls gigabytes of CUDA packages. The range in pyproject.toml stays open.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,demo]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+spec: setup
+	$(BIN)/python tools/check_spec.py
+
+test: lint types imports spec
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-all: lint types imports spec
+	$(BIN)/python -m pytest -n 2
+
+bench: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	$(BIN)/python -m tools.bench
+
+clean:
+	rm -rf out .mypy_cache .ruff_cache .import_linter_cache
