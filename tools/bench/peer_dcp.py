@@ -1,0 +1,38 @@
+"""torch.distributed.checkpoint, with the settings that were fastest on two cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from .records import Durability
+from .state import State
+
+USUAL_THREADS = 2
+
+
+class TorchDcp:
+    """`dcp.save` and `dcp.load`. Files are synced (`sync_files=True`), the directory that names them is not."""
+
+    durability: Durability = "files"
+
+    def __init__(self, threads: int = USUAL_THREADS) -> None:
+        self.name = "dcp"
+        self.settings = f"sync_files=True, single_file_per_rank=True, thread_count={threads}, plan caching on"
+        self._threads = threads
+
+    def save(self, state: State, path: Path) -> None:
+        writer = FileSystemWriter(path, sync_files=True, single_file_per_rank=True, thread_count=self._threads)
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        save(cast("dict[str, Any]", state), storage_writer=writer, planner=planner)
+
+    def load(self, state: State, path: Path) -> None:
+        load(cast("dict[str, Any]", state), storage_reader=FileSystemReader(path))
+
+    def close(self) -> None:
+        """Nothing is kept."""
