@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_every_place_and_rank_count_is_measured_once() -> None:
 
 def test_each_resharding_load_follows_the_save_it_needs() -> None:
     found = jobs(ALL, [DISK])
-    pairs = [(before, after) for before, after in zip(found, found[1:], strict=False) if after.kind == "reshard"]
+    pairs = [(before, after) for before, after in pairwise(found) if after.kind == "reshard"]
     assert [(before.ranks, after.ranks) for before, after in pairs] == list(RESHARDS)
     assert all(before.kind == "prepare" and after.from_ranks == before.ranks for before, after in pairs)
 
