@@ -1,0 +1,1 @@
+"""Bytes and arrays: stores with declared capabilities. Nothing here knows a rank."""
