@@ -29,6 +29,8 @@ from elastickpt.errors import (
     from_report,
 )
 
+RETRY_S = 0.05
+
 
 class KeyValue(Protocol):
     """The job's store: what a rank sets, every rank gets."""
@@ -288,18 +290,36 @@ def _greeted(connection: Connection, sock: socket.socket, secret: bytes, deadlin
 
 
 def _join_hub(store: KeyValue, member: int, timeout_s: float) -> Connection:
-    address, secret = msgpack.unpackb(store.get("hub", timeout_s=timeout_s))
+    deadline = time.monotonic() + timeout_s
+    while True:
+        address, secret = msgpack.unpackb(store.get("hub", timeout_s=timeout_s))
+        try:
+            sock = _dial(address, timeout_s)
+        except OSError as error:
+            # the address may be that of an earlier life of this job, which the hub is about to overwrite
+            if time.monotonic() > deadline:
+                raise RankLost(f"member 0 of the group does not accept connections ({error})") from error
+            time.sleep(RETRY_S)
+            continue
+        connection = Connection(sock)
+        try:
+            connection.send(Frame(Kind.HELLO, 0, bytes(msgpack.packb([secret, member]))))
+        except PeerGone as gone:
+            raise RankLost(f"member 0 of the group closed the connection at once ({gone})") from gone
+        return connection
+
+
+def _dial(address: str | list[object], timeout_s: float) -> socket.socket:
     if isinstance(address, str):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        where: str | tuple[str, int] = "\0" + address
+        where: object = "\0" + address
     else:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        where = (address[0], address[1])
+        where = tuple(address)
     sock.settimeout(timeout_s)
     try:
-        sock.connect(where)
-    except OSError as error:
-        raise RankLost(f"rank 0 of the group does not accept connections ({error})") from error
-    connection = Connection(sock)
-    connection.send(Frame(Kind.HELLO, 0, bytes(msgpack.packb([secret, member]))))
-    return connection
+        sock.connect(where)  # type: ignore[arg-type]  # a path or a (host, port) pair, as the family wants it
+    except OSError:
+        sock.close()
+        raise
+    return sock
