@@ -1,1 +1,1 @@
-"""Box algebra: partitions, coverage, the chunk grid, what to read. Integers in, values out; no I/O."""
+"""Which rank holds, writes and reads which elements: integers in, values out. Nothing here does I/O or knows torch."""
