@@ -1,4 +1,4 @@
-"""What an array is, independent of ranks: identity, shape, element type. And the parallel axes ranks are arranged on."""
+"""What an array is, independent of ranks: identity, shape, element type. And the axes ranks are arranged on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Section = Literal["params", "extra"]
 class ArrayId:
     """Which array: a state of a parameter (`params`), or another tensor of the user's state (`extra`).
 
-    `params`: `item` is the key of `state` under which the model stands, `name` the FQN, `state` is `value`, `exp_avg`, ...
-    `extra`: `item` is the key of `state`, `name` the JSON pointer below it without its first slash ("" for a tensor that
-    stands at the item itself), `state` is "".
+    `params`: `item` is the key of `state` under which the model stands, `name` the FQN, `state` is `value`,
+    `exp_avg`, ...
+    `extra`: `item` is the key of `state`, `name` the JSON pointer below it without its first slash ("" for a tensor
+    that stands at the item itself), `state` is "".
     """
 
     section: Section
@@ -29,7 +30,9 @@ class ArrayId:
 
     def __post_init__(self) -> None:
         if (self.section == "extra") == bool(self.state):
-            raise Malformed(f"array {self.item!r}/{self.name!r}: state {self.state!r} does not fit section {self.section!r}")
+            raise Malformed(
+                f"array {self.item!r}/{self.name!r}: state {self.state!r} does not fit section {self.section!r}"
+            )
 
     def __str__(self) -> str:
         parts = (self.section, self.item, self.name, self.state)
@@ -71,7 +74,9 @@ class Mesh:
         if len(self.axes) != len(self.sizes) or len(set(self.axes)) != len(self.axes):
             raise Malformed(f"mesh {self.name!r}: axes {self.axes} and sizes {self.sizes} do not fit together")
         if any(size < 1 for size in self.sizes) or prod(self.sizes) != len(self.ranks):
-            raise Malformed(f"mesh {self.name!r}: sizes {self.sizes} need {prod(self.sizes)} ranks, found {len(self.ranks)}")
+            raise Malformed(
+                f"mesh {self.name!r}: sizes {self.sizes} need {prod(self.sizes)} ranks, found {len(self.ranks)}"
+            )
         if len(set(self.ranks)) != len(self.ranks):
             raise Malformed(f"mesh {self.name!r}: a rank stands in it twice")
 
