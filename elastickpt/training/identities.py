@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from elastickpt.training.dtensors import Holders
 from elastickpt.training.held import HeldArray, Role
 
 
@@ -15,6 +16,7 @@ class KnownTensor:
     """A tensor of `state` under the first name at which it was met.
 
     `held` is what this rank holds of it: nothing on a rank outside its mesh, several arrays for a composite tensor.
+    `holders` is for what belongs to it: a plain optimizer state of this parameter is held by the same ranks.
     """
 
     item: str
@@ -22,6 +24,7 @@ class KnownTensor:
     tensor: torch.Tensor
     role: Role
     held: tuple[HeldArray, ...]
+    holders: Holders
 
 
 class Identities:

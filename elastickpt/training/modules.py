@@ -91,7 +91,7 @@ def _hold_once(
     data_parallel = data_parallel_ranks(found.wrappers, found.name, found.tensor)
     holders = holders_of(job, data_parallel=data_parallel)
     held = hold(ArrayId("params", item, found.name, "value"), tensor, role=found.role, job=job, holders=holders)
-    identities.add(KnownTensor(item, found.name, tensor, found.role, held))
+    identities.add(KnownTensor(item, found.name, tensor, found.role, held, holders))
     return held
 
 
@@ -105,8 +105,9 @@ def hold_tensor(
     if identities.find(tensor) is not None:
         identities.alias(tensor, item, name)
         return ()
-    held = hold(ArrayId("extra", item, name, ""), tensor, role="other", job=job, holders=holders_of(job))
-    identities.add(KnownTensor(item, name, tensor, "other", held))
+    holders = holders_of(job)
+    held = hold(ArrayId("extra", item, name, ""), tensor, role="other", job=job, holders=holders)
+    identities.add(KnownTensor(item, name, tensor, "other", held, holders))
     return held
 
 
