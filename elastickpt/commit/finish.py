@@ -12,7 +12,7 @@ from elastickpt.commit.states import Attempt, Event
 from elastickpt.errors import CheckpointError, StorageFailed
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.digest import file_digest
-from elastickpt.format.documents import group_documents
+from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import encode_manifest
 from elastickpt.format.keys import MANIFEST, index_file
@@ -30,6 +30,7 @@ from elastickpt.format.records import (
 from elastickpt.format.values import Value
 from elastickpt.storage.store import Durability, Store
 
+SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each
 PART_ARRAYS = 200_000  # of one index part: about 40 MB, below the limit of 64 MiB
 
 
@@ -70,9 +71,9 @@ def finish(
     require_distinct_ranges(maps)
     tables = merge_tables(table for columns in maps for table in columns.tables)
     attempt.advance(Event.PROVE)
-    manifest = _record(store, draft, contents, arrays, tables, attested)
+    manifest, created = _record(store, draft, contents, arrays, tables, attested)
     if durability == "power":
-        _sync_records(store, draft, arrays, manifest)
+        _sync_records(store, draft, created)
     attempt.advance(Event.RECORD)
     commit(store, draft)
     attempt.advance(Event.PUBLISH)
@@ -93,20 +94,22 @@ def _record(
     arrays: tuple[ArrayRecord, ...],
     tables: tuple[OptimizerTable, ...],
     attested: Sequence[FileDigest],
-) -> Manifest:
+) -> tuple[Manifest, Sequence[str]]:
     parts = [
         IndexPart(arrays[begin : begin + PART_ARRAYS], tables if begin == 0 else ())
         for begin in range(0, max(len(arrays), 1), PART_ARRAYS)
     ]
-    entries = []
+    entries, created = [], [MANIFEST]
     for number, part in enumerate(parts):
         data = encode_index(part)
         store.create(draft.path(index_file(number)), data)
         first, last = (part.arrays[0].key, part.arrays[-1].key) if part.arrays else ("", "")
+        created.append(index_file(number))
         entries.append(IndexEntry(FileDigest(index_file(number), len(data), file_digest(data)), first, last))
-    for path, document in group_documents(arrays):
+    for path, document in upper_documents(arrays):
         store.make_directories(draft.path(path).rpartition("/")[0])
         store.create(draft.path(path), document)
+        created.append(path)
     manifest = Manifest(
         attempt=draft.attempt,
         step=contents.step,
@@ -124,17 +127,16 @@ def _record(
     )
     store.create(draft.path(MANIFEST), encode_manifest(manifest))
     store.remove(draft.path(TOKEN))
-    return manifest
+    return manifest, created
 
 
-def _sync_records(store: Store, draft: Draft, arrays: tuple[ArrayRecord, ...], manifest: Manifest) -> None:
-    files = [MANIFEST, *(entry.file.path for entry in manifest.index), *(path for path, _ in group_documents(arrays))]
-    if store.capabilities.tree_sync and len(files) > 16:
+def _sync_records(store: Store, draft: Draft, created: Sequence[str]) -> None:
+    if store.capabilities.tree_sync and len(created) > SYNC_TREE_FILES:
         store.sync_tree()
         return
-    for path in files:
+    for path in created:
         store.sync_file(draft.path(path))
     # deepest first, the draft folder itself last: a name is durable only when every folder above it is
-    directories = {draft.path(path).rpartition("/")[0] for path in files} | {draft.path("fragments")}
+    directories = {draft.path(path).rpartition("/")[0] for path in created} | {draft.path("fragments")}
     for directory in sorted(directories, key=lambda path: (-path.count("/"), path)):
         store.sync_directory(directory)

@@ -30,9 +30,7 @@ class ArrayId:
 
     def __post_init__(self) -> None:
         if (self.section == "extra") == bool(self.state):
-            raise Malformed(
-                f"array {self.item!r}/{self.name!r}: state {self.state!r} does not fit section {self.section!r}"
-            )
+            raise Malformed(f"array {self.item!r}/{self.name!r}: state {self.state!r} does not fit section {self.section!r}")
 
     def __str__(self) -> str:
         parts = (self.section, self.item, self.name, self.state)
@@ -74,9 +72,7 @@ class Mesh:
         if len(self.axes) != len(self.sizes) or len(set(self.axes)) != len(self.axes):
             raise Malformed(f"mesh {self.name!r}: axes {self.axes} and sizes {self.sizes} do not fit together")
         if any(size < 1 for size in self.sizes) or prod(self.sizes) != len(self.ranks):
-            raise Malformed(
-                f"mesh {self.name!r}: sizes {self.sizes} need {prod(self.sizes)} ranks, found {len(self.ranks)}"
-            )
+            raise Malformed(f"mesh {self.name!r}: sizes {self.sizes} need {prod(self.sizes)} ranks, found {len(self.ranks)}")
         if len(set(self.ranks)) != len(self.ranks):
             raise Malformed(f"mesh {self.name!r}: a rank stands in it twice")
 

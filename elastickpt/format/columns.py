@@ -88,9 +88,7 @@ def _column(members: Members, name: str, *, dtype: str, length: int | None) -> n
     return np.frombuffer(data, dtype=dtype)
 
 
-def take_ints(
-    members: Members, name: str, *, length: int | None = None, low: int = 0, high: int | None = None
-) -> IntColumn:
+def take_ints(members: Members, name: str, *, length: int | None = None, low: int = 0, high: int | None = None) -> IntColumn:
     """A read-only column with every entry in [low, high] (`high` None: below 2^63). Raises Malformed otherwise."""
     column = _column(members, name, dtype="<i8", length=length).astype(np.int64, copy=False)
     if column.size and (int(column.min()) < low or (high is not None and int(column.max()) > high)):

@@ -131,3 +131,19 @@ def documents(parts: Iterable[IndexPart]) -> Iterator[tuple[str, bytes]]:
     for key, node in nodes.items():
         yield document_file(key), _bytes(node)
     yield document_file(""), _root(nodes)
+
+
+def upper_documents(arrays: Iterable[ArrayRecord]) -> Iterator[tuple[str, bytes]]:
+    """(path, bytes) of the group documents above parameters: sections, items, extra levels, and last the root. [UCF-10]
+
+    In a save these are the committer's; writers make those of parameters and arrays.
+    """
+    records = tuple(arrays)
+    groups: dict[str, tuple[str, ...]] = {}
+    for record in records:
+        for key, names in _groups_above(record.spec.id, record.key):
+            if not (names[0] == "params" and len(names) == 3):
+                groups[key] = names
+    for key, names in sorted(groups.items()):
+        yield document_file(key), group_document(names)
+    yield document_file(""), root_document(records)

@@ -60,9 +60,7 @@ def encode_fragments(fragments: FragmentMap | FragmentColumns) -> bytes:
         },
         "checksums": np.ascontiguousarray(pieces.checksums, dtype="<u8").tobytes(),
         "tables": pack_tables(fragments.tables),
-        "values": None
-        if fragments.values is None
-        else dump(encode_pointers(fragments.values, where="per-rank values")),
+        "values": None if fragments.values is None else dump(encode_pointers(fragments.values, where="per-rank values")),
     }
     return pack(record)
 

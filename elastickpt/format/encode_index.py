@@ -145,15 +145,11 @@ def decode_index(data: bytes, *, path: str) -> IndexPart:
         raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
     members = unpack(data, path=path)
     check_version(members, FORMAT)
-    templates = [
-        _template(Members(one, where=f"{path}/templates[{k}]")) for k, one in enumerate(members.sequence("templates"))
-    ]
+    templates = [_template(Members(one, where=f"{path}/templates[{k}]")) for k, one in enumerate(members.sequence("templates"))]
     entries = _entries(members.members("entries"))
     leaves = [_leaf(one, f"{path}/leaves[{k}]") for k, one in enumerate(members.sequence("leaves"))]
     runs = Runs(high=MAX_WRITERS - 1)
-    writer_sets = [
-        _writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))
-    ]
+    writer_sets = [_writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))]
     rows = _Rows(templates, entries, leaves, writer_sets)
     arrays = _arrays(members.members("arrays"), rows)
     part = IndexPart(arrays, take_tables(members, "tables"))
@@ -185,20 +181,14 @@ def _template(members: Members) -> _Decoded:
     dtype = dtype_named(members.text("data_type"))
     chunk_shape = integers(members.take("chunk_shape"), where=f"{where}/chunk_shape")
     if len(chunk_shape) > MAX_NDIM or any(extent > MAX_DIM for extent in chunk_shape):
-        raise LimitExceeded(
-            f"{where}/chunk_shape: {chunk_shape[:40]} is beyond {MAX_NDIM} axes or 2^48 elements an axis"
-        )
+        raise LimitExceeded(f"{where}/chunk_shape: {chunk_shape[:40]} is beyond {MAX_NDIM} axes or 2^48 elements an axis")
     if any(extent < 1 for extent in chunk_shape):
         raise Malformed(f"{where}/chunk_shape: {chunk_shape} has an extent below 1")
     if prod(chunk_shape) * dtype.itemsize > MAX_CHUNK_NBYTES:
-        raise LimitExceeded(
-            f"{where}/chunk_shape: a chunk of {chunk_shape} {dtype.name} is beyond {MAX_CHUNK_NBYTES} bytes"
-        )
+        raise LimitExceeded(f"{where}/chunk_shape: a chunk of {chunk_shape} {dtype.name} is beyond {MAX_CHUNK_NBYTES} bytes")
     codecs = members.text("codecs")
     if codecs != dump(codecs_of(dtype)):  # [UCF-66]
-        raise Unsupported(
-            f"{where}/codecs: {codecs[:200]}; this release reads {dump(codecs_of(dtype))} for {dtype.name}"
-        )
+        raise Unsupported(f"{where}/codecs: {codecs[:200]}; this release reads {dump(codecs_of(dtype))} for {dtype.name}")
     layout = members.take("layout")
     attributes = _attributes(members.text("attributes"), where=f"{where}/attributes")
     members.close()
@@ -281,6 +271,4 @@ def _record(
     chunks = prod(-(-extent // step) for extent, step in zip(shape, like.chunk_shape, strict=True))
     if chunks > MAX_CHUNKS:
         raise LimitExceeded(f"array {key!r} of shape {shape} has {chunks} chunks, the limit is {MAX_CHUNKS}")
-    return ArrayRecord(
-        ArraySpec(array, shape, like.dtype), key, like.chunk_shape, like.layout, writers, like.attributes
-    )
+    return ArrayRecord(ArraySpec(array, shape, like.dtype), key, like.chunk_shape, like.layout, writers, like.attributes)

@@ -33,9 +33,7 @@ def _text(value: str, where: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueNotCarried(
-                f"{where or '/'}: text with a lone surrogate cannot be carried by a checkpoint"
-            ) from None
+            raise ValueNotCarried(f"{where or '/'}: text with a lone surrogate cannot be carried by a checkpoint") from None
     return value
 
 
@@ -60,9 +58,7 @@ def _base64(data: bytes) -> str:
 def _array(value: ArrayValue, where: str) -> object:
     known = DTYPES.get(value.dtype)
     if known is None or len(value.data) != prod(value.shape) * known.itemsize:
-        raise ValueNotCarried(
-            f"{where or '/'}: {len(value.data)} bytes are no {value.dtype} array of shape {value.shape}"
-        )
+        raise ValueNotCarried(f"{where or '/'}: {len(value.data)} bytes are no {value.dtype} array of shape {value.shape}")
     if len(value.data) > MAX_SMALL_ARRAY_NBYTES:
         raise ValueNotCarried(
             f"{where or '/'}: an array of {len(value.data)} bytes inside a value; the limit is {MAX_SMALL_ARRAY_NBYTES}"
@@ -99,9 +95,7 @@ def _set(value: Iterable[object], where: str, depth: int) -> list[object]:
 
 def _dict(value: dict[object, object], where: str, depth: int) -> object:
     if all(type(key) is str and not key.startswith("$") for key in value):
-        return {
-            _text(str(key), where): _encode(one, f"{where}/{pointer_token(key)}", depth) for key, one in value.items()
-        }
+        return {_text(str(key), where): _encode(one, f"{where}/{pointer_token(key)}", depth) for key, one in value.items()}
     return {"$map": _pairs(value, where, depth)}
 
 

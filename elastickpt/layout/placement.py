@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from elastickpt.format.box import Box
 
 
-def physical_box(
-    shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[str]
-) -> Box:
+def physical_box(shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[str]) -> Box:
     """The box that the rank at `coordinate` holds: plain shards first, then strided ones, each as torch.chunk cuts."""
     start, stop = [0] * len(shape), list(shape)
     for prefix in ("S(", "_S("):

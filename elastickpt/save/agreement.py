@@ -88,7 +88,9 @@ def values_wanted(intentions: Sequence[Intention]) -> tuple[tuple[str, ...], ...
     taken: set[str] = set()
     wanted = []
     for intention in intentions:
-        mine = tuple(pointer for pointer, _ in intention.values if pointer not in taken and not pointer.startswith(TABLE_PREFIX))
+        mine = tuple(
+            pointer for pointer, _ in intention.values if pointer not in taken and not pointer.startswith(TABLE_PREFIX)
+        )
         taken.update(mine)
         wanted.append(mine)
     return tuple(wanted)

@@ -96,5 +96,5 @@ def _files_of(number: int, array: HeldArray, fact: SharedArray, boxes: Sequence[
     for box in boxes:
         for run in runs_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=itemsize):
             by_chunk.setdefault(run.chunk, []).append(PlannedPiece(number, relative(run.box, array.box), run))
-    nbytes = chunk_nbytes(fact.chunk_shape, itemsize)
+    nbytes = chunk_nbytes(fact.chunk_shape, itemsize=itemsize)
     return [PlannedFile(chunk_file(fact.key, chunk), nbytes, tuple(pieces)) for chunk, pieces in by_chunk.items()]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgpack
 
-from elastickpt.comms.team import Team
 from elastickpt.commit.attest import attest
 from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_free, require_token, sweep
 from elastickpt.commit.finish import Contents, finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Team
 from elastickpt.errors import PlacementUnsupported, Refused
+from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.values import decode_text, encode_value, value_digest
@@ -49,7 +50,7 @@ from elastickpt.training.capture import capture
 from elastickpt.training.group import Group, job_group
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
-from elastickpt.training.meshes import declared_mesh
+from elastickpt.training.meshes import mesh_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,7 +117,7 @@ def save(
     team = team_of(group)
     store, name = locate_for_saving(path)
     attempt = _Save(group, team, store, name, step, placement, durability)
-    return attempt.run(state, None if mesh is None else declared_mesh(mesh))
+    return attempt.run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
 
 
 class _Save:
@@ -139,7 +140,7 @@ class _Save:
         self.notes: list[str] = []
         self.nbytes = 0
 
-    def run(self, state: Mapping[str, object], declared: object) -> CheckpointInfo:
+    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
         begun = time.perf_counter()
         try:
             live, structure, intentions = self._agree(state, declared)
@@ -170,12 +171,12 @@ class _Save:
 
     # -- agreeing on what is saved -------------------------------------------------------------------------------------
 
-    def _agree(self, state: Mapping[str, object], declared: object) -> tuple[LiveState, _Structure, list[Intention]]:
+    def _agree(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[LiveState, _Structure, list[Intention]]:
         captured: list[tuple[LiveState, StructureTable, bytes]] = []
         intentions: list[Intention] = []
 
         def prepare() -> bytes:
-            live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)  # type: ignore[arg-type]
+            live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
             table = table_of(live)
             encoded = encode_table(table)
             captured.append((live, table, encoded))
@@ -293,9 +294,7 @@ class _Save:
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
         return Draft(self.name, folder, attempt), wanted
 
-    def _write(
-        self, live: LiveState, structure: _Structure, draft: Draft, wanted: Sequence[str]
-    ) -> tuple[bytes, float]:
+    def _write(self, live: LiveState, structure: _Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
         times: list[float] = []
 
         def write() -> bytes:
@@ -351,7 +350,8 @@ class _Save:
             meshes=merged.meshes,
             layouts=merged.layouts,
             arrays=tuple(
-                ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes) for a in merged.arrays.values()
+                ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
+                for a in merged.arrays.values()
             ),
             tied=merged.tied,
             values=dict(values),

@@ -82,9 +82,7 @@ def hold_module(item: str, model: object, *, job: Job, identities: Identities) -
     return HeldModule(_item(item, model, modules), modules, tuple(arrays), pointers, names)
 
 
-def _hold_once(
-    item: str, found: NamedTensor, tensor: torch.Tensor, job: Job, identities: Identities
-) -> tuple[HeldArray, ...]:
+def _hold_once(item: str, found: NamedTensor, tensor: torch.Tensor, job: Job, identities: Identities) -> tuple[HeldArray, ...]:
     if identities.find(tensor) is not None:
         identities.alias(tensor, item, found.name)
         return ()
@@ -95,9 +93,7 @@ def _hold_once(
     return held
 
 
-def hold_tensor(
-    item: str, name: str, tensor: torch.Tensor, *, job: Job, identities: Identities
-) -> tuple[HeldArray, ...]:
+def hold_tensor(item: str, name: str, tensor: torch.Tensor, *, job: Job, identities: Identities) -> tuple[HeldArray, ...]:
     """What this rank holds of a tensor elsewhere in `state`; `name`: its JSON pointer below `item`, no first slash.
 
     () for a tensor that is known already under another name, which is recorded as a tie.
@@ -142,7 +138,5 @@ def _conflict(item: str, name: str, indices: tuple[int, int], modules: Sequence[
 
 def _item(item: str, model: object, modules: Sequence[nn.Module]) -> Item:
     kinds = sorted({type(unwrapped(module)).__name__ for module in modules})
-    name = (
-        kinds[0] if len(kinds) == 1 and not isinstance(model, (list, tuple)) else f"{len(modules)} x {', '.join(kinds)}"
-    )
+    name = kinds[0] if len(kinds) == 1 and not isinstance(model, (list, tuple)) else f"{len(modules)} x {', '.join(kinds)}"
     return Item(item, "module", name)

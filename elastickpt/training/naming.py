@@ -106,9 +106,7 @@ def _walk(
 
 def _checked(name: str) -> str:
     if len(name.encode()) > MAX_NAME_NBYTES:
-        raise ValueNotCarried(
-            f"name {name[:80]!r}... has {len(name.encode())} bytes, expected at most {MAX_NAME_NBYTES}"
-        )
+        raise ValueNotCarried(f"name {name[:80]!r}... has {len(name.encode())} bytes, expected at most {MAX_NAME_NBYTES}")
     return name
 
 
