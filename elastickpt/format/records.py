@@ -21,7 +21,7 @@ ItemKind = Literal["module", "optimizer", "stateful", "values"]
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file that pieces lie in; `base` 0 is this checkpoint, k > 0 the manifest's `bases[k - 1]`; `path` is below it."""
+    """A file that pieces lie in: `path` below base 0, this checkpoint, or below the manifest's `bases[base - 1]`."""
 
     base: int
     path: str
