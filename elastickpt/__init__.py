@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from elastickpt.format.release import RELEASE as __version__
+
 if TYPE_CHECKING:
     from elastickpt import errors as errors
     from elastickpt.load.checkpoint import Checkpoint as Checkpoint
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
 
-__version__ = "0.1.0"
 
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
@@ -37,7 +38,7 @@ _PUBLIC = {
     "save": ("elastickpt.save.session", "save"),
 }
 
-__all__ = ["RNG", "Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "errors", "load", "open", "save"]
+__all__ = ["RNG", "Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "__version__", "errors", "load", "open", "save"]
 
 
 def __getattr__(name: str) -> object:

@@ -133,3 +133,21 @@ def documents(parts: Iterable[IndexPart]) -> Iterator[tuple[str, bytes]]:
             kept[key] = text
         yield document_file(key), text.encode("ascii")
     yield document_file(""), _root_text(kept).encode("ascii")
+
+
+def upper_documents(arrays: Iterable[ArrayRecord]) -> Iterator[tuple[str, bytes]]:
+    """(path, bytes) of the group documents above parameters: sections, items, extra levels, and last the root. [UCF-10]
+
+    In a save these are the committer's; writers make those of parameters and arrays.
+    """
+    listed = tuple(arrays)
+    seen: set[str] = set()
+    for record in listed:
+        array = record.spec.id
+        names, parts = (array.section, *components(array)), record.key.split("/")
+        for depth in range(1, min(len(names), 3) if array.section == "params" else len(names)):
+            key = "/".join(parts[:depth])
+            if key not in seen:
+                seen.add(key)
+                yield document_file(key), group_document(names[:depth])
+    yield document_file(""), root_document(listed)

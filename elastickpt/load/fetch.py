@@ -223,7 +223,7 @@ class _Fetching:
         file = self._files[unit.file.path]
         with file.lock:
             if file.reader is None:
-                file.reader = self._opened.store.open_reader(unit.file.path)
+                file.reader = self._opened.store.open_reader(self._opened.path(unit.file.path))
                 if file.reader.nbytes != unit.file.nbytes:
                     raise WrongLength(
                         f"{unit.file.path}: expected {unit.file.nbytes} bytes (in the fragment map), "

@@ -29,7 +29,7 @@ from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest
 from elastickpt.format.values import Value
-from elastickpt.storage.opening import open_store
+from elastickpt.storage.opening import locate
 from elastickpt.storage.store import Store
 
 
@@ -44,10 +44,15 @@ class _Cache:
 class Opened:
     """A checkpoint whose manifest was read and checked; the rest is read, and checked, when it is asked for."""
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    def __init__(self, store: Store, name: str, manifest: Manifest) -> None:
         self.store = store
+        self.name = name
         self.manifest = manifest
         self._fragments = _Cache(threading.Lock(), {})
+
+    def path(self, relative: str) -> str:
+        """Where a file of this checkpoint stands in its store."""
+        return f"{self.name}/{relative}"
 
     @cached_property
     def parts(self) -> tuple[IndexPart, ...]:
@@ -106,7 +111,7 @@ class Opened:
 
     def record(self, file: FileDigest, limit: int) -> bytes:
         """The bytes of a record file named by the manifest, checked against it."""
-        data = self.store.read(file.path, limit)
+        data = self.store.read(self.path(file.path), limit)
         if len(data) != file.nbytes:
             raise WrongLength(f"{file.path}: expected {file.nbytes} bytes (in the manifest), found {len(data)}")
         found = file_digest(data)
@@ -121,24 +126,23 @@ def open_records(path: str | os.PathLike[str]) -> Opened:
     Raises NotACheckpoint or Uncommitted when there is none, Unsupported for a version or feature unknown to this release,
     Damaged kinds if the manifest is not what was written.
     """
+    store, name = locate(path)
     try:
-        store = open_store(os.fspath(path))
-        data = store.read(MANIFEST, MAX_MANIFEST_NBYTES)
+        data = store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     except MissingFile:
-        raise _absent(os.fspath(path)) from None
-    return Opened(store, decode_manifest(data, path=MANIFEST))
+        raise _absent(store, name) from None
+    return Opened(store, name, decode_manifest(data, path=MANIFEST))
 
 
-def _absent(path: str) -> CheckpointError:
-    name = os.path.basename(os.path.normpath(path))
+def _absent(store: Store, name: str) -> CheckpointError:
+    where = f"{store.url}/{name}"
     if ".draft-" in name:
-        return Uncommitted(f"{path}: a draft of a checkpoint that was never committed; it can be deleted")
+        return Uncommitted(f"{where}: a draft of a checkpoint that was never committed; it can be deleted")
     try:
-        held = open_store(path).entries("")
+        names = {entry.name for entry in store.entries(name)}
     except CheckpointError:
-        return NotACheckpoint(f"{path}: expected the folder of a checkpoint, found nothing that can be opened")
-    names = {entry.name for entry in held}
+        return NotACheckpoint(f"{where}: expected the folder of a checkpoint, found nothing that can be opened")
     if "draft.json" in names or ("fragments" in names and "params" in names):
-        return Uncommitted(f"{path}: an attempt to write a checkpoint, never committed ({MANIFEST} is missing)")
+        return Uncommitted(f"{where}: an attempt to write a checkpoint, never committed ({MANIFEST} is missing)")
     found = ", ".join(sorted(names)[:5]) or "an empty folder"
-    return NotACheckpoint(f"{path}: expected {MANIFEST}, found {found}")
+    return NotACheckpoint(f"{where}: expected {MANIFEST}, found {found}")

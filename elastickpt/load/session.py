@@ -20,6 +20,7 @@ from elastickpt.load.fetch import Elements, FetchReport, Verify, Wanted, fetch
 from elastickpt.load.opened import Opened, open_records
 from elastickpt.training.group import Group, job_group
 from elastickpt.training.held import HeldArray
+from elastickpt.training.layouts import held_by_models
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
 from elastickpt.training.memory import fill_device, host_elements
 from elastickpt.training.meshes import mesh_of
@@ -104,18 +105,34 @@ class _Load:
 
     # -- before anything changes ---------------------------------------------------------------------------------------
 
-    def _check(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, Binding, tuple[str, ...]]:
-        bound: list[tuple[Opened, Listing, Binding]] = []
+    def _open(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, bool]:
+        """The checkpoint, and whether every rank holds now what the writer of its number held."""
+        opened: list[Opened] = []
 
         def compare() -> bytes:
-            opened = open_records(self.path)
-            listing = self._listing(opened, state, declared)
+            opened.append(open_records(self.path))
+            held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
+            same = len(self.team.ranks) == opened[0].manifest.world_size and same_layout(opened[0], held, self.team.member)
+            return bytes([same])
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            return [bytes([all(payload == b"\1" for payload in payloads)])] * len(payloads)
+
+        same = self.team.round("open", compare, decide)
+        return opened[0], same == b"\1"
+
+    def _check(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, Binding, tuple[str, ...]]:
+        opened, same = self._open(state, declared)
+        bound: list[tuple[Listing, Binding]] = []
+
+        def compare() -> bytes:
+            listing = listing_of(opened, same)
             binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
-            bound.append((opened, listing, binding))
+            bound.append((listing, binding))
             return _encode_findings(opened, binding)
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            opened, listing, _ = bound[0]
+            listing, _ = bound[0]
             found = _joint_mismatches(opened, listing, payloads, self.team.ranks)
             refused = [text for what, text in found if self._counts(what)]
             if refused:
@@ -123,28 +140,12 @@ class _Load:
             return [bytes(msgpack.packb([text for _, text in found]))] * len(payloads)
 
         skipped = msgpack.unpackb(self.team.round("check", compare, decide), use_list=False)
-        opened, _, binding = bound[0]
-        return opened, binding, skipped
+        return opened, bound[0][1], skipped
 
     def _counts(self, what: str) -> bool:
         """Whether a difference of this kind is an error in the strict mode asked for."""
         passes = {"all": (), "missing": ("unexpected",), "unexpected": ("missing",), "none": ("missing", "unexpected")}
         return what not in passes[self.strict]
-
-    def _listing(self, opened: Opened, state: Mapping[str, object], declared: Mesh | None) -> Listing:
-        manifest = opened.manifest
-        values = manifest.values
-        return Listing(
-            arrays={identity: record.spec for identity, record in opened.records.items()},
-            tables=tuple(table for part in opened.parts for table in part.tables),
-            values=values if isinstance(values, dict) else {},
-            per_rank=opened.per_rank,
-            items=manifest.items,
-            world_size=manifest.world_size,
-            same_layout=_same_layout(opened, self.group, state, declared),
-            step=manifest.step,
-            tied=manifest.tied,
-        )
 
     # -- from here on the state changes --------------------------------------------------------------------------------
 
@@ -174,6 +175,42 @@ class _Load:
         self.team.round("read", read, lambda payloads: [b""] * len(payloads))
         self.team.round("install", installed, lambda payloads: [b""] * len(payloads))
         return reports[0]
+
+
+def listing_of(opened: Opened, same: bool) -> Listing:
+    """What the checkpoint holds, as the training layer takes it; `same` is whether the layout is the writers'."""
+    manifest = opened.manifest
+    return Listing(
+        arrays={identity: record.spec for identity, record in opened.records.items()},
+        tables=tuple(table for part in opened.parts for table in part.tables),
+        values=manifest.values if isinstance(manifest.values, dict) else {},
+        per_rank=opened.per_rank,
+        items=manifest.items,
+        world_size=manifest.world_size,
+        same_layout=same,
+        step=manifest.step,
+        tied=manifest.tied,
+    )
+
+
+def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
+    """Whether a rank that holds `held` stands where `writer` stood: meshes and placements are equal, and it holds every
+    array of these models that the writer stored something of."""
+    manifest = opened.manifest
+    ids = {array.spec.id for array in held}
+    for array in held:
+        record = opened.records.get(array.spec.id)
+        if record is None:
+            return False
+        if record.layout is None:
+            if array.mesh is not None:
+                return False
+            continue
+        layout = manifest.layouts[record.layout]
+        if (array.mesh, array.placements) != (manifest.meshes[layout.mesh], layout.placements):
+            return False
+    stored = (opened.by_key[key].spec.id for key in opened.fragments(writer).pieces.arrays)
+    return all(identity in ids for identity in stored if identity.section == "params" and identity.state == "value")
 
 
 def _undefined(error: Exception) -> Exception:

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 import msgpack
@@ -24,6 +23,7 @@ from elastickpt.errors import PlacementUnsupported, Refused
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
+from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value, value_digest
 from elastickpt.save.agreement import (
     TABLE_PREFIX,
@@ -47,7 +47,7 @@ from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.capture import capture
-from elastickpt.training.group import Group, job_group
+from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
 from elastickpt.training.meshes import mesh_of
@@ -378,7 +378,7 @@ def _tables_digest(live: LiveState) -> str:
 
 def _versions() -> tuple[tuple[str, str], ...]:
     return (
-        ("elastickpt", version("elastickpt")),
-        ("torch", version("torch")),
+        ("elastickpt", RELEASE),
+        ("torch", torch_version()),
         ("python", platform.python_version()),
     )

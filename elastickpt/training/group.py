@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -72,3 +73,8 @@ def job_group(process_group: dist.ProcessGroup | None) -> Group:
     if rank not in ranks:
         raise Refused(f"rank {rank} is not in the process group given, whose ranks are {list(ranks)}")
     return Group(rank, ranks, process_group)
+
+
+def torch_version() -> str:
+    """The torch that runs here, local build tag included."""
+    return str(torch.__version__)
