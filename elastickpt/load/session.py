@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import msgpack
 import numpy as np
 
-from elastickpt.comms.team import Team
 from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, StateMismatch
 from elastickpt.format.arrays import Mesh
 from elastickpt.load.fetch import Elements, FetchReport, Verify, Wanted, fetch

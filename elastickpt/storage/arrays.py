@@ -1,4 +1,4 @@
-"""A checkpoint as zarr-python sees it: data types that it lacks, and a read-only zarr store. Only here is zarr imported.
+"""A checkpoint as zarr-python sees it: data types that it lacks, and a read-only store. Only here is zarr imported.
 
 The data types reach zarr-python through the entry-point group `zarr.data_type` of the installed package, or through
 `register_data_types()`. Their scalars are those of ml_dtypes; bits are never changed, whatever NaN they mean.
@@ -172,9 +172,7 @@ def register_data_types() -> None:
 
 Bytes = bytes | bytearray | memoryview
 _DOCUMENT = "zarr.json"
-_OTHER_FORMATS = frozenset(
-    {".zarray", ".zattrs", ".zgroup", ".zmetadata"}
-)  # what zarr-python asks for to find a v2 tree
+_OTHER_FORMATS = frozenset({".zarray", ".zattrs", ".zgroup", ".zmetadata"})  # what zarr-python asks for to find a v2 tree
 
 
 def read_only_store(

@@ -193,7 +193,7 @@ class LocalStore:
 def _is_directory(full: str) -> bool:
     try:
         return stat.S_ISDIR(os.lstat(full).st_mode)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

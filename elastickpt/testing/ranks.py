@@ -76,9 +76,7 @@ def spawn_ranks(function: Callable[..., object], world_size: int, *args: object,
 class Ranks:
     """Running ranks. As a context it ends by killing those that are left."""
 
-    def __init__(
-        self, zygote: _Zygote, pids: tuple[int, ...], pipes: list[Any], outputs: list[int], limit: float
-    ) -> None:
+    def __init__(self, zygote: _Zygote, pids: tuple[int, ...], pipes: list[Any], outputs: list[int], limit: float) -> None:
         self.pids = pids
         self._zygote = zygote
         self._pipes = pipes
@@ -104,9 +102,7 @@ class Ranks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._statuses is None:
             self._end()
         for pipe in self._pipes:
@@ -185,14 +181,9 @@ class _Zygote:
 
     def __init__(self) -> None:
         here, there = socket.socketpair()
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from elastickpt.testing.zygote import serve; serve({there.fileno()})"
-        )
+        code = f"import sys; sys.path[:] = {sys.path!r}; from elastickpt.testing.zygote import serve; serve({there.fileno()})"
         self.owner = os.getpid()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
         there.close()
         self._socket = here
         self._control: Any = Connection(os.dup(here.fileno()))
@@ -202,9 +193,7 @@ class _Zygote:
     def alive(self) -> bool:
         return self.owner == os.getpid() and self._process.poll() is None
 
-    def launch(
-        self, function: Callable[..., object], world_size: int, args: tuple[object, ...], timeout_s: float
-    ) -> Ranks:
+    def launch(self, function: Callable[..., object], world_size: int, args: tuple[object, ...], timeout_s: float) -> Ranks:
         where = FunctionName(function.__module__, function.__code__.co_filename, function.__name__)
         if function.__qualname__ != function.__name__:
             raise ValueError(f"{function.__qualname__} is no top-level function, so no other process finds it")

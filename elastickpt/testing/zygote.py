@@ -174,9 +174,7 @@ def _run_rank(
 def _answer(request: Launch, function: Callable[..., object], rank: int, listener: int) -> Answer:
     try:
         _init(request, rank, listener)
-        return Answer(
-            function(rank, request.world_size, *ForkingPickler.loads(request.args)), None, "", time.monotonic()
-        )
+        return Answer(function(rank, request.world_size, *ForkingPickler.loads(request.args)), None, "", time.monotonic())
     except BaseException as error:
         return Answer(None, error, traceback.format_exc(), time.monotonic())
 

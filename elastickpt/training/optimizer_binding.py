@@ -148,9 +148,7 @@ class _States:
             self._absent(key, entry)
         elif held is None:
             expected = f"{tuple(entry.shape)} on each rank"
-            self._draft.differs(
-                self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape)
-            )
+            self._draft.differs(self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape))
         else:
             for one in held:
                 self._draft.fill(one)

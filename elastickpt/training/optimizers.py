@@ -183,9 +183,7 @@ class _Saver:
 
     def put_scalars(self) -> None:
         """All 0-d states at once, so that those on a device cost one copy."""
-        for (name, row, _), value in zip(
-            self._scalars, scalar_values([one for _, _, one in self._scalars]), strict=True
-        ):
+        for (name, row, _), value in zip(self._scalars, scalar_values([one for _, _, one in self._scalars]), strict=True):
             self.table.put("scalar", name, value, rows=(row,))
 
     def put_groups(self, optimizer: Optimizer, members: Sequence[Member]) -> None:
@@ -213,9 +211,7 @@ def local_scalar(tensor: torch.Tensor, where: str) -> torch.Tensor:
     return parts.local
 
 
-def hold_state(
-    id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job
-) -> tuple[HeldArray, ...] | None:
+def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) -> tuple[HeldArray, ...] | None:
     """What this rank holds of a state; None when it is this rank's own, with no place in the whole.
 
     A DTensor has its own shape and place. A plain tensor has its parameter's, if it has the shape of the local shard; on a
@@ -272,4 +268,3 @@ def is_sharded(held: HeldArray) -> bool:
     if held.mesh is None:
         return held.box != Box.whole(held.spec.shape)
     return any(size > 1 and placement != "R" for size, placement in zip(held.mesh.sizes, held.placements, strict=True))
-

@@ -21,9 +21,7 @@ from elastickpt.training.stateful import bind_container, bind_object, is_statefu
 from elastickpt.training.values import carried, place_of, revived, shown, typed_key
 
 
-def bind(
-    state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing
-) -> Binding:
+def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:
     """How this rank's part of `state` is filled from the checkpoint that `listing` describes. Changes nothing.
 
     Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and `reshard`,
@@ -31,9 +29,7 @@ def bind(
     Differences are in the Binding; what `capture` would refuse is refused here too, with the same errors.
     """
     job, kinds, identities = Job(rank, world_size, declared), kinds_of(state), Identities()
-    models = [
-        hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"
-    ]
+    models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
     draft = Draft(listing, job, identities, Names(listing, identities.tied()))
     for model in models:
         _bind_model(draft, model)
@@ -156,9 +152,7 @@ def _bind_streams(draft: Draft, key: str) -> None:
         draft.missing(place, "random streams")
         return
     going_on: Continuation = (
-        continued(saved[0])
-        if draft.listing.same_layout
-        else rederived(saved, step=draft.listing.step, rank=draft.job.rank)
+        continued(saved[0]) if draft.listing.same_layout else rederived(saved, step=draft.listing.step, rank=draft.job.rank)
     )
     for note in going_on.notes:
         draft.note(f"{place}: {note}")

@@ -37,7 +37,9 @@ GroupList = Callable[[str, Optimizer, Sequence[object]], bool]
 def _masked(scheduler: LRScheduler, state: Any, place: str, take: GroupList) -> dict[str, object]:
     """A scheduler's state with None where `take(place, optimizer, list)` has taken a list with an entry for each group."""
     if not isinstance(state, dict):
-        raise ValueNotCarried(f"value {place}: the state of {type(scheduler).__name__} is a {type(state).__name__}, expected a dict")
+        raise ValueNotCarried(
+            f"value {place}: the state of {type(scheduler).__name__} is a {type(state).__name__}, expected a dict"
+        )
     nested = getattr(scheduler, "_schedulers", ())
     found: dict[str, object] = {}
     for key, value in state.items():
@@ -151,9 +153,7 @@ def _lists(value: object, place: str) -> Iterator[tuple[str, list[object]]]:
             yield from _lists(one, f"{place}/{index}")
 
 
-def _require_lengths(
-    draft: Draft, expected: Mapping[str, Sequence[object]], found: Mapping[str, Sequence[object]]
-) -> None:
+def _require_lengths(draft: Draft, expected: Mapping[str, Sequence[object]], found: Mapping[str, Sequence[object]]) -> None:
     """A list that goes by groups on one side only has the same length on both by chance, or not at all."""
     for place, entries in found.items():
         if place in expected and len(entries) != len(expected[place]):

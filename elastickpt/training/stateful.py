@@ -58,9 +58,7 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def hold_tree(
-    item: str, value: object, *, place: str, job: Job, identities: Identities
-) -> tuple[Value, tuple[HeldArray, ...]]:
+def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
     """The tree of `value`, which stands at `place` below `item`, and its tensors. Raises ValueNotCarried with the place."""
     arrays: list[HeldArray] = []
 
@@ -124,9 +122,7 @@ def _bind_reference(draft: Draft, item: str, found: ArrayReference, live: torch.
     draft.know(wanted)
     spec = draft.listing.arrays[id_]
     fresh = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu" if live is None else live.device)
-    draft.targets.append(
-        HeldArray(spec, Box.whole(spec.shape), fresh, "other", "declared", replicas=(draft.job.rank,))
-    )
+    draft.targets.append(HeldArray(spec, Box.whole(spec.shape), fresh, "other", "declared", replicas=(draft.job.rank,)))
     return fresh
 
 
@@ -147,9 +143,7 @@ def bind_object(draft: Draft, item: str, live: Stateful) -> None:
     draft.installs.append(lambda: live.load_state_dict(tree))
 
 
-def bind_container(
-    draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]
-) -> None:
+def bind_container(draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
     """Brings a value of the user to what the checkpoint has; `put` replaces the whole when it is immutable."""
     new = _Container(draft, item).settled(live, found, place_of(item))
     if new is not live:

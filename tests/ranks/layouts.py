@@ -155,7 +155,7 @@ def hand_sharded(whole: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     strided = [type(p).__name__ == "_StridedShard" for p in live.placements]
     for wave in (False, True):
         for axis, placement in enumerate(live.placements):
-            if placement.is_shard() and strided[axis] is wave or (wave and strided[axis]):
+            if (placement.is_shard() and strided[axis] is wave) or (wave and strided[axis]):
                 size = live.device_mesh.size(axis)
                 step = -(-part.shape[placement.dim] // size)
                 start = min(step * coordinate[axis], part.shape[placement.dim])
