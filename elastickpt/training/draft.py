@@ -1,4 +1,7 @@
-"""A Binding while it is being made: what the parts of `bind` add to, and how they look things up. Changes no live state."""
+"""A Binding while it is being made:
+
+what the parts of `bind` add to, and how they look things up. Changes no live state.
+"""
 
 from __future__ import annotations
 

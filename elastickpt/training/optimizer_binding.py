@@ -1,10 +1,9 @@
 """Optimizers taking a checkpoint's states and groups; the reverse of `optimizers`.
-
-States that exist are filled where they are, whatever their device. States that do not exist yet are made: like the parameter
-(same device, mesh and placements) where the shapes are equal, else whole. A 0-d `step` is made on the CPU, as torch does,
-unless the group is `fused` or `capturable`. `optimizer.step()` is never run.
-
-Groups keep their parameters; each gets the options that its parameters had, except how a step is executed (`foreach`, `fused`,
+ States that exist are filled where they are, whatever their device. States that do not exist yet are made: like the
+parameter (same device, mesh and placements) where the shapes are equal, else whole. A 0-d `step` is made on the CPU, as
+torch does, unless the group is `fused` or `capturable`. `optimizer.step()` is never run.
+ Groups keep their parameters; each gets the options that its parameters had, except how a step is executed (`foreach`,
+`fused`,
 `capturable`, `differentiable`): that is this process's choice.
 """
 
@@ -29,6 +28,7 @@ from elastickpt.training.optimizers import (
     members_of,
     options_of,
     per_rank_place,
+    states_of,
 )
 from elastickpt.training.stateful import bind_tree, copy_into
 from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
@@ -164,7 +164,9 @@ class _States:
             self._know(key)
             self._draft.differs(where, "shape", expected=str(tuple(entry.shape)), found=found)
         elif key in self._own:
-            self._draft.differs(where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole")
+            self._draft.differs(
+                where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole"
+            )
         elif key in self._scalars:
             self._draft.differs(where, "value", expected=shown(entry), found=shown(self._scalars[key]))
         else:
@@ -238,7 +240,9 @@ def _like_parameter(member: Member, spec: ArraySpec) -> torch.Tensor:
 
 
 def _placed_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """`whole` as a replica on the mesh of its parameter, which only other DTensors may be combined with; or as it is."""
+    """`whole` as a replica on the mesh of its parameter, which only other DTensors may be combined with; or as it
+    is.
+    """
     parts = placed(parameter)
     if parts is None or not hasattr(parameter, "device_mesh"):
         return whole
@@ -262,7 +266,9 @@ def overwritten(draft: Draft, live: torch.Tensor, found: Value, where: str) -> C
         return None
     made = torch.tensor(found, dtype=live.dtype)
     if made.item() != found:
-        draft.note(f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process")
+        draft.note(
+            f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process"
+        )
     return lambda: _fill(live, made)
 
 
@@ -318,15 +324,16 @@ def _bind_values(draft: Draft, item: str, optimizer: Optimizer) -> None:
     """State that belongs to no parameter."""
     below = place_of(item, "state") + "/"
     saved = {place: value for place, value in draft.listing.values.items() if place.startswith(below)}
-    live = {place_of(item, "state", key): key for key in optimizer.state if isinstance(key, str)}
+    states = states_of(optimizer)
+    live = {place_of(item, "state", key): key for key in states if isinstance(key, str)}
     for place, key in live.items():
         if place not in saved:
-            draft.missing(place, shown(optimizer.state[key]))
+            draft.missing(place, shown(states[key]))
     for place, value in saved.items():
         draft.places.add(place)
         key = live.get(place, place[len(below) :].replace("~1", "/").replace("~0", "~"))
-        tree = bind_tree(draft, item, value, place=place, live=optimizer.state.get(key))
-        draft.installs.append(lambda key=key, tree=tree: optimizer.state.__setitem__(key, tree))  # type: ignore[misc]
+        tree = bind_tree(draft, item, value, place=place, live=states.get(key))
+        draft.installs.append(lambda key=key, tree=tree: states.__setitem__(key, tree))  # type: ignore[misc]
 
 
 def option_lists(names: Sequence[Sequence[Name]], view: TableView, key: str) -> list[Agreed | Disagreement | None]:
