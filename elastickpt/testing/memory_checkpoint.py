@@ -1,8 +1,7 @@
-"""A checkpoint in memory, without files: what all ranks captured, put together as a save would, and read as a load
-would.
- For tests of `training`: `MemoryCheckpoint([capture(...) of each rank])`, then `bind(...,
-listing=checkpoint.listing())` and
-`checkpoint.fill(binding)`.
+"""A checkpoint in memory, without files: put together from all ranks as by a save, and read as by a load.
+
+For tests of `training`: `MemoryCheckpoint([capture(...) of each rank])`, then `bind(..., listing=checkpoint.listing())`
+and `checkpoint.fill(binding)`.
 """
 
 from __future__ import annotations

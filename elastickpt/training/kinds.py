@@ -1,7 +1,4 @@
-"""What the entries of `state` are:
-
-the one place that tells models, optimizers, schedulers, objects and values apart.
-"""
+"""What the entries of `state` are: models, optimizers, schedulers, objects or values, told apart here only."""
 
 from __future__ import annotations
 

@@ -5,9 +5,11 @@
     state[p]["prev"]         (None, number, list, small tensors)  -> field `scalar` "prev" of p
     state["counter"]         (belongs to no parameter)            -> value /<optimizer>/state/counter
     param_groups[k]["lr"]                                         -> field `hyper` "lr" of each parameter of group k
- A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this
+
+A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this
 rank's own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so.
- States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that
+
+States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that
 both find their own. This is decided from what this rank has; ranks that share parameters must have the same optimizers
 on them.
 """
@@ -74,7 +76,8 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
             if known is None or known.role != "parameter":
                 raise StructureConflict(
                     f"optimizer {item!r}: a parameter of group {index}, of shape {tuple(parameter.shape)}, is in no "
-                    f"model of `state`, so it has no name; put the model that it belongs to into `state` beside the optimizer"
+                    f"model of `state`, so it has no name; put the model that it belongs to into `state` "
+                    f"beside the optimizer"
                 )
             members.append(Member(parameter, index, known))
     ids = {id(member.parameter) for member in members}

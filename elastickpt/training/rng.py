@@ -1,5 +1,6 @@
 """`RNG`: the random streams of this process.
- On the same layout every stream continues exactly. On another, a kind of stream that was equal on all ranks that saved
+
+On the same layout every stream continues exactly. On another, a kind of stream that was equal on all ranks that saved
 stays equal (DTensor wants one stream for each mesh), and the others are seeded anew from (seed, step, kind, rank).
 """
 

@@ -3,7 +3,8 @@
     state_dict()["base_lrs"]               (an entry for each group)  -> field `schedule` "<item>/base_lrs"
     state_dict()["_schedulers"][1]["..."]  (SequentialLR)             -> field `schedule` "<item>/_schedulers/1/..."
     everything else                                                   -> the item's value tree, None for such a list
- So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline
+
+So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline
 stages. If its optimizer is not in `state`, the lists are carried whole.
 """
 
@@ -19,9 +20,10 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.values import Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job
+from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
-from elastickpt.training.optimizer_binding import BoundOptimizer, differ, option_lists
+from elastickpt.training.optimizer_binding import BoundOptimizer
 from elastickpt.training.optimizers import HeldOptimizer
 from elastickpt.training.stateful import bind_tree, hold_tree
 from elastickpt.training.tables import Agreed, Disagreement

@@ -1,7 +1,8 @@
 """Trees of values and tensors: state dicts of objects, and containers that stand in `state` themselves.
 
 Saving: tensors become arrays of section `extra`, an ArrayReference stands in their place, all else is carried whole.
- Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
+
+Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
 into the one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one.
 The object gets the tree through `load_state_dict`, in `install()`.
 

@@ -1,5 +1,6 @@
 """What an optimizer holds per parameter and not as an array, in columns: written from live groups, read back into them.
- A param group is not stored: each of its options is a column over parameter names, dictionary-coded. So a group can be
+
+A param group is not stored: each of its options is a column over parameter names, dictionary-coded. So a group can be
 put together again from whatever parameters stand in it, at any layout.
 """
 

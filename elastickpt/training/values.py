@@ -1,8 +1,8 @@
 """Plain values of live state: copied, refused with their place, turned back into torch and numpy objects.
- A *place* is the JSON pointer of a value: the key of `state`, then one token a level (`/loader/sampler/3`). Containers
+
+A *place* is the JSON pointer of a value: the key of `state`, then one token a level (`/loader/sampler/3`). Containers
 are list, tuple, set, frozenset, dict, OrderedDict and Counter, of exactly these types: a subclass would come back as
-another type.
-`torch.Size` counts as tuple.
+another type. `torch.Size` counts as tuple.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def carried_leaf(value: object, place: str) -> Value:
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return _of_numpy(numpy.asarray(value), place)
     raise ValueNotCarried(
-        f"value {place}: {_type_name(value)} cannot be carried by a checkpoint; expected None, bool, int, float, complex, "
-        f"str, bytes, a list, tuple, set, dict, Counter, OrderedDict, tensor, or an object with state_dict and "
-        f"load_state_dict"
+        f"value {place}: {_type_name(value)} cannot be carried by a checkpoint; expected None, bool, int, float, "
+        f"complex, str, bytes, a list, tuple, set, dict, Counter, OrderedDict, tensor, or an object with state_dict "
+        f"and load_state_dict"
     )
 
 
