@@ -24,9 +24,10 @@ from elastickpt.training.values import carried, place_of, revived, shown, typed_
 def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:
     """How this rank's part of `state` is filled from the checkpoint that `listing` describes. Changes nothing.
 
-    Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and `reshard`,
-    see `PerRank`) are called. New tensors for states that do not exist yet are allocated here, and attached by `install()`.
-    Differences are in the Binding; what `capture` would refuse is refused here too, with the same errors.
+    Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and
+    `reshard`, see `PerRank`) are called. New tensors for states that do not exist yet are allocated here, and attached
+    by `install()`. Differences are in the Binding; what `capture` would refuse is refused here too, with the same
+    errors.
     """
     job, kinds, identities = Job(rank, world_size, declared), kinds_of(state), Identities()
     models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
@@ -96,7 +97,9 @@ def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: objec
     def put(new: object) -> None:
         """Nothing to do: it was found equal."""
 
-    if isinstance(live, (int, float, str, bytes, tuple, type(None))) and typed_key(carried(live, place)) != typed_key(found):
+    if isinstance(live, (int, float, str, bytes, tuple, type(None))) and typed_key(carried(live, place)) != typed_key(
+        found
+    ):
         expected = f"{shown(live)} to be replaceable: `state` is a {type(state).__name__}, which cannot be changed"
         draft.differs(place, "value", expected=expected, found=shown(found))
         return
@@ -122,8 +125,8 @@ def _bind_per_rank(draft: Draft, key: str, live: PerRank) -> None:
         draft.differs(
             place,
             "value",
-            expected=f"the layout that saved it ({draft.listing.world_size} ranks), or a {type(live.value).__name__} with a "
-            f"method reshard(states, rank, world_size)",
+            expected=f"the layout that saved it ({draft.listing.world_size} ranks), or a {type(live.value).__name__} "
+            f"with a method reshard(states, rank, world_size)",
             found=f"a value of its own for each of {draft.listing.world_size} ranks, loaded on {draft.job.world_size}",
         )
         return

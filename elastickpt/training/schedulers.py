@@ -1,11 +1,11 @@
 """Learning-rate schedulers: their state dict, but lists with an entry for each param group go to the optimizer's table.
 
-    scheduler.state_dict()["base_lrs"]               (one entry a group)  -> field `schedule` "<item>/base_lrs" of its parameters
-    scheduler.state_dict()["_schedulers"][1]["..."]  (SequentialLR)       -> field `schedule` "<item>/_schedulers/1/..."
-    everything else                                                       -> the value tree of the item; None for such a list
+    state_dict()["base_lrs"]               (an entry for each group)  -> field `schedule` "<item>/base_lrs"
+    state_dict()["_schedulers"][1]["..."]  (SequentialLR)             -> field `schedule` "<item>/_schedulers/1/..."
+    everything else                                                   -> the item's value tree, None for such a list
 
-So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline stages. If
-its optimizer is not in `state`, the lists are carried whole.
+So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline
+stages. If its optimizer is not in `state`, the lists are carried whole.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.values import Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job
+from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
-from elastickpt.training.optimizer_binding import BoundOptimizer, differ, option_lists
+from elastickpt.training.optimizer_binding import BoundOptimizer
 from elastickpt.training.optimizers import HeldOptimizer
 from elastickpt.training.stateful import bind_tree, hold_tree
 from elastickpt.training.tables import Agreed, Disagreement
@@ -35,7 +36,9 @@ GroupList = Callable[[str, Optimizer, Sequence[object]], bool]
 
 
 def _masked(scheduler: LRScheduler, state: Any, place: str, take: GroupList) -> dict[str, object]:
-    """A scheduler's state with None where `take(place, optimizer, list)` has taken a list with an entry for each group."""
+    """A scheduler's state with None where `take(place, optimizer, list)` has taken a list with an entry for each
+    group.
+    """
     if not isinstance(state, dict):
         raise ValueNotCarried(
             f"value {place}: the state of {type(scheduler).__name__} is a {type(state).__name__}, expected a dict"
@@ -67,7 +70,8 @@ def _is_group_list(scheduler: LRScheduler, key: str, value: object) -> bool:
 def hold_scheduler(
     item: str, scheduler: LRScheduler, *, optimizers: Mapping[int, HeldOptimizer], job: Job, identities: Identities
 ) -> tuple[Value, tuple[HeldArray, ...]]:
-    """The value tree and tensors of a scheduler; its group lists go to the tables of `optimizers`, by id of the optimizer.
+    """The value tree and tensors of a scheduler; its group lists go to the tables of `optimizers`, by id of the
+    optimizer.
 
     Raises ValueNotCarried with the place of what no checkpoint can hold.
     """
@@ -115,12 +119,18 @@ def _group_lists(
     by_item = {bound.item: bound for bound in optimizers}
     found: dict[str, list[object]] = {}
     for table in draft.listing.tables:
-        keys = [field.key for field in table.fields if field.kind == "schedule" and f"/{field.key}".startswith(place + "/")]
+        keys = [
+            field.key for field in table.fields if field.kind == "schedule" and f"/{field.key}".startswith(place + "/")
+        ]
         bound = by_item.get(table.item)
-        if keys and (bound is None or bound.view is None):
-            draft.differs(place, "value", expected="a scheduler without optimizer in `state`", found=f"one of {table.item!r}")
+        if not keys:
             continue
-        for key in keys if bound is not None and bound.view is not None else ():
+        if bound is None or bound.view is None:
+            draft.differs(
+                place, "value", expected="a scheduler without optimizer in `state`", found=f"one of {table.item!r}"
+            )
+            continue
+        for key in keys:
             entries = option_lists(bound.saved_groups(), bound.view, key)
             found[f"/{key}"] = _entries(draft, f"/{key}", entries, live.get(f"/{key}"))
     return found
@@ -137,7 +147,9 @@ def _entries(
             differ(draft, f"{where}/{index}", entry)
         elif live is not None:
             made.append(live[index])
-            draft.note(f"{where}/{index} is not in the checkpoint for the parameters of its group: {live[index]!r} stays")
+            draft.note(
+                f"{where}/{index} is not in the checkpoint for the parameters of its group: {live[index]!r} stays"
+            )
         else:
             draft.missing(f"{where}/{index}", "an entry for its group")
     return made

@@ -2,14 +2,15 @@
 
 Saving: tensors become arrays of section `extra`, an ArrayReference stands in their place, all else is carried whole.
 
-Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read into the
-one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one. The object gets
-the tree through `load_state_dict`, in `install()`.
+Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
+into the one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one.
+The object gets the tree through `load_state_dict`, in `install()`.
 
 Loading a *container of the user* changes it in place, and keeps its structure:
 - tensors are read into the tensors that stand there;
 - a dict keeps its keys: keys on one side only are mismatches, but an empty dict takes all of a dict without tensors;
-- a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters take all;
+- a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters
+  take all;
 - numbers, strings and other leaves become the checkpoint's, whatever they were;
 - what is immutable (a leaf, a tuple) is replaced in the container around it; at the top, in `state` itself.
 """
@@ -58,8 +59,13 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
-    """The tree of `value`, which stands at `place` below `item`, and its tensors. Raises ValueNotCarried with the place."""
+def hold_tree(
+    item: str, value: object, *, place: str, job: Job, identities: Identities
+) -> tuple[Value, tuple[HeldArray, ...]]:
+    """The tree of `value`, which stands at `place` below `item`, and its tensors.
+
+    Raises ValueNotCarried with the place.
+    """
     arrays: list[HeldArray] = []
 
     def leaf(one: object, where: str) -> Value:
@@ -158,7 +164,10 @@ class _Container:
         self._item = item
 
     def settled(self, live: object, found: Value, place: str) -> object:
-        """What shall stand at `place`: `live` itself where it is changed in place (or refused), else its replacement."""
+        """What shall stand at `place`:
+
+        `live` itself where it is changed in place (or refused), else its replacement.
+        """
         if isinstance(live, torch.Tensor):
             return self._tensor(live, found, place)
         if type(found) is ArrayReference or _opaque(live):
@@ -234,7 +243,7 @@ class _Container:
                 return self._differs(live, found, place)
             if isinstance(live, tuple):
                 return revived(found)
-            self._later(lambda: live.__setitem__(slice(None), revived(found)))
+            self._later(lambda: _refill_list(live, revived(found)))
             return live
         new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
         if isinstance(live, tuple):
@@ -248,7 +257,9 @@ _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
 
 def _opaque(live: object) -> bool:
     """An object that no checkpoint holds: it cannot be replaced by a plain value without a word."""
-    return not isinstance(live, (*_CONTAINERS, numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None)))
+    return not isinstance(
+        live, (*_CONTAINERS, numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None))
+    )
 
 
 def _kind(value: object) -> str:
@@ -262,6 +273,10 @@ def _kind(value: object) -> str:
 def _refill(live: Any, new: Any) -> None:
     live.clear()
     live.update(new)
+
+
+def _refill_list(live: list[Any], new: Any) -> None:
+    live[:] = new
 
 
 def copy_into(live: torch.Tensor, value: ArrayValue) -> None:
