@@ -24,12 +24,20 @@ _CLASSES: dict[int, type[CheckpointError]] = {
 }
 
 
+_READING = frozenset({"open to read", "read", "list", "look at"})  # operations that a lack of rights makes no ReadOnly
+_NUMBERS = ((FileNotFoundError, errno.ENOENT), (FileExistsError, errno.EEXIST), (PermissionError, errno.EACCES))
+
+
 def storage_failure(error: OSError, operation: str, path: str) -> CheckpointError:
     """The error of this library for an OSError: "<operation> <path>: <what the system said>"."""
-    said = os.strerror(error.errno) if error.errno is not None else str(error) or type(error).__name__
-    if error.errno == errno.ELOOP:
-        said = "is a symbolic link, which no store follows"
-    cls = _CLASSES.get(error.errno or 0, StorageFailed)
+    # Other file systems than the kernel's raise these classes without a number.
+    number = error.errno or next((number for cls, number in _NUMBERS if isinstance(error, cls)), None)
+    if number is None:
+        return StorageFailed(f"{operation} {path}: {str(error) or type(error).__name__}")
+    said = "is a symbolic link, which no store follows" if number == errno.ELOOP else os.strerror(number)
+    cls = _CLASSES.get(number, StorageFailed)
+    if cls is ReadOnly and operation in _READING:
+        cls = StorageFailed
     return cls(f"{operation} {path}: {said}")
 
 
@@ -39,11 +47,11 @@ class naming:
     A class and not a generator: it stands around every small file, and costs a third so.
     """
 
-    __slots__ = ("_operation", "_path")
+    __slots__ = ("operation", "path")
 
     def __init__(self, operation: str, path: str) -> None:
-        self._operation = operation
-        self._path = path
+        self.operation = operation
+        self.path = path
 
     def __enter__(self) -> None:
         return None
@@ -52,4 +60,4 @@ class naming:
         self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError):
-            raise storage_failure(error, self._operation, self._path) from error
+            raise storage_failure(error, self.operation, self.path) from error

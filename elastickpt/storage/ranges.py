@@ -57,7 +57,7 @@ class LocalWriter:
         self._may_bypass_cache = may_bypass_cache
         self._direct: DirectDescriptor | None = None
         self._sync_failure = ""
-        with naming("open", path):
+        with naming("open to write", path):
             self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             try:
                 # Other writers of this file may be ahead: the size is set, never the content cut.
@@ -132,7 +132,7 @@ class LocalReader:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        with naming("open", path):
+        with naming("open to read", path):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 self._nbytes = demand_file(self._descriptor, path)

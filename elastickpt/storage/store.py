@@ -22,12 +22,16 @@ EntryKind = Literal["file", "directory", "other"]
 class Capabilities:
     """What a store can do. Asking for what it cannot raises CapabilityMissing with the name of the field.
 
-    `exclusive_create`: of two creators of one file exactly one succeeds. `no_replace_rename`: so for the target of a
-    rename. `directory_sync`: names survive a power cut once their directory is synced. `tree_sync`: `sync_tree` reports
-    failures. `conditional_put`: a whole object is created only if absent, also where its content exceeds one request.
-    `ranged_writes`: several writers fill disjoint ranges of one file. `sequential_only`: files are written front to
-    back. `shared_by_hosts`: disjoint ranges of one file may be written from several hosts at once; an allow-list by
-    file system. `name` is the file system or protocol: "ext4", "tmpfs", "memory", "s3", ...
+    exclusive_create    of two creators of one file exactly one succeeds
+    no_replace_rename   so it is for the target of a rename
+    directory_sync      names survive a power cut once their directory is synced
+    tree_sync           `sync_tree` makes all durable and reports what could not be written
+    conditional_put     a new file appears with its whole content or not at all
+    ranged_writes       several writers fill disjoint ranges of one file
+    sequential_only     a file is written front to back, by one writer
+    shared_by_hosts     ranges of one file may be written from several hosts at once; an allow-list of file systems
+    directories         they exist by themselves; else names of files imply them, and `make_directories` does nothing
+    name                of the file system or protocol: "ext4", "tmpfs", "memory", "s3", ...
     """
 
     exclusive_create: bool
@@ -38,6 +42,7 @@ class Capabilities:
     ranged_writes: bool
     sequential_only: bool
     shared_by_hosts: bool
+    directories: bool
     name: str
 
 
@@ -57,7 +62,7 @@ class RangeWriter(Protocol):
         """All of `data`, which is C-contiguous, stands at `offset`, or an error is raised; not yet durable."""
 
     def sync(self) -> None:
-        """What was written through this writer is durable. After a failure every later call raises, and syncs nothing."""
+        """What was written through this writer is durable. After a failure every later call raises, syncing nothing."""
 
     def close(self) -> None:
         """Gives up the file; raises what the store reports only now. The second call does nothing."""
@@ -98,7 +103,7 @@ class Store(Protocol):
         """
 
     def open_writer(self, path: str, nbytes: int) -> RangeWriter:
-        """A writer of the file, created if need be; it has `nbytes` bytes from now on, unwritten ranges read as zero."""
+        """A writer of the file, created if need be; it has `nbytes` bytes from now on, unwritten ones read as zero."""
 
     def open_reader(self, path: str) -> RangeReader:
         """A reader of an existing file, else MissingFile."""
