@@ -25,7 +25,9 @@ class _naming(naming):
 
     __slots__ = ()
 
-    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         super().__exit__(cls, error, trace)
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
             raise StorageFailed(f"{self.operation} {self.path}: {type(error).__name__}: {error}") from error
@@ -111,7 +113,6 @@ class FsspecStore:
                     file.write(data)
 
     def open_writer(self, path: str, nbytes: int) -> RangeWriter:
-        checked(path)
         raise self._missing("ranged_writes")
 
     def open_reader(self, path: str) -> FsspecReader:
@@ -145,8 +146,7 @@ class FsspecStore:
         raise self._missing("tree_sync")
 
     def rename(self, source: str, target: str) -> None:
-        for path in (source, target):
-            checked(path)
+        checked(source), checked(target)
         raise self._missing("no_replace_rename")
 
     def remove(self, path: str) -> None:
@@ -170,12 +170,7 @@ class FsspecStore:
         full = (self._prefix + checked_directory(path)).rstrip("/")
         with _naming("list", full):
             self._filesystem.invalidate_cache()
-            try:
-                found = self._filesystem.ls(full, detail=True)
-            except FileNotFoundError:
-                if path:
-                    raise
-                return ()  # the root is always there
+            found = self._filesystem.ls(full, detail=True)
         return tuple(sorted(_entry(info) for info in found if info["name"].rstrip("/") != full))
 
     def exists(self, path: str) -> bool:
