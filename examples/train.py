@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sysconfig
@@ -51,13 +52,15 @@ class Corpus:
 
 def axes_of(layout: str) -> dict[str, DeviceMesh]:
     """The axes of the mesh by name: pp and fsdp, each of size 2, for "pp2.fsdp2". "single" has none."""
-    if layout == "single":
-        return {}
-    if not re.fullmatch(r"(pp|fsdp|tp)\d+(\.(pp|fsdp|tp)\d+)*", layout):
+    if not re.fullmatch(r"single|(pp|fsdp|tp)\d+(\.(pp|fsdp|tp)\d+)*", layout):
         raise SystemExit(f"layout {layout!r}: expected 'single', or axes as in 'pp2.fsdp2' out of pp, fsdp and tp")
     sizes = {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", layout)}
-    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    return {axis: mesh[axis] for axis in sizes}
+    if math.prod(sizes.values()) != int(os.environ.get("WORLD_SIZE", "1")):
+        raise SystemExit(
+            f"layout {layout!r} is for {math.prod(sizes.values())} ranks, not what this job was started with"
+        )
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
+    return {axis: mesh[axis] for axis in sizes} if mesh else {}
 
 
 def place_in(axis: DeviceMesh | None) -> tuple[int, int]:
@@ -124,8 +127,8 @@ def main() -> None:
     model = Transformer(c, stage=stage, stages=stages)
     shard(model, axes)
     schedule = pipeline(model, axes["pp"], c, BATCH // shares) if stages > 1 else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=args.steps + 1, cycle_momentum=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=args.steps + 1, pct_start=0.1)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": ek.RNG()}
 
     def save(step: int, folder: Path) -> None:
