@@ -140,7 +140,7 @@ def main() -> None:
     newest = max(args.root.glob("step-????"), default=None)  # a save that was not committed has no such name
     if newest:
         begin = time.perf_counter()
-        start = ek.load(state, newest).step
+        start = ek.load(state, newest).step or 0
         log("load", step=start, seconds=time.perf_counter() - begin)
         if args.seam:
             save(start, args.seam)
