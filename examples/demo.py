@@ -51,9 +51,7 @@ class Reference:
     """The run that never stops: one process at work beside the others."""
 
     def __init__(self) -> None:
-        self.job = Job(
-            "reference", OUT, OUT / "reference", ranks=1, options=[f"--steps={STEPS}", f"--save-every={STEPS}"]
-        )
+        self.job = Job("reference", OUT, OUT / "reference", ranks=1, options=[f"--steps={STEPS}", f"--save-every={STEPS}"])
         self.losses: dict[int, float] = {}
         self.waiting: list[tuple[int, float]] = []
 
@@ -171,9 +169,7 @@ def faults(phases: list[Phase], reference: Reference) -> list[str]:
         if not phase.first and phase is not phases[0]:
             found.append(f"{phase.title}: began anew instead of resuming")
         if worst(phase, reference) > TOLERANCE:
-            found.append(
-                f"{phase.title}: a loss is {worst(phase, reference):.1e} from the reference, allowed {TOLERANCE:.0e}"
-            )
+            found.append(f"{phase.title}: a loss is {worst(phase, reference):.1e} from the reference, allowed {TOLERANCE:.0e}")
     return found
 
 
@@ -202,7 +198,7 @@ def main() -> int:
             phase.ranks,
             phase.first,
             phase.losses,
-            "differs" if phase.seam and phase.seam.differences else "bit for bit",
+            "differs" if phase.seam and phase.seam.differences else "loaded bit for bit",
         )
         for phase in phases
     ]

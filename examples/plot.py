@@ -33,18 +33,14 @@ def draw(segments: Sequence[Segment], reference: Mapping[int, float], path: Path
         figure = Figure(figsize=(11, 6.6), dpi=160, layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         low, high = min(reference.values()), max(reference.values())
-        upper.set(ylabel="loss, nats per byte", ylim=(low - 0.12 * (high - low), high + 0.22 * (high - low)))
-        lower.set(
-            yscale="log", ylim=(EQUAL / 2.5, tolerance * 4), xlabel="completed steps", ylabel="difference, relative"
-        )
-        lower.set(yticks=(EQUAL, 1e-8, 1e-6, 1e-4), xlim=(0, max(reference) + 0.7))
-        lower.set_yticks((), minor=True)
-        lower.set_yticklabels(("equal", "$10^{-8}$", "$10^{-6}$", "$10^{-4}$"))
+        upper.set(yscale="log", ylabel="loss, nats per byte", ylim=(low * 0.92, high * 1.32))
+        mark(upper, {value: str(value) for value in range(1, 10) if low * 0.92 < value < high})
+        lower.set(yscale="log", ylim=(EQUAL / 2.5, tolerance * 4), xlabel="completed steps", ylabel="relative\ndifference")
+        lower.set(xlim=(0, max(reference) + 0.7))
+        mark(lower, {EQUAL: "equal", 1e-8: "$10^{-8}$", 1e-6: "$10^{-6}$", 1e-4: "$10^{-4}$"})
         steps = sorted(reference)
-        upper.plot(
-            steps, [reference[step] for step in steps], color=RIBBON, linewidth=8, solid_capstyle="round", zorder=1
-        )
-        upper.lines[-1].set_label("uninterrupted reference, one process")
+        upper.plot(steps, [reference[step] for step in steps], color=RIBBON, linewidth=8, solid_capstyle="round", zorder=1)
+        upper.lines[-1].set_label("the run that never stopped")
         ends = [later.first for later in segments[1:]] + [max(reference)]
         for segment, end, colour in zip(segments, ends, COLOURS, strict=False):
             for axes in (upper, lower):
@@ -55,7 +51,7 @@ def draw(segments: Sequence[Segment], reference: Mapping[int, float], path: Path
             lower.scatter(list(segment.losses), apart, s=14, color=colour, linewidths=0, zorder=3)
         lower.axhline(tolerance, color=RED, linewidth=1, linestyle="--")
         lower.text(0.6, tolerance / 1.6, "allowed", color=RED, fontsize=9, va="top")
-        upper.legend(loc="lower left", frameon=False)
+        upper.legend(loc="center right", bbox_to_anchor=(1, 0.6), frameon=False)
         figure.suptitle("One training run on four layouts, beside one that never stopped", weight="bold", fontsize=14)
         figure.savefig(path)
 
@@ -70,21 +66,25 @@ def set_style() -> None:
     mpl.rc("grid", color="#E7EBEF")
 
 
+def mark(axes: Axes, labels: Mapping[float, str]) -> None:
+    """Ticks of the vertical axis at these values and nowhere else."""
+    axes.set_yticks(list(labels), list(labels.values()))
+    axes.set_yticks((), minor=True)
+
+
 def draw_segment(axes: Axes, segment: Segment, end: int, colour: str) -> None:
     """The losses that count as a line, those that were lost with a killed rank as rings, and the kill as a cross."""
     kept = [step for step in segment.losses if step <= end]
     lost = [step for step in segment.losses if step > end]
-    axes.plot(
-        kept, [segment.losses[step] for step in kept], color=colour, linewidth=2, marker="o", markersize=3, zorder=3
-    )
+    axes.plot(kept, [segment.losses[step] for step in kept], color=colour, linewidth=2, marker="o", markersize=3, zorder=3)
     if lost:
         last, values = max(lost), [segment.losses[step] for step in lost]
         axes.scatter(lost, values, s=44, facecolors="none", edgecolors=colour, linewidths=1.2, zorder=4)
         axes.scatter(last, segment.losses[last], s=110, marker="X", color=RED, edgecolors="white", zorder=5)
         axes.annotate(
-            f"SIGKILL to a rank after step {last}:\n{len(lost)} steps lost, done again",
+            f"SIGKILL to one rank\nafter step {last}: {len(lost)} steps\nlost, and done again",
             (last, segment.losses[last]),
-            xytext=(10, 62),
+            xytext=(24, 66),
             textcoords="offset points",
             color=RED,
             fontsize=9,

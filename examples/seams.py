@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -36,7 +37,7 @@ def compare(saved: Path, loaded: Path) -> Comparison:
     return Comparison(len(ours), nbytes, 0, tuple(differences))
 
 
-def arrays_of(group: zarr.Group) -> Iterator[tuple[str, zarr.Array]]:
+def arrays_of(group: zarr.Group) -> Iterator[tuple[str, zarr.Array[Any]]]:
     for path, member in group.members(max_depth=None):
         if isinstance(member, zarr.Array):
             yield path, member

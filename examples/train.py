@@ -56,9 +56,7 @@ def axes_of(layout: str) -> dict[str, DeviceMesh]:
         raise SystemExit(f"layout {layout!r}: expected 'single', or axes as in 'pp2.fsdp2' out of pp, fsdp and tp")
     sizes = {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", layout)}
     if math.prod(sizes.values()) != int(os.environ.get("WORLD_SIZE", "1")):
-        raise SystemExit(
-            f"layout {layout!r} is for {math.prod(sizes.values())} ranks, not what this job was started with"
-        )
+        raise SystemExit(f"layout {layout!r} is for {math.prod(sizes.values())} ranks, not what this job was started with")
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)) if sizes else None
     return {axis: mesh[axis] for axis in sizes} if mesh else {}
 
@@ -103,9 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=80, help="steps of the whole run, which the learning rate spans")
     parser.add_argument("--until", type=int, help="stop after this step of the run (default: the last one)")
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS")
-    parser.add_argument(
-        "--seam", type=Path, help="save what was loaded again, at once, in this folder, to compare them"
-    )
+    parser.add_argument("--seam", type=Path, help="save what was loaded again, at once, in this folder, to compare them")
     return parser.parse_args()
 
 
