@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elastickpt.errors import MissingFile
 from elastickpt.format.arrays import ArrayId, Mesh
@@ -105,7 +106,7 @@ class Checkpoint:
         """One writer's own values, by JSON pointer."""
         return self._opened.per_rank(writer)
 
-    def read(self, array: ArrayId, *, box: Box | None = None) -> np.ndarray:  # type: ignore[type-arg]
+    def read(self, array: ArrayId, *, box: Box | None = None) -> NDArray[Any]:
         """The elements of an array, or of a box of it, verified; as numpy's type, or ml_dtypes' where numpy has none.
 
         Raises KeyError for an array that is not there, Damaged kinds for one that is not what was written.
@@ -139,13 +140,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(open_records(path))
 
 
-def _numpy_type(name: str) -> np.dtype[np.generic]:
+def _numpy_type(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        named: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return named
 
 
 class _Tree:

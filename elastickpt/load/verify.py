@@ -163,7 +163,8 @@ class _Verification:
                 ):
                     self._note(
                         Malformed(
-                            f"fragment map of writer {columns.writer}: piece {piece.box} of {piece.array} is not at its chunk's place: {found}"
+                            f"fragment map of writer {columns.writer}: piece {piece.box} of {piece.array} "
+                            f"is not at its chunk's place: {found}"
                         )
                     )
 
@@ -233,8 +234,8 @@ class _Verification:
             return
         try:
             if reader.nbytes != task.nbytes:
-                error = WrongLength(f"{task.path}: expected {task.nbytes} bytes (in the fragment map), found {reader.nbytes}")
-                yield Problem(error.kind, error.message)
+                wrong = WrongLength(f"{task.path}: expected {task.nbytes} bytes (in the fragment map), found {reader.nbytes}")
+                yield Problem(wrong.kind, wrong.message)
                 return
             for piece, block_nbytes in task.pieces:
                 yield from self._piece(task.path, reader, piece, block_nbytes)

@@ -172,9 +172,7 @@ def register_data_types() -> None:
 
 Bytes = bytes | bytearray | memoryview
 _DOCUMENT = "zarr.json"
-_OTHER_FORMATS = frozenset(
-    {".zarray", ".zattrs", ".zgroup", ".zmetadata"}
-)  # what zarr-python asks for to find a v2 tree
+_OTHER_FORMATS = frozenset({".zarray", ".zattrs", ".zgroup", ".zmetadata"})  # what zarr-python asks for to find a v2 tree
 
 
 def read_only_store(

@@ -152,9 +152,7 @@ class MemoryStore:
         self._file(path)
 
     def sync_directory(self, path: str) -> None:
-        raise CapabilityMissing(
-            f"directory_sync: nothing in {self._show(checked_directory(path))} outlives the process"
-        )
+        raise CapabilityMissing(f"directory_sync: nothing in {self._show(checked_directory(path))} outlives the process")
 
     def sync_tree(self) -> None:
         raise CapabilityMissing(f"tree_sync: nothing in {self.url} outlives the process")

@@ -22,9 +22,7 @@ from elastickpt.training.values import place_of, revived, shown, token, typed_ke
 _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
 
 
-def bind_groups(
-    draft: Draft, item: str, view: TableView, groups: Iterable[tuple[dict[str, Any], Sequence[Name]]]
-) -> None:
+def bind_groups(draft: Draft, item: str, view: TableView, groups: Iterable[tuple[dict[str, Any], Sequence[Name]]]) -> None:
     """Gives each live param group the options that its parameters, by their names in `view`, were saved with."""
     for index, (group, names) in enumerate(groups):
         place = place_of(item, "param_groups", index)
@@ -88,9 +86,7 @@ def overwritten(draft: Draft, live: torch.Tensor, found: Value, where: str) -> C
         return None
     made = torch.tensor(found, dtype=live.dtype)
     if made.item() != found:
-        draft.note(
-            f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process"
-        )
+        draft.note(f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process")
     return lambda: _fill(live, made)
 
 

@@ -159,9 +159,7 @@ class _States:
             self._know(key)
             self._draft.differs(where, "shape", expected=str(tuple(entry.shape)), found=found)
         elif key in self._own:
-            self._draft.differs(
-                where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole"
-            )
+            self._draft.differs(where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole")
         elif key in self._scalars:
             self._draft.differs(where, "value", expected=shown(entry), found=shown(self._scalars[key]))
         else:

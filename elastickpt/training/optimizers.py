@@ -84,8 +84,7 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
     for key in states_of(optimizer):
         if isinstance(key, torch.Tensor) and id(key) not in ids:
             raise StructureConflict(
-                f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} "
-                f"that is in none of its groups"
+                f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
             )
     return tuple(members)
 
@@ -216,9 +215,7 @@ def local_scalar(tensor: torch.Tensor, where: str) -> torch.Tensor:
     if parts is None:
         return tensor
     if not all(placement.is_replicate() for placement in parts.placements):
-        raise ValueNotCarried(
-            f"value {where}: a 0-d DTensor placed as {parts.placements}, expected it to be replicated"
-        )
+        raise ValueNotCarried(f"value {where}: a 0-d DTensor placed as {parts.placements}, expected it to be replicated")
     return parts.local
 
 
@@ -250,11 +247,7 @@ def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) 
         if held[0].sharing != "placed":
             return hold(id_, tensor, role="parameter", job=job, holders=Holders(held[0].sharing, held[0].replicas))
         whole = tuple(tensor.shape)
-        return (
-            replace(
-                _beside(id_, tensor, held[0], Box.whole(whole), whole), placements=("R",) * len(held[0].placements)
-            ),
-        )
+        return (replace(_beside(id_, tensor, held[0], Box.whole(whole), whole), placements=("R",) * len(held[0].placements)),)
     return None
 
 

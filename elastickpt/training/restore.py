@@ -97,9 +97,7 @@ def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: objec
     def put(new: object) -> None:
         """Nothing to do: it was found equal."""
 
-    if isinstance(live, (int, float, str, bytes, tuple, type(None))) and typed_key(carried(live, place)) != typed_key(
-        found
-    ):
+    if isinstance(live, (int, float, str, bytes, tuple, type(None))) and typed_key(carried(live, place)) != typed_key(found):
         expected = f"{shown(live)} to be replaceable: `state` is a {type(state).__name__}, which cannot be changed"
         draft.differs(place, "value", expected=expected, found=shown(found))
         return

@@ -119,16 +119,12 @@ def _group_lists(
     by_item = {bound.item: bound for bound in optimizers}
     found: dict[str, list[object]] = {}
     for table in draft.listing.tables:
-        keys = [
-            field.key for field in table.fields if field.kind == "schedule" and f"/{field.key}".startswith(place + "/")
-        ]
+        keys = [field.key for field in table.fields if field.kind == "schedule" and f"/{field.key}".startswith(place + "/")]
         bound = by_item.get(table.item)
         if not keys:
             continue
         if bound is None or bound.view is None:
-            draft.differs(
-                place, "value", expected="a scheduler without optimizer in `state`", found=f"one of {table.item!r}"
-            )
+            draft.differs(place, "value", expected="a scheduler without optimizer in `state`", found=f"one of {table.item!r}")
             continue
         for key in keys:
             entries = option_lists(bound.saved_groups(), bound.view, key)
@@ -147,9 +143,7 @@ def _entries(
             differ(draft, f"{where}/{index}", entry)
         elif live is not None:
             made.append(live[index])
-            draft.note(
-                f"{where}/{index} is not in the checkpoint for the parameters of its group: {live[index]!r} stays"
-            )
+            draft.note(f"{where}/{index} is not in the checkpoint for the parameters of its group: {live[index]!r} stays")
         else:
             draft.missing(f"{where}/{index}", "an entry for its group")
     return made

@@ -59,9 +59,7 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def hold_tree(
-    item: str, value: object, *, place: str, job: Job, identities: Identities
-) -> tuple[Value, tuple[HeldArray, ...]]:
+def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
     """The tree of `value`, which stands at `place` below `item`, and its tensors.
 
     Raises ValueNotCarried with the place.
@@ -257,9 +255,7 @@ _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
 
 def _opaque(live: object) -> bool:
     """An object that no checkpoint holds: it cannot be replaced by a plain value without a word."""
-    return not isinstance(
-        live, (*_CONTAINERS, numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None))
-    )
+    return not isinstance(live, (*_CONTAINERS, numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None)))
 
 
 def _kind(value: object) -> str:

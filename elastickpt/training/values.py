@@ -89,9 +89,7 @@ def _key(key: object, place: str) -> Hashable:
         for one in key:  # type: ignore[attr-defined]
             _key(one, place)
         return key
-    raise ValueNotCarried(
-        f"value {place}: a key or set element of type {_type_name(key)} cannot be carried by a checkpoint"
-    )
+    raise ValueNotCarried(f"value {place}: a key or set element of type {_type_name(key)} cannot be carried by a checkpoint")
 
 
 def carried(value: object, place: str) -> Value:

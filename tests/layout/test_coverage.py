@@ -87,9 +87,7 @@ def test_a_partition_covers_exactly(case: tuple[Shape, list[Box]]) -> None:
 
 @law
 @given(partitions(), st.data())
-def test_a_partition_with_one_box_too_few_or_too_many_is_found_out(
-    case: tuple[Shape, list[Box]], data: st.DataObject
-) -> None:
+def test_a_partition_with_one_box_too_few_or_too_many_is_found_out(case: tuple[Shape, list[Box]], data: st.DataObject) -> None:
     shape, boxes = case
     number = data.draw(st.sampled_from([k for k, box in enumerate(boxes) if box.count]))
     less, more = boxes[:number] + boxes[number + 1 :], [*boxes, boxes[number]]
@@ -183,7 +181,5 @@ def test_an_overlap_names_array_box_and_both_writers() -> None:
 
 def test_a_box_beyond_the_array_names_its_writer() -> None:
     for box in (Box((0, 0), (4, 5)), Box((0,), (4,))):
-        with pytest.raises(
-            Malformed, match=r"params/model/head\.weight/value: writer 9: .* reaches beyond \[0:4, 0:4\]"
-        ):
+        with pytest.raises(Malformed, match=r"params/model/head\.weight/value: writer 9: .* reaches beyond \[0:4, 0:4\]"):
             require_coverage(SPEC, [box], ["writer 9"])

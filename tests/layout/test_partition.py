@@ -30,9 +30,7 @@ def assert_adjacent(split: Split, extent: int, count: int) -> None:
 @law
 @given(extents, ways)
 @pytest.mark.parametrize("split", [torch_chunk, balanced])
-def test_a_split_has_exactly_so_many_adjacent_intervals(
-    split: Callable[[int, int], Split], extent: int, n: int
-) -> None:
+def test_a_split_has_exactly_so_many_adjacent_intervals(split: Callable[[int, int], Split], extent: int, n: int) -> None:
     assert_adjacent(split(extent, n), extent, n)
 
 

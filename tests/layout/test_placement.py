@@ -171,10 +171,7 @@ def test_replicas_hold_one_box_and_agree_who_they_are(case: tuple[Shape, Shape, 
     mesh = Mesh("m", tuple(map(str, range(len(sizes)))), sizes, tuple(range(prod(sizes))))
     for rank in mesh.ranks:
         group = replica_ranks(mesh, placements, rank)
-        boxes = {
-            physical_box(shape, sizes=sizes, coordinate=mesh.coordinate(other), placements=placements)
-            for other in group
-        }
+        boxes = {physical_box(shape, sizes=sizes, coordinate=mesh.coordinate(other), placements=placements) for other in group}
         assert rank in group
         assert len(boxes) == 1
         assert {replica_ranks(mesh, placements, other) for other in group} == {group}

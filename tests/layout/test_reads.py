@@ -152,9 +152,7 @@ def test_steps_say_what_they_are(case: tuple[Stored, Box, int, int]) -> None:
     """A Direct is contiguous on both sides, a Scatter is not; parts are in the piece, the wanted box and the read."""
     stored, wanted, block_nbytes, limit = case
     numbers = np.arange(max(wanted.count, 1))[: wanted.count].reshape(wanted.shape)
-    for read in plan_reads(
-        wanted, stored.runs, block_nbytes=block_nbytes, itemsize=stored.itemsize, scatter_nbytes=limit
-    ):
+    for read in plan_reads(wanted, stored.runs, block_nbytes=block_nbytes, itemsize=stored.itemsize, scatter_nbytes=limit):
         run = stored.runs[read.piece]
         own = np.arange(run.box.count).reshape(run.box.shape)
         for step in read.steps:
@@ -193,9 +191,7 @@ def test_narrow_columns_are_one_covering_read_and_wide_ones_many() -> None:
     assert covering.steps == (Scatter(wanted, 0, (4096, 1), 0, (1024, 1)),)
     rows = plan_reads(wanted, [run], block_nbytes=512, itemsize=1)
     assert [(read.start, read.end) for read in rows] == [(4096 * k, 4096 * k + 1024) for k in range(16)]
-    assert [read.steps for read in rows] == [
-        (Direct(Box((k, 0), (k + 1, 1024)), 4096 * k, 1024 * k, 1024),) for k in range(16)
-    ]
+    assert [read.steps for read in rows] == [(Direct(Box((k, 0), (k + 1, 1024)), 4096 * k, 1024 * k, 1024),) for k in range(16)]
 
 
 def test_tiny_rows_do_not_explode_and_buffers_are_bounded() -> None:

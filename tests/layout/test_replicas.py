@@ -65,9 +65,7 @@ def test_without_enough_rows_a_flat_range_is_split() -> None:
 
 
 def test_the_remainder_wanders_with_the_salt() -> None:
-    longer = [
-        [share[0].shape[0] for share in shares(Box.whole((10, MIB)), itemsize=1, count=4, salt=salt)] for salt in (0, 3)
-    ]
+    longer = [[share[0].shape[0] for share in shares(Box.whole((10, MIB)), itemsize=1, count=4, salt=salt)] for salt in (0, 3)]
     assert longer == [[3, 3, 2, 2], [3, 2, 2, 3]]
 
 

@@ -84,9 +84,7 @@ def on_direct_disk(tmp_path):
 # Past the page cache
 
 
-def test_the_inside_of_a_large_aligned_range_is_written_direct_and_its_edges_are_not(
-    store, monkeypatch, on_direct_disk
-):
+def test_the_inside_of_a_large_aligned_range_is_written_direct_and_its_edges_are_not(store, monkeypatch, on_direct_disk):
     calls = Calls(os.pwrite)
     monkeypatch.setattr(ranges.os, "pwrite", calls)
     data = bytes_in(4 * MIB)
@@ -203,7 +201,7 @@ def test_a_failed_sync_is_never_tried_again(store, monkeypatch):
     monkeypatch.setattr(ranges.os, "fdatasync", fail_once)
     writer = store.open_writer("file", 1)
     for _ in range(3):
-        with pytest.raises(StorageFailed, match="sync .*file: Input/output error"):
+        with pytest.raises(StorageFailed, match=r"sync .*file: Input/output error"):
             writer.sync()
     assert len(tries) == 1
     writer.close()

@@ -55,7 +55,7 @@ def test_a_conditional_put_is_declared_by_protocol(protocol, conditional):
     filesystem = type("Some", (MemoryFileSystem,), {"protocol": protocol})()
     capabilities = FsspecStore(f"{protocol}://folder", filesystem=filesystem).capabilities
     assert (capabilities.name, capabilities.conditional_put) == (protocol, conditional)
-    assert not (capabilities.ranged_writes or capabilities.directory_sync or capabilities.shared_by_hosts)
+    assert not any((capabilities.ranged_writes, capabilities.directory_sync, capabilities.shared_by_hosts))
 
 
 def test_errors_of_a_client_library_name_operation_and_path():

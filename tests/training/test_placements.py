@@ -184,9 +184,7 @@ def _four_ranks(rank: int, world_size: int) -> Held:
         "tp x fsdp, 9": held_of(nine, declared),
         "tp x fsdp, 101": held_of(many, declared),
         "undeclared norm": held_of(nine[1], job),
-        "tp x ddp": held_of(
-            DistributedDataParallel(tensor_parallel(mlp(4, 6), grid["tp"]), device_mesh=grid["dp"]), declared
-        ),
+        "tp x ddp": held_of(DistributedDataParallel(tensor_parallel(mlp(4, 6), grid["tp"]), device_mesh=grid["dp"]), declared),
         "half": hold(
             ArrayId("params", "model", "half", "value"),
             distribute_tensor(dense("half", (5, 2)), half, [Shard(1)]),
@@ -274,9 +272,7 @@ def test_placements_without_a_box_are_refused_by_name() -> None:
     first, second = run_ranks(_refused, 2)
     assert "extra/state/x is placed as P(sum) on axis 0" in first[0]
     assert "expected split factor 1" in first[1]
-    assert second[2] == (
-        "array extra/state/x: its box [2:4, 0:4] has shape (2, 4), this rank's local tensor has shape (1, 4)"
-    )
+    assert second[2] == ("array extra/state/x: its box [2:4, 0:4] has shape (2, 4), this rank's local tensor has shape (1, 4)")
 
 
 def _stages(rank: int, world_size: int) -> tuple[list[str], bool]:
@@ -284,9 +280,7 @@ def _stages(rank: int, world_size: int) -> tuple[list[str], bool]:
 
     layers = [nn.ModuleDict({str(k): nn.Linear(2, 2)}) for k in (rank, rank + 2)]
     stages = [
-        PipelineStage(
-            layer, rank + 2 * n, 4, torch.device("cpu"), input_args=torch.ones(1, 2), output_args=torch.ones(1, 2)
-        )
+        PipelineStage(layer, rank + 2 * n, 4, torch.device("cpu"), input_args=torch.ones(1, 2), output_args=torch.ones(1, 2))
         for n, layer in enumerate(layers)
     ]
     one = held_of(stages[0], Job(rank, world_size))
