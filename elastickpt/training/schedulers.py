@@ -145,6 +145,7 @@ def _entries(
             made.append(revived(entry.value))
         elif isinstance(entry, Disagreement):
             differ(draft, f"{where}/{index}", entry)
+            made.append(None)
         elif live is not None:
             made.append(live[index])
             draft.note(
@@ -152,6 +153,7 @@ def _entries(
             )
         else:
             draft.missing(f"{where}/{index}", "an entry for its group")
+            made.append(None)
     return made
 
 
