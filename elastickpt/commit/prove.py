@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
 from elastickpt.errors import CoverageOverlap, StructureConflict
 from elastickpt.format.box import Box
 from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.records import ArrayRecord, Field, OptimizerTable
+from elastickpt.format.records import ArrayRecord, Field, FieldKind, OptimizerTable
 from elastickpt.format.values import Value, value_digest
 from elastickpt.layout.coverage import require_coverage
 
@@ -55,9 +56,12 @@ def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
             spans.setdefault((file.base, file.path), []).append((offset, offset + nbytes, columns.writer))
     for (_, path), found in spans.items():
         found.sort()
-        for (_, stop, one), (start, _, other) in zip(found, found[1:], strict=False):
+        for (_, stop, one), (start, _, other) in pairwise(found):
             if start < stop:
                 raise CoverageOverlap(f"{path}: bytes {start} to {stop} are claimed by writers {one} and {other}")
+
+
+_Row = dict[tuple[FieldKind, str], Value]
 
 
 # -- what optimizers hold per parameter --------------------------------------------------------------------------------
@@ -68,7 +72,7 @@ def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]
 
     Raises StructureConflict where two writers hold different values of one parameter.
     """
-    rows: dict[str, dict[tuple[str, str], dict[tuple[str, str], Value]]] = {}
+    rows: dict[str, dict[tuple[str, str], _Row]] = {}
     for table in tables:
         of_item = rows.setdefault(table.item, {})
         for place, parameter in enumerate(table.parameters):
@@ -82,11 +86,11 @@ def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]
     return tuple(_table(item, of_item) for item, of_item in sorted(rows.items()))
 
 
-def _digests(row: dict[tuple[str, str], Value]) -> dict[tuple[str, str], str]:
+def _digests(row: _Row) -> dict[tuple[FieldKind, str], str]:
     return {key: value_digest(value) for key, value in row.items()}
 
 
-def _table(item: str, rows: dict[tuple[str, str], dict[tuple[str, str], Value]]) -> OptimizerTable:
+def _table(item: str, rows: dict[tuple[str, str], _Row]) -> OptimizerTable:
     parameters = tuple(sorted(rows))
     keys = dict.fromkeys(key for parameter in parameters for key in rows[parameter])
     fields = []
@@ -99,5 +103,5 @@ def _table(item: str, rows: dict[tuple[str, str], dict[tuple[str, str], Value]])
                 continue
             value = rows[parameter][kind, key]
             which.append(values.setdefault(value_digest(value), (len(values), value))[0])
-        fields.append(Field(kind, key, tuple(value for _, value in values.values()), tuple(which)))  # type: ignore[arg-type]
+        fields.append(Field(kind, key, tuple(value for _, value in values.values()), tuple(which)))
     return OptimizerTable(item, parameters, tuple(fields))

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -46,6 +47,7 @@ class Connection:
         self._socket = sock
         self._sending = threading.Lock()
         self._buffer = bytearray()
+        self._frames: deque[Frame] = deque()
         self.heard_at = time.monotonic()
         sock.setblocking(True)
 
@@ -70,7 +72,7 @@ class Connection:
             finally:
                 self._sending.release()
 
-    def _take(self) -> Frame | None:
+    def _cut(self) -> Frame | None:
         if len(self._buffer) < _HEADER.size:
             return None
         nbytes, kind, number = _HEADER.unpack_from(self._buffer)
@@ -83,8 +85,8 @@ class Connection:
         del self._buffer[:end]
         return Frame(Kind(kind), number, data)
 
-    def pump(self) -> list[Frame]:
-        """Reads once (call when readable) and returns the complete frames, beats left out. Raises PeerGone."""
+    def pump(self) -> None:
+        """Reads once; call when readable. Complete frames, beats left out, wait to be taken. Raises PeerGone."""
         try:
             data = self._socket.recv(1 << 20)
         except OSError as error:
@@ -93,11 +95,13 @@ class Connection:
             raise PeerGone("connection closed")
         self.heard_at = time.monotonic()
         self._buffer += data
-        frames = []
-        while (frame := self._take()) is not None:
+        while (frame := self._cut()) is not None:
             if frame.kind is not Kind.BEAT:
-                frames.append(frame)
-        return frames
+                self._frames.append(frame)
+
+    def take(self) -> Frame | None:
+        """The next frame that was read, in order; None if there is none yet."""
+        return self._frames.popleft() if self._frames else None
 
     def close(self) -> None:
         self._socket.close()

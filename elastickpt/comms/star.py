@@ -157,28 +157,28 @@ class Star:
         with selectors.DefaultSelector() as selector:
             for member, peer in waiting.items():
                 selector.register(peer, selectors.EVENT_READ, member)
-            while waiting:
-                for key, _ in selector.select(timeout=BEAT_S):
-                    member = key.data
-                    try:
-                        frames = waiting[member].pump()
-                    except PeerGone as gone:
-                        failures[member] = self._lost(member, name, gone)
-                        frames = []
-                    for frame in frames:
-                        if frame.kind is Kind.PAYLOAD:
-                            payloads[member] = frame.data
-                        elif frame.kind is Kind.FAILURE:
-                            (failures[member],) = _decode_report(frame.data)
+            while True:
+                for member, peer in list(waiting.items()):
+                    frame = peer.take()
+                    if frame is not None and frame.kind is Kind.PAYLOAD:
+                        payloads[member] = frame.data
+                        failures.pop(member, None)  # it said what it had to say before it went
+                    elif frame is not None and frame.kind is Kind.FAILURE:
+                        (failures[member],) = _decode_report(frame.data)
                     if member in payloads or member in failures:
                         selector.unregister(waiting.pop(member))
+                if not waiting:
+                    return payloads, failures
+                for key, _ in selector.select(timeout=BEAT_S):
+                    try:
+                        waiting[key.data].pump()
+                    except PeerGone as gone:
+                        failures[key.data] = self._lost(key.data, name, gone)
                 now = time.monotonic()
                 for member, peer in list(waiting.items()):
                     # a peer may have said nothing while this process itself was busy: count from when we began to listen
-                    if now - max(peer.heard_at, begun) > self._silence_s:
+                    if member not in failures and now - max(peer.heard_at, begun) > self._silence_s:
                         failures[member] = self._silent(member, name)
-                        selector.unregister(waiting.pop(member))
-        return payloads, failures
 
     def _lost(self, member: int, name: str, gone: PeerGone) -> RankFailure:
         rank = self._ranks[member]
@@ -214,10 +214,10 @@ class Star:
         with selectors.DefaultSelector() as selector:
             selector.register(hub, selectors.EVENT_READ)
             while True:
+                if (frame := hub.take()) is not None:
+                    return frame
                 if selector.select(timeout=BEAT_S):
-                    for frame in hub.pump():
-                        if frame.round == self._round:
-                            return frame
+                    hub.pump()
                 elif time.monotonic() - hub.heard_at > self._silence_s:
                     raise PeerSilent
 
@@ -279,10 +279,9 @@ def _greeted(connection: Connection, sock: socket.socket, secret: bytes, deadlin
     """The member that says hello with the right secret; None for anybody else."""
     sock.settimeout(max(0.001, min(10.0, deadline - time.monotonic())))
     try:
-        frames: list[Frame] = []
-        while not frames:
-            frames = connection.pump()
-        said, member = msgpack.unpackb(frames[0].data)
+        while (hello := connection.take()) is None:
+            connection.pump()
+        said, member = msgpack.unpackb(hello.data)
     except (PeerGone, ValueError, CheckpointError):
         return None
     sock.settimeout(None)

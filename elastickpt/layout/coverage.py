@@ -109,7 +109,7 @@ def _common(a: Box, b: Box) -> Box:
 
 
 def _cut_between(part: Part) -> list[Part] | None:
-    """The part, cut along an axis where no box crosses, less the slabs that one box fills; None where there is no cut."""
+    """The part, cut along an axis where no box crosses, less the slabs that one box fills; None without a cut."""
     start, stop, items = part
     for axis in range(len(start)):
         slabs = _slabs(items, axis, start[axis], stop[axis])

@@ -22,9 +22,7 @@ from elastickpt.layout.partition import torch_chunk
 _PLACEMENT = re.compile(r"R|(_?)S\((0|[1-9][0-9]*)\)", re.ASCII)
 
 
-def physical_box(
-    shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[str]
-) -> Box:
+def physical_box(shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[str]) -> Box:
     """The box of an array of this shape that the rank at this coordinate of a mesh of these sizes holds.
 
     Where nothing is left for a rank, its box is empty and stands at the end of what was split. Raises
@@ -56,8 +54,7 @@ def cuts_of(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str
         raise LayoutUnsupported(f"placements {tuple(placements)} on a mesh of sizes {tuple(sizes)}")
     splits = _splits(tuple(placements), len(shape))
     return tuple(
-        _regular(extent, tuple(sizes[axis] for axis, split in splits if split == dim))
-        for dim, extent in enumerate(shape)
+        _regular(extent, tuple(sizes[axis] for axis, split in splits if split == dim)) for dim, extent in enumerate(shape)
     )
 
 

@@ -332,4 +332,3 @@ def _read_span(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes)
 def _file_offset(piece: StoredPiece, position: int) -> int:
     row, inside = divmod(position, piece.row_nbytes)
     return piece.offset + row * piece.row_stride + inside
-

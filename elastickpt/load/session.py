@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import msgpack
 import numpy as np
 
-from elastickpt.comms.team import Team
 from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, StateMismatch
 from elastickpt.format.arrays import Mesh
 from elastickpt.load.fetch import Elements, FetchReport, Verify, Wanted, fetch
@@ -254,7 +254,7 @@ def _joint_mismatches(
         places.update(known_places)
     flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
     arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
-    found = []
+    found: list[tuple[str, str]] = []
     for mismatch, on in sorted(where.items()):
         found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
     found.extend((mismatch.what, str(mismatch)) for mismatch in unexpected(listing, arrays=arrays, places=places))

@@ -66,7 +66,8 @@ def require_same_intention(intentions: Sequence[Intention], ranks: Sequence[int]
             mine, theirs = getattr(first, what), getattr(other, what)
             if mine != theirs:
                 raise Refused(
-                    f"{what} of this save: expected the same on all ranks, found {mine} on rank {ranks[0]} and {theirs} on rank {rank}"
+                    f"{what} of this save: expected the same on all ranks, "
+                    f"found {mine} on rank {ranks[0]} and {theirs} on rank {rank}"
                 )
 
 

@@ -97,8 +97,8 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
         first = found[0]
         layout = None
         if first.mesh is not None:
-            mesh = meshes.setdefault(first.mesh, len(meshes))
-            layout = layouts.setdefault(Layout(mesh, first.entry.placements), len(layouts))
+            number = meshes.setdefault(first.mesh, len(meshes))
+            layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
         grid = _grid(first)
         arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout)
         groups = _groups(identity, found)

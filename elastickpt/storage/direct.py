@@ -15,7 +15,7 @@ MIN_DIRECT_NBYTES = 1 << 20  # below this the edges and the extra call cost more
 
 
 def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
-    """shape=[nbytes]: zeroed memory that starts at a page and is faulted in; given back with the last view of it."""
+    """shape=[nbytes]: zeroed memory that starts at a page and is faulted in; freed with its last view (`.data`)."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), flags=flags), dtype=np.uint8, count=nbytes)
 

@@ -56,8 +56,6 @@ class naming:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError):
             raise storage_failure(error, self.operation, self.path) from error

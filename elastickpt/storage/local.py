@@ -44,6 +44,7 @@ class LocalStore:
             ranged_writes=True,
             sequential_only=False,
             shared_by_hosts=self._file_system in _SHARED_BY_HOSTS,
+            directories=True,
             name=self._file_system,
         )
 
@@ -62,8 +63,9 @@ class LocalStore:
             if not below:
                 _make_directory(top)
             elif not _is_directory(full):
-                if not os.path.lexists(top):
-                    raise MissingFile(f"make directory {full}: {top} is not there, and is not made with it")
+                if not _is_directory(top):
+                    cls, found = (PathOccupied, "no directory") if os.path.lexists(top) else (MissingFile, "not there")
+                    raise cls(f"make directory {full}: {top} is {found}")
                 for component in below:
                     _make_directory(self._prefix + component)
 
@@ -191,7 +193,7 @@ class LocalStore:
 def _is_directory(full: str) -> bool:
     try:
         return stat.S_ISDIR(os.lstat(full).st_mode)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

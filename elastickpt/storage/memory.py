@@ -90,7 +90,7 @@ class MemoryReader:
 
 
 class MemoryStore:
-    """The part of this process's memory tree below `name`, which springs into being with the first store of that name."""
+    """What this process holds in memory below `name`, which springs into being with its first store."""
 
     capabilities = _CAPABILITIES
 
@@ -152,9 +152,7 @@ class MemoryStore:
         self._file(path)
 
     def sync_directory(self, path: str) -> None:
-        raise CapabilityMissing(
-            f"directory_sync: nothing in {self._show(checked_directory(path))} outlives the process"
-        )
+        raise CapabilityMissing(f"directory_sync: nothing in {self._show(checked_directory(path))} outlives the process")
 
     def sync_tree(self) -> None:
         raise CapabilityMissing(f"tree_sync: nothing in {self.url} outlives the process")

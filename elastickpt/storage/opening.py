@@ -32,7 +32,8 @@ def open_store(url: str) -> Store:
 def locate(path: str | os.PathLike[str]) -> tuple[Store, str]:
     """ "/runs/a/step-7/" -> (the store at "/runs/a", "step-7"). Creates nothing.
 
-    Local paths are made absolute, ".." being resolved as text. Raises NotACheckpoint where the parent is no directory or there is no last name.
+    Local paths are made absolute, ".." being resolved as text. Raises NotACheckpoint where the parent is no directory
+    or there is no last name.
     """
     parent, name = _parent_and_name(path)
     try:

@@ -25,9 +25,7 @@ class _naming(naming):
 
     __slots__ = ()
 
-    def __exit__(
-        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(cls, error, trace)
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
             raise StorageFailed(f"{self.operation} {self.path}: {type(error).__name__}: {error}") from error

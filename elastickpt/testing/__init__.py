@@ -1,1 +1,1 @@
-"""What users and our own tests may test with: store suite, faults, ranks."""
+"""What a store's author runs: the suite that all stores pass, and stores that record, fail, tear and crash."""

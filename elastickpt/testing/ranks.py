@@ -7,8 +7,8 @@
 
     assert run_ranks(sums, 4, 2.0) == [8.0, 8.0, 8.0, 8.0]
 
-The function is named, not sent: it stands at the top level of a module, which the forking process imports once. Arguments
-and results cross processes as multiprocessing sends them.
+The function is named, not sent: it stands at the top level of a module, which the forking process imports once.
+Arguments and results cross processes as multiprocessing sends them, tensors by their contents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from elastickpt.errors import DeadlineExceeded, RankLost
-from elastickpt.testing.zygote import Answer, FunctionName, Launch, Reap, encode
+from elastickpt.testing.zygote import Answer, FunctionName, Launch, Reap, decode, encode
 
 GRACE_S = 5.0  # what the other ranks get to end in, once one has failed
 DUMP_S = 2.0  # from SIGABRT, at which a rank dumps its stacks, to SIGKILL
@@ -41,8 +41,8 @@ OUTPUT_TAIL = 8000  # bytes of a failed rank's output that its error shows
 class Outcome:
     """How a rank ended: with a `value`, or with `error`; `status` is its exit status, -n after signal n.
 
-    `traceback` and `output` (stdout and stderr together, its stacks if it hung) are for people. `at` is the monotonic time
-    of its answer, infinite if it gave none: the first failure is the cause of the others.
+    `traceback` and `output` (stdout and stderr together, its stacks if it hung) are for people. `at` is the monotonic
+    time of its answer, infinite if it gave none: the first failure is the cause of the others.
     """
 
     rank: int
@@ -76,9 +76,7 @@ def spawn_ranks(function: Callable[..., object], world_size: int, *args: object,
 class Ranks:
     """Running ranks. As a context it ends by killing those that are left."""
 
-    def __init__(
-        self, zygote: _Zygote, pids: tuple[int, ...], pipes: list[Any], outputs: list[int], limit: float
-    ) -> None:
+    def __init__(self, zygote: _Zygote, pids: tuple[int, ...], pipes: list[Any], outputs: list[int], limit: float) -> None:
         self.pids = pids
         self._zygote = zygote
         self._pipes = pipes
@@ -104,9 +102,7 @@ class Ranks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._statuses is None:
             self._end()
         for pipe in self._pipes:
@@ -148,12 +144,10 @@ class Ranks:
 
     def _end(self) -> None:
         for rank in range(len(self.pids)):
-            answer = self._answers.get(rank)
-            if answer is not None and not answer.traceback:
-                with suppress(OSError):
-                    self._pipes[rank].send(None)  # all are done: leave
-            elif answer is None:
+            if self._answers.get(rank) is None:
                 self.kill(rank)
+            with suppress(OSError):
+                self._pipes[rank].send_bytes(b"")  # all are done: leave
         self._statuses = self._zygote.reap(self.pids)
 
     def _outcome(self, rank: int) -> Outcome:
@@ -174,7 +168,7 @@ class Ranks:
 
 def _received(pipe: Any) -> Answer | None:
     try:
-        answer: Answer = pipe.recv()
+        answer: Answer = decode(pipe.recv_bytes())
     except (EOFError, OSError):
         return None
     return answer
@@ -185,14 +179,9 @@ class _Zygote:
 
     def __init__(self) -> None:
         here, there = socket.socketpair()
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from elastickpt.testing.zygote import serve; serve({there.fileno()})"
-        )
+        code = f"import sys; sys.path[:] = {sys.path!r}; from elastickpt.testing.zygote import serve; serve({there.fileno()})"
         self.owner = os.getpid()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
         there.close()
         self._socket = here
         self._control: Any = Connection(os.dup(here.fileno()))
@@ -202,9 +191,7 @@ class _Zygote:
     def alive(self) -> bool:
         return self.owner == os.getpid() and self._process.poll() is None
 
-    def launch(
-        self, function: Callable[..., object], world_size: int, args: tuple[object, ...], timeout_s: float
-    ) -> Ranks:
+    def launch(self, function: Callable[..., object], world_size: int, args: tuple[object, ...], timeout_s: float) -> Ranks:
         where = FunctionName(function.__module__, function.__code__.co_filename, function.__name__)
         if function.__qualname__ != function.__name__:
             raise ValueError(f"{function.__qualname__} is no top-level function, so no other process finds it")

@@ -30,8 +30,9 @@ def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared
     """What this rank holds of `state`: arrays that share memory with it, and copies of all else.
 
     Local: no collectives, no I/O, no training code; the state dict methods of objects and `get_extra_state` are called.
-    `declared` is the mesh over which plain tensors are replicas. Raises ValueNotCarried with the place of a value that no
-    checkpoint can hold, StructureConflict where entries contradict each other, LayoutUnsupported for a placement without a box.
+    `declared` is the mesh over which plain tensors are replicas. Raises ValueNotCarried with the place of a value that
+    no checkpoint can hold, StructureConflict where entries contradict each other, LayoutUnsupported for a placement
+    without a box.
     """
     gathering = _Gathering(state, kinds_of(state), Job(rank, world_size, declared))
     gathering.models()
@@ -121,6 +122,7 @@ def _require_distinct(arrays: Iterable[HeldArray]) -> None:
     for held in arrays:
         if held.spec.id in seen:
             raise StructureConflict(
-                f"two tensors of `state` have the one name {held.spec.id}: keys of a dict must differ as text (1 and '1' do not)"
+                f"two tensors of `state` have the one name {held.spec.id}: keys of a dict must differ as text, "
+                f"which 1 and '1' do not"
             )
         seen.add(held.spec.id)

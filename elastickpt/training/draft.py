@@ -1,4 +1,4 @@
-"""A Binding while it is being made: what the parts of `bind` add to, and how they look things up. Changes no live state."""
+"""A Binding while it is being made: what the parts of `bind` add to, and how they look things up."""
 
 from __future__ import annotations
 

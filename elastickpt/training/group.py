@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from elastickpt.errors import DeadlineExceeded, Refused
 
@@ -15,8 +16,8 @@ from elastickpt.errors import DeadlineExceeded, Refused
 class JobStore:
     """The process group's own store behind two operations; keys are below a prefix of ours."""
 
-    def __init__(self, store: dist.Store, prefix: str) -> None:
-        self._store = dist.PrefixStore(prefix, store)
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = PrefixStore(prefix, store)
 
     def set(self, key: str, value: bytes) -> None:
         self._store.set(key, value)  # type: ignore[arg-type]  # the stub says str; the store takes bytes

@@ -1,9 +1,9 @@
-"""What the entries of `state` are: the one place that tells models, optimizers, schedulers, objects and values apart."""
+"""What the entries of `state` are: models, optimizers, schedulers, objects or values, told apart here only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -45,8 +45,11 @@ def kind_of(value: object) -> Kind:
     return "object" if is_stateful(value) else "value"
 
 
-def kinds_of(state: Mapping[str, object]) -> dict[str, Kind]:
-    """The kind of each entry, in order. Raises ValueNotCarried for a key that is no name, or a model inside `PerRank`."""
+def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
+    """The kind of each entry, in order.
+
+    Raises ValueNotCarried for a key that is no name, or a model inside `PerRank`.
+    """
     kinds: dict[str, Kind] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not key or len(key.encode()) > MAX_NAME_NBYTES:
@@ -54,8 +57,8 @@ def kinds_of(state: Mapping[str, object]) -> dict[str, Kind]:
         kinds[key] = kind_of(value)
         if isinstance(value, PerRank) and isinstance(value.value, (nn.Module, Optimizer, LRScheduler, RNG, PerRank)):
             raise ValueNotCarried(
-                f"value {key!r}: PerRank around a {type(value.value).__name__}, expected an object with its own state or a plain "
-                f"value; put it into `state` as it is"
+                f"value {key!r}: PerRank around a {type(value.value).__name__}, expected an object with its own state "
+                f"or a plain value; put it into `state` as it is"
             )
     return kinds
 

@@ -12,9 +12,7 @@ from elastickpt.training.kinds import kinds_of
 from elastickpt.training.modules import hold_module
 
 
-def held_by_models(
-    state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None
-) -> tuple[HeldArray, ...]:
+def held_by_models(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> tuple[HeldArray, ...]:
     """What the models of `state` hold on this rank: the layout of a job is that of its parameters. Local, no I/O."""
     kinds = kinds_of(state)
     job, identities = Job(rank, world_size, declared), Identities()

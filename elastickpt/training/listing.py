@@ -32,7 +32,8 @@ class Mismatch:
     side: Side
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.what}: expected {self.expected} (in this process), found {self.found} (in the checkpoint)"
+        sides = f"expected {self.expected} (in this process), found {self.found} (in the checkpoint)"
+        return f"{self.name}: {self.what}: {sides}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +41,9 @@ class Listing:
     """What a checkpoint holds, before any array is read.
 
     `tables` has one table for each optimizer item, merged from all writers. `values` maps places to replicated values;
-    `per_rank(writer)` reads one writer's own, and is called only for what needs it. `same_layout` says that ranks hold now
-    what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item, name) that
-    were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps.
+    `per_rank(writer)` reads one writer's own, and is called only for what needs it. `same_layout` says that ranks hold
+    now what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item,
+    name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps.
     """
 
     arrays: Mapping[ArrayId, ArraySpec]
@@ -60,8 +61,9 @@ class Listing:
 class Binding:
     """How this rank's state takes the checkpoint. Making it has changed nothing.
 
-    `targets` are the tensors to fill, each with the id that its array has in the checkpoint; several may name one array (tied
-    there, apart here). `mismatches` is complete for this rank but for what only all ranks together know: `arrays` and
+    `targets` are the tensors to fill, each with the id that its array has in the checkpoint; several may name one array
+    (tied there, apart here). `mismatches` is complete for this rank but for what only all ranks together know: `arrays`
+    and
     `places` are what this rank has a place for, and what no rank has one for is `unexpected(...)`.
     `install()` is called once, after all targets were filled, on all ranks; without collectives. Until then optimizers,
     schedulers, other objects and random streams are as they were.
@@ -76,13 +78,16 @@ class Binding:
 
 
 def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[str]) -> Iterator[Mismatch]:
-    """What the checkpoint has and no rank has a place for; `arrays` and `places` are the unions over all ranks' Bindings."""
+    """What the checkpoint has and no rank has a place for; `arrays` and `places` are the unions over all ranks'
+    Bindings.
+    """
     known = frozenset(arrays)
     for id_, spec in listing.arrays.items():
         if id_ not in known:
             yield Mismatch(str(id_), "unexpected", "nothing", f"{spec.dtype} {spec.shape}", "in the checkpoint")
     known_places = frozenset(places)
-    found = dict.fromkeys((*listing.values, *(place_of(table.item) for table in listing.tables)))
+    items = (place_of(item.name) for item in listing.items if item.kind != "module")
+    found = dict.fromkeys((*listing.values, *(place_of(table.item) for table in listing.tables), *items))
     for place in found:
         if place not in known_places:
             yield Mismatch(place, "unexpected", "nothing", "a value", "in the checkpoint")

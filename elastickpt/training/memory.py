@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 # numpy lacks bfloat16 and the 8-bit floats, and a copy of bits needs no arithmetic: unsigned words of the same size do
-_WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8"), 16: np.dtype("<c16")}
+_WORDS: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+    16: np.dtype("<c16"),
+}
 
 
 def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
@@ -22,12 +29,12 @@ def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
         return np.empty(tuple(tensor.shape), dtype=words)
     storage = tensor.untyped_storage()
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    memory._tensor = tensor  # the array's base is `memory`, which so keeps the storage
+    memory._tensor = tensor  # type: ignore[attr-defined]  # the array's base is `memory`, which so keeps the storage
     itemsize = tensor.element_size()
     return np.ndarray(
         tuple(tensor.shape),
         dtype=words,
-        buffer=memory,
+        buffer=memory,  # type: ignore[arg-type]  # the stub does not know that ctypes arrays are buffers
         offset=tensor.storage_offset() * itemsize,
         strides=tuple(stride * itemsize for stride in tensor.stride()),
     )

@@ -1,16 +1,13 @@
 """Optimizers taking a checkpoint's states and groups; the reverse of `optimizers`.
 
-States that exist are filled where they are, whatever their device. States that do not exist yet are made: like the parameter
-(same device, mesh and placements) where the shapes are equal, else whole. A 0-d `step` is made on the CPU, as torch does,
-unless the group is `fused` or `capturable`. `optimizer.step()` is never run.
-
-Groups keep their parameters; each gets the options that its parameters had, except how a step is executed (`foreach`, `fused`,
-`capturable`, `differentiable`): that is this process's choice.
+States that exist are filled where they are, whatever their device. States that do not exist yet are made: like the
+parameter (same device, mesh and placements) where the shapes are equal, else whole. A 0-d `step` is made on the CPU, as
+torch does, unless the group is `fused` or `capturable`. `optimizer.step()` is never run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,21 +17,20 @@ from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.values import ArrayValue, Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import placed
-from elastickpt.training.elements import dtype_name, torch_dtype
+from elastickpt.training.elements import torch_dtype
+from elastickpt.training.groups import bind_groups, overwritten
 from elastickpt.training.optimizers import (
     PER_RANK,
     Member,
     hold_state,
     local_scalar,
     members_of,
-    options_of,
     per_rank_place,
+    states_of,
 )
-from elastickpt.training.stateful import bind_tree, copy_into
-from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
-from elastickpt.training.values import place_of, revived, shown, tensor_of, token, typed_key
-
-_EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
+from elastickpt.training.stateful import bind_tree
+from elastickpt.training.tables import Name, TableView
+from elastickpt.training.values import place_of, revived, shown, tensor_of, token
 
 
 class BoundOptimizer:
@@ -88,7 +84,8 @@ def bind_optimizer(draft: Draft, item: str, optimizer: Optimizer) -> BoundOptimi
             draft.missing(place + place_of("state", *member.name), "a parameter of this optimizer")
         else:
             _States(draft, bound, member, name).bind()
-    _bind_groups(draft, bound, bound.view)
+    groups = zip(optimizer.param_groups, bound.saved_groups(), strict=True)
+    bind_groups(draft, item, bound.view, groups)
     _bind_values(draft, item, optimizer)
     return bound
 
@@ -148,9 +145,7 @@ class _States:
             self._absent(key, entry)
         elif held is None:
             expected = f"{tuple(entry.shape)} on each rank"
-            self._draft.differs(
-                self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape)
-            )
+            self._draft.differs(self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape))
         else:
             for one in held:
                 self._draft.fill(one)
@@ -238,7 +233,9 @@ def _like_parameter(member: Member, spec: ArraySpec) -> torch.Tensor:
 
 
 def _placed_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """`whole` as a replica on the mesh of its parameter, which only other DTensors may be combined with; or as it is."""
+    """`whole` as a replica on the mesh of its parameter, which only other DTensors may be combined with; or as it
+    is.
+    """
     parts = placed(parameter)
     if parts is None or not hasattr(parameter, "device_mesh"):
         return whole
@@ -247,88 +244,17 @@ def _placed_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(whole, parts.device_mesh, [Replicate() for _ in parts.placements], run_check=False)
 
 
-def overwritten(draft: Draft, live: torch.Tensor, found: Value, where: str) -> Callable[[], None] | None:
-    """What brings a small plain tensor to a saved value in place; None, and a mismatch, where it cannot take it."""
-    if isinstance(found, ArrayValue):
-        if found.shape != tuple(live.shape):
-            draft.differs(where, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
-            return None
-        if found.dtype != dtype_name(live.dtype):
-            draft.differs(where, "dtype", expected=str(live.dtype).removeprefix("torch."), found=found.dtype)
-            return None
-        return lambda: copy_into(live, found)
-    if type(found) not in (int, float) or live.ndim:
-        draft.differs(where, "value", expected=shown(live), found=shown(found))
-        return None
-    made = torch.tensor(found, dtype=live.dtype)
-    if made.item() != found:
-        draft.note(f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process")
-    return lambda: _fill(live, made)
-
-
-def _fill(live: torch.Tensor, made: torch.Tensor) -> None:
-    with torch.no_grad():
-        live.detach().copy_(made)
-
-
-def _bind_groups(draft: Draft, bound: BoundOptimizer, view: TableView) -> None:
-    for index, (group, names) in enumerate(zip(bound.optimizer.param_groups, bound.saved_groups(), strict=True)):
-        place = place_of(bound.item, "param_groups", index)
-        if not names:
-            draft.note(f"{place} has no parameter that is in the checkpoint: its options stay")
-            continue
-        live = dict(options_of(group))
-        for key in dict.fromkeys((*view.keys("hyper"), *live)):
-            found = view.agreed("hyper", key, names)
-            where = f"{place}/{token(key)}"
-            if isinstance(found, Disagreement):
-                differ(draft, where, found)
-            elif found is not None:
-                _bind_option(draft, group, key, found, where)
-            elif key in live:
-                draft.note(f"{where} is not in the checkpoint: {shown(live[key])} stays")
-
-
-def differ(draft: Draft, where: str, found: Disagreement) -> None:
-    """Records that parameters of one group were saved with different values."""
-    (first, second), (one, other) = (found.first, found.second), found.values
-    draft.differs(
-        where,
-        "value",
-        expected="one value for all parameters of the group",
-        found=f"{shown(one)} for {'/'.join(first)}, {shown(other)} for {'/'.join(second)}",
-    )
-
-
-def _bind_option(draft: Draft, group: dict[str, Any], key: str, found: Agreed, where: str) -> None:
-    live = group.get(key)
-    if isinstance(live, torch.Tensor):
-        if step := overwritten(draft, live, found.value, where):
-            draft.installs.append(step)
-        return
-    if key in _EXECUTION and key in group:
-        if typed_key(live) != typed_key(found.value):
-            draft.note(f"{where}: {live!r} stays, as it is how a step is executed; the checkpoint has {found.value!r}")
-        return
-    new = revived(found.value)
-    draft.installs.append(lambda: group.__setitem__(key, new))
-
-
 def _bind_values(draft: Draft, item: str, optimizer: Optimizer) -> None:
     """State that belongs to no parameter."""
     below = place_of(item, "state") + "/"
     saved = {place: value for place, value in draft.listing.values.items() if place.startswith(below)}
-    live = {place_of(item, "state", key): key for key in optimizer.state if isinstance(key, str)}
+    states = states_of(optimizer)
+    live = {place_of(item, "state", key): key for key in states if isinstance(key, str)}
     for place, key in live.items():
         if place not in saved:
-            draft.missing(place, shown(optimizer.state[key]))
+            draft.missing(place, shown(states[key]))
     for place, value in saved.items():
         draft.places.add(place)
         key = live.get(place, place[len(below) :].replace("~1", "/").replace("~0", "~"))
-        tree = bind_tree(draft, item, value, place=place, live=optimizer.state.get(key))
-        draft.installs.append(lambda key=key, tree=tree: optimizer.state.__setitem__(key, tree))  # type: ignore[misc]
-
-
-def option_lists(names: Sequence[Sequence[Name]], view: TableView, key: str) -> list[Agreed | Disagreement | None]:
-    """A scheduler's list, put together from its entries for each group's parameters."""
-    return [view.agreed("schedule", key, group) for group in names]
+        tree = bind_tree(draft, item, value, place=place, live=states.get(key))
+        draft.installs.append(lambda key=key, tree=tree: states.__setitem__(key, tree))  # type: ignore[misc]

@@ -1,16 +1,17 @@
 """Optimizers as held arrays and tables: states by the name of their parameter, groups as columns over parameters.
 
-    optimizer.state[p]["exp_avg"]  (tensor of p's shape, DTensor, ...)  -> array params/<item>/<FQN>/exp_avg
-    optimizer.state[p]["step"]     (0-d tensor)                         -> field `scalar` "step" of p
-    optimizer.state[p]["prev"]     (None, number, list, small tensors)  -> field `scalar` "prev" of p
-    optimizer.state["counter"]     (belongs to no parameter)            -> value /<optimizer>/state/counter
-    optimizer.param_groups[k]["lr"]                                     -> field `hyper` "lr" of each parameter of group k
+    state[p]["exp_avg"]      (tensor of p's shape, DTensor, ...)  -> array params/<item>/<FQN>/exp_avg
+    state[p]["step"]         (0-d tensor)                         -> field `scalar` "step" of p
+    state[p]["prev"]         (None, number, list, small tensors)  -> field `scalar` "prev" of p
+    state["counter"]         (belongs to no parameter)            -> value /<optimizer>/state/counter
+    param_groups[k]["lr"]                                         -> field `hyper` "lr" of each parameter of group k
 
-A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this rank's
-own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so.
+A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this
+rank's own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so.
 
-States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that both
-find their own. This is decided from what this rank has; ranks that share parameters must have the same optimizers on them.
+States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that
+both find their own. This is decided from what this rank has; ranks that share parameters must have the same optimizers
+on them.
 """
 
 from __future__ import annotations
@@ -74,17 +75,23 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
             known = identities.find(parameter)
             if known is None or known.role != "parameter":
                 raise StructureConflict(
-                    f"optimizer {item!r}: a parameter of group {index}, of shape {tuple(parameter.shape)}, is in no model of "
-                    f"`state`, so it has no name; put the model that it belongs to into `state` beside the optimizer"
+                    f"optimizer {item!r}: a parameter of group {index}, of shape {tuple(parameter.shape)}, is in no "
+                    f"model of `state`, so it has no name; put the model that it belongs to into `state` "
+                    f"beside the optimizer"
                 )
             members.append(Member(parameter, index, known))
     ids = {id(member.parameter) for member in members}
-    for key in optimizer.state:
+    for key in states_of(optimizer):
         if isinstance(key, torch.Tensor) and id(key) not in ids:
             raise StructureConflict(
                 f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
             )
     return tuple(members)
+
+
+def states_of(optimizer: Optimizer) -> dict[Any, Any]:
+    """`optimizer.state`: by parameter, and whatever else an optimizer uses as key."""
+    return optimizer.state
 
 
 def shared_parameters(optimizers: Iterable[Optimizer]) -> frozenset[int]:
@@ -117,7 +124,8 @@ def options_of(group: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 def hold_optimizer(
     item: str, optimizer: Optimizer, *, job: Job, identities: Identities, shared: frozenset[int]
 ) -> HeldOptimizer:
-    """What this rank holds of an optimizer. `identities` knows all models of `state`; nothing is changed, and no step is run.
+    """What this rank holds of an optimizer. `identities` knows all models of `state`; nothing is changed, and no step
+    is run.
 
     Raises StructureConflict as `members_of` does, ValueNotCarried with the place of what no checkpoint can hold.
     """
@@ -129,7 +137,7 @@ def hold_optimizer(
     saver.put_scalars()
     saver.put_groups(optimizer, members)
     values: dict[str, Value] = {}
-    for key, entry in optimizer.state.items():
+    for key, entry in states_of(optimizer).items():
         if not isinstance(key, torch.Tensor):
             place = place_of(item, "state", require_text(item, key))
             values[place], held = hold_tree(item, entry, place=place, job=job, identities=identities)
@@ -183,9 +191,7 @@ class _Saver:
 
     def put_scalars(self) -> None:
         """All 0-d states at once, so that those on a device cost one copy."""
-        for (name, row, _), value in zip(
-            self._scalars, scalar_values([one for _, _, one in self._scalars]), strict=True
-        ):
+        for (name, row, _), value in zip(self._scalars, scalar_values([one for _, _, one in self._scalars]), strict=True):
             self.table.put("scalar", name, value, rows=(row,))
 
     def put_groups(self, optimizer: Optimizer, members: Sequence[Member]) -> None:
@@ -213,13 +219,11 @@ def local_scalar(tensor: torch.Tensor, where: str) -> torch.Tensor:
     return parts.local
 
 
-def hold_state(
-    id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job
-) -> tuple[HeldArray, ...] | None:
+def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) -> tuple[HeldArray, ...] | None:
     """What this rank holds of a state; None when it is this rank's own, with no place in the whole.
 
-    A DTensor has its own shape and place. A plain tensor has its parameter's, if it has the shape of the local shard; on a
-    parameter that is not sharded it is whole, whatever its shape.
+    A DTensor has its own shape and place. A plain tensor has its parameter's, if it has the shape of the local shard;
+    on a parameter that is not sharded it is whole, whatever its shape.
     """
     held = member.known.held
     if not held:  # this rank is outside the parameter's mesh
@@ -272,4 +276,3 @@ def is_sharded(held: HeldArray) -> bool:
     if held.mesh is None:
         return held.box != Box.whole(held.spec.shape)
     return any(size > 1 and placement != "R" for size, placement in zip(held.mesh.sizes, held.placements, strict=True))
-

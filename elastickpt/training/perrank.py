@@ -22,10 +22,11 @@ class Reshardable(Protocol):
 class PerRank:
     """Marks an entry of `state` as this rank's own: `state = {"loader": ek.PerRank(loader)}`.
 
-    `value` is an object with state_dict and load_state_dict, or a plain value or container. Each rank's goes into that rank's
-    part of the checkpoint, and is not compared between ranks. Tensors inside are carried whole, up to 64 KiB each. On the same
-    layout each rank gets its own back. On another, the object's own `reshard` (see `Reshardable`) is asked; without one
-    loading is refused. A plain value that cannot be changed in place (a number) is replaced in `value`.
+    `value` is an object with state_dict and load_state_dict, or a plain value or container. Each rank's goes into that
+    rank's part of the checkpoint, and is not compared between ranks. Tensors inside are carried whole, up to 64 KiB
+    each. On the same layout each rank gets its own back. On another, the object's own `reshard` (see `Reshardable`) is
+    asked; without one loading is refused. A plain value that cannot be changed in place (a number) is replaced in
+    `value`.
     """
 
     __slots__ = ("value",)

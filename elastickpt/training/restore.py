@@ -21,19 +21,16 @@ from elastickpt.training.stateful import bind_container, bind_object, is_statefu
 from elastickpt.training.values import carried, place_of, revived, shown, typed_key
 
 
-def bind(
-    state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing
-) -> Binding:
+def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:
     """How this rank's part of `state` is filled from the checkpoint that `listing` describes. Changes nothing.
 
-    Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and `reshard`,
-    see `PerRank`) are called. New tensors for states that do not exist yet are allocated here, and attached by `install()`.
-    Differences are in the Binding; what `capture` would refuse is refused here too, with the same errors.
+    Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and
+    `reshard`, see `PerRank`) are called. New tensors for states that do not exist yet are allocated here, and attached
+    by `install()`. Differences are in the Binding; what `capture` would refuse is refused here too, with the same
+    errors.
     """
     job, kinds, identities = Job(rank, world_size, declared), kinds_of(state), Identities()
-    models = [
-        hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"
-    ]
+    models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
     draft = Draft(listing, job, identities, Names(listing, identities.tied()))
     for model in models:
         _bind_model(draft, model)
@@ -126,8 +123,8 @@ def _bind_per_rank(draft: Draft, key: str, live: PerRank) -> None:
         draft.differs(
             place,
             "value",
-            expected=f"the layout that saved it ({draft.listing.world_size} ranks), or a {type(live.value).__name__} with a "
-            f"method reshard(states, rank, world_size)",
+            expected=f"the layout that saved it ({draft.listing.world_size} ranks), or a {type(live.value).__name__} "
+            f"with a method reshard(states, rank, world_size)",
             found=f"a value of its own for each of {draft.listing.world_size} ranks, loaded on {draft.job.world_size}",
         )
         return
@@ -156,9 +153,7 @@ def _bind_streams(draft: Draft, key: str) -> None:
         draft.missing(place, "random streams")
         return
     going_on: Continuation = (
-        continued(saved[0])
-        if draft.listing.same_layout
-        else rederived(saved, step=draft.listing.step, rank=draft.job.rank)
+        continued(saved[0]) if draft.listing.same_layout else rederived(saved, step=draft.listing.step, rank=draft.job.rank)
     )
     for note in going_on.notes:
         draft.note(f"{place}: {note}")

@@ -1,7 +1,7 @@
 """`RNG`: the random streams of this process.
 
-On the same layout every stream continues exactly. On another, a kind of stream that was equal on all ranks that saved stays
-equal (DTensor wants one stream for each mesh), and the others are seeded anew from (seed, step, kind, rank).
+On the same layout every stream continues exactly. On another, a kind of stream that was equal on all ranks that saved
+stays equal (DTensor wants one stream for each mesh), and the others are seeded anew from (seed, step, kind, rank).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from elastickpt.training.values import array_value, carried, revived, tensor_of,
 class RNG:
     """An entry of `state` that stands for this process's random streams: `state = {"rng": ek.RNG()}`.
 
-    Torch's CPU generator, the generator of the current CUDA device (where there is one), Python's `random` and numpy's global
-    generator. Generators that the program makes itself are no part of it: put their state into `state`.
+    Torch's CPU generator, the generator of the current CUDA device (where there is one), Python's `random` and numpy's
+    global generator. Generators that the program makes itself are no part of it: put their state into `state`.
     """
 
     __slots__ = ()

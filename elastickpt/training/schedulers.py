@@ -1,11 +1,11 @@
 """Learning-rate schedulers: their state dict, but lists with an entry for each param group go to the optimizer's table.
 
-    scheduler.state_dict()["base_lrs"]               (one entry a group)  -> field `schedule` "<item>/base_lrs" of its parameters
-    scheduler.state_dict()["_schedulers"][1]["..."]  (SequentialLR)       -> field `schedule` "<item>/_schedulers/1/..."
-    everything else                                                       -> the value tree of the item; None for such a list
+    state_dict()["base_lrs"]               (an entry for each group)  -> field `schedule` "<item>/base_lrs"
+    state_dict()["_schedulers"][1]["..."]  (SequentialLR)             -> field `schedule` "<item>/_schedulers/1/..."
+    everything else                                                   -> the item's value tree, None for such a list
 
-So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline stages. If
-its optimizer is not in `state`, the lists are carried whole.
+So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline
+stages. If its optimizer is not in `state`, the lists are carried whole.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.values import Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job
+from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
-from elastickpt.training.optimizer_binding import BoundOptimizer, differ, option_lists
+from elastickpt.training.optimizer_binding import BoundOptimizer
 from elastickpt.training.optimizers import HeldOptimizer
 from elastickpt.training.stateful import bind_tree, hold_tree
 from elastickpt.training.tables import Agreed, Disagreement
@@ -35,9 +36,13 @@ GroupList = Callable[[str, Optimizer, Sequence[object]], bool]
 
 
 def _masked(scheduler: LRScheduler, state: Any, place: str, take: GroupList) -> dict[str, object]:
-    """A scheduler's state with None where `take(place, optimizer, list)` has taken a list with an entry for each group."""
+    """A scheduler's state with None where `take(place, optimizer, list)` has taken a list with an entry for each
+    group.
+    """
     if not isinstance(state, dict):
-        raise ValueNotCarried(f"value {place}: the state of {type(scheduler).__name__} is a {type(state).__name__}, expected a dict")
+        raise ValueNotCarried(
+            f"value {place}: the state of {type(scheduler).__name__} is a {type(state).__name__}, expected a dict"
+        )
     nested = getattr(scheduler, "_schedulers", ())
     found: dict[str, object] = {}
     for key, value in state.items():
@@ -65,7 +70,8 @@ def _is_group_list(scheduler: LRScheduler, key: str, value: object) -> bool:
 def hold_scheduler(
     item: str, scheduler: LRScheduler, *, optimizers: Mapping[int, HeldOptimizer], job: Job, identities: Identities
 ) -> tuple[Value, tuple[HeldArray, ...]]:
-    """The value tree and tensors of a scheduler; its group lists go to the tables of `optimizers`, by id of the optimizer.
+    """The value tree and tensors of a scheduler; its group lists go to the tables of `optimizers`, by id of the
+    optimizer.
 
     Raises ValueNotCarried with the place of what no checkpoint can hold.
     """
@@ -115,10 +121,12 @@ def _group_lists(
     for table in draft.listing.tables:
         keys = [field.key for field in table.fields if field.kind == "schedule" and f"/{field.key}".startswith(place + "/")]
         bound = by_item.get(table.item)
-        if keys and (bound is None or bound.view is None):
+        if not keys:
+            continue
+        if bound is None or bound.view is None:
             draft.differs(place, "value", expected="a scheduler without optimizer in `state`", found=f"one of {table.item!r}")
             continue
-        for key in keys if bound is not None and bound.view is not None else ():
+        for key in keys:
             entries = option_lists(bound.saved_groups(), bound.view, key)
             found[f"/{key}"] = _entries(draft, f"/{key}", entries, live.get(f"/{key}"))
     return found
@@ -151,9 +159,7 @@ def _lists(value: object, place: str) -> Iterator[tuple[str, list[object]]]:
             yield from _lists(one, f"{place}/{index}")
 
 
-def _require_lengths(
-    draft: Draft, expected: Mapping[str, Sequence[object]], found: Mapping[str, Sequence[object]]
-) -> None:
+def _require_lengths(draft: Draft, expected: Mapping[str, Sequence[object]], found: Mapping[str, Sequence[object]]) -> None:
     """A list that goes by groups on one side only has the same length on both by chance, or not at all."""
     for place, entries in found.items():
         if place in expected and len(entries) != len(expected[place]):

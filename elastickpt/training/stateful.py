@@ -2,14 +2,15 @@
 
 Saving: tensors become arrays of section `extra`, an ArrayReference stands in their place, all else is carried whole.
 
-Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read into the
-one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one. The object gets
-the tree through `load_state_dict`, in `install()`.
+Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
+into the one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one.
+The object gets the tree through `load_state_dict`, in `install()`.
 
 Loading a *container of the user* changes it in place, and keeps its structure:
 - tensors are read into the tensors that stand there;
 - a dict keeps its keys: keys on one side only are mismatches, but an empty dict takes all of a dict without tensors;
-- a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters take all;
+- a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters
+  take all;
 - numbers, strings and other leaves become the checkpoint's, whatever they were;
 - what is immutable (a leaf, a tuple) is replaced in the container around it; at the top, in `state` itself.
 """
@@ -58,10 +59,11 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def hold_tree(
-    item: str, value: object, *, place: str, job: Job, identities: Identities
-) -> tuple[Value, tuple[HeldArray, ...]]:
-    """The tree of `value`, which stands at `place` below `item`, and its tensors. Raises ValueNotCarried with the place."""
+def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
+    """The tree of `value`, which stands at `place` below `item`, and its tensors.
+
+    Raises ValueNotCarried with the place.
+    """
     arrays: list[HeldArray] = []
 
     def leaf(one: object, where: str) -> Value:
@@ -124,9 +126,7 @@ def _bind_reference(draft: Draft, item: str, found: ArrayReference, live: torch.
     draft.know(wanted)
     spec = draft.listing.arrays[id_]
     fresh = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu" if live is None else live.device)
-    draft.targets.append(
-        HeldArray(spec, Box.whole(spec.shape), fresh, "other", "declared", replicas=(draft.job.rank,))
-    )
+    draft.targets.append(HeldArray(spec, Box.whole(spec.shape), fresh, "other", "declared", replicas=(draft.job.rank,)))
     return fresh
 
 
@@ -147,9 +147,7 @@ def bind_object(draft: Draft, item: str, live: Stateful) -> None:
     draft.installs.append(lambda: live.load_state_dict(tree))
 
 
-def bind_container(
-    draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]
-) -> None:
+def bind_container(draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
     """Brings a value of the user to what the checkpoint has; `put` replaces the whole when it is immutable."""
     new = _Container(draft, item).settled(live, found, place_of(item))
     if new is not live:
@@ -164,7 +162,10 @@ class _Container:
         self._item = item
 
     def settled(self, live: object, found: Value, place: str) -> object:
-        """What shall stand at `place`: `live` itself where it is changed in place (or refused), else its replacement."""
+        """What shall stand at `place`:
+
+        `live` itself where it is changed in place (or refused), else its replacement.
+        """
         if isinstance(live, torch.Tensor):
             return self._tensor(live, found, place)
         if type(found) is ArrayReference or _opaque(live):
@@ -240,7 +241,7 @@ class _Container:
                 return self._differs(live, found, place)
             if isinstance(live, tuple):
                 return revived(found)
-            self._later(lambda: live.__setitem__(slice(None), revived(found)))
+            self._later(lambda: _refill_list(live, revived(found)))
             return live
         new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
         if isinstance(live, tuple):
@@ -268,6 +269,10 @@ def _kind(value: object) -> str:
 def _refill(live: Any, new: Any) -> None:
     live.clear()
     live.update(new)
+
+
+def _refill_list(live: list[Any], new: Any) -> None:
+    live[:] = new
 
 
 def copy_into(live: torch.Tensor, value: ArrayValue) -> None:

@@ -1,7 +1,7 @@
 """What an optimizer holds per parameter and not as an array, in columns: written from live groups, read back into them.
 
-A param group is not stored: each of its options is a column over parameter names, dictionary-coded. So a group can be put
-together again from whatever parameters stand in it, at any layout.
+A param group is not stored: each of its options is a column over parameter names, dictionary-coded. So a group can be
+put together again from whatever parameters stand in it, at any layout.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ class TableView:
         return {key: field.values[field.which[row]] for key, field in found if field.which[row] >= 0}
 
     def agreed(self, kind: FieldKind, key: str, names: Iterable[Name]) -> Agreed | Disagreement | None:
-        """The one value of these parameters; None when none of them has one. Names that it does not know are left out."""
+        """The one value of these parameters; None when none of them has one.
+
+        Names that it does not know are left out.
+        """
         field = self.fields.get((kind, key))
         if field is None:
             return None

@@ -1,8 +1,8 @@
 """Plain values of live state: copied, refused with their place, turned back into torch and numpy objects.
 
-A *place* is the JSON pointer of a value: the key of `state`, then one token a level (`/loader/sampler/3`). Containers are
-list, tuple, set, frozenset, dict, OrderedDict and Counter, of exactly these types: a subclass would come back as another type.
-`torch.Size` counts as tuple.
+A *place* is the JSON pointer of a value: the key of `state`, then one token a level (`/loader/sampler/3`). Containers
+are list, tuple, set, frozenset, dict, OrderedDict and Counter, of exactly these types: a subclass would come back as
+another type. `torch.Size` counts as tuple.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def shown(value: object) -> str:
 def mapped(value: object, place: str, leaf: Leaf) -> object:
     """A copy of `value` in which `leaf(element, its place)` stands for everything that is no container.
 
-    Raises ValueNotCarried for nesting beyond the limit (so also for a container inside itself) and for keys or set elements
-    that are no plain hashable values.
+    Raises ValueNotCarried for nesting beyond the limit (so also for a container inside itself) and for keys or set
+    elements that are no plain hashable values.
     """
     return _mapped(value, place, leaf, 0)
 
@@ -68,13 +68,12 @@ def _mapped(value: object, place: str, leaf: Leaf, depth: int) -> object:
     if depth >= MAX_DEPTH:
         raise ValueNotCarried(f"value {place}: nested more than {MAX_DEPTH} deep, or inside itself")
     if isinstance(value, dict):
-        pairs = [(_key(key, place), _mapped(one, f"{place}/{token(key)}", leaf, depth + 1)) for key, one in value.items()]
-        made = kind()
-        for key, one in pairs:
-            dict.__setitem__(made, key, one)
+        made = cast(dict[object, object], kind())
+        for key, one in value.items():
+            made[_key(key, place)] = _mapped(one, f"{place}/{token(key)}", leaf, depth + 1)
         return made
     if isinstance(value, (set, frozenset)):
-        return kind(_key(one, place) for one in value)
+        return type(value)(_key(one, place) for one in value)
     elements = [_mapped(one, f"{place}/{k}", leaf, depth + 1) for k, one in enumerate(cast(Sequence[object], value))]
     return elements if kind is list else tuple(elements)
 
@@ -96,8 +95,8 @@ def _key(key: object, place: str) -> Hashable:
 def carried(value: object, place: str) -> Value:
     """A copy that shares nothing with `value`; small tensors and numpy arrays become ArrayValues.
 
-    Raises ValueNotCarried, with the place, for everything else: functions, modules, tensors over 64 KiB, subclasses of the
-    plain types.
+    Raises ValueNotCarried, with the place, for everything else: functions, modules, tensors over 64 KiB, subclasses of
+    the plain types.
     """
     return mapped(value, place, carried_leaf)
 
@@ -111,8 +110,9 @@ def carried_leaf(value: object, place: str) -> Value:
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return _of_numpy(numpy.asarray(value), place)
     raise ValueNotCarried(
-        f"value {place}: {_type_name(value)} cannot be carried by a checkpoint; expected None, bool, int, float, complex, str, "
-        f"bytes, a list, tuple, set, dict, Counter, OrderedDict, tensor, or an object with state_dict and load_state_dict"
+        f"value {place}: {_type_name(value)} cannot be carried by a checkpoint; expected None, bool, int, float, "
+        f"complex, str, bytes, a list, tuple, set, dict, Counter, OrderedDict, tensor, or an object with state_dict "
+        f"and load_state_dict"
     )
 
 
@@ -131,7 +131,10 @@ def _small(nbytes: int, place: str) -> None:
 
 
 def array_value(tensor: torch.Tensor) -> ArrayValue:
-    """The bits of a plain strided tensor, whatever its device. Raises ValueNotCarried for an element type without a name."""
+    """The bits of a plain strided tensor, whatever its device.
+
+    Raises ValueNotCarried for an element type without a name.
+    """
     if tensor.dtype not in _NAMES:
         raise ValueNotCarried(f"tensors of {tensor.dtype} cannot be carried inside a value")
     plain = tensor.detach().cpu().contiguous()
@@ -142,8 +145,8 @@ def array_value(tensor: torch.Tensor) -> ArrayValue:
 def _of_tensor(tensor: torch.Tensor, place: str) -> ArrayValue:
     if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided or tensor.is_meta:
         raise ValueNotCarried(
-            f"value {place}: a {type(tensor).__name__} ({tensor.layout}, on {tensor.device}) inside a value that is carried "
-            f"whole, expected a plain tensor"
+            f"value {place}: a {type(tensor).__name__} ({tensor.layout}, on {tensor.device}) inside a value that is "
+            f"carried whole, expected a plain tensor"
         )
     if tensor.dtype not in _NAMES:
         raise ValueNotCarried(f"value {place}: tensors of {tensor.dtype} cannot be carried inside a value")
@@ -201,7 +204,10 @@ def revived(value: Value, *, device: torch.device | str = "cpu") -> object:
 
 
 def typed_key(value: Value) -> Hashable:
-    """Equal for two values exactly when they have the same types, bits and order: 1 is not True, 0.0 is not -0.0, NaN is NaN."""
+    """Equal for two values exactly when they have the same types, bits and order:
+
+    1 is not True, 0.0 is not -0.0, NaN is NaN.
+    """
     kind = type(value)
     if isinstance(value, float):
         return (kind, struct.pack("<d", value))

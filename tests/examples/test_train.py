@@ -35,9 +35,7 @@ def ranks_of(layout: str) -> int:
     return ranks
 
 
-def parameters_at(
-    train: ModuleType, layout: str, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, tuple[int, ...]]:
+def parameters_at(train: ModuleType, layout: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
     """Name and whole shape of each parameter that `rank` has a part of; the process group is a fake one."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks_of(layout)))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks_of(layout))
