@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import zarr
 
 import elastickpt as ek
 
@@ -26,44 +22,34 @@ class Comparison:
 def compare(saved: Path, loaded: Path) -> Comparison:
     """Compare every array bytewise, and every other value for equality."""
     a, b = ek.open(saved), ek.open(loaded)
-    ours, theirs = dict(arrays_of(a.arrays)), dict(arrays_of(b.arrays))
-    differences = [f"array {name} in one of the two only" for name in sorted(ours.keys() ^ theirs.keys())]
-    nbytes = 0
-    for name in sorted(ours.keys() & theirs.keys()):
-        x, y = np.asarray(ours[name][...]), np.asarray(theirs[name][...])
+    differences, nbytes = [f"{array} (in one of the two only)" for array in a.records.keys() ^ b.records.keys()], 0
+    for array in a.records.keys() & b.records.keys():
+        x, y = a.read(array), b.read(array)
         nbytes += x.nbytes
         if (x.shape, x.dtype, x.tobytes()) != (y.shape, y.dtype, y.tobytes()):
-            differences.append(f"array {name}")
-    mine, other = dict(values_of(a)), dict(values_of(b))
-    differences += [f"value {name}" for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name)]
-    return Comparison(len(ours), nbytes, len(mine), tuple(differences))
+            differences.append(str(array))
+    ours, theirs = dict(values_of(a)), dict(values_of(b))
+    differences += [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+    return Comparison(len(a.records), nbytes, len(ours), tuple(sorted(differences)))
 
 
-def arrays_of(group: zarr.Group) -> Iterator[tuple[str, zarr.Array[Any]]]:
-    for path, member in group.members(max_depth=None):
-        if isinstance(member, zarr.Array):
-            yield path, member
+def values_of(checkpoint: ek.Checkpoint) -> Iterator[tuple[str, object]]:
+    """The step, every value that is no array, leaf by leaf, and of each parameter the options and scalars of its optimizer.
 
-
-def values_of(checkpoint: Any) -> Iterator[tuple[str, object]]:
-    """The step, the values that are no arrays, leaf by leaf, and each parameter's options and scalars of its optimizer.
-
-    Of per-rank values the first rank's: ranks come and go at a seam, and all of them draw from one random stream here.
+    Of per-rank values the first rank's: ranks come and go at a seam, and in this run all of them draw from equal streams.
     """
-    o = checkpoint.opened
-    yield "step", o.manifest.step
-    yield from leaves("", o.manifest.values)
-    yield from leaves("", o.per_rank(0))
-    for part in o.parts:
-        for table in part.tables:
-            for column in table.fields:
-                for (item, name), which in zip(table.parameters, column.which, strict=True):
-                    yield f"{table.item}/{item}/{name}/{column.key}", column.values[which] if which >= 0 else None
+    yield "step", checkpoint.step
+    yield from leaves("", checkpoint.values)
+    yield from leaves("", checkpoint.per_rank(0))
+    for table in checkpoint.tables:
+        for column in table.fields:
+            for (item, name), which in zip(table.parameters, column.which, strict=True):
+                yield f"{table.item}/{column.key} of {item}/{name}", column.values[which] if which >= 0 else None
 
 
 def leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for key in value:
-            yield from leaves(f"{name}/{key}", value[key])
+            yield from leaves(f"{name}/{key}".replace("//", "/"), value[key])
     else:
         yield name, value
