@@ -101,6 +101,9 @@ def run(number: int, phase: Phase, reference: Reference) -> None:
     finally:
         job.stop()
     phase.took = time.time() - job.launched
+    if phase.killed:
+        newest = max(RUN.glob("step-????"), default=None)
+        console.print(f"   torchrun ended the other ranks; the newest checkpoint is {newest}")
     if (job.process.returncode != 0) != phase.killed:
         raise SystemExit(f"{phase.title} ended with exit code {job.process.returncode}:\n{job.tail()}")
 
