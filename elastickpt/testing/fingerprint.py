@@ -25,9 +25,7 @@ def _of(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if isinstance(value, nn.Module):
-        extra = [
-            m.get_extra_state() for m in value.modules() if type(m).get_extra_state is not nn.Module.get_extra_state
-        ]
+        extra = [m.get_extra_state() for m in value.modules() if type(m).get_extra_state is not nn.Module.get_extra_state]
         return ("module", *((name, _tensor(one)) for name, one in _tensors(value).items()), _of(extra))
     if isinstance(value, Optimizer):
         return _optimizer(value)

@@ -99,9 +99,7 @@ class RangeSuite:
                 assert into == bytes(range(start, stop))
 
     @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (5, 6), (10, 1), (1000, 1)])
-    def test_a_range_beyond_the_end_says_what_it_expected_and_found(
-        self, store: Store, offset: int, nbytes: int
-    ) -> None:
+    def test_a_range_beyond_the_end_says_what_it_expected_and_found(self, store: Store, offset: int, nbytes: int) -> None:
         store.create("file", b"0123456789")
         said = pytest.raises(WrongLength, match=rf"file: expected at least {offset + nbytes} bytes, found 10")
         with closing(store.open_reader("file")) as reader, said:

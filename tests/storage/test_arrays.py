@@ -41,9 +41,7 @@ class Tree:
     """Keys and bytes in a dictionary, served as `read_only_store` wants them."""
 
     def __init__(self, **files):
-        self.files = {
-            key: json.dumps(value).encode() if isinstance(value, dict) else value for key, value in files.items()
-        }
+        self.files = {key: json.dumps(value).encode() if isinstance(value, dict) else value for key, value in files.items()}
         self.store = read_only_store(self.files.get, self.chunk, names=self.names)
 
     def chunk(self, key):
@@ -222,9 +220,7 @@ def test_keys_are_listed_whole_by_prefix_and_by_directory(tree):
     assert sorted(sync(collected(tree.store.list_prefix("params/w/c")))) == keys[:3]
     assert sorted(sync(collected(tree.store.list_dir("params")))) == ["w", "zarr.json"]
     assert sorted(sync(collected(tree.store.list_dir("params/w/")))) == [key.rpartition("/")[2] for key in keys[:4]]
-    assert [sync(tree.store.exists(key)) for key in (*keys, "params/w/c.9.0", "w/zarr.json")] == [True] * 6 + [
-        False
-    ] * 2
+    assert [sync(tree.store.exists(key)) for key in (*keys, "params/w/c.9.0", "w/zarr.json")] == [True] * 6 + [False] * 2
 
 
 def test_nothing_is_written_through_it(tree):

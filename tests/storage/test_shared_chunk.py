@@ -97,8 +97,7 @@ def test_processes_that_fill_one_file_lose_no_byte(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, whole = context.Barrier(WRITERS, timeout=60), content(14 * MIB, seed=0)
     processes = [
-        context.Process(target=write_in_process, args=(tmp_path.as_uri(), whole, index, barrier))
-        for index in range(WRITERS)
+        context.Process(target=write_in_process, args=(tmp_path.as_uri(), whole, index, barrier)) for index in range(WRITERS)
     ]
     for process in processes:
         process.start()

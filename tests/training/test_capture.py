@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.records import Item
@@ -15,7 +17,6 @@ from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import RNG
-from torch import nn
 
 
 class Loader:
@@ -63,9 +64,7 @@ def test_tensors_of_objects_become_arrays_and_all_else_a_value() -> None:
     (held,) = live.arrays
     assert held.spec.id == ArrayId("extra", "loader", "order", "")
     assert (held.role, held.sharing, held.replicas) == ("other", "declared", (0,))
-    assert live.values == {
-        "/loader": {"position": 4, "order": ArrayReference("loader", "order"), "nested": [{"seen": (1, 2)}]}
-    }
+    assert live.values == {"/loader": {"position": 4, "order": ArrayReference("loader", "order"), "nested": [{"seen": (1, 2)}]}}
 
 
 def test_tensors_in_containers_are_named_by_their_pointer() -> None:

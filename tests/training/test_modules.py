@@ -141,9 +141,7 @@ def test_parts_of_a_model_have_disjoint_names_or_the_same_tensors() -> None:
     first, second = nn.ModuleDict({"0": nn.Linear(1, 1)}), nn.ModuleDict({"1": nn.Linear(1, 1)})
     assert names([first, second]) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert names((first, first)) == ["0.weight", "0.bias"]
-    with pytest.raises(
-        StructureConflict, match=r"part 0 \(ModuleDict\) and part 1 \(Sequential\) both have .*'0.weight'"
-    ):
+    with pytest.raises(StructureConflict, match=r"part 0 \(ModuleDict\) and part 1 \(Sequential\) both have .*'0.weight'"):
         held([first, nn.Sequential(nn.Linear(1, 1))])
 
 
@@ -186,9 +184,7 @@ def test_every_element_type_that_zarr_knows_is_held_under_its_name() -> None:
     ("dtype", "tail"), [(torch.complex32, (4,)), (torch.float4_e2m1fn_x2, ()), (torch.uint4, ()), (torch.bits16, (2,))]
 )
 @pytest.mark.parametrize("shape", [(), (2, 3), (0, 3)])
-def test_other_element_types_are_held_as_their_bytes(
-    dtype: torch.dtype, tail: tuple[int, ...], shape: tuple[int, ...]
-) -> None:
+def test_other_element_types_are_held_as_their_bytes(dtype: torch.dtype, tail: tuple[int, ...], shape: tuple[int, ...]) -> None:
     tensor = torch.empty(shape, dtype=dtype)
     (array,) = hold_tensor("x", "", tensor, job=ALONE, identities=Identities())
     assert (array.spec.shape, array.spec.dtype) == ((*shape, *tail), "uint8")

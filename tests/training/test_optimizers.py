@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import Optimizer
+
 from elastickpt.errors import StateMismatch, StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayValue
@@ -15,8 +18,6 @@ from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
 from elastickpt.training.restore import bind
-from torch import nn
-from torch.optim import Optimizer
 
 State = dict[str, Any]
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -500,9 +501,7 @@ def test_groups_that_differ_between_ranks_become_one_table_and_are_cut_again() -
                 parameter.grad = torch.randn_like(parameter)
         optimizer.step()
     states = [{"model": one, "optimizer": other} for one, other in zip(stages, optimizers, strict=True)]
-    checkpoint = MemoryCheckpoint(
-        [capture(state, rank=rank, world_size=2, declared=None) for rank, state in enumerate(states)]
-    )
+    checkpoint = MemoryCheckpoint([capture(state, rank=rank, world_size=2, declared=None) for rank, state in enumerate(states)])
     assert len(checkpoint.tables) == 1
     whole = stage(0, 3, 9)
     live = {"model": whole, "optimizer": by_layer(whole, {"2": 0.0, "0": 0.0, "1": 0.0})}

@@ -9,6 +9,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch import nn
+
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.testing.fingerprint import fingerprint
@@ -18,7 +20,6 @@ from elastickpt.training.listing import Binding, unexpected
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import RNG
-from torch import nn
 
 State = dict[str, Any]
 
@@ -262,9 +263,7 @@ def test_a_value_becomes_that_of_the_checkpoint(live: object, found: object) -> 
         ([object], [5], [("/v/0", "value")]),
     ],
 )
-def test_another_structure_is_refused_and_changes_nothing(
-    live: Any, found: Any, expected: list[tuple[str, str]]
-) -> None:
+def test_another_structure_is_refused_and_changes_nothing(live: Any, found: Any, expected: list[tuple[str, str]]) -> None:
     live_before = repr(live)
     binding = bound(saved({"v": found, "step": 5}), {"v": live, "step": 1})
     assert sorted((m.name, m.what) for m in binding.mismatches) == expected

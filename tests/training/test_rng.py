@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+
 from elastickpt.errors import Malformed
 from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
