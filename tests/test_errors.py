@@ -7,38 +7,12 @@ import pytest
 from elastickpt.errors import CheckpointError, RankFailure, from_report, kinds
 
 RELEASED = {
-    "0.1.0": [
-        "capability-missing",
-        "checkpoint-error",
-        "checksum-mismatch",
-        "coverage-gap",
-        "coverage-overlap",
-        "damaged",
-        "deadline-exceeded",
-        "document-mismatch",
-        "layout-unsupported",
-        "limit-exceeded",
-        "malformed",
-        "missing-file",
-        "no-space",
-        "not-a-checkpoint",
-        "path-occupied",
-        "placement-unsupported",
-        "rank-lost",
-        "ranks-failed",
-        "read-only",
-        "refused",
-        "replica-conflict",
-        "state-mismatch",
-        "storage-failed",
-        "stray-file",
-        "structure-conflict",
-        "uncommitted",
-        "unsafe",
-        "unsupported",
-        "value-not-carried",
-        "wrong-length",
-    ]
+    "0.1.0": """
+        capability-missing checkpoint-error checksum-mismatch coverage-gap coverage-overlap damaged deadline-exceeded
+        document-mismatch layout-unsupported limit-exceeded malformed missing-file no-space not-a-checkpoint path-occupied
+        placement-unsupported rank-lost ranks-failed read-only refused replica-conflict state-mismatch storage-failed
+        stray-file structure-conflict uncommitted unsafe unsupported value-not-carried wrong-length
+    """.split()
 }
 
 
