@@ -1,0 +1,1 @@
+"""The conversion engine. Its place is kept; it is not built yet."""

@@ -1,0 +1,1 @@
+"""Other libraries' files as fragments. Its place is kept; it is not built yet."""

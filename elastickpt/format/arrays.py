@@ -1,4 +1,4 @@
-"""What an array is, independent of ranks: identity, shape, element type. And the parallel axes ranks are arranged on."""
+"""What an array is, independent of ranks: identity, shape, element type. And the axes ranks are arranged on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Section = Literal["params", "extra"]
 class ArrayId:
     """Which array: a state of a parameter (`params`), or another tensor of the user's state (`extra`).
 
-    `params`: `item` is the key of `state` under which the model stands, `name` the FQN, `state` is `value`, `exp_avg`, ...
-    `extra`: `item` is the key of `state`, `name` the JSON pointer below it without its first slash ("" for a tensor that
-    stands at the item itself), `state` is "".
+    `params`: `item` is the key of `state` under which the model stands, `name` the FQN, `state` is `value`,
+    `exp_avg`, ...
+    `extra`: `item` is the key of `state`, `name` the JSON pointer below it without its first slash ("" for a tensor
+    that stands at the item itself), `state` is "".
     """
 
     section: Section

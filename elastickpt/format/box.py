@@ -11,7 +11,10 @@ from elastickpt.errors import Malformed
 
 @dataclass(frozen=True, slots=True, order=True)
 class Box:
-    """The elements with `start[k] <= index[k] < stop[k]` on every axis k; a 0-d box has exactly one element. [FRAG-1]"""
+    """The elements with `start[k] <= index[k] < stop[k]` on every axis k; a 0-d box has exactly one element.
+
+    [FRAG-1]
+    """
 
     start: tuple[int, ...]
     stop: tuple[int, ...]

@@ -1,4 +1,5 @@
-"""The records of a checkpoint as values: stored pieces, fragment maps, index parts, the manifest. [UCF-40..79, FRAG-10..39]
+"""The records of a checkpoint as values: stored pieces, fragment maps, index parts, the manifest.
+[UCF-40..89, FRAG-10..39]
 
 How they are spelled on disk is in `encode_*` modules beside this one; here is only what they say.
 """
@@ -20,7 +21,7 @@ ItemKind = Literal["module", "optimizer", "stateful", "values"]
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file that pieces lie in. `base` 0 is this checkpoint, k > 0 the manifest's `bases[k - 1]`; `path` is relative to it."""
+    """A file that pieces lie in: `path` below base 0, this checkpoint, or below the manifest's `bases[base - 1]`."""
 
     base: int
     path: str
@@ -31,10 +32,12 @@ class StoredFile:
 class StoredPiece:
     """The part of a box that lies inside one chunk, and where its bytes are. [FRAG-10]
 
-    `array` is the array's key (its path in the tree), `box` is in global coordinates, `file` indexes the map's file table.
-    The bytes are `nbytes // row_nbytes` rows of `row_nbytes`, each `row_stride` bytes after the one before; `offset` is the
-    first byte's place in the file. A contiguous piece is one row: `row_nbytes == row_stride == nbytes`.
-    `checksums`: xxh3-64 of each `block_nbytes` block of the piece's bytes in C order of the piece, the last one shorter.
+    `array` is the array's key (its path in the tree), `box` is in global coordinates, `file` indexes the map's file
+    table. The bytes are `nbytes // row_nbytes` rows of `row_nbytes`, each `row_stride` bytes after the one before;
+    `offset` is the first byte's place in the file. A contiguous piece is one row: `row_nbytes == row_stride ==
+    nbytes`.
+    `checksums`: xxh3-64 of each `block_nbytes` block of the piece's bytes in C order of the piece, the last one
+    shorter.
     """
 
     array: str
@@ -51,8 +54,8 @@ class StoredPiece:
 class Field:
     """One column of an optimizer table: a value for each parameter, dictionary-coded; -1 is absent.
 
-    `hyper`: a param group's option; `scalar`: a 0-d optimizer state; `schedule`: an entry of a scheduler's list that is as
-    long as its optimizer's groups, `key` being "<scheduler item>/<JSON pointer>".
+    `hyper`: a param group's option; `scalar`: a 0-d optimizer state; `schedule`: an entry of a scheduler's list that
+    is as long as its optimizer's groups, `key` being "<scheduler item>/<JSON pointer>".
     """
 
     kind: FieldKind
@@ -93,10 +96,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class ArrayRecord:
-    """One array in the index. `key` is its path in the tree; `writers` are the writers whose fragment maps hold pieces of it.
+    """One array in the index. `key` is its path in the tree; `writers` are the writers whose fragment maps hold
+    pieces of it.
 
-    `layout` indexes the manifest's layouts, None for a plain tensor. `attributes` are the array's own attributes beside item,
-    name and state (`composition`, `true_shape`, `stored_as`, ...).
+    `layout` indexes the manifest's layouts, None for a plain tensor. `attributes` are the array's own attributes
+    beside item, name and state (`composition`, `true_shape`, `stored_as`, ...).
     """
 
     spec: ArraySpec
@@ -154,8 +158,8 @@ class Item:
 class Manifest:
     """`checkpoint.json`: the record that makes a folder a checkpoint. [UCF-70]
 
-    `step` counts completed optimizer steps; `time` is seconds since 1970 UTC. `tied` lists groups of (item, name) that are
-    one tensor in memory. `values` maps the JSON pointer of each replicated value to it.
+    `step` counts completed optimizer steps; `time` is seconds since 1970 UTC. `tied` lists groups of (item, name)
+    that are one tensor in memory. `values` maps the JSON pointer of each replicated value to it.
     """
 
     attempt: str

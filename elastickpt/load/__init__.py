@@ -1,0 +1,1 @@
+"""Loading and reading: records, plans, ranged reads, verification. Reading needs no torch."""

@@ -1,0 +1,1 @@
+"""Saving: plan, stage, write, commit."""

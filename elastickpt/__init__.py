@@ -1,0 +1,56 @@
+"""Universal, crash-safe checkpoints for distributed PyTorch training: save at one layout, load at any other.
+
+import elastickpt as ek
+
+ek.save(state, path)    # blocking; whole or absent
+ek.load(state, path)    # in place, at whatever layout `state` has now
+ek.open(path)           # read only, without torch
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from elastickpt.format.release import RELEASE as __version__
+
+if TYPE_CHECKING:
+    from elastickpt import errors as errors
+    from elastickpt.load.checkpoint import Checkpoint as Checkpoint
+    from elastickpt.load.checkpoint import open_checkpoint as open
+    from elastickpt.load.session import LoadReport as LoadReport
+    from elastickpt.load.session import load as load
+    from elastickpt.save.session import CheckpointInfo as CheckpointInfo
+    from elastickpt.save.session import save as save
+    from elastickpt.training.perrank import PerRank as PerRank
+    from elastickpt.training.rng import RNG as RNG
+
+
+# name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
+_PUBLIC = {
+    "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
+    "CheckpointInfo": ("elastickpt.save.session", "CheckpointInfo"),
+    "LoadReport": ("elastickpt.load.session", "LoadReport"),
+    "PerRank": ("elastickpt.training.perrank", "PerRank"),
+    "RNG": ("elastickpt.training.rng", "RNG"),
+    "load": ("elastickpt.load.session", "load"),
+    "open": ("elastickpt.load.checkpoint", "open_checkpoint"),
+    "save": ("elastickpt.save.session", "save"),
+}
+
+__all__ = ["RNG", "Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "__version__", "errors", "load", "open", "save"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module("elastickpt.errors")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'elastickpt' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value  # the next access is a plain lookup
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,107 @@
+"""The proof that an attempt is whole: every element of every array stored exactly once. No I/O. [SAVE-35, FRAG-30]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from elastickpt.errors import CoverageOverlap, StructureConflict
+from elastickpt.format.box import Box
+from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.records import ArrayRecord, Field, FieldKind, OptimizerTable
+from elastickpt.format.values import Value, value_digest
+from elastickpt.layout.coverage import require_coverage
+
+
+def prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
+    """The expected arrays with their writers, in the order of their keys.
+
+    Raises CoverageGap or CoverageOverlap naming array, box and writers; StructureConflict for a piece of an array that
+    nobody announced.
+    """
+    boxes: dict[str, list[Box]] = {record.key: [] for record in expected}
+    owners: dict[str, list[int]] = {record.key: [] for record in expected}
+    for columns in maps:
+        pieces = columns.pieces
+        ends = np.searchsorted(pieces.array, np.arange(len(pieces.arrays) + 1)).tolist()
+        for number, key in enumerate(pieces.arrays):
+            if key not in boxes:
+                raise StructureConflict(f"writer {columns.writer} stored array {key}, which no rank announced")
+            boxes[key].extend(pieces.box(piece) for piece in range(ends[number], ends[number + 1]))
+            owners[key].extend([columns.writer] * (ends[number + 1] - ends[number]))
+    proven = []
+    for record in sorted(expected, key=lambda record: record.key):
+        found, by = boxes[record.key], owners[record.key]
+        if not (len(found) == 1 and found[0] == Box.whole(record.spec.shape)):  # the usual small array needs no sweep
+            require_coverage(record.spec, found, [f"writer {writer}" for writer in by])
+        proven.append(replace(record, writers=tuple(sorted(set(by)))))
+    return tuple(proven)
+
+
+def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
+    """Raises CoverageOverlap where two pieces claim the same bytes of a file. [FRAG-14]
+
+    Pieces of one array are disjoint boxes, so this can only happen between arrays or through a wrong offset.
+    """
+    spans: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+    for columns in maps:
+        pieces = columns.pieces
+        contiguous = np.flatnonzero(pieces.row_nbytes == pieces.nbytes)
+        for piece in contiguous.tolist():
+            file = columns.files[int(pieces.file[piece])]
+            offset, nbytes = int(pieces.offset[piece]), int(pieces.nbytes[piece])
+            spans.setdefault((file.base, file.path), []).append((offset, offset + nbytes, columns.writer))
+    for (_, path), found in spans.items():
+        found.sort()
+        for (_, stop, one), (start, _, other) in pairwise(found):
+            if start < stop:
+                raise CoverageOverlap(f"{path}: bytes {start} to {stop} are claimed by writers {one} and {other}")
+
+
+_Row = dict[tuple[FieldKind, str], Value]
+
+
+# -- what optimizers hold per parameter --------------------------------------------------------------------------------
+
+
+def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]:
+    """One table an optimizer, parameters sorted, from the tables of all writers.
+
+    Raises StructureConflict where two writers hold different values of one parameter.
+    """
+    rows: dict[str, dict[tuple[str, str], _Row]] = {}
+    for table in tables:
+        of_item = rows.setdefault(table.item, {})
+        for place, parameter in enumerate(table.parameters):
+            row = {(f.kind, f.key): f.values[f.which[place]] for f in table.fields if f.which[place] >= 0}
+            known = of_item.setdefault(parameter, row)
+            if known is not row and _digests(known) != _digests(row):
+                raise StructureConflict(
+                    f"optimizer {table.item!r}: two ranks hold different settings of parameter {'/'.join(parameter)}: "
+                    f"{known!r} and {row!r}"
+                )
+    return tuple(_table(item, of_item) for item, of_item in sorted(rows.items()))
+
+
+def _digests(row: _Row) -> dict[tuple[FieldKind, str], str]:
+    return {key: value_digest(value) for key, value in row.items()}
+
+
+def _table(item: str, rows: dict[tuple[str, str], _Row]) -> OptimizerTable:
+    parameters = tuple(sorted(rows))
+    keys = dict.fromkeys(key for parameter in parameters for key in rows[parameter])
+    fields = []
+    for kind, key in sorted(keys):
+        values: dict[str, tuple[int, Value]] = {}
+        which = []
+        for parameter in parameters:
+            if (kind, key) not in rows[parameter]:
+                which.append(-1)
+                continue
+            value = rows[parameter][kind, key]
+            which.append(values.setdefault(value_digest(value), (len(values), value))[0])
+        fields.append(Field(kind, key, tuple(value for _, value in values.values()), tuple(which)))
+    return OptimizerTable(item, parameters, tuple(fields))

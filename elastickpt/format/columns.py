@@ -1,0 +1,138 @@
+"""msgpack records read strictly, and their integer columns: little-endian 64-bit integers in one `bin`.
+
+[UCF-45, UCF-46]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from elastickpt.errors import LimitExceeded, Malformed
+from elastickpt.format.limits import MAX_EXPANDED, MAX_NODES
+from elastickpt.format.members import Members, integer, pair, sequence
+
+IntColumn = npt.NDArray[np.int64]
+UintColumn = npt.NDArray[np.uint64]
+
+
+def pack(record: dict[str, object]) -> bytes:
+    """The msgpack bytes of a record: members in their order, text as `str`, columns as `bin`."""
+    packed = msgpack.packb(record, use_bin_type=True, strict_types=True)
+    return bytes(packed)
+
+
+class _Budget:
+    """Counts what is built while it is built, so that one byte of input never becomes unbounded memory. [UCF-91]"""
+
+    def __init__(self, where: str) -> None:
+        self.left = MAX_NODES
+        self.where = where
+
+    def spend(self, count: int) -> None:
+        self.left -= count + 1
+        if self.left < 0:
+            raise LimitExceeded(f"{self.where}: more than {MAX_NODES} values outside of columns")
+
+    def sequence(self, items: list[object]) -> list[object]:
+        self.spend(len(items))
+        return items
+
+    def mapping(self, pairs: Iterable[tuple[object, object]]) -> dict[object, object]:
+        listed = list(pairs)
+        self.spend(len(listed))
+        found = dict(listed)
+        if len(found) != len(listed):
+            raise Malformed(f"{self.where}: a member stands twice in one map")
+        return found
+
+
+def _no_extension(code: int, data: bytes) -> object:
+    raise Malformed(f"msgpack extension type {code} in a record")
+
+
+def unpack(data: bytes, *, path: str) -> Members:
+    """The members of a record that is one msgpack map. Raises Malformed, or LimitExceeded for depth and counts."""
+    budget = _Budget(path)
+    try:
+        record = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_no_extension,
+            list_hook=budget.sequence,
+            object_pairs_hook=budget.mapping,
+            max_array_len=MAX_NODES,
+            max_map_len=MAX_NODES,
+        )
+    except msgpack.StackError:
+        raise LimitExceeded(f"{path}: msgpack is nested too deeply") from None
+    except (ValueError, msgpack.UnpackException) as problem:
+        raise Malformed(f"{path}: {type(problem).__name__}: {problem}") from None
+    return Members(record, where=path)
+
+
+def pack_ints(values: npt.ArrayLike) -> bytes:
+    """A column of integers in [-2^63, 2^63)."""
+    return np.ascontiguousarray(values, dtype="<i8").tobytes()
+
+
+def _column(members: Members, name: str, *, dtype: str, length: int | None) -> npt.NDArray[np.generic]:
+    data = members.binary(name)
+    if len(data) % 8 or (length is not None and len(data) != 8 * length):
+        expected = "a multiple of 8" if length is None else f"{8 * length}"
+        raise Malformed(f"{members.where}/{name}: a column of {len(data)} bytes, expected {expected}")
+    return np.frombuffer(data, dtype=dtype)
+
+
+def take_ints(members: Members, name: str, *, length: int | None = None, low: int = 0, high: int | None = None) -> IntColumn:
+    """A read-only column with every entry in [low, high] (`high` None: below 2^63). Raises Malformed otherwise."""
+    column = _column(members, name, dtype="<i8", length=length).astype(np.int64, copy=False)
+    if column.size and (int(column.min()) < low or (high is not None and int(column.max()) > high)):
+        raise Malformed(
+            f"{members.where}/{name}: entries from {column.min()} to {column.max()}, "
+            f"expected [{low}, {'2^63' if high is None else high}]"
+        )
+    return column
+
+
+def take_uints(members: Members, name: str, *, length: int) -> UintColumn:
+    """A read-only column of `length` unsigned integers."""
+    return _column(members, name, dtype="<u8", length=length).astype(np.uint64, copy=False)
+
+
+def pack_runs(ranks: Iterable[int]) -> list[list[int]]:
+    """Integers in order as inclusive runs of consecutive ones: (0, 1, 2, 5) -> [[0, 2], [5, 5]]. [UCF-47]"""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return runs
+
+
+class Runs:
+    """Expands the runs of one record; all of them together stand for at most 2^23 integers. [UCF-47, UCF-91]"""
+
+    def __init__(self, *, high: int) -> None:
+        self._left = MAX_EXPANDED
+        self._high = high
+
+    def expand(self, value: object, *, where: str) -> tuple[int, ...]:
+        found: list[int] = []
+        for k, run in enumerate(sequence(value, where=where)):
+            place = f"{where}[{k}]"
+            first, last = pair(run, where=place)
+            low = integer(first, where=place, high=self._high)
+            high = integer(last, where=place, low=low, high=self._high)
+            self._left -= high - low + 1
+            if self._left < 0:
+                raise LimitExceeded(f"{place}: the runs stand for more than {MAX_EXPANDED} integers")
+            if found and found[-1] + 1 == low:
+                raise Malformed(f"{place}: continues the run before it")
+            found.extend(range(low, high + 1))
+        return tuple(found)

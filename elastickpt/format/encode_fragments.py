@@ -1,0 +1,191 @@
+"""Fragment maps on disk: one msgpack map a writer, its pieces in integer columns. [FRAG-20..39]"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from elastickpt.errors import LimitExceeded, Malformed, Unsupported
+from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.columns import IntColumn, pack, pack_ints, take_ints, take_uints, unpack
+from elastickpt.format.encode_tables import pack_tables, take_tables
+from elastickpt.format.keys import checked_path
+from elastickpt.format.limits import (
+    MAX_BLOCK_NBYTES,
+    MAX_DIM,
+    MAX_FILE_NBYTES,
+    MAX_FRAGMENTS_NBYTES,
+    MAX_NDIM,
+    MAX_WRITERS,
+    MIN_BLOCK_NBYTES,
+)
+from elastickpt.format.members import Members, text
+from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, starts
+from elastickpt.format.records import FORMAT_VERSION, FragmentMap, StoredFile
+from elastickpt.format.values import Value, decode_pointers, encode_pointers
+
+FORMAT = "elastickpt-fragments"
+
+
+def encode_fragments(fragments: FragmentMap | FragmentColumns) -> bytes:
+    """The bytes of a writer's fragment file. Pieces are put in the order of their arrays' keys. Raises ValueNotCarried.
+
+    What stands in the columns is not checked here; a reader refuses what does not hold together.
+    """
+    pieces = fragments.pieces if isinstance(fragments.pieces, PieceColumns) else columns_of(fragments.pieces)
+    record: dict[str, object] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "writer": fragments.writer,
+        "attempt": fragments.attempt,
+        "block_nbytes": fragments.block_nbytes,
+        "arrays": list(pieces.arrays),
+        "ndims": pack_ints(pieces.ndims),
+        "files": {
+            "base": pack_ints([file.base for file in fragments.files]),
+            "path": [file.path for file in fragments.files],
+            "nbytes": pack_ints([file.nbytes for file in fragments.files]),
+        },
+        "pieces": {
+            "array": pack_ints(pieces.array),
+            "file": pack_ints(pieces.file),
+            "offset": pack_ints(pieces.offset),
+            "nbytes": pack_ints(pieces.nbytes),
+            "row_nbytes": pack_ints(pieces.row_nbytes),
+            "row_stride": pack_ints(pieces.row_stride),
+            "start": pack_ints(pieces.start),
+            "shape": pack_ints(pieces.shape),
+        },
+        "checksums": np.ascontiguousarray(pieces.checksums, dtype="<u8").tobytes(),
+        "tables": pack_tables(fragments.tables),
+        "values": None if fragments.values is None else dump(encode_pointers(fragments.values, where="per-rank values")),
+    }
+    return pack(record)
+
+
+def decode_fragments(data: bytes, *, path: str) -> FragmentMap:
+    """The fragment map as objects, one a piece: for maps of up to about 10^5 pieces. Raises as `decode_columns`."""
+    columns = decode_columns(data, path=path)
+    pieces = tuple(columns.pieces.piece(p) for p in range(len(columns.pieces)))
+    return FragmentMap(
+        columns.writer, columns.attempt, columns.block_nbytes, columns.files, pieces, columns.tables, columns.values
+    )
+
+
+def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
+    """The fragment map in columns, everything checked that can be without the index. `path` is for messages.
+
+    Raises LimitExceeded, Unsupported, Malformed or Unsafe.
+    """
+    if len(data) > MAX_FRAGMENTS_NBYTES:
+        raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_FRAGMENTS_NBYTES}")
+    members = unpack(data, path=path)
+    check_version(members, FORMAT)
+    block_nbytes = members.integer("block_nbytes", low=MIN_BLOCK_NBYTES, high=MAX_BLOCK_NBYTES)
+    if block_nbytes & (block_nbytes - 1):  # [FRAG-22]
+        raise Malformed(f"{path}/block_nbytes: {block_nbytes} is no power of two")
+    files = _files(members.members("files"))
+    fragments = FragmentColumns(
+        writer=members.integer("writer", high=MAX_WRITERS - 1),
+        attempt=members.text("attempt"),
+        block_nbytes=block_nbytes,
+        files=files,
+        pieces=_pieces(members, files, block_nbytes),
+        tables=take_tables(members, "tables"),
+        values=_values(members),
+    )
+    members.close()
+    return fragments
+
+
+def check_version(members: Members, name: str) -> None:
+    """Takes `format` and `version`. Raises Malformed for another record, Unsupported for another version. [UCF-72]"""
+    found = members.text("format")
+    if found != name:
+        raise Malformed(f"{members.where}: format {found!r}, expected {name!r}")
+    version = members.integer("version")
+    if version != FORMAT_VERSION:
+        raise Unsupported(f"{members.where}: format version {version}; this release reads version {FORMAT_VERSION}")
+
+
+def _values(members: Members) -> Value:
+    value = members.take("values")
+    where = f"{members.where}/values"
+    return None if value is None else decode_pointers(parse(text(value, where=where), where=where), where=where)
+
+
+def _files(members: Members) -> tuple[StoredFile, ...]:
+    paths = tuple(checked_path(path) for path in members.texts("path"))  # [FRAG-23]
+    base = take_ints(members, "base", length=len(paths)).tolist()
+    nbytes = take_ints(members, "nbytes", length=len(paths), high=MAX_FILE_NBYTES).tolist()
+    members.close()
+    files = tuple(StoredFile(b, p, n) for b, p, n in zip(base, paths, nbytes, strict=True))
+    if len({(file.base, file.path) for file in files}) != len(files):
+        raise Malformed(f"{members.where}: a file stands twice in the table")
+    return files
+
+
+def _arrays(members: Members) -> tuple[tuple[str, ...], IntColumn]:
+    keys = tuple(checked_path(key) for key in members.texts("arrays"))
+    if any(low >= high for low, high in pairwise(keys)):  # [FRAG-24]
+        raise Malformed(f"{members.where}/arrays: keys out of order, or twice")
+    return keys, take_ints(members, "ndims", length=len(keys), high=MAX_NDIM)
+
+
+def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) -> PieceColumns:
+    keys, ndims = _arrays(members)
+    columns = members.members("pieces")
+    array = take_ints(columns, "array", high=len(keys) - 1)
+    count = len(array)
+    axis_start = starts(ndims[array])
+    nbytes = take_ints(columns, "nbytes", length=count, low=1, high=MAX_FILE_NBYTES)
+    blocks = -(-nbytes // block_nbytes)
+    if count and int(blocks.max()) > MAX_FRAGMENTS_NBYTES // 8:  # so that no sum below can overflow
+        raise Malformed(f"{members.where}: a piece of {int(nbytes.max())} bytes has more checksums than fit this file")
+    checksum_start = starts(blocks)
+    pieces = PieceColumns(
+        arrays=keys,
+        ndims=ndims,
+        array=array,
+        file=take_ints(columns, "file", length=count, high=len(files) - 1),
+        offset=take_ints(columns, "offset", length=count, high=MAX_FILE_NBYTES),
+        nbytes=nbytes,
+        row_nbytes=take_ints(columns, "row_nbytes", length=count, low=1, high=MAX_FILE_NBYTES),
+        row_stride=take_ints(columns, "row_stride", length=count, low=1, high=MAX_FILE_NBYTES),
+        start=take_ints(columns, "start", length=int(axis_start[-1]), high=MAX_DIM),
+        shape=take_ints(columns, "shape", length=int(axis_start[-1]), low=1, high=MAX_DIM),
+        axis_start=axis_start,
+        checksums=take_uints(members, "checksums", length=int(checksum_start[-1])),
+        checksum_start=checksum_start,
+    )
+    columns.close()
+    _check_pieces(pieces, files, members.where)
+    return pieces
+
+
+def _check_pieces(pieces: PieceColumns, files: tuple[StoredFile, ...], where: str) -> None:
+    file_nbytes = np.array([file.nbytes for file in files], dtype=np.int64)[pieces.file]
+    rows = pieces.nbytes // pieces.row_nbytes
+    room = file_nbytes - pieces.offset - pieces.row_nbytes
+    faults = (
+        ("its array comes before the previous piece's", np.diff(pieces.array, prepend=pieces.array[:1]) < 0),
+        ("it is no whole number of rows", pieces.nbytes % pieces.row_nbytes != 0),
+        ("its rows overlap", pieces.row_stride < pieces.row_nbytes),
+        ("it is one row with a stride of its own", (rows == 1) & (pieces.row_stride != pieces.nbytes)),
+        ("its rows have no gap and should be one", (rows > 1) & (pieces.row_stride == pieces.row_nbytes)),
+        ("it lies beyond the end of its file", (room < 0) | ((rows - 1) > np.maximum(room, 0) // pieces.row_stride)),
+        ("its box ends beyond 2^48", _any_by_piece(pieces, pieces.start + pieces.shape > MAX_DIM)),
+    )
+    for what, wrong in faults:  # [FRAG-11..16]
+        if wrong.any():
+            piece = int(np.argmax(wrong))
+            raise Malformed(f"{where}: piece {piece} of array {pieces.arrays[int(pieces.array[piece])]!r}: {what}")
+
+
+def _any_by_piece(pieces: PieceColumns, axes: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    found = np.zeros(len(pieces), dtype=np.bool_)
+    wrong = np.flatnonzero(axes)
+    found[np.searchsorted(pieces.axis_start, wrong, side="right") - 1] = True
+    return found

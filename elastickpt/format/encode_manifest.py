@@ -1,0 +1,266 @@
+"""`checkpoint.json`: canonical JSON that ends with the digest of all bytes before it. [UCF-70..89]
+
+The rule of the digest and the members `format`, `version` and `requires` are the same in every version of the format,
+so that damage is told from novelty.
+"""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+from typing import get_args
+
+from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe, Unsupported
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.columns import Runs, pack_runs
+from elastickpt.format.digest import file_digest
+from elastickpt.format.encode_fragments import check_version
+from elastickpt.format.keys import checked_name, checked_path
+from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
+from elastickpt.format.members import Members, integers, is_int, pair, text
+from elastickpt.format.records import (
+    Base,
+    FileDigest,
+    IndexEntry,
+    Item,
+    ItemKind,
+    Layout,
+    Manifest,
+    Placement,
+)
+from elastickpt.format.values import decode_pointers, encode_pointers
+
+FORMAT = "elastickpt"
+SUPPORTED_FEATURES: frozenset[str] = frozenset()  # of `requires`
+_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
+_TAIL_NBYTES = len(b',"digest":""}\n') + 32
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_PLACEMENT = re.compile(r"R|_?S\((0|[1-9][0-9]?)\)")
+_ITEM_KINDS: dict[str, ItemKind] = {kind: kind for kind in get_args(ItemKind)}
+_PLACEMENTS: dict[str, Placement] = {name: name for name in get_args(Placement)}
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `checkpoint.json`, its own digest last. Raises ValueNotCarried."""
+    record: dict[str, object] = {
+        "format": FORMAT,
+        "version": manifest.version,
+        "requires": list(manifest.requires),
+        "attempt": manifest.attempt,
+        "step": manifest.step,
+        "time": manifest.time,
+        "world_size": manifest.world_size,
+        "placement": manifest.placement,
+        "versions": dict(manifest.versions),
+        "items": [{"name": item.name, "kind": item.kind, "type": item.type} for item in manifest.items],
+        "meshes": [
+            {"name": mesh.name, "axes": list(mesh.axes), "sizes": list(mesh.sizes), "ranks": pack_runs(mesh.ranks)}
+            for mesh in manifest.meshes
+        ],
+        "layouts": [{"mesh": one.mesh, "placements": list(one.placements)} for one in manifest.layouts],
+        "layout_text": manifest.layout_text,
+        "bases": [{"uri": base.uri, "digest": base.digest} for base in manifest.bases],
+        "index": [{**_file(entry.file), "first": entry.first, "last": entry.last} for entry in manifest.index],
+        "fragments": [_file(file) for file in manifest.fragments],
+        "tied": [[list(one) for one in group] for group in manifest.tied],
+        "values": encode_pointers(manifest.values, where="replicated values"),
+    }
+    body = dump(record).encode("ascii")[:-1]
+    return body + f',"digest":"{file_digest(body)}"}}\n'.encode("ascii")
+
+
+def _file(file: FileDigest) -> dict[str, object]:
+    return {"path": file.path, "nbytes": file.nbytes, "digest": file.digest}
+
+
+def decode_manifest(data: bytes, *, path: str) -> Manifest:
+    """The manifest, every member checked. `path` is for messages.
+
+    Raises LimitExceeded; Malformed when the digest's place is not found; ChecksumMismatch; Unsupported, naming the
+    version or features found; Malformed or Unsafe for a member.
+    """
+    if len(data) > MAX_MANIFEST_NBYTES:
+        raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
+    _check_digest(data, path)
+    members = Members(parse(data, where=path), where=path)
+    check_version(members, FORMAT)  # [UCF-72]
+    requires = members.texts("requires")
+    unknown = sorted(set(requires) - SUPPORTED_FEATURES)
+    if unknown:  # [UCF-73]
+        raise Unsupported(f"{path}: requires {', '.join(unknown)}, which this release does not know")
+    meshes = tuple(_meshes(members))
+    manifest = Manifest(
+        attempt=members.text("attempt"),
+        step=_step(members),
+        time=_time(members),
+        world_size=members.integer("world_size", low=1, high=MAX_WRITERS),
+        placement=_one_of(members, "placement", _PLACEMENTS),
+        versions=_versions(members),
+        items=_items(members),
+        meshes=meshes,
+        layouts=_layouts(members, meshes),
+        index=_index(members),
+        fragments=_fragments(members),
+        values=decode_pointers(members.take("values"), where=f"{path}/values"),
+        tied=_tied(members),
+        bases=_bases(members),
+        layout_text=_optional_text(members, "layout_text"),
+        requires=requires,
+    )
+    members.take("digest")
+    members.close()
+    _check_files(manifest, path)
+    return manifest
+
+
+def _check_digest(data: bytes, path: str) -> None:
+    tail = _TAIL.fullmatch(data[-_TAIL_NBYTES:])
+    if tail is None:  # [UCF-71]
+        raise Malformed(f"{path}: does not end with a digest of itself; cut short, or no manifest")
+    found = file_digest(memoryview(data)[:-_TAIL_NBYTES])
+    recorded = tail[1].decode("ascii")
+    if found != recorded:
+        raise ChecksumMismatch(f"{path}: its bytes have xxh3-128 {found}, it records {recorded}")
+
+
+def _one_of(members: Members, name: str, known: dict[str, Placement]) -> Placement:
+    found = members.text(name)
+    if found not in known:
+        raise Malformed(f"{members.where}/{name}: {found!r}, expected one of {', '.join(known)}")
+    return known[found]
+
+
+def _optional_text(members: Members, name: str) -> str | None:
+    value = members.take(name)
+    return None if value is None else text(value, where=f"{members.where}/{name}")
+
+
+def _step(members: Members) -> int | None:
+    value = members.take("step")
+    if value is None:
+        return None
+    if not is_int(value) or not 0 <= value < 2**63:
+        raise Malformed(f"{members.where}/step: expected null or an integer of at least 0, found {value!r}")
+    return value
+
+
+def _time(members: Members) -> float:
+    value = members.take("time")
+    if not isinstance(value, float) or not isfinite(value):
+        raise Malformed(f"{members.where}/time: expected seconds since 1970 with a fraction, found {value!r}")
+    return value
+
+
+def _versions(members: Members) -> tuple[tuple[str, str], ...]:
+    value = members.take("versions")
+    if not isinstance(value, dict):
+        raise Malformed(f"{members.where}/versions: expected an object")
+    where = f"{members.where}/versions"
+    return tuple((text(name, where=where), text(one, where=f"{where}/{name}")) for name, one in value.items())
+
+
+def _each(members: Members, name: str) -> list[Members]:
+    where = f"{members.where}/{name}"
+    return [Members(one, where=f"{where}[{k}]") for k, one in enumerate(members.sequence(name))]
+
+
+def _items(members: Members) -> tuple[Item, ...]:
+    found = []
+    for one in _each(members, "items"):
+        kind = one.text("kind")
+        if kind not in _ITEM_KINDS:
+            raise Malformed(f"{one.where}/kind: {kind!r}, expected one of {', '.join(_ITEM_KINDS)}")
+        found.append(Item(checked_name(one.text("name")), _ITEM_KINDS[kind], one.text("type")))
+        one.close()
+    if len({item.name for item in found}) != len(found):
+        raise Malformed(f"{members.where}/items: an item stands twice")
+    return tuple(found)
+
+
+def _meshes(members: Members) -> list[Mesh]:
+    runs = Runs(high=MAX_WRITERS - 1)
+    found = []
+    for one in _each(members, "meshes"):
+        sizes = integers(one.take("sizes"), where=f"{one.where}/sizes")
+        ranks = runs.expand(one.take("ranks"), where=f"{one.where}/ranks")
+        found.append(Mesh(one.text("name"), one.texts("axes"), sizes, ranks))
+        one.close()
+    return found
+
+
+def _layouts(members: Members, meshes: tuple[Mesh, ...]) -> tuple[Layout, ...]:
+    found = []
+    for one in _each(members, "layouts"):
+        mesh = one.integer("mesh", high=len(meshes) - 1)
+        placements = one.texts("placements")
+        one.close()
+        if len(placements) != len(meshes[mesh].axes):
+            raise Malformed(f"{one.where}: {len(placements)} placements on a mesh of {len(meshes[mesh].axes)} axes")
+        for placement in placements:
+            if not _PLACEMENT.fullmatch(placement):  # [UCF-77]
+                raise Malformed(f"{one.where}: placement {placement!r}, expected R, S(k) or _S(k)")
+        found.append(Layout(mesh, placements))
+    return tuple(found)
+
+
+def _digest(members: Members) -> str:
+    found = members.text("digest")
+    if not _DIGEST.fullmatch(found):
+        raise Malformed(f"{members.where}/digest: expected 32 lower-case hex digits, found {found[:40]!r}")
+    return found
+
+
+def _file_digest(members: Members) -> FileDigest:
+    return FileDigest(checked_path(members.text("path")), members.integer("nbytes"), _digest(members))
+
+
+def _fragments(members: Members) -> tuple[FileDigest, ...]:
+    found = []
+    for one in _each(members, "fragments"):
+        found.append(_file_digest(one))
+        one.close()
+    return tuple(found)
+
+
+def _index(members: Members) -> tuple[IndexEntry, ...]:
+    found: list[IndexEntry] = []
+    for one in _each(members, "index"):
+        entry = IndexEntry(_file_digest(one), one.text("first"), one.text("last"))
+        one.close()
+        if entry.first > entry.last or (found and entry.first <= found[-1].last):  # [UCF-80]
+            raise Malformed(f"{one.where}: keys {entry.first!r} to {entry.last!r} are out of order")
+        found.append(entry)
+    if not found:
+        raise Malformed(f"{members.where}/index: expected at least one part")
+    return tuple(found)
+
+
+def _tied(members: Members) -> tuple[tuple[tuple[str, str], ...], ...]:
+    groups = []
+    for k, group in enumerate(members.sequence("tied")):
+        where = f"{members.where}/tied[{k}]"
+        if not isinstance(group, list) or len(group) < 2:
+            raise Malformed(f"{where}: expected a list of at least two names")
+        names = [pair(one, where=where) for one in group]
+        groups.append(tuple((text(item, where=where), text(name, where=where)) for item, name in names))
+    return tuple(groups)
+
+
+def _bases(members: Members) -> tuple[Base, ...]:
+    found = []
+    for one in _each(members, "bases"):
+        base = Base(one.text("uri"), _digest(one))
+        one.close()
+        if "::" in base.uri:  # [UCF-82]
+            raise Unsafe(f"{one.where}: chained URL {base.uri!r}")
+        found.append(base)
+    return tuple(found)
+
+
+def _check_files(manifest: Manifest, path: str) -> None:
+    files = [*(entry.file.path for entry in manifest.index), *(file.path for file in manifest.fragments)]
+    if len(set(files)) != len(files):
+        raise Malformed(f"{path}: a record file is named twice")
+    if len(manifest.fragments) > MAX_WRITERS:
+        raise LimitExceeded(f"{path}: {len(manifest.fragments)} writers, the limit is {MAX_WRITERS}")

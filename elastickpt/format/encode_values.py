@@ -1,0 +1,185 @@
+"""Values into typed JSON: each value has one spelling; what has no tag is refused with its path. [UCF-50..59]"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from math import isfinite, isnan, prod
+
+from elastickpt.errors import ValueNotCarried
+from elastickpt.format.canonical_json import dump, dump_sorted
+from elastickpt.format.digest import file_digest
+from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.limits import MAX_DEPTH, MAX_INT_DIGITS, MAX_SMALL_ARRAY_NBYTES
+from elastickpt.format.value_types import MAX_PLAIN_INT, ArrayReference, ArrayValue, Value
+
+
+def pointer_token(name: object) -> str:
+    """One token of a JSON pointer."""
+    return str(name).replace("~", "~0").replace("/", "~1")
+
+
+def _refuse(value: object, where: str) -> ValueNotCarried:
+    kind = type(value).__name__
+    if type(value).__module__ not in ("builtins", "collections"):
+        kind = f"{type(value).__module__}.{kind}"
+    article = "an" if kind[0].lower() in "aeiou" else "a"
+    return ValueNotCarried(f"{where or '/'}: {article} {kind} cannot be carried by a checkpoint")
+
+
+def _text(value: str, where: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueNotCarried(f"{where or '/'}: text with a lone surrogate cannot be carried by a checkpoint") from None
+    return value
+
+
+def _int(value: int, where: str) -> object:
+    if -MAX_PLAIN_INT <= value <= MAX_PLAIN_INT:
+        return value
+    if abs(value) >= 10**MAX_INT_DIGITS:
+        raise ValueNotCarried(f"{where or '/'}: an integer of more than {MAX_INT_DIGITS} digits")
+    return {"$int": str(value)}
+
+
+def _float(value: float) -> object:
+    if isfinite(value):
+        return value
+    return {"$float": "nan" if isnan(value) else "inf" if value > 0 else "-inf"}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _array(value: ArrayValue, where: str) -> object:
+    known = DTYPES.get(value.dtype)
+    if known is None or len(value.data) != prod(value.shape) * known.itemsize:
+        raise ValueNotCarried(f"{where or '/'}: {len(value.data)} bytes are no {value.dtype} array of shape {value.shape}")
+    if len(value.data) > MAX_SMALL_ARRAY_NBYTES:
+        raise ValueNotCarried(
+            f"{where or '/'}: an array of {len(value.data)} bytes inside a value; the limit is {MAX_SMALL_ARRAY_NBYTES}"
+        )
+    body = {"dtype": value.dtype, "shape": list(value.shape), "data": _base64(value.data), "origin": value.origin}
+    return {"$array": body}
+
+
+def _items(values: Iterable[object], where: str, depth: int) -> list[object]:
+    return [_encode(one, f"{where}/{k}", depth) for k, one in enumerate(values)]
+
+
+def _pairs(value: Mapping[object, object], where: str, depth: int) -> list[object]:
+    found: list[object] = []
+    for key, one in value.items():
+        place = f"{where}/{pointer_token(key)}"
+        found.append([_encode(key, place, depth), _encode(one, place, depth)])
+    _distinct((pair[0] for pair in found if isinstance(pair, list)), where)
+    return found
+
+
+def _distinct(encoded: Iterable[object], where: str) -> list[str]:
+    """The canonical texts. Two NaN are two keys in memory and one on disk, hence the check."""
+    texts = [dump(one) for one in encoded]
+    if len(set(texts)) != len(texts):
+        raise ValueNotCarried(f"{where or '/'}: two keys or elements that are the same on disk")
+    return texts
+
+
+def _set(value: Iterable[object], where: str, depth: int) -> list[object]:
+    encoded = [_encode(one, where, depth) for one in value]
+    return [one for _, one in sorted(zip(_distinct(encoded, where), encoded, strict=True), key=lambda pair: pair[0])]
+
+
+def _dict(value: dict[object, object], where: str, depth: int) -> object:
+    if all(type(key) is str and not key.startswith("$") for key in value):
+        return {_text(str(key), where): _encode(one, f"{where}/{pointer_token(key)}", depth) for key, one in value.items()}
+    return {"$map": _pairs(value, where, depth)}
+
+
+def _encode(value: object, where: str, depth: int) -> object:
+    if value is None or type(value) is bool:
+        return value
+    if type(value) is int:
+        return _int(value, where)
+    if type(value) is float:
+        return _float(value)
+    if type(value) is str:
+        return _text(value, where)
+    if type(value) is bytes:
+        return {"$bytes": _base64(value)}
+    if type(value) is complex:
+        return {"$complex": [_float(value.real), _float(value.imag)]}
+    if type(value) is ArrayValue:
+        return _array(value, where)
+    if type(value) is ArrayReference:
+        return {"$tensor": {"item": _text(value.item, where), "name": _text(value.name, where)}}
+    return _encode_container(value, where, depth + 1)
+
+
+def _encode_container(value: object, where: str, depth: int) -> object:
+    if depth > MAX_DEPTH and isinstance(value, (list, tuple, set, frozenset, dict)):
+        raise ValueNotCarried(f"{where}: nested more than {MAX_DEPTH} deep (or inside itself)")
+    if type(value) is list:
+        return _items(value, where, depth)
+    if type(value) is tuple:
+        return {"$tuple": _items(value, where, depth)}
+    if type(value) is dict:
+        return _dict(value, where, depth)
+    if type(value) is OrderedDict:
+        return {"$odict": _pairs(value, where, depth)}
+    if type(value) is Counter:
+        return {"$counter": _pairs(value, where, depth)}
+    if type(value) is set:
+        return {"$set": _set(value, where, depth)}
+    if type(value) is frozenset:
+        return {"$frozenset": _set(value, where, depth)}
+    raise _refuse(value, where)
+
+
+def encode_value(value: Value, *, where: str) -> object:
+    """The typed JSON of a value: None, bool, int, float, str, list and dict only, for `canonical_json.dump`. [UCF-50]
+
+    `where` is the value's JSON pointer, which messages begin with. Raises ValueNotCarried for what has no tag.
+    """
+    return _encode(value, where, 0)
+
+
+def _unordered(typed: object) -> object:
+    """Typed JSON with the pairs of mappings in the order of their texts, since filling order is no difference."""
+    if isinstance(typed, list):
+        return [_unordered(one) for one in typed]
+    if not isinstance(typed, dict):
+        return typed
+    found = {name: _unordered(one) for name, one in typed.items()}
+    for tag in ("$map", "$counter"):
+        pairs = found.get(tag)
+        if isinstance(pairs, list):
+            found[tag] = sorted(pairs, key=dump_sorted)
+    return found
+
+
+def value_digest(value: Value, *, where: str = "") -> str:
+    """The xxh3-128 (32 hex digits) of the value's canonical typed JSON; equal for values that are equal, types
+    included.
+
+    The filling order of plain dicts and Counters does not count; that of an OrderedDict does. Raises ValueNotCarried.
+    """
+    return file_digest(dump_sorted(_unordered(encode_value(value, where=where))).encode("ascii"))
+
+
+def values_equal(one: Value, other: Value) -> bool:
+    """True when both have the same types and bits: 1 is not True, 0.0 is not -0.0, NaN is NaN."""
+    return value_digest(one) == value_digest(other)
+
+
+def encode_pointers(values: Value, *, where: str) -> dict[str, object]:
+    """The typed JSON of a mapping from JSON pointers to values. Raises ValueNotCarried. [UCF-58]"""
+    if not isinstance(values, Mapping):
+        raise ValueNotCarried(f"{where}: expected a mapping from JSON pointers, found {type(values).__name__}")
+    for name in values:
+        if not isinstance(name, str) or not name.startswith("/"):
+            raise ValueNotCarried(f"{where}: {name!r} is no JSON pointer")
+    return {_text(name, where): encode_value(one, where=name) for name, one in values.items()}

@@ -1,0 +1,180 @@
+"""From names to paths: keys of arrays, names of chunk and record files, and the check of paths that others wrote.
+[UCF-30..39]
+
+A name is data, never a path: what is not `[A-Za-z0-9._-]` is percent-encoded, so that a key is plain ASCII, has no
+separator of its own, and differs from its siblings' keys on file systems that ignore case.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import xxhash
+
+from elastickpt.errors import LimitExceeded, StructureConflict, Unsafe
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.limits import MAX_COMPONENT_NBYTES, MAX_NAME_NBYTES, MAX_PATH_NBYTES
+
+MANIFEST = "checkpoint.json"
+DOCUMENT = "zarr.json"
+ROOT_DOCUMENT = DOCUMENT
+MAX_KEY_NBYTES = 200  # of a key without a suffix; leaves room below 255 for what stores append while writing
+SUFFIX_CUT = 180  # bytes of a key that stand before its suffix
+
+_KEPT = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+
+
+def checked_name(name: str) -> str:
+    """The name itself. Raises Unsafe for control characters and lone surrogates, LimitExceeded beyond 1,024 bytes.
+
+    [UCF-30]
+    """
+    try:
+        nbytes = len(name.encode())
+    except UnicodeEncodeError:
+        raise Unsafe(f"name {name!r} is no valid Unicode text") from None
+    if nbytes > MAX_NAME_NBYTES:
+        raise LimitExceeded(f"name {name[:60]!r}... has {nbytes} bytes of UTF-8, the limit is {MAX_NAME_NBYTES}")
+    if not name.isprintable() and any(ord(char) < 32 or ord(char) == 127 for char in name):
+        raise Unsafe(f"name {name!r} contains a control character")
+    return name
+
+
+def encode_name(name: str) -> str:
+    """The key of a name that has no siblings to be told from: percent-encoded ASCII, never empty. [UCF-31, UCF-32]
+
+    `layers.0/w` -> `layers.0%2Fw`; `` -> `%`; `..` -> `%2E.`; `__x` -> `%5F_x`; `zarr.json` -> `%7Aarr.json`.
+    """
+    if not name:
+        return "%"
+    encoded = "".join(chr(byte) if byte in _KEPT else f"%{byte:02X}" for byte in checked_name(name).encode())
+    if not name.strip(".") or name.startswith("__") or name.lower() == DOCUMENT:
+        return f"%{ord(encoded[0]):02X}{encoded[1:]}"
+    return encoded
+
+
+def _suffixed(key: str, name: str) -> str:
+    cut = min(len(key), SUFFIX_CUT)
+    inside = key.rfind("%", max(0, cut - 2), cut)  # a `%XX` that the cut would split
+    if inside >= 0 and cut < len(key):
+        cut = inside
+    return f"{key[:cut]}%~{xxhash.xxh3_64_hexdigest(name.encode())}"
+
+
+def child_keys(names: Iterable[str]) -> dict[str, str]:
+    """name -> key for names that stand beside each other; the keys differ even where case is ignored. [UCF-33, UCF-34]
+
+    Depends on the set of names only, not on its order. Raises StructureConflict when two hashes meet.
+    """
+    plain = {name: encode_name(name) for name in names}
+    folded = Counter(key.lower() for key in plain.values())
+    keys = {
+        name: _suffixed(key, name) if len(key) > MAX_KEY_NBYTES or folded[key.lower()] > 1 else key
+        for name, key in plain.items()
+    }
+    owner: dict[str, str] = {}
+    for name, key in keys.items():
+        other = owner.setdefault(key.lower(), name)
+        if other != name:
+            raise StructureConflict(f"names {other!r} and {name!r} have the same key {key!r}")
+    return keys
+
+
+def components(array: ArrayId) -> tuple[str, ...]:
+    """The names on the way to an array below its section: item, name, state; for `extra` item and pointer tokens.
+
+    [UCF-35]
+    """
+    if array.section == "params":
+        return (array.item, array.name, array.state)
+    if not array.name:
+        return (array.item,)
+    tokens = (token.replace("~1", "/").replace("~0", "~") for token in array.name.split("/"))
+    return (array.item, *tokens)
+
+
+class _Node:
+    """One name in the tree of a section, with what stands below it."""
+
+    __slots__ = ("array", "children")
+
+    def __init__(self) -> None:
+        self.array: ArrayId | None = None
+        self.children: dict[str, _Node] = {}
+
+    def place(self, array: ArrayId) -> None:
+        node = self
+        for name in components(array):
+            node = node.children.setdefault(name, _Node())
+        node.array = array
+
+    def collect(self, key: str, found: dict[ArrayId, str]) -> None:
+        if self.array is not None:
+            if self.children:
+                raise StructureConflict(f"array {self.array} stands where other arrays have a group")
+            if len(key) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
+                raise LimitExceeded(f"array {self.array}: its path has {len(key)} bytes")
+            found[self.array] = key
+        keys = child_keys(self.children)
+        for name, child in self.children.items():
+            child.collect(f"{key}/{keys[name]}", found)
+
+
+def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
+    """array -> its path in the tree, for all arrays of a checkpoint; depends on their set only. [UCF-35]
+
+    `params/<item>/<name>/<state>` and `extra/<item>/<pointer tokens>`. Raises StructureConflict where an array stands
+    above another one, Unsafe for names that no checkpoint carries.
+    """
+    sections = {"params": _Node(), "extra": _Node()}
+    for array in ids:
+        sections[array.section].place(array)
+    found: dict[ArrayId, str] = {}
+    for section, node in sections.items():
+        node.collect(section, found)
+    return found
+
+
+def chunk_file(key: str, chunk: tuple[int, ...]) -> str:
+    """The file of one chunk in placement `plain`: `params/m/w/value` and (0, 1) -> `params/m/w/value/c.0.1`.
+
+    [UCF-36]
+    """
+    return ".".join((f"{key}/c", *map(str, chunk)))
+
+
+def document_file(key: str) -> str:
+    """The zarr document of an array or group; "" is the root."""
+    return f"{key}/{DOCUMENT}" if key else DOCUMENT
+
+
+def fragments_file(writer: int) -> str:
+    """Where a writer's fragment map stands in a file system: at least five digits. [UCF-37]"""
+    return f"fragments/{writer:05d}.msgpack"
+
+
+def index_file(part: int) -> str:
+    """Where a part of the index stands in a file system: `index.msgpack`, then `index-00001.msgpack`, ... [UCF-37]"""
+    return f"index-{part:05d}.msgpack" if part else "index.msgpack"
+
+
+def checked_path(path: str) -> str:
+    """The path itself, from a record that anyone may have written; safe to join below a root. [UCF-38]
+
+    Raises Unsafe for an absolute path, `..`, `.`, an empty component, a backslash, NUL and other control characters,
+    anything that is not ASCII, and a first component that ends with a colon; LimitExceeded beyond 4,096 bytes, or 255
+    in one component.
+    """
+    if len(path) > MAX_PATH_NBYTES:
+        raise LimitExceeded(f"path {path[:60]!r}... has {len(path)} bytes, the limit is {MAX_PATH_NBYTES}")
+    if not path.isascii() or not path.isprintable() or "\\" in path:
+        raise Unsafe(f"path {path!r} contains a backslash, a control character or a character beyond ASCII")
+    parts = path.split("/")
+    if "" in parts or "." in parts or ".." in parts:
+        raise Unsafe(f"path {path!r} is absolute or has an empty, '.' or '..' component")
+    if ":" in parts[0]:
+        raise Unsafe(f"path {path!r} begins with a drive or scheme")
+    if max(map(len, parts)) > MAX_COMPONENT_NBYTES:
+        raise LimitExceeded(f"path {path[:60]!r}... has a component beyond {MAX_COMPONENT_NBYTES} bytes")
+    return path

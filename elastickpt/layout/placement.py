@@ -1,0 +1,110 @@
+"""From mesh and placements to boxes, as torch physically shards.
+
+A placement is `R`, `S(d)` or `_S(d)`, one for each mesh axis. `S(d)` splits dimension d as `torch.chunk` does.
+`_S(d)` (strided) is what FSDP2 makes of a parameter that tensor parallelism has split on the same dimension: it is
+applied after every plain `S(d)`, whatever the order of the mesh axes, to what those have left. Several placements of
+one kind on one dimension apply from the first mesh axis to the last. 50,257 rows under `_S(0)`, `S(0)` on (fsdp=4,
+tp=2): tp=0 has 25,129 of them, in chunks of 6,283, so that 6,280 are left for fsdp=3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+
+from elastickpt.errors import LayoutUnsupported
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.box import Box
+from elastickpt.layout.partition import torch_chunk
+
+_PLACEMENT = re.compile(r"R|(_?)S\((0|[1-9][0-9]*)\)", re.ASCII)
+
+
+def physical_box(shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequence[int], placements: Sequence[str]) -> Box:
+    """The box of an array of this shape that the rank at this coordinate of a mesh of these sizes holds.
+
+    Where nothing is left for a rank, its box is empty and stands at the end of what was split. Raises
+    LayoutUnsupported for a placement that is none of the three, a dimension that the array lacks, or a coordinate
+    outside the mesh.
+    """
+    if not len(sizes) == len(coordinate) == len(placements) or any(
+        not 0 <= index < size for index, size in zip(coordinate, sizes, strict=True)
+    ):
+        raise LayoutUnsupported(
+            f"coordinate {tuple(coordinate)} with placements {tuple(placements)} on a mesh of sizes {tuple(sizes)}"
+        )
+    start, stop = [0] * len(shape), list(shape)
+    for axis, dim in _splits(tuple(placements), len(shape)):
+        low, high = start[dim], stop[dim]
+        size = -(-(high - low) // sizes[axis])
+        start[dim] = min(low + coordinate[axis] * size, high)
+        stop[dim] = min(start[dim] + size, high)
+    return Box(tuple(start), tuple(stop))
+
+
+def cuts_of(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str]) -> tuple[int, ...]:
+    """For each dimension the extent at which these placements cut it regularly; 0 where it is whole or cut irregularly.
+
+    Regular means that every boundary between ranks is a multiple of the extent, and every multiple is such a
+    boundary.
+    """
+    if len(sizes) != len(placements):
+        raise LayoutUnsupported(f"placements {tuple(placements)} on a mesh of sizes {tuple(sizes)}")
+    splits = _splits(tuple(placements), len(shape))
+    return tuple(
+        _regular(extent, tuple(sizes[axis] for axis, split in splits if split == dim)) for dim, extent in enumerate(shape)
+    )
+
+
+def replica_ranks(mesh: Mesh, placements: Sequence[str], rank: int) -> tuple[int, ...]:
+    """The ranks that hold the same box as `rank`, itself among them, in the order of the mesh.
+
+    They differ from it on replicated axes only. Raises Malformed for a rank outside the mesh.
+    """
+    if len(mesh.sizes) != len(placements):
+        raise LayoutUnsupported(f"placements {tuple(placements)} on mesh {mesh.name!r} of sizes {mesh.sizes}")
+    coordinate = mesh.coordinate(rank)
+    axes = [
+        range(size) if placement == "R" else (index,)
+        for size, index, placement in zip(mesh.sizes, coordinate, placements, strict=True)
+    ]
+    return tuple(mesh.ranks[_flat(place, mesh.sizes)] for place in product(*axes))
+
+
+def _flat(coordinate: Sequence[int], sizes: Sequence[int]) -> int:
+    at = 0
+    for index, size in zip(coordinate, sizes, strict=True):
+        at = at * size + index
+    return at
+
+
+@lru_cache(maxsize=1024)
+def _splits(placements: tuple[str, ...], ndim: int) -> tuple[tuple[int, int], ...]:
+    """(mesh axis, dimension) of every split, in the order in which they are applied."""
+    plain: list[tuple[int, int]] = []
+    strided: list[tuple[int, int]] = []
+    for axis, placement in enumerate(placements):
+        found = _PLACEMENT.fullmatch(placement)
+        if found is None:
+            raise LayoutUnsupported(f"placement {placement!r} on mesh axis {axis}: expected R, S(d) or _S(d)")
+        if found[2] is None:
+            continue
+        dim = int(found[2])
+        if dim >= ndim:
+            raise LayoutUnsupported(f"placement {placement!r} on mesh axis {axis}: the array has {ndim} dimensions")
+        (strided if found[1] else plain).append((axis, dim))
+    return (*plain, *strided)
+
+
+@lru_cache(maxsize=4096)
+def _regular(extent: int, ways: tuple[int, ...]) -> int:
+    """The extent of the regular grid that nested `torch.chunk` splits make, 0 if they make none or a grid of one."""
+    intervals = [(0, extent)]
+    for count in ways:
+        intervals = [(low + a, low + b) for low, high in intervals for a, b in torch_chunk(high - low, count) if a < b]
+    size = max((high - low for low, high in intervals), default=0)
+    if len(intervals) < 2 or any(low % size for low, _ in intervals):
+        return 0
+    return size

@@ -1,0 +1,276 @@
+"""`load`: check everything, read straight into place, install; in place, at whatever layout `state` has now."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgpack
+import numpy as np
+
+from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Team
+from elastickpt.errors import CheckpointError, StateMismatch
+from elastickpt.format.arrays import Mesh
+from elastickpt.load.fetch import Elements, FetchReport, Verify, Wanted, fetch
+from elastickpt.load.opened import Opened, open_records
+from elastickpt.training.group import Group, job_group
+from elastickpt.training.held import HeldArray
+from elastickpt.training.layouts import held_by_models
+from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
+from elastickpt.training.memory import fill_device, host_elements
+from elastickpt.training.meshes import mesh_of
+from elastickpt.training.restore import bind
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+Strict = Literal["all", "missing", "unexpected", "none"]
+SHOWN_MISMATCHES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A finished load. Byte counts and times are this rank's: needed by it, read from the store, seconds.
+
+    `skipped` are differences that the strict mode let pass; `notes` what could not be carried over exactly, and why.
+    """
+
+    path: str
+    step: int | None
+    nbytes: int
+    read_nbytes: int
+    plan_s: float
+    read_s: float
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    strict: Strict = "all",
+    verify: Verify = "on",
+) -> LoadReport:
+    """Fills `state` in place with the checkpoint at `path`, at the layout that `state` has now, on all ranks. Blocking.
+
+    Every rank of the process group must call it with the same path and options. Everything that can be checked is checked on
+    all ranks before the first tensor changes. `strict`: "all" differences are errors; "missing": those of `state` that the
+    checkpoint lacks, but not what it has beside; "unexpected": the other way round; "none": only shapes and element types.
+    `verify="off"` skips block checksums, for measuring.
+
+    Raises, the same on every rank with a `report`: StateMismatch naming every difference (nothing was changed),
+    NotACheckpoint, Unsupported, Damaged kinds, StorageFailed kinds, RankLost. An error while tensors are being filled says
+    that the content of `state` is now undefined.
+    """
+    group = job_group(process_group)
+    loading = _Load(group, team_of(group), path, strict, verify)
+    return loading.run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+
+
+class _Load:
+    """One call of `load` on one rank: check together, read, install together."""
+
+    def __init__(self, group: Group, team: Team, path: str | os.PathLike[str], strict: Strict, verify: Verify) -> None:
+        self.group, self.team, self.path, self.strict, self.verify = group, team, path, strict, verify
+
+    def run(self, state: Mapping[str, object], declared: Mesh | None) -> LoadReport:
+        begun = time.perf_counter()
+        opened, binding, skipped = self._check(state, declared)
+        planned = time.perf_counter()
+        report = self._fill(opened, binding)
+        ended = time.perf_counter()
+        for note in binding.notes:
+            log.warning("%s: %s", self.path, note)
+        return LoadReport(
+            path=os.fspath(self.path),
+            step=opened.manifest.step,
+            nbytes=report.wanted_nbytes,
+            read_nbytes=report.read_nbytes,
+            plan_s=planned - begun,
+            read_s=ended - planned,
+            skipped=skipped,
+            notes=binding.notes,
+        )
+
+    # -- before anything changes ---------------------------------------------------------------------------------------
+
+    def _open(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, bool]:
+        """The checkpoint, and whether every rank holds now what the writer of its number held."""
+        opened: list[Opened] = []
+
+        def compare() -> bytes:
+            opened.append(open_records(self.path))
+            held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
+            same = len(self.team.ranks) == opened[0].manifest.world_size and same_layout(opened[0], held, self.team.member)
+            return bytes([same])
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            return [bytes([all(payload == b"\1" for payload in payloads)])] * len(payloads)
+
+        same = self.team.round("open", compare, decide)
+        return opened[0], same == b"\1"
+
+    def _check(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, Binding, tuple[str, ...]]:
+        opened, same = self._open(state, declared)
+        bound: list[tuple[Listing, Binding]] = []
+
+        def compare() -> bytes:
+            listing = listing_of(opened, same)
+            binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
+            bound.append((listing, binding))
+            return _encode_findings(opened, binding)
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            listing, _ = bound[0]
+            found = _joint_mismatches(opened, listing, payloads, self.team.ranks)
+            refused = [text for what, text in found if self._counts(what)]
+            if refused:
+                raise StateMismatch(_mismatch_message(os.fspath(self.path), refused))
+            return [bytes(msgpack.packb([text for _, text in found]))] * len(payloads)
+
+        skipped = msgpack.unpackb(self.team.round("check", compare, decide), use_list=False)
+        return opened, bound[0][1], skipped
+
+    def _counts(self, what: str) -> bool:
+        """Whether a difference of this kind is an error in the strict mode asked for."""
+        passes = {"all": (), "missing": ("unexpected",), "unexpected": ("missing",), "none": ("missing", "unexpected")}
+        return what not in passes[self.strict]
+
+    # -- from here on the state changes --------------------------------------------------------------------------------
+
+    def _fill(self, opened: Opened, binding: Binding) -> FetchReport:
+        reports: list[FetchReport] = []
+
+        def read() -> bytes:
+            hosts = [host_elements(target.tensor) for target in binding.targets]
+            wanted = [
+                Wanted(opened.records[target.spec.id], target.box, host)
+                for target, host in zip(binding.targets, hosts, strict=True)
+            ]
+            try:
+                reports.append(fetch(opened, wanted, verify=self.verify))
+                _to_devices(binding.targets, hosts)
+            except Exception as error:
+                raise _undefined(error) from error
+            return b""
+
+        def installed() -> bytes:
+            try:
+                binding.install()
+            except Exception as error:
+                raise _undefined(error) from error
+            return b""
+
+        self.team.round("read", read, lambda payloads: [b""] * len(payloads))
+        self.team.round("install", installed, lambda payloads: [b""] * len(payloads))
+        return reports[0]
+
+
+def listing_of(opened: Opened, same: bool) -> Listing:
+    """What the checkpoint holds, as the training layer takes it; `same` is whether the layout is the writers'."""
+    manifest = opened.manifest
+    return Listing(
+        arrays={identity: record.spec for identity, record in opened.records.items()},
+        tables=tuple(table for part in opened.parts for table in part.tables),
+        values=manifest.values if isinstance(manifest.values, dict) else {},
+        per_rank=opened.per_rank,
+        items=manifest.items,
+        world_size=manifest.world_size,
+        same_layout=same,
+        step=manifest.step,
+        tied=manifest.tied,
+    )
+
+
+def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
+    """Whether a rank that holds `held` stands where `writer` stood: meshes and placements are equal, and it holds every
+    array of these models that the writer stored something of."""
+    manifest = opened.manifest
+    ids = {array.spec.id for array in held}
+    for array in held:
+        record = opened.records.get(array.spec.id)
+        if record is None:
+            return False
+        if record.layout is None:
+            if array.mesh is not None:
+                return False
+            continue
+        layout = manifest.layouts[record.layout]
+        if (array.mesh, array.placements) != (manifest.meshes[layout.mesh], layout.placements):
+            return False
+    stored = (opened.by_key[key].spec.id for key in opened.fragments(writer).pieces.arrays)
+    return all(identity in ids for identity in stored if identity.section == "params" and identity.state == "value")
+
+
+def _undefined(error: Exception) -> Exception:
+    """The same error, saying what it means now that tensors were being filled."""
+    suffix = "; the content of `state` is now undefined: load another checkpoint before going on"
+    if isinstance(error, CheckpointError):
+        return type(error)(error.message + suffix, report=error.report)
+    return CheckpointError(f"{type(error).__name__}: {error}{suffix}")
+
+
+def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[Elements]) -> None:
+    """Copies what was read to host memory to targets on other devices; host tensors were filled in place."""
+    for target, host in zip(targets, hosts, strict=True):
+        if target.tensor.device.type != "cpu":
+            fill_device(target.tensor, host)
+
+
+# -- what ranks tell each other ----------------------------------------------------------------------------------------
+
+
+def _encode_findings(opened: Opened, binding: Binding) -> bytes:
+    """This rank's differences, and which of the checkpoint's arrays (a bit each, in index order) and values it has a place
+    for: only all ranks together know what nobody has a place for."""
+    known = np.fromiter((identity in binding.arrays for identity in opened.records), dtype=np.bool_, count=len(opened.records))
+    rows = [(m.name, m.what, m.expected, m.found, m.side) for m in binding.mismatches]
+    return bytes(msgpack.packb((rows, np.packbits(known).tobytes(), sorted(binding.places))))
+
+
+def _joint_mismatches(
+    opened: Opened, listing: Listing, payloads: Sequence[bytes], ranks: Sequence[int]
+) -> list[tuple[str, str]]:
+    """(what, text) of every difference on any rank, each once, with the ranks that have it."""
+    where: dict[Mismatch, list[int]] = {}
+    union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
+    places: set[str] = set()
+    for rank, payload in zip(ranks, payloads, strict=True):
+        rows, bits, known_places = msgpack.unpackb(payload, use_list=False)
+        for row in rows:
+            where.setdefault(Mismatch(*row), []).append(rank)
+        union |= np.frombuffer(bits, dtype=np.uint8)
+        places.update(known_places)
+    flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
+    arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
+    found: list[tuple[str, str]] = []
+    for mismatch, on in sorted(where.items()):
+        found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
+    found.extend((mismatch.what, str(mismatch)) for mismatch in unexpected(listing, arrays=arrays, places=places))
+    return found
+
+
+def _ranks_text(some: Sequence[int], every: Sequence[int]) -> str:
+    if len(some) == len(every):
+        return "every rank" if len(every) > 1 else "this process"
+    shown = ", ".join(str(rank) for rank in some[:8])
+    return f"rank {shown}" if len(some) == 1 else f"ranks {shown}{', ...' if len(some) > 8 else ''}"
+
+
+def _mismatch_message(path: str, refused: Iterable[str]) -> str:
+    texts = list(refused)
+    shown = "".join(f"\n  {text}" for text in texts[:SHOWN_MISMATCHES])
+    more = f"\n  and {len(texts) - SHOWN_MISMATCHES} more" if len(texts) > SHOWN_MISMATCHES else ""
+    noun = "difference" if len(texts) == 1 else "differences"
+    return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}"

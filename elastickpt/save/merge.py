@@ -1,0 +1,244 @@
+"""From the structure tables of all ranks to what each rank must know of the others: keys, grids, who shares what. No I/O.
+
+Runs on one rank, over the distinct tables only; its result for one table is a value of that table's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgpack
+
+from elastickpt.errors import StructureConflict
+from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.keys import array_keys
+from elastickpt.format.records import Item, Layout
+from elastickpt.layout.grid import chunk_shape
+from elastickpt.layout.placement import cuts_of
+from elastickpt.save.structure import HeldEntry, StructureTable
+
+
+@dataclass(frozen=True, slots=True)
+class SharedArray:
+    """What a rank learns of one array it holds.
+
+    `group`: the ranks among which the array's replicas are shared out; empty where the rank's own mesh and placements say it.
+    `writes` is False where another group of ranks holds the same array and writes it. `compare`: contents must be compared
+    with other ranks before the first save, as nobody declared them to be replicas. `documents`: the one rank that writes its
+    zarr documents; `heads_group`: that rank writes the parameter's group document too.
+    """
+
+    key: str
+    chunk_shape: tuple[int, ...]
+    group: tuple[int, ...]
+    writes: bool
+    compare: bool
+    documents: int
+    heads_group: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MergedArray:
+    """One array of the whole job, for the index."""
+
+    entry: HeldEntry
+    key: str
+    chunk_shape: tuple[int, ...]
+    layout: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergedStructure:
+    """The whole job's structure; `shared` are what the ranks of each table learn, by table."""
+
+    arrays: Mapping[ArrayId, MergedArray]
+    meshes: tuple[Mesh, ...]
+    layouts: tuple[Layout, ...]
+    items: tuple[Item, ...]
+    tied: tuple[tuple[tuple[str, str], ...], ...]
+    shared: tuple[tuple[SharedArray, ...], ...]
+
+    @property
+    def compares(self) -> bool:
+        """Whether any contents must be compared between ranks."""
+        return any(array.compare for table in self.shared for array in table)
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """One table's entry for an array, and the ranks that have that table."""
+
+    table: int
+    entry: HeldEntry
+    mesh: Mesh | None
+    ranks: tuple[int, ...]
+
+
+def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) -> MergedStructure:
+    """Joins distinct tables; `ranks[t]` are the ranks with table t, in order.
+
+    Raises StructureConflict naming the array, what each rank has, and the ranks.
+    """
+    holdings: dict[ArrayId, list[_Holding]] = {}
+    order = sorted(range(len(tables)), key=lambda t: ranks[t][0])
+    for t in order:
+        for entry in tables[t].entries:
+            mesh = None if entry.mesh is None else tables[t].meshes[entry.mesh]
+            holdings.setdefault(entry.spec.id, []).append(_Holding(t, entry, mesh, ranks[t]))
+    keys = array_keys(holdings)
+    heads = _group_heads(holdings)
+    meshes: dict[Mesh, int] = {}
+    layouts: dict[Layout, int] = {}
+    arrays: dict[ArrayId, MergedArray] = {}
+    shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
+    for identity, found in holdings.items():
+        _require_agreement(identity, found)
+        first = found[0]
+        layout = None
+        if first.mesh is not None:
+            number = meshes.setdefault(first.mesh, len(meshes))
+            layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
+        grid = _grid(first)
+        arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout)
+        groups = _groups(identity, found)
+        several = len(groups) > 1
+        primary = groups[0]
+        writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
+        for group in groups:
+            for holding in group.holdings:
+                shared[holding.table][identity] = SharedArray(
+                    keys[identity],
+                    grid,
+                    () if holding.mesh is not None else group.ranks,
+                    group is primary,
+                    several or (first.entry.sharing == "undeclared" and len(group.ranks) > 1),
+                    writer,
+                    identity in heads,
+                )
+    return MergedStructure(
+        arrays,
+        tuple(meshes),
+        tuple(layouts),
+        _items(tables, ranks, order),
+        _ties(tables, order),
+        tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Ranks that hold one array between them, each element of it at least once."""
+
+    ranks: tuple[int, ...]
+    holdings: tuple[_Holding, ...]
+
+
+def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
+    """The groups of ranks that each hold the whole array; more than one only if nobody declared how they belong together."""
+    by: dict[tuple[object, ...], list[_Holding]] = {}
+    for holding in found:
+        entry = holding.entry
+        if entry.sharing == "placed" and holding.mesh is not None:
+            kind: tuple[object, ...] = (holding.mesh, entry.placements)
+        elif entry.sharing == "declared":
+            kind = entry.replicas
+        else:
+            kind = ()
+        by.setdefault(kind, []).append(holding)
+    groups = []
+    for holdings in by.values():
+        have = sorted(rank for holding in holdings for rank in holding.ranks)
+        entry, mesh = holdings[0].entry, holdings[0].mesh
+        members = mesh.ranks if mesh is not None else entry.replicas if entry.sharing == "declared" else tuple(have)
+        lacking = sorted(set(members) - set(have))
+        if lacking:
+            raise StructureConflict(
+                f"array {identity}: expected on all of the ranks {list(members)} "
+                f"(declared by rank {have[0]}), found on {have}; missing on {lacking}"
+            )
+        # a mesh over other ranks with the same axes is another group (a second pipeline stage, a second replica)
+        groups.append(_Group(tuple(members), tuple(holdings)))
+    return sorted(groups, key=lambda group: min(group.ranks))
+
+
+def _require_agreement(identity: ArrayId, found: Sequence[_Holding]) -> None:
+    first = found[0]
+    for other in found[1:]:
+        for what, mine, theirs in (
+            ("shape", first.entry.spec.shape, other.entry.spec.shape),
+            ("element type", first.entry.spec.dtype, other.entry.spec.dtype),
+            ("attributes", first.entry.attributes, other.entry.attributes),
+        ):
+            if mine != theirs:
+                raise StructureConflict(
+                    f"array {identity}: {what} is {mine} on rank {first.ranks[0]} and {theirs} on rank {other.ranks[0]}; "
+                    "give different tensors different names"
+                )
+        if (first.mesh is None) != (other.mesh is None) or (
+            first.mesh is not None
+            and other.mesh is not None
+            and (first.entry.placements, first.mesh.sizes) != (other.entry.placements, other.mesh.sizes)
+        ):
+            raise StructureConflict(
+                f"array {identity}: held in different ways on rank {first.ranks[0]} ({_way(first)}) "
+                f"and rank {other.ranks[0]} ({_way(other)}); contents cannot be compared, so give them different names"
+            )
+
+
+def _way(holding: _Holding) -> str:
+    if holding.mesh is None:
+        return "a plain tensor"
+    return f"{', '.join(holding.entry.placements)} on mesh {holding.mesh.name} {holding.mesh.sizes}"
+
+
+def _grid(holding: _Holding) -> tuple[int, ...]:
+    spec = holding.entry.spec
+    cuts: tuple[int, ...] = ()
+    if holding.mesh is not None:
+        cuts = cuts_of(spec.shape, holding.mesh.sizes, holding.entry.placements)
+    return chunk_shape(spec.shape, itemsize=spec.type.itemsize, cuts=cuts)
+
+
+def _group_heads(holdings: Mapping[ArrayId, object]) -> set[ArrayId]:
+    """Of the arrays of one parameter the one whose document writer also writes the parameter's group document."""
+    heads: dict[tuple[str, str], ArrayId] = {}
+    for identity in sorted(holdings):
+        if identity.section == "params":
+            heads.setdefault((identity.item, identity.name), identity)
+    return set(heads.values())
+
+
+def _items(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], order: Sequence[int]) -> tuple[Item, ...]:
+    items: dict[str, tuple[Item, int]] = {}
+    for t in order:
+        for item in tables[t].items:
+            known, rank = items.setdefault(item.name, (item, ranks[t][0]))
+            if known.kind != item.kind:
+                raise StructureConflict(
+                    f"item {item.name!r} of the state is a {known.kind} on rank {rank} and a {item.kind} on rank {ranks[t][0]}"
+                )
+    return tuple(item for item, _ in items.values())
+
+
+def _ties(tables: Sequence[StructureTable], order: Sequence[int]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    ties: dict[tuple[tuple[str, str], ...], None] = {}
+    for t in order:
+        ties.update(dict.fromkeys(tables[t].tied))
+    return tuple(ties)
+
+
+def encode_shared(shared: Sequence[SharedArray]) -> bytes:
+    """What the ranks of one table learn, as bytes."""
+    groups: dict[tuple[int, ...], int] = {}
+    rows = [
+        (a.key, a.chunk_shape, groups.setdefault(a.group, len(groups)), a.writes, a.compare, a.documents, a.heads_group)
+        for a in shared
+    ]
+    return bytes(msgpack.packb((tuple(groups), rows)))
+
+
+def decode_shared(data: bytes) -> tuple[SharedArray, ...]:
+    """What `encode_shared` encoded."""
+    groups, rows = msgpack.unpackb(data, use_list=False)
+    return tuple(SharedArray(key, grid, groups[g], *rest) for key, grid, g, *rest in rows)

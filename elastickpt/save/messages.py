@@ -1,0 +1,137 @@
+"""What ranks tell each other in the rounds of a save, as values with canonical bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgpack
+
+from elastickpt.errors import Refused, ReplicaConflict
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.box import Box
+from elastickpt.format.digest import file_digest
+from elastickpt.format.records import FileDigest
+
+
+@dataclass(frozen=True, slots=True)
+class Intention:
+    """What one rank is about to save: where, and digests of its structure and of each replicated value.
+
+    `known` are structures of whole jobs for which this rank still has its plan.
+    """
+
+    target: tuple[str, str]  # store URL, name
+    step: int | None
+    options: tuple[str, str]  # placement, durability
+    table: str
+    values: tuple[tuple[str, str], ...]  # JSON pointer, digest
+    known: tuple[str, ...]
+
+    def encode(self) -> bytes:
+        return bytes(msgpack.packb((self.target, self.step, self.options, self.table, self.values, self.known)))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Intention:
+        return cls(*msgpack.unpackb(data, use_list=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """What one rank wrote: its fragment file, bytes of arrays, and the replicated values asked of it as typed JSON text."""
+
+    file: FileDigest
+    nbytes: int
+    values: tuple[tuple[str, str], ...]
+
+    def encode(self) -> bytes:
+        return bytes(msgpack.packb(((self.file.path, self.file.nbytes, self.file.digest), self.nbytes, self.values)))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Attested:
+        file, nbytes, values = msgpack.unpackb(data, use_list=False)
+        return cls(FileDigest(*file), nbytes, values)
+
+
+def structure_id(ranks: Sequence[int], tables: Sequence[str]) -> str:
+    """Identifies the structure of a whole job: which rank has which table."""
+    return file_digest(bytes(msgpack.packb((tuple(ranks), tuple(tables)))))
+
+
+def require_same_intention(intentions: Sequence[Intention], ranks: Sequence[int]) -> None:
+    """Raises Refused if ranks mean different saves."""
+    first = intentions[0]
+    for rank, other in zip(ranks[1:], intentions[1:], strict=True):
+        for what in ("target", "step", "options"):
+            mine, theirs = getattr(first, what), getattr(other, what)
+            if mine != theirs:
+                raise Refused(
+                    f"{what} of this save: expected the same on all ranks, "
+                    f"found {mine} on rank {ranks[0]} and {theirs} on rank {rank}"
+                )
+
+
+def require_equal_values(intentions: Sequence[Intention], ranks: Sequence[int]) -> None:
+    """Raises ReplicaConflict where two ranks hold different contents of one replicated value."""
+    seen: dict[str, tuple[str, int]] = {}
+    for rank, intention in zip(ranks, intentions, strict=True):
+        for pointer, digest in intention.values:
+            known, first = seen.setdefault(pointer, (digest, rank))
+            if known != digest:
+                raise ReplicaConflict(
+                    f"value {pointer!r} of the state: ranks {first} and {rank} hold different contents; "
+                    "wrap it in ek.PerRank if each rank has its own"
+                )
+
+
+def values_wanted(intentions: Sequence[Intention]) -> tuple[tuple[str, ...], ...]:
+    """By member: the replicated values that it sends along; each value is asked of the first member that has it."""
+    taken: set[str] = set()
+    wanted = []
+    for intention in intentions:
+        mine = tuple(
+            pointer for pointer, _ in intention.values if pointer not in taken and not pointer.startswith(TABLE_PREFIX)
+        )
+        taken.update(mine)
+        wanted.append(mine)
+    return tuple(wanted)
+
+
+TABLE_PREFIX = "optimizer tables of "  # not a JSON pointer: compared like a value, but carried in fragment files
+
+
+# -- contents of arrays that nobody declared to be replicas ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ContentDigest:
+    """The digest of what one rank holds of one array."""
+
+    array: ArrayId
+    box: Box
+    digest: str
+
+
+def encode_digests(digests: Sequence[ContentDigest]) -> bytes:
+    rows = [((d.array.section, d.array.item, d.array.name, d.array.state), d.box.start, d.box.stop, d.digest) for d in digests]
+    return bytes(msgpack.packb(rows))
+
+
+def decode_digests(data: bytes) -> tuple[ContentDigest, ...]:
+    return tuple(
+        ContentDigest(ArrayId(*identity), Box(start, stop), digest)
+        for identity, start, stop, digest in msgpack.unpackb(data, use_list=False)
+    )
+
+
+def require_equal_contents(by_rank: Mapping[int, Sequence[ContentDigest]]) -> None:
+    """Raises ReplicaConflict naming the array and two ranks that hold different contents under its name."""
+    seen: dict[tuple[ArrayId, Box], tuple[str, int]] = {}
+    for rank, digests in by_rank.items():
+        for found in digests:
+            known, first = seen.setdefault((found.array, found.box), (found.digest, rank))
+            if known != found.digest:
+                raise ReplicaConflict(
+                    f"array {found.array}: ranks {first} and {rank} hold different contents under this name, "
+                    "and nothing declares them to be replicas; pass mesh= if they are, or give them different names"
+                )

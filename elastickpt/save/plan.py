@@ -1,0 +1,100 @@
+"""What one rank writes: derived from what it holds and what it learned of the others. No I/O, no torch operations.
+
+held arrays + shared facts --> own boxes (replicas split) --> runs in chunks --> pieces, grouped by file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.box import Box
+from elastickpt.format.digest import block_checksum
+from elastickpt.format.keys import chunk_file
+from elastickpt.layout.algebra import relative
+from elastickpt.layout.grid import Run, chunk_nbytes, runs_of
+from elastickpt.layout.placement import replica_ranks
+from elastickpt.layout.replicas import share_of
+from elastickpt.save.merge import SharedArray
+from elastickpt.training.held import HeldArray
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPiece:
+    """One stored piece to be: `array` counts this rank's held arrays, `local` is the box in that local tensor's coordinates."""
+
+    array: int
+    local: Box
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One chunk file, its full size, and what this rank puts into it."""
+
+    path: str
+    nbytes: int
+    pieces: tuple[PlannedPiece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDocument:
+    """A held array whose zarr document this rank writes; `heads_group`: its parameter's group document too."""
+
+    array: int
+    heads_group: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """All that one rank writes of arrays. `keys` are the tree paths of its held arrays, in their order."""
+
+    keys: tuple[str, ...]
+    files: tuple[PlannedFile, ...]
+    documents: tuple[PlannedDocument, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.run.nbytes for file in self.files for piece in file.pieces)
+
+
+def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> WritePlan:
+    """The plan of `rank`; `shared[i]` belongs to `held[i]`. Every element of every array is in exactly one rank's plan."""
+    files: list[PlannedFile] = []
+    documents: list[PlannedDocument] = []
+    groups: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
+    for number, (array, fact) in enumerate(zip(held, shared, strict=True)):
+        if fact.documents == rank:
+            documents.append(PlannedDocument(number, fact.heads_group))
+        if not fact.writes:
+            continue
+        group = fact.group
+        if array.mesh is not None:
+            way = (array.mesh, array.placements)
+            if way not in groups:
+                groups[way] = replica_ranks(array.mesh, array.placements, rank)
+            group = groups[way]
+        files.extend(_files_of(number, array, fact, own_boxes(array, group, rank=rank)))
+    return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
+
+
+def own_boxes(array: HeldArray, group: tuple[int, ...], *, rank: int) -> tuple[Box, ...]:
+    """The boxes, in global coordinates, that `rank` writes of what it and the other ranks of `group` hold alike."""
+    if array.box.count == 0:
+        return ()
+    index, count = group.index(rank), len(group)
+    if array.role != "parameter":
+        return (array.box,) if index == 0 else ()
+    salt = block_checksum(str(array.spec.id).encode())  # small arrays go whole to one replica: another one for each name
+    return share_of(array.box, itemsize=array.spec.type.itemsize, index=index, count=count, salt=salt)
+
+
+def _files_of(number: int, array: HeldArray, fact: SharedArray, boxes: Sequence[Box]) -> list[PlannedFile]:
+    itemsize = array.spec.type.itemsize
+    by_chunk: dict[tuple[int, ...], list[PlannedPiece]] = {}
+    for box in boxes:
+        for run in runs_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=itemsize):
+            by_chunk.setdefault(run.chunk, []).append(PlannedPiece(number, relative(run.box, array.box), run))
+    nbytes = chunk_nbytes(fact.chunk_shape, itemsize=itemsize)
+    return [PlannedFile(chunk_file(fact.key, chunk), nbytes, tuple(pieces)) for chunk, pieces in by_chunk.items()]

@@ -1,0 +1,228 @@
+"""`save`: plan, write, attest, commit; whole or absent, on all ranks together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgpack
+
+from elastickpt.commit.attest import attest
+from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_token, sweep
+from elastickpt.commit.finish import Contents, finish
+from elastickpt.commit.states import Attempt, Event, State
+from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Team
+from elastickpt.errors import Refused
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.canonical_json import dump
+from elastickpt.format.records import ArrayRecord, Manifest
+from elastickpt.format.release import RELEASE
+from elastickpt.format.values import decode_text, encode_value
+from elastickpt.save.agree import PlacementChoice, Structure, Target, agree
+from elastickpt.save.fragments import fragments_of, own_tables
+from elastickpt.save.messages import (
+    Attested,
+    Intention,
+    values_wanted,
+)
+from elastickpt.save.write import write_plan
+from elastickpt.storage.opening import locate_for_saving
+from elastickpt.storage.store import Durability
+from elastickpt.training.group import Group, job_group, torch_version
+from elastickpt.training.held import LiveState
+from elastickpt.training.memory import host_elements
+from elastickpt.training.meshes import mesh_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint. `nbytes` counts array bytes of all ranks; times in seconds, of this rank.
+
+    `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left).
+    """
+
+    path: str
+    step: int | None
+    attempt: str
+    nbytes: int
+    arrays: int
+    plan_s: float
+    write_s: float
+    commit_s: float
+    notes: tuple[str, ...] = ()
+
+
+def save(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    placement: PlacementChoice = "auto",
+    durability: Durability = "power",
+) -> CheckpointInfo:
+    """Saves `state` at `path`; on return the checkpoint exists there, whole and as durable as asked. Blocking.
+
+    Every rank of the process group (default: all) must call it with the same path, step and options. `state` maps names to
+    modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
+    runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
+    `durability`: "power" survives a power cut, "process" only the end of processes.
+
+    Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
+    StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
+    """
+    group = job_group(process_group)
+    team = team_of(group)
+    store, name = locate_for_saving(path)
+    target = Target(store, name, step, placement, durability)
+    return _Save(group, team, target).run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+
+
+class _Save:
+    """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
+
+    def __init__(self, group: Group, team: Team, target: Target) -> None:
+        self.group, self.team, self.target = group, team, target
+        self.store, self.name = target.store, target.name
+        self.attempt = Attempt()
+        self.draft: Draft | None = None
+        self.notes: list[str] = []
+
+    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
+        begun = time.perf_counter()
+        try:
+            agreed = agree(self.group, self.team, self.target, state, declared)
+            draft, wanted = self._draft(agreed.intentions)
+            planned = time.perf_counter()
+            manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
+        except BaseException:
+            if self.draft is not None and self.attempt.state is not State.COMMITTED:
+                self.attempt.advance(Event.FAIL)
+                abort(self.store, self.draft)
+            raise
+        ended = time.perf_counter()
+        nbytes, arrays = msgpack.unpackb(manifest_bytes)
+        info = CheckpointInfo(
+            path=f"{self.store.url}/{self.name}",
+            step=self.target.step,
+            attempt=draft.attempt,
+            nbytes=nbytes,
+            arrays=arrays,
+            plan_s=planned - begun,
+            write_s=written - planned,
+            commit_s=ended - written,
+            notes=tuple(self.notes),
+        )
+        rate = nbytes / 1e9 / max(ended - begun, 1e-9)
+        log.info("saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", info.path, arrays, nbytes / 1e9, ended - begun, rate)
+        return info
+
+    # -- writing and committing ----------------------------------------------------------------------------------------
+
+    def _draft(self, intentions: Sequence[Intention]) -> tuple[Draft, tuple[str, ...]]:
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            swept = sweep(self.store, self.name)
+            self.notes += [f"swept {folder}, left by a process that is gone" for folder in swept.removed]
+            self.notes += [f"left {folder}: {why}" for folder, why in swept.left]
+            for note in self.notes:
+                log.warning("%s/%s: %s", self.store.url, self.name, note)
+            self.draft = new_draft(self.name, pid=os.getpid())
+            begin(self.store, self.draft)
+            self.attempt.advance(Event.DRAFT)
+            wanted = values_wanted(intentions)
+            return [bytes(msgpack.packb((self.draft.folder, self.draft.attempt, mine))) for mine in wanted]
+
+        folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
+        return Draft(self.name, folder, attempt), wanted
+
+    def _write(self, live: LiveState, structure: Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+        times: list[float] = []
+
+        def write() -> bytes:
+            require_token(self.store, draft)
+            plan = structure.plan
+            written = write_plan(
+                self.store,
+                draft.folder,
+                plan,
+                _records(live, structure),
+                [host_elements(held.tensor) for held in live.arrays],
+                durability=self.target.durability,
+            )
+            tables = own_tables(live, structure.shared, rank=self.group.rank)
+            fragments = fragments_of(
+                plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
+            )
+            file = attest(self.store, draft, fragments, durability=self.target.durability)
+            values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
+            times.append(time.perf_counter())
+            return Attested(file, plan.nbytes, values).encode()
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            attested = [Attested.decode(payload) for payload in payloads]
+            values = {pointer: decode_text(text, where=pointer) for a in attested for pointer, text in a.values}
+            contents = self._contents(structure, values)
+            manifest: Manifest = finish(
+                self.store,
+                draft,
+                contents,
+                [a.file for a in attested],
+                durability=self.target.durability,
+                attempt=self.attempt,
+            )
+            del manifest
+            reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.arrays))))
+            return [reply] * len(payloads)
+
+        reply = self.team.round("write", write, decide)
+        return reply, times[0]
+
+    def _contents(self, structure: Structure, values: Mapping[str, object]) -> Contents:
+        merged = structure.merged
+        if merged is None:
+            raise Refused("the committer has no structure of the whole job")
+        return Contents(
+            step=self.target.step,
+            time=time.time(),
+            world_size=len(self.team.ranks),
+            placement="plain",
+            versions=_versions(),
+            items=merged.items,
+            meshes=merged.meshes,
+            layouts=merged.layouts,
+            arrays=tuple(
+                ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
+                for a in merged.arrays.values()
+            ),
+            tied=merged.tied,
+            values=dict(values),
+        )
+
+
+def _records(live: LiveState, structure: Structure) -> tuple[ArrayRecord, ...]:
+    """The held arrays as the index will list them, as far as their documents need it (writers and layout are not in those)."""
+    return tuple(
+        ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), held.attributes)
+        for held, fact in zip(live.arrays, structure.shared, strict=True)
+    )
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    return (
+        ("elastickpt", RELEASE),
+        ("torch", torch_version()),
+        ("python", platform.python_version()),
+    )

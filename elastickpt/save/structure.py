@@ -1,0 +1,100 @@
+"""What a rank tells the others about what it holds: its structure table. No contents, no coordinates.
+
+Ranks that do the same thing at other coordinates of a mesh have the same table, so a job has a handful of distinct ones
+(one a pipeline stage, say); only those travel, and only when a hash is new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgpack
+
+from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
+from elastickpt.format.digest import file_digest
+from elastickpt.format.records import Item
+from elastickpt.format.values import Value, decode_value, encode_value
+from elastickpt.training.held import HeldArray, LiveState, Role, Sharing
+
+
+@dataclass(frozen=True, slots=True)
+class HeldEntry:
+    """One array as a rank holds it, without the rank's coordinate. `mesh` indexes the table's meshes, None for a plain one."""
+
+    spec: ArraySpec
+    role: Role
+    sharing: Sharing
+    mesh: int | None
+    placements: tuple[str, ...]
+    replicas: tuple[int, ...]
+    attributes: tuple[tuple[str, Value], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StructureTable:
+    """All of one rank, in the order of its `LiveState.arrays`."""
+
+    entries: tuple[HeldEntry, ...]
+    meshes: tuple[Mesh, ...]
+    items: tuple[Item, ...]
+    tied: tuple[tuple[tuple[str, str], ...], ...]
+
+
+def table_of(live: LiveState) -> StructureTable:
+    """The structure of a live state."""
+    meshes: dict[Mesh, int] = {}
+
+    def entry(held: HeldArray) -> HeldEntry:
+        mesh = None if held.mesh is None else meshes.setdefault(held.mesh, len(meshes))
+        return HeldEntry(held.spec, held.role, held.sharing, mesh, held.placements, held.replicas, held.attributes)
+
+    entries = tuple(entry(held) for held in live.arrays)
+    return StructureTable(entries, tuple(meshes), live.items, live.tied)
+
+
+def encode_table(table: StructureTable) -> bytes:
+    """Canonical bytes: equal tables give equal bytes, so their digest identifies them."""
+    entries = [
+        (
+            (e.spec.id.section, e.spec.id.item, e.spec.id.name, e.spec.id.state),
+            e.spec.shape,
+            e.spec.dtype,
+            e.role,
+            e.sharing,
+            e.mesh,
+            e.placements,
+            e.replicas,
+            [(key, encode_value(value, where=f"{e.spec.id}, attribute {key}")) for key, value in e.attributes],
+        )
+        for e in table.entries
+    ]
+    meshes = [(mesh.name, mesh.axes, mesh.sizes, mesh.ranks) for mesh in table.meshes]
+    items = [(item.name, item.kind, item.type) for item in table.items]
+    return bytes(msgpack.packb((entries, meshes, items, table.tied)))
+
+
+def decode_table(data: bytes) -> StructureTable:
+    """What `encode_table` encoded."""
+    entries, meshes, items, tied = msgpack.unpackb(data, use_list=False, strict_map_key=False)
+    return StructureTable(
+        tuple(
+            HeldEntry(
+                ArraySpec(ArrayId(*identity), shape, dtype),
+                role,
+                sharing,
+                mesh,
+                placements,
+                replicas,
+                tuple((key, decode_value(value, where=key)) for key, value in attributes),
+            )
+            for identity, shape, dtype, role, sharing, mesh, placements, replicas, attributes in entries
+        ),
+        tuple(Mesh(*mesh) for mesh in meshes),
+        tuple(Item(*item) for item in items),
+        tied,
+    )
+
+
+def table_digest(data: bytes) -> str:
+    """Identifies an encoded table."""
+    return file_digest(data)

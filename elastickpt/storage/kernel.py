@@ -1,0 +1,86 @@
+"""What Linux offers and `os` does not: the type of a file system, syncfs, and what O_DIRECT wants of alignment."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+from functools import cache
+
+PAGE = mmap.PAGESIZE
+
+FILE_SYSTEMS = {
+    0xEF53: "ext4",  # and ext2, ext3
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0xF2F52010: "f2fs",
+    0x2FC12FC1: "zfs",
+    0x01021994: "tmpfs",
+    0x858458F6: "ramfs",
+    0x794C7630: "overlay",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb",
+    0x65735546: "fuse",
+    0x01021997: "9p",
+    0x00C36400: "ceph",
+    0x0BD00BD0: "lustre",
+    0x47504653: "gpfs",
+}
+IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+
+_STATX_DIOALIGN = 0x2000
+_AT_EMPTY_PATH = 0x1000
+_STATX_NBYTES = 256
+_DIO_MEM_ALIGN, _DIO_OFFSET_ALIGN = 152, 156  # offsets in struct statx
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _failed() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
+
+
+def file_system(path: str) -> str:
+    """The name of the file system that holds `path`, or its type in hex ("0x1badface") for one not in the table."""
+    buffer = ctypes.create_string_buffer(512)  # struct statfs is 120 bytes; its first word is the type
+    if _libc().statfs(os.fsencode(path), buffer) != 0:
+        raise _failed()
+    kind = ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
+    return FILE_SYSTEMS.get(kind, f"0x{kind:x}")
+
+
+def sync_file_system(descriptor: int) -> None:
+    """All of the file system behind `descriptor` is on the device. Raises OSError also for writes that failed since
+    `descriptor` was opened, where the kernel tells (`syncfs_reports`)."""
+    if _libc().syncfs(descriptor) != 0:
+        raise _failed()
+
+
+@cache
+def syncfs_reports() -> bool:
+    """Whether syncfs reports failed write-back: since Linux 5.8."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return found is not None and (int(found[1]), int(found[2])) >= (5, 8)
+
+
+def direct_alignment(descriptor: int) -> int:
+    """What O_DIRECT aligns memory, offset and length to here, in bytes: at least a page; 0 if it is refused.
+
+    A page is also the answer of kernels that do not say (before 6.1); there the first direct write may still fail.
+    """
+    statx = getattr(_libc(), "statx", None)
+    if statx is None:
+        return PAGE
+    buffer = ctypes.create_string_buffer(_STATX_NBYTES)
+    if statx(descriptor, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
+        return PAGE
+    if not ctypes.c_uint32.from_buffer(buffer).value & _STATX_DIOALIGN:
+        return PAGE
+    wanted = [ctypes.c_uint32.from_buffer(buffer, at).value for at in (_DIO_MEM_ALIGN, _DIO_OFFSET_ALIGN)]
+    return max(PAGE, *wanted) if all(wanted) else 0

@@ -1,0 +1,82 @@
+"""From what people write to a store: local paths, `file://`, `memory://`, and every URL that fsspec knows."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import unquote
+
+from elastickpt.errors import MissingFile, NotACheckpoint, PathOccupied, Refused
+from elastickpt.storage.failures import naming
+from elastickpt.storage.local import LocalStore
+from elastickpt.storage.memory import MemoryStore
+from elastickpt.storage.remote import FsspecStore
+from elastickpt.storage.store import Store
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+def open_store(url: str) -> Store:
+    """The store at a URL or local path. `memory://name` is one store in this process, `file://` a local directory.
+
+    Raises MissingFile for a local directory that does not exist, Refused for a chained URL ("a::b").
+    """
+    scheme, rest = _split(url)
+    if scheme == "file":
+        return LocalStore(rest)
+    if scheme == "memory":
+        return MemoryStore(rest.strip("/"))
+    return FsspecStore(url)
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[Store, str]:
+    """ "/runs/a/step-7/" -> (the store at "/runs/a", "step-7"). Creates nothing.
+
+    Local paths are made absolute, ".." being resolved as text. Raises NotACheckpoint where the parent is no directory
+    or there is no last name.
+    """
+    parent, name = _parent_and_name(path)
+    try:
+        if not name:
+            raise NotACheckpoint(f"{parent}: expected the path of a checkpoint, found the top of a store")
+        return open_store(parent), name
+    except MissingFile as error:
+        raise NotACheckpoint(f"{os.fspath(path)}: there is no directory {parent}") from error
+
+
+def locate_for_saving(path: str | os.PathLike[str]) -> tuple[Store, str]:
+    """Like `locate`, and makes missing local parents. Raises PathOccupied where a file or the top of a store stands."""
+    parent, name = _parent_and_name(path)
+    if not name:
+        raise PathOccupied(f"{parent}: no checkpoint can stand at the top of a store")
+    scheme, rest = _split(parent)
+    if scheme == "file":
+        with naming("make directory", rest):
+            os.makedirs(rest, exist_ok=True)
+    return open_store(parent), name
+
+
+def _split(url: str) -> tuple[str, str]:
+    """(scheme, what follows): ("file", path) for `file://` and for plain local paths."""
+    if "::" in url and "://" in url:
+        raise Refused(f"{url}: expected one URL, found several chained by '::'")
+    found = _URL.fullmatch(url)
+    if found is None:
+        return "file", url
+    scheme, rest = found[1].lower(), found[2]
+    if scheme != "file":
+        return scheme, rest
+    if not rest.startswith("/"):
+        raise Refused(f"{url}: expected file:///absolute/path")
+    return scheme, unquote(rest)
+
+
+def _parent_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """(URL or absolute local path of the parent, last component or "")."""
+    scheme, rest = _split(os.fspath(path))
+    if scheme == "file":
+        return os.path.split(os.path.abspath(rest))
+    parent, _, name = rest.strip("/").rpartition("/")
+    if not parent and scheme != "memory":
+        return f"{scheme}://{name}", ""  # a bucket or host is no folder that a checkpoint could be renamed in
+    return f"{scheme}://{parent}", name

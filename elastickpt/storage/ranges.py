@@ -1,0 +1,162 @@
+"""Ranges of local files: whole writes and whole reads at an offset, through the page cache or past it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+
+from elastickpt.errors import CheckpointError, MissingFile, StorageFailed, Unsafe, WrongLength
+from elastickpt.storage.direct import MIN_DIRECT_NBYTES, DirectDescriptor, aligned_inside, open_direct
+from elastickpt.storage.failures import naming
+
+_LARGEST_CALL = 64 << 20  # bytes of one system call: a failing or killed writer stops within so much
+_NOT_DIRECT = (
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+)  # how file systems refuse O_DIRECT, or an alignment, only when written to
+
+
+def as_bytes(view: memoryview) -> memoryview:
+    """The same memory as one axis of bytes. The view must be C-contiguous."""
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+def write_whole(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of `data` at `offset`, however short the single writes are (`os` itself goes on after EINTR)."""
+    done = 0
+    while done < data.nbytes:
+        wrote = os.pwrite(descriptor, data[done : done + _LARGEST_CALL], offset + done)
+        if wrote == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += wrote
+
+
+def demand_file(descriptor: int, path: str) -> int:
+    """The size of the regular file behind `descriptor`. MissingFile for a directory, Unsafe for a device or pipe."""
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        return found.st_size
+    if stat.S_ISDIR(found.st_mode):
+        raise MissingFile(f"{path}: expected a file, found a directory")
+    raise Unsafe(f"{path}: expected a file, found a device, pipe or socket")
+
+
+class LocalWriter:
+    """Fills ranges of one file.
+
+    The big aligned inside of a range goes past the page cache, its edges through it: other writers may share the pages
+    at the edges, never those inside. `sync` uses the descriptor opened before this writer's first write, as the kernel
+    reports a failed write-back only to descriptors that were open then.
+    """
+
+    def __init__(self, path: str, nbytes: int, *, may_bypass_cache: bool) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._may_bypass_cache = may_bypass_cache
+        self._direct: DirectDescriptor | None = None
+        self._sync_failure = ""
+        with naming("open to write", path):
+            self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            try:
+                # Other writers of this file may be ahead: the size is set, never the content cut.
+                if demand_file(self._descriptor, path) != nbytes:
+                    os.ftruncate(self._descriptor, nbytes)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        data = as_bytes(data)
+        done = 0
+        with naming("write", self._path):
+            direct = self._direct_for(data)
+            if direct is not None:
+                start, stop = aligned_inside(offset, data, alignment=direct.alignment)
+                write_whole(self._descriptor, data[:start], offset)
+                done = self._write_direct(direct, offset, data[:stop], start)
+            write_whole(self._descriptor, data[done:], offset + done)
+
+    def sync(self) -> None:
+        with self._lock:
+            if self._sync_failure:
+                raise StorageFailed(f"{self._sync_failure} (not tried again)")
+            try:
+                with naming("sync", self._path):
+                    os.fdatasync(self._descriptor)
+            except CheckpointError as error:
+                # The kernel drops pages that it could not write: a second sync would succeed. [SAVE-12]
+                self._sync_failure = error.message
+                raise
+
+    def close(self) -> None:
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+            direct, self._direct = self._direct, None
+        with naming("close", self._path):
+            try:
+                if direct is not None:
+                    os.close(direct.descriptor)
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _direct_for(self, data: memoryview) -> DirectDescriptor | None:
+        if data.nbytes < MIN_DIRECT_NBYTES or not self._may_bypass_cache:
+            return None
+        with self._lock:
+            if self._direct is None:
+                self._direct = open_direct(self._path, os.O_WRONLY, beside=self._descriptor)
+                self._may_bypass_cache = self._direct is not None
+            return self._direct
+
+    def _write_direct(self, direct: DirectDescriptor, offset: int, data: memoryview, start: int) -> int:
+        """Writes `data` from byte `start`; where it stopped: before the end if the kernel took less or refused."""
+        while start < data.nbytes:
+            try:
+                wrote = os.pwrite(direct.descriptor, data[start : start + _LARGEST_CALL], offset + start)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                self._may_bypass_cache = False
+                return start
+            start += wrote
+            if wrote == 0 or wrote % direct.alignment:
+                return start
+        return start
+
+
+class LocalReader:
+    """Reads ranges of one file; `nbytes` is its size when it was opened."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with naming("open to read", path):
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                self._nbytes = demand_file(self._descriptor, path)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        into = as_bytes(into)
+        done = 0
+        with naming("read", self._path):
+            while done < into.nbytes:
+                got = os.preadv(self._descriptor, [into[done:]], offset + done)
+                if got == 0:
+                    found = os.fstat(self._descriptor).st_size
+                    raise WrongLength(f"{self._path}: expected at least {offset + into.nbytes} bytes, found {found}")
+                done += got
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with naming("close", self._path):
+                os.close(descriptor)

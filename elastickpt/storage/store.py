@@ -1,0 +1,143 @@
+"""What every store promises: the one seam between engines and bytes.
+
+A store is rooted. All paths are relative POSIX strings below its root, checked ([SAVE-1]: no "..", no empty component);
+"" is the root itself where a directory is meant. Nothing follows a symbolic link that is the last component of a path.
+
+Errors, the same for all stores: StorageFailed with path and operation, of which NoSpace, ReadOnly and CapabilityMissing
+are kinds; MissingFile where something that was named is not there; PathOccupied where nothing may stand; WrongLength
+for a read beyond the end; LimitExceeded for a file beyond a stated limit; Unsafe for a path, link or device that no
+writer makes. All operations block. All may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Durability = Literal["power", "process"]
+EntryKind = Literal["file", "directory", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a store can do. Asking for what it cannot raises CapabilityMissing with the name of the field.
+
+    exclusive_create    of two creators of one file exactly one succeeds
+    no_replace_rename   so it is for the target of a rename
+    directory_sync      names survive a power cut once their directory is synced
+    tree_sync           `sync_tree` makes all durable and reports what could not be written
+    conditional_put     a new file appears with its whole content or not at all
+    ranged_writes       several writers fill disjoint ranges of one file
+    sequential_only     a file is written front to back, by one writer
+    shared_by_hosts     ranges of one file may be written from several hosts at once; an allow-list of file systems
+    directories         they exist by themselves; else names of files imply them, and `make_directories` does nothing
+    name                of the file system or protocol: "ext4", "tmpfs", "memory", "s3", ...
+    """
+
+    exclusive_create: bool
+    no_replace_rename: bool
+    directory_sync: bool
+    tree_sync: bool
+    conditional_put: bool
+    ranged_writes: bool
+    sequential_only: bool
+    shared_by_hosts: bool
+    directories: bool
+    name: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """One name in a directory. `other` is a link, device, socket or pipe; `nbytes` is 0 unless it is a file."""
+
+    name: str
+    kind: EntryKind
+    nbytes: int
+
+
+class RangeWriter(Protocol):
+    """One file being filled by ranges. Ranges of all writers of a file are disjoint; that is the callers' care."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """All of `data`, which is C-contiguous, stands at `offset`, or an error is raised; not yet durable."""
+
+    def sync(self) -> None:
+        """What was written through this writer is durable. After a failure every later call raises, syncing nothing."""
+
+    def close(self) -> None:
+        """Gives up the file; raises what the store reports only now. The second call does nothing."""
+
+
+class RangeReader(Protocol):
+    """One file being read by ranges. `nbytes` is its size when it was opened."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fills all of `into`, C-contiguous and writable, from `offset`. WrongLength where the file ends before."""
+
+    def close(self) -> None:
+        """Gives up the file. The second call does nothing."""
+
+
+class Store(Protocol):
+    @property
+    def url(self) -> str:
+        """Opens this store again: `open_store(store.url)`."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def make_directories(self, path: str) -> None:
+        """`path` is a directory, made with its missing parents below the first component.
+
+        A path of several components needs its first one to exist (MissingFile): a late rank cannot bring back a draft
+        that was swept. Raises PathOccupied where a component is no directory.
+        """
+
+    def create(self, path: str, data: bytes) -> None:
+        """A new file with this content, not yet durable. PathOccupied, and nothing changed, if anything stands there.
+
+        Nobody may open the file before `create` has returned; after an error it may exist with any part of its content.
+        """
+
+    def open_writer(self, path: str, nbytes: int) -> RangeWriter:
+        """A writer of the file, created if need be; it has `nbytes` bytes from now on, unwritten ones read as zero."""
+
+    def open_reader(self, path: str) -> RangeReader:
+        """A reader of an existing file, else MissingFile."""
+
+    def read(self, path: str, limit: int) -> bytes:
+        """The whole file. LimitExceeded, before anything is allocated, if it has more than `limit` bytes."""
+
+    def size(self, path: str) -> int:
+        """The file's number of bytes."""
+
+    def sync_file(self, path: str) -> None:
+        """The file's content is durable. May miss a failure that another writer's sync was told of already."""
+
+    def sync_directory(self, path: str) -> None:
+        """The names in this directory are durable (not the content of what they name)."""
+
+    def sync_tree(self) -> None:
+        """All that was written through this store is durable, names included; one call instead of one for each file."""
+
+    def rename(self, source: str, target: str) -> None:
+        """`target` is what `source` was. PathOccupied, and nothing is changed, where `target` stands already.
+
+        An empty directory may be replaced by a directory. A directory moves in one step; a file may for a moment,
+        or after a crash, have both names.
+        """
+
+    def remove(self, path: str) -> None:
+        """No file has this name; that there was none is no error. A link is removed, not what it points to."""
+
+    def remove_tree(self, path: str) -> None:
+        """Nothing has this name, a directory goes with all it holds; that others remove it too is no error."""
+
+    def entries(self, path: str) -> tuple[Entry, ...]:
+        """What the directory holds, by name. MissingFile if it is not there."""
+
+    def exists(self, path: str) -> bool:
+        """Whether anything has this name."""

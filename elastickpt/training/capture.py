@@ -1,0 +1,128 @@
+"""Everything in `state` that this rank contributes to a save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from elastickpt.errors import StructureConflict
+from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.records import Item
+from elastickpt.format.values import Value
+from elastickpt.training.dtensors import Job
+from elastickpt.training.held import HeldArray, LiveState
+from elastickpt.training.identities import Identities
+from elastickpt.training.kinds import Kind, item_of, kinds_of
+from elastickpt.training.modules import hold_module
+from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer, shared_parameters
+from elastickpt.training.perrank import PerRank
+from elastickpt.training.rng import streams
+from elastickpt.training.schedulers import hold_scheduler
+from elastickpt.training.stateful import hold_tree, is_stateful
+from elastickpt.training.values import carried, place_of
+
+
+def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> LiveState:
+    """What this rank holds of `state`: arrays that share memory with it, and copies of all else.
+
+    Local: no collectives, no I/O, no training code; the state dict methods of objects and `get_extra_state` are called.
+    `declared` is the mesh over which plain tensors are replicas. Raises ValueNotCarried with the place of a value that
+    no checkpoint can hold, StructureConflict where entries contradict each other, LayoutUnsupported for a placement
+    without a box.
+    """
+    gathering = _Gathering(state, kinds_of(state), Job(rank, world_size, declared))
+    gathering.models()
+    gathering.optimizers()
+    gathering.rest()
+    _require_distinct(gathering.arrays)
+    return LiveState(
+        tuple(gathering.arrays),
+        tuple(gathering.items[key] for key in state),
+        tuple(held.table.finished() for held in gathering.held_optimizers.values()),
+        gathering.values,
+        gathering.per_rank,
+        gathering.identities.tied(),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Gathering:
+    """A LiveState while it is being made. Models come first, wherever they stand: they give the names of parameters."""
+
+    state: Mapping[str, Any]
+    kinds: Mapping[str, Kind]
+    job: Job
+    identities: Identities = field(default_factory=Identities)
+    arrays: list[HeldArray] = field(default_factory=list)
+    items: dict[str, Item] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    per_rank: dict[str, Value] = field(default_factory=dict)
+    held_optimizers: dict[int, HeldOptimizer] = field(default_factory=dict)
+
+    def of_kind(self, *kinds: Kind) -> Iterable[tuple[str, Any]]:
+        return [(key, value) for key, value in self.state.items() if self.kinds[key] in kinds]
+
+    def models(self) -> None:
+        for key, model in self.of_kind("model"):
+            held = hold_module(key, model, job=self.job, identities=self.identities)
+            self.items[key] = held.item
+            self.arrays += held.arrays
+            for extra in held.extra_states:
+                self.per_rank[extra.pointer] = carried(extra_state(extra.module), extra.pointer)
+
+    def optimizers(self) -> None:
+        optimizers: list[tuple[str, Optimizer]] = list(self.of_kind("optimizer"))
+        shared = shared_parameters(optimizer for _, optimizer in optimizers)
+        for key, optimizer in optimizers:
+            held = hold_optimizer(key, optimizer, job=self.job, identities=self.identities, shared=shared)
+            self.items[key] = item_of(key, optimizer, "optimizer")
+            self.held_optimizers[id(optimizer)] = held
+            self.arrays += held.arrays
+            self.values |= held.values
+            self.per_rank |= held.per_rank
+
+    def rest(self) -> None:
+        for key, value in self.of_kind("scheduler", "rng", "per-rank", "object", "value"):
+            self.items[key] = item_of(key, value, self.kinds[key])
+            self._one(key, value)
+
+    def _one(self, key: str, value: Any) -> None:
+        place, kind = place_of(key), self.kinds[key]
+        if kind == "rng":
+            self.per_rank[place] = streams()
+        elif kind == "per-rank":
+            self.per_rank[place] = carried(own_state(value), place)
+        elif kind == "scheduler":
+            self.values[place], held = hold_scheduler(
+                key, value, optimizers=self.held_optimizers, job=self.job, identities=self.identities
+            )
+            self.arrays += held
+        else:
+            tree = value.state_dict() if kind == "object" else value
+            self.values[place], held = hold_tree(key, tree, place=place, job=self.job, identities=self.identities)
+            self.arrays += held
+
+
+def extra_state(module: nn.Module) -> object:
+    """What the module's own `get_extra_state` returns."""
+    return module.get_extra_state()
+
+
+def own_state(value: PerRank) -> object:
+    """The state of what `PerRank` wraps."""
+    return value.value.state_dict() if is_stateful(value.value) else value.value
+
+
+def _require_distinct(arrays: Iterable[HeldArray]) -> None:
+    seen: set[ArrayId] = set()
+    for held in arrays:
+        if held.spec.id in seen:
+            raise StructureConflict(
+                f"two tensors of `state` have the one name {held.spec.id}: keys of a dict must differ as text, "
+                f"which 1 and '1' do not"
+            )
+        seen.add(held.spec.id)

@@ -1,0 +1,95 @@
+"""Param groups put together again: options and schedulers' lists, from the columns of a checkpoint's table.
+
+Groups keep their parameters; each gets the options that its parameters had, except how a step is executed (`foreach`,
+`fused`, `capturable`, `differentiable`): that is this process's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from elastickpt.format.values import ArrayValue, Value
+from elastickpt.training.draft import Draft
+from elastickpt.training.elements import dtype_name
+from elastickpt.training.optimizers import options_of
+from elastickpt.training.stateful import copy_into
+from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
+from elastickpt.training.values import place_of, revived, shown, token, typed_key
+
+_EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
+
+
+def bind_groups(draft: Draft, item: str, view: TableView, groups: Iterable[tuple[dict[str, Any], Sequence[Name]]]) -> None:
+    """Gives each live param group the options that its parameters, by their names in `view`, were saved with."""
+    for index, (group, names) in enumerate(groups):
+        place = place_of(item, "param_groups", index)
+        if not names:
+            draft.note(f"{place} has no parameter that is in the checkpoint: its options stay")
+            continue
+        live = dict(options_of(group))
+        for key in dict.fromkeys((*view.keys("hyper"), *live)):
+            found = view.agreed("hyper", key, names)
+            where = f"{place}/{token(key)}"
+            if isinstance(found, Disagreement):
+                differ(draft, where, found)
+            elif found is not None:
+                _bind_option(draft, group, key, found, where)
+            elif key in live:
+                draft.note(f"{where} is not in the checkpoint: {shown(live[key])} stays")
+
+
+def differ(draft: Draft, where: str, found: Disagreement) -> None:
+    """Records that parameters of one group were saved with different values."""
+    (first, second), (one, other) = (found.first, found.second), found.values
+    draft.differs(
+        where,
+        "value",
+        expected="one value for all parameters of the group",
+        found=f"{shown(one)} for {'/'.join(first)}, {shown(other)} for {'/'.join(second)}",
+    )
+
+
+def _bind_option(draft: Draft, group: dict[str, Any], key: str, found: Agreed, where: str) -> None:
+    live = group.get(key)
+    if isinstance(live, torch.Tensor):
+        if step := overwritten(draft, live, found.value, where):
+            draft.installs.append(step)
+        return
+    if key in _EXECUTION and key in group:
+        if typed_key(live) != typed_key(found.value):
+            draft.note(f"{where}: {live!r} stays, as it is how a step is executed; the checkpoint has {found.value!r}")
+        return
+    new = revived(found.value)
+    draft.installs.append(lambda: group.__setitem__(key, new))
+
+
+def option_lists(names: Sequence[Sequence[Name]], view: TableView, key: str) -> list[Agreed | Disagreement | None]:
+    """A scheduler's list, put together from its entries for each group's parameters."""
+    return [view.agreed("schedule", key, group) for group in names]
+
+
+def overwritten(draft: Draft, live: torch.Tensor, found: Value, where: str) -> Callable[[], None] | None:
+    """What brings a small plain tensor to a saved value in place; None, and a mismatch, where it cannot take it."""
+    if isinstance(found, ArrayValue):
+        if found.shape != tuple(live.shape):
+            draft.differs(where, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
+            return None
+        if found.dtype != dtype_name(live.dtype):
+            draft.differs(where, "dtype", expected=str(live.dtype).removeprefix("torch."), found=found.dtype)
+            return None
+        return lambda: copy_into(live, found)
+    if type(found) not in (int, float) or live.ndim:
+        draft.differs(where, "value", expected=shown(live), found=shown(found))
+        return None
+    made = torch.tensor(found, dtype=live.dtype)
+    if made.item() != found:
+        draft.note(f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process")
+    return lambda: _fill(live, made)
+
+
+def _fill(live: torch.Tensor, made: torch.Tensor) -> None:
+    with torch.no_grad():
+        live.detach().copy_(made)

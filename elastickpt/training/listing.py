@@ -1,0 +1,135 @@
+"""What loading takes and gives: a checkpoint's contents as a Listing, and a Binding of them to this process's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from elastickpt.format.arrays import ArrayId, ArraySpec
+from elastickpt.format.records import Item, OptimizerTable
+from elastickpt.format.values import Value
+from elastickpt.training.held import HeldArray
+from elastickpt.training.values import place_of
+
+Difference = Literal["missing", "unexpected", "shape", "dtype", "value"]
+Side = Literal["in this process", "in the checkpoint", "both"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Mismatch:
+    """One difference between this process's state (`expected`) and the checkpoint (`found`).
+
+    `name` is an ArrayId's text or a value's place. `side` is where the thing is: `missing` is in this process only,
+    `unexpected` in the checkpoint only, all else on both sides.
+    """
+
+    name: str
+    what: Difference
+    expected: str
+    found: str
+    side: Side
+
+    def __str__(self) -> str:
+        sides = f"expected {self.expected} (in this process), found {self.found} (in the checkpoint)"
+        return f"{self.name}: {self.what}: {sides}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listing:
+    """What a checkpoint holds, before any array is read.
+
+    `tables` has one table for each optimizer item, merged from all writers. `values` maps places to replicated values;
+    `per_rank(writer)` reads one writer's own, and is called only for what needs it. `same_layout` says that ranks hold
+    now what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item,
+    name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps.
+    """
+
+    arrays: Mapping[ArrayId, ArraySpec]
+    tables: tuple[OptimizerTable, ...]
+    values: Mapping[str, Value]
+    per_rank: Callable[[int], Mapping[str, Value]]
+    items: tuple[Item, ...]
+    world_size: int
+    same_layout: bool
+    step: int | None = None
+    tied: tuple[tuple[tuple[str, str], ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binding:
+    """How this rank's state takes the checkpoint. Making it has changed nothing.
+
+    `targets` are the tensors to fill, each with the id that its array has in the checkpoint; several may name one array
+    (tied there, apart here). `mismatches` is complete for this rank but for what only all ranks together know: `arrays`
+    and
+    `places` are what this rank has a place for, and what no rank has one for is `unexpected(...)`.
+    `install()` is called once, after all targets were filled, on all ranks; without collectives. Until then optimizers,
+    schedulers, other objects and random streams are as they were.
+    """
+
+    targets: tuple[HeldArray, ...]
+    mismatches: tuple[Mismatch, ...]
+    notes: tuple[str, ...]
+    arrays: frozenset[ArrayId]
+    places: frozenset[str]
+    install: Callable[[], None]
+
+
+def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[str]) -> Iterator[Mismatch]:
+    """What the checkpoint has and no rank has a place for; `arrays` and `places` are the unions over all ranks'
+    Bindings.
+    """
+    known = frozenset(arrays)
+    for id_, spec in listing.arrays.items():
+        if id_ not in known:
+            yield Mismatch(str(id_), "unexpected", "nothing", f"{spec.dtype} {spec.shape}", "in the checkpoint")
+    known_places = frozenset(places)
+    items = (place_of(item.name) for item in listing.items if item.kind != "module")
+    found = dict.fromkeys((*listing.values, *(place_of(table.item) for table in listing.tables), *items))
+    for place in found:
+        if place not in known_places:
+            yield Mismatch(place, "unexpected", "nothing", "a value", "in the checkpoint")
+
+
+class Names:
+    """Finds what this process calls (item, FQN) in a checkpoint that may have stored it under another tied name."""
+
+    def __init__(self, listing: Listing, live_tied: Iterable[tuple[tuple[str, str], ...]]) -> None:
+        self._listing = listing
+        self._groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for group in (*live_tied, *listing.tied):
+            for name in group:
+                self._groups.setdefault(name, []).extend(other for other in group if other != name)
+
+    def candidates(self, item: str, name: str) -> tuple[tuple[str, str], ...]:
+        """(item, name) itself, then the names that are tied to it on either side."""
+        return tuple(dict.fromkeys(((item, name), *self._groups.get((item, name), ()))))
+
+    def arrays(self, wanted: ArrayId) -> tuple[ArrayId, ...]:
+        """The ids under which the checkpoint stores `wanted`: its own first, then those tied to it on either side.
+
+        A parameter's value may be tied to a tensor elsewhere in `state`, which stands in section `extra`.
+        """
+        found = []
+        for item, name in self.candidates(wanted.item, wanted.name):
+            found.append(ArrayId(wanted.section, item, name, wanted.state))
+            if wanted.state == "value":
+                found.append(ArrayId("extra", item, name, ""))
+            elif wanted.section == "extra":
+                found.append(ArrayId("params", item, name, "value"))
+        return tuple(id_ for id_ in found if id_ in self._listing.arrays)
+
+    def array(self, wanted: ArrayId) -> ArrayId | None:
+        """The id under which the checkpoint stores `wanted`; None when it does not."""
+        return next(iter(self.arrays(wanted)), None)
+
+    @cached_property
+    def states(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        """(item, name) in the checkpoint -> the states that it stores of it as arrays."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for id_ in self._listing.arrays:
+            if id_.section == "params":
+                found.setdefault((id_.item, id_.name), []).append(id_.state)
+        return {key: tuple(states) for key, states in found.items()}

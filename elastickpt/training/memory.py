@@ -1,0 +1,47 @@
+"""The memory of a tensor as a numpy array of its bits: no copy for host memory, any strides, every element type."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+# numpy lacks bfloat16 and the 8-bit floats, and a copy of bits needs no arithmetic: unsigned words of the same size do
+_WORDS: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+    16: np.dtype("<c16"),
+}
+
+
+def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
+    """shape = the tensor's: its elements as words of their size. For host memory a writable view that keeps the tensor
+    alive; for a device a fresh copy, made before this returns."""
+    if tensor.device.type != "cpu":
+        tensor = tensor.to("cpu")
+    words = _WORDS[tensor.element_size()]
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), dtype=words)
+    storage = tensor.untyped_storage()
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    memory._tensor = tensor  # type: ignore[attr-defined]  # the array's base is `memory`, which so keeps the storage
+    itemsize = tensor.element_size()
+    return np.ndarray(
+        tuple(tensor.shape),
+        dtype=words,
+        buffer=memory,  # type: ignore[arg-type]  # the stub does not know that ctypes arrays are buffers
+        offset=tensor.storage_offset() * itemsize,
+        strides=tuple(stride * itemsize for stride in tensor.stride()),
+    )
+
+
+def fill_device(tensor: torch.Tensor, host: NDArray[np.generic]) -> None:
+    """Copies bits that `host_elements` spells to a tensor on a device; blocking."""
+    if tensor.numel():
+        words = torch.from_numpy(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+        tensor.copy_(words.view(tensor.dtype).reshape(tensor.shape))

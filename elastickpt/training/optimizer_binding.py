@@ -1,0 +1,260 @@
+"""Optimizers taking a checkpoint's states and groups; the reverse of `optimizers`.
+
+States that exist are filled where they are, whatever their device. States that do not exist yet are made: like the
+parameter (same device, mesh and placements) where the shapes are equal, else whole. A 0-d `step` is made on the CPU, as
+torch does, unless the group is `fused` or `capturable`. `optimizer.step()` is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from elastickpt.format.arrays import ArrayId, ArraySpec
+from elastickpt.format.values import ArrayValue, Value
+from elastickpt.training.draft import Draft
+from elastickpt.training.dtensors import placed
+from elastickpt.training.elements import torch_dtype
+from elastickpt.training.groups import bind_groups, overwritten
+from elastickpt.training.optimizers import (
+    PER_RANK,
+    Member,
+    hold_state,
+    local_scalar,
+    members_of,
+    per_rank_place,
+    states_of,
+)
+from elastickpt.training.stateful import bind_tree
+from elastickpt.training.tables import Name, TableView
+from elastickpt.training.values import place_of, revived, shown, tensor_of, token
+
+
+class BoundOptimizer:
+    """One optimizer of `state` and the table that the checkpoint has for it (None when it has none)."""
+
+    def __init__(self, draft: Draft, item: str, optimizer: Optimizer) -> None:
+        self.item = item
+        self.optimizer = optimizer
+        self.members = members_of(item, optimizer, draft.identities)
+        self.view = next((TableView(table) for table in draft.listing.tables if table.item == item), None)
+        self._draft = draft
+        self._owners = sorted((table.item for table in draft.listing.tables), key=len, reverse=True)
+
+    def saved_name(self, member: Member) -> Name | None:
+        """The name, its own or a tied one, under which the checkpoint's table has this parameter."""
+        names = self._draft.names.candidates(*member.name)
+        return next((name for name in names if self.view is not None and self.view.has(name)), None)
+
+    def saved_groups(self) -> list[list[Name]]:
+        """For each live group, the names of its parameters in the checkpoint's table."""
+        found: list[list[Name]] = [[] for _ in self.optimizer.param_groups]
+        for member in self.members:
+            if (name := self.saved_name(member)) is not None:
+                found[member.group].append(name)
+        return found
+
+    def saved_arrays(self, name: Name) -> tuple[str, dict[str, ArrayId]]:
+        """What stands before its states' names in the checkpoint, and the array of each state of this optimizer."""
+        prefix, found = "", {}
+        for stored in self._draft.names.states.get(name, ()):
+            owner = next((item for item in self._owners if stored.startswith(f"{item}.")), None)
+            if stored == "value" or stored.startswith("value.") or owner not in (None, self.item):
+                continue
+            if owner is not None:
+                prefix = f"{owner}."
+            found[stored.removeprefix(f"{self.item}.")] = ArrayId("params", *name, stored)
+        return prefix, found
+
+
+def bind_optimizer(draft: Draft, item: str, optimizer: Optimizer) -> BoundOptimizer:
+    """Binds states, groups and values of one optimizer. Raises StructureConflict as saving it would."""
+    place = place_of(item)
+    draft.places.add(place)
+    bound = BoundOptimizer(draft, item, optimizer)
+    if bound.view is None:
+        draft.missing(place, f"the state of {type(optimizer).__name__} over {len(bound.members)} parameters")
+        return bound
+    for member in bound.members:
+        name = bound.saved_name(member)
+        if name is None:
+            draft.missing(place + place_of("state", *member.name), "a parameter of this optimizer")
+        else:
+            _States(draft, bound, member, name).bind()
+    groups = zip(optimizer.param_groups, bound.saved_groups(), strict=True)
+    bind_groups(draft, item, bound.view, groups)
+    _bind_values(draft, item, optimizer)
+    return bound
+
+
+class _States:
+    """The states of one parameter: what is live, what is saved, and what becomes of each."""
+
+    def __init__(self, draft: Draft, bound: BoundOptimizer, member: Member, name: Name) -> None:
+        self._draft = draft
+        self._member = member
+        self._item = bound.item
+        self._optimizer = bound.optimizer
+        self._place = place_of(bound.item, "state", *member.name)
+        self._prefix, self._arrays = bound.saved_arrays(name)
+        self._name = name
+        fields = {} if bound.view is None else bound.view.of("scalar", name)
+        self._own = {key.removesuffix(PER_RANK) for key in fields if key.endswith(PER_RANK)}
+        self._scalars = {key: value for key, value in fields.items() if not key.endswith(PER_RANK)}
+
+    def bind(self) -> None:
+        live: Mapping[str, Any] = self._optimizer.state.get(self._member.parameter, {})
+        for key, entry in live.items():
+            if not isinstance(entry, torch.Tensor):
+                self._replace(key, entry)
+            elif entry.ndim == 0:
+                self._fill_scalar(key, entry)
+            else:
+                self._fill_tensor(key, entry)
+        for key in (*self._scalars, *self._arrays, *sorted(self._own)):
+            if key not in live and not any(key.startswith(f"{other}.") for other in live):
+                self._create(key)
+
+    def _replace(self, key: str, entry: object) -> None:
+        if key in self._scalars or key in self._arrays or key in self._own:
+            self._create(key)
+        elif entry is not None:
+            self._draft.missing(self._where(key), shown(entry))
+
+    def _fill_scalar(self, key: str, entry: torch.Tensor) -> None:
+        where, found = self._where(key), self._scalars.get(key)
+        if key not in self._scalars:
+            self._absent(key, entry)
+            return
+        local = local_scalar(entry, where)
+        if step := overwritten(self._draft, local, found, where):
+            self._draft.installs.append(step)
+
+    def _fill_tensor(self, key: str, entry: torch.Tensor) -> None:
+        id_ = ArrayId("params", *self._name, self._prefix + key)
+        held = hold_state(id_, entry, member=self._member, job=self._draft.job)
+        if held is None and key in self._own:
+            if (value := self._own_value(key)) is not None and (
+                step := overwritten(self._draft, entry, value, self._where(key))
+            ):
+                self._draft.installs.append(step)
+        elif key in self._own or key in self._scalars or (held is None and key not in self._arrays):
+            self._absent(key, entry)
+        elif held is None:
+            expected = f"{tuple(entry.shape)} on each rank"
+            self._draft.differs(self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape))
+        else:
+            for one in held:
+                self._draft.fill(one)
+            self._know(key)
+
+    def _absent(self, key: str, entry: torch.Tensor) -> None:
+        """A live tensor whose like is not in the checkpoint."""
+        where = self._where(key)
+        if key in self._arrays:
+            found = str(self._draft.listing.arrays[self._arrays[key]].shape)
+            self._know(key)
+            self._draft.differs(where, "shape", expected=str(tuple(entry.shape)), found=found)
+        elif key in self._own:
+            self._draft.differs(where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole")
+        elif key in self._scalars:
+            self._draft.differs(where, "value", expected=shown(entry), found=shown(self._scalars[key]))
+        else:
+            self._draft.missing(where, shown(entry))
+
+    def _create(self, key: str) -> None:
+        if key in self._arrays:
+            self._create_array(key, self._arrays[key])
+        elif key in self._own:
+            if (value := self._own_value(key)) is not None:
+                self._attach(key, tensor_of(value, device=self._member.parameter.device))
+        else:
+            self._attach(key, self._revived(key, self._scalars[key]))
+
+    def _create_array(self, key: str, id_: ArrayId) -> None:
+        self._know(key)
+        if "." in key:  # one part of a tensor subclass; the class is not ours to make
+            expected = "the whole state to exist already, as it is a composite tensor: run one step before loading"
+            self._draft.differs(self._where(key), "value", expected=expected, found="an array that is one part of it")
+            return
+        made = _like_parameter(self._member, self._draft.listing.arrays[id_])
+        held = hold_state(id_, made, member=self._member, job=self._draft.job)
+        for one in held or ():
+            self._draft.fill(one)
+        self._attach(key, made)
+
+    def _own_value(self, key: str) -> ArrayValue | None:
+        """This rank's own state, on the layout that saved it."""
+        if not self._draft.listing.same_layout:
+            self._draft.differs(
+                self._where(key),
+                "value",
+                expected="the layout that saved it",
+                found="each rank's own tensor, which has no place in the whole parameter: it cannot be resharded",
+            )
+            return None
+        place = per_rank_place(self._item, self._name, key)
+        value = self._draft.of_writer(self._draft.job.rank).get(place)
+        if not isinstance(value, ArrayValue):
+            self._draft.missing(place, "this rank's own state")
+            return None
+        return value
+
+    def _revived(self, key: str, value: Value) -> object:
+        group = self._optimizer.param_groups[self._member.group]
+        parameter = self._member.parameter
+        on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
+        made = revived(value, device="cpu" if on_cpu else parameter.device)
+        if isinstance(made, torch.Tensor) and parameter.ndim == made.ndim == 0 and key != "step":
+            return _placed_as(parameter, made)
+        return made
+
+    def _attach(self, key: str, entry: object) -> None:
+        optimizer, parameter = self._optimizer, self._member.parameter
+        self._draft.installs.append(lambda: optimizer.state[parameter].__setitem__(key, entry))
+
+    def _where(self, key: str) -> str:
+        return f"{self._place}/{token(key)}"
+
+    def _know(self, key: str) -> None:
+        if key in self._arrays:
+            self._draft.know(self._arrays[key])
+
+
+def _like_parameter(member: Member, spec: ArraySpec) -> torch.Tensor:
+    """An uninitialised state of this global shape and element type beside a parameter."""
+    parameter, dtype = member.parameter, torch_dtype(spec.dtype)
+    if tuple(parameter.shape) == spec.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return _placed_as(parameter, torch.empty(spec.shape, dtype=dtype, device=parameter.device))
+
+
+def _placed_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """`whole` as a replica on the mesh of its parameter, which only other DTensors may be combined with; or as it
+    is.
+    """
+    parts = placed(parameter)
+    if parts is None or not hasattr(parameter, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate  # loaded already: the parameter is a DTensor
+
+    return DTensor.from_local(whole, parts.device_mesh, [Replicate() for _ in parts.placements], run_check=False)
+
+
+def _bind_values(draft: Draft, item: str, optimizer: Optimizer) -> None:
+    """State that belongs to no parameter."""
+    below = place_of(item, "state") + "/"
+    saved = {place: value for place, value in draft.listing.values.items() if place.startswith(below)}
+    states = states_of(optimizer)
+    live = {place_of(item, "state", key): key for key in states if isinstance(key, str)}
+    for place, key in live.items():
+        if place not in saved:
+            draft.missing(place, shown(states[key]))
+    for place, value in saved.items():
+        draft.places.add(place)
+        key = live.get(place, place[len(below) :].replace("~1", "/").replace("~0", "~"))
+        tree = bind_tree(draft, item, value, place=place, live=states.get(key))
+        draft.installs.append(lambda key=key, tree=tree: states.__setitem__(key, tree))  # type: ignore[misc]

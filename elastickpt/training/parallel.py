@@ -1,0 +1,112 @@
+"""Which wrapper or parallelism a module stands under, and what follows for the tensors in it.
+
+All of it is read from objects that training has made; nothing here communicates, and nothing changes a module except
+`reshard`, which training itself does after every backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup, get_process_group_ranks
+
+from elastickpt.errors import LayoutUnsupported
+from elastickpt.training.loaded import is_loaded_instance, loaded_module
+
+_DDP = ("torch.nn.parallel.distributed", "DistributedDataParallel")
+_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+_STAGE = ("torch.distributed.pipelining.stage", "_PipelineStageBase")
+
+
+def is_stage(value: object) -> bool:
+    """Whether `value` is a stage of `torch.distributed.pipelining`."""
+    return is_loaded_instance(value, *_STAGE)
+
+
+def module_of(value: object) -> nn.Module:
+    """The module of a pipeline stage, or the module itself. Raises LayoutUnsupported for anything else."""
+    module = getattr(value, "submod", None) if is_stage(value) else value
+    if not isinstance(module, nn.Module):
+        raise LayoutUnsupported(f"expected an nn.Module or a pipeline stage, found {type(value).__name__}")
+    return module
+
+
+def data_parallel_ranks(wrappers: Iterable[nn.Module], tensor: torch.Tensor, *, name: str) -> tuple[int, ...]:
+    """Global ranks, ascending, on which DDP keeps `tensor` equal; () without a DDP, or where DDP ignores it.
+
+    `name` is canonical, for messages. Raises LayoutUnsupported under an FSDP1 wrapper that shards: its flat shards are
+    no boxes.
+    """
+    ranks: set[int] = set()
+    for wrapper in wrappers:
+        if is_loaded_instance(wrapper, *_FSDP1):
+            _refuse_flat_shards(wrapper, name)
+        if is_loaded_instance(wrapper, *_DDP) and id(tensor) not in _ignored(wrapper):
+            group = wrapper.process_group
+            ranks.update(get_process_group_ranks(group) if isinstance(group, ProcessGroup) else ())
+    return tuple(sorted(ranks))
+
+
+def _ignored(ddp: nn.Module) -> frozenset[int]:
+    names = getattr(ddp, "parameters_to_ignore", ())
+    if not names:
+        return frozenset()
+    inner = ddp.get_submodule("module")
+    both = (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False))
+    return frozenset(id(tensor) for name, tensor in both if name in names)
+
+
+def _refuse_flat_shards(wrapper: nn.Module, name: str) -> None:
+    strategy = getattr(getattr(wrapper, "sharding_strategy", None), "name", "")
+    if strategy != "NO_SHARD":
+        raise LayoutUnsupported(
+            f"parameter {name!r} stands under FullyShardedDataParallel ({strategy or 'unknown strategy'}), whose flat "
+            f"shards have no place in the whole tensor; use torch.distributed.fsdp.fully_shard"
+        )
+
+
+def sharded_parameters(module: nn.Module) -> Mapping[tuple[int, str], nn.Parameter]:
+    """(id of the owner, attribute) -> the sharded parameter, for all that `fully_shard` manages below `module`.
+
+    While such a module is unsharded (after a forward with `reshard_after_forward=False`), the gathered copy is
+    registered in its place; the sharded one stays what the optimizer holds, and shares its memory with the next gather.
+    """
+    found: dict[tuple[int, str], nn.Parameter] = {}
+    for parameter in _fsdp_parameters(module):
+        info, sharded = parameter._module_info, parameter.sharded_param
+        found[id(info.module), info.param_name] = sharded
+        for owner, attribute in zip(info.shared_modules, info.shared_param_names, strict=True):
+            found[id(owner), attribute] = sharded
+    return found
+
+
+def reshard(module: nn.Module) -> None:
+    """Frees gathered parameters below `module`: the next forward then gathers what was loaded into the shards.
+
+    Local, and a no-op for modules that `fully_shard` does not manage or that are sharded already.
+    """
+    for group in _fsdp_groups(module):
+        group._to_sharded()
+
+
+def _fsdp_groups(module: nn.Module) -> Iterator[Any]:
+    state_of = getattr(loaded_module("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
+    if state_of is None:
+        return
+    seen: set[int] = set()
+    for submodule in module.modules():
+        state = state_of(submodule)
+        if state is None or id(state) in seen:
+            continue
+        seen.add(id(state))
+        many = getattr(state, "_fsdp_param_groups", None)  # one group for each mesh, since torch 2.12
+        one = (state._fsdp_param_group,) if many is None else ()
+        yield from (group for group in many or one if group is not None)
+
+
+def _fsdp_parameters(module: nn.Module) -> Iterator[Any]:
+    for group in _fsdp_groups(module):
+        yield from group.fsdp_params

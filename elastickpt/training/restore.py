@@ -1,0 +1,160 @@
+"""How this process's `state` takes what a checkpoint has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.values import Value
+from elastickpt.training.draft import Draft
+from elastickpt.training.dtensors import Job
+from elastickpt.training.identities import Identities
+from elastickpt.training.kinds import Kind, kinds_of
+from elastickpt.training.listing import Binding, Listing, Names
+from elastickpt.training.modules import ExtraState, HeldModule, hold_module
+from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
+from elastickpt.training.perrank import PerRank, Reshardable
+from elastickpt.training.rng import Continuation, continued, rederived
+from elastickpt.training.schedulers import bind_scheduler
+from elastickpt.training.stateful import bind_container, bind_object, is_stateful
+from elastickpt.training.values import carried, place_of, revived, shown, typed_key
+
+
+def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:
+    """How this rank's part of `state` is filled from the checkpoint that `listing` describes. Changes nothing.
+
+    Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and
+    `reshard`, see `PerRank`) are called. New tensors for states that do not exist yet are allocated here, and attached
+    by `install()`. Differences are in the Binding; what `capture` would refuse is refused here too, with the same
+    errors.
+    """
+    job, kinds, identities = Job(rank, world_size, declared), kinds_of(state), Identities()
+    models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
+    draft = Draft(listing, job, identities, Names(listing, identities.tied()))
+    for model in models:
+        _bind_model(draft, model)
+    optimizers: list[BoundOptimizer] = []
+    for key, value in _of_kinds(state, kinds, "optimizer"):
+        optimizers.append(bind_optimizer(draft, key, value))
+    for key, value in _of_kinds(state, kinds, "scheduler"):
+        bind_scheduler(draft, key, value, optimizers=optimizers)
+    for key, value in _of_kinds(state, kinds, "object"):
+        bind_object(draft, key, value)
+    for key, value in _of_kinds(state, kinds, "value"):
+        _bind_value(draft, state, key, value)
+    for key, value in _of_kinds(state, kinds, "per-rank"):
+        _bind_per_rank(draft, key, value)
+    for key, _ in _of_kinds(state, kinds, "rng"):  # last: what the others do in install() may draw numbers
+        _bind_streams(draft, key)
+    return draft.finished()
+
+
+def _of_kinds(state: Mapping[str, Any], kinds: Mapping[str, Kind], kind: Kind) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in state.items() if kinds[key] == kind]
+
+
+def _bind_model(draft: Draft, model: HeldModule) -> None:
+    for held in model.arrays:
+        draft.fill(held)
+    draft.installs.append(model.reshard)
+    for extra in model.extra_states:
+        _bind_extra_state(draft, extra)
+
+
+def _bind_extra_state(draft: Draft, extra: ExtraState) -> None:
+    place = extra.pointer
+    if draft.listing.same_layout:
+        own = draft.of_writer(draft.job.rank)
+        saved = [own[place]] if place in own else []
+    else:
+        saved = draft.of_all_writers(place)
+    if not saved:
+        draft.missing(place, f"the extra state of a {type(extra.module).__name__}")
+    elif len({typed_key(value) for value in saved}) > 1:
+        draft.differs(
+            place,
+            "value",
+            expected=f"one extra state of a {type(extra.module).__name__} for all ranks, on another layout",
+            found=f"{len(saved)} that differ; it can be loaded on the layout that saved it",
+        )
+    else:
+        new = revived(saved[0])
+        draft.installs.append(lambda: extra.module.set_extra_state(new))
+
+
+def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: object) -> None:
+    place = place_of(key)
+    draft.places.add(place)
+    if place not in draft.listing.values:
+        draft.missing(place, shown(live))
+        return
+    found = draft.listing.values[place]
+    if isinstance(state, MutableMapping):
+        bind_container(draft, key, live, found=found, put=lambda new: state.__setitem__(key, new))
+        return
+
+    def put(new: object) -> None:
+        """Nothing to do: it was found equal."""
+
+    if isinstance(live, (int, float, str, bytes, tuple, type(None))) and typed_key(carried(live, place)) != typed_key(found):
+        expected = f"{shown(live)} to be replaceable: `state` is a {type(state).__name__}, which cannot be changed"
+        draft.differs(place, "value", expected=expected, found=shown(found))
+        return
+    bind_container(draft, key, live, found=found, put=put)
+
+
+def _bind_per_rank(draft: Draft, key: str, live: PerRank) -> None:
+    place = place_of(key)
+    draft.places.add(place)
+    if draft.listing.same_layout:
+        own = draft.of_writer(draft.job.rank)
+        if place not in own:
+            draft.missing(place, f"this rank's own {type(live.value).__name__}")
+            return
+        found = own[place]
+    elif isinstance(live.value, Reshardable):
+        states = [revived(value) for value in draft.of_all_writers(place)]
+        if not states:
+            draft.missing(place, f"the {type(live.value).__name__} of any rank")
+            return
+        found = carried(live.value.reshard(states, draft.job.rank, draft.job.world_size), place)
+    else:
+        draft.differs(
+            place,
+            "value",
+            expected=f"the layout that saved it ({draft.listing.world_size} ranks), or a {type(live.value).__name__} "
+            f"with a method reshard(states, rank, world_size)",
+            found=f"a value of its own for each of {draft.listing.world_size} ranks, loaded on {draft.job.world_size}",
+        )
+        return
+    _settle_per_rank(draft, key, live, found)
+
+
+def _settle_per_rank(draft: Draft, key: str, live: PerRank, found: Value) -> None:
+    value = live.value
+    if is_stateful(value):
+        tree = revived(found)
+        load: Callable[[Any], Any] = value.load_state_dict
+        draft.installs.append(lambda: load(tree))
+    else:
+        bind_container(draft, key, value, found=found, put=lambda new: setattr(live, "value", new))
+
+
+def _bind_streams(draft: Draft, key: str) -> None:
+    place = place_of(key)
+    draft.places.add(place)
+    if draft.listing.same_layout:
+        own = draft.of_writer(draft.job.rank)
+        saved = [own[place]] if place in own else []
+    else:
+        saved = draft.of_all_writers(place)
+    if not saved:
+        draft.missing(place, "random streams")
+        return
+    going_on: Continuation = (
+        continued(saved[0]) if draft.listing.same_layout else rederived(saved, step=draft.listing.step, rank=draft.job.rank)
+    )
+    for note in going_on.notes:
+        draft.note(f"{place}: {note}")
+    draft.installs.append(going_on.install)

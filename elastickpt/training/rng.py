@@ -1,0 +1,155 @@
+"""`RNG`: the random streams of this process.
+
+On the same layout every stream continues exactly. On another, a kind of stream that was equal on all ranks that saved
+stays equal (DTensor wants one stream for each mesh), and the others are seeded anew from (seed, step, kind, rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from elastickpt.errors import Malformed
+from elastickpt.format.values import ArrayValue, Value
+from elastickpt.training.values import array_value, carried, revived, tensor_of, typed_key
+
+
+class RNG:
+    """An entry of `state` that stands for this process's random streams: `state = {"rng": ek.RNG()}`.
+
+    Torch's CPU generator, the generator of the current CUDA device (where there is one), Python's `random` and numpy's
+    global generator. Generators that the program makes itself are no part of it: put their state into `state`.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "RNG()"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One kind of stream: how to read it, to set it, and to seed it anew."""
+
+    get: Callable[[], Value]
+    set: Callable[[Value], None]
+    seed: Callable[[int], object]
+
+
+def _get_python() -> Value:
+    version, key, gauss = random.getstate()
+    return {"version": version, "key": carried(numpy.asarray(key, dtype=numpy.uint32), "/rng/python"), "gauss": gauss}
+
+
+def _set_python(value: Any) -> None:
+    key: Any = revived(value["key"])
+    random.setstate((value["version"], tuple(int(word) for word in key), value["gauss"]))
+
+
+def _get_cuda() -> Value:
+    return array_value(torch.cuda.get_rng_state())
+
+
+def _set_cuda(value: Any) -> None:
+    torch.cuda.set_rng_state(tensor_of(value))
+
+
+def _set_numpy(value: Any) -> None:
+    numpy.random.set_state(revived(value))  # type: ignore[arg-type]
+
+
+_STREAMS: Mapping[str, _Stream] = {
+    "torch": _Stream(
+        get=lambda: array_value(torch.get_rng_state()),
+        set=lambda value: torch.set_rng_state(_tensor(value)),
+        seed=torch.default_generator.manual_seed,
+    ),
+    "cuda": _Stream(get=_get_cuda, set=_set_cuda, seed=torch.cuda.manual_seed),
+    "python": _Stream(get=_get_python, set=_set_python, seed=random.seed),
+    "numpy": _Stream(
+        get=lambda: carried(numpy.random.get_state(legacy=False), "/rng/numpy"),
+        set=_set_numpy,
+        seed=lambda seed: numpy.random.seed(seed % 2**32),
+    ),
+}
+
+
+def _tensor(value: Value) -> torch.Tensor:
+    if not isinstance(value, ArrayValue):
+        raise TypeError(f"expected an ArrayValue, found {type(value).__name__}")
+    return tensor_of(value)
+
+
+def _here() -> tuple[str, ...]:
+    return tuple(kind for kind in _STREAMS if kind != "cuda" or torch.cuda.is_available())
+
+
+def streams() -> Value:
+    """The state of all streams of this process and the seed they came from. Consumes nothing of them."""
+    return {"seed": torch.initial_seed(), "streams": {kind: _STREAMS[kind].get() for kind in _here()}}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Continuation:
+    """How the streams of this process go on: `install()` does it, `notes` say what is not exact."""
+
+    install: Callable[[], None]
+    notes: tuple[str, ...]
+
+
+def continued(saved: Value) -> Continuation:
+    """Each stream goes on exactly where this rank's was saved."""
+    found = _checked(saved)
+    steps = [(_STREAMS[kind].set, found["streams"][kind]) for kind in _here() if kind in found["streams"]]
+    notes = tuple(_absent(kind) for kind in _here() if kind not in found["streams"])
+    return Continuation(lambda: _run(steps), notes)
+
+
+def rederived(saved: Sequence[Value], *, step: int | None, rank: int) -> Continuation:
+    """For another layout, from the streams of all ranks that saved: equal ones stay, others are seeded anew."""
+    every = [_checked(one) for one in saved]
+    steps: list[tuple[Callable[[Any], object], Any]] = []
+    notes: list[str] = []
+    for kind in _here():
+        states = [one["streams"][kind] for one in every if kind in one["streams"]]
+        if not states:
+            notes.append(_absent(kind))
+        elif len({typed_key(state) for state in states}) == 1:
+            steps.append((_STREAMS[kind].set, states[0]))
+        else:
+            seed = _derived(kind, every[0]["seed"], step or 0, rank)
+            steps.append((_STREAMS[kind].seed, seed))
+            notes.append(f"{_name(kind)} was not the same on all ranks that saved: seeded anew from (seed, step, rank)")
+    return Continuation(lambda: _run(steps), tuple(notes))
+
+
+def _checked(saved: Any) -> Any:
+    try:
+        int(saved["seed"]), dict(saved["streams"])
+    except (TypeError, KeyError, ValueError):
+        raise Malformed("random streams in the checkpoint: expected a mapping with `seed` and `streams`") from None
+    return saved
+
+
+def _run(steps: Sequence[tuple[Callable[[Any], object], Any]]) -> None:
+    for act, value in steps:
+        act(value)
+
+
+def _absent(kind: str) -> str:
+    return f"{_name(kind)} is not in the checkpoint and stays as it is"
+
+
+def _name(kind: str) -> str:
+    return f"the random stream of {kind}"
+
+
+def _derived(kind: str, seed: int, step: int, rank: int) -> int:
+    text = f"{kind}/{seed}/{step}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1  # torch takes 63 bits

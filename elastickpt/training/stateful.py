@@ -1,0 +1,278 @@
+"""Trees of values and tensors: state dicts of objects, and containers that stand in `state` themselves.
+
+Saving: tensors become arrays of section `extra`, an ArrayReference stands in their place, all else is carried whole.
+
+Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
+into the one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one.
+The object gets the tree through `load_state_dict`, in `install()`.
+
+Loading a *container of the user* changes it in place, and keeps its structure:
+- tensors are read into the tensors that stand there;
+- a dict keeps its keys: keys on one side only are mismatches, but an empty dict takes all of a dict without tensors;
+- a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters
+  take all;
+- numbers, strings and other leaves become the checkpoint's, whatever they were;
+- what is immutable (a leaf, a tuple) is replaced in the container around it; at the top, in `state` itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeGuard
+
+import numpy
+import torch
+
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.box import Box
+from elastickpt.format.values import ArrayReference, ArrayValue, Value
+from elastickpt.training.draft import Draft
+from elastickpt.training.dtensors import Job, placed
+from elastickpt.training.elements import dtype_name, torch_dtype
+from elastickpt.training.held import HeldArray
+from elastickpt.training.identities import Identities
+from elastickpt.training.modules import hold_tensor
+from elastickpt.training.values import (
+    carried_leaf,
+    holds_arrays,
+    mapped,
+    place_of,
+    revived,
+    revived_leaf,
+    shown,
+    tensor_of,
+    token,
+)
+
+
+class Stateful(Protocol):
+    """What schedulers, loaders, scalers and the like offer."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+def is_stateful(value: object) -> TypeGuard[Stateful]:
+    """Whether an entry of `state` is an object that gives and takes its state."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
+    """The tree of `value`, which stands at `place` below `item`, and its tensors.
+
+    Raises ValueNotCarried with the place.
+    """
+    arrays: list[HeldArray] = []
+
+    def leaf(one: object, where: str) -> Value:
+        if not isinstance(one, torch.Tensor):
+            return carried_leaf(one, where)
+        name = _below(item, where)
+        arrays.extend(hold_tensor(item, name, one, job=job, identities=identities))
+        return ArrayReference(item, name)
+
+    return mapped(value, place, leaf), tuple(arrays)
+
+
+def _below(item: str, place: str) -> str:
+    return place[len(place_of(item)) + 1 :]
+
+
+def bind_tree(
+    draft: Draft, item: str, found: Value, *, place: str, live: object, instead: Mapping[str, object] | None = None
+) -> object:
+    """The tree to give to an object whose own is `live`: the checkpoint's `found`, its tensors still to be filled.
+
+    `instead` maps places at which the checkpoint has None to what shall stand there.
+    """
+    own = dict(_tensors(live, place))
+    instead = instead or {}
+
+    def leaf(one: object, where: str) -> object:
+        if one is None and where in instead:
+            return instead[where]
+        if type(one) is ArrayReference:
+            return _bind_reference(draft, item, one, own.get(where))
+        return revived_leaf(one)
+
+    return mapped(found, place, leaf)
+
+
+def _tensors(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _tensors(one, f"{place}/{token(key)}")
+    elif isinstance(value, (list, tuple)):
+        for index, one in enumerate(value):
+            yield from _tensors(one, f"{place}/{index}")
+
+
+def _bind_reference(draft: Draft, item: str, found: ArrayReference, live: torch.Tensor | None) -> torch.Tensor | None:
+    wanted = ArrayId("extra", found.item, found.name, "")
+    id_ = draft.names.array(wanted)
+    if live is not None and (id_ is None or _fits(draft, id_, live)):
+        for held in hold_tensor(item, found.name, live, job=draft.job, identities=draft.identities):
+            draft.fill(held)
+        if id_ is not None:
+            draft.know(wanted)
+        return live
+    if id_ is None:
+        draft.missing(str(wanted), "an array")
+        return None
+    draft.know(wanted)
+    spec = draft.listing.arrays[id_]
+    fresh = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu" if live is None else live.device)
+    draft.targets.append(HeldArray(spec, Box.whole(spec.shape), fresh, "other", "declared", replicas=(draft.job.rank,)))
+    return fresh
+
+
+def _fits(draft: Draft, id_: ArrayId, live: torch.Tensor) -> bool:
+    """A DTensor has to fit, since what replaces it would have to be placed; a plain tensor can be replaced."""
+    spec = draft.listing.arrays[id_]
+    return placed(live) is not None or (tuple(live.shape), dtype_name(live.dtype)) == (spec.shape, spec.dtype)
+
+
+def bind_object(draft: Draft, item: str, live: Stateful) -> None:
+    """Gives the checkpoint's tree of `item` to an object."""
+    place = place_of(item)
+    draft.places.add(place)
+    if place not in draft.listing.values:
+        draft.missing(place, f"the state of a {type(live).__name__}")
+        return
+    tree = bind_tree(draft, item, draft.listing.values[place], place=place, live=live.state_dict())
+    draft.installs.append(lambda: live.load_state_dict(tree))
+
+
+def bind_container(draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
+    """Brings a value of the user to what the checkpoint has; `put` replaces the whole when it is immutable."""
+    new = _Container(draft, item).settled(live, found, place_of(item))
+    if new is not live:
+        draft.installs.append(lambda: put(new))
+
+
+class _Container:
+    """One walk over a container of the user and the checkpoint's tree of it, side by side."""
+
+    def __init__(self, draft: Draft, item: str) -> None:
+        self._draft = draft
+        self._item = item
+
+    def settled(self, live: object, found: Value, place: str) -> object:
+        """What shall stand at `place`: `live` itself where it is changed in place (or refused), or its successor."""
+        if isinstance(live, torch.Tensor):
+            return self._tensor(live, found, place)
+        if type(found) is ArrayReference or _opaque(live):
+            return self._differs(live, found, place)
+        if isinstance(live, numpy.ndarray) and type(found) is ArrayValue:
+            return self._numpy(live, found)
+        if (tuple if type(live) is torch.Size else type(live)) is not type(found):
+            replaceable = not isinstance(live, _CONTAINERS) and not holds_arrays(found)
+            return revived(found) if replaceable else self._differs(live, found, place)
+        if isinstance(live, (Counter, set)):
+            if holds_arrays(found):
+                return self._differs(live, found, place)
+            self._later(lambda: _refill(live, revived(found)))
+            return live
+        if isinstance(live, dict):
+            return self._dict(live, found, place)
+        if isinstance(live, (list, tuple)):
+            return self._sequence(live, found, place)
+        return revived(found)
+
+    def _later(self, step: Callable[[], None]) -> None:
+        self._draft.installs.append(step)
+
+    def _differs(self, live: object, found: Value, place: str) -> object:
+        self._draft.differs(place, "value", expected=_kind(live), found=_kind(found))
+        return live
+
+    def _tensor(self, live: torch.Tensor, found: Value, place: str) -> torch.Tensor:
+        if type(found) is ArrayReference:
+            name = _below(self._item, place)
+            for held in hold_tensor(self._item, name, live, job=self._draft.job, identities=self._draft.identities):
+                self._draft.fill(held)
+            wanted = ArrayId("extra", found.item, found.name, "")
+            if self._draft.names.array(wanted) is not None:
+                self._draft.know(wanted)
+        elif type(found) is not ArrayValue:
+            self._differs(live, found, place)
+        elif found.shape != tuple(live.shape):
+            self._draft.differs(place, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
+        elif found.dtype != dtype_name(live.dtype):
+            self._draft.differs(place, "dtype", expected=str(live.dtype), found=found.dtype)
+        else:
+            self._later(lambda: copy_into(live, found))
+        return live
+
+    def _numpy(self, live: numpy.ndarray[Any, Any], found: ArrayValue) -> object:
+        new = numpy.asarray(revived_leaf(found))
+        if (new.shape, new.dtype) != (live.shape, live.dtype) or not live.flags.writeable:
+            return new
+        self._later(lambda: live.__setitem__(..., new))
+        return live
+
+    def _dict(self, live: dict[Any, Any], found: Value, place: str) -> object:
+        saved = dict(found) if isinstance(found, dict) else {}
+        if not live and not holds_arrays(found):
+            self._later(lambda: _refill(live, revived(found)))
+            return live
+        for key in live.keys() - saved.keys():
+            self._draft.missing(f"{place}/{token(key)}", _kind(live[key]))
+        for key, value in saved.items():
+            where = f"{place}/{token(key)}"
+            if key not in live:
+                self._draft.unexpected(where, _kind(value))
+                continue
+            new = self.settled(live[key], value, where)
+            if new is not live[key]:
+                self._later(lambda key=key, new=new: live.__setitem__(key, new))  # type: ignore[misc]
+        return live
+
+    def _sequence(self, live: list[Any] | tuple[Any, ...], found: Any, place: str) -> object:
+        if len(live) != len(found):
+            if holds_arrays(found) or any(True for _ in _tensors(live, place)):
+                return self._differs(live, found, place)
+            if isinstance(live, tuple):
+                return revived(found)
+            self._later(lambda: _refill_list(live, revived(found)))
+            return live
+        new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
+        if isinstance(live, tuple):
+            return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple(new)
+        self._later(lambda: live.__setitem__(slice(None), new))
+        return live
+
+
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
+
+
+def _opaque(live: object) -> bool:
+    """An object that no checkpoint holds: it cannot be replaced by a plain value without a word."""
+    return not isinstance(live, (*_CONTAINERS, numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None)))
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with {len(value)} keys"
+    return shown(value)
+
+
+def _refill(live: Any, new: Any) -> None:
+    live.clear()
+    live.update(new)
+
+
+def _refill_list(live: list[Any], new: Any) -> None:
+    live[:] = new
+
+
+def copy_into(live: torch.Tensor, value: ArrayValue) -> None:
+    """Fills a plain tensor (parameter or not) with a value of its shape and element type."""
+    with torch.no_grad():
+        live.detach().copy_(tensor_of(value))
