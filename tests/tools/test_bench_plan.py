@@ -63,7 +63,7 @@ def test_rows_are_those_of_torch_chunk(extent: int, ranks: int) -> None:
 
 
 def test_small_tensors_are_dealt_out_without_overlap() -> None:
-    names = [name for rank in range(4) for name in small_state(rank=rank, ranks=4)["small"]]
+    names = [name for rank in range(4) for name in small_state(rank=rank, ranks=4)[f"stage_{rank}"]]
     assert len(names) == len(set(names)) == 10_000
 
 
@@ -72,7 +72,7 @@ def test_a_load_that_leaves_one_tensor_out_is_seen() -> None:
     fill(state)
     assert wrong_pieces(state) == 0
     assert local_nbytes(state) == 100 * 1024
-    state["small"]["tensor_00007"].zero_()
+    state["stage_0"]["tensor_00007"].zero_()
     assert wrong_pieces(state) == 1
     clear(state)
     assert wrong_pieces(state) == 100

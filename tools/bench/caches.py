@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-COLD_BY = (
-    "posix_fadvise(DONTNEED) on every file after sync; the disk's own and the hypervisor's caches stay as they are"
-)
+COLD_BY = "posix_fadvise(DONTNEED) on every file after fsync; the disk's own and the hypervisor's caches stay as they are"
 _BLOCK_NBYTES = 8 << 20
 
 
@@ -35,11 +33,11 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def evict(folder: Path) -> None:
-    """Drop the tree's clean pages from the page cache; blocks until all dirty pages of the machine are written."""
-    os.sync()
+    """Drop the tree's pages from the page cache, once they are clean; blocks until the tree is on the device."""
     for path in files_below(folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
+            os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)

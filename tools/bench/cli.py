@@ -76,20 +76,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("--full", action="store_true", help="all sizes and ranks (also with --sizes: all ranks)")
-    found.add_argument(
-        "--only", type=_words(plan.TOPICS), default=plan.TOPICS, metavar="LIST", help=",".join(plan.TOPICS)
-    )
+    found.add_argument("--only", type=_words(plan.TOPICS), default=plan.TOPICS, metavar="LIST", help=",".join(plan.TOPICS))
     found.add_argument("--sizes", type=_sizes, metavar="GB,GB", help="state sizes over all ranks; default 0.1")
     found.add_argument("--ranks", type=_counts, default=(1, 2, 4), metavar="N,N", help="default 1,2,4")
-    found.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="timed repeats, after one warm-up; default 5"
-    )
-    found.add_argument(
-        "--where", type=_words(("disk", "tmpfs")), default=("disk", "tmpfs"), metavar="LIST", help="disk,tmpfs"
-    )
-    found.add_argument(
-        "--path", action="append", metavar="FOLDER", help="measure in this folder instead; may be repeated"
-    )
+    found.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repeats, after one warm-up; default 5")
+    found.add_argument("--where", type=_words(("disk", "tmpfs")), default=("disk", "tmpfs"), metavar="LIST", help="disk,tmpfs")
+    found.add_argument("--path", action="append", metavar="FOLDER", help="measure in this folder instead; may be repeated")
     found.add_argument(
         "--contestants",
         type=_contestants,

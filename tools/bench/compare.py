@@ -42,9 +42,7 @@ def rows(measures: Sequence[Measure]) -> tuple[Row, ...]:
     for measure in measures:
         by_setting[measure.setting].append(measure)
     medians = {
-        (measure.setting, measure.contestant): spread_of(measure.seconds).median
-        for measure in measures
-        if measure.seconds
+        (measure.setting, measure.contestant): spread_of(measure.seconds).median for measure in measures if measure.seconds
     }
     found: list[Row] = []
     for setting in sorted(by_setting, key=_place_in_table):

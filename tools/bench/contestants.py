@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 from .records import Durability, Entrant
 from .state import State
 
 LIBRARIES = ("elastickpt", "dcp", "tc", "tc+fsync")
-DISTRIBUTIONS: Mapping[str, str] = MappingProxyType(
-    {"elastickpt": "elastickpt", "dcp": "torch", "tc": "torch_checkpointing", "tc+fsync": "torch_checkpointing"}
-)
 
 
 class Contestant(Protocol):
     """Saves and loads the state of one rank; both block, and all ranks call them together."""
 
     name: str
+    version: str
     settings: str
     durability: Durability
 
@@ -57,11 +52,10 @@ def entrant(name: str) -> Entrant:
     """How the contestant takes part here, or why it does not. Imports its library."""
     try:
         contestant = make(name)
-        version = metadata.version(DISTRIBUTIONS[name.partition(":")[0]])
     except (ImportError, AttributeError) as problem:
         return Entrant(name, version="", settings="", durability="none", absent_because=str(problem))
     contestant.close()
-    return Entrant(name, version, contestant.settings, contestant.durability)
+    return Entrant(name, contestant.version, contestant.settings, contestant.durability)
 
 
 def is_known(name: str) -> bool:

@@ -41,6 +41,7 @@ class RawFiles:
 
     def __init__(self, buffer: WarmBuffer, way: Way) -> None:
         self.name = f"raw {way}"
+        self.version = ""
         self.settings = f"{way} pwrite of {BLOCK_NBYTES >> 20} MiB blocks, fsync, one file per rank"
         self._buffer = buffer
         self._direct = os.O_DIRECT if way == "direct" else 0
@@ -81,6 +82,7 @@ class MemoryCopy:
     """Copies the state into the warm buffer: the least that staging can cost."""
 
     name = "memcpy"
+    version = ""
     settings = "torch copy of every local tensor into one warm buffer, one thread per rank"
     durability: Durability = "floor"
 

@@ -14,6 +14,7 @@ class Elastickpt:
     """`ek.save` and `ek.load`."""
 
     name = "elastickpt"
+    version = ek.__version__
     settings = "defaults: durability='power', plain placement, checksums written and verified"
     durability: Durability = "power"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -23,6 +24,7 @@ class TorchDcp:
 
     def __init__(self, threads: int = USUAL_THREADS) -> None:
         self.name = "dcp"
+        self.version = str(torch.__version__)
         self.settings = f"sync_files=True, single_file_per_rank=True, thread_count={threads}, plan caching on"
         self._threads = threads
 

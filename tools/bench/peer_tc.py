@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class TorchCheckpointing:
         logging.getLogger("torch_checkpointing").setLevel(logging.ERROR)
         self.durability: Durability = durability
         self.name = "tc" if durability == "none" else "tc+fsync"
+        self.version = metadata.version("torch_checkpointing")
         synced = "never syncs" if durability == "none" else "files and directories synced by us"
         self.settings = f"use_direct_io=False, file_write_max_threads={threads}, mmap loads, DefaultResharder; {synced}"
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -58,9 +60,7 @@ class TorchCheckpointing:
         info = RankInfo(global_world_size=ranks, global_rank=rank, role_rank=rank, role_world_size=ranks)
         self._metadata = GatheringMetadata(info, should_cache_metadata=False, enable_serialization=False)
         storage = LocalFileSystemStorageConfig(use_direct_io=False)
-        writer = CheckpointWriterConfig(
-            checkpoint_write_barrier_timeout_sec=BARRIER_LIMIT_S, file_write_max_threads=threads
-        )
+        writer = CheckpointWriterConfig(checkpoint_write_barrier_timeout_sec=BARRIER_LIMIT_S, file_write_max_threads=threads)
         self._saver = make_sync_checkpoint_saver(
             config=SyncCheckpointSaverConfig(writer_config=writer),
             rank_info=info,

@@ -69,9 +69,7 @@ def jobs(options: Options, places: Sequence[Place]) -> tuple[Job, ...]:
     """All jobs, cheap ones first. A "prepare" job is always followed at once by the "reshard" job that needs it."""
     found: list[Job] = []
 
-    def add(
-        kind: Kind, place: Place, *, ranks: int, nbytes: int, from_ranks: int = 0, who: tuple[str, ...] = ()
-    ) -> None:
+    def add(kind: Kind, place: Place, *, ranks: int, nbytes: int, from_ranks: int = 0, who: tuple[str, ...] = ()) -> None:
         loads = "load" in options.topics or kind != "same"
         who = who or options.contestants
         found.append(Job(kind, place, ranks, from_ranks or ranks, nbytes, options.repeats, who, loads=loads))

@@ -38,7 +38,7 @@ def _save_and_load(session: Session) -> None:
         for name in session.order(repeat):
             path = session.folder / name.replace(" ", "-")
             contestant = session.contestants[name]
-            session.remove(path)
+            session.make_room(path)
             saved = session.timed(
                 _setting(session, save_case, "none"),
                 name,
@@ -47,6 +47,8 @@ def _save_and_load(session: Session) -> None:
             if saved and job.loads:
                 _load(session, load_case, name, path)
             session.remove(path)
+        if job.kind == "small":
+            continue
         copy = _setting(session, "copy", "none")
         session.timed(copy, "memcpy", lambda: session.memory_copy.save(session.state, session.folder))
 
@@ -56,7 +58,7 @@ def _prepare(session: Session) -> None:
     session.enter_libraries()
     for name in session.order(0):
         path = session.folder / name
-        session.remove(path)
+        session.make_room(path)
         session.silent = True
         setting = _setting(session, "save", "none")
         session.timed(setting, name, lambda c=session.contestants[name], p=path: c.save(session.state, p))  # type: ignore[misc]
@@ -70,7 +72,7 @@ def _reshard(session: Session) -> None:
     for name in session.order(0):
         if name not in libraries:
             path = session.folder / name.replace(" ", "-")
-            session.remove(path)
+            session.make_room(path)
             session.contestants[name].save(session.state, path)
     for repeat in _rounds(session):
         for name in session.order(repeat):
@@ -88,7 +90,7 @@ def _memory(session: Session) -> None:
     growth: list[int] = []
     measurable = session.any_rank(int(not caches.reset_peak_memory())) == 0
     for turn in range(3):
-        session.remove(path)
+        session.make_room(path)
         trim_memory()
         caches.reset_peak_memory()
         session.silent = True
@@ -157,7 +159,7 @@ class _Rounds:
 
 def _setting(session: Session, case: Case, cache: Cache) -> Setting:
     job: Job = session.job
-    return Setting(case, cache, job.place.name, job.ranks, job.from_ranks, job.nbytes, session.tensors)
+    return Setting(case, cache, job.place.name, job.ranks, job.from_ranks, session.nbytes, session.tensors)
 
 
 _KINDS: Mapping[Kind, Callable[[Session], None]] = MappingProxyType(

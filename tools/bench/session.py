@@ -21,7 +21,7 @@ from .contestants import Contestant, make
 from .floors import MemoryCopy, RawFiles, WarmBuffer
 from .plan import Job
 from .records import Memory, Setting
-from .state import State, fill, local_nbytes, sharded_state, small_state
+from .state import SMALL_TENSORS, State, fill, local_nbytes, sharded_state, small_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ class Session:
         self._connection = connection
         self.state = self._make_state()
         fill(self.state)
-        self.tensors = sum(len(entries) for entries in self.state.values())
+        self.nbytes = self._sum(local_nbytes(self.state))
+        self.tensors = SMALL_TENSORS if job.kind == "small" else sum(len(entries) for entries in self.state.values())
         self.contestants: dict[str, Contestant] = {}
         self.silent = False
 
@@ -131,7 +132,11 @@ class Session:
         dist.barrier()
 
     def remove(self, path: Path) -> None:
-        """Remove a tree and let the disk come to rest."""
+        """Remove a tree."""
+        self.on_first_rank(lambda: shutil.rmtree(path, ignore_errors=True))
+
+    def make_room(self, path: Path) -> None:
+        """Remove a tree and let the disk come to rest, so that no earlier writeback falls into the next measure."""
 
         def sweep() -> None:
             shutil.rmtree(path, ignore_errors=True)
@@ -166,6 +171,11 @@ class Session:
             device = sum(span.device_nbytes for span in spans)
             self.send(Sample(setting, name, seconds, requested, device, None))
         return True
+
+    def _sum(self, number: int) -> int:
+        numbers = [number] * dist.get_world_size()
+        dist.all_gather_object(numbers, number)
+        return sum(numbers)
 
     def _make_state(self) -> State:
         if self.job.kind == "small":

@@ -70,9 +70,9 @@ def sharded_state(nbytes: int, mesh: DeviceMesh) -> State:
 
 
 def small_state(*, rank: int, ranks: int) -> State:
-    """This rank's share of 10,000 plain tensors of 1 KiB, each under a name of its own on one rank only; zeros."""
+    """This rank's share of 10,000 plain tensors of 1 KiB, each on one rank only, as pipeline stages hold theirs; zeros."""
     start, stop = rows_of(SMALL_TENSORS, rank=rank, ranks=ranks)
-    return {"small": {f"tensor_{index:05d}": torch.zeros(SMALL_ELEMENTS) for index in range(start, stop)}}
+    return {f"stage_{rank}": {f"tensor_{index:05d}": torch.zeros(SMALL_ELEMENTS) for index in range(start, stop)}}
 
 
 def pieces(state: State) -> Iterator[Piece]:

@@ -68,7 +68,7 @@ def _cells(row: Row) -> tuple[str | Text, ...]:
     floor = row.contestant in FLOORS
     name = Text("  " + row.contestant, style="dim" if floor else "")
     if row.spread is None:
-        return name, Text(f"failed: {row.error}"[:60], style="red")
+        return (Text(f"  {row.contestant}: failed, see the notes", style="red"),)
     spread, small = row.spread, row.setting.case.startswith("small")
     return (
         name,
