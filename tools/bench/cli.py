@@ -120,8 +120,8 @@ def _report(repeats: int, places: Sequence[plan.Place], entrants: tuple[Entrant,
 
 
 def _leave_files(report: Report, talk: Console) -> None:
-    stem = f"{report.date}-{machine.in_words(report.machine)}"
     RESULTS.mkdir(exist_ok=True)
+    stem = machine.free_stem(RESULTS, f"{report.date}-{machine.in_words(report.machine)}")
     record = RESULTS / f"{stem}.json"
     record.write_text(to_json(report))
     talk.print(f"record: {record.relative_to(machine.REPOSITORY)}")
