@@ -19,8 +19,9 @@ from elastickpt.format.documents import documents
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Item, Manifest, OptimizerTable
 from elastickpt.format.values import Value
-from elastickpt.load.fetch import Bytes, Wanted, fetch
+from elastickpt.load.fetch import fetch
 from elastickpt.load.opened import Opened, open_records
+from elastickpt.load.plan import Bytes, Wanted
 from elastickpt.load.verify import VerifyReport, verify
 
 if TYPE_CHECKING:

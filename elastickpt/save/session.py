@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgpack
 
@@ -20,7 +20,6 @@ from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import PlacementUnsupported, Refused
-from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
@@ -115,35 +114,45 @@ def save(
     """
     group = job_group(process_group)
     team = team_of(group)
-    store, name = locate_for_saving(path)
-    attempt = _Save(group, team, store, name, step, placement, durability)
-    return attempt.run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+    return _Save(group, team, _Options(os.fspath(path), step, placement, durability)).run(state, mesh)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What the caller asked for beside the state."""
+
+    path: str
+    step: int | None
+    placement: PlacementChoice
+    durability: Durability
+
+    def require_known(self) -> None:
+        """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
+        if self.placement not in get_args(PlacementChoice):
+            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
+        if self.durability not in get_args(Durability):
+            raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
+        if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
+            raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")
 
 
 class _Save:
     """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
 
-    def __init__(
-        self,
-        group: Group,
-        team: Team,
-        store: Store,
-        name: str,
-        step: int | None,
-        placement: PlacementChoice,
-        durability: Durability,
-    ) -> None:
-        self.group, self.team, self.store, self.name, self.step = group, team, store, name, step
-        self.placement, self.durability = placement, durability
+    store: Store  # these two from the first round on: a path that is wrong on one rank is a failure for all to see
+    name: str
+
+    def __init__(self, group: Group, team: Team, options: _Options) -> None:
+        self.group, self.team, self.options = group, team, options
         self.attempt = Attempt()
         self.draft: Draft | None = None
         self.notes: list[str] = []
         self.nbytes = 0
 
-    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
+    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> CheckpointInfo:
         begun = time.perf_counter()
         try:
-            live, structure, intentions = self._agree(state, declared)
+            live, structure, intentions = self._agree(state, mesh)
             draft, wanted = self._draft(intentions)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(live, structure, draft, wanted)
@@ -156,7 +165,7 @@ class _Save:
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
             path=f"{self.store.url}/{self.name}",
-            step=self.step,
+            step=self.options.step,
             attempt=draft.attempt,
             nbytes=nbytes,
             arrays=arrays,
@@ -171,11 +180,13 @@ class _Save:
 
     # -- agreeing on what is saved -------------------------------------------------------------------------------------
 
-    def _agree(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[LiveState, _Structure, list[Intention]]:
+    def _agree(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[LiveState, _Structure, list[Intention]]:
         captured: list[tuple[LiveState, StructureTable, bytes]] = []
         intentions: list[Intention] = []
 
         def prepare() -> bytes:
+            self.options.require_known()
+            declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
             live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
             table = table_of(live)
             encoded = encode_table(table)
@@ -184,8 +195,14 @@ class _Save:
             values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
             values.append((TABLE_PREFIX + digest, _tables_digest(live)))
             known = tuple(structure for rank, structure in _STRUCTURES if rank == self.group.rank)
+            self.store, self.name = locate_for_saving(self.options.path)  # last, as it makes missing parents
             return Intention(
-                (self.store.url, self.name), self.step, (self.placement, self.durability), digest, tuple(values), known
+                (self.store.url, self.name),
+                self.options.step,
+                (self.options.placement, self.options.durability),
+                digest,
+                tuple(values),
+                known,
             ).encode()
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
@@ -306,13 +323,13 @@ class _Save:
                 plan,
                 _records(live, structure),
                 [host_elements(held.tensor) for held in live.arrays],
-                durability=self.durability,
+                durability=self.options.durability,
             )
             tables = own_tables(live, structure.shared, rank=self.group.rank)
             fragments = fragments_of(
                 plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
             )
-            file = attest(self.store, draft, fragments, durability=self.durability)
+            file = attest(self.store, draft, fragments, durability=self.options.durability)
             values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
             times.append(time.perf_counter())
             return Attested(file, plan.nbytes, values).encode()
@@ -326,7 +343,7 @@ class _Save:
                 draft,
                 contents,
                 [a.file for a in attested],
-                durability=self.durability,
+                durability=self.options.durability,
                 attempt=self.attempt,
             )
             del manifest
@@ -341,7 +358,7 @@ class _Save:
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
         return Contents(
-            step=self.step,
+            step=self.options.step,
             time=time.time(),
             world_size=len(self.team.ranks),
             placement="plain",

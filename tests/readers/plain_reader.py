@@ -65,7 +65,9 @@ def _xarray_group(tree: str, keys: list[str]) -> dict[str, object]:
     found = {}
     for key in keys:
         group, _, name = key.rpartition("/")
-        found[key] = xarray.open_dataset(tree, group=group, engine="zarr", mask_and_scale=False, consolidated=False)[name].values
+        found[key] = xarray.open_dataset(tree, group=group, engine="zarr", mask_and_scale=False, consolidated=False)[
+            name
+        ].values
     return {"arrays": found}
 
 
