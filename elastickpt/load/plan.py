@@ -133,13 +133,11 @@ def _units_of(opened: Opened, target: Target) -> list[Unit]:
     want = target.wanted
     if want.box.count == 0:
         return []
-    found = pieces_of(opened, want.record, want.box)
-    _require_whole(want, [piece for _, piece in found])
+    found = require_stored(opened, want.record, want.box)
     units = []
-    itemsize = want.record.spec.type.itemsize
     for columns, piece in found:
         file = columns.files[piece.file]
-        for read in plan_reads(want.box, [piece], block_nbytes=columns.block_nbytes, itemsize=itemsize):
+        for read in _reads_of(want, piece, block_nbytes=columns.block_nbytes):
             step = max(UNIT_NBYTES // columns.block_nbytes, 1) * columns.block_nbytes
             if not isinstance(read.steps[0], Direct) or len(read.steps) > 1:
                 step = read.nbytes
@@ -149,13 +147,23 @@ def _units_of(opened: Opened, target: Target) -> list[Unit]:
     return units
 
 
-def _require_whole(want: Wanted, pieces: Sequence[StoredPiece]) -> None:
-    """Raises CoverageGap or CoverageOverlap unless the pieces hold every wanted element exactly once. [FRAG-30]"""
-    parts = [part for piece in pieces if (part := intersect(piece.box, want.box)) is not None]
-    if len(parts) == 1 and parts[0] == want.box:
-        return
-    report = prove_box_coverage(want.box, parts)
-    if report.overlaps:
-        raise CoverageOverlap(f"array {want.record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
-    if report.gaps:
-        raise CoverageGap(f"array {want.record.spec.id}: elements {report.gaps[0]} are stored nowhere")
+def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
+    """The pieces that hold a box of an array. Raises CoverageGap or CoverageOverlap unless they hold every element of it
+    exactly once. [FRAG-30]"""
+    found = pieces_of(opened, record, box)
+    parts = [part for _, piece in found if (part := intersect(piece.box, box)) is not None]
+    if not (len(parts) == 1 and parts[0] == box):
+        report = prove_box_coverage(box, parts)
+        if report.overlaps:
+            raise CoverageOverlap(f"array {record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
+        if report.gaps:
+            raise CoverageGap(f"array {record.spec.id}: elements {report.gaps[0]} are stored nowhere")
+    return found
+
+
+def _reads_of(want: Wanted, piece: StoredPiece, *, block_nbytes: int) -> tuple[Read, ...]:
+    try:
+        reads = plan_reads(want.box, [piece], block_nbytes=block_nbytes, itemsize=want.record.spec.type.itemsize)
+    except Malformed as error:
+        raise Malformed(f"array {want.record.spec.id}: {error.message}") from error
+    return tuple(reads)

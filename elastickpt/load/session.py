@@ -15,6 +15,7 @@ from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
 from elastickpt.format.arrays import Mesh
+from elastickpt.format.values import Value
 from elastickpt.load.agreement import encode_findings, joint_mismatches, mismatch_message, require_same_load
 from elastickpt.load.fetch import FetchReport, Verify, carry_out
 from elastickpt.load.opened import Opened, open_records
@@ -120,7 +121,9 @@ class _Load:
             found = open_records(self.path)
             opened.append((found, declared))
             held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
-            same = len(self.team.ranks) == found.manifest.world_size and same_layout(found, held, self.team.member)
+            ranks = len(self.team.ranks)
+            same = ranks == found.manifest.world_size == len(found.manifest.fragments)
+            same = same and same_layout(found, held, self.team.member)
             meant = (os.fspath(self.path), f"attempt {found.manifest.attempt}", self.strict)
             return bytes(msgpack.packb((same, meant)))
 
@@ -138,7 +141,7 @@ class _Load:
         bound: list[tuple[Listing, Binding]] = []
 
         def compare() -> bytes:
-            listing = listing_of(opened, same)
+            listing = listing_of(opened, self.team.ranks if same else ())
             binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
             bound.append((listing, binding))
             return encode_findings(opened, binding)
@@ -201,17 +204,24 @@ class _Load:
         return reports[0]
 
 
-def listing_of(opened: Opened, same: bool) -> Listing:
-    """What the checkpoint holds, as the training layer takes it; `same` is whether the layout is the writers'."""
+def listing_of(opened: Opened, same: Sequence[int]) -> Listing:
+    """What the checkpoint holds, as the training layer takes it; `same` are this job's ranks by member if its layout is the
+    writers', else ()."""
     manifest = opened.manifest
+
+    def per_rank(writer: int) -> Mapping[str, Value]:
+        if same:
+            writer = same.index(writer)  # on the same layout a rank asks for its own; writers count members of the group
+        return opened.per_rank(writer) if writer < len(manifest.fragments) else {}
+
     return Listing(
         arrays={identity: record.spec for identity, record in opened.records.items()},
         tables=tuple(table for part in opened.parts for table in part.tables),
         values=manifest.values if isinstance(manifest.values, dict) else {},
-        per_rank=opened.per_rank,
+        per_rank=per_rank,
         items=manifest.items,
         world_size=manifest.world_size,
-        same_layout=same,
+        same_layout=bool(same),
         step=manifest.step,
         tied=manifest.tied,
     )
@@ -233,7 +243,7 @@ def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
         layout = manifest.layouts[record.layout]
         if (array.mesh, array.placements) != (manifest.meshes[layout.mesh], layout.placements):
             return False
-    stored = (opened.by_key[key].spec.id for key in opened.fragments(writer).pieces.arrays)
+    stored = (record.spec.id for record in opened.stored_by(writer))
     return all(identity in ids for identity in stored if identity.section == "params" and identity.state == "value")
 
 
