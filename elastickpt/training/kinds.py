@@ -52,7 +52,7 @@ def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
     """
     kinds: dict[str, Kind] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or not key or len(key.encode()) > MAX_NAME_NBYTES:
+        if not isinstance(key, str) or not key or len(key.encode(errors="surrogatepass")) > MAX_NAME_NBYTES:
             raise ValueNotCarried(f"key {key!r} of `state`: expected a str of 1 to {MAX_NAME_NBYTES} bytes")
         kinds[key] = kind_of(value)
         if isinstance(value, PerRank) and isinstance(value.value, (nn.Module, Optimizer, LRScheduler, RNG, PerRank)):
