@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.records import Item
@@ -15,7 +17,6 @@ from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import RNG
-from torch import nn
 
 
 class Loader:

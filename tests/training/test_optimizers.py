@@ -1,4 +1,4 @@
-"""Optimizer state goes by parameter name and comes back bit for bit, whatever the optimizer and however groups are cut."""
+"""Optimizer state goes by parameter name and comes back bit for bit, however groups are cut."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import Optimizer
+
 from elastickpt.errors import StateMismatch, StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayValue
@@ -15,8 +18,6 @@ from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
 from elastickpt.training.restore import bind
-from torch import nn
-from torch.optim import Optimizer
 
 State = dict[str, Any]
 Make = Callable[[list[nn.Parameter]], Optimizer]

@@ -9,6 +9,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from torch import nn
+
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.testing.fingerprint import fingerprint
@@ -18,7 +20,6 @@ from elastickpt.training.listing import Binding, unexpected
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import RNG
-from torch import nn
 
 State = dict[str, Any]
 

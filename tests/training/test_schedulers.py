@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
 from elastickpt.errors import StateMismatch, ValueNotCarried
 from elastickpt.format.records import Field
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.restore import bind
-from torch import nn
-from torch.optim import Optimizer, lr_scheduler
-from torch.optim.lr_scheduler import LRScheduler
 
 State = dict[str, Any]
 Make = Callable[[Optimizer], LRScheduler]

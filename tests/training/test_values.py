@@ -11,14 +11,15 @@ import ml_dtypes
 import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.dtypes import DTYPES
 from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import ArrayValue
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.values import array_value, carried, place_of, revived, scalar_values, tensor_of, typed_key
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 class Level(enum.IntEnum):
