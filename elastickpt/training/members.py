@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from elastickpt.errors import StructureConflict
+from elastickpt.errors import LayoutUnsupported, StructureConflict
 from elastickpt.format.box import Box
 from elastickpt.training.dtensors import Placed, placed
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
+from elastickpt.training.loaded import is_loaded_instance
 from elastickpt.training.tables import Name
+
+_ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +56,14 @@ class Member:
 def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple[Member, ...]:
     """The optimizer's parameters with their names, in the order of its groups.
 
-    Raises StructureConflict for a parameter, or a tensor that state is kept for, that is in no model of `state`.
+    Raises LayoutUnsupported for an optimizer that spreads whole states over ranks; StructureConflict for a parameter,
+    or a tensor that state is kept for, that is in no model of `state`.
     """
+    if is_loaded_instance(optimizer, *_ZERO):
+        raise LayoutUnsupported(
+            f"optimizer {item!r}: ZeroRedundancyOptimizer keeps the states of a parameter on one rank only, which "
+            f"nothing here says; shard the model with torch.distributed.fsdp.fully_shard"
+        )
     members = []
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from elastickpt.errors import StateMismatch, ValueNotCarried
+from elastickpt.errors import LayoutUnsupported, StateMismatch, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.testing.fingerprint import fingerprint
@@ -241,3 +241,17 @@ def sharded_values(rank: int, world_size: int) -> None:
 
 def test_dtensors_in_containers_are_filled_at_their_own_placement() -> None:
     run_ranks(sharded_values, 2)
+
+
+def zero_redundancy(rank: int, world_size: int) -> str:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = Net()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+    with pytest.raises(LayoutUnsupported) as refusal:
+        capture({"model": model, "optimizer": optimizer}, rank=rank, world_size=world_size, declared=None)
+    return refusal.value.message
+
+
+def test_an_optimizer_that_spreads_whole_states_over_ranks_is_refused() -> None:
+    assert all("ZeroRedundancyOptimizer" in message for message in run_ranks(zero_redundancy, 2))
