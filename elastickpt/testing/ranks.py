@@ -7,8 +7,8 @@
 
     assert run_ranks(sums, 4, 2.0) == [8.0, 8.0, 8.0, 8.0]
 
-The function is named, not sent: it stands at the top level of a module, which the forking process imports once. Arguments
-and results cross processes as multiprocessing sends them.
+The function is named, not sent: it stands at the top level of a module, which the forking process imports once.
+Arguments and results cross processes as multiprocessing sends them, tensors by their contents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from elastickpt.errors import DeadlineExceeded, RankLost
-from elastickpt.testing.zygote import Answer, FunctionName, Launch, Reap, encode
+from elastickpt.testing.zygote import Answer, FunctionName, Launch, Reap, decode, encode
 
 GRACE_S = 5.0  # what the other ranks get to end in, once one has failed
 DUMP_S = 2.0  # from SIGABRT, at which a rank dumps its stacks, to SIGKILL
@@ -41,8 +41,8 @@ OUTPUT_TAIL = 8000  # bytes of a failed rank's output that its error shows
 class Outcome:
     """How a rank ended: with a `value`, or with `error`; `status` is its exit status, -n after signal n.
 
-    `traceback` and `output` (stdout and stderr together, its stacks if it hung) are for people. `at` is the monotonic time
-    of its answer, infinite if it gave none: the first failure is the cause of the others.
+    `traceback` and `output` (stdout and stderr together, its stacks if it hung) are for people. `at` is the monotonic
+    time of its answer, infinite if it gave none: the first failure is the cause of the others.
     """
 
     rank: int
@@ -148,12 +148,10 @@ class Ranks:
 
     def _end(self) -> None:
         for rank in range(len(self.pids)):
-            answer = self._answers.get(rank)
-            if answer is not None and not answer.traceback:
-                with suppress(OSError):
-                    self._pipes[rank].send(None)  # all are done: leave
-            elif answer is None:
+            if self._answers.get(rank) is None:
                 self.kill(rank)
+            with suppress(OSError):
+                self._pipes[rank].send_bytes(b"")  # all are done: leave
         self._statuses = self._zygote.reap(self.pids)
 
     def _outcome(self, rank: int) -> Outcome:
@@ -174,7 +172,7 @@ class Ranks:
 
 def _received(pipe: Any) -> Answer | None:
     try:
-        answer: Answer = pipe.recv()
+        answer: Answer = decode(pipe.recv_bytes())
     except (EOFError, OSError):
         return None
     return answer
@@ -219,6 +217,10 @@ class _Zygote:
         for pair in pairs:
             pair[1].close()
         if isinstance(pids, str):
+            for pipe in pipes:
+                pipe.close()
+            for output in outputs:
+                os.close(output)
             raise ImportError(f"{where.file} cannot be imported for its function {where.name}:\n{pids}")
         return Ranks(self, tuple(pids), pipes, outputs, time.monotonic() + timeout_s)
 

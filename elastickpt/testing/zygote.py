@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, ClassVar
 
 WATCHDOG_EXTRA_S = 30.0  # a rank whose parent is gone ends itself this long after its limit
 
@@ -55,7 +55,7 @@ class Reap:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a rank reports: the function's result, or the exception with its traceback as text; `at` is monotonic time."""
+    """What a rank reports: the result, or the exception with its traceback as text; `at` is monotonic time."""
 
     value: Any
     error: BaseException | None
@@ -63,9 +63,20 @@ class Answer:
     at: float
 
 
+class _Whole(ForkingPickler):
+    """Sends tensors whole: torch's reducers send a descriptor of shared memory, which dies with its process."""
+
+    _extra_reducers: ClassVar[dict[type, Callable[[Any], Any]]] = {}
+
+
 def encode(value: object) -> bytes:
-    """`value` as multiprocessing sends it between processes."""
-    return bytes(ForkingPickler.dumps(value))
+    """`value` as it crosses processes; tensors by their contents."""
+    return bytes(_Whole.dumps(value))
+
+
+def decode(data: bytes) -> Any:
+    """What `encode` was given, in the process that started the other one."""
+    return ForkingPickler.loads(data)
 
 
 def serve(descriptor: int) -> None:
@@ -158,13 +169,11 @@ def _run_rank(
         faulthandler.enable(2)
         faulthandler.dump_traceback_later(request.timeout_s + WATCHDOG_EXTRA_S, exit=True, file=2)
         connection: Any = Connection(answers)
-        answer = _answer(request, function, rank, listener)
-        _send(connection, answer)
-        status = int(answer.error is not None or bool(answer.traceback))
+        status = _send(connection, _answer(request, function, rank, listener))
         if status == 0:
             # Ranks leave together: one that leaves early closes its sockets under a peer's last collective.
             with suppress(EOFError, OSError):
-                connection.recv()
+                connection.recv_bytes()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -174,9 +183,7 @@ def _run_rank(
 def _answer(request: Launch, function: Callable[..., object], rank: int, listener: int) -> Answer:
     try:
         _init(request, rank, listener)
-        return Answer(
-            function(rank, request.world_size, *ForkingPickler.loads(request.args)), None, "", time.monotonic()
-        )
+        return Answer(function(rank, request.world_size, *decode(request.args)), None, "", time.monotonic())
     except BaseException as error:
         return Answer(None, error, traceback.format_exc(), time.monotonic())
 
@@ -205,12 +212,14 @@ def _init(request: Launch, rank: int, listener: int) -> None:
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=request.world_size, timeout=timeout)
 
 
-def _send(connection: Any, answer: Answer) -> None:
+def _send(connection: Any, answer: Answer) -> int:
+    """Tells the parent, and returns the exit status that goes with it."""
     try:
-        connection.send(answer)
-    except OSError:
-        return  # nobody listens any more
+        data = encode(answer)
     except BaseException:  # what cannot cross processes is told as text
         text = answer.traceback or f"the result {type(answer.value).__name__} cannot be sent:\n{traceback.format_exc()}"
-        with suppress(OSError):
-            connection.send(Answer(None, None, text, answer.at))
+        answer = Answer(None, None, text, answer.at)
+        data = encode(answer)
+    with suppress(OSError):  # nobody listens any more
+        connection.send_bytes(data)
+    return int(bool(answer.traceback))

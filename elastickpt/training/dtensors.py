@@ -80,9 +80,9 @@ def placed(tensor: torch.Tensor) -> Placed | None:
 def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders: Holders) -> tuple[HeldArray, ...]:
     """What this rank holds of `tensor`: one array; several for a composite tensor; none on a rank outside its mesh.
 
-    The held tensors share memory with `tensor`. `holders` counts for plain tensors, and for a DTensor adds the ranks of
-    a DDP around it. Raises LayoutUnsupported for a placement with no box, ValueNotCarried for contents that no array
-    has.
+    The held tensors share memory with `tensor`. `holders` counts for plain tensors; a DTensor gets from it the axes of
+    its root mesh along which those ranks repeat it. Raises LayoutUnsupported for a placement with no box,
+    ValueNotCarried for contents that no array has.
     """
     tensor = settled(tensor)
     parts = placed(tensor)
@@ -93,7 +93,8 @@ def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders:
     placements = spell_placements(parts.placements, mesh.sizes, where=array)
     box = physical_box(parts.shape, sizes=mesh.sizes, coordinate=mesh.coordinate(job.rank), placements=placements)
     if holders.sharing == "declared" and not set(holders.ranks) <= set(mesh.ranks):
-        mesh, placements = widened(parts.device_mesh, placements, holders.ranks, job.rank, job.world_size)
+        wide = widened(parts.device_mesh, placements, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
+        mesh, placements = wide or (mesh, placements)
     held = []
     for path, inner in _inner_of_shard(array, parts.local):
         elements = elements_of(_of_shape(inner, box), where=array)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import Mesh
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@lru_cache(maxsize=64)  # each FSDP2 parameter has a mesh of its own, equal to its neighbours'
 def mesh_of(device_mesh: DeviceMesh, *, world_size: int) -> Mesh:
     """The mesh with this rank in it (or, for a rank outside, the mesh as it was made), over global ranks.
 
     Its name is its axes' names joined by ".", "mesh" when they have none, with "@<first>-<last>" when it leaves ranks
     out.
     """
+    return _mesh_of(device_mesh, device_mesh.get_rank(), world_size)
+
+
+@lru_cache(maxsize=64)  # each FSDP2 parameter has a mesh of its own, equal to its neighbours'
+def _mesh_of(device_mesh: DeviceMesh, rank: int, world_size: int) -> Mesh:
+    # `rank` is in the key only: equal slices of one root mesh lie over other ranks in another rank's process.
     ranks = tuple(int(rank) for rank in device_mesh.mesh.flatten().tolist())
     names = device_mesh.mesh_dim_names
     sizes = tuple(int(size) for size in device_mesh.mesh.shape)
@@ -31,25 +35,22 @@ def _named(name: str, ranks: tuple[int, ...], world_size: int) -> str:
 
 
 def widened(
-    device_mesh: DeviceMesh, placements: tuple[str, ...], replicas: tuple[int, ...], rank: int, world_size: int
-) -> tuple[Mesh, tuple[str, ...]]:
-    """A DTensor's mesh and placements with the axes of its root mesh added along which `replicas` repeat it.
+    device_mesh: DeviceMesh, placements: tuple[str, ...], *, replicas: tuple[int, ...], rank: int, world_size: int
+) -> tuple[Mesh, tuple[str, ...]] | None:
+    """A DTensor's mesh and placements with those axes of its root mesh added along which `replicas` repeat it.
 
     Before -> after, for `tp` of a root mesh `dp, tp` under DDP over `dp`: (tp), S(0) -> (dp, tp), R S(0).
-    Raises LayoutUnsupported where the replicas are no axes of the root mesh.
+    None where the replicas are no axes of the root mesh: ranks outside the DTensor's own mesh then stay undeclared.
     """
     own = mesh_of(device_mesh, world_size=world_size)
     root = mesh_of(device_mesh._get_root_mesh(), world_size=world_size)
-    here = root.coordinate(rank) if rank in root.ranks else ()
-    known = set(replicas) <= set(root.ranks) and set(own.axes) <= set(root.axes)
-    others = [root.coordinate(other) for other in replicas] if known else []
+    if not {*replicas, rank} <= set(root.ranks) or not set(own.axes) <= set(root.axes):
+        return None
+    here = root.coordinate(rank)
+    others = [root.coordinate(other) for other in replicas]
     varying = {k for k, _ in enumerate(root.axes) if any(other[k] != here[k] for other in others)}
-    expected = _spanned(root, varying, here) if others else ()
-    if set(expected) != set(replicas):
-        raise LayoutUnsupported(
-            f"a DTensor on mesh {own.name!r} of ranks {own.ranks} is repeated by ranks {replicas}, which are no axes "
-            f"of its root mesh {root.name!r} ({', '.join(root.axes)}): make both from one device mesh"
-        )
+    if set(_spanned(root, varying, here)) != set(replicas):
+        return None
     placement = dict(zip(own.axes, placements, strict=True))
     kept = tuple(k for k, axis in enumerate(root.axes) if axis in placement or k in varying)
     axes = tuple(root.axes[k] for k in kept)
