@@ -204,9 +204,9 @@ def revived(value: Value, *, device: torch.device | str = "cpu") -> object:
 
 
 def typed_key(value: Value) -> Hashable:
-    """Equal for two values exactly when they have the same types, bits and order:
+    """Equal for two values exactly when they have the same types and bits: 1 is not True, 0.0 is not -0.0, NaN is NaN.
 
-    1 is not True, 0.0 is not -0.0, NaN is NaN.
+    The filling order of dicts does not count, that of an OrderedDict does.
     """
     kind = type(value)
     if isinstance(value, float):

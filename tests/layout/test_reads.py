@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import Malformed
 from elastickpt.format.box import Box
+from elastickpt.layout import reads as reads_module
 from elastickpt.layout.algebra import contains, intersect, relative
 from elastickpt.layout.coverage import prove_box_coverage
 from elastickpt.layout.grid import Run, chunk_count, chunk_nbytes, runs_of
 from elastickpt.layout.reads import Direct, Read, Scatter, Segment, match_pieces, plan_reads, segments
+from elastickpt.layout.strides import slices
 
 law = settings(max_examples=200, deadline=None)
 Shape = tuple[int, ...]
@@ -122,7 +124,8 @@ def boxes_in(draw: st.DrawFn, shape: Shape) -> Box:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Stored, Box, int, int]:
     """A stored array of 1 to 4 axes, a wanted box, a block size and a limit for scattered reads."""
-    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    longest = draw(st.sampled_from([30, 30, 9, 9]))
+    shape = tuple(draw(st.lists(st.integers(1, longest), min_size=1, max_size=2 if longest == 30 else 4)))
     chunk_shape = tuple(draw(st.integers(1, n + 2)) for n in shape)
     itemsize = draw(st.sampled_from(sorted(DTYPES)))
     stored = store(shape, draw(st.lists(boxes_in(shape), max_size=4)), chunk_shape=chunk_shape, itemsize=itemsize)
@@ -166,12 +169,12 @@ def test_steps_say_what_they_are(case: tuple[Stored, Box, int, int]) -> None:
             assert (int(sides[0].max()) + 1) * stored.itemsize <= read.end
 
 
-def test_the_same_layout_is_one_direct_read() -> None:
-    box = Box((1024, 0), (2048, 4096))
+def test_the_same_layout_is_one_direct_read_however_long() -> None:
+    box = Box((1024, 0), (4096, 4096))
     runs = runs_of(box, shape=(4096, 4096), chunk_shape=(4096, 4096), itemsize=4)
     (read,) = plan_reads(box, runs, block_nbytes=1 << 18, itemsize=4)
-    assert read == Read(0, (0, 64), 0, 16 << 20, (Direct(box, 0, 0, 16 << 20),))
-    assert list(segments(runs[0], read.start, read.end)) == [Segment(16 << 20, 16 << 20)]
+    assert read == Read(0, (0, 192), 0, 48 << 20, (Direct(box, 0, 0, 48 << 20),))
+    assert list(segments(runs[0], read.start, read.end)) == [Segment(16 << 20, 48 << 20)]
 
 
 def test_a_row_range_reads_whole_blocks_at_its_edges() -> None:
@@ -194,14 +197,28 @@ def test_narrow_columns_are_one_covering_read_and_wide_ones_many() -> None:
     assert [read.steps for read in rows] == [(Direct(Box((k, 0), (k + 1, 1024)), 4096 * k, 1024 * k, 1024),) for k in range(16)]
 
 
-def test_tiny_rows_do_not_explode_and_buffers_are_bounded() -> None:
-    """A million rows of one element, of a piece of 256 MiB: reads of 16 MiB, each with a few steps."""
+def test_a_gap_of_a_whole_block_is_skipped_where_it_is_one() -> None:
+    """Rows of 4 blocks of which 3 are wanted; then rows that are no whole blocks, so that no block is a gap."""
+
+    def blocks(shape: Shape, wanted: Box) -> list[tuple[int, int]]:
+        (run,) = runs_of(Box.whole(shape), shape=shape, chunk_shape=shape, itemsize=1)
+        return [read.blocks for read in plan_reads(wanted, [run], block_nbytes=4, itemsize=1)]
+
+    assert blocks((3, 16), Box((0, 0), (3, 12))) == [(0, 3), (4, 7), (8, 11)]
+    assert blocks((3, 9), Box((0, 0), (3, 5))) == [(0, 6)]
+
+
+def test_tiny_rows_do_not_explode_and_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million rows of one element, of a piece of 256 MiB: looked at together, in reads of 16 MiB of a few steps."""
+    looked_at = []
+    monkeypatch.setattr(reads_module, "slices", lambda box, axis: looked_at.extend(slices(box, axis)) or looked_at)
     shape = (1 << 20, 64)
     (run,) = runs_of(Box.whole(shape), shape=shape, chunk_shape=shape, itemsize=4)
     wanted = Box((0, 5), (1 << 20, 6))
     reads = plan_reads(wanted, [run], block_nbytes=1 << 18, itemsize=4)
     assert [read.nbytes for read in reads] == [16 << 20] * 16
     assert sum(len(read.steps) for read in reads) <= 3 * 16
+    assert len(looked_at) == 1
     assert prove_box_coverage(wanted, [step.part for read in reads for step in read.steps]).exact
 
 

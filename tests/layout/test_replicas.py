@@ -53,6 +53,7 @@ def test_rows_of_the_first_axis_that_has_enough_are_split() -> None:
         (Box((13, 0), (15, MIB)),),
         (Box((15, 0), (17, MIB)),),
     ]
+    assert shares(Box.whole((2, MIB)), itemsize=4, count=2, salt=0)[1] == (Box((1, 0), (2, MIB)),)
     assert shares(Box.whole((2, MIB)), itemsize=4, count=4, salt=0)[1] == (Box((0, MIB // 4), (2, MIB // 2)),)
 
 
