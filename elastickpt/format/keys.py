@@ -139,7 +139,7 @@ def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
 def chunk_file(key: str, chunk: tuple[int, ...]) -> str:
     """The file of one chunk in placement `plain`: `params/m/w/value` and (0, 1) -> `params/m/w/value/c.0.1`.
 
-    [UCF-36]
+    [UCF-14]
     """
     return ".".join((f"{key}/c", *map(str, chunk)))
 
