@@ -190,7 +190,7 @@ def _check_pieces(pieces: PieceColumns, files: tuple[StoredFile, ...], where: st
         ("it lies beyond the end of its file", (room < 0) | ((rows - 1) > np.maximum(room, 0) // pieces.row_stride)),
         ("its box ends beyond 2^48", _any_by_piece(pieces, pieces.start + pieces.shape > MAX_DIM)),
     )
-    for what, wrong in faults:  # [FRAG-11..16]
+    for what, wrong in faults:  # [FRAG-11..16, FRAG-27]
         if wrong.any():
             piece = int(np.argmax(wrong))
             raise Malformed(f"{where}: piece {piece} of array {pieces.arrays[int(pieces.array[piece])]!r}: {what}")

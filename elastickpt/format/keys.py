@@ -111,7 +111,7 @@ class _Node:
 
     def collect(self, key: str, found: dict[ArrayId, str]) -> None:
         if self.array is not None:
-            if self.children:
+            if self.children:  # [UCF-36]
                 raise StructureConflict(f"array {self.array} stands where other arrays have a group")
             if len(key) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
                 raise LimitExceeded(f"array {self.array}: its path has {len(key)} bytes")

@@ -120,7 +120,7 @@ _FRAGMENTS_INVALID: _Invalid = (
     (
         "rows-joined",
         "Rows without a gap.",
-        "FRAG-14",
+        "FRAG-27",
         "malformed",
         setting("pieces", "row_stride", to=column([120, 12])),
     ),

@@ -190,7 +190,7 @@ def keys() -> Iterator[Vector]:
     expect = {"paths": [path for _, path in arrays]}
     yield Vector("keys", "tree", "Paths of arrays.", ("UCF-35",), inputs, expect=expect)
     inputs = {"arrays": [["extra", "t", "", ""], ["extra", "t", "x", ""]]}
-    yield Vector("keys", "tree-above", "An array above an array.", ("UCF-35",), inputs, error="structure-conflict")
+    yield Vector("keys", "tree-above", "An array above an array.", ("UCF-36",), inputs, error="structure-conflict")
     inputs = {"chunks": [["params/m/w/value", [0, 1]], ["params/m/s/value", []], ["extra/v", [12]]]}
     files = {"files": ["params/m/w/value/c.0.1", "params/m/s/value/c", "extra/v/c.12"]}
     yield Vector("keys", "chunks", "Files of chunks.", ("UCF-14",), inputs, expect=files)
