@@ -84,14 +84,9 @@ def _record(array: ArrayId, key: str, **changes: Any) -> ArrayRecord:
 @given(st.sets(st.tuples(st.sampled_from(["params", "extra"]), st.text("abAB/é.", max_size=5)), max_size=6))
 def test_an_index_comes_back(names: set[tuple[Any, str]]) -> None:
     ids = [
-        ArrayId("params", "m", name, state)
-        for section, name in names
-        if section == "params"
-        for state in ("value", "exp_avg")
+        ArrayId("params", "m", name, state) for section, name in names if section == "params" for state in ("value", "exp_avg")
     ]
-    ids += [
-        ArrayId("extra", f"x{k}", name, "") for k, (section, name) in enumerate(sorted(names)) if section == "extra"
-    ]
+    ids += [ArrayId("extra", f"x{k}", name, "") for k, (section, name) in enumerate(sorted(names)) if section == "extra"]
     keys = array_keys(ids)
     own = (("true_shape", (3, 6)), ("composition", {"kind": "nf4"}))
     records = [_record(array, key, attributes=own if "b" in array.name else ()) for array, key in keys.items()]
@@ -117,9 +112,7 @@ def _index_of(parameters: int) -> bytes:
             (k // 8 % 10_000, k // 8 % 10_000 + 10_000),
         )
         for k in range(parameters)
-        for name in (
-            f"model.layers.{k // 768 + 3}.mlp.experts.{k // 3 % 256}.{('down', 'gate', 'up')[k % 3]}_proj.weight",
-        )
+        for name in (f"model.layers.{k // 768 + 3}.mlp.experts.{k // 3 % 256}.{('down', 'gate', 'up')[k % 3]}_proj.weight",)
         for state in ("exp_avg", "exp_avg_sq", "master", "value")
     ]
     return encode_index(IndexPart(tuple(sorted(records, key=lambda record: record.key))))
@@ -210,9 +203,7 @@ def test_many_small_values_in_few_bytes_are_refused() -> None:
     bomb = msgpack.packb({"x": [inner] * (MAX_NODES // 2048 + 1)})
     with pytest.raises(LimitExceeded):
         decode_index(bomb, path="i")
-    values = encode_manifest(manifest(values={})).replace(
-        b'"values":{}', b'"values":{"/a":[' + b"[]," * MAX_NODES + b"0]}"
-    )
+    values = encode_manifest(manifest(values={})).replace(b'"values":{}', b'"values":{"/a":[' + b"[]," * MAX_NODES + b"0]}")
     body = values[: -len(b',"digest":""}\n') - 32]
     sealed = body + b',"digest":"' + file_digest(body).encode() + b'"}\n'
     with pytest.raises(LimitExceeded):

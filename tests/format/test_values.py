@@ -32,14 +32,7 @@ _arrays = st.builds(
     st.lists(st.integers(0, 65535), max_size=3),
     st.sampled_from(["torch", "numpy"]),
 )
-_leaves = (
-    _numbers
-    | _texts
-    | st.binary(max_size=8)
-    | st.complex_numbers()
-    | _arrays
-    | st.builds(ArrayReference, _texts, _texts)
-)
+_leaves = _numbers | _texts | st.binary(max_size=8) | st.complex_numbers() | _arrays | st.builds(ArrayReference, _texts, _texts)
 _keys = st.recursive(
     st.integers() | _texts | st.floats(allow_nan=False) | st.binary(max_size=3) | st.none(),
     lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=2),
@@ -123,7 +116,7 @@ class _Color(IntEnum):
     RED = 1
 
 
-_Point = namedtuple("_Point", "x y")  # noqa: PYI024  (a subclass of tuple is what is tested)
+_Point = namedtuple("_Point", "x y")
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,7 @@ def validator(name: str) -> Draft202012Validator:
 
 
 def inputs(suite: str) -> list[Any]:
-    return [
-        pytest.param(json.loads(path.read_text()), id=path.stem)
-        for path in sorted((SPEC / "vectors" / suite).glob("*"))
-    ]
+    return [pytest.param(json.loads(path.read_text()), id=path.stem) for path in sorted((SPEC / "vectors" / suite).glob("*"))]
 
 
 def hexed(value: Any) -> Any:

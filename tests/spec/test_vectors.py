@@ -282,8 +282,6 @@ def test_every_folder_of_vectors_is_run() -> None:
     """A new suite without a runner fails here."""
     known = {"boxes", "partitions", "grids", "keys", "documents"}
     known |= {
-        f"{s}/{k}"
-        for s in ("manifests", "fragment-maps", "indexes", "values", "checkpoints")
-        for k in ("valid", "invalid")
+        f"{s}/{k}" for s in ("manifests", "fragment-maps", "indexes", "values", "checkpoints") for k in ("valid", "invalid")
     }
     assert {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.json")} - {"."} == known

@@ -169,9 +169,7 @@ def restored_alike(rank: int, world_size: int, layout: Layout, make: MakeOptimiz
     ("layout", "world_size", "make"),
     [(fsdp, 3, adamw), (tp, 2, adamw), (tp_fsdp, 4, adamw), (hsdp, 4, adamw), (fsdp, 2, Factored)],
 )
-def test_a_sharded_optimizer_is_restored_and_goes_on_alike(
-    layout: Layout, world_size: int, make: MakeOptimizer
-) -> None:
+def test_a_sharded_optimizer_is_restored_and_goes_on_alike(layout: Layout, world_size: int, make: MakeOptimizer) -> None:
     run_ranks(restored_alike, world_size, layout, make)
 
 
