@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -33,7 +34,7 @@ from elastickpt.save.messages import (
 )
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import locate_for_saving
-from elastickpt.storage.store import Durability
+from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
@@ -86,9 +87,22 @@ def save(
     """
     group = job_group(process_group)
     team = team_of(group)
-    store, name = locate_for_saving(path)
+    store, name = _located(team, path)
     target = Target(store, name, step, placement, durability)
     return _Save(group, team, target).run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+
+
+def _located(team: Team, path: str | os.PathLike[str]) -> tuple[Store, str]:
+    """Where to save; what goes wrong with that on one rank is every rank's error, as the others wait in the first round."""
+    try:
+        return locate_for_saving(path)
+    except Exception as error:
+        team.round("prepare", partial(_reraise, error), lambda payloads: [b""] * len(payloads))
+        raise
+
+
+def _reraise(error: Exception) -> bytes:
+    raise error
 
 
 class _Save:
