@@ -13,11 +13,13 @@ import argparse
 import json
 import math
 import os
+import random
 import re
 import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from llama import Config, Transformer, loss_of
@@ -109,6 +111,8 @@ def main() -> None:
     args = arguments()
     args.root.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
     axes = axes_of(args.layout)
     (stage, stages), (share, shares) = place_in(axes.get("pp")), place_in(axes.get("fsdp"))

@@ -88,7 +88,7 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
         raise Malformed(f"{path}/block_nbytes: {block_nbytes} is no power of two")
     files = _files(members.members("files"))
     fragments = FragmentColumns(
-        writer=members.integer("writer", high=MAX_WRITERS - 1),
+        writer=_writer(members),
         attempt=members.text("attempt"),
         block_nbytes=block_nbytes,
         files=files,
@@ -98,6 +98,13 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
     )
     members.close()
     return fragments
+
+
+def _writer(members: Members) -> int:
+    writer = members.integer("writer")
+    if writer >= MAX_WRITERS:  # [UCF-96]
+        raise LimitExceeded(f"{members.where}: writer {writer}, the limit is {MAX_WRITERS}")
+    return writer
 
 
 def check_version(members: Members, name: str) -> None:
@@ -131,7 +138,10 @@ def _arrays(members: Members) -> tuple[tuple[str, ...], IntColumn]:
     keys = tuple(checked_path(key) for key in members.texts("arrays"))
     if any(low >= high for low, high in pairwise(keys)):  # [FRAG-24]
         raise Malformed(f"{members.where}/arrays: keys out of order, or twice")
-    return keys, take_ints(members, "ndims", length=len(keys), high=MAX_NDIM)
+    ndims = take_ints(members, "ndims", length=len(keys))
+    if ndims.size and int(ndims.max()) > MAX_NDIM:  # [UCF-93]
+        raise LimitExceeded(f"{members.where}/ndims: an array of {ndims.max()} axes, the limit is {MAX_NDIM}")
+    return keys, ndims
 
 
 def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) -> PieceColumns:
@@ -178,7 +188,7 @@ def _check_pieces(pieces: PieceColumns, files: tuple[StoredFile, ...], where: st
         ("it lies beyond the end of its file", (room < 0) | ((rows - 1) > np.maximum(room, 0) // pieces.row_stride)),
         ("its box ends beyond 2^48", _any_by_piece(pieces, pieces.start + pieces.shape > MAX_DIM)),
     )
-    for what, wrong in faults:  # [FRAG-11..16]
+    for what, wrong in faults:  # [FRAG-11..16, FRAG-27]
         if wrong.any():
             piece = int(np.argmax(wrong))
             raise Malformed(f"{where}: piece {piece} of array {pieces.arrays[int(pieces.array[piece])]!r}: {what}")

@@ -1,5 +1,5 @@
 """The index on disk: what each array is and which writers hold pieces of it, in columns; one msgpack map a part.
-[UCF-63..69]
+[UCF-64..69]
 
 Arrays that share element type, grid, layout and attributes share a template; states of one parameter share its entry;
 arrays held by the same writers share a writer set.
@@ -29,7 +29,6 @@ from elastickpt.format.limits import (
     MAX_DIM,
     MAX_MANIFEST_NBYTES,
     MAX_NDIM,
-    MAX_WRITERS,
 )
 from elastickpt.format.members import Members, integers, pair, text
 from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart
@@ -148,8 +147,10 @@ def decode_index(data: bytes, *, path: str) -> IndexPart:
     templates = [_template(Members(one, where=f"{path}/templates[{k}]")) for k, one in enumerate(members.sequence("templates"))]
     entries = _entries(members.members("entries"))
     leaves = [_leaf(one, f"{path}/leaves[{k}]") for k, one in enumerate(members.sequence("leaves"))]
-    runs = Runs(high=MAX_WRITERS - 1)
-    writer_sets = [_writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))]
+    runs = Runs()
+    writer_sets = [
+        _writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))
+    ]
     rows = _Rows(templates, entries, leaves, writer_sets)
     arrays = _arrays(members.members("arrays"), rows)
     part = IndexPart(arrays, take_tables(members, "tables"))
@@ -244,7 +245,7 @@ def _arrays(members: Members, rows: _Rows) -> tuple[ArrayRecord, ...]:
     template = take_ints(members, "template", length=count, high=len(rows.templates) - 1).tolist()
     writers = take_ints(members, "writers", length=count, high=len(rows.writer_sets) - 1).tolist()
     axes = sum(len(rows.templates[t].chunk_shape) for t in template)
-    shape = take_ints(members, "shape", length=axes, high=MAX_DIM).tolist()
+    shape = take_ints(members, "shape", length=axes).tolist()  # ArraySpec checks the limit
     members.close()
     found: list[ArrayRecord] = []
     axis, last = 0, ""

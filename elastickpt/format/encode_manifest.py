@@ -179,7 +179,7 @@ def _items(members: Members) -> tuple[Item, ...]:
 
 
 def _meshes(members: Members) -> list[Mesh]:
-    runs = Runs(high=MAX_WRITERS - 1)
+    runs = Runs()
     found = []
     for one in _each(members, "meshes"):
         sizes = integers(one.take("sizes"), where=f"{one.where}/sizes")

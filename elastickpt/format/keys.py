@@ -111,7 +111,7 @@ class _Node:
 
     def collect(self, key: str, found: dict[ArrayId, str]) -> None:
         if self.array is not None:
-            if self.children:
+            if self.children:  # [UCF-36]
                 raise StructureConflict(f"array {self.array} stands where other arrays have a group")
             if len(key) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
                 raise LimitExceeded(f"array {self.array}: its path has {len(key)} bytes")
@@ -139,7 +139,7 @@ def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
 def chunk_file(key: str, chunk: tuple[int, ...]) -> str:
     """The file of one chunk in placement `plain`: `params/m/w/value` and (0, 1) -> `params/m/w/value/c.0.1`.
 
-    [UCF-36]
+    [UCF-14]
     """
     return ".".join((f"{key}/c", *map(str, chunk)))
 

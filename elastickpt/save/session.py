@@ -6,46 +6,35 @@ import logging
 import os
 import platform
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgpack
 
 from elastickpt.commit.attest import attest
-from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_free, require_token, sweep
+from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_token, sweep
 from elastickpt.commit.finish import Contents, finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
-from elastickpt.errors import PlacementUnsupported, Refused
+from elastickpt.errors import Refused
+from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
-from elastickpt.format.values import decode_text, encode_value, value_digest
-from elastickpt.save.agreement import (
-    TABLE_PREFIX,
+from elastickpt.format.values import decode_text, encode_value
+from elastickpt.save.agree import PlacementChoice, Structure, Target, agree
+from elastickpt.save.fragments import fragments_of, own_tables
+from elastickpt.save.messages import (
     Attested,
-    ContentDigest,
     Intention,
-    decode_digests,
-    encode_digests,
-    require_equal_contents,
-    require_equal_values,
-    require_same_intention,
-    structure_id,
     values_wanted,
 )
-from elastickpt.save.fragments import fragments_of, own_tables
-from elastickpt.save.gather import content_digest
-from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
-from elastickpt.save.plan import WritePlan, plan_writes
-from elastickpt.save.structure import StructureTable, decode_table, encode_table, table_digest, table_of
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability, Store
-from elastickpt.training.capture import capture
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
@@ -56,9 +45,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
-
-PlacementChoice = Literal["auto", "plain"]
-KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer state, model only, ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +63,6 @@ class CheckpointInfo:
     write_s: float
     commit_s: float
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Structure:
-    """A job's structure as one rank knows it; `merged` on the committer only."""
-
-    shared: tuple[SharedArray, ...]
-    plan: WritePlan
-    merged: MergedStructure | None
-
-
-# What a structure hash says, plans included, is a function of the hash and the rank alone, so it may outlive any one save.
-_STRUCTURES: OrderedDict[tuple[int, str], _Structure] = OrderedDict()
 
 
 def save(
@@ -114,48 +87,41 @@ def save(
     """
     group = job_group(process_group)
     team = team_of(group)
-    return _Save(group, team, _Options(os.fspath(path), step, placement, durability)).run(state, mesh)
+    store, name = _located(team, path)
+    target = Target(store, name, step, placement, durability)
+    return _Save(group, team, target).run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
 
 
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What the caller asked for beside the state."""
+def _located(team: Team, path: str | os.PathLike[str]) -> tuple[Store, str]:
+    """Where to save; what goes wrong with that on one rank is every rank's error, as the others wait in the first round."""
+    try:
+        return locate_for_saving(path)
+    except Exception as error:
+        team.round("prepare", partial(_reraise, error), lambda payloads: [b""] * len(payloads))
+        raise
 
-    path: str
-    step: int | None
-    placement: PlacementChoice
-    durability: Durability
 
-    def require_known(self) -> None:
-        """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
-        if self.placement not in get_args(PlacementChoice):
-            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
-        if self.durability not in get_args(Durability):
-            raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
-        if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
-            raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")
+def _reraise(error: Exception) -> bytes:
+    raise error
 
 
 class _Save:
     """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
 
-    store: Store  # these two from the first round on: a path that is wrong on one rank is a failure for all to see
-    name: str
-
-    def __init__(self, group: Group, team: Team, options: _Options) -> None:
-        self.group, self.team, self.options = group, team, options
+    def __init__(self, group: Group, team: Team, target: Target) -> None:
+        self.group, self.team, self.target = group, team, target
+        self.store, self.name = target.store, target.name
         self.attempt = Attempt()
         self.draft: Draft | None = None
         self.notes: list[str] = []
-        self.nbytes = 0
 
-    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> CheckpointInfo:
+    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
         begun = time.perf_counter()
         try:
-            live, structure, intentions = self._agree(state, mesh)
-            draft, wanted = self._draft(intentions)
+            agreed = agree(self.group, self.team, self.target, state, declared)
+            draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
-            manifest_bytes, written = self._write(live, structure, draft, wanted)
+            manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
         except BaseException:
             if self.draft is not None and self.attempt.state is not State.COMMITTED:
                 self.attempt.advance(Event.FAIL)
@@ -165,7 +131,7 @@ class _Save:
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
             path=f"{self.store.url}/{self.name}",
-            step=self.options.step,
+            step=self.target.step,
             attempt=draft.attempt,
             nbytes=nbytes,
             arrays=arrays,
@@ -177,121 +143,6 @@ class _Save:
         rate = nbytes / 1e9 / max(ended - begun, 1e-9)
         log.info("saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", info.path, arrays, nbytes / 1e9, ended - begun, rate)
         return info
-
-    # -- agreeing on what is saved -------------------------------------------------------------------------------------
-
-    def _agree(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[LiveState, _Structure, list[Intention]]:
-        captured: list[tuple[LiveState, StructureTable, bytes]] = []
-        intentions: list[Intention] = []
-
-        def prepare() -> bytes:
-            self.options.require_known()
-            declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
-            live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
-            table = table_of(live)
-            encoded = encode_table(table)
-            captured.append((live, table, encoded))
-            digest = table_digest(encoded)
-            values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
-            values.append((TABLE_PREFIX + digest, _tables_digest(live)))
-            known = tuple(structure for rank, structure in _STRUCTURES if rank == self.group.rank)
-            self.store, self.name = locate_for_saving(self.options.path)  # last, as it makes missing parents
-            return Intention(
-                (self.store.url, self.name),
-                self.options.step,
-                (self.options.placement, self.options.durability),
-                digest,
-                tuple(values),
-                known,
-            ).encode()
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            intentions.extend(Intention.decode(payload) for payload in payloads)
-            require_same_intention(intentions, self.team.ranks)
-            require_equal_values(intentions, self.team.ranks)
-            self._require_plain()
-            require_free(self.store, self.name)
-            structure = structure_id(self.team.ranks, [intention.table for intention in intentions])
-            known = all(structure in intention.known for intention in intentions)
-            first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
-            return [
-                bytes(msgpack.packb((structure, known, first[intention.table] == member)))
-                for member, intention in enumerate(intentions)
-            ]
-
-        structure_key, known, sends = msgpack.unpackb(self.team.round("prepare", prepare, decide))
-        live, _, encoded = captured[0]
-        key = (self.group.rank, structure_key)
-        if known:
-            _STRUCTURES.move_to_end(key)
-            return live, _STRUCTURES[key], intentions
-        structure = self._exchange(live, encoded if sends else b"", intentions)
-        _STRUCTURES[key] = structure
-        while len(_STRUCTURES) > KNOWN_STRUCTURES:
-            _STRUCTURES.popitem(last=False)
-        return live, structure, intentions
-
-    def _require_plain(self) -> None:
-        """Raises PlacementUnsupported, naming what `auto` would choose, where plain placement is not safe."""
-        able = self.store.capabilities
-        hosts = len(set(self.team.hosts))
-        if len(self.team.ranks) > 1 and not able.ranged_writes:
-            raise PlacementUnsupported(
-                f"{self.store.url} ({able.name}): {len(self.team.ranks)} ranks cannot fill one file there; "
-                "this needs placement 'packed', which is not built yet"
-            )
-        if hosts > 1 and not able.shared_by_hosts:
-            raise PlacementUnsupported(
-                f"{self.store.url}: ranks on {hosts} hosts over file system {able.name!r}, which is not on the list of those "
-                "where hosts may fill one file together (lustre, gpfs); this needs placement 'packed', which is not built yet"
-            )
-        if not (able.ranged_writes and able.no_replace_rename):
-            raise PlacementUnsupported(
-                f"{self.store.url} ({able.name}): expected a store with ranged writes and a rename that replaces nothing; "
-                "this needs placement 'packed', which is not built yet"
-            )
-
-    def _exchange(self, live: LiveState, table: bytes, intentions: Sequence[Intention]) -> _Structure:
-        merged: list[MergedStructure] = []
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            tables: dict[str, StructureTable] = {}
-            ranks: dict[str, list[int]] = {}
-            for rank, intention, payload in zip(self.team.ranks, intentions, payloads, strict=True):
-                ranks.setdefault(intention.table, []).append(rank)
-                if payload:
-                    tables[intention.table] = decode_table(payload)
-            digests = list(tables)
-            joined = merge([tables[d] for d in digests], [tuple(ranks[d]) for d in digests])
-            merged.append(joined)
-            replies = {
-                digest: bytes(msgpack.packb((joined.compares, encode_shared(shared))))
-                for digest, shared in zip(digests, joined.shared, strict=True)
-            }
-            return [replies[intention.table] for intention in intentions]
-
-        compares, encoded = msgpack.unpackb(self.team.round("structure", lambda: table, decide))
-        shared = decode_shared(encoded)
-        if compares:
-            self._compare(live, shared)
-        plan = plan_writes(live.arrays, shared, rank=self.group.rank)
-        return _Structure(shared, plan, merged[0] if merged else None)
-
-    def _compare(self, live: LiveState, shared: Sequence[SharedArray]) -> None:
-        def digests() -> bytes:
-            return encode_digests(
-                [
-                    ContentDigest(held.spec.id, held.box, content_digest(host_elements(held.tensor)))
-                    for held, fact in zip(live.arrays, shared, strict=True)
-                    if fact.compare
-                ]
-            )
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            require_equal_contents({rank: decode_digests(data) for rank, data in zip(self.team.ranks, payloads, strict=True)})
-            return [b""] * len(payloads)
-
-        self.team.round("compare", digests, decide)
 
     # -- writing and committing ----------------------------------------------------------------------------------------
 
@@ -311,7 +162,7 @@ class _Save:
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
         return Draft(self.name, folder, attempt), wanted
 
-    def _write(self, live: LiveState, structure: _Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+    def _write(self, live: LiveState, structure: Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
         times: list[float] = []
 
         def write() -> bytes:
@@ -323,13 +174,13 @@ class _Save:
                 plan,
                 _records(live, structure),
                 [host_elements(held.tensor) for held in live.arrays],
-                durability=self.options.durability,
+                durability=self.target.durability,
             )
             tables = own_tables(live, structure.shared, rank=self.group.rank)
             fragments = fragments_of(
                 plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
             )
-            file = attest(self.store, draft, fragments, durability=self.options.durability)
+            file = attest(self.store, draft, fragments, durability=self.target.durability)
             values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
             times.append(time.perf_counter())
             return Attested(file, plan.nbytes, values).encode()
@@ -343,7 +194,7 @@ class _Save:
                 draft,
                 contents,
                 [a.file for a in attested],
-                durability=self.options.durability,
+                durability=self.target.durability,
                 attempt=self.attempt,
             )
             del manifest
@@ -353,12 +204,12 @@ class _Save:
         reply = self.team.round("write", write, decide)
         return reply, times[0]
 
-    def _contents(self, structure: _Structure, values: Mapping[str, object]) -> Contents:
+    def _contents(self, structure: Structure, values: Mapping[str, object]) -> Contents:
         merged = structure.merged
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
         return Contents(
-            step=self.options.step,
+            step=self.target.step,
             time=time.time(),
             world_size=len(self.team.ranks),
             placement="plain",
@@ -375,21 +226,11 @@ class _Save:
         )
 
 
-def _records(live: LiveState, structure: _Structure) -> tuple[ArrayRecord, ...]:
+def _records(live: LiveState, structure: Structure) -> tuple[ArrayRecord, ...]:
     """The held arrays as the index will list them, as far as their documents need it (writers and layout are not in those)."""
     return tuple(
         ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), held.attributes)
         for held, fact in zip(live.arrays, structure.shared, strict=True)
-    )
-
-
-def _tables_digest(live: LiveState) -> str:
-    return value_digest(
-        [
-            (table.item, list(table.parameters), [(f.kind, f.key, list(f.values), list(f.which)) for f in table.fields])
-            for table in live.tables
-        ],
-        where="optimizer settings",
     )
 
 

@@ -98,7 +98,7 @@ class _Float(ZDType[_Native, np.generic], HasItemSize):
         scalar = self.cast_scalar(data)
         bits, value = scalar.tobytes(), float(scalar)
         if isnan(value):
-            canonical = self.cast_scalar(value).tobytes()
+            canonical = self.cast_scalar(_SPECIAL["NaN"]).tobytes()
             return "NaN" if bits == canonical else "0x" + bits[::-1].hex()
         return next((name for name, special in _SPECIAL.items() if value == special), value)
 
@@ -183,10 +183,12 @@ def read_only_store(
 ) -> Store:
     """A zarr store that shows a tree without any file: `zarr.open_group(read_only_store(...), mode="r")`.
 
-    `documents("a/b/zarr.json")` is that document, or None where no node is. `chunk("a/b/c.0")` are the stored bytes of a
-    chunk, whole; it raises MissingFile for a chunk that is not there, as returning would be a silent fill. It is called
-    in worker threads, several at once. `names("a")` is what stands below "a" ("" is the top), directories with "/" at
-    the end: ["b/", "zarr.json"]. Errors of these three reach the caller of zarr as they are. Data types are registered.
+    documents   of "a/b/zarr.json": that document, or None where no node is
+    chunk       of "a/b/c.0": its stored bytes, whole. Raises MissingFile for one that is not there, since to return
+                would be a silent fill. Called in worker threads, several at once.
+    names       of "a" ("" is the top): what stands below it, directories with "/" at the end, as ["b/", "zarr.json"]
+
+    What these three raise reaches the caller of zarr as it is. The data types above are registered.
     """
     register_data_types()
     return _ReadOnlyStore(documents, chunk, names)

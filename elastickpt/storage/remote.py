@@ -111,6 +111,7 @@ class FsspecStore:
                     file.write(data)
 
     def open_writer(self, path: str, nbytes: int) -> RangeWriter:
+        checked(path)
         raise self._missing("ranged_writes")
 
     def open_reader(self, path: str) -> FsspecReader:
@@ -144,7 +145,8 @@ class FsspecStore:
         raise self._missing("tree_sync")
 
     def rename(self, source: str, target: str) -> None:
-        checked(source), checked(target)
+        for path in (source, target):
+            checked(path)
         raise self._missing("no_replace_rename")
 
     def remove(self, path: str) -> None:
@@ -168,7 +170,12 @@ class FsspecStore:
         full = (self._prefix + checked_directory(path)).rstrip("/")
         with _naming("list", full):
             self._filesystem.invalidate_cache()
-            found = self._filesystem.ls(full, detail=True)
+            try:
+                found = self._filesystem.ls(full, detail=True)
+            except FileNotFoundError:
+                if path:
+                    raise
+                return ()  # the root is always there
         return tuple(sorted(_entry(info) for info in found if info["name"].rstrip("/") != full))
 
     def exists(self, path: str) -> bool:

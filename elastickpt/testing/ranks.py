@@ -206,6 +206,10 @@ class _Zygote:
         for pair in pairs:
             pair[1].close()
         if isinstance(pids, str):
+            for pipe in pipes:
+                pipe.close()
+            for output in outputs:
+                os.close(output)
             raise ImportError(f"{where.file} cannot be imported for its function {where.name}:\n{pids}")
         return Ranks(self, tuple(pids), pipes, outputs, time.monotonic() + timeout_s)
 

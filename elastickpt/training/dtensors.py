@@ -93,7 +93,7 @@ def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders:
     placements = spell_placements(parts.placements, mesh.sizes, where=array)
     box = physical_box(parts.shape, sizes=mesh.sizes, coordinate=mesh.coordinate(job.rank), placements=placements)
     if holders.sharing == "declared" and not set(holders.ranks) <= set(mesh.ranks):
-        wide = widened(parts.device_mesh, placements, holders.ranks, job.rank, job.world_size)
+        wide = widened(parts.device_mesh, placements, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
         mesh, placements = wide or (mesh, placements)
     held = []
     for path, inner in _inner_of_shard(array, parts.local):

@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@lru_cache(maxsize=64)  # each FSDP2 parameter has a mesh of its own, equal to its neighbours'
 def mesh_of(device_mesh: DeviceMesh, *, world_size: int) -> Mesh:
     """The mesh with this rank in it (or, for a rank outside, the mesh as it was made), over global ranks.
 
     Its name is its axes' names joined by ".", "mesh" when they have none, with "@<first>-<last>" when it leaves ranks
     out.
     """
+    return _mesh_of(device_mesh, device_mesh.get_rank(), world_size)
+
+
+@lru_cache(maxsize=64)  # each FSDP2 parameter has a mesh of its own, equal to its neighbours'
+def _mesh_of(device_mesh: DeviceMesh, rank: int, world_size: int) -> Mesh:
+    # `rank` is in the key only: equal slices of one root mesh lie over other ranks in another rank's process.
     ranks = tuple(int(rank) for rank in device_mesh.mesh.flatten().tolist())
     names = device_mesh.mesh_dim_names
     sizes = tuple(int(size) for size in device_mesh.mesh.shape)
@@ -30,7 +35,7 @@ def _named(name: str, ranks: tuple[int, ...], world_size: int) -> str:
 
 
 def widened(
-    device_mesh: DeviceMesh, placements: tuple[str, ...], replicas: tuple[int, ...], rank: int, world_size: int
+    device_mesh: DeviceMesh, placements: tuple[str, ...], *, replicas: tuple[int, ...], rank: int, world_size: int
 ) -> tuple[Mesh, tuple[str, ...]] | None:
     """A DTensor's mesh and placements with those axes of its root mesh added along which `replicas` repeat it.
 

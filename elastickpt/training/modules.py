@@ -86,7 +86,7 @@ def _hold_once(item: str, found: NamedTensor, tensor: torch.Tensor, job: Job, id
     if identities.find(tensor) is not None:
         identities.alias(tensor, item, found.name)
         return ()
-    data_parallel = data_parallel_ranks(found.wrappers, found.name, found.tensor)
+    data_parallel = data_parallel_ranks(found.wrappers, found.tensor, name=found.name)
     holders = holders_of(job, data_parallel=data_parallel)
     held = hold(ArrayId("params", item, found.name, "value"), tensor, role=found.role, job=job, holders=holders)
     identities.add(KnownTensor(item, found.name, tensor, found.role, held, holders))

@@ -34,7 +34,7 @@ def module_of(value: object) -> nn.Module:
     return module
 
 
-def data_parallel_ranks(wrappers: Iterable[nn.Module], name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+def data_parallel_ranks(wrappers: Iterable[nn.Module], tensor: torch.Tensor, *, name: str) -> tuple[int, ...]:
     """Global ranks, ascending, on which DDP keeps `tensor` equal; () without a DDP, or where DDP ignores it.
 
     `name` is canonical, for messages. Raises LayoutUnsupported under an FSDP1 wrapper that shards: its flat shards are

@@ -141,11 +141,13 @@ def _entries(
             made.append(revived(entry.value))
         elif isinstance(entry, Disagreement):
             differ(draft, f"{where}/{index}", entry)
+            made.append(None)
         elif live is not None:
             made.append(live[index])
             draft.note(f"{where}/{index} is not in the checkpoint for the parameters of its group: {live[index]!r} stays")
         else:
             draft.missing(f"{where}/{index}", "an entry for its group")
+            made.append(None)
     return made
 
 

@@ -162,10 +162,7 @@ class _Container:
         self._item = item
 
     def settled(self, live: object, found: Value, place: str) -> object:
-        """What shall stand at `place`:
-
-        `live` itself where it is changed in place (or refused), else its replacement.
-        """
+        """What shall stand at `place`: `live` itself where it is changed in place (or refused), or its successor."""
         if isinstance(live, torch.Tensor):
             return self._tensor(live, found, place)
         if type(found) is ArrayReference or _opaque(live):

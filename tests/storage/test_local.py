@@ -46,7 +46,7 @@ class TestOnTmpfs(StoreSuite):
 
 
 class Calls:
-    """An `os` function that records the descriptors it was called with, may take fewer bytes, or fail on some of them."""
+    """An `os` function that records which descriptors were direct, may take fewer bytes, or fail on some of them."""
 
     def __init__(self, function, *, fails_on=lambda descriptor: False, error=errno.EINVAL, at_most=None):
         self.function, self.fails_on, self.error, self.at_most = function, fails_on, error, at_most

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_a_function_inside_another_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no top-level function"):
         run_ranks(inner, 1)
+
+
+def test_a_module_that_cannot_be_imported_is_named_and_the_next_launch_works(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    code = "def function(rank, world_size): ...\nONLY_HERE\n"
+    file.write_text(code)
+    scope: dict[str, Any] = {"__name__": "broken", "ONLY_HERE": None}
+    exec(compile(code, str(file), "exec"), scope)
+    with pytest.raises(ImportError, match="NameError"):
+        run_ranks(scope["function"], 2)
+    assert len(run_ranks(_sum_of_ranks, 2, torch.ones(1))) == 2

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +21,7 @@ from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.box import Box
 from elastickpt.layout.coverage import prove_coverage
 from elastickpt.layout.placement import replica_ranks
+from elastickpt.testing.dense import cut, dense, filled, mlp, tensor_parallel
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job, hold, holders_of
 from elastickpt.training.held import HeldArray
@@ -33,30 +34,8 @@ pytestmark = pytest.mark.ranks
 Held = dict[str, tuple[HeldArray, ...]]
 
 
-def dense(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """A whole tensor of which no two elements are equal, and no two names."""
-    count = torch.Size(shape).numel()
-    return (torch.arange(count, dtype=torch.float32) + 1e5 * (sum(map(ord, name)) % 97)).reshape(tuple(shape))
-
-
-def filled(module: nn.Module) -> nn.Module:
-    """`module` (not yet wrapped) with every tensor set to its dense one."""
-    with torch.no_grad():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            tensor.copy_(dense(name, tensor.shape))
-    return module
-
-
 def held_of(model: object, job: Job) -> tuple[HeldArray, ...]:
     return hold_module("model", model, job=job, identities=Identities()).arrays
-
-
-def mlp(rows: int, hidden: int) -> nn.Module:
-    return filled(nn.Sequential(nn.Linear(rows, hidden), nn.LayerNorm(hidden), nn.Linear(hidden, rows)))
-
-
-def tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    return parallelize_module(module, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
 class Wrapped(nn.Module):
@@ -75,8 +54,7 @@ def check(ranks: Sequence[Held], label: str) -> dict[str, list[HeldArray]]:
     for rank, held in enumerate(ranks):
         for array in held.get(label, ()):
             name = array.spec.id.name
-            cut = dense(name, array.spec.shape)[tuple(map(slice, array.box.start, array.box.stop))]
-            assert torch.equal(array.tensor.float(), cut), (label, name, rank)
+            assert torch.equal(array.tensor.float(), cut(name, array.spec.shape, array.box)), (label, name, rank)
             by_name[name].append(array)
             group: tuple[int, ...] = ()  # an undeclared one is equal everywhere, as was just seen
             if array.sharing == "placed":
@@ -192,6 +170,13 @@ def _four_ranks(rank: int, world_size: int) -> Held:
             job=job,
             holders=holders_of(job),
         ),
+        "both axes": hold(
+            ArrayId("params", "model", "both", "value"),
+            distribute_tensor(dense("both", (10,)), grid, [Shard(0), Shard(0)]),
+            role="parameter",
+            job=job,
+            holders=holders_of(job),
+        ),
         "two parts a rank": held_of(mine, job),
     }
 
@@ -217,7 +202,7 @@ def test_four_ranks() -> None:
     assert rows(check(ranks, "tp x fsdp, 101")["0.weight"]) == [(0, 26), (51, 76), (26, 51), (76, 101)]
     assert check(ranks, "tp x fsdp, 101")["2.weight"][3].box == Box((51, 51), (101, 101))
 
-    # A norm that tensor parallelism leaves whole is cut by FSDP2 in each tp rank: along tp it is repeated by declaration.
+    # A norm that tensor parallelism leaves whole is cut by FSDP2 in each tp rank; along tp it is repeated as declared.
     norm = check(ranks, "tp x fsdp, 9")["1.weight"]
     assert rows(norm) == [(0, 5), (0, 5), (5, 9), (5, 9)]
     assert norm[0].placements == ("S(0)", "R")
@@ -230,6 +215,7 @@ def test_four_ranks() -> None:
     assert [len(held["half"]) for held in ranks] == [1, 1, 0, 0]
     assert ranks[0]["half"][0].mesh == Mesh("mesh@0-1", ("d0",), (2,), (0, 1))
     check(ranks, "half")
+    assert rows(check(ranks, "both axes")["both"]) == [(0, 3), (3, 5), (5, 8), (8, 10)]
     assert [[a.spec.id.name for a in held["two parts a rank"]] for held in ranks] == [
         [f"{k}.{name}" for k in (rank, rank + 4) for name in ("weight", "bias")] for rank in range(4)
     ]
@@ -239,8 +225,7 @@ def _strided(rank: int, world_size: int) -> tuple[Box, bool]:
     mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
     vocabulary = parallelize_module(filled(nn.Linear(1, 50_257, bias=False)), mesh["tp"], ColwiseParallel())
     (held,) = held_of(fully_shard(vocabulary, mesh=mesh["dp"]), Job(rank, world_size))
-    cut = dense("weight", (50_257, 1))[held.box.start[0] : held.box.stop[0]]
-    return held.box, torch.equal(held.tensor, cut)
+    return held.box, torch.equal(held.tensor, cut("weight", (50_257, 1), held.box))
 
 
 def test_a_vocabulary_of_50257_rows_on_tp2_x_fsdp4_is_cut_as_torch_cuts_it() -> None:

@@ -1,0 +1,128 @@
+"""What every store passes about ranges of files. Part of `store_suite`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from elastickpt.errors import (
+    WrongLength,
+)
+from elastickpt.storage.direct import aligned_buffer
+from elastickpt.storage.store import Store
+from elastickpt.testing.lacking import lacks
+
+MIB = 1 << 20
+
+
+def write(store: Store, path: str, *ranges: tuple[int, bytes], nbytes: int) -> None:
+    with closing(store.open_writer(path, nbytes)) as writer:
+        for offset, data in ranges:
+            writer.write(offset, memoryview(data))
+        writer.sync()
+
+
+class RangeSuite:
+    def test_a_new_file_has_its_size_and_reads_as_zero(self, store: Store) -> None:
+        if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
+            return
+        write(store, "file", (3, b"abc"), nbytes=10)
+        assert store.read("file", 10) == b"\0\0\0abc\0\0\0\0"
+
+    def test_opening_a_writer_again_keeps_what_was_written(self, store: Store) -> None:
+        if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
+            return
+        write(store, "file", (0, b"abc"), nbytes=6)
+        write(store, "file", (3, b"def"), nbytes=6)
+        assert store.read("file", 6) == b"abcdef"
+
+    def test_opening_a_writer_sets_the_size(self, store: Store) -> None:
+        if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
+            return
+        write(store, "file", (0, b"abcdef"), nbytes=6)
+        write(store, "file", nbytes=3)
+        assert store.read("file", 6) == b"abc"
+
+    @pytest.mark.parametrize("shift", [0, 1, 513])
+    def test_large_ranges_arrive_whole_however_memory_and_file_are_aligned(self, store: Store, shift: int) -> None:
+        if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
+            return
+        memory = aligned_buffer(5 * MIB)
+        memory[:] = np.random.default_rng(0).integers(0, 256, len(memory))
+        whole, seam = memory.data, 2 * MIB + 77
+        one, two = (store.open_writer("file", len(whole)) for _ in range(2))
+        with closing(one), closing(two):
+            one.write(0, whole[:seam])
+            two.write(seam, memory.copy().data[seam:])
+            one.write(MIB, whole[MIB + shift : 2 * MIB + shift])
+            one.write(MIB, whole[MIB : 2 * MIB])
+            one.sync()
+            two.sync()
+        assert store.read("file", len(whole)) == whole.tobytes()
+        into = aligned_buffer(3 * MIB)
+        with closing(store.open_reader("file")) as reader:
+            reader.read_into(shift, into.data)
+        assert into.tobytes() == whole[shift : shift + 3 * MIB].tobytes()
+
+    def test_views_of_any_element_type_and_shape_are_bytes(self, store: Store) -> None:
+        values = np.arange(6, dtype="<f4").reshape(2, 3)
+        store.create("created", values.tobytes())
+        into = np.zeros((2, 3), dtype="<f4")
+        with closing(store.open_reader("created")) as reader:
+            reader.read_into(0, into.data)
+        assert into.tolist() == values.tolist()
+        if not store.capabilities.ranged_writes:
+            return
+        with closing(store.open_writer("written", 24)) as writer:
+            writer.write(0, values.data)
+        assert store.read("written", 24) == values.tobytes()
+
+    def test_threads_write_disjoint_ranges_through_one_writer(self, store: Store) -> None:
+        if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
+            return
+        whole = np.random.default_rng(1).integers(0, 256, 100_003, dtype=np.uint8).tobytes()
+        with closing(store.open_writer("file", len(whole))) as writer, ThreadPoolExecutor(8) as pool:
+            starts = range(0, len(whole), 997)
+            list(pool.map(lambda start: writer.write(start, memoryview(whole)[start : start + 997]), starts))
+        assert store.read("file", len(whole)) == whole
+
+    def test_a_reader_fills_any_range(self, store: Store) -> None:
+        store.create("file", bytes(range(100)))
+        with closing(store.open_reader("file")) as reader:
+            assert reader.nbytes == 100
+            for start, stop in ((0, 100), (10, 20), (99, 100), (100, 100), (0, 0)):
+                into = bytearray(stop - start)
+                reader.read_into(start, memoryview(into))
+                assert into == bytes(range(start, stop))
+
+    @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (5, 6), (10, 1), (1000, 1)])
+    def test_a_range_beyond_the_end_says_what_it_expected_and_found(self, store: Store, offset: int, nbytes: int) -> None:
+        store.create("file", b"0123456789")
+        said = pytest.raises(WrongLength, match=rf"file: expected at least {offset + nbytes} bytes, found 10")
+        with closing(store.open_reader("file")) as reader, said:
+            reader.read_into(offset, memoryview(bytearray(nbytes)))
+
+    def test_writers_and_readers_may_be_closed_twice(self, store: Store) -> None:
+        store.create("file", b"")
+        reader = store.open_reader("file")
+        reader.close()
+        reader.close()
+        if not store.capabilities.ranged_writes:
+            return
+        writer = store.open_writer("file", 0)
+        writer.close()
+        writer.close()
+
+    def test_a_writer_keeps_its_file_when_the_folder_is_renamed(self, store: Store) -> None:
+        if not (store.capabilities.ranged_writes and store.capabilities.no_replace_rename):
+            return
+        store.make_directories("draft")
+        with closing(store.open_writer("draft/file", 3)) as writer:
+            store.rename("draft", "final")
+            writer.write(0, memoryview(b"abc"))
+            writer.sync()
+        assert store.read("final/file", 3) == b"abc"
+        assert not store.exists("draft")

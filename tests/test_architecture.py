@@ -1,0 +1,148 @@
+"""Decisions about the package's shape that the layer contract cannot say. Read from the source, nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "elastickpt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+
+def where(path: Path, node: ast.AST | None = None) -> str:
+    line = f":{node.lineno}" if isinstance(node, ast.stmt | ast.expr) else ""
+    return f"{path.relative_to(PACKAGE)}{line}"
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every module name that is imported anywhere in a file, also inside functions and for type checkers."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def importers(prefix: str) -> set[str]:
+    return {
+        where(path)
+        for path, tree in TREES.items()
+        for name, _ in imports(tree)
+        if name == prefix or name.startswith(prefix + ".")
+    }
+
+
+def test_zarr_is_imported_in_one_module() -> None:
+    """Its surface moves; the read-only view of a checkpoint asks that module for everything but the group itself."""
+    assert importers("zarr") == {"storage/arrays.py", "load/checkpoint.py"}
+
+
+def test_torch_is_imported_only_where_live_state_is() -> None:
+    layers = {name.partition("/")[0] for name in importers("torch")}
+    typing_only = {"save/session.py", "load/session.py"}
+    assert layers <= {"training", "testing", "save", "load"}
+    assert {name for name in importers("torch") if name.startswith(("save/", "load/"))} == typing_only
+
+
+def test_names_that_torch_keeps_private_are_used_in_training_only() -> None:
+    """Attributes with one leading underscore of something imported from torch, by import or by attribute of a module."""
+    found = set()
+    for path, tree in TREES.items():
+        for name, node in imports(tree):
+            if name.startswith("torch") and any(part.startswith("_") for part in name.split(".")):
+                found.add(where(path, node).partition("/")[0])
+    assert found <= {"training", "testing"}  # the gloo harness opens its own store
+
+
+def test_nothing_unpickles() -> None:
+    """No load path runs code from a file. The rank harness of `testing` sends functions between its own processes."""
+    found = {
+        where(path, node)
+        for path, tree in TREES.items()
+        for name, node in imports(tree)
+        if name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    }
+    calls = {
+        where(path, node)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"torch.load", "numpy.load", "np.load"}
+    }
+    assert (found, calls) == (set(), set())
+
+
+@pytest.mark.parametrize("name", ["print", "eval", "exec", "exit", "quit"])
+def test_only_the_command_line_talks_and_nothing_evaluates(name: str) -> None:
+    found = {
+        where(path, node)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    }
+    assert {place for place in found if not (name == "print" and place.startswith("cli/"))} == set()
+
+
+def test_only_the_command_line_exits_and_nothing_reads_the_environment() -> None:
+    found = {
+        where(path, node)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"sys.exit", "os.environ", "os.getenv"}
+    }
+    allowed = ("cli/", "testing/", "__main__.py")
+    assert {place for place in found if not place.startswith(allowed)} == set()
+
+
+def test_the_package_root_is_not_imported_from_inside() -> None:
+    found = {
+        where(path, node)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Import) and any(alias.name == "elastickpt" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and node.module == "elastickpt")
+    }
+    assert {place for place in found if not place.startswith("__init__.py")} == set()
+
+
+def test_nothing_imports_the_testing_package_or_the_command_line() -> None:
+    for layer in ("testing", "cli"):
+        found = {name for name in importers(f"elastickpt.{layer}") if not name.startswith((f"{layer}/", "__main__.py"))}
+        assert found == set()
+
+
+def test_no_file_is_named_for_nothing() -> None:
+    assert [where(path) for path in FILES if path.stem in {"utils", "util", "common", "helpers", "misc", "base"}] == []
+
+
+def test_files_stay_small() -> None:
+    """300 lines is the aim and 360 the end: one thing a file."""
+    assert {where(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 360} == {}
+
+
+def test_reading_a_checkpoint_imports_no_torch() -> None:
+    """In a process of its own, as this one has imported torch."""
+    code = (
+        "import sys, elastickpt; elastickpt.open; import elastickpt.cli; "
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'zarr')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_these() -> None:
+    tree = TREES[PACKAGE / "__init__.py"]
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    assert sorted(names) == sorted(
+        ["Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "RNG", "__version__", "errors", "load", "open", "save"]
+    )
