@@ -53,9 +53,7 @@ class Check:
         self.problems.append(problem)
 
     def definitions(self) -> None:
-        kinds = set(
-            re.findall(r'^    kind(?:: ClassVar\[str\])? = "([a-z-]+)"', self._text("elastickpt/errors.py"), re.M)
-        )
+        kinds = set(re.findall(r'^    kind(?:: ClassVar\[str\])? = "([a-z-]+)"', self._text("elastickpt/errors.py"), re.M))
         for name in NORMATIVE:
             for identifier, kind in DEFINED.findall(_without_code((SPEC / name).read_text())):
                 if identifier in self.kind_of:

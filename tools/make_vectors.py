@@ -37,9 +37,7 @@ def files() -> dict[str, str]:
         found[vector.path] = text = vector.text()
         sha256 = hashlib.sha256(text.encode()).hexdigest()
         entries.append({"path": vector.path, "sha256": sha256, "requires": list(vector.requires)})
-    found[INDEX] = (
-        "[\n" + ",\n".join(json.dumps(entry) for entry in sorted(entries, key=lambda e: str(e["path"]))) + "\n]\n"
-    )
+    found[INDEX] = "[\n" + ",\n".join(json.dumps(entry) for entry in sorted(entries, key=lambda e: str(e["path"]))) + "\n]\n"
     return found
 
 

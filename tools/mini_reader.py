@@ -394,9 +394,7 @@ def read_fragments(data: bytes) -> Json:
     """The fragment map; `pieces` is a list of dicts."""
     record = head(data, 1024 * MIB, "elastickpt-fragments")
     names = "format version writer attempt block_nbytes arrays ndims files pieces checksums tables values"
-    _, _, writer, attempt, block, arrays, ndims, files, pieces, checksums, tables, values = members(
-        record, names, "map"
-    )
+    _, _, writer, attempt, block, arrays, ndims, files, pieces, checksums, tables, values = members(record, names, "map")
     check(is_int(writer) and is_text(attempt), "writer or attempt")
     check(writer < 2**20, "writer", "limit-exceeded")
     check(is_int(block, 65536, MIB) and block & (block - 1) == 0, "block_nbytes")
@@ -428,9 +426,7 @@ def read_pieces(pieces: Json, keys: list[str], axes: list[int], table: list[tupl
     array = column(array, None, 0, len(keys) - 1)
     rows, total = len(array), sum(axes[one] for one in array)
     file = column(file, rows, 0, len(table) - 1)
-    offset, nbytes, row_nbytes, row_stride = (
-        column(one, rows, 0, 2**62) for one in (offset, nbytes, row_nbytes, row_stride)
-    )
+    offset, nbytes, row_nbytes, row_stride = (column(one, rows, 0, 2**62) for one in (offset, nbytes, row_nbytes, row_stride))
     start, shape = column(start, total), column(shape, total)
     check(all(low <= high for low, high in pairwise(array)), "pieces out of order")
     found, axis = [], 0
@@ -455,9 +451,7 @@ def read_pieces(pieces: Json, keys: list[str], axes: list[int], table: list[tupl
         end = piece["offset"] + (count - 1) * piece["row_stride"] + piece["row_nbytes"]
         check(end <= table[file[p]][2], "a piece beyond its file")
         check(all(extent >= 1 for extent in piece["shape"]), "a piece without elements")
-        check(
-            all(low + n <= 2**48 for low, n in zip(piece["start"], piece["shape"], strict=True)), "a piece beyond 2^48"
-        )
+        check(all(low + n <= 2**48 for low, n in zip(piece["start"], piece["shape"], strict=True)), "a piece beyond 2^48")
         found.append(piece)
     return found
 
@@ -489,18 +483,14 @@ def read_index(data: bytes) -> list[Json]:
     found, axis = [], 0
     for e, k, t, w in zip(entry, leaf, like, writers, strict=True):
         stop = axis + len(likes[t]["chunk_shape"])
-        found.append(
-            array_of(section[e], items[item[e]], names_[e], keys[e], leaves[k], likes[t], shape[axis:stop], sets[w])
-        )
+        found.append(array_of(section[e], items[item[e]], names_[e], keys[e], leaves[k], likes[t], shape[axis:stop], sets[w]))
         axis = stop
     check(all(low["key"] < high["key"] for low, high in pairwise(found)), "keys out of order")
     return found
 
 
 def read_template(template: Json) -> Json:
-    dtype, chunk, codecs, layout, attributes = members(
-        template, "data_type chunk_shape codecs layout attributes", "template"
-    )
+    dtype, chunk, codecs, layout, attributes = members(template, "data_type chunk_shape codecs layout attributes", "template")
     check(is_text(dtype) and is_text(codecs) and is_text(attributes), "template")
     check(dtype in TYPES, f"element type {dtype}", "unsupported")
     checked_list(chunk, "chunk_shape", is_int)
@@ -521,9 +511,7 @@ def codecs_of(size: int) -> Json:
     return [{"name": "bytes"}] if size == 1 else [{"name": "bytes", "configuration": {"endian": "little"}}]
 
 
-def array_of(
-    section: int, item: str, name: str, key: str, leaf: Json, like: Json, shape: list[int], writers: Any
-) -> Json:
+def array_of(section: int, item: str, name: str, key: str, leaf: Json, like: Json, shape: list[int], writers: Any) -> Json:
     state, leaf_key = leaf
     check(bool(state) == (section == 0), "a state of an extra, or a parameter without")
     full = f"{key}/{leaf_key}" if state else key
@@ -632,9 +620,7 @@ def check_piece(piece: Json, array: Json, lengths: dict[str, int], plain: bool) 
     check(number > 0 or path == ".".join([f"{array['key']}/c", *map(str, place)]), "a piece in another file")
     check(number > 0 or lengths[path] == prod(chunk) * size, "a file that is no whole chunk")
     cells = np.zeros(chunk, np.uint8)
-    inside = tuple(
-        slice(low - k * step, high - k * step) for low, high, k, step in zip(start, stop, place, chunk, strict=True)
-    )
+    inside = tuple(slice(low - k * step, high - k * step) for low, high, k, step in zip(start, stop, place, chunk, strict=True))
     cells[inside] = 1
     first = np.flatnonzero(cells.reshape(-1)) * size
     rows = piece["offset"] + np.arange(piece["nbytes"] // piece["row_nbytes"]) * piece["row_stride"]
@@ -656,9 +642,7 @@ def check_tree(files: Files, manifest: Json, arrays: list[Json], maps: list[Json
         check(files[path] == text, f"{path} is not what the index says", "document-mismatch")
     strays = set(files) - named - set(wanted) - ({"references.json"} if manifest["placement"] == "packed" else set())
     check(not strays, f"nobody names {sorted(strays)}", "stray-file")
-    used = {
-        path: np.zeros(len(files[path]), np.uint8) for one in maps for number, path, _ in one["files"] if number == 0
-    }
+    used = {path: np.zeros(len(files[path]), np.uint8) for one in maps for number, path, _ in one["files"] if number == 0}
     for piece in (piece for one in maps for piece in one["pieces"]):
         number, path = piece["file"]
         for row in range(piece["nbytes"] // piece["row_nbytes"]):

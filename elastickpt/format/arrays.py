@@ -49,9 +49,7 @@ class ArraySpec:
         if any(extent < 0 for extent in self.shape):
             raise Malformed(f"array {self.id}: shape {self.shape} has an extent below 0")
         if len(self.shape) > MAX_NDIM or any(extent > MAX_DIM for extent in self.shape):  # [UCF-93]
-            raise LimitExceeded(
-                f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis"
-            )
+            raise LimitExceeded(f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis")
         dtype_named(self.dtype)
 
     @property

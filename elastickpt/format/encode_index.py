@@ -148,9 +148,7 @@ def decode_index(data: bytes, *, path: str) -> IndexPart:
     entries = _entries(members.members("entries"))
     leaves = [_leaf(one, f"{path}/leaves[{k}]") for k, one in enumerate(members.sequence("leaves"))]
     runs = Runs()
-    writer_sets = [
-        _writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))
-    ]
+    writer_sets = [_writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))]
     rows = _Rows(templates, entries, leaves, writer_sets)
     arrays = _arrays(members.members("arrays"), rows)
     part = IndexPart(arrays, take_tables(members, "tables"))

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -20,12 +19,11 @@ from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import Refused
-from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import PlacementChoice, Structure, Target, agree
+from elastickpt.save.agree import PlacementChoice, Request, Structure, agree
 from elastickpt.save.fragments import fragments_of, own_tables
 from elastickpt.save.messages import (
     Attested,
@@ -33,12 +31,10 @@ from elastickpt.save.messages import (
     values_wanted,
 )
 from elastickpt.save.write import write_plan
-from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
-from elastickpt.training.meshes import mesh_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,38 +83,27 @@ def save(
     """
     group = job_group(process_group)
     team = team_of(group)
-    store, name = _located(team, path)
-    target = Target(store, name, step, placement, durability)
-    return _Save(group, team, target).run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
-
-
-def _located(team: Team, path: str | os.PathLike[str]) -> tuple[Store, str]:
-    """Where to save; what goes wrong with that on one rank is every rank's error, as the others wait in the first round."""
-    try:
-        return locate_for_saving(path)
-    except Exception as error:
-        team.round("prepare", partial(_reraise, error), lambda payloads: [b""] * len(payloads))
-        raise
-
-
-def _reraise(error: Exception) -> bytes:
-    raise error
+    request = Request(os.fspath(path), step, placement, durability)
+    return _Save(group, team, request).run(state, mesh)
 
 
 class _Save:
     """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
 
-    def __init__(self, group: Group, team: Team, target: Target) -> None:
-        self.group, self.team, self.target = group, team, target
-        self.store, self.name = target.store, target.name
+    store: Store  # these two once the ranks agreed: a path that is wrong on one rank is a failure for all to see
+    name: str
+
+    def __init__(self, group: Group, team: Team, request: Request) -> None:
+        self.group, self.team, self.request = group, team, request
         self.attempt = Attempt()
         self.draft: Draft | None = None
         self.notes: list[str] = []
 
-    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
+    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> CheckpointInfo:
         begun = time.perf_counter()
         try:
-            agreed = agree(self.group, self.team, self.target, state, declared)
+            agreed = agree(self.group, self.team, self.request, state, mesh)
+            self.store, self.name = agreed.store, agreed.name
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
@@ -131,7 +116,7 @@ class _Save:
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
             path=f"{self.store.url}/{self.name}",
-            step=self.target.step,
+            step=self.request.step,
             attempt=draft.attempt,
             nbytes=nbytes,
             arrays=arrays,
@@ -174,13 +159,13 @@ class _Save:
                 plan,
                 _records(live, structure),
                 [host_elements(held.tensor) for held in live.arrays],
-                durability=self.target.durability,
+                durability=self.request.durability,
             )
             tables = own_tables(live, structure.shared, rank=self.group.rank)
             fragments = fragments_of(
                 plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
             )
-            file = attest(self.store, draft, fragments, durability=self.target.durability)
+            file = attest(self.store, draft, fragments, durability=self.request.durability)
             values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
             times.append(time.perf_counter())
             return Attested(file, plan.nbytes, values).encode()
@@ -194,7 +179,7 @@ class _Save:
                 draft,
                 contents,
                 [a.file for a in attested],
-                durability=self.target.durability,
+                durability=self.request.durability,
                 attempt=self.attempt,
             )
             del manifest
@@ -209,7 +194,7 @@ class _Save:
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
         return Contents(
-            step=self.target.step,
+            step=self.request.step,
             time=time.time(),
             world_size=len(self.team.ranks),
             placement="plain",

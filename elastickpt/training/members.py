@@ -79,8 +79,7 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
     for key in states_of(optimizer):
         if isinstance(key, torch.Tensor) and id(key) not in ids:
             raise StructureConflict(
-                f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} "
-                f"that is in none of its groups"
+                f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
             )
     return tuple(members)
 

@@ -115,8 +115,7 @@ def _map(parts: Parts, writer: int) -> Record:
     ndim = {piece.key: len(piece.start) for piece in pieces}
     lengths = {path: parts.lengths.get(path, len(data)) for path, data in parts.files.items()}
     sums = [
-        piece.checksums if piece.checksums is not None else [checksum(piece.of(parts.files[piece.file]))]
-        for piece in pieces
+        piece.checksums if piece.checksums is not None else [checksum(piece.of(parts.files[piece.file]))] for piece in pieces
     ]
     return {
         "format": "elastickpt-fragments",
@@ -240,9 +239,7 @@ def piece(writer: int, number: int, **changes: Json) -> Edit:
 
 def _expect(parts: Parts) -> Json:
     return {
-        "arrays": {
-            array.key: {"dtype": array.dtype, "shape": array.shape, "hex": array.data.hex()} for array in parts.arrays
-        }
+        "arrays": {array.key: {"dtype": array.dtype, "shape": array.shape, "hex": array.data.hex()} for array in parts.arrays}
     }
 
 

@@ -444,18 +444,14 @@ def indexes() -> Iterator[Vector]:
     for name, about, rule, change in _INDEX_VALID:
         record = changed(index(), change)
         expect = {"arrays": _arrays(record)}
-        yield Vector(
-            "indexes/valid", name, about, tuple(rule.split()), {"base64": as_base64(packed(record))}, expect=expect
-        )
+        yield Vector("indexes/valid", name, about, tuple(rule.split()), {"base64": as_base64(packed(record))}, expect=expect)
     yield from _refused("indexes/invalid", index(), _INDEX_INVALID)
 
 
 def _arrays(record: Record) -> Json:
     arrays = {name: _ints(data) for name, data in record["arrays"].items()}
     found, axis = [], 0
-    for entry, leaf, like, writers in zip(
-        arrays["entry"], arrays["leaf"], arrays["template"], arrays["writers"], strict=True
-    ):
+    for entry, leaf, like, writers in zip(arrays["entry"], arrays["leaf"], arrays["template"], arrays["writers"], strict=True):
         shape = record["templates"][like]
         stop = axis + len(shape["chunk_shape"])
         state, key = record["leaves"][leaf]

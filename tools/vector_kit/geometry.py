@@ -116,8 +116,7 @@ def partitions() -> Iterator[Vector]:
         yield Vector("partitions", name, "Sizes that are no split.", ("FRAG-52",), inputs, error="layout-unsupported")
     for name, about, shape, sizes_, placements in _PLACED:
         ranks = {
-            ",".join(map(str, place)): _physical(shape, sizes_, place, placements)
-            for place in product(*map(range, sizes_))
+            ",".join(map(str, place)): _physical(shape, sizes_, place, placements) for place in product(*map(range, sizes_))
         }
         inputs = {"rule": "placement", "shape": shape, "sizes": sizes_, "placements": placements}
         yield Vector("partitions", name, about, ("FRAG-55",), inputs, expect={"boxes": ranks})
@@ -199,9 +198,7 @@ def keys() -> Iterator[Vector]:
     yield Vector("keys", "records", "Files of records.", ("UCF-37",), inputs, expect=files)
 
 
-def array_document(
-    array: Sequence[str], shape: Sequence[int], dtype: str, chunk: Sequence[int], fill: Json, own: Json
-) -> str:
+def array_document(array: Sequence[str], shape: Sequence[int], dtype: str, chunk: Sequence[int], fill: Json, own: Json) -> str:
     """A document of the specification, written out member by member."""
     section, item, name, state = array
     del section
