@@ -17,7 +17,7 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.save import agree
+from elastickpt.save import agree, session
 from elastickpt.storage import opening
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import FailAt, FaultyStore
@@ -138,6 +138,39 @@ def test_a_path_that_holds_something_is_never_overwritten(tmp_path: Path) -> Non
             ek.save({"t": torch.zeros(1)}, tmp_path / name)
         assert f"{tmp_path.name}/{name}" in str(caught.value)
     assert {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in tmp_path.rglob("*")} == before
+
+
+def test_a_path_that_is_taken_while_writing_stays_the_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = session.finish
+
+    def overtaken(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "finish", real)
+            ek.save({"t": torch.ones(1)}, tmp_path / "c", step=1)
+        return real(*args, **options)
+
+    monkeypatch.setattr(session, "finish", overtaken)
+    with pytest.raises(errors.PathOccupied, match="/c"):
+        ek.save({"t": torch.zeros(1)}, tmp_path / "c", step=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert ek.open(tmp_path / "c").step == 1
+    assert ek.open(tmp_path / "c").verify().sound
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ü" * 127, ".c", ".c.draft-x", "a b%", "-c", "c.aborted"])
+def test_a_checkpoint_may_have_any_name_that_the_file_system_has(tmp_path: Path, name: str) -> None:
+    ek.save({"t": torch.ones(1)}, tmp_path / name)
+    live = {"t": torch.zeros(1)}
+    ek.load(live, tmp_path / name)
+    assert torch.equal(live["t"], torch.ones(1))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_beyond_what_the_file_system_has_is_an_error_of_the_store(tmp_path: Path) -> None:
+    with pytest.raises(errors.CheckpointError, match="nnnn") as caught:
+        ek.save({"t": torch.ones(1)}, tmp_path / ("n" * 256))
+    assert caught.type is not errors.CheckpointError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_folder_may_become_the_checkpoint(tmp_path: Path) -> None:

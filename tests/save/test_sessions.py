@@ -197,3 +197,21 @@ def test_the_state_is_not_changed_and_no_random_numbers_are_drawn(tmp_path: Path
     assert all(
         model.state_dict()[n].data_ptr() == at and torch.equal(model.state_dict()[n], t) for n, (at, t) in tensors.items()
     )
+
+
+@pytest.mark.parametrize("kind", ["text", "path", "url", "memory"])
+def test_every_way_to_name_a_path(tmp_path: Path, kind: str) -> None:
+    path: Any = {
+        "text": str(tmp_path / "c d"),
+        "path": tmp_path / "c d",
+        "url": (tmp_path / "c d").as_uri(),
+        "memory": f"memory://{tmp_path.name}/runs/c",
+    }[kind]
+    info = ek.save({"t": torch.ones(3), "n": 1}, path, step=4)
+    live = {"t": torch.zeros(3), "n": 0}
+    assert ek.load(live, path).step == 4
+    assert live["n"] == 1
+    assert ek.open(path).verify().sound
+    assert ek.open(info.path).step == 4
+    if kind != "memory":
+        assert [p.name for p in tmp_path.iterdir()] == ["c d"]
