@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import make_vectors
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"

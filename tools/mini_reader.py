@@ -433,6 +433,7 @@ def read_pieces(pieces: Json, keys: list[str], axes: list[int], table: list[tupl
     )
     start, shape = column(start, total), column(shape, total)
     check(all(low <= high for low, high in pairwise(array)), "pieces out of order")
+    check(len(set(array)) == len(keys), "an array without a piece")
     found, axis = [], 0
     for p in range(rows):
         stop = axis + axes[array[p]]
@@ -716,11 +717,11 @@ def read(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
     return read_files(files)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Read a checkpoint from the specification alone.")
     parser.add_argument("path")
     parser.add_argument("--dump", metavar="NAME", help="print the array with this key")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         arrays = read(options.path)
     except Refusal as refusal:

@@ -174,6 +174,8 @@ def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) 
     )
     columns.close()
     _check_pieces(pieces, files, members.where)
+    if len(np.unique(array)) != len(keys):  # [FRAG-28]
+        raise Malformed(f"{members.where}/arrays: an array without a piece")
     return pieces
 
 

@@ -181,7 +181,7 @@ def test_a_value_that_cannot_be_carried_is_refused_before_a_byte_exists() -> Non
     """[UCF-59]"""
     with pytest.raises(ValueNotCarried, match=r"^/scheduler/f: a function"):
         encode_manifest(manifest(values={"/scheduler": {"f": lambda: 0}}))
-    with pytest.raises(ValueNotCarried, match=r"^/optimizer/lr/0: a set_iterator|^/optimizer/lr/0: "):
+    with pytest.raises(ValueNotCarried, match=r"^/optimizer/lr/0: a "):
         encode_index(IndexPart((), (replace(TABLE, fields=(Field("hyper", "lr", (iter(()),), (0, 0)),)),)))
 
 

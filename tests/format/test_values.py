@@ -123,7 +123,7 @@ class _Color(IntEnum):
     RED = 1
 
 
-_Point = namedtuple("_Point", "x y")  # noqa: PYI024  (a subclass of tuple is what is tested)
+_Point = namedtuple("_Point", "x y")
 
 
 @pytest.mark.parametrize(
