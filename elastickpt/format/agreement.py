@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from elastickpt.format.limits import MAX_ARRAYS
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, IndexPart, Manifest
 
-_Faults = Sequence[tuple[str, npt.NDArray[np.bool_]]]
+_Flags: TypeAlias = npt.NDArray[np.bool_]
 
 
 def check_index(parts: Sequence[IndexPart], manifest: Manifest) -> dict[str, ArrayRecord]:
@@ -63,19 +65,24 @@ def check_fragments(
     beyond = max((file.base for file in fragments.files), default=0)
     if beyond > len(manifest.bases):  # [FRAG-23]
         raise Malformed(f"{where}: a file in base {beyond}, the manifest has {len(manifest.bases)}")
-    for place, key in enumerate(fragments.pieces.arrays):
-        record = records.get(key)
-        if record is None:  # [FRAG-25]
-            raise Malformed(f"{where}: array {key!r} is not in the index")
-        if int(fragments.pieces.ndims[place]) != len(record.chunk_shape):
-            raise Malformed(
-                f"{where}: array {key!r} has {fragments.pieces.ndims[place]} axes, "
-                f"{len(record.chunk_shape)} in the index"
-            )
-        at = bisect_left(record.writers, writer)
-        if at == len(record.writers) or record.writers[at] != writer:  # [FRAG-26]
-            raise Malformed(f"{where}: array {key!r}: the index does not list this writer")
-        _check_array(fragments, place, record, where, plain=manifest.placement == "plain")
+    found = [_record_of(fragments, place, records, writer, where) for place in range(len(fragments.pieces.arrays))]
+    for ndim in sorted({len(record.chunk_shape) for record in found}):
+        _check_pieces(_Group.of(fragments, found, ndim), where, plain=manifest.placement == "plain")
+
+
+def _record_of(
+    fragments: FragmentColumns, place: int, records: Mapping[str, ArrayRecord], writer: int, where: str
+) -> ArrayRecord:
+    key, ndim = fragments.pieces.arrays[place], int(fragments.pieces.ndims[place])
+    record = records.get(key)
+    if record is None:  # [FRAG-25]
+        raise Malformed(f"{where}: array {key!r} is not in the index")
+    if ndim != len(record.chunk_shape):
+        raise Malformed(f"{where}: array {key!r} has {ndim} axes, {len(record.chunk_shape)} in the index")
+    at = bisect_left(record.writers, writer)
+    if at == len(record.writers) or record.writers[at] != writer:  # [FRAG-26]
+        raise Malformed(f"{where}: array {key!r}: the index does not list this writer")
+    return record
 
 
 def check_writers(records: Iterable[ArrayRecord], held: Sequence[Sequence[str]]) -> None:
@@ -89,79 +96,99 @@ def check_writers(records: Iterable[ArrayRecord], held: Sequence[Sequence[str]])
                 raise Malformed(f"index: array {record.key!r} lists writer {writer}, whose map has no piece of it")
 
 
-def _check_array(fragments: FragmentColumns, place: int, record: ArrayRecord, where: str, *, plain: bool) -> None:
-    pieces, ndim = fragments.pieces, len(record.chunk_shape)
-    mine = pieces.of_array(place)
-    rows = slice(mine.start, mine.stop)
-    axes = slice(int(pieces.axis_start[mine.start]), int(pieces.axis_start[mine.stop]))
-    start, shape = pieces.start[axes].reshape(len(mine), ndim), pieces.shape[axes].reshape(len(mine), ndim)
-    chunk = np.array(record.chunk_shape, dtype=np.int64)
-    itemsize = record.spec.type.itemsize
-    index = start // chunk
-    beyond = start + shape > np.array(record.spec.shape, dtype=np.int64)
-    spanning = (start + shape - 1) // chunk != index
-    faults = (("reaches beyond the array", _any(beyond)), ("spans several chunks", _any(spanning)))
-    _raise(faults, record, mine, where)  # [FRAG-18, FRAG-10]: from here on products stay below the chunk's limit
-    nbytes = shape.prod(axis=1) * itemsize
-    _raise([("has other bytes than its box", pieces.nbytes[rows] != nbytes)], record, mine, where)  # [FRAG-19]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """All pieces of arrays with the same number of axes. `mine` are their places in the columns; the others have one
+    row a piece, and one column an axis where they are of the array's or the box's extents.
+    """
+
+    fragments: FragmentColumns
+    records: Sequence[ArrayRecord]  # by place in `arrays`
+    mine: IntColumn
+    start: IntColumn
+    shape: IntColumn
+    array_shape: IntColumn
+    chunk: IntColumn
+    itemsize: IntColumn
+
+    @classmethod
+    def of(cls, fragments: FragmentColumns, records: Sequence[ArrayRecord], ndim: int) -> _Group:
+        pieces = fragments.pieces
+        mine = np.flatnonzero(pieces.ndims[pieces.array] == ndim)
+        axes = pieces.axis_start[mine][:, None] + np.arange(ndim)
+        same = [record if len(record.chunk_shape) == ndim else None for record in records]
+        none = (0,) * ndim
+        shapes = np.array([one.spec.shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
+        chunks = np.array([one.chunk_shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
+        sizes = np.array([one.spec.type.itemsize if one else 0 for one in same], dtype=np.int64)
+        array = pieces.array[mine]
+        return cls(
+            fragments, records, mine, pieces.start[axes], pieces.shape[axes], shapes[array], chunks[array], sizes[array]
+        )
+
+    def refuse_if(self, wrong: _Flags, what: str, where: str) -> None:
+        if wrong.any():
+            piece = int(self.mine[int(np.argmax(wrong))])
+            key = self.fragments.pieces.arrays[int(self.fragments.pieces.array[piece])]
+            raise Malformed(f"{where}: piece {piece} of array {key!r} {what}")
+
+
+def _check_pieces(group: _Group, where: str, *, plain: bool) -> None:
+    pieces, mine = group.fragments.pieces, group.mine
+    index = group.start // group.chunk
+    group.refuse_if(_any(group.start + group.shape > group.array_shape), "reaches beyond the array", where)  # [FRAG-18]
+    last = (group.start + group.shape - 1) // group.chunk
+    group.refuse_if(_any(last != index), "spans several chunks", where)  # [FRAG-10]: products stay below its limit
+    nbytes = group.shape.prod(axis=1) * group.itemsize
+    group.refuse_if(pieces.nbytes[mine] != nbytes, "has other bytes than its box", where)  # [FRAG-19]
     if not plain:
         return
-    own = np.array([file.base == 0 for file in fragments.files])[pieces.file[rows]]
-    offset, row, stride = _geometry(start - index * chunk, shape, record.chunk_shape, itemsize)
-    wrong = (pieces.offset[rows] != offset) | (pieces.row_nbytes[rows] != row) | (pieces.row_stride[rows] != stride)
-    _raise([("lies at another place than its box", own & wrong)], record, mine, where)  # [FRAG-44]
-    _check_files(fragments, record, pieces.file[rows][own], index[own], where)
+    files = pieces.file[mine]
+    own = np.array([file.base == 0 for file in group.fragments.files], dtype=np.bool_)[files]
+    offset, row, stride = _geometry(group.start - index * group.chunk, group)
+    wrong = (pieces.offset[mine] != offset) | (pieces.row_nbytes[mine] != row) | (pieces.row_stride[mine] != stride)
+    group.refuse_if(own & wrong, "lies at another place than its box", where)  # [FRAG-44]
+    _check_files(group, np.column_stack([pieces.array[mine], files, index])[own], where)
 
 
-def _any(axes: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _any(axes: _Flags) -> _Flags:
     return np.asarray(axes.any(axis=1), dtype=np.bool_)
 
 
-def _raise(faults: _Faults, record: ArrayRecord, mine: range, where: str) -> None:
-    for what, wrong in faults:
-        if wrong.any():
-            raise Malformed(f"{where}: piece {mine[int(np.argmax(wrong))]} of array {record.key!r} {what}")
-
-
-def _geometry(
-    local: npt.NDArray[np.int64], shape: npt.NDArray[np.int64], chunk: Sequence[int], itemsize: int
-) -> tuple[IntColumn, IntColumn, IntColumn]:
-    """Offset, row length and row stride of boxes in a C-ordered chunk; row length 0 where one stride does not do.
+def _geometry(local: IntColumn, group: _Group) -> tuple[IntColumn, IntColumn, IntColumn]:
+    """Offset, row length and row stride of boxes in their C-ordered chunks; row length 0 where one stride does not do.
 
     From the last axis on a box first grows its row as long as it spans the axes after it (phase 0), then skips axes of
     one element (1), then repeats the row at one stride as long as it spans the axes after (2), then may only have axes
     of one element (3).
     """
-    count = len(shape)
-    offset = np.zeros(count, dtype=np.int64)
-    row = np.full(count, itemsize, dtype=np.int64)
-    rows = np.ones(count, dtype=np.int64)
-    stride = np.zeros(count, dtype=np.int64)
-    phase = np.zeros(count, dtype=np.int64)
-    good = np.ones(count, dtype=np.bool_)
-    step = itemsize
-    for axis in reversed(range(len(chunk))):
-        extent, spans = shape[:, axis], shape[:, axis] == chunk[axis]
+    count = len(group.mine)
+    offset, stride, phase = (np.zeros(count, dtype=np.int64) for _ in range(3))
+    rows, good = np.ones(count, dtype=np.int64), np.ones(count, dtype=np.bool_)
+    row, step = group.itemsize.copy(), group.itemsize.copy()
+    for axis in reversed(range(local.shape[1])):
+        extent, spans = group.shape[:, axis], group.shape[:, axis] == group.chunk[:, axis]
         offset += local[:, axis] * step
         growing, skipping, repeating, ended = (phase == k for k in range(4))
         row[growing] = (extent * step)[growing]
         begins = skipping & (extent > 1)
-        stride[begins] = step
+        stride[begins] = step[begins]
         rows[begins | repeating] *= extent[begins | repeating]
         good &= ~(ended & (extent > 1))
         phase[growing & ~spans] = 1
         phase[begins] = np.where(spans, 2, 3)[begins]
         phase[repeating & ~spans] = 3
-        step *= chunk[axis]
+        step *= group.chunk[:, axis]
     return offset, np.where(good, row, 0), np.where(rows > 1, stride, row)
 
 
-def _check_files(
-    fragments: FragmentColumns, record: ArrayRecord, files: IntColumn, index: npt.NDArray[np.int64], where: str
-) -> None:
-    nbytes = prod(record.chunk_shape) * record.spec.type.itemsize
-    for file, *chunk in np.unique(np.column_stack([files, index]), axis=0).tolist():
-        stored, expected = fragments.files[file], chunk_file(record.key, tuple(chunk))
+def _check_files(group: _Group, places: IntColumn, where: str) -> None:
+    """`places`: array, file and chunk of each piece; pieces of one chunk that follow each other are looked at once."""
+    changes = _any(np.diff(places, axis=0, prepend=places[:1] - 1) != 0)
+    for array, file, *chunk in places[changes].tolist():
+        record, stored = group.records[array], group.fragments.files[file]
+        expected = chunk_file(record.key, tuple(chunk))
+        nbytes = prod(record.chunk_shape) * record.spec.type.itemsize
         if stored.path != expected or stored.nbytes != nbytes:  # [FRAG-43]
             raise Malformed(
                 f"{where}: a piece of array {record.key!r} lies in {stored.path!r} of {stored.nbytes} bytes, "

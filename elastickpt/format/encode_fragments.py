@@ -70,9 +70,14 @@ def encode_fragments(fragments: FragmentMap | FragmentColumns) -> bytes:
 def decode_fragments(data: bytes, *, path: str) -> FragmentMap:
     """The fragment map as objects, one a piece: for maps of up to about 10^5 pieces. Raises as `decode_columns`."""
     columns = decode_columns(data, path=path)
-    pieces = tuple(columns.pieces.piece(p) for p in range(len(columns.pieces)))
     return FragmentMap(
-        columns.writer, columns.attempt, columns.block_nbytes, columns.files, pieces, columns.tables, columns.values
+        columns.writer,
+        columns.attempt,
+        columns.block_nbytes,
+        columns.files,
+        columns.pieces.objects(),
+        columns.tables,
+        columns.values,
     )
 
 
