@@ -15,7 +15,7 @@ import pytest
 import zarr
 
 from elastickpt.errors import CheckpointError, Malformed
-from elastickpt.format.agreement import check_fragments, check_index, check_writers
+from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.canonical_json import dump, parse
@@ -252,6 +252,11 @@ def test_keys(vector: Json) -> None:
     holds(vector, outcome)
 
 
+@pytest.mark.parametrize("vector", [one for one in vectors("keys") if "names" in one.values[0]["input"]])
+def test_keys_of_the_mini_reader(vector: Json) -> None:
+    holds(vector, lambda inputs: {"keys": mini_reader.child_keys(inputs["names"])})
+
+
 @suite("documents")
 def test_documents(vector: Json) -> None:
     def outcome(inputs: Json) -> Json:
@@ -285,6 +290,7 @@ def _records_agree(files: dict[str, bytes]) -> None:
     manifest = decode_manifest(files["checkpoint.json"], path="checkpoint.json")
     parts = [decode_index(files[entry.file.path], path=entry.file.path) for entry in manifest.index]
     records = check_index(parts, manifest)
+    check_keys(records.values())
     maps = [decode_columns(files[file.path], path=file.path) for file in manifest.fragments]
     for writer, columns in enumerate(maps):
         check_fragments(columns, records, manifest=manifest, writer=writer)
