@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import make_vectors
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"
@@ -73,7 +73,7 @@ class Check:
         for path in SPEC.rglob("*.md"):
             for target in LINK.findall(_without_code(path.read_text())):
                 if not (path.parent / target).exists():
-                    self.say(f"{path.relative_to(ROOT)}: link to {target}, which is not there")
+                    self.say(f"spec/{path.relative_to(SPEC)}: link to {target}, which is not there")
 
     def vectors_are_generated(self) -> None:
         wanted = make_vectors.files()
