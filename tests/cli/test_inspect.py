@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import elastickpt as ek
 from elastickpt.cli.main import main
+from elastickpt.format.digest import file_digest
+from elastickpt.format.encode_index import decode_index, encode_index
+from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
+from elastickpt.format.records import FileDigest
 
 Answer = Callable[..., tuple[int, dict[str, object]]]
 Captured = pytest.CaptureFixture[str]
@@ -186,3 +191,15 @@ def test_an_error_in_json_follows_the_schema(damaged: Path, json_of: Answer) -> 
     (damaged / "index.msgpack").write_bytes(b"")
     code, answer = json_of("inspect", damaged)
     assert (code, answer["error"]["kind"]) == (3, "wrong-length")
+
+
+def test_a_layout_that_the_manifest_lacks_is_damage_and_no_crash(damaged: Path, capsys: Captured) -> None:
+    index, manifest = damaged / "index.msgpack", damaged / "checkpoint.json"
+    part = decode_index(index.read_bytes(), path="index.msgpack")
+    data = encode_index(replace(part, arrays=(replace(part.arrays[0], layout=77), *part.arrays[1:])))
+    index.write_bytes(data)
+    said = decode_manifest(manifest.read_bytes(), path="checkpoint.json")
+    entry = replace(said.index[0], file=FileDigest("index.msgpack", len(data), file_digest(data)))
+    manifest.write_bytes(encode_manifest(replace(said, index=(entry,))))
+    assert main(["inspect", str(damaged)]) == 3
+    assert capsys.readouterr().err.endswith("layout 77, the manifest has 3 [malformed]\n")
