@@ -1,4 +1,4 @@
-"""Holds spec/, its vectors and the code against each other: `python tools/check_spec.py`. Exit code 1: problems.
+"""Holds spec/, its vectors and the code against each other: `python -m tools.check_spec`. Exit code 1: problems.
 
 Identifiers are unique; every MUST has one; each is exercised by a vector, cited by a test, or listed in coverage.md;
 what code and tests cite exists; kinds exist in errors.py; vectors follow their schema and are what generators make.
@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import make_vectors
 from jsonschema import Draft202012Validator
+
+from tools import make_vectors
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"
@@ -73,7 +74,7 @@ class Check:
         for path in SPEC.rglob("*.md"):
             for target in LINK.findall(_without_code(path.read_text())):
                 if not (path.parent / target).exists():
-                    self.say(f"{path.relative_to(ROOT)}: link to {target}, which is not there")
+                    self.say(f"spec/{path.relative_to(SPEC)}: link to {target}, which is not there")
 
     def vectors_are_generated(self) -> None:
         wanted = make_vectors.files()

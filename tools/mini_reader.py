@@ -151,6 +151,46 @@ def checked_path(path: Json) -> str:
     return str(path)
 
 
+def child_keys(names: Iterable[str]) -> dict[str, str]:
+    """UCF-31 to UCF-34."""
+    keys = {}
+    for name in names:
+        data = checked_name(name).encode()
+        parts = [chr(byte) if re.match(rb"[A-Za-z0-9._-]", bytes([byte])) else f"%{byte:02X}" for byte in data]
+        if re.fullmatch(r"\.+|__.*|zarr\.json", name, re.IGNORECASE):
+            parts[0] = f"%{data[0]:02X}"
+        keys[name] = parts or ["%"]
+    lower = Counter("".join(parts).lower() for parts in keys.values())
+    found = {}
+    for name, parts in keys.items():
+        key = "".join(parts)
+        if len(key) > 200 or lower[key.lower()] > 1:
+            while len("".join(parts)) > 180:
+                parts = parts[:-1]
+            key = "".join(parts) + "%~" + str(xxhash.xxh3_64_hexdigest(name.encode()))
+        found[name] = key
+    return found
+
+
+def check_keys(arrays: list[Json]) -> None:
+    """UCF-35: every key is made from the names beside it."""
+    below: dict[tuple[str, ...], set[str]] = {}
+    places = []
+    for array in arrays:
+        tokens = [array["name"], array["state"]]
+        if array["section"] == "extra":
+            tokens = [one.replace("~1", "/").replace("~0", "~") for one in array["name"].split("/") if array["name"]]
+        place = (array["section"], array["item"], *tokens)
+        places.append(place)
+        for depth in range(1, len(place)):
+            below.setdefault(place[:depth], set()).add(place[depth])
+    keys = {parent: child_keys(names) for parent, names in below.items()}
+    for array, place in zip(arrays, places, strict=True):
+        check(place not in below, f"{place} is an array and a group", "structure-conflict")
+        wanted = [place[0], *(keys[place[:depth]][place[depth]] for depth in range(1, len(place)))]
+        check(array["key"] == "/".join(wanted), f"key {array['key']}, expected {wanted}")
+
+
 def digest_of(data: bytes) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
@@ -429,6 +469,7 @@ def read_pieces(pieces: Json, keys: list[str], axes: list[int], table: list[tupl
     offset, nbytes, row_nbytes, row_stride = (column(one, rows, 0, 2**62) for one in (offset, nbytes, row_nbytes, row_stride))
     start, shape = column(start, total), column(shape, total)
     check(all(low <= high for low, high in pairwise(array)), "pieces out of order")
+    check(len(set(array)) == len(keys), "an array without a piece")
     found, axis = [], 0
     for p in range(rows):
         stop = axis + axes[array[p]]
@@ -592,6 +633,7 @@ def read_files(files: Files) -> dict[str, np.ndarray[Any, Any]]:
         ends = (part[0]["key"], part[-1]["key"]) if part else ("", "")
         check(ends == (entry["first"], entry["last"]), "first and last key of an index part")
         arrays += part
+    check_keys(arrays)
     check(all(one["layout"] is None or one["layout"] < len(manifest["layouts"]) for one in arrays), "layout")
     maps = [read_fragments(record_file(files, entry)) for entry in manifest["fragments"]]
     by_key = {array["key"]: array for array in arrays}
@@ -700,11 +742,11 @@ def read(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
     return read_files(files)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Read a checkpoint from the specification alone.")
     parser.add_argument("path")
     parser.add_argument("--dump", metavar="NAME", help="print the array with this key")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         arrays = read(options.path)
     except Refusal as refusal:

@@ -1,4 +1,4 @@
-"""`ckpt-convert inspect`: what is in a checkpoint. Reads records only, never arrays. [CLI-20..29]"""
+"""`ckpt-convert inspect`: what is in a checkpoint. Reads records only, never arrays. [CLI-20..24]"""
 
 from __future__ import annotations
 
@@ -94,4 +94,4 @@ def _show_text(args: argparse.Namespace, facts: Facts) -> None:
         lines += inspect_text.writer_lines(facts, width=width)
     if args.fragments:
         lines += inspect_text.fragment_lines(facts, width=width)
-    show(lines)  # only now, so that damage found on the way leaves no half of an answer
+    show(lines)  # only now, so that damage found on the way leaves no half of an answer [CLI-24]

@@ -42,6 +42,7 @@ def _manifest(manifest: Manifest) -> Json:
             for mesh in manifest.meshes
         ],
         "tied": [[{"item": item, "name": name} for item, name in group] for group in manifest.tied],
+        "layout_text": manifest.layout_text,
         "bases": [{"uri": base.uri, "digest": base.digest} for base in manifest.bases],
     }
 

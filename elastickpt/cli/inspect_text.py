@@ -17,7 +17,7 @@ from elastickpt.cli.text import (
     value_text,
 )
 from elastickpt.format.arrays import Mesh
-from elastickpt.format.records import FORMAT_VERSION, Item
+from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 
 SHOWN_NAMES = 3  # parameters of an optimizer's group that are named
@@ -46,7 +46,7 @@ def header(path: str, facts: Facts, *, width: int | None) -> Iterator[Line]:
     pairs = [
         ("step", "not recorded" if manifest.step is None else f"{manifest.step:,}"),
         ("saved", time_text(manifest.time)),
-        ("format", f"version {FORMAT_VERSION}, placement {manifest.placement}"),
+        ("format", f"version {manifest.version}, placement {manifest.placement}"),
         ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions)),
         ("world size", plural(manifest.world_size, "rank")),
         *((f"mesh {mesh.name}", _mesh_text(mesh)) for mesh in manifest.meshes),
@@ -54,9 +54,13 @@ def header(path: str, facts: Facts, *, width: int | None) -> Iterator[Line]:
         ("parameters", f"{facts.elements:,} elements in {plural(facts.parameters, 'parameter')} and buffers"),
         ("arrays", f"{plural(len(facts.every), 'array')} in {plural(facts.chunks, 'chunk')}"),
         ("bytes", f"{facts.nbytes:,} ({nbytes_text(facts.nbytes)})"),
+        ("values", f"{len(facts.values()):,} replicated"),
         *(("tied", " = ".join(f"{item}/{name}" for item, name in group)) for group in manifest.tied),
         *(("base", base.uri) for base in manifest.bases),
     ]
+    if facts.filtered:
+        chosen = sum(fact.nbytes for fact in facts.arrays)
+        pairs.append(("chosen", f"{len(facts.arrays):,} of {plural(len(facts.every), 'array')}, {nbytes_text(chosen)}"))
     yield from grid(_PAIR, [Row(tuple(map(printable, pair)), "  ") for pair in pairs], width=width, titled=False)
 
 
@@ -75,8 +79,9 @@ def array_tree(facts: Facts, *, collapse: bool, width: int | None) -> Iterator[L
     by_item: dict[tuple[str, str], list[ArrayFact]] = {}
     for fact in facts.arrays:
         by_item.setdefault((fact.id.section, fact.id.item), []).append(fact)
+    place = {item.name: k for k, item in enumerate(facts.manifest.items)}
     rows: list[Row] = []
-    for (section, item), arrays in by_item.items():
+    for (section, item), arrays in sorted(by_item.items(), key=lambda pair: place.get(pair[0][1], len(place))):
         tree = name_tree(item, arrays)
         tree = joined(collapsed(tree) if collapse else tree, separator="." if section == "params" else "/")
         rows += _node_rows(tree, ("", ""), style="bold")

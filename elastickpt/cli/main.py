@@ -1,4 +1,4 @@
-"""`ckpt-convert`. What a command needs is imported when it runs, so that `--help` comes at once. [CLI-4]"""
+"""`ckpt-convert`. What a command needs is imported when it runs, so that `--help` comes at once. [CLI-4, CLI-12]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arrays of an item as a tree of their names, in which numbered siblings of equal structure are one.
+"""The arrays of an item as a tree of their names, in which numbered siblings of equal structure are one. [CLI-23]
 
 layers.0.up.weight  layers.0.up.bias  layers.1.up.weight  layers.1.up.bias  norm.weight
 -->  layers.{0..1}.up -- weight, bias;  norm.weight

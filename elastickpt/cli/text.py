@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TypeVar
 
 from elastickpt.format.value_types import ArrayReference, ArrayValue, Value
@@ -28,8 +29,11 @@ def _escaped(code: int) -> str:
 
 def columns_of(text: str) -> int:
     """Terminal columns that the text fills."""
-    if text.isascii():
-        return len(text)
+    return len(text) if text.isascii() else _columns_of(text)
+
+
+@lru_cache(maxsize=4096)  # shapes and guides come again and again
+def _columns_of(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 

@@ -1,4 +1,4 @@
-"""`ckpt-convert verify`: whether checkpoints are whole, every byte of them. [CLI-30..39]"""
+"""`ckpt-convert verify`: whether checkpoints are whole, every byte of them. [CLI-30..32]"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
-from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.columns import IntColumn, pack, pack_ints, take_ints, take_uints, unpack
 from elastickpt.format.encode_tables import pack_tables, take_tables
 from elastickpt.format.keys import checked_path
@@ -60,17 +60,30 @@ def encode_fragments(fragments: FragmentMap | FragmentColumns) -> bytes:
         },
         "checksums": np.ascontiguousarray(pieces.checksums, dtype="<u8").tobytes(),
         "tables": pack_tables(fragments.tables),
-        "values": None if fragments.values is None else dump(encode_pointers(fragments.values, where="per-rank values")),
+        "values": _values_text(fragments.values),
     }
-    return pack(record)
+    data = pack(record)
+    if len(data) > MAX_FRAGMENTS_NBYTES:  # [UCF-90]
+        raise LimitExceeded(f"fragment map of writer {fragments.writer}: {len(data)} bytes")
+    return data
+
+
+def _values_text(values: Value) -> str | None:
+    where = "per-rank values"
+    return None if values is None else dump_bounded(encode_pointers(values, where=where), where=where)
 
 
 def decode_fragments(data: bytes, *, path: str) -> FragmentMap:
     """The fragment map as objects, one a piece: for maps of up to about 10^5 pieces. Raises as `decode_columns`."""
     columns = decode_columns(data, path=path)
-    pieces = tuple(columns.pieces.piece(p) for p in range(len(columns.pieces)))
     return FragmentMap(
-        columns.writer, columns.attempt, columns.block_nbytes, columns.files, pieces, columns.tables, columns.values
+        columns.writer,
+        columns.attempt,
+        columns.block_nbytes,
+        columns.files,
+        columns.pieces.objects(),
+        columns.tables,
+        columns.values,
     )
 
 
@@ -172,6 +185,8 @@ def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) 
     )
     columns.close()
     _check_pieces(pieces, files, members.where)
+    if len(np.unique(array)) != len(keys):  # [FRAG-28]
+        raise Malformed(f"{members.where}/arrays: an array without a piece")
     return pieces
 
 

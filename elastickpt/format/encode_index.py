@@ -13,7 +13,7 @@ from itertools import pairwise
 from math import prod
 from typing import Generic, TypeVar, get_args
 
-from elastickpt.errors import LimitExceeded, Malformed, Unsupported
+from elastickpt.errors import LimitExceeded, Malformed, Unsupported, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Section
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.columns import Runs, pack, pack_ints, pack_runs, take_ints, unpack
@@ -27,6 +27,7 @@ from elastickpt.format.limits import (
     MAX_CHUNK_NBYTES,
     MAX_CHUNKS,
     MAX_DIM,
+    MAX_DOCUMENT_NBYTES,
     MAX_MANIFEST_NBYTES,
     MAX_NDIM,
 )
@@ -80,11 +81,17 @@ def _entry_of(record: ArrayRecord) -> tuple[_Entry, tuple[str, str]]:
 def _template_of(record: ArrayRecord) -> _Template:
     where = str(record.spec.id)
     own = dump({name: encode_value(value, where=f"{where}/{name}") for name, value in record.attributes})
+    if len(own) > MAX_DOCUMENT_NBYTES // 2:  # the document holds it beside the names
+        raise ValueNotCarried(f"{where}: attributes of {len(own)} bytes, the limit is {MAX_DOCUMENT_NBYTES // 2}")
     return _Template(record.spec.dtype, record.chunk_shape, record.layout, own)
 
 
 def encode_index(part: IndexPart) -> bytes:
-    """The bytes of one part of the index. Raises Malformed for arrays out of order of their keys, ValueNotCarried."""
+    """The bytes of one part of the index.
+
+    Raises Malformed for arrays out of the order of their keys, ValueNotCarried, and LimitExceeded when it needs more
+    parts than one.
+    """
     arrays = part.arrays
     if any(low.key >= high.key for low, high in pairwise(arrays)):
         raise Malformed("arrays of an index part stand out of the order of their keys, or twice")
@@ -110,7 +117,10 @@ def encode_index(part: IndexPart) -> bytes:
         },
         "tables": pack_tables(part.tables),
     }
-    return pack(out)
+    data = pack(out)
+    if len(data) > MAX_MANIFEST_NBYTES:  # [UCF-90]
+        raise LimitExceeded(f"an index part of {len(arrays)} arrays has {len(data)} bytes: it needs more parts")
+    return data
 
 
 def _pack_template(template: _Template) -> dict[str, object]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, ValueNotCarried
+from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.digest import block_checksum, file_digest
@@ -174,7 +174,7 @@ def test_a_value_that_cannot_be_carried_is_refused_before_a_byte_exists() -> Non
     """[UCF-59]"""
     with pytest.raises(ValueNotCarried, match=r"^/scheduler/f: a function"):
         encode_manifest(manifest(values={"/scheduler": {"f": lambda: 0}}))
-    with pytest.raises(ValueNotCarried, match=r"^/optimizer/lr/0: a set_iterator|^/optimizer/lr/0: "):
+    with pytest.raises(ValueNotCarried, match=r"^/optimizer/lr/0: a "):
         encode_index(IndexPart((), (replace(TABLE, fields=(Field("hyper", "lr", (iter(()),), (0, 0)),)),)))
 
 
@@ -238,3 +238,17 @@ def test_a_map_of_many_pieces_keeps_each_apart() -> None:
     ]
     data = encode_fragments(FragmentMap(0, "a", 65536, (StoredFile(0, chunk_file("x", ()), 1200),), tuple(found)))
     assert decode_fragments(data, path="f").pieces == tuple(found)
+
+
+def test_what_no_reader_would_take_is_not_written() -> None:
+    """[UCF-91, UCF-30, UCF-78]: a save must not succeed with a record that its own load refuses."""
+    many = {"/sampler": [0] * (MAX_NODES + 1)}
+    with pytest.raises(ValueNotCarried, match="as tensors"):
+        encode_fragments(FragmentMap(0, "a", 65536, (), (), (), many))
+    with pytest.raises(ValueNotCarried, match="as tensors"):
+        encode_manifest(manifest(values=many))
+    with pytest.raises(Unsafe):
+        encode_manifest(manifest(items=(Item("a\nb", "values", "dict"),)))
+    array = _record(ArrayId("extra", "x", "", ""), "extra/x", attributes=(("note", "x" * (1 << 20)),))
+    with pytest.raises(ValueNotCarried, match="attributes"):
+        encode_index(IndexPart((array,)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, Malformed
+from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.documents import array_document, group_document
+from elastickpt.format.documents import array_document, documents, group_document
 from elastickpt.format.encode_fragments import decode_columns, decode_fragments, encode_fragments
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
@@ -31,9 +32,7 @@ from elastickpt.layout.placement import physical_box
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "spec" / "vectors"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import mini_reader  # noqa: E402  (tools/ is no package)
+from tools import mini_reader
 
 Json = Any
 
@@ -250,6 +249,11 @@ def test_keys(vector: Json) -> None:
     holds(vector, outcome)
 
 
+@pytest.mark.parametrize("vector", [one for one in vectors("keys") if "names" in one.values[0]["input"]])
+def test_keys_of_the_mini_reader(vector: Json) -> None:
+    holds(vector, lambda inputs: {"keys": mini_reader.child_keys(inputs["names"])})
+
+
 @suite("documents")
 def test_documents(vector: Json) -> None:
     def outcome(inputs: Json) -> Json:
@@ -276,6 +280,75 @@ def test_checkpoints_by_the_mini_reader(vector: Json) -> None:
         return {"arrays": found}
 
     holds(vector, outcome)
+
+
+def _records_agree(files: dict[str, bytes]) -> None:
+    """What the library checks of the records of a checkpoint before it looks at any chunk."""
+    manifest = decode_manifest(files["checkpoint.json"], path="checkpoint.json")
+    parts = [decode_index(files[entry.file.path], path=entry.file.path) for entry in manifest.index]
+    records = check_index(parts, manifest)
+    check_keys(records.values())
+    maps = [decode_columns(files[file.path], path=file.path) for file in manifest.fragments]
+    for writer, columns in enumerate(maps):
+        check_fragments(columns, records, manifest=manifest, writer=writer)
+    check_writers(records.values(), [columns.pieces.arrays for columns in maps])
+
+
+def _files(vector: Json) -> dict[str, bytes]:
+    return {path: base64.b64decode(data) for path, data in vector["input"]["files"].items()}
+
+
+@suite("checkpoints/valid")
+def test_records_of_valid_checkpoints_agree(vector: Json) -> None:
+    _records_agree(_files(vector))
+
+
+_MALFORMED = [one for one in vectors("checkpoints/invalid") if one.values[0].get("error") == "malformed"]
+
+
+@pytest.mark.parametrize("vector", _MALFORMED)
+def test_records_that_disagree_are_refused(vector: Json) -> None:
+    with pytest.raises(Malformed):
+        _records_agree(_files(vector))
+
+
+@suite("checkpoints/valid")
+def test_documents_of_valid_checkpoints_are_those_of_the_index(vector: Json) -> None:
+    """[UCF-10]"""
+    files = _files(vector)
+    manifest = decode_manifest(files["checkpoint.json"], path="checkpoint.json")
+    parts = [decode_index(files[entry.file.path], path=entry.file.path) for entry in manifest.index]
+    found = {path: data for path, data in files.items() if path.endswith("zarr.json")}
+    assert found == (dict(documents(parts)) if manifest.placement == "plain" else {})
+
+
+def _unpacked(folder: Path, name: str) -> tuple[Path, Json]:
+    vector = json.loads((FOLDER / "checkpoints/valid" / f"{name}.json").read_text())
+    for path, data in _files(vector).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder, vector["expect"]["arrays"]
+
+
+@pytest.mark.parametrize("name", ["four-arrays", "case", "zero-size"])
+def test_zarr_python_reads_the_checkpoints(tmp_path: Path, name: str) -> None:
+    folder, wanted = _unpacked(tmp_path, name)
+    group = zarr.open_group(str(folder), mode="r", zarr_format=3)
+    assert {key: np.asarray(group[key][...]).tobytes().hex() for key in wanted} == {
+        key: array["hex"] for key, array in wanted.items()
+    }
+
+
+def test_the_mini_reader_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, wanted = _unpacked(tmp_path, "four-arrays")
+    assert set(mini_reader.read(folder)) == set(wanted)
+    assert mini_reader.main([str(folder)]) == 0
+    assert "params/model/v/value  int64  [4, 4]" in capsys.readouterr().out
+    (folder / "stray").touch()
+    assert mini_reader.main([str(folder)]) == 3
+    (folder / "stray").unlink()
+    (folder / "stray").symlink_to("zarr.json")
+    assert mini_reader.main([str(folder)]) == 5
 
 
 def test_every_folder_of_vectors_is_run() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, build, piece, valid, vector
-from vector_kit.kit import Vector, column, name_hash
+from tools.vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, build, piece, valid, vector
+from tools.vector_kit.kit import Vector, column, name_hash
 
 W = "params/model/w/value"
 V = "params/model/v/value"
@@ -166,6 +166,10 @@ _RECORDS: tuple[tuple[str, str, str, str, Edit], ...] = (
      lambda p: p.index["writer_sets"].__setitem__(3, [[0, 0]])),
     ("writers-extra", "The index lists a writer without pieces.", "FRAG-26", "malformed",
      lambda p: p.index["writer_sets"].__setitem__(0, [[0, 1]])),
+    ("key-other", "A name that its key is not made of.", "UCF-35", "malformed",
+     lambda p: p.index["entries"]["name"].__setitem__(2, "u")),
+    ("key-plain", "A name that needs escapes, with its key unescaped.", "UCF-35 UCF-31", "malformed",
+     lambda p: p.index["entries"]["name"].__setitem__(2, "v%")),
     ("index-first", "The manifest's first key is another.", "UCF-63", "malformed",
      lambda p: p.manifest["index"][0].update(first="extra/s")),
     ("index-last", "The manifest's last key is another.", "UCF-63", "malformed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from vector_kit.kit import (
+from tools.vector_kit.kit import (
     Change,
     Json,
     Record,
@@ -160,6 +160,7 @@ _FRAGMENTS_INVALID: _Invalid = (
     ("checksum-extra", "Three for two pieces.", "FRAG-17", "malformed", setting("checksums", to=unsigned([1, 2, 3]))),
     ("arrays-order", "Keys fall.", "FRAG-24", "malformed", lambda m: m["arrays"].reverse()),
     ("arrays-twice", "One key twice.", "FRAG-24", "malformed", setting("arrays", to=["params/model/v/value"] * 2)),
+    ("array-idle", "An array without a piece.", "FRAG-28", "malformed", setting("pieces", "array", to=column([0, 0]))),
     ("ndim-33", "33 axes.", "UCF-93", "limit-exceeded", setting("ndims", to=column([2, 33]))),
     ("file-twice", "One file twice.", "FRAG-23", "malformed", lambda m: m["files"].update(path=["a/c"] * 2)),
     ("path-parent", "Out of the tree.", "UCF-38", "unsafe", setting("files", "path", 0, to="../../etc/passwd")),
