@@ -19,12 +19,11 @@ from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import Refused
-from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import PlacementChoice, Structure, Target, agree
+from elastickpt.save.agree import PlacementChoice, Request, Structure, agree
 from elastickpt.save.fragments import fragments_of, own_tables
 from elastickpt.save.messages import (
     Attested,
@@ -32,12 +31,10 @@ from elastickpt.save.messages import (
     values_wanted,
 )
 from elastickpt.save.write import write_plan
-from elastickpt.storage.opening import locate_for_saving
-from elastickpt.storage.store import Durability
+from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
-from elastickpt.training.meshes import mesh_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,32 +76,37 @@ def save(
     Every rank of the process group (default: all) must call it with the same path, step and options. `state` maps names to
     modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
     runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
-    `durability`: "power" survives a power cut, "process" only the end of processes.
+    `durability`: "power" survives a power cut, "process" only the end of processes; a store that cannot promise "power" gives
+    "process", and a note says so.
 
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
     StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
     """
     group = job_group(process_group)
     team = team_of(group)
-    store, name = locate_for_saving(path)
-    target = Target(store, name, step, placement, durability)
-    return _Save(group, team, target).run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+    request = Request(os.fspath(path), step, placement, durability)
+    return _Save(group, team, request).run(state, mesh)
 
 
 class _Save:
     """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
 
-    def __init__(self, group: Group, team: Team, target: Target) -> None:
-        self.group, self.team, self.target = group, team, target
-        self.store, self.name = target.store, target.name
+    store: Store  # these once the ranks agreed: a path that is wrong on one rank is a failure for all to see
+    name: str
+    durability: Durability
+
+    def __init__(self, group: Group, team: Team, request: Request) -> None:
+        self.group, self.team, self.request = group, team, request
         self.attempt = Attempt()
         self.draft: Draft | None = None
         self.notes: list[str] = []
 
-    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
+    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> CheckpointInfo:
         begun = time.perf_counter()
         try:
-            agreed = agree(self.group, self.team, self.target, state, declared)
+            agreed = agree(self.group, self.team, self.request, state, mesh)
+            self.store, self.name = agreed.store, agreed.name
+            self.durability = self._promised()
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
@@ -117,7 +119,7 @@ class _Save:
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
             path=f"{self.store.url}/{self.name}",
-            step=self.target.step,
+            step=self.request.step,
             attempt=draft.attempt,
             nbytes=nbytes,
             arrays=arrays,
@@ -129,6 +131,14 @@ class _Save:
         rate = nbytes / 1e9 / max(ended - begun, 1e-9)
         log.info("saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", info.path, arrays, nbytes / 1e9, ended - begun, rate)
         return info
+
+    def _promised(self) -> Durability:
+        """The durability asked for, lowered to what the store can do: it says so, and that is no failure."""
+        able = self.store.capabilities
+        if self.request.durability == "power" and not able.directory_sync:
+            self.notes.append(f"durability 'process' instead of 'power': {able.name} lacks directory_sync")
+            return "process"
+        return self.request.durability
 
     # -- writing and committing ----------------------------------------------------------------------------------------
 
@@ -160,13 +170,13 @@ class _Save:
                 plan,
                 _records(live, structure),
                 [host_elements(held.tensor) for held in live.arrays],
-                durability=self.target.durability,
+                durability=self.durability,
             )
             tables = own_tables(live, structure.shared, rank=self.group.rank)
             fragments = fragments_of(
                 plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
             )
-            file = attest(self.store, draft, fragments, durability=self.target.durability)
+            file = attest(self.store, draft, fragments, durability=self.durability)
             values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
             times.append(time.perf_counter())
             return Attested(file, plan.nbytes, values).encode()
@@ -180,7 +190,7 @@ class _Save:
                 draft,
                 contents,
                 [a.file for a in attested],
-                durability=self.target.durability,
+                durability=self.durability,
                 attempt=self.attempt,
             )
             del manifest
@@ -195,7 +205,7 @@ class _Save:
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
         return Contents(
-            step=self.target.step,
+            step=self.request.step,
             time=time.time(),
             world_size=len(self.team.ranks),
             placement="plain",
