@@ -23,7 +23,7 @@ from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import PlacementChoice, Request, Structure, agree
+from elastickpt.save.agree import Agreed, PlacementChoice, Request, Structure, agree
 from elastickpt.save.fragments import fragments_of, own_tables
 from elastickpt.save.messages import (
     Attested,
@@ -109,7 +109,7 @@ class _Save:
             self.durability = self._promised()
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
-            manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
+            manifest_bytes, written = self._write(agreed, draft, wanted)
         except BaseException:
             if self.draft is not None and self.attempt.state is not State.COMMITTED:
                 self.attempt.advance(Event.FAIL)
@@ -158,7 +158,8 @@ class _Save:
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
         return Draft(self.name, folder, attempt), wanted
 
-    def _write(self, live: LiveState, structure: Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+    def _write(self, agreed: Agreed, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+        live, structure = agreed.live, agreed.structure
         times: list[float] = []
 
         def write() -> bytes:
@@ -184,6 +185,7 @@ class _Save:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             attested = [Attested.decode(payload) for payload in payloads]
             values = {pointer: decode_text(text, where=pointer) for a in attested for pointer, text in a.values}
+            values.update(agreed.merged)
             contents = self._contents(structure, values)
             manifest: Manifest = finish(
                 self.store,
