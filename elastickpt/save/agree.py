@@ -8,7 +8,7 @@ compare     only if arrays have one name on ranks that nothing declares to be re
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,9 @@ class Target:
     durability: Durability
 
 
+Locate = Callable[[], Target]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
     """A job's structure as one rank knows it; `merged` on the committer only."""
@@ -66,8 +69,9 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
-    """What the ranks agreed to save; `intentions`, by member, on the committer only."""
+    """What the ranks agreed to save, and where; `intentions`, by member, on the committer only."""
 
+    target: Target
     live: LiveState
     structure: Structure
     intentions: tuple[Intention, ...]
@@ -77,27 +81,28 @@ class Agreed:
 _KNOWN: OrderedDict[tuple[int, str], Structure] = OrderedDict()
 
 
-def agree(group: Group, team: Team, target: Target, state: Mapping[str, object], declared: Mesh | None) -> Agreed:
+def agree(group: Group, team: Team, locate: Locate, state: Mapping[str, object], declared: Mesh | None) -> Agreed:
     """Agrees with all ranks on what is saved, and where; blocking. Nothing is written.
 
-    Raises, on every rank the same: Refused kinds for what cannot be saved, RanksFailed kinds.
+    `locate` runs within the first round: that one rank cannot reach the path is known to all at once. Raises, on every rank
+    the same: Refused kinds for what cannot be saved, what `locate` raises, RanksFailed kinds.
     """
-    return _Agreement(group, team, target).reach(state, declared)
+    return _Agreement(group, team, locate).reach(state, declared)
 
 
 class _Agreement:
-    def __init__(self, group: Group, team: Team, target: Target) -> None:
-        self.group, self.team, self.target = group, team, target
+    def __init__(self, group: Group, team: Team, locate: Locate) -> None:
+        self.group, self.team, self.locate = group, team, locate
 
     def reach(self, state: Mapping[str, object], declared: Mesh | None) -> Agreed:
-        target = self.target
-        captured: list[tuple[LiveState, bytes]] = []
+        captured: list[tuple[Target, LiveState, bytes]] = []
         intentions: list[Intention] = []
 
         def prepare() -> bytes:
+            target = self.locate()
             live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
             encoded = encode_table(table_of(live))
-            captured.append((live, encoded))
+            captured.append((target, live, encoded))
             digest = table_digest(encoded)
             values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
             values.append((TABLE_PREFIX + digest, _tables_digest(live)))
@@ -109,7 +114,8 @@ class _Agreement:
             intentions.extend(Intention.decode(payload) for payload in payloads)
             require_same_intention(intentions, self.team.ranks)
             require_equal_values(intentions, self.team.ranks)
-            require_plain(self.target.store, self.team)
+            target, _, _ = captured[0]
+            require_plain(target.store, self.team)
             require_free(target.store, target.name)
             structure = structure_id(self.team.ranks, [intention.table for intention in intentions])
             known = all(structure in intention.known for intention in intentions)
@@ -120,16 +126,16 @@ class _Agreement:
             ]
 
         structure_key, known, sends = msgpack.unpackb(self.team.round("prepare", prepare, decide))
-        live, encoded = captured[0]
+        target, live, encoded = captured[0]
         key = (self.group.rank, structure_key)
         if known:
             _KNOWN.move_to_end(key)
-            return Agreed(live, _KNOWN[key], tuple(intentions))
+            return Agreed(target, live, _KNOWN[key], tuple(intentions))
         structure = self._exchange(live, encoded if sends else b"", intentions)
         _KNOWN[key] = structure
         while len(_KNOWN) > KNOWN_STRUCTURES:
             _KNOWN.popitem(last=False)
-        return Agreed(live, structure, tuple(intentions))
+        return Agreed(target, live, structure, tuple(intentions))
 
     def _exchange(self, live: LiveState, table: bytes, intentions: Sequence[Intention]) -> Structure:
         merged: list[MergedStructure] = []

@@ -1,0 +1,184 @@
+"""Saves and loads by members that are threads of this process, each through a store of its own; and what must hold after."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from elastickpt.comms.star import connect
+from elastickpt.comms.team import Alone, Team
+from elastickpt.errors import CheckpointError, DeadlineExceeded
+from elastickpt.format.arrays import Mesh
+from elastickpt.load import opened as opening
+from elastickpt.load.checkpoint import Checkpoint, open_checkpoint
+from elastickpt.load.session import LoadReport, _Load
+from elastickpt.save.agree import Target
+from elastickpt.save.session import CheckpointInfo, _Save
+from elastickpt.storage.store import Durability, Store
+from elastickpt.testing.fingerprint import fingerprint
+
+State = dict[str, object]
+Files = Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What `save` and `load` ask of a process group, without one."""
+
+    rank: int
+    ranks: tuple[int, ...]
+    handle: None = None
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def member(self) -> int:
+        return self.rank
+
+
+class Words:
+    """A job's key-value store within one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+
+    def set(self, key: str, value: bytes) -> None:
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def get(self, key: str, *, timeout_s: float) -> bytes:
+        with self._changed:
+            if not self._changed.wait_for(lambda: key in self._values, timeout_s):
+                raise DeadlineExceeded(f"no key {key!r} after {timeout_s:g} s")
+            return self._values[key]
+
+
+def teams(count: int, *, silence_s: float = 20.0) -> list[Team]:
+    """The members of one team, by member."""
+    if count == 1:
+        return [Alone(0, "host")]
+    words, ranks = Words(), tuple(range(count))
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda m: connect(words, m, ranks, timeout_s=20, silence_s=silence_s), ranks))
+
+
+def state(seed: int) -> State:
+    """A model with momentum and a plain value: two arrays. Equal seeds give equal states."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "note": f"seed {seed}"}
+
+
+def mesh(world: int) -> Mesh | None:
+    """Declares every tensor a replica on all members, which then share the writing of each."""
+    return Mesh("all", ("replica",), (world,), tuple(range(world))) if world > 1 else None
+
+
+Outcome = CheckpointInfo | BaseException
+
+
+def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, durability: Durability = "power") -> list[Outcome]:
+    """How `save` ended on each member, one a store; all members' threads have ended."""
+    found: list[Outcome] = []
+    joined = teams(len(stores))
+    ranks = tuple(range(len(stores)))
+
+    def one(member: int) -> Outcome:
+        target = Target(stores[member], name, 7, "auto", durability)
+
+        try:
+            return _Save(Member(member, ranks), joined[member], lambda: target).run(states[member], mesh(len(stores)))  # type: ignore[arg-type]
+        except BaseException as error:
+            return error
+
+    try:
+        if len(stores) == 1:
+            found.append(one(0))
+        else:
+            with ThreadPoolExecutor(len(stores)) as pool:
+                found.extend(pool.map(one, ranks))
+    finally:
+        for team in joined:
+            team.close()
+    return found
+
+
+def load_from(store: Store, name: str, into: State) -> LoadReport:
+    """`load` by one process, from a store object."""
+    located = opening.locate
+    opening.locate = lambda path: (store, name)
+    try:
+        return _Load(Member(0, (0,)), Alone(0, "host"), name, "all", "on").run(into, None)  # type: ignore[arg-type]
+    finally:
+        opening.locate = located
+
+
+def opened(store: Store, name: str) -> Checkpoint:
+    """`ek.open`, from a store object."""
+    located = opening.locate
+    opening.locate = lambda path: (store, name)
+    try:
+        return open_checkpoint(name)
+    finally:
+        opening.locate = located
+
+
+def files(store: Store, folder: str) -> Files:
+    """Every file below a folder: path → content."""
+    found: dict[str, bytes] = {}
+    for entry in store.entries(folder):
+        path = f"{folder}/{entry.name}"
+        if entry.kind == "directory":
+            found.update(files(store, path))
+        else:
+            found[path] = store.read(path, 1 << 30)
+    return found
+
+
+def require_whole(store: Store, name: str, expected: State) -> None:
+    """The checkpoint verifies, and loads bit by bit what was saved."""
+    report = opened(store, name).verify()
+    assert report.problems == ()
+    fresh = state(12345)
+    load_from(store, name, fresh)
+    assert fingerprint(fresh) == fingerprint(expected)
+
+
+def drafts(store: Store) -> list[str]:
+    return [entry.name for entry in store.entries("") if ".draft-" in entry.name]
+
+
+def require_absent_or_whole(store: Store, name: str, expected: State) -> bool:
+    """Whether it is there; then it is whole."""
+    if not store.exists(name):
+        return False
+    require_whole(store, name, expected)
+    return True
+
+
+def is_typed(outcome: Outcome) -> bool:
+    return isinstance(outcome, CheckpointError)
+
+
+def everywhere(count: int, work: Callable[[int], object]) -> list[object]:
+    """`work` of each member at once; an error is returned instead of raised."""
+
+    def one(member: int) -> object:
+        try:
+            return work(member)
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
