@@ -93,7 +93,7 @@ def run(number: int, phase: Phase, reference: Reference) -> None:
         with console.status("starting") as status:
             for event in job.watch():
                 note(phase, event, reference)
-                status.update(f"{event.event}, step {event.step}")
+                status.update(f"step {event.step} of {phase.until}")
                 if number == 1 and event.event == "step" and event.step == KILL_AFTER:
                     pid = job.kill(VICTIM)
                     phase.killed = True
@@ -126,9 +126,9 @@ def note(phase: Phase, event: Event, reference: Reference) -> None:
 
 def verdict_on(seam: Comparison) -> str:
     if seam.differences:
-        return f"[bold red]✗ differs[/] ({'; '.join(seam.differences[:4])}) from"
+        return f"[bold red]✗ differs[/]: {'; '.join(seam.differences[:4])} from"
     state = f"{seam.arrays} arrays ({seam.nbytes / 1e6:.1f} MB) and {seam.values} other values"
-    return f"[green]✓ bit for bit[/] {state} of"
+    return f"[green]✓ bit for bit[/]: {state} are those of"
 
 
 def worst(phase: Phase, reference: Reference) -> float:
@@ -210,10 +210,14 @@ def main() -> int:
     for fault in found:
         console.print(f"[bold red]✗[/] {fault}")
     if not found:
-        console.print("[green]✓[/] All state was loaded bit for bit; losses are apart by rounding only.")
+        apart = max(worst(phase, reference) for phase in phases)
+        console.print(f"[green]✓[/] All state was loaded bit for bit. Losses are at most {apart:.1e} (relative) apart.")
     console.print(f"The curve is in {OUT / 'loss.png'}. Took {time.time() - begin:.0f} s.")
     return 1 if found else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

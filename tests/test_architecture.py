@@ -46,7 +46,7 @@ def test_zarr_is_imported_in_one_module() -> None:
 
 def test_torch_is_imported_only_where_live_state_is() -> None:
     layers = {name.partition("/")[0] for name in importers("torch")}
-    typing_only = {"save/session.py", "load/session.py"}
+    typing_only = {"save/agree.py", "save/session.py", "load/session.py"}
     assert layers <= {"training", "testing", "save", "load"}
     assert {name for name in importers("torch") if name.startswith(("save/", "load/"))} == typing_only
 

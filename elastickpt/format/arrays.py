@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from elastickpt.errors import Malformed
+from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.dtypes import DType, dtype_named
 from elastickpt.format.limits import MAX_DIM, MAX_NDIM
 
@@ -46,8 +46,10 @@ class ArraySpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        if len(self.shape) > MAX_NDIM or any(not 0 <= extent <= MAX_DIM for extent in self.shape):
-            raise Malformed(f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis")
+        if any(extent < 0 for extent in self.shape):
+            raise Malformed(f"array {self.id}: shape {self.shape} has an extent below 0")
+        if len(self.shape) > MAX_NDIM or any(extent > MAX_DIM for extent in self.shape):  # [UCF-93]
+            raise LimitExceeded(f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis")
         dtype_named(self.dtype)
 
     @property

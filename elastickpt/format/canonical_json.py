@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import NoReturn
 
-from elastickpt.errors import LimitExceeded, Malformed
+from elastickpt.errors import LimitExceeded, Malformed, ValueNotCarried
 from elastickpt.format.limits import MAX_NODES
 
 _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
@@ -24,6 +24,21 @@ def dump(value: object) -> str:
 def dump_sorted(value: object) -> str:
     """The same with members sorted by name: equal for equal mappings, whatever order they were filled in."""
     return _SORTING.encode(value)
+
+
+def _nodes(text: str) -> int:
+    """At least as many as there are values in the text, without reading it."""
+    return text.count(",") + text.count("[") + text.count("{")
+
+
+def dump_bounded(value: object, *, where: str) -> str:
+    """The canonical text. Raises ValueNotCarried where it is more than readers take. [UCF-91]"""
+    text = dump(value)
+    if _nodes(text) > MAX_NODES:
+        raise ValueNotCarried(
+            f"{where}: about {_nodes(text)} values, the limit is {MAX_NODES}; large data can be carried as tensors"
+        )
+    return text
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -45,9 +60,8 @@ def parse(data: bytes | str, *, where: str) -> object:
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        nodes = text.count(",") + text.count("[") + text.count("{")
-        if nodes > MAX_NODES:
-            raise LimitExceeded(f"{where}: about {nodes} values in one JSON text, the limit is {MAX_NODES}")
+        if _nodes(text) > MAX_NODES:
+            raise LimitExceeded(f"{where}: about {_nodes(text)} values in one JSON text, the limit is {MAX_NODES}")
         value: object = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
         raise LimitExceeded(f"{where}: JSON is nested too deeply") from None

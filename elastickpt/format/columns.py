@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed
-from elastickpt.format.limits import MAX_EXPANDED, MAX_NODES
+from elastickpt.format.limits import MAX_EXPANDED, MAX_NODES, MAX_WRITERS
 from elastickpt.format.members import Members, integer, pair, sequence
 
 IntColumn = npt.NDArray[np.int64]
@@ -116,19 +116,20 @@ def pack_runs(ranks: Iterable[int]) -> list[list[int]]:
 
 
 class Runs:
-    """Expands the runs of one record; all of them together stand for at most 2^23 integers. [UCF-47, UCF-91]"""
+    """Expands the runs of ranks in one record: each below 2^20, all together at most 2^23. [UCF-47, UCF-91, UCF-96]"""
 
-    def __init__(self, *, high: int) -> None:
+    def __init__(self) -> None:
         self._left = MAX_EXPANDED
-        self._high = high
 
     def expand(self, value: object, *, where: str) -> tuple[int, ...]:
         found: list[int] = []
         for k, run in enumerate(sequence(value, where=where)):
             place = f"{where}[{k}]"
             first, last = pair(run, where=place)
-            low = integer(first, where=place, high=self._high)
-            high = integer(last, where=place, low=low, high=self._high)
+            low = integer(first, where=place)
+            high = integer(last, where=place, low=low)
+            if high >= MAX_WRITERS:
+                raise LimitExceeded(f"{place}: rank {high}, the limit is {MAX_WRITERS}")
             self._left -= high - low + 1
             if self._left < 0:
                 raise LimitExceeded(f"{place}: the runs stand for more than {MAX_EXPANDED} integers")

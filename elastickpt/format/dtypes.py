@@ -1,7 +1,7 @@
-"""Element types: the names zarr knows them by, sizes, and the fill value that makes a lost chunk loud. [UCF-20..24]
+"""Element types: the names zarr knows them by, sizes, and the fill value that makes a lost chunk loud. [UCF-20..23]
 
 Bits are stored as they are, little-endian, never through a float round trip. An element type without a registered zarr
-name is stored as `uint8` with an attribute that names it (`STORED_AS_BYTES`).
+name is stored as `uint8` with one more axis of its size in bytes and the attribute `stored_as`, its name.
 """
 
 from __future__ import annotations

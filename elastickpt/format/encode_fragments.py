@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
-from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.columns import IntColumn, pack, pack_ints, take_ints, take_uints, unpack
 from elastickpt.format.encode_tables import pack_tables, take_tables
 from elastickpt.format.keys import checked_path
@@ -60,17 +60,30 @@ def encode_fragments(fragments: FragmentMap | FragmentColumns) -> bytes:
         },
         "checksums": np.ascontiguousarray(pieces.checksums, dtype="<u8").tobytes(),
         "tables": pack_tables(fragments.tables),
-        "values": None if fragments.values is None else dump(encode_pointers(fragments.values, where="per-rank values")),
+        "values": _values_text(fragments.values),
     }
-    return pack(record)
+    data = pack(record)
+    if len(data) > MAX_FRAGMENTS_NBYTES:  # [UCF-90]
+        raise LimitExceeded(f"fragment map of writer {fragments.writer}: {len(data)} bytes")
+    return data
+
+
+def _values_text(values: Value) -> str | None:
+    where = "per-rank values"
+    return None if values is None else dump_bounded(encode_pointers(values, where=where), where=where)
 
 
 def decode_fragments(data: bytes, *, path: str) -> FragmentMap:
     """The fragment map as objects, one a piece: for maps of up to about 10^5 pieces. Raises as `decode_columns`."""
     columns = decode_columns(data, path=path)
-    pieces = tuple(columns.pieces.piece(p) for p in range(len(columns.pieces)))
     return FragmentMap(
-        columns.writer, columns.attempt, columns.block_nbytes, columns.files, pieces, columns.tables, columns.values
+        columns.writer,
+        columns.attempt,
+        columns.block_nbytes,
+        columns.files,
+        columns.pieces.objects(),
+        columns.tables,
+        columns.values,
     )
 
 
@@ -88,7 +101,7 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
         raise Malformed(f"{path}/block_nbytes: {block_nbytes} is no power of two")
     files = _files(members.members("files"))
     fragments = FragmentColumns(
-        writer=members.integer("writer", high=MAX_WRITERS - 1),
+        writer=_writer(members),
         attempt=members.text("attempt"),
         block_nbytes=block_nbytes,
         files=files,
@@ -98,6 +111,13 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
     )
     members.close()
     return fragments
+
+
+def _writer(members: Members) -> int:
+    writer = members.integer("writer")
+    if writer >= MAX_WRITERS:  # [UCF-96]
+        raise LimitExceeded(f"{members.where}: writer {writer}, the limit is {MAX_WRITERS}")
+    return writer
 
 
 def check_version(members: Members, name: str) -> None:
@@ -131,7 +151,10 @@ def _arrays(members: Members) -> tuple[tuple[str, ...], IntColumn]:
     keys = tuple(checked_path(key) for key in members.texts("arrays"))
     if any(low >= high for low, high in pairwise(keys)):  # [FRAG-24]
         raise Malformed(f"{members.where}/arrays: keys out of order, or twice")
-    return keys, take_ints(members, "ndims", length=len(keys), high=MAX_NDIM)
+    ndims = take_ints(members, "ndims", length=len(keys))
+    if ndims.size and int(ndims.max()) > MAX_NDIM:  # [UCF-93]
+        raise LimitExceeded(f"{members.where}/ndims: an array of {ndims.max()} axes, the limit is {MAX_NDIM}")
+    return keys, ndims
 
 
 def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) -> PieceColumns:
@@ -162,6 +185,8 @@ def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) 
     )
     columns.close()
     _check_pieces(pieces, files, members.where)
+    if len(np.unique(array)) != len(keys):  # [FRAG-28]
+        raise Malformed(f"{members.where}/arrays: an array without a piece")
     return pieces
 
 
@@ -178,7 +203,7 @@ def _check_pieces(pieces: PieceColumns, files: tuple[StoredFile, ...], where: st
         ("it lies beyond the end of its file", (room < 0) | ((rows - 1) > np.maximum(room, 0) // pieces.row_stride)),
         ("its box ends beyond 2^48", _any_by_piece(pieces, pieces.start + pieces.shape > MAX_DIM)),
     )
-    for what, wrong in faults:  # [FRAG-11..16]
+    for what, wrong in faults:  # [FRAG-11..16, FRAG-27]
         if wrong.any():
             piece = int(np.argmax(wrong))
             raise Malformed(f"{where}: piece {piece} of array {pieces.arrays[int(pieces.array[piece])]!r}: {what}")

@@ -1,5 +1,5 @@
 """The index on disk: what each array is and which writers hold pieces of it, in columns; one msgpack map a part.
-[UCF-63..69]
+[UCF-64..69]
 
 Arrays that share element type, grid, layout and attributes share a template; states of one parameter share its entry;
 arrays held by the same writers share a writer set.
@@ -13,7 +13,7 @@ from itertools import pairwise
 from math import prod
 from typing import Generic, TypeVar, get_args
 
-from elastickpt.errors import LimitExceeded, Malformed, Unsupported
+from elastickpt.errors import LimitExceeded, Malformed, Unsupported, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Section
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.columns import Runs, pack, pack_ints, pack_runs, take_ints, unpack
@@ -27,9 +27,9 @@ from elastickpt.format.limits import (
     MAX_CHUNK_NBYTES,
     MAX_CHUNKS,
     MAX_DIM,
+    MAX_DOCUMENT_NBYTES,
     MAX_MANIFEST_NBYTES,
     MAX_NDIM,
-    MAX_WRITERS,
 )
 from elastickpt.format.members import Members, integers, pair, text
 from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart
@@ -81,11 +81,17 @@ def _entry_of(record: ArrayRecord) -> tuple[_Entry, tuple[str, str]]:
 def _template_of(record: ArrayRecord) -> _Template:
     where = str(record.spec.id)
     own = dump({name: encode_value(value, where=f"{where}/{name}") for name, value in record.attributes})
+    if len(own) > MAX_DOCUMENT_NBYTES // 2:  # the document holds it beside the names
+        raise ValueNotCarried(f"{where}: attributes of {len(own)} bytes, the limit is {MAX_DOCUMENT_NBYTES // 2}")
     return _Template(record.spec.dtype, record.chunk_shape, record.layout, own)
 
 
 def encode_index(part: IndexPart) -> bytes:
-    """The bytes of one part of the index. Raises Malformed for arrays out of order of their keys, ValueNotCarried."""
+    """The bytes of one part of the index.
+
+    Raises Malformed for arrays out of the order of their keys, ValueNotCarried, and LimitExceeded when it needs more
+    parts than one.
+    """
     arrays = part.arrays
     if any(low.key >= high.key for low, high in pairwise(arrays)):
         raise Malformed("arrays of an index part stand out of the order of their keys, or twice")
@@ -111,7 +117,10 @@ def encode_index(part: IndexPart) -> bytes:
         },
         "tables": pack_tables(part.tables),
     }
-    return pack(out)
+    data = pack(out)
+    if len(data) > MAX_MANIFEST_NBYTES:  # [UCF-90]
+        raise LimitExceeded(f"an index part of {len(arrays)} arrays has {len(data)} bytes: it needs more parts")
+    return data
 
 
 def _pack_template(template: _Template) -> dict[str, object]:
@@ -148,7 +157,7 @@ def decode_index(data: bytes, *, path: str) -> IndexPart:
     templates = [_template(Members(one, where=f"{path}/templates[{k}]")) for k, one in enumerate(members.sequence("templates"))]
     entries = _entries(members.members("entries"))
     leaves = [_leaf(one, f"{path}/leaves[{k}]") for k, one in enumerate(members.sequence("leaves"))]
-    runs = Runs(high=MAX_WRITERS - 1)
+    runs = Runs()
     writer_sets = [_writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))]
     rows = _Rows(templates, entries, leaves, writer_sets)
     arrays = _arrays(members.members("arrays"), rows)
@@ -244,7 +253,7 @@ def _arrays(members: Members, rows: _Rows) -> tuple[ArrayRecord, ...]:
     template = take_ints(members, "template", length=count, high=len(rows.templates) - 1).tolist()
     writers = take_ints(members, "writers", length=count, high=len(rows.writer_sets) - 1).tolist()
     axes = sum(len(rows.templates[t].chunk_shape) for t in template)
-    shape = take_ints(members, "shape", length=axes, high=MAX_DIM).tolist()
+    shape = take_ints(members, "shape", length=axes).tolist()  # ArraySpec checks the limit
     members.close()
     found: list[ArrayRecord] = []
     axis, last = 0, ""

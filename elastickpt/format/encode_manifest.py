@@ -12,7 +12,7 @@ from typing import get_args
 
 from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.arrays import Mesh
-from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.columns import Runs, pack_runs
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import check_version
@@ -42,7 +42,10 @@ _PLACEMENTS: dict[str, Placement] = {name: name for name in get_args(Placement)}
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The bytes of `checkpoint.json`, its own digest last. Raises ValueNotCarried."""
+    """The bytes of `checkpoint.json`, its own digest last; `decode_manifest` takes what this returns.
+
+    Raises ValueNotCarried, or what `decode_manifest` raises for a member that no reader would take.
+    """
     record: dict[str, object] = {
         "format": FORMAT,
         "version": manifest.version,
@@ -66,8 +69,10 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "tied": [[list(one) for one in group] for group in manifest.tied],
         "values": encode_pointers(manifest.values, where="replicated values"),
     }
-    body = dump(record).encode("ascii")[:-1]
-    return body + f',"digest":"{file_digest(body)}"}}\n'.encode("ascii")
+    body = dump_bounded(record, where="manifest").encode("ascii")[:-1]
+    data = body + f',"digest":"{file_digest(body)}"}}\n'.encode("ascii")
+    decode_manifest(data, path="manifest about to be written")
+    return data
 
 
 def _file(file: FileDigest) -> dict[str, object]:
@@ -179,7 +184,7 @@ def _items(members: Members) -> tuple[Item, ...]:
 
 
 def _meshes(members: Members) -> list[Mesh]:
-    runs = Runs(high=MAX_WRITERS - 1)
+    runs = Runs()
     found = []
     for one in _each(members, "meshes"):
         sizes = integers(one.take("sizes"), where=f"{one.where}/sizes")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import get_args
 
 from elastickpt.errors import Malformed
-from elastickpt.format.canonical_json import dump
+from elastickpt.format.canonical_json import dump_bounded
 from elastickpt.format.columns import pack_ints, take_ints
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value
@@ -41,7 +41,7 @@ def _pack_field(table: OptimizerTable, field: Field) -> dict[str, object]:
     return {
         "kind": field.kind,
         "key": field.key,
-        "values": dump(encode_value(list(field.values), where=where)),
+        "values": dump_bounded(encode_value(list(field.values), where=where), where=where),
         "which": pack_ints(field.which),
     }
 

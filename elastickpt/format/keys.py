@@ -7,6 +7,7 @@ separator of its own, and differs from its siblings' keys on file systems that i
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -22,6 +23,7 @@ ROOT_DOCUMENT = DOCUMENT
 MAX_KEY_NBYTES = 200  # of a key without a suffix; leaves room below 255 for what stores append while writing
 SUFFIX_CUT = 180  # bytes of a key that stand before its suffix
 
+_PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 _KEPT = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -48,7 +50,9 @@ def encode_name(name: str) -> str:
     """
     if not name:
         return "%"
-    encoded = "".join(chr(byte) if byte in _KEPT else f"%{byte:02X}" for byte in checked_name(name).encode())
+    encoded = checked_name(name)
+    if not _PLAIN.fullmatch(name):
+        encoded = "".join(chr(byte) if byte in _KEPT else f"%{byte:02X}" for byte in name.encode())
     if not name.strip(".") or name.startswith("__") or name.lower() == DOCUMENT:
         return f"%{ord(encoded[0]):02X}{encoded[1:]}"
     return encoded
@@ -111,7 +115,7 @@ class _Node:
 
     def collect(self, key: str, found: dict[ArrayId, str]) -> None:
         if self.array is not None:
-            if self.children:
+            if self.children:  # [UCF-36]
                 raise StructureConflict(f"array {self.array} stands where other arrays have a group")
             if len(key) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
                 raise LimitExceeded(f"array {self.array}: its path has {len(key)} bytes")
@@ -139,7 +143,7 @@ def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
 def chunk_file(key: str, chunk: tuple[int, ...]) -> str:
     """The file of one chunk in placement `plain`: `params/m/w/value` and (0, 1) -> `params/m/w/value/c.0.1`.
 
-    [UCF-36]
+    [UCF-14]
     """
     return ".".join((f"{key}/c", *map(str, chunk)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 
@@ -63,6 +64,21 @@ class PieceColumns:
             int(self.row_stride[piece]),
             tuple(self.checksums[blocks].tolist()),
         )
+
+    def objects(self) -> tuple[StoredPiece, ...]:
+        """All pieces as objects: about 4 µs and 600 bytes each."""
+        start, shape, checksums = self.start.tolist(), self.shape.tolist(), self.checksums.tolist()
+        axes, blocks = self.axis_start.tolist(), self.checksum_start.tolist()
+        columns = (self.array, self.file, self.offset, self.nbytes, self.row_nbytes, self.row_stride)
+        found = []
+        for p, (array, file, offset, nbytes, row, stride) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
+            low = tuple(start[axes[p] : axes[p + 1]])
+            box = Box(low, tuple(map(add, low, shape[axes[p] : axes[p + 1]])))
+            own = tuple(checksums[blocks[p] : blocks[p + 1]])
+            found.append(StoredPiece(self.arrays[array], box, file, offset, nbytes, row, stride, own))
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

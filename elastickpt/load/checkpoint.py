@@ -19,8 +19,9 @@ from elastickpt.format.documents import documents
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Item, Manifest, OptimizerTable
 from elastickpt.format.values import Value
-from elastickpt.load.fetch import Bytes, Wanted, fetch
+from elastickpt.load.fetch import fetch
 from elastickpt.load.opened import Opened, open_records
+from elastickpt.load.plan import Bytes, Wanted, require_stored
 from elastickpt.load.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class Checkpoint:
         """
         record = self.records[array]
         box = Box.whole(record.spec.shape) if box is None else box
+        if box.count:
+            require_stored(self._opened, record, box)  # before memory is taken for what a forged index says
         words = np.empty(box.shape, dtype=_WORDS[record.spec.type.itemsize])
         fetch(self._opened, [Wanted(record, box, words)])
         return words.view(_numpy_type(record.spec.dtype))

@@ -1,49 +1,30 @@
 """Carries out reads: ranges of chunk files straight into the destination, every block verified on the way.
 
-    wanted boxes --> pieces of the fragment maps --> reads (layout.reads) --> units, by file and offset --> threads
-
-A unit is at most `UNIT_NBYTES` of whole blocks, so that a block is hashed while it is still in the cache.
+Threads take the units of a plan in order, so that files are read front to back, each opened once.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from elastickpt.errors import ChecksumMismatch, CoverageGap, CoverageOverlap, Malformed, WrongLength
-from elastickpt.format.box import Box
+from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
-from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
-from elastickpt.layout.algebra import intersect
-from elastickpt.layout.coverage import prove_box_coverage
-from elastickpt.layout.reads import Direct, Read, plan_reads, segments
+from elastickpt.format.records import StoredPiece
+from elastickpt.layout.reads import Direct, segments
 from elastickpt.load.opened import Opened
+from elastickpt.load.plan import UNIT_NBYTES, Bytes, Elements, FetchPlan, Target, Unit, Wanted, plan_fetch, require_length
 from elastickpt.storage.store import RangeReader
 
-UNIT_NBYTES = 2 << 20
 THREADS = 4
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
 
-Bytes = NDArray[np.uint8]
-Elements = NDArray[np.generic]
 Verify = Literal["on", "off"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Wanted:
-    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides."""
-
-    record: ArrayRecord
-    box: Box
-    into: Elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,110 +36,42 @@ class FetchReport:
     reads: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Target:
-    """The wanted box as bytes in its own C order: the destination's own memory, or a buffer that is copied at the end."""
-
-    wanted: Wanted
-    data: Bytes
+def fetch(opened: Opened, wanted: Sequence[Wanted], *, verify: Verify = "on") -> FetchReport:
+    """Plans and carries out at once; see `plan_fetch` and `carry_out`."""
+    return carry_out(opened, plan_fetch(opened, wanted), verify=verify)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Unit:
-    """Some blocks of one read: bytes [start, end) of a piece, and what they deliver to `target`."""
-
-    file: StoredFile
-    piece: StoredPiece
-    block_nbytes: int
-    start: int
-    end: int
-    read: Read
-    target: _Target
-
-
-def fetch(
-    opened: Opened, wanted: Sequence[Wanted], *, verify: Verify = "on", progress: Callable[[int], None] = lambda _: None
+def carry_out(
+    opened: Opened, plan: FetchPlan, *, verify: Verify = "on", progress: Callable[[int], None] = lambda _: None
 ) -> FetchReport:
     """Fills every destination; blocking. `progress` is called with numbers of bytes read, from several threads.
 
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
-    be read; destinations then hold anything.
+    be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
-    targets = [_target(want) for want in wanted]
-    units = [unit for target in targets for unit in _units_of(opened, target)]
-    units.sort(key=lambda unit: (unit.file.path, unit.piece.offset + unit.start))
-    _Fetching(opened, units, verify, progress).run()
-    for target in targets:
-        into = target.wanted.into
-        if not into.flags.c_contiguous:
-            into[...] = target.data.view(into.dtype).reshape(into.shape)
+    _Fetching(opened, plan.units, verify, progress).run()
+    for target in plan.targets:
+        _settle(target)
     return FetchReport(
-        sum(unit.end - unit.start for unit in units),
-        sum(target.data.size for target in targets),
-        len(units),
+        sum(unit.end - unit.start for unit in plan.units),
+        sum(target.data.size for target in plan.targets),
+        len(plan.units),
     )
 
 
-def _target(wanted: Wanted) -> _Target:
-    into = wanted.into
-    if into.shape != wanted.box.shape:
-        raise Malformed(f"array {wanted.record.spec.id}: a destination of shape {into.shape} for box {wanted.box}")
+def _settle(target: Target) -> None:
+    """Copies what was read into a buffer to where it belongs."""
+    into = target.wanted.into
     if into.flags.c_contiguous:
-        return _Target(wanted, into.reshape(-1).view(np.uint8))
-    return _Target(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
-
-
-# -- planning ----------------------------------------------------------------------------------------------------------
-
-
-def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
-    """The stored pieces of an array that hold any of `within`, with their fragment maps."""
-    found = []
-    for writer in record.writers:
-        columns = opened.fragments(writer)
-        pieces = columns.pieces
-        number = bisect_left(pieces.arrays, record.key)  # keys are sorted
-        if number == len(pieces.arrays) or pieces.arrays[number] != record.key:
-            raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
-        for place in pieces.of_array(number):
-            box = pieces.box(place)
-            if len(box.start) != len(record.spec.shape):
-                raise Malformed(f"array {record.spec.id}: a piece {box} for shape {record.spec.shape}")
-            if intersect(box, within) is not None:
-                found.append((columns, pieces.piece(place)))
-    return found
-
-
-def _units_of(opened: Opened, target: _Target) -> list[_Unit]:
-    want = target.wanted
-    if want.box.count == 0:
-        return []
-    found = pieces_of(opened, want.record, want.box)
-    _require_whole(want, [piece for _, piece in found])
-    units = []
-    itemsize = want.record.spec.type.itemsize
-    for columns, piece in found:
-        file = columns.files[piece.file]
-        for read in plan_reads(want.box, [piece], block_nbytes=columns.block_nbytes, itemsize=itemsize):
-            step = max(UNIT_NBYTES // columns.block_nbytes, 1) * columns.block_nbytes
-            if not isinstance(read.steps[0], Direct) or len(read.steps) > 1:
-                step = read.nbytes
-            for start in range(read.start, read.end, step):
-                end = min(start + step, read.end)
-                units.append(_Unit(file, piece, columns.block_nbytes, start, end, read, target))
-    return units
-
-
-def _require_whole(want: Wanted, pieces: Sequence[StoredPiece]) -> None:
-    """Raises CoverageGap or CoverageOverlap unless the pieces hold every wanted element exactly once. [FRAG-30]"""
-    parts = [part for piece in pieces if (part := intersect(piece.box, want.box)) is not None]
-    if len(parts) == 1 and parts[0] == want.box:
         return
-    report = prove_box_coverage(want.box, parts)
-    if report.overlaps:
-        raise CoverageOverlap(f"array {want.record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
-    if report.gaps:
-        raise CoverageGap(f"array {want.record.spec.id}: elements {report.gaps[0]} are stored nowhere")
+    into[...] = target.data.view(into.dtype).reshape(into.shape)
+    if any(stride == 0 and extent > 1 for stride, extent in zip(into.strides, into.shape, strict=True)) and (
+        into.tobytes() != target.data.tobytes()
+    ):
+        raise StateMismatch(
+            f"array {target.wanted.record.spec.id}: elements of this process's tensor share memory (it was expanded, strides "
+            f"{into.strides} in bytes), and those in the checkpoint differ: load into a tensor with memory for each element"
+        )
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -176,7 +89,7 @@ class _Open:
 class _Fetching:
     """One call of `fetch` under way: threads take units in order."""
 
-    def __init__(self, opened: Opened, units: Sequence[_Unit], verify: Verify, progress: Callable[[int], None]) -> None:
+    def __init__(self, opened: Opened, units: Sequence[Unit], verify: Verify, progress: Callable[[int], None]) -> None:
         self._opened = opened
         self._pending = iter(units)
         self._count = len(units)
@@ -219,19 +132,15 @@ class _Fetching:
                 self._failed.set()
                 raise
 
-    def _reader(self, unit: _Unit) -> RangeReader:
+    def _reader(self, unit: Unit) -> RangeReader:
         file = self._files[unit.file.path]
         with file.lock:
             if file.reader is None:
                 file.reader = self._opened.store.open_reader(self._opened.path(unit.file.path))
-                if file.reader.nbytes != unit.file.nbytes:
-                    raise WrongLength(
-                        f"{unit.file.path}: expected {unit.file.nbytes} bytes (in the fragment map), "
-                        f"found {file.reader.nbytes}; it holds array {unit.target.wanted.record.spec.id}"
-                    )
+                require_length(unit, file.reader.nbytes)
             return file.reader
 
-    def _done(self, unit: _Unit) -> None:
+    def _done(self, unit: Unit) -> None:
         file = self._files[unit.file.path]
         with file.lock:
             file.left -= 1
@@ -246,7 +155,7 @@ class _Fetching:
             self._scratch.data = found
         return found[:nbytes]
 
-    def _carry_out(self, unit: _Unit) -> None:
+    def _carry_out(self, unit: Unit) -> None:
         reader = self._reader(unit)
         step = unit.read.steps[0] if len(unit.read.steps) == 1 else None
         if isinstance(step, Direct):
@@ -266,7 +175,7 @@ class _Fetching:
         self._done(unit)
         self._progress(unit.end - unit.start)
 
-    def _direct(self, reader: RangeReader, unit: _Unit, step: Direct) -> None:
+    def _direct(self, reader: RangeReader, unit: Unit, step: Direct) -> None:
         """Blocks wholly inside go straight to the destination; one that only partly belongs there goes through a buffer."""
         block, stop = unit.block_nbytes, step.source + step.nbytes
         first = max(unit.start, -(-step.source // block) * block)
@@ -284,7 +193,7 @@ class _Fetching:
                 at = step.target + begin - step.source
                 unit.target.data[at : at + end - begin] = data[begin - low : end - low]
 
-    def _read_blocks(self, reader: RangeReader, unit: _Unit, start: int, into: Bytes) -> None:
+    def _read_blocks(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
         """Fills `into` with the piece's bytes from `start`, a multiple of the block size, and verifies them."""
         self._read(reader, unit, start, into)
         if self._verify == "off":
@@ -301,7 +210,7 @@ class _Fetching:
                     f"{unit.piece.checksums[number]:016x} (in the fragment map), found {found:016x}"
                 )
 
-    def _read(self, reader: RangeReader, unit: _Unit, start: int, into: Bytes) -> None:
+    def _read(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
         piece = unit.piece
         try:
             if piece.row_nbytes == piece.row_stride or piece.row_nbytes == piece.nbytes:

@@ -66,13 +66,20 @@ class Opened:
                 raise Malformed(
                     f"{entry.file.path}: expected arrays {entry.first!r} to {entry.last!r} (in the manifest), found {ends}"
                 )
+            for record in part.arrays:
+                _require_known(record, self.manifest, entry.file.path)
             parts.append(part)
         return tuple(parts)
 
     @cached_property
     def records(self) -> Mapping[ArrayId, ArrayRecord]:
         """Every array, by id, in the order of keys."""
-        return MappingProxyType({record.spec.id: record for part in self.parts for record in part.arrays})
+        records: dict[ArrayId, ArrayRecord] = {}
+        for record in (record for part in self.parts for record in part.arrays):
+            twin = records.setdefault(record.spec.id, record)
+            if twin is not record:
+                raise Malformed(f"index: array {record.spec.id} stands twice, under {twin.key!r} and {record.key!r}")
+        return MappingProxyType(records)
 
     @cached_property
     def by_key(self) -> Mapping[str, ArrayRecord]:
@@ -100,6 +107,13 @@ class Opened:
         with self._fragments.lock:
             return self._fragments.maps.setdefault(writer, columns)
 
+    def stored_by(self, writer: int) -> Iterator[ArrayRecord]:
+        """The arrays that a writer stored pieces of. Raises Malformed for one that the index lacks."""
+        for key in self.fragments(writer).pieces.arrays:
+            if key not in self.by_key:
+                raise Malformed(f"{self.manifest.fragments[writer].path}: has pieces of array {key}, which is not in the index")
+            yield self.by_key[key]
+
     def all_fragments(self) -> Iterator[FragmentColumns]:
         """Every writer's fragment map, by writer."""
         for writer in range(len(self.manifest.fragments)):
@@ -119,6 +133,18 @@ class Opened:
         if found != file.digest:
             raise ChecksumMismatch(f"{file.path}: expected digest {file.digest} (in the manifest), found {found}")
         return data
+
+
+def _require_known(record: ArrayRecord, manifest: Manifest, path: str) -> None:
+    """Raises Malformed for an array whose layout or writers the manifest does not have."""
+    if record.layout is not None and record.layout >= len(manifest.layouts):
+        raise Malformed(
+            f"{path}: array {record.spec.id} has layout {record.layout}, the manifest {len(manifest.layouts)} of them"
+        )
+    if record.writers and record.writers[-1] >= len(manifest.fragments):
+        raise Malformed(
+            f"{path}: array {record.spec.id} has writer {record.writers[-1]}, the manifest {len(manifest.fragments)} of them"
+        )
 
 
 def open_records(path: str | os.PathLike[str]) -> Opened:

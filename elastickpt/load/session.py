@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgpack
-import numpy as np
 
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
-from elastickpt.errors import CheckpointError, StateMismatch
+from elastickpt.errors import CheckpointError, Refused, StateMismatch
 from elastickpt.format.arrays import Mesh
-from elastickpt.load.fetch import Elements, FetchReport, Verify, Wanted, fetch
+from elastickpt.format.values import Value
+from elastickpt.load.agreement import encode_findings, joint_mismatches, mismatch_message, require_same_load
+from elastickpt.load.fetch import FetchReport, Verify, carry_out
 from elastickpt.load.opened import Opened, open_records
+from elastickpt.load.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
 from elastickpt.training.group import Group, job_group
 from elastickpt.training.held import HeldArray
 from elastickpt.training.layouts import held_by_models
-from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
+from elastickpt.training.listing import Binding, Listing
 from elastickpt.training.memory import fill_device, host_elements
 from elastickpt.training.meshes import mesh_of
 from elastickpt.training.restore import bind
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Strict = Literal["all", "missing", "unexpected", "none"]
-SHOWN_MISMATCHES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def load(
     """
     group = job_group(process_group)
     loading = _Load(group, team_of(group), path, strict, verify)
-    return loading.run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+    return loading.run(state, mesh)
 
 
 class _Load:
@@ -84,11 +85,13 @@ class _Load:
     def __init__(self, group: Group, team: Team, path: str | os.PathLike[str], strict: Strict, verify: Verify) -> None:
         self.group, self.team, self.path, self.strict, self.verify = group, team, path, strict, verify
 
-    def run(self, state: Mapping[str, object], declared: Mesh | None) -> LoadReport:
+    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> LoadReport:
         begun = time.perf_counter()
-        opened, binding, skipped = self._check(state, declared)
+        opened, declared, same = self._open(state, mesh)
+        binding, skipped = self._check(state, declared, opened, same)
+        hosts, plan = self._plan(opened, binding)
         planned = time.perf_counter()
-        report = self._fill(opened, binding)
+        report = self._fill(opened, binding, hosts, plan)
         ended = time.perf_counter()
         for note in binding.notes:
             log.warning("%s: %s", self.path, note)
@@ -105,61 +108,85 @@ class _Load:
 
     # -- before anything changes ---------------------------------------------------------------------------------------
 
-    def _open(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, bool]:
-        """The checkpoint, and whether every rank holds now what the writer of its number held."""
-        opened: list[Opened] = []
+    def _open(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[Opened, Mesh | None, bool]:
+        """The checkpoint, the mesh declared, and whether every rank holds now what the writer of its number held."""
+        opened: list[tuple[Opened, Mesh | None]] = []
 
         def compare() -> bytes:
-            opened.append(open_records(self.path))
+            if self.strict not in get_args(Strict) or self.verify not in get_args(Verify):
+                raise Refused(
+                    f"strict {self.strict!r}, verify {self.verify!r}: expected one of {get_args(Strict)}, {get_args(Verify)}"
+                )
+            declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
+            found = open_records(self.path)
+            opened.append((found, declared))
             held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
-            same = len(self.team.ranks) == opened[0].manifest.world_size and same_layout(opened[0], held, self.team.member)
-            return bytes([same])
+            ranks = len(self.team.ranks)
+            same = ranks == found.manifest.world_size == len(found.manifest.fragments)
+            same = same and same_layout(found, held, self.team.member)
+            meant = (os.fspath(self.path), f"attempt {found.manifest.attempt}", self.strict)
+            return bytes(msgpack.packb((same, meant)))
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            return [bytes([all(payload == b"\1" for payload in payloads)])] * len(payloads)
+            answers = [msgpack.unpackb(payload, use_list=False) for payload in payloads]
+            require_same_load([meant for _, meant in answers], self.team.ranks)
+            return [bytes([all(same for same, _ in answers)])] * len(payloads)
 
         same = self.team.round("open", compare, decide)
-        return opened[0], same == b"\1"
+        return *opened[0], same == b"\1"
 
-    def _check(self, state: Mapping[str, object], declared: Mesh | None) -> tuple[Opened, Binding, tuple[str, ...]]:
-        opened, same = self._open(state, declared)
+    def _check(
+        self, state: Mapping[str, object], declared: Mesh | None, opened: Opened, same: bool
+    ) -> tuple[Binding, tuple[str, ...]]:
         bound: list[tuple[Listing, Binding]] = []
 
         def compare() -> bytes:
-            listing = listing_of(opened, same)
+            listing = listing_of(opened, self.team.ranks if same else ())
             binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
             bound.append((listing, binding))
-            return _encode_findings(opened, binding)
+            return encode_findings(opened, binding)
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             listing, _ = bound[0]
-            found = _joint_mismatches(opened, listing, payloads, self.team.ranks)
+            found = joint_mismatches(opened, listing, payloads, self.team.ranks)
             refused = [text for what, text in found if self._counts(what)]
             if refused:
-                raise StateMismatch(_mismatch_message(os.fspath(self.path), refused))
+                raise StateMismatch(mismatch_message(os.fspath(self.path), refused))
             return [bytes(msgpack.packb([text for _, text in found]))] * len(payloads)
 
         skipped = msgpack.unpackb(self.team.round("check", compare, decide), use_list=False)
-        return opened, bound[0][1], skipped
+        return bound[0][1], skipped
 
     def _counts(self, what: str) -> bool:
         """Whether a difference of this kind is an error in the strict mode asked for."""
         passes = {"all": (), "missing": ("unexpected",), "unexpected": ("missing",), "none": ("missing", "unexpected")}
         return what not in passes[self.strict]
 
-    # -- from here on the state changes --------------------------------------------------------------------------------
+    def _plan(self, opened: Opened, binding: Binding) -> tuple[Sequence[Elements], FetchPlan]:
+        """What this rank will read into what; on return every rank has found its records and files there and whole."""
+        planned: list[tuple[Sequence[Elements], FetchPlan]] = []
 
-    def _fill(self, opened: Opened, binding: Binding) -> FetchReport:
-        reports: list[FetchReport] = []
-
-        def read() -> bytes:
+        def plan() -> bytes:
             hosts = [host_elements(target.tensor) for target in binding.targets]
             wanted = [
                 Wanted(opened.records[target.spec.id], target.box, host)
                 for target, host in zip(binding.targets, hosts, strict=True)
             ]
+            planned.append((hosts, plan_fetch(opened, wanted)))
+            require_files(opened, planned[0][1])
+            return b""
+
+        self.team.round("plan", plan, lambda payloads: [b""] * len(payloads))
+        return planned[0]
+
+    # -- from here on the state changes --------------------------------------------------------------------------------
+
+    def _fill(self, opened: Opened, binding: Binding, hosts: Sequence[Elements], plan: FetchPlan) -> FetchReport:
+        reports: list[FetchReport] = []
+
+        def read() -> bytes:
             try:
-                reports.append(fetch(opened, wanted, verify=self.verify))
+                reports.append(carry_out(opened, plan, verify=self.verify))
                 _to_devices(binding.targets, hosts)
             except Exception as error:
                 raise _undefined(error) from error
@@ -177,17 +204,24 @@ class _Load:
         return reports[0]
 
 
-def listing_of(opened: Opened, same: bool) -> Listing:
-    """What the checkpoint holds, as the training layer takes it; `same` is whether the layout is the writers'."""
+def listing_of(opened: Opened, same: Sequence[int]) -> Listing:
+    """What the checkpoint holds, as the training layer takes it; `same` are this job's ranks by member if its layout is the
+    writers', else ()."""
     manifest = opened.manifest
+
+    def per_rank(writer: int) -> Mapping[str, Value]:
+        if same:
+            writer = same.index(writer)  # on the same layout a rank asks for its own; writers count members of the group
+        return opened.per_rank(writer) if writer < len(manifest.fragments) else {}
+
     return Listing(
         arrays={identity: record.spec for identity, record in opened.records.items()},
         tables=tuple(table for part in opened.parts for table in part.tables),
         values=manifest.values if isinstance(manifest.values, dict) else {},
-        per_rank=opened.per_rank,
+        per_rank=per_rank,
         items=manifest.items,
         world_size=manifest.world_size,
-        same_layout=same,
+        same_layout=bool(same),
         step=manifest.step,
         tied=manifest.tied,
     )
@@ -209,7 +243,7 @@ def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
         layout = manifest.layouts[record.layout]
         if (array.mesh, array.placements) != (manifest.meshes[layout.mesh], layout.placements):
             return False
-    stored = (opened.by_key[key].spec.id for key in opened.fragments(writer).pieces.arrays)
+    stored = (record.spec.id for record in opened.stored_by(writer))
     return all(identity in ids for identity in stored if identity.section == "params" and identity.state == "value")
 
 
@@ -226,51 +260,3 @@ def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[Elements]) -> None
     for target, host in zip(targets, hosts, strict=True):
         if target.tensor.device.type != "cpu":
             fill_device(target.tensor, host)
-
-
-# -- what ranks tell each other ----------------------------------------------------------------------------------------
-
-
-def _encode_findings(opened: Opened, binding: Binding) -> bytes:
-    """This rank's differences, and which of the checkpoint's arrays (a bit each, in index order) and values it has a place
-    for: only all ranks together know what nobody has a place for."""
-    known = np.fromiter((identity in binding.arrays for identity in opened.records), dtype=np.bool_, count=len(opened.records))
-    rows = [(m.name, m.what, m.expected, m.found, m.side) for m in binding.mismatches]
-    return bytes(msgpack.packb((rows, np.packbits(known).tobytes(), sorted(binding.places))))
-
-
-def _joint_mismatches(
-    opened: Opened, listing: Listing, payloads: Sequence[bytes], ranks: Sequence[int]
-) -> list[tuple[str, str]]:
-    """(what, text) of every difference on any rank, each once, with the ranks that have it."""
-    where: dict[Mismatch, list[int]] = {}
-    union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
-    places: set[str] = set()
-    for rank, payload in zip(ranks, payloads, strict=True):
-        rows, bits, known_places = msgpack.unpackb(payload, use_list=False)
-        for row in rows:
-            where.setdefault(Mismatch(*row), []).append(rank)
-        union |= np.frombuffer(bits, dtype=np.uint8)
-        places.update(known_places)
-    flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
-    arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
-    found: list[tuple[str, str]] = []
-    for mismatch, on in sorted(where.items()):
-        found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
-    found.extend((mismatch.what, str(mismatch)) for mismatch in unexpected(listing, arrays=arrays, places=places))
-    return found
-
-
-def _ranks_text(some: Sequence[int], every: Sequence[int]) -> str:
-    if len(some) == len(every):
-        return "every rank" if len(every) > 1 else "this process"
-    shown = ", ".join(str(rank) for rank in some[:8])
-    return f"rank {shown}" if len(some) == 1 else f"ranks {shown}{', ...' if len(some) > 8 else ''}"
-
-
-def _mismatch_message(path: str, refused: Iterable[str]) -> str:
-    texts = list(refused)
-    shown = "".join(f"\n  {text}" for text in texts[:SHOWN_MISMATCHES])
-    more = f"\n  and {len(texts) - SHOWN_MISMATCHES} more" if len(texts) > SHOWN_MISMATCHES else ""
-    noun = "difference" if len(texts) == 1 else "differences"
-    return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}"

@@ -148,9 +148,12 @@ class _Verification:
                 record = self._opened.by_key.get(piece.array)
                 if record is None:
                     continue  # reported by the proof
-                runs = runs_of(
-                    piece.box, shape=record.spec.shape, chunk_shape=record.chunk_shape, itemsize=record.spec.type.itemsize
-                )
+                spec = record.spec
+                try:
+                    runs = runs_of(piece.box, shape=spec.shape, chunk_shape=record.chunk_shape, itemsize=spec.type.itemsize)
+                except Malformed as error:
+                    self._note(Malformed(f"fragment map of writer {columns.writer}: array {spec.id}: {error.message}"))
+                    continue
                 file = columns.files[piece.file].path
                 found = (file, piece.offset, piece.nbytes, piece.row_nbytes, piece.row_stride)
                 run = runs[0] if len(runs) == 1 else None

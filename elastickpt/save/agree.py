@@ -8,16 +8,15 @@ compare     only if arrays have one name on ranks that nothing declares to be re
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgpack
 
 from elastickpt.commit.draft import require_free
 from elastickpt.comms.team import Team
-from elastickpt.errors import PlacementUnsupported
-from elastickpt.format.arrays import Mesh
+from elastickpt.errors import PlacementUnsupported, Refused
 from elastickpt.format.values import value_digest
 from elastickpt.save.gather import content_digest
 from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
@@ -34,28 +33,38 @@ from elastickpt.save.messages import (
 )
 from elastickpt.save.plan import WritePlan, plan_writes
 from elastickpt.save.structure import StructureTable, decode_table, encode_table, table_digest, table_of
+from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.capture import capture
 from elastickpt.training.group import Group
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
+from elastickpt.training.meshes import mesh_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 PlacementChoice = Literal["auto", "plain"]
 KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer state, model only, ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Target:
-    """Where and how to save: a folder `name` to be made in the store's root."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the caller asked for beside the state."""
 
-    store: Store
-    name: str
+    path: str
     step: int | None
     placement: PlacementChoice
     durability: Durability
 
-
-Locate = Callable[[], Target]
+    def require_known(self) -> None:
+        """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
+        if self.placement not in get_args(PlacementChoice):
+            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
+        if self.durability not in get_args(Durability):
+            raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
+        if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
+            raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,9 +78,10 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
-    """What the ranks agreed to save, and where; `intentions`, by member, on the committer only."""
+    """What the ranks agreed to save, as a folder `name` in the store's root; `intentions`, by member, on the committer only."""
 
-    target: Target
+    store: Store
+    name: str
     live: LiveState
     structure: Structure
     intentions: tuple[Intention, ...]
@@ -81,42 +91,46 @@ class Agreed:
 _KNOWN: OrderedDict[tuple[int, str], Structure] = OrderedDict()
 
 
-def agree(group: Group, team: Team, locate: Locate, state: Mapping[str, object], declared: Mesh | None) -> Agreed:
+def agree(group: Group, team: Team, request: Request, state: Mapping[str, object], mesh: DeviceMesh | None) -> Agreed:
     """Agrees with all ranks on what is saved, and where; blocking. Nothing is written.
 
-    `locate` runs within the first round: that one rank cannot reach the path is known to all at once. Raises, on every rank
-    the same: Refused kinds for what cannot be saved, what `locate` raises, RanksFailed kinds.
+    Raises, on every rank the same: Refused kinds for what cannot be saved, RanksFailed kinds.
     """
-    return _Agreement(group, team, locate).reach(state, declared)
+    return _Agreement(group, team, request).reach(state, mesh)
 
 
 class _Agreement:
-    def __init__(self, group: Group, team: Team, locate: Locate) -> None:
-        self.group, self.team, self.locate = group, team, locate
+    store: Store
+    name: str
 
-    def reach(self, state: Mapping[str, object], declared: Mesh | None) -> Agreed:
-        captured: list[tuple[Target, LiveState, bytes]] = []
+    def __init__(self, group: Group, team: Team, request: Request) -> None:
+        self.group, self.team, self.request = group, team, request
+
+    def reach(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> Agreed:
+        request = self.request
+        captured: list[tuple[LiveState, bytes]] = []
         intentions: list[Intention] = []
 
         def prepare() -> bytes:
-            target = self.locate()
+            request.require_known()
+            declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
             live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
             encoded = encode_table(table_of(live))
-            captured.append((target, live, encoded))
+            captured.append((live, encoded))
             digest = table_digest(encoded)
             values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
             values.append((TABLE_PREFIX + digest, _tables_digest(live)))
             known = tuple(structure for rank, structure in _KNOWN if rank == self.group.rank)
-            here, options = (target.store.url, target.name), (target.placement, target.durability)
-            return Intention(here, target.step, options, digest, tuple(values), known).encode()
+            self.store, self.name = locate_for_saving(request.path)  # last, as it makes missing parents
+            here, options = (self.store.url, self.name), (request.placement, request.durability)
+            return Intention(here, request.step, options, digest, tuple(values), known).encode()
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             intentions.extend(Intention.decode(payload) for payload in payloads)
             require_same_intention(intentions, self.team.ranks)
             require_equal_values(intentions, self.team.ranks)
-            target, _, _ = captured[0]
-            require_plain(target.store, self.team)
-            require_free(target.store, target.name)
+            require_plain(self.store, self.team)
+            require_free(self.store, self.name)
             structure = structure_id(self.team.ranks, [intention.table for intention in intentions])
             known = all(structure in intention.known for intention in intentions)
             first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
@@ -126,16 +140,16 @@ class _Agreement:
             ]
 
         structure_key, known, sends = msgpack.unpackb(self.team.round("prepare", prepare, decide))
-        target, live, encoded = captured[0]
+        live, encoded = captured[0]
         key = (self.group.rank, structure_key)
         if known:
             _KNOWN.move_to_end(key)
-            return Agreed(target, live, _KNOWN[key], tuple(intentions))
+            return Agreed(self.store, self.name, live, _KNOWN[key], tuple(intentions))
         structure = self._exchange(live, encoded if sends else b"", intentions)
         _KNOWN[key] = structure
         while len(_KNOWN) > KNOWN_STRUCTURES:
             _KNOWN.popitem(last=False)
-        return Agreed(target, live, structure, tuple(intentions))
+        return Agreed(self.store, self.name, live, structure, tuple(intentions))
 
     def _exchange(self, live: LiveState, table: bytes, intentions: Sequence[Intention]) -> Structure:
         merged: list[MergedStructure] = []

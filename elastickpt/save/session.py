@@ -19,12 +19,11 @@ from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, RanksFailed, Refused
-from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import Locate, PlacementChoice, Structure, Target, agree
+from elastickpt.save.agree import PlacementChoice, Request, Structure, agree
 from elastickpt.save.fragments import fragments_of, own_tables
 from elastickpt.save.messages import (
     Attested,
@@ -32,12 +31,10 @@ from elastickpt.save.messages import (
     values_wanted,
 )
 from elastickpt.save.write import write_plan
-from elastickpt.storage.opening import locate_for_saving
-from elastickpt.storage.store import Durability
+from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
-from elastickpt.training.meshes import mesh_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,47 +79,46 @@ def save(
     `durability`: "power" survives a power cut, "process" only the end of processes.
 
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
-    StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, or that this is not known
-    (the rank that commits is lost, or the store answers no more), nothing stands at `path`.
+    StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
     """
     group = job_group(process_group)
     team = team_of(group)
-
-    def locate() -> Target:
-        return Target(*locate_for_saving(path), step, placement, durability)
-
-    return _Save(group, team, locate).run(state, None if mesh is None else mesh_of(mesh, world_size=group.world_size))
+    request = Request(os.fspath(path), step, placement, durability)
+    return _Save(group, team, request).run(state, mesh)
 
 
 class _Save:
     """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
 
-    def __init__(self, group: Group, team: Team, locate: Locate) -> None:
-        self.group, self.team, self.locate = group, team, locate
+    store: Store  # these two once the ranks agreed: a path that is wrong on one rank is a failure for all to see
+    name: str
+
+    def __init__(self, group: Group, team: Team, request: Request) -> None:
+        self.group, self.team, self.request = group, team, request
         self.attempt = Attempt()
         self.draft: Draft | None = None
         self.notes: list[str] = []
 
-    def run(self, state: Mapping[str, object], declared: Mesh | None) -> CheckpointInfo:
+    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> CheckpointInfo:
         begun = time.perf_counter()
         try:
-            agreed = agree(self.group, self.team, self.locate, state, declared)
-            self.target = agreed.target
+            agreed = agree(self.group, self.team, self.request, state, mesh)
+            self.store, self.name = agreed.store, agreed.name
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
         except BaseException as error:
             if self.draft is not None and self.attempt.state is not State.COMMITTED:
                 self.attempt.advance(Event.FAIL)
-                abort(self.target.store, self.draft)
+                abort(self.store, self.draft)
             if not (isinstance(error, CheckpointError) and error.report):
                 self.team.close()  # it happened between rounds, so that the others must be told to wait no longer
             raise
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
-            path=f"{self.target.store.url}/{self.target.name}",
-            step=self.target.step,
+            path=f"{self.store.url}/{self.name}",
+            step=self.request.step,
             attempt=draft.attempt,
             nbytes=nbytes,
             arrays=arrays,
@@ -139,40 +135,39 @@ class _Save:
 
     def _draft(self, intentions: Sequence[Intention]) -> tuple[Draft, tuple[str, ...]]:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            store, name = self.target.store, self.target.name
-            swept = sweep(store, name)
+            swept = sweep(self.store, self.name)
             self.notes += [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
             self.notes += [f"left {folder}: {why}" for folder, why in swept.left]
             for note in self.notes:
-                log.warning("%s/%s: %s", store.url, name, note)
-            self.draft = new_draft(name, pid=os.getpid())
-            begin(store, self.draft)
+                log.warning("%s/%s: %s", self.store.url, self.name, note)
+            self.draft = new_draft(self.name, pid=os.getpid())
+            begin(self.store, self.draft)
             self.attempt.advance(Event.DRAFT)
             wanted = values_wanted(intentions)
             return [bytes(msgpack.packb((self.draft.folder, self.draft.attempt, mine))) for mine in wanted]
 
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
-        return Draft(self.target.name, folder, attempt), wanted
+        return Draft(self.name, folder, attempt), wanted
 
     def _write(self, live: LiveState, structure: Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
         times: list[float] = []
 
         def write() -> bytes:
-            require_token(self.target.store, draft)
+            require_token(self.store, draft)
             plan = structure.plan
             written = write_plan(
-                self.target.store,
+                self.store,
                 draft.folder,
                 plan,
                 _records(live, structure),
                 [host_elements(held.tensor) for held in live.arrays],
-                durability=self.target.durability,
+                durability=self.request.durability,
             )
             tables = own_tables(live, structure.shared, rank=self.group.rank)
             fragments = fragments_of(
                 plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
             )
-            file = attest(self.target.store, draft, fragments, durability=self.target.durability)
+            file = attest(self.store, draft, fragments, durability=self.request.durability)
             values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
             times.append(time.perf_counter())
             return Attested(file, plan.nbytes, values).encode()
@@ -182,11 +177,11 @@ class _Save:
             values = {pointer: decode_text(text, where=pointer) for a in attested for pointer, text in a.values}
             contents = self._contents(structure, values)
             manifest: Manifest = finish(
-                self.target.store,
+                self.store,
                 draft,
                 contents,
                 [a.file for a in attested],
-                durability=self.target.durability,
+                durability=self.request.durability,
                 attempt=self.attempt,
             )
             del manifest
@@ -198,7 +193,7 @@ class _Save:
         except RanksFailed as error:
             if any(failure.rank == self.team.ranks[0] for failure in error.report):
                 raise type(error)(
-                    f"{error.message}; it was the one to commit, so whether {self.target.name} was committed is not known: "
+                    f"{error.message}; it was the one to commit, so whether {self.name} was committed is not known: "
                     "open it to find out",
                     report=error.report,
                 ) from error
@@ -210,7 +205,7 @@ class _Save:
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
         return Contents(
-            step=self.target.step,
+            step=self.request.step,
             time=time.time(),
             world_size=len(self.team.ranks),
             placement="plain",

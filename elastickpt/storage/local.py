@@ -62,7 +62,7 @@ class LocalStore:
         with naming("make directory", full):
             if not below:
                 _make_directory(top)
-            elif not _is_directory(full):
+            elif not _made_below(full):
                 if not _is_directory(top):
                     cls, found = (PathOccupied, "no directory") if os.path.lexists(top) else (MissingFile, "not there")
                     raise cls(f"make directory {full}: {top} is {found}")
@@ -195,6 +195,17 @@ def _is_directory(full: str) -> bool:
         return stat.S_ISDIR(os.lstat(full).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def _made_below(full: str) -> bool:
+    """Whether one call made `full` a directory, or it was one: its parent is there nearly always."""
+    try:
+        os.mkdir(full)
+    except FileExistsError:
+        return _is_directory(full)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _make_directory(full: str) -> None:

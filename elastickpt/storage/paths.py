@@ -11,7 +11,7 @@ _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 
 
 def checked(path: str) -> str:
-    """The path itself. Raises Unsafe unless it is relative and no component is empty, "." or "..". [SAVE-1]"""
+    """The path itself. Raises Unsafe unless it is relative and no component is empty, "." or "..". [UCF-38]"""
     if _PATH.fullmatch(path) is None:
         raise Unsafe(f"path {path!r}: expected components below the store's root, none of them empty, '.' or '..'")
     return path

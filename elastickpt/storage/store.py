@@ -1,6 +1,6 @@
 """What every store promises: the one seam between engines and bytes.
 
-A store is rooted. All paths are relative POSIX strings below its root, checked ([SAVE-1]: no "..", no empty component);
+A store is rooted. All paths are relative POSIX strings below its root, checked (no "..", no empty component);
 "" is the root itself where a directory is meant. Nothing follows a symbolic link that is the last component of a path.
 
 Errors, the same for all stores: StorageFailed with path and operation, of which NoSpace, ReadOnly and CapabilityMissing

@@ -1,4 +1,4 @@
-"""Everything in a `state`, bit by bit and with types, as one comparable value: for "nothing changed" and "all is equal"."""
+"""Everything in a `state`, bit by bit and with types, as one comparable value."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from elastickpt.training.dtensors import Job
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import Kind, item_of, kinds_of
+from elastickpt.training.members import shared_parameters
 from elastickpt.training.modules import hold_module
-from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer, shared_parameters
+from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import streams
 from elastickpt.training.schedulers import hold_scheduler

@@ -46,33 +46,26 @@ class Draft:
         if text not in self.notes:
             self.notes.append(text)
 
-    def matches(self, held: HeldArray) -> bool:
-        """Whether the checkpoint has this array, with the same shape and element type."""
-        id_ = self.names.array(held.spec.id)
-        if id_ is None:
-            return False
-        spec = self.listing.arrays[id_]
-        return (spec.shape, spec.dtype) == (held.spec.shape, held.spec.dtype)
-
     def fill(self, held: HeldArray) -> None:
         """Makes `held` a target, or records why it cannot be one."""
-        name = str(held.spec.id)
-        id_ = self.names.array(held.spec.id)
-        if id_ is None:
+        name, found = str(held.spec.id), self.names.arrays(held.spec.id)
+        if not found:
             self.missing(name, f"{held.spec.dtype} {held.spec.shape}")
             return
-        spec = self.listing.arrays[id_]
-        self.know(held.spec.id)
+        self._know(*found)
+        spec = self.listing.arrays[found[0]]
         if spec.shape != held.spec.shape:
             self.differs(name, "shape", expected=str(held.spec.shape), found=str(spec.shape))
         elif spec.dtype != held.spec.dtype:
             self.differs(name, "dtype", expected=held.spec.dtype, found=spec.dtype)
         else:
-            self.targets.append(replace(held, spec=spec))
+            self.targets.append(held if spec == held.spec else replace(held, spec=spec))
 
     def know(self, wanted: ArrayId) -> None:
         """Records that this rank has a place for the array, and for all that are tied to it on either side."""
-        read, *others = self.names.arrays(wanted)
+        self._know(*self.names.arrays(wanted))
+
+    def _know(self, read: ArrayId, *others: ArrayId) -> None:
         self.arrays.update((read, *others))
         for other in others:
             self.note(f"{other} is not read: it is tied to {read} in this process")

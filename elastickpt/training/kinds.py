@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from elastickpt.errors import ValueNotCarried
+from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.limits import MAX_NAME_NBYTES
 from elastickpt.format.records import Item, ItemKind
 from elastickpt.training.modules import is_model
@@ -51,10 +51,13 @@ def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
     Raises ValueNotCarried for a key that is no name, or a model inside `PerRank`.
     """
     kinds: dict[str, Kind] = {}
+    seen: dict[int, str] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not key or len(key.encode()) > MAX_NAME_NBYTES:
             raise ValueNotCarried(f"key {key!r} of `state`: expected a str of 1 to {MAX_NAME_NBYTES} bytes")
         kinds[key] = kind_of(value)
+        if kinds[key] == "optimizer" and (first := seen.setdefault(id(value), key)) != key:
+            raise StructureConflict(f"`state` has one optimizer under two keys, {first!r} and {key!r}")
         if isinstance(value, PerRank) and isinstance(value.value, (nn.Module, Optimizer, LRScheduler, RNG, PerRank)):
             raise ValueNotCarried(
                 f"value {key!r}: PerRank around a {type(value.value).__name__}, expected an object with its own state "

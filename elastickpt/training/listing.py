@@ -112,6 +112,8 @@ class Names:
 
         A parameter's value may be tied to a tensor elsewhere in `state`, which stands in section `extra`.
         """
+        if (wanted.item, wanted.name) not in self._groups:
+            return (wanted,) if wanted in self._listing.arrays else ()
         found = []
         for item, name in self.candidates(wanted.item, wanted.name):
             found.append(ArrayId(wanted.section, item, name, wanted.state))

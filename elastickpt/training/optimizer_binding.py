@@ -19,18 +19,16 @@ from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.groups import bind_groups, overwritten
+from elastickpt.training.members import Member, members_of, states_of
 from elastickpt.training.optimizers import (
     PER_RANK,
-    Member,
     hold_state,
     local_scalar,
-    members_of,
-    per_rank_place,
-    states_of,
+    state_place,
 )
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import Name, TableView
-from elastickpt.training.values import place_of, revived, shown, tensor_of, token
+from elastickpt.training.values import place_of, revived, shown, tensor_of
 
 
 class BoundOptimizer:
@@ -98,7 +96,6 @@ class _States:
         self._member = member
         self._item = bound.item
         self._optimizer = bound.optimizer
-        self._place = place_of(bound.item, "state", *member.name)
         self._prefix, self._arrays = bound.saved_arrays(name)
         self._name = name
         fields = {} if bound.view is None else bound.view.of("scalar", name)
@@ -129,7 +126,7 @@ class _States:
         if key not in self._scalars:
             self._absent(key, entry)
             return
-        local = local_scalar(entry, where)
+        local = local_scalar(entry)
         if step := overwritten(self._draft, local, found, where):
             self._draft.installs.append(step)
 
@@ -196,7 +193,7 @@ class _States:
                 found="each rank's own tensor, which has no place in the whole parameter: it cannot be resharded",
             )
             return None
-        place = per_rank_place(self._item, self._name, key)
+        place = state_place(self._item, self._name, key)
         value = self._draft.of_writer(self._draft.job.rank).get(place)
         if not isinstance(value, ArrayValue):
             self._draft.missing(place, "this rank's own state")
@@ -217,7 +214,7 @@ class _States:
         self._draft.installs.append(lambda: optimizer.state[parameter].__setitem__(key, entry))
 
     def _where(self, key: str) -> str:
-        return f"{self._place}/{token(key)}"
+        return state_place(self._item, self._member.name, key)
 
     def _know(self, key: str) -> None:
         if key in self._arrays:

@@ -16,41 +16,28 @@ on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from elastickpt.errors import StructureConflict, ValueNotCarried
+from elastickpt.errors import LayoutUnsupported, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Holders, Job, hold, holders_of, placed
-from elastickpt.training.elements import elements_of, settled
+from elastickpt.training.dtensors import Job, Placed, hold, placed
+from elastickpt.training.elements import composition_of, elements_of, settled
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities, KnownTensor
+from elastickpt.training.identities import Identities
+from elastickpt.training.members import Member, members_of, states_of
 from elastickpt.training.stateful import hold_tree
 from elastickpt.training.tables import Name, TableBuilder
 from elastickpt.training.values import carried, place_of, scalar_values
 
 PER_RANK = "@per-rank"
 _NO_OPTION = ("params", "param_names")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """A parameter of an optimizer: the tensor in its group, and what the models of `state` say about it."""
-
-    parameter: torch.Tensor
-    group: int
-    known: KnownTensor
-
-    @property
-    def name(self) -> Name:
-        """(model item, FQN)"""
-        return self.known.item, self.known.name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,47 +49,6 @@ class HeldOptimizer:
     arrays: tuple[HeldArray, ...]
     values: Mapping[str, Value]
     per_rank: Mapping[str, Value]
-
-
-def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple[Member, ...]:
-    """The optimizer's parameters with their names, in the order of its groups.
-
-    Raises StructureConflict for a parameter, or a tensor that state is kept for, that is in no model of `state`.
-    """
-    members = []
-    for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            known = identities.find(parameter)
-            if known is None or known.role != "parameter":
-                raise StructureConflict(
-                    f"optimizer {item!r}: a parameter of group {index}, of shape {tuple(parameter.shape)}, is in no "
-                    f"model of `state`, so it has no name; put the model that it belongs to into `state` "
-                    f"beside the optimizer"
-                )
-            members.append(Member(parameter, index, known))
-    ids = {id(member.parameter) for member in members}
-    for key in states_of(optimizer):
-        if isinstance(key, torch.Tensor) and id(key) not in ids:
-            raise StructureConflict(
-                f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
-            )
-    return tuple(members)
-
-
-def states_of(optimizer: Optimizer) -> dict[Any, Any]:
-    """`optimizer.state`: by parameter, and whatever else an optimizer uses as key."""
-    return optimizer.state
-
-
-def shared_parameters(optimizers: Iterable[Optimizer]) -> frozenset[int]:
-    """Ids of the parameters that several of these optimizers have."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for optimizer in optimizers:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        shared |= seen & own
-        seen |= own
-    return frozenset(shared)
 
 
 def state_prefix(item: str, members: Sequence[Member], optimizer: Optimizer, shared: frozenset[int]) -> str:
@@ -166,16 +112,16 @@ class _Saver:
 
     def add(self, member: Member, states: Any) -> None:
         row = self.table.row(member.name)
-        place = place_of(self.item, "state", *member.name)
         if not isinstance(states, dict):
+            place = place_of(self.item, "state", *member.name)
             raise ValueNotCarried(f"value {place}: a {type(states).__name__}, expected a dict of states")
         for key, entry in states.items():
             name = require_text(self.item, key)
-            where = place + place_of(name)
             if not isinstance(entry, torch.Tensor):
-                self.table.put("scalar", name, carried(entry, where), rows=(row,))
+                value = carried(entry, state_place(self.item, member.name, name))
+                self.table.put("scalar", name, value, rows=(row,))
             elif entry.ndim == 0:
-                self._scalars.append((name, row, local_scalar(entry, where)))
+                self._scalars.append((name, row, local_scalar(entry)))
             else:
                 self._add_tensor(member, name, entry, row)
 
@@ -186,7 +132,7 @@ class _Saver:
             self.arrays.extend(held)
             return
         self.table.put("scalar", name + PER_RANK, True, rows=(row,))
-        place = per_rank_place(self.item, member.name, name)
+        place = state_place(self.item, member.name, name)
         self.per_rank[place] = carried(entry, place)
 
     def put_scalars(self) -> None:
@@ -204,18 +150,18 @@ class _Saver:
                 self.table.put("hyper", require_text(self.item, key), carried(value, place), rows=rows.get(index, ()))
 
 
-def per_rank_place(item: str, name: Name, state: str) -> str:
-    """Where a state without a place in the whole stands among the per-rank values."""
+def state_place(item: str, name: Name, state: str) -> str:
+    """The place of one state of one parameter, in messages; and in the per-rank values, if it is a rank's own."""
     return place_of(item, "state", *name, state)
 
 
-def local_scalar(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """The plain 0-d tensor of a 0-d state; raises ValueNotCarried for one that is still to be reduced."""
+def local_scalar(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain 0-d tensor of a 0-d state; raises LayoutUnsupported for one that is still to be reduced."""
     parts = placed(settled(tensor))
     if parts is None:
         return tensor
     if not all(placement.is_replicate() for placement in parts.placements):
-        raise ValueNotCarried(f"value {where}: a 0-d DTensor placed as {parts.placements}, expected it to be replicated")
+        raise LayoutUnsupported(f"a 0-d optimizer state placed as {parts.placements}, expected it to be replicated")
     return parts.local
 
 
@@ -225,42 +171,44 @@ def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) 
     A DTensor has its own shape and place. A plain tensor has its parameter's, if it has the shape of the local shard;
     on a parameter that is not sharded it is whole, whatever its shape.
     """
-    held = member.known.held
-    if not held:  # this rank is outside the parameter's mesh
+    lying = member.lying
+    if lying is None:
         return ()
     tensor = settled(tensor)
-    parts, own = placed(tensor), placed(member.known.tensor)
-    if parts is not None:
-        same = own is not None and (parts.shape, parts.device_mesh, parts.placements) == (
-            own.shape,
-            own.device_mesh,
-            own.placements,
-        )
-        if not same:
-            return hold(id_, tensor, role="parameter", job=job, holders=holders_of(job))
-        tensor = parts.local
-    ndim = len(own.shape) if own is not None else member.parameter.ndim
-    box = Box(held[0].box.start[:ndim], held[0].box.stop[:ndim])
-    if tuple(tensor.shape) == box.shape or box.count == 0 == tensor.numel():
-        return (_beside(id_, tensor, held[0], box, held[0].spec.shape[:ndim]),)
-    if not is_sharded(held[0]):
-        if held[0].sharing != "placed":
-            return hold(id_, tensor, role="parameter", job=job, holders=Holders(held[0].sharing, held[0].replicas))
-        whole = tuple(tensor.shape)
-        return (replace(_beside(id_, tensor, held[0], Box.whole(whole), whole), placements=("R",) * len(held[0].placements)),)
-    return None
+    parts = placed(tensor)
+    local = tensor if parts is None else parts.local
+    if composition_of(local) or (parts is not None and not _same_place(parts, lying.own)):
+        if parts is None and lying.sharded:
+            return None
+        return hold(id_, tensor, role="parameter", job=job, holders=member.known.holders)
+    if tuple(local.shape) == lying.box.shape or lying.box.count == 0 == local.numel():
+        return (_beside(id_, local, lying.held, box=lying.box, shape=lying.shape),)
+    if lying.sharded:
+        return None
+    whole = tuple(local.shape)
+    held = _beside(id_, local, lying.held, box=Box.whole(whole), shape=whole)
+    return (replace(held, placements=("R",) * len(held.placements)),)
 
 
-def _beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, box: Box, shape: tuple[int, ...]) -> HeldArray:
-    """A plain local tensor that lies and is shared as its parameter is."""
+def _same_place(one: Placed, other: Placed | None) -> bool:
+    return (
+        other is not None
+        and one.shape == other.shape
+        and one.placements == other.placements
+        and one.device_mesh == other.device_mesh
+    )
+
+
+def _beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, *, box: Box, shape: tuple[int, ...]) -> HeldArray:
+    """A plain local tensor that lies in `box` and is shared as its parameter is."""
     if tuple(tensor.shape) != box.shape:  # an empty shard, whose other axes torch leaves at any extent
         tensor = tensor.new_empty(box.shape)
     elements = elements_of(tensor, where=id_)
-    tail = elements.tail
-    spec = ArraySpec(id_, (*shape, *tail), elements.dtype)
+    if tail := elements.tail:
+        shape, box = (*shape, *tail), Box((*box.start, *(0 for _ in tail)), (*box.stop, *tail))
     return HeldArray(
-        spec,
-        Box((*box.start, *(0 for _ in tail)), (*box.stop, *tail)),
+        ArraySpec(id_, shape, elements.dtype),
+        box,
         elements.tensor,
         "parameter",
         held.sharing,
@@ -269,10 +217,3 @@ def _beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, box: Box, shape
         replicas=held.replicas,
         attributes=elements.attributes,
     )
-
-
-def is_sharded(held: HeldArray) -> bool:
-    """Whether other ranks hold other elements of the array."""
-    if held.mesh is None:
-        return held.box != Box.whole(held.spec.shape)
-    return any(size > 1 and placement != "R" for size, placement in zip(held.mesh.sizes, held.placements, strict=True))

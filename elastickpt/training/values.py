@@ -109,8 +109,9 @@ def carried_leaf(value: object, place: str) -> Value:
         return _of_tensor(value, place)
     if isinstance(value, (numpy.ndarray, numpy.generic)):
         return _of_numpy(numpy.asarray(value), place)
+    hint = " from inside a value: put it at the top of `state`" if hasattr(value, "state_dict") else ""
     raise ValueNotCarried(
-        f"value {place}: {_type_name(value)} cannot be carried by a checkpoint; expected None, bool, int, float, "
+        f"value {place}: {_type_name(value)} cannot be carried by a checkpoint{hint}; expected None, bool, int, float, "
         f"complex, str, bytes, a list, tuple, set, dict, Counter, OrderedDict, tensor, or an object with state_dict "
         f"and load_state_dict"
     )

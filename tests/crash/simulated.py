@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
 from elastickpt.comms.star import connect
 from elastickpt.comms.team import Alone, Team
-from elastickpt.errors import CheckpointError, DeadlineExceeded
+from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.load import opened as opening
 from elastickpt.load.checkpoint import Checkpoint, open_checkpoint
 from elastickpt.load.session import LoadReport, _Load
-from elastickpt.save.agree import Target
+from elastickpt.save import agree as agreeing
+from elastickpt.save.agree import Request
 from elastickpt.save.session import CheckpointInfo, _Save
 from elastickpt.storage.store import Durability, Store
 from elastickpt.testing.fingerprint import fingerprint
@@ -95,19 +98,19 @@ def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, dura
     ranks = tuple(range(len(stores)))
 
     def one(member: int) -> Outcome:
-        target = Target(stores[member], name, 7, "auto", durability)
-
+        request = Request(f"{member}/{name}", 7, "auto", durability)
         try:
-            return _Save(Member(member, ranks), joined[member], lambda: target).run(states[member], mesh(len(stores)))  # type: ignore[arg-type]
+            return _Save(Member(member, ranks), joined[member], request).run(states[member], mesh(len(stores)))  # type: ignore[arg-type]
         except BaseException as error:
             return error
 
+    def located(path: str) -> tuple[Store, str]:
+        member, _, last = path.partition("/")
+        return stores[int(member)], last
+
     try:
-        if len(stores) == 1:
-            found.append(one(0))
-        else:
-            with ThreadPoolExecutor(len(stores)) as pool:
-                found.extend(pool.map(one, ranks))
+        with replaced(agreeing, "locate_for_saving", located), replaced(agreeing, "mesh_of", lambda mesh, world_size: mesh):
+            found.extend(everywhere(len(stores), one))  # type: ignore[arg-type]
     finally:
         for team in joined:
             team.close()
@@ -116,22 +119,25 @@ def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, dura
 
 def load_from(store: Store, name: str, into: State) -> LoadReport:
     """`load` by one process, from a store object."""
-    located = opening.locate
-    opening.locate = lambda path: (store, name)
-    try:
+    with replaced(opening, "locate", lambda path: (store, name)):
         return _Load(Member(0, (0,)), Alone(0, "host"), name, "all", "on").run(into, None)  # type: ignore[arg-type]
-    finally:
-        opening.locate = located
 
 
 def opened(store: Store, name: str) -> Checkpoint:
     """`ek.open`, from a store object."""
-    located = opening.locate
-    opening.locate = lambda path: (store, name)
-    try:
+    with replaced(opening, "locate", lambda path: (store, name)):
         return open_checkpoint(name)
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    """A name of a module means something else for a while: stores come as objects here, not as paths."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
     finally:
-        opening.locate = located
+        setattr(module, name, before)
 
 
 def files(store: Store, folder: str) -> Files:
@@ -167,10 +173,6 @@ def require_absent_or_whole(store: Store, name: str, expected: State) -> bool:
     return True
 
 
-def is_typed(outcome: Outcome) -> bool:
-    return isinstance(outcome, CheckpointError)
-
-
 def everywhere(count: int, work: Callable[[int], object]) -> list[object]:
     """`work` of each member at once; an error is returned instead of raised."""
 
@@ -180,5 +182,7 @@ def everywhere(count: int, work: Callable[[int], object]) -> list[object]:
         except BaseException as error:
             return error
 
+    if count == 1:
+        return [one(0)]
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))

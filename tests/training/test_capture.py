@@ -132,7 +132,10 @@ def test_keys_that_differ_as_text_only_by_type_are_refused_for_tensors() -> None
     ("state", "message"),
     [
         ({"f": lambda: 0}, "value /f: function"),
-        ({"train": {"model": nn.Linear(1, 1)}}, "value /train/model: torch.nn.modules.linear.Linear"),
+        (
+            {"train": {"model": nn.Linear(1, 1)}},
+            "value /train/model: torch.nn.modules.linear.Linear .*put it at the top of `state`",
+        ),
         ({"models": [nn.Linear(1, 1), 3]}, "value /models/0: torch.nn.modules.linear.Linear"),
         ({"m": PerRank(nn.Linear(1, 1))}, "'m': PerRank around a Linear"),
         ({"m": {"inner": PerRank(1)}}, "value /m/inner: .*PerRank"),

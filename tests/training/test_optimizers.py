@@ -1,4 +1,4 @@
-"""Optimizer state goes by parameter name and comes back bit for bit, whatever the optimizer and however groups are cut."""
+"""Optimizer state goes by parameter name and comes back bit for bit, however groups are cut."""
 
 from __future__ import annotations
 
@@ -517,3 +517,29 @@ def test_a_composite_state_is_not_made_from_its_parts() -> None:
     original, other = make_state(sgd, 0), make_state(sgd, 1)
     original["optimizer"].state[original["model"].last.weight]["exp_avg.codes"] = torch.zeros(3, 6)
     assert refused(saved(original), other) == [("/optimizer/state/model/last.weight/exp_avg.codes", "value")]
+
+
+def test_a_composite_state_is_filled_part_by_part() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+
+    def make(seed: int) -> State:
+        state = make_state(sgd, seed)
+        torch.manual_seed(seed)
+        pair = two_tensor(torch.randn(3, 6), torch.randn(3, 6))
+        state["optimizer"].state[state["model"].last.weight]["pair"] = pair
+        return state
+
+    original, other = make(0), make(1)
+    checkpoint = saved(original)
+    assert ArrayId("params", "model", "last.weight", "pair.b") in checkpoint.arrays
+    pair = other["optimizer"].state[other["model"].last.weight]["pair"]
+    load(checkpoint, other)
+    expected = original["optimizer"].state[original["model"].last.weight]["pair"]
+    assert torch.equal(pair.a, expected.a)
+    assert torch.equal(pair.b, expected.b)
+
+
+def test_one_optimizer_under_two_keys_is_refused() -> None:
+    state = make_state(sgd, 0)
+    with pytest.raises(StructureConflict, match="'optimizer' and 'again'"):
+        saved({**state, "again": state["optimizer"]})

@@ -1,4 +1,4 @@
-"""Random streams go on exactly on the same layout; on another, what was equal stays equal and the rest is seeded anew."""
+"""Random streams go on exactly on the same layout; on another, equal ones stay equal and others are seeded anew."""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""`ckpt-convert verify`: whether checkpoints are whole, every byte of them. [CLI-30..32]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elastickpt.cli.command import Subparsers, add_command
+from elastickpt.cli.exitcodes import DAMAGED, DONE, FAILED, UNSAFE, UNSUPPORTED, code_of, code_of_kind, gravest
+from elastickpt.cli.grid import Column, Line, Row, Span, grid
+from elastickpt.cli.output import say_error, screen_width, show, show_json
+from elastickpt.cli.text import nbytes_text, plural, printable
+from elastickpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from elastickpt.load.verify import Problem
+
+SCHEMA = "ckpt-convert.verify/1"
+MAX_PROBLEMS = 1000  # of one checkpoint that are listed [CLI-30]
+
+_EXAMPLES = """\
+examples:
+  ckpt-convert verify out/run/step-0000000100
+  ckpt-convert verify out/run/step-* --quiet && echo all sound
+  ckpt-convert verify step-100 --json | jq '.checkpoints[].problems[].kind'
+
+exit codes:
+  0 sound   1 failed, or no checkpoint   2 usage   3 damage found   4 unsupported   5 refused as unsafe
+  130 interrupted; of several checkpoints' codes the gravest: 5, 3, 4, 1
+"""
+_STATUS = {DONE: "sound", DAMAGED: "damaged", UNSUPPORTED: "unsupported", UNSAFE: "unsafe", FAILED: "failed"}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one path. `error` is what kept it from being looked at, unless that is damage, a problem of its own."""
+
+    path: str
+    step: int | None
+    arrays: int
+    files: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+    error: CheckpointError | None = None
+
+    @property
+    def code(self) -> int:
+        """The exit code of this path alone."""
+        return gravest(code_of_kind(problem.kind) for problem in self.problems)
+
+    @property
+    def status(self) -> str:
+        return _STATUS[self.code]
+
+
+def add(subparsers: Subparsers) -> None:
+    """Declares the command."""
+    parser = add_command(subparsers, "verify", help="check every byte of checkpoints", examples=_EXAMPLES, run=run)
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="folder or URL of a checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies one checkpoint after the other; the exit code."""
+    outcomes = []
+    for path in args.paths:
+        with _bar(path, shown=sys.stderr.isatty() and not args.quiet) as progress:
+            outcome = _verified(path, progress)
+        outcomes.append(outcome)
+        if not args.json:
+            show(_lines(outcome))
+        _say_error(outcome)
+    if args.json:
+        show_json({"schema": SCHEMA, "checkpoints": [_json(outcome) for outcome in outcomes]})
+    return gravest(outcome.code for outcome in outcomes)
+
+
+def _verified(path: str, progress: Progress) -> Outcome:
+    from elastickpt.load.checkpoint import open_checkpoint
+    from elastickpt.load.verify import Problem
+
+    step = None
+    try:
+        checkpoint = open_checkpoint(path)
+        step = checkpoint.step
+        report = checkpoint.verify(progress=progress)
+    except CheckpointError as error:
+        reason = None if code_of(type(error)) == DAMAGED else error
+        return Outcome(path, step, 0, 0, 0, (Problem(error.kind, error.message),), reason)
+    return Outcome(path, step, report.arrays, report.files, report.nbytes, report.problems)
+
+
+@contextmanager
+def _bar(path: str, *, shown: bool) -> Iterator[Progress]:
+    """A bar on stderr with bytes, rate and time left, and what moves it; where it is not shown, nothing."""
+    if not shown:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{nbytes_text(task.speed)}/s", style="progress.data.speed")
+
+    name = TextColumn(escape(printable(path.rstrip("/").rpartition("/")[2])))
+    columns = (name, BarColumn(), DownloadColumn(binary_units=True), Rate(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _lines(outcome: Outcome) -> Iterator[Line]:
+    style = "green" if outcome.code == DONE else "bold red"
+    yield Span(outcome.status, style), Span("  "), Span(printable(outcome.path), "bold"), Span(_said(outcome))
+    if outcome.error is not None:
+        return  # it is said on stderr
+    columns = (Column("", style="red"), Column("", flexible=True))
+    rows = [Row((one.kind, printable(one.message)), "  ") for one in outcome.problems[:MAX_PROBLEMS]]
+    yield from grid(columns, rows, width=screen_width(), titled=False)
+    if len(outcome.problems) > MAX_PROBLEMS:
+        yield (Span(f"  … and {len(outcome.problems) - MAX_PROBLEMS:,} more", "dim"),)
+
+
+def _said(outcome: Outcome) -> str:
+    """What stands behind the path."""
+    if outcome.error is not None:
+        return ""
+    step = "" if outcome.step is None else f"step {outcome.step:,}, "
+    seen = f"{plural(outcome.arrays, 'array')}, {plural(outcome.files, 'file')}, {nbytes_text(outcome.nbytes)}"
+    found = f"{plural(len(outcome.problems), 'problem')} in " if outcome.problems else ""
+    return f"  {step}{found}{seen}"
+
+
+def _say_error(outcome: Outcome) -> None:
+    if outcome.error is not None:
+        say_error(outcome.error, path=outcome.path)
+
+
+def _json(outcome: Outcome) -> dict[str, object]:
+    listed = outcome.problems[:MAX_PROBLEMS]
+    return {
+        "path": outcome.path,
+        "status": outcome.status,
+        "step": outcome.step,
+        "arrays": outcome.arrays,
+        "files": outcome.files,
+        "nbytes": outcome.nbytes,
+        "problems": [{"kind": problem.kind, "message": problem.message} for problem in listed],
+        "problems_left_out": len(outcome.problems) - len(listed),
+    }

@@ -1,0 +1,210 @@
+"""Whether the records of one checkpoint agree: index with manifest, fragment maps with index. [UCF-62..65, FRAG-10..44]
+
+Every reader of pieces calls these before it takes memory for an array: afterwards each piece lies inside one chunk of
+its array, has the bytes of its box, and, in placement `plain`, lies where a zarr reader looks for it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from elastickpt.errors import LimitExceeded, Malformed
+from elastickpt.format.columns import IntColumn
+from elastickpt.format.keys import array_keys, chunk_file
+from elastickpt.format.limits import MAX_ARRAYS
+from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.records import ArrayRecord, IndexPart, Manifest
+
+_Flags: TypeAlias = npt.NDArray[np.bool_]
+
+
+def check_index(parts: Sequence[IndexPart], manifest: Manifest) -> dict[str, ArrayRecord]:
+    """key -> array of all parts, in the order of keys; the parts are those that the manifest lists.
+
+    Raises Malformed where first or last key, order or a layout is not what the manifest says; LimitExceeded.
+    """
+    if sum(len(part.arrays) for part in parts) > MAX_ARRAYS:  # [UCF-96]
+        raise LimitExceeded(f"the index has more than {MAX_ARRAYS} arrays")
+    for entry, part in zip(manifest.index, parts, strict=True):
+        found = (part.arrays[0].key, part.arrays[-1].key) if part.arrays else ("", "")
+        if found != (entry.first, entry.last):  # [UCF-63]
+            raise Malformed(f"{entry.file.path}: keys {found}, the manifest says {(entry.first, entry.last)}")
+    arrays = [record for part in parts for record in part.arrays]
+    for low, high in pairwise(arrays):
+        if low.key >= high.key:  # [UCF-65]
+            raise Malformed(f"index: {high.key!r} after {low.key!r}: keys out of order, or twice")
+    for record in arrays:
+        if record.layout is not None and record.layout >= len(manifest.layouts):  # [UCF-62]
+            raise Malformed(
+                f"index: array {record.key!r} has layout {record.layout}, the manifest has {len(manifest.layouts)}"
+            )
+    return {record.key: record for record in arrays}
+
+
+def check_keys(records: Iterable[ArrayRecord]) -> None:
+    """Passes when every key is the one that the names of all arrays give; about 10 µs an array. Raises Malformed.
+
+    Reading does not depend on it, since the index says both; `verify` asks for it. [UCF-35]
+    """
+    listed = list(records)
+    wanted = array_keys(record.spec.id for record in listed)
+    for record in listed:
+        if record.key != wanted[record.spec.id]:
+            raise Malformed(
+                f"index: array {record.spec.id} has key {record.key!r}, expected {wanted[record.spec.id]!r}"
+            )
+
+
+def check_fragments(
+    fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int
+) -> None:
+    """Passes when the map is that of `writer` and agrees with index and manifest. Raises Malformed.
+
+    The cost is a few passes over the columns, and one name per chunk file.
+    """
+    where = f"fragment map of writer {writer}"
+    if fragments.writer != writer or fragments.attempt != manifest.attempt:  # [FRAG-21]
+        raise Malformed(
+            f"{where}: it is of writer {fragments.writer} and attempt {fragments.attempt!r}, "
+            f"the manifest's attempt is {manifest.attempt!r}"
+        )
+    beyond = max((file.base for file in fragments.files), default=0)
+    if beyond > len(manifest.bases):  # [FRAG-23]
+        raise Malformed(f"{where}: a file in base {beyond}, the manifest has {len(manifest.bases)}")
+    found = [_record_of(fragments, place, records, writer, where) for place in range(len(fragments.pieces.arrays))]
+    for ndim in sorted({len(record.chunk_shape) for record in found}):
+        _check_pieces(_Group.of(fragments, found, ndim), where, plain=manifest.placement == "plain")
+
+
+def _record_of(
+    fragments: FragmentColumns, place: int, records: Mapping[str, ArrayRecord], writer: int, where: str
+) -> ArrayRecord:
+    key, ndim = fragments.pieces.arrays[place], int(fragments.pieces.ndims[place])
+    record = records.get(key)
+    if record is None:  # [FRAG-25]
+        raise Malformed(f"{where}: array {key!r} is not in the index")
+    if ndim != len(record.chunk_shape):
+        raise Malformed(f"{where}: array {key!r} has {ndim} axes, {len(record.chunk_shape)} in the index")
+    at = bisect_left(record.writers, writer)
+    if at == len(record.writers) or record.writers[at] != writer:  # [FRAG-26]
+        raise Malformed(f"{where}: array {key!r}: the index does not list this writer")
+    return record
+
+
+def check_writers(records: Iterable[ArrayRecord], held: Sequence[Sequence[str]]) -> None:
+    """Passes when the index lists no writer without pieces; `held` are the arrays of each writer's map, which passed
+    `check_fragments`. Raises Malformed. [FRAG-26]
+    """
+    arrays = [set(keys) for keys in held]
+    for record in records:
+        for writer in record.writers:
+            if writer >= len(arrays) or record.key not in arrays[writer]:
+                raise Malformed(f"index: array {record.key!r} lists writer {writer}, whose map has no piece of it")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """All pieces of arrays with the same number of axes. `mine` are their places in the columns; the others have one
+    row a piece, and one column an axis where they are of the array's or the box's extents.
+    """
+
+    fragments: FragmentColumns
+    records: Sequence[ArrayRecord]  # by place in `arrays`
+    mine: IntColumn
+    start: IntColumn
+    shape: IntColumn
+    array_shape: IntColumn
+    chunk: IntColumn
+    itemsize: IntColumn
+
+    @classmethod
+    def of(cls, fragments: FragmentColumns, records: Sequence[ArrayRecord], ndim: int) -> _Group:
+        pieces = fragments.pieces
+        mine = np.flatnonzero(pieces.ndims[pieces.array] == ndim)
+        axes = pieces.axis_start[mine][:, None] + np.arange(ndim)
+        same = [record if len(record.chunk_shape) == ndim else None for record in records]
+        none = (0,) * ndim
+        shapes = np.array([one.spec.shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
+        chunks = np.array([one.chunk_shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
+        sizes = np.array([one.spec.type.itemsize if one else 0 for one in same], dtype=np.int64)
+        array = pieces.array[mine]
+        return cls(
+            fragments, records, mine, pieces.start[axes], pieces.shape[axes], shapes[array], chunks[array], sizes[array]
+        )
+
+    def refuse_if(self, wrong: _Flags, what: str, where: str) -> None:
+        if wrong.any():
+            piece = int(self.mine[int(np.argmax(wrong))])
+            key = self.fragments.pieces.arrays[int(self.fragments.pieces.array[piece])]
+            raise Malformed(f"{where}: piece {piece} of array {key!r} {what}")
+
+
+def _check_pieces(group: _Group, where: str, *, plain: bool) -> None:
+    pieces, mine = group.fragments.pieces, group.mine
+    index = group.start // group.chunk
+    group.refuse_if(_any(group.start + group.shape > group.array_shape), "reaches beyond the array", where)  # [FRAG-18]
+    last = (group.start + group.shape - 1) // group.chunk
+    group.refuse_if(_any(last != index), "spans several chunks", where)  # [FRAG-10]: products stay below its limit
+    nbytes = group.shape.prod(axis=1) * group.itemsize
+    group.refuse_if(pieces.nbytes[mine] != nbytes, "has other bytes than its box", where)  # [FRAG-19]
+    if not plain:
+        return
+    files = pieces.file[mine]
+    own = np.array([file.base == 0 for file in group.fragments.files], dtype=np.bool_)[files]
+    offset, row, stride = _geometry(group.start - index * group.chunk, group)
+    wrong = (pieces.offset[mine] != offset) | (pieces.row_nbytes[mine] != row) | (pieces.row_stride[mine] != stride)
+    group.refuse_if(own & wrong, "lies at another place than its box", where)  # [FRAG-44]
+    _check_files(group, np.column_stack([pieces.array[mine], files, index])[own], where)
+
+
+def _any(axes: _Flags) -> _Flags:
+    return np.asarray(axes.any(axis=1), dtype=np.bool_)
+
+
+def _geometry(local: IntColumn, group: _Group) -> tuple[IntColumn, IntColumn, IntColumn]:
+    """Offset, row length and row stride of boxes in their C-ordered chunks; row length 0 where one stride does not do.
+
+    From the last axis on a box first grows its row as long as it spans the axes after it (phase 0), then skips axes of
+    one element (1), then repeats the row at one stride as long as it spans the axes after (2), then may only have axes
+    of one element (3).
+    """
+    count = len(group.mine)
+    offset, stride, phase = (np.zeros(count, dtype=np.int64) for _ in range(3))
+    rows, good = np.ones(count, dtype=np.int64), np.ones(count, dtype=np.bool_)
+    row, step = group.itemsize.copy(), group.itemsize.copy()
+    for axis in reversed(range(local.shape[1])):
+        extent, spans = group.shape[:, axis], group.shape[:, axis] == group.chunk[:, axis]
+        offset += local[:, axis] * step
+        growing, skipping, repeating, ended = (phase == k for k in range(4))
+        row[growing] = (extent * step)[growing]
+        begins = skipping & (extent > 1)
+        stride[begins] = step[begins]
+        rows[begins | repeating] *= extent[begins | repeating]
+        good &= ~(ended & (extent > 1))
+        phase[growing & ~spans] = 1
+        phase[begins] = np.where(spans, 2, 3)[begins]
+        phase[repeating & ~spans] = 3
+        step *= group.chunk[:, axis]
+    return offset, np.where(good, row, 0), np.where(rows > 1, stride, row)
+
+
+def _check_files(group: _Group, places: IntColumn, where: str) -> None:
+    """`places`: array, file and chunk of each piece; pieces of one chunk that follow each other are looked at once."""
+    changes = _any(np.diff(places, axis=0, prepend=places[:1] - 1) != 0)
+    for array, file, *chunk in places[changes].tolist():
+        record, stored = group.records[array], group.fragments.files[file]
+        expected = chunk_file(record.key, tuple(chunk))
+        nbytes = prod(record.chunk_shape) * record.spec.type.itemsize
+        if stored.path != expected or stored.nbytes != nbytes:  # [FRAG-43]
+            raise Malformed(
+                f"{where}: a piece of array {record.key!r} lies in {stored.path!r} of {stored.nbytes} bytes, "
+                f"expected {expected!r} of {nbytes}"
+            )

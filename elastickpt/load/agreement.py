@@ -1,0 +1,71 @@
+"""What ranks tell each other in the rounds of a load, and what follows from all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgpack
+import numpy as np
+
+from elastickpt.errors import Refused
+from elastickpt.load.opened import Opened
+from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
+
+SHOWN_MISMATCHES = 20
+
+
+def require_same_load(meant: Sequence[tuple[str, str, str]], ranks: Sequence[int]) -> None:
+    """Raises Refused if ranks mean different loads; paths may differ where one checkpoint has several."""
+    path, *mine = meant[0]
+    for rank, (other, *theirs) in zip(ranks[1:], meant[1:], strict=True):
+        for what, one, two in zip(("checkpoint", "strict mode"), mine, theirs, strict=True):
+            if one != two:
+                raise Refused(
+                    f"{what} of this load: expected the same on all ranks, "
+                    f"found {one} ({path}) on rank {ranks[0]} and {two} ({other}) on rank {rank}"
+                )
+
+
+def encode_findings(opened: Opened, binding: Binding) -> bytes:
+    """This rank's differences, and which of the checkpoint's arrays (a bit each, in index order) and values it has a place
+    for: only all ranks together know what nobody has a place for."""
+    known = np.fromiter((identity in binding.arrays for identity in opened.records), dtype=np.bool_, count=len(opened.records))
+    rows = [(m.name, m.what, m.expected, m.found, m.side) for m in binding.mismatches]
+    return bytes(msgpack.packb((rows, np.packbits(known).tobytes(), sorted(binding.places))))
+
+
+def joint_mismatches(
+    opened: Opened, listing: Listing, payloads: Sequence[bytes], ranks: Sequence[int]
+) -> list[tuple[str, str]]:
+    """(what, text) of every difference on any rank, each once, with the ranks that have it."""
+    where: dict[Mismatch, list[int]] = {}
+    union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
+    places: set[str] = set()
+    for rank, payload in zip(ranks, payloads, strict=True):
+        rows, bits, known_places = msgpack.unpackb(payload, use_list=False)
+        for row in rows:
+            where.setdefault(Mismatch(*row), []).append(rank)
+        union |= np.frombuffer(bits, dtype=np.uint8)
+        places.update(known_places)
+    flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
+    arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
+    found: list[tuple[str, str]] = []
+    for mismatch, on in sorted(where.items()):
+        found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
+    found.extend((mismatch.what, str(mismatch)) for mismatch in unexpected(listing, arrays=arrays, places=places))
+    return found
+
+
+def _ranks_text(some: Sequence[int], every: Sequence[int]) -> str:
+    if len(some) == len(every):
+        return "every rank" if len(every) > 1 else "this process"
+    shown = ", ".join(str(rank) for rank in some[:8])
+    return f"rank {shown}" if len(some) == 1 else f"ranks {shown}{', ...' if len(some) > 8 else ''}"
+
+
+def mismatch_message(path: str, refused: Iterable[str]) -> str:
+    texts = list(refused)
+    shown = "".join(f"\n  {text}" for text in texts[:SHOWN_MISMATCHES])
+    more = f"\n  and {len(texts) - SHOWN_MISMATCHES} more" if len(texts) > SHOWN_MISMATCHES else ""
+    noun = "difference" if len(texts) == 1 else "differences"
+    return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}"

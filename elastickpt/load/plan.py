@@ -1,0 +1,169 @@
+"""What a load will read: decided, and held against the fragment maps and the files, before the first byte is filled.
+
+wanted boxes --> pieces of the fragment maps --> reads (layout.reads) --> units, by file and offset
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, Malformed, WrongLength
+from elastickpt.format.box import Box
+from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
+from elastickpt.layout.algebra import intersect
+from elastickpt.layout.coverage import prove_box_coverage
+from elastickpt.layout.reads import Direct, Read, plan_reads
+from elastickpt.load.opened import Opened
+
+UNIT_NBYTES = 2 << 20
+
+Bytes = NDArray[np.uint8]
+Elements = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides."""
+
+    record: ArrayRecord
+    box: Box
+    into: Elements
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """The wanted box as bytes in its own C order: the destination's own memory, or a buffer that is copied at the end."""
+
+    wanted: Wanted
+    data: Bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """Some blocks of one read: bytes [start, end) of a piece, and what they deliver to `target`.
+
+    At most `UNIT_NBYTES` of whole blocks, so that a block is hashed while it is still in the cache.
+    """
+
+    file: StoredFile
+    piece: StoredPiece
+    block_nbytes: int
+    start: int
+    end: int
+    read: Read
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FetchPlan:
+    """Units in the order in which their bytes lie, by file. Making it has read records only, and filled nothing."""
+
+    targets: tuple[Target, ...]
+    units: tuple[Unit, ...]
+
+
+def plan_fetch(opened: Opened, wanted: Sequence[Wanted]) -> FetchPlan:
+    """How every destination will be filled. Reads the fragment maps that it needs; blocking.
+
+    Raises Damaged kinds naming the map, or the array with a gap or overlap, StorageFailed kinds for what cannot be read.
+    """
+    targets = tuple(_target(want) for want in wanted)
+    units = [unit for target in targets for unit in _units_of(opened, target)]
+    units.sort(key=lambda unit: (unit.file.path, unit.piece.offset + unit.start))
+    return FetchPlan(targets, tuple(units))
+
+
+def require_files(opened: Opened, plan: FetchPlan) -> None:
+    """Raises MissingFile or WrongLength, naming an array in it, unless every file of the plan is there and whole."""
+    first: dict[str, Unit] = {}
+    for unit in plan.units:
+        first.setdefault(unit.file.path, unit)
+    for path, unit in first.items():
+        try:
+            require_length(unit, opened.store.size(opened.path(path)))
+        except WrongLength:
+            raise
+        except Damaged as error:
+            raise type(error)(f"{error.message}; it holds array {unit.target.wanted.record.spec.id}") from error
+
+
+def require_length(unit: Unit, nbytes: int) -> None:
+    """Raises WrongLength unless the unit's file has the recorded size."""
+    if nbytes != unit.file.nbytes:
+        raise WrongLength(
+            f"{unit.file.path}: expected {unit.file.nbytes} bytes (in the fragment map), "
+            f"found {nbytes}; it holds array {unit.target.wanted.record.spec.id}"
+        )
+
+
+def _target(wanted: Wanted) -> Target:
+    into = wanted.into
+    if into.shape != wanted.box.shape:
+        raise Malformed(f"array {wanted.record.spec.id}: a destination of shape {into.shape} for box {wanted.box}")
+    if into.flags.c_contiguous:
+        return Target(wanted, into.reshape(-1).view(np.uint8))
+    return Target(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
+
+
+def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
+    """The stored pieces of an array that hold any of `within`, with their fragment maps."""
+    found = []
+    for writer in record.writers:
+        columns = opened.fragments(writer)
+        pieces = columns.pieces
+        number = bisect_left(pieces.arrays, record.key)  # keys are sorted
+        if number == len(pieces.arrays) or pieces.arrays[number] != record.key:
+            raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
+        for place in pieces.of_array(number):
+            box = pieces.box(place)
+            if len(box.start) != len(record.spec.shape):
+                raise Malformed(f"array {record.spec.id}: a piece {box} for shape {record.spec.shape}")
+            if intersect(box, within) is not None:
+                found.append((columns, pieces.piece(place)))
+    return found
+
+
+def _units_of(opened: Opened, target: Target) -> list[Unit]:
+    want = target.wanted
+    if want.box.count == 0:
+        return []
+    found = require_stored(opened, want.record, want.box)
+    units = []
+    for columns, piece in found:
+        file = columns.files[piece.file]
+        for read in _reads_of(want, piece, block_nbytes=columns.block_nbytes):
+            step = max(UNIT_NBYTES // columns.block_nbytes, 1) * columns.block_nbytes
+            if not isinstance(read.steps[0], Direct) or len(read.steps) > 1:
+                step = read.nbytes
+            for start in range(read.start, read.end, step):
+                end = min(start + step, read.end)
+                units.append(Unit(file, piece, columns.block_nbytes, start, end, read, target))
+    return units
+
+
+def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
+    """The pieces that hold a box of an array. Raises CoverageGap or CoverageOverlap unless they hold every element of it
+    exactly once. [FRAG-30]"""
+    found = pieces_of(opened, record, box)
+    parts = [part for _, piece in found if (part := intersect(piece.box, box)) is not None]
+    if not (len(parts) == 1 and parts[0] == box):
+        report = prove_box_coverage(box, parts)
+        if report.overlaps:
+            raise CoverageOverlap(f"array {record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
+        if report.gaps:
+            raise CoverageGap(f"array {record.spec.id}: elements {report.gaps[0]} are stored nowhere")
+    return found
+
+
+def _reads_of(want: Wanted, piece: StoredPiece, *, block_nbytes: int) -> tuple[Read, ...]:
+    try:
+        reads = plan_reads(want.box, [piece], block_nbytes=block_nbytes, itemsize=want.record.spec.type.itemsize)
+    except Malformed as error:
+        raise Malformed(f"array {want.record.spec.id}: {error.message}") from error
+    return tuple(reads)

@@ -1,0 +1,114 @@
+"""The parameters of optimizers, by the names that the models of `state` give them, and how each of them lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from elastickpt.errors import LayoutUnsupported, StructureConflict
+from elastickpt.format.box import Box
+from elastickpt.training.dtensors import Placed, placed
+from elastickpt.training.held import HeldArray
+from elastickpt.training.identities import Identities, KnownTensor
+from elastickpt.training.loaded import is_loaded_instance
+from elastickpt.training.tables import Name
+
+_ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lying:
+    """How a parameter lies, for the states beside it: the whole's `shape`, and this rank's `box` in it.
+
+    `own` are a DTensor's parts; `sharded` says that other ranks hold other elements. `held` is the parameter's own
+    array (the first one of a composite tensor).
+    """
+
+    own: Placed | None
+    held: HeldArray
+    box: Box
+    shape: tuple[int, ...]
+    sharded: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """A parameter of an optimizer: the tensor in its group, and what the models of `state` say about it.
+
+    `lying` is None on a rank outside the parameter's mesh.
+    """
+
+    parameter: torch.Tensor
+    group: int
+    known: KnownTensor
+    lying: Lying | None
+
+    @property
+    def name(self) -> Name:
+        """(model item, FQN)"""
+        return self.known.item, self.known.name
+
+
+def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple[Member, ...]:
+    """The optimizer's parameters with their names, in the order of its groups.
+
+    Raises LayoutUnsupported for an optimizer that spreads whole states over ranks; StructureConflict for a parameter,
+    or a tensor that state is kept for, that is in no model of `state`.
+    """
+    if is_loaded_instance(optimizer, *_ZERO):
+        raise LayoutUnsupported(
+            f"optimizer {item!r}: ZeroRedundancyOptimizer keeps the states of a parameter on one rank only, which "
+            f"nothing here says; shard the model with torch.distributed.fsdp.fully_shard"
+        )
+    members = []
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            known = identities.find(parameter)
+            if known is None or known.role != "parameter":
+                raise StructureConflict(
+                    f"optimizer {item!r}: a parameter of group {index}, of shape {tuple(parameter.shape)}, is in no "
+                    f"model of `state`, so it has no name; put the model that it belongs to into `state` "
+                    f"beside the optimizer"
+                )
+            members.append(Member(parameter, index, known, _lying(known)))
+    ids = {id(member.parameter) for member in members}
+    for key in states_of(optimizer):
+        if isinstance(key, torch.Tensor) and id(key) not in ids:
+            raise StructureConflict(
+                f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
+            )
+    return tuple(members)
+
+
+def _lying(known: KnownTensor) -> Lying | None:
+    if not known.held:
+        return None
+    held, own = known.held[0], placed(known.tensor)
+    ndim = len(own.shape) if own is not None else known.tensor.ndim
+    box, shape = held.box, held.spec.shape
+    if len(shape) != ndim:  # stored as bytes, with an axis for them at the end
+        box, shape = Box(box.start[:ndim], box.stop[:ndim]), shape[:ndim]
+    if held.mesh is None:
+        return Lying(own, held, box, shape, box.shape != shape)
+    axes = zip(held.mesh.sizes, held.placements, strict=True)
+    return Lying(own, held, box, shape, any(size > 1 and placement != "R" for size, placement in axes))
+
+
+def states_of(optimizer: Optimizer) -> dict[Any, Any]:
+    """`optimizer.state`: by parameter, and whatever else an optimizer uses as key."""
+    return optimizer.state
+
+
+def shared_parameters(optimizers: Iterable[Optimizer]) -> frozenset[int]:
+    """Ids of the parameters that several of these optimizers have."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for optimizer in optimizers:
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        shared |= seen & own
+        seen |= own
+    return frozenset(shared)

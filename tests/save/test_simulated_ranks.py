@@ -1,0 +1,205 @@
+"""Plans of ranks that do not exist: larger and 3-D meshes, proven to cover every array exactly once. No process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from elastickpt.commit.prove import prove, require_distinct_ranges
+from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
+from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
+from elastickpt.format.encode_fragments import decode_columns, encode_fragments
+from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.records import ArrayRecord, Item
+from elastickpt.layout.placement import physical_box
+from elastickpt.save.fragments import fragments_of
+from elastickpt.save.merge import MergedStructure, merge
+from elastickpt.save.plan import plan_writes
+from elastickpt.save.structure import StructureTable, table_of
+from elastickpt.save.write import BLOCK_NBYTES, WrittenPiece
+from elastickpt.training.held import HeldArray, LiveState, Sharing
+
+
+def held(name: str, shape: tuple[int, ...], rank: int, mesh: Mesh, placements: tuple[str, ...]) -> HeldArray:
+    """What a rank of a mesh holds of one array, without memory for it."""
+    box = physical_box(shape, sizes=mesh.sizes, coordinate=mesh.coordinate(rank), placements=placements)
+    spec = ArraySpec(ArrayId("params", "model", name, "value"), shape, "float32")
+    return HeldArray(spec, box, torch.empty(box.shape, device="meta"), "parameter", "placed", mesh, placements)
+
+
+def plain(name: str, shape: tuple[int, ...], sharing: Sharing, ranks: tuple[int, ...] = ()) -> HeldArray:
+    """An unsharded array."""
+    spec = ArraySpec(ArrayId("params", "model", name, "value"), shape, "float32")
+    tensor = torch.empty(shape, device="meta")
+    whole = physical_box(shape, sizes=(), coordinate=(), placements=())
+    return HeldArray(spec, whole, tensor, "parameter", sharing, replicas=ranks)
+
+
+def live(*arrays: HeldArray) -> LiveState:
+    return LiveState(arrays, (Item("model", "module", "Model"),))
+
+
+def job(states: Sequence[LiveState]) -> tuple[MergedStructure, list[FragmentColumns]]:
+    """The merged structure of these ranks, and the fragment map that each would write."""
+    tables: dict[StructureTable, list[int]] = {}
+    for rank, state in enumerate(states):
+        tables.setdefault(table_of(state), []).append(rank)
+    merged = merge(list(tables), [tuple(ranks) for ranks in tables.values()])
+    place = {rank: t for t, ranks in enumerate(tables.values()) for rank in ranks}
+    maps = []
+    for rank, state in enumerate(states):
+        plan = plan_writes(state.arrays, merged.shared[place[rank]], rank=rank)
+        written = [
+            WrittenPiece(piece, number, np.zeros(-(-piece.run.nbytes // BLOCK_NBYTES), dtype=np.uint64))
+            for number, file in enumerate(plan.files)
+            for piece in file.pieces
+        ]
+        data = encode_fragments(fragments_of(plan, written, writer=rank, attempt="00" * 8, tables=(), values={}))
+        maps.append(decode_columns(data, path=f"writer {rank}"))
+    return merged, maps
+
+
+def records(merged: MergedStructure) -> list[ArrayRecord]:
+    return [ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), ()) for a in merged.arrays.values()]
+
+
+SHAPES = {
+    "even": (64, 32),
+    "ten over four": (10, 6),
+    "101 over two": (101, 3),
+    "vocabulary": (50_257, 8),
+    "few rows": (3, 40),
+    "one row": (1, 1000),
+    "scalar": (),
+    "empty": (0, 5),
+    "vector": (13,),
+    "cube": (5, 7, 9),
+}
+
+
+def layouts() -> Iterator[tuple[str, Mesh, tuple[str, ...]]]:
+    fsdp_tp = Mesh("fsdp.tp", ("fsdp", "tp"), (4, 2), tuple(range(8)))
+    yield "TP2 × FSDP4, rows twice", fsdp_tp, ("_S(0)", "S(0)")
+    yield "TP2 columns × FSDP4 rows", fsdp_tp, ("S(0)", "S(1)")
+    cube = Mesh("dp.fsdp.tp", ("dp", "fsdp", "tp"), (2, 3, 4), tuple(range(24)))
+    yield "replicas × FSDP3 × TP4", cube, ("R", "_S(0)", "S(0)")
+    yield "replicas × FSDP3 × TP4 columns", cube, ("R", "S(0)", "S(1)")
+    yield "all replicas", cube, ("R", "R", "R")
+    yield "16 × 8", Mesh("fsdp.tp", ("fsdp", "tp"), (16, 8), tuple(range(128))), ("_S(0)", "S(0)")
+    yield "128 replicas", Mesh("dp", ("dp",), (128,), tuple(range(128))), ("R",)
+
+
+@pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
+def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...]) -> None:
+    """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks."""
+    axes = [int(p[-2]) for p in placements if p != "R"]
+    shapes = {n: s for n, s in SHAPES.items() if not axes or len(s) > max(axes)}
+    states = [live(*(held(n, s, rank, mesh, placements) for n, s in shapes.items())) for rank in mesh.ranks]
+    merged, maps = job(states)
+    proven = prove(records(merged), maps)
+    require_distinct_ranges(maps)
+    assert len(proven) == len(shapes)
+    stored = sum(int(columns.pieces.nbytes.sum()) for columns in maps)
+    assert stored == sum(record.spec.nbytes for record in proven)
+
+
+def test_pipeline_stages_with_their_own_meshes_are_one_checkpoint() -> None:
+    """Four stages of FSDP2(2): eight ranks, four tables, every array written by its own stage only."""
+    states = []
+    for rank in range(8):
+        stage = rank // 2
+        mesh = Mesh(f"dp@{2 * stage}-{2 * stage + 1}", ("dp",), (2,), (2 * stage, 2 * stage + 1))
+        states.append(live(held(f"layers.{stage}.w", (1001, 64), rank, mesh, ("S(0)",))))
+    merged, maps = job(states)
+    writers = {record.key: record.writers for record in prove(records(merged), maps)}
+    assert writers == {f"params/model/layers.{s}.w/value": (2 * s, 2 * s + 1) for s in range(4)}
+
+
+def test_replicas_share_the_bytes_evenly() -> None:
+    """64 MiB held by 8 ranks: each writes an eighth."""
+    mesh = Mesh("dp", ("dp",), (8,), tuple(range(8)))
+    _, maps = job([live(held("w", (4096, 4096), rank, mesh, ("R",))) for rank in range(8)])
+    assert [int(columns.pieces.nbytes.sum()) for columns in maps] == [8 << 20] * 8
+
+
+def test_small_replicated_arrays_spread_over_the_replicas() -> None:
+    """Whole to one replica each, not all to the first."""
+    ranks = tuple(range(4))
+    _, maps = job([live(*(plain(f"layers.{n}.norm", (64,), "declared", ranks) for n in range(200))) for _ in ranks])
+    counts = [len(columns.pieces) for columns in maps]
+    assert sum(counts) == 200
+    assert min(counts) > 25
+
+
+def test_the_plan_of_a_rank_among_ten_thousand_does_not_grow_with_them() -> None:
+    """Distinct tables are what is merged: one here. A rank's plan has as many pieces as it holds arrays."""
+    mesh = Mesh("fsdp", ("fsdp",), (10_000,), tuple(range(10_000)))
+    arrays = {f"layers.{n}.w": (20_000, 128) for n in range(50)}
+    states = {rank: live(*(held(n, s, rank, mesh, ("S(0)",)) for n, s in arrays.items())) for rank in (0, 1, 9_999)}
+    assert len({table_of(state) for state in states.values()}) == 1
+    merged = merge([table_of(states[0])], [mesh.ranks])
+    for rank, state in states.items():
+        plan = plan_writes(state.arrays, merged.shared[0], rank=rank)
+        assert [len(file.pieces) for file in plan.files] == [1] * 50
+        assert plan.nbytes == 50 * 2 * 128 * 4
+
+
+def test_a_missing_rank_is_a_gap_and_a_doubled_one_an_overlap() -> None:
+    """The proof can fail: leave a writer out, or count one twice."""
+    mesh = Mesh("fsdp", ("fsdp",), (4,), tuple(range(4)))
+    merged, maps = job([live(held("w", (10, 6), rank, mesh, ("S(0)",))) for rank in range(4)])
+    with pytest.raises(CoverageGap, match="params/model/w/value"):
+        prove(records(merged), maps[:1] + maps[2:])
+    with pytest.raises(CoverageOverlap, match="writer 1"):
+        prove(records(merged), [*maps, maps[1]])
+
+
+# -- contradictions between ranks --------------------------------------------------------------------------------------
+
+
+def test_one_name_with_two_shapes_is_refused() -> None:
+    states = [live(plain("w", (4,), "undeclared")), live(plain("w", (5,), "undeclared"))]
+    with pytest.raises(StructureConflict, match=r"array params/model/w/value: shape is \(4,\) on rank 0 and \(5,\) on rank 1"):
+        job(states)
+
+
+def test_a_declared_replica_that_a_rank_lacks_is_refused() -> None:
+    states = [live(plain("w", (4,), "declared", (0, 1, 2))), live(plain("w", (4,), "declared", (0, 1, 2))), live()]
+    with pytest.raises(StructureConflict, match=r"missing on \[2\]"):
+        job(states)
+
+
+def test_a_mesh_rank_that_lacks_the_array_is_refused() -> None:
+    mesh = Mesh("dp", ("dp",), (2,), (0, 1))
+    with pytest.raises(StructureConflict, match=r"missing on \[1\]"):
+        job([live(held("w", (4, 4), 0, mesh, ("S(0)",))), live()])
+
+
+def test_one_name_held_in_two_ways_is_refused() -> None:
+    mesh = Mesh("dp", ("dp",), (2,), (0, 1))
+    sharded = [live(held("w", (4, 4), rank, mesh, ("S(0)",))) for rank in (0, 1)]
+    with pytest.raises(StructureConflict, match="held in different ways on rank 0"):
+        job([*sharded, live(plain("w", (4, 4), "undeclared"))])
+
+
+def test_equal_names_on_several_meshes_are_compared() -> None:
+    """Two stages that both call a tensor `w`, or two replicas with meshes of their own: only contents can tell."""
+    meshes = [Mesh("dp@0-1", ("dp",), (2,), (0, 1)), Mesh("dp@2-3", ("dp",), (2,), (2, 3))]
+    merged, _ = job([live(held("w", (4, 4), rank, meshes[rank // 2], ("S(0)",))) for rank in range(4)])
+    assert merged.compares
+    assert [(table[0].writes, table[0].compare) for table in merged.shared] == [(True, True), (False, True)]
+
+
+@pytest.mark.parametrize(("replicas", "shards"), list(product((1, 2, 3), (1, 2, 5))))
+def test_documents_are_written_by_exactly_one_rank(replicas: int, shards: int) -> None:
+    """Each array's, and each parameter's group's."""
+    mesh = Mesh("hsdp", ("replicate", "shard"), (replicas, shards), tuple(range(replicas * shards)))
+    states = [live(*(held(f"w{n}", (12, 4), rank, mesh, ("R", "S(0)")) for n in range(20))) for rank in mesh.ranks]
+    merged = merge([table_of(states[0])], [mesh.ranks])
+    plans = [plan_writes(state.arrays, merged.shared[0], rank=rank) for rank, state in enumerate(states)]
+    found = sorted((document.array, document.heads_group) for plan in plans for document in plan.documents)
+    assert found == [(n, True) for n in range(20)]

@@ -1,0 +1,236 @@
+"""The cases of whole checkpoints: what a reader takes, and one fault each that it refuses."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, build, piece, valid, vector
+from vector_kit.kit import Vector, column, name_hash
+
+W = "params/model/w/value"
+V = "params/model/v/value"
+
+
+def _add(array: Array, *pieces: tuple[int, Piece], **files: bytes) -> Edit:
+    def edit(parts: Parts) -> None:
+        parts.arrays.append(array)
+        parts.arrays.sort(key=lambda one: one.key)
+        for writer, new in pieces:
+            parts.pieces[writer].append(new)
+            parts.pieces[writer].sort(key=lambda one: one.key)
+        parts.files.update(files)
+
+    return edit
+
+
+def _half(key: str, name: str, dtype: str, data: bytes) -> Edit:
+    """An array of two elements in one piece of writer 0."""
+    file, n = f"{key}/c.0", len(data)
+    array = Array(key, ("params", "model", name, "value"), dtype, [2], [2], [0], data)
+    return _add(array, (0, Piece(key, file, [0], [2], 0, n, n, n)), **{file: data})
+
+
+def _upper(parts: Parts) -> None:
+    """A parameter `W` beside `w`: both keys have suffixes."""
+    for name in ("w", "W"):
+        stem = f"params/model/{name}%~{name_hash(name)}"
+        if name == "w":
+            _rename(parts, W, f"{stem}/value")
+        else:
+            _half(f"{stem}/value", "W", "float32", bytes(8))(parts)
+
+
+def _rename(parts: Parts, old: str, new: str) -> None:
+    for array in parts.arrays:
+        array.key = array.key.replace(old, new)
+    for one in (one for pieces in parts.pieces for one in pieces):
+        one.key, one.file = one.key.replace(old, new), one.file.replace(old, new)
+    parts.files = {path.replace(old, new): data for path, data in parts.files.items()}
+    parts.arrays.sort(key=lambda one: one.key)
+    for pieces in parts.pieces:
+        pieces.sort(key=lambda one: one.key)
+
+
+def _pack(parts: Parts) -> None:
+    """All pieces of a writer, one after the other, in one file."""
+    parts.manifest["placement"] = "packed"
+    parts.documents = False
+    files = {}
+    for writer, pieces in enumerate(parts.pieces):
+        path, data = f"packs/{writer:05d}.bin", b""
+        for one in pieces:
+            stored = one.of(parts.files[one.file])
+            one.file, one.offset, one.row_nbytes, one.row_stride = path, len(data), one.nbytes, one.nbytes
+            data += stored
+        files[path] = data
+    parts.files = files
+
+
+def _empty(parts: Parts) -> None:
+    parts.arrays, parts.pieces, parts.files = [], [[]], {}
+
+
+def _valid() -> Iterator[Vector]:
+    yield valid("four-arrays", "Rows, columns, a pad, and no axes.", "FRAG-30 FRAG-32 UCF-41 UCF-10 UCF-17 UCF-18")
+    yield valid("packed", "The same, packed.", "FRAG-10", _pack)
+    yield valid("packed-references", "The derived file is no stray.", "UCF-6", _pack, _put("references.json", b"{}"))
+    yield valid("no-arrays", "Values only.", "UCF-17", _empty)
+    bf16 = struct.pack("<2H", 0x7FC1, 0x8000)
+    yield valid("bfloat16", "A NaN with payload and -0.", "UCF-7", _half("params/model/b/value", "b", "bfloat16", bf16))
+    zero = Array("params/model/z/value", ("params", "model", "z", "value"), "float32", [0, 6], [1, 6], [], b"")
+    yield valid("zero-size", "An array without elements has no file.", "FRAG-2", _add(zero))
+    yield valid("case", "W beside w.", "UCF-34", _upper)
+
+
+def _put(path: str, data: bytes) -> Later:
+    return lambda files: files.update({path: data})
+
+
+def _flip(path: str, at: int = 0) -> Later:
+    def later(files: dict[str, bytes]) -> None:
+        data = bytearray(files[path])
+        data[at] ^= 1
+        files[path] = bytes(data)
+
+    return later
+
+
+def _drop(path: str) -> Later:
+    return lambda files: files.pop(path)
+
+
+def _overlap(parts: Parts) -> None:
+    """Writer 1 begins one row early, with that row's true bytes: only coverage is wrong."""
+    one = parts.pieces[1][2]
+    one.start, one.shape, one.offset = [4, 0], [6, 6], 96
+    one.nbytes = one.row_nbytes = one.row_stride = 144
+
+
+def _gap(parts: Parts) -> None:
+    """Writer 1 leaves out the last element's row."""
+    one = parts.pieces[1][2]
+    one.shape = [4, 6]
+    one.nbytes = one.row_nbytes = one.row_stride = 96
+
+
+def _spanning(parts: Parts) -> None:
+    """One piece over both chunks of extra/t."""
+    _pack(parts)
+    parts.pieces[0] = [one for one in parts.pieces[0] if one.key != "extra/t"]
+    parts.pieces[0].insert(0, Piece("extra/t", "packs/00000.bin", [0], [3], 0, 3, 3, 3))
+
+
+def _shared(parts: Parts) -> None:
+    """In a pack, the piece of w at the bytes of v."""
+    _pack(parts)
+    parts.pieces[0][3].offset = parts.pieces[0][2].offset
+
+
+_EDITS: tuple[tuple[str, str, str, str, Edit], ...] = (
+    ("gap-one-row", "A row that nobody wrote.", "FRAG-30", "coverage-gap", _gap),
+    ("overlap-one-row", "A row that two wrote.", "FRAG-31", "coverage-overlap", _overlap),
+    ("gap-array", "An array that nobody wrote.", "FRAG-30", "coverage-gap",
+     _add(Array("params/model/u/value", ("params", "model", "u", "value"), "float32", [1], [1], [], b""))),
+    ("beyond-shape", "A piece past the array's last row.", "FRAG-18", "malformed", piece(1, 2, start=[6, 0])),
+    ("nbytes", "120 bytes for 24 elements.", "FRAG-19", "malformed", piece(0, 3, shape=[4, 6])),
+    ("spanning", "A piece over two chunks.", "FRAG-10", "malformed", _spanning),
+    ("shared-bytes", "Two pieces on the same bytes.", "FRAG-34", "coverage-overlap", _shared),
+    ("other-file", "The first rows of w in a file of their own.", "FRAG-43", "malformed",
+     lambda parts: (parts.files.update({W + "/c.1.0": parts.files[W + "/c.0.0"]}),
+                    piece(0, 3, file=W + "/c.1.0")(parts))),
+    ("other-offset", "The second rows at the first rows' place, and they at theirs.", "FRAG-44", "malformed",
+     lambda parts: (piece(1, 2, offset=0)(parts), piece(0, 3, offset=120)(parts))),
+    ("other-stride", "Columns stored one after the other.", "FRAG-44", "malformed",
+     lambda parts: (piece(0, 2, row_nbytes=64, row_stride=64)(parts),
+                    piece(1, 1, offset=64, row_nbytes=64, row_stride=64)(parts))),
+    ("chunk-length", "A recorded length that is no whole chunk.", "FRAG-43", "malformed",
+     lambda parts: (parts.files.update({"extra/t/c.1": bytes([9])}))),
+    ("checksum", "A checksum that is none of the bytes.", "FRAG-32", "checksum-mismatch", piece(0, 3, checksums=[5])),
+    ("pad", "A pad that is not zero.", "UCF-18", "checksum-mismatch",
+     lambda parts: parts.files.update({"extra/t/c.1": bytes([9, 1])})),
+)  # fmt: skip
+
+
+def _map_member(writer: int, name: str, value: object) -> Edit:
+    return lambda parts: parts.maps[writer].update({name: value})
+
+
+_RECORDS: tuple[tuple[str, str, str, str, Edit], ...] = (
+    ("writer-number", "Writer 1's map says 0.", "FRAG-21", "malformed", _map_member(1, "writer", 0)),
+    ("maps-swapped", "Two maps in each other's place.", "FRAG-21", "malformed", lambda p: p.maps.reverse()),
+    ("other-attempt", "A map of an older attempt.", "FRAG-21", "malformed", _map_member(1, "attempt", "3f1b")),
+    ("array-unknown", "A map with an array that is not in the index.", "FRAG-25", "malformed",
+     lambda p: p.maps[1]["arrays"].__setitem__(2, "params/model/x/value")),
+    ("writers-missing", "The index leaves a writer out.", "FRAG-26", "malformed",
+     lambda p: p.index["writer_sets"].__setitem__(3, [[0, 0]])),
+    ("writers-extra", "The index lists a writer without pieces.", "FRAG-26", "malformed",
+     lambda p: p.index["writer_sets"].__setitem__(0, [[0, 1]])),
+    ("key-other", "A name that its key is not made of.", "UCF-35", "malformed",
+     lambda p: p.index["entries"]["name"].__setitem__(2, "u")),
+    ("key-plain", "A name that needs escapes, with its key unescaped.", "UCF-35 UCF-31", "malformed",
+     lambda p: p.index["entries"]["name"].__setitem__(2, "v%")),
+    ("index-first", "The manifest's first key is another.", "UCF-63", "malformed",
+     lambda p: p.manifest["index"][0].update(first="extra/s")),
+    ("index-last", "The manifest's last key is another.", "UCF-63", "malformed",
+     lambda p: p.manifest["index"][0].update(last="params/model/x/value")),
+    ("layout-beyond", "A layout that is not in the manifest.", "UCF-62", "malformed",
+     lambda p: p.index["templates"][3].update(layout=1)),
+    ("base-beyond", "A base that is not in the manifest.", "FRAG-23", "malformed",
+     lambda p: p.maps[0]["files"].update(base=column([0, 0, 0, 1]))),
+    ("ndim", "A map with one axis for an array with two.", "FRAG-25", "malformed",
+     lambda p: (p.maps[1].update(ndims=column([0, 2, 1])),
+                p.maps[1]["pieces"].update(start=column([0, 2, 30]), shape=column([4, 2, 30])))),
+)  # fmt: skip
+
+_FRAGMENTS = "fragments/00001.msgpack"
+_LATER: tuple[tuple[str, str, str, str, Later], ...] = (
+    ("no-manifest", "A folder without a manifest.", "UCF-1", "not-a-checkpoint", _drop("checkpoint.json")),
+    ("token", "A draft's token.", "SAVE-23", "uncommitted", _put("draft.json", b'{"format":"elastickpt-draft"}')),
+    ("manifest-flip", "One bit of the manifest.", "UCF-74", "checksum-mismatch", _flip("checkpoint.json", 40)),
+    ("index-flip", "One bit of the index.", "UCF-5", "checksum-mismatch", _flip("index.msgpack", 30)),
+    ("fragments-flip", "One bit of a fragment file.", "UCF-5", "checksum-mismatch", _flip(_FRAGMENTS, 30)),
+    ("chunk-flip", "One bit of a chunk.", "FRAG-32", "checksum-mismatch", _flip(W + "/c.0.0", 239)),
+    ("chunk-flip-strided", "One bit of a strided piece.", "FRAG-32", "checksum-mismatch", _flip(V + "/c.0.0", 20)),
+    ("fragments-missing", "A fragment file is gone.", "UCF-3", "missing-file", _drop(_FRAGMENTS)),
+    ("index-missing", "The index is gone.", "UCF-3", "missing-file", _drop("index.msgpack")),
+    ("chunk-missing", "A chunk is gone.", "UCF-3", "missing-file", _drop(W + "/c.0.0")),
+    ("chunk-short", "A chunk's last byte is gone.", "UCF-4", "wrong-length",
+     lambda files: files.update({W + "/c.0.0": files[W + "/c.0.0"][:-1]})),
+    ("chunk-long", "A byte behind a chunk.", "UCF-4", "wrong-length",
+     lambda files: files.update({W + "/c.0.0": files[W + "/c.0.0"] + b"\0"})),
+    ("fragments-long", "A byte behind a fragment file.", "UCF-4", "wrong-length",
+     lambda files: files.update({_FRAGMENTS: files[_FRAGMENTS] + b"\0"})),
+    ("document-missing", "A document is gone.", "UCF-8", "missing-file", _drop(W + "/zarr.json")),
+    ("document-other", "Another fill value.", "UCF-21", "document-mismatch",
+     lambda files: files.update({W + "/zarr.json": files[W + "/zarr.json"].replace(b'"NaN"', b"0.0")})),
+    ("document-space", "A space in a document.", "UCF-11", "document-mismatch",
+     lambda files: files.update({W + "/zarr.json": files[W + "/zarr.json"].replace(b":3,", b": 3,")})),
+    ("document-newline", "A line feed behind one.", "UCF-11", "document-mismatch",
+     lambda files: files.update({W + "/zarr.json": files[W + "/zarr.json"] + b"\n"})),
+    ("group-other", "A group's other name.", "UCF-16", "document-mismatch",
+     lambda files: files.update({"params/model/w/zarr.json": files["params/model/v/zarr.json"]})),
+    ("root-unconsolidated", "A root without its metadata.", "UCF-17", "document-mismatch",
+     _put("zarr.json", b'{"zarr_format":3,"node_type":"group","attributes":{}}')),
+    ("stray", "A file that nobody names.", "UCF-2", "stray-file", _put("params/model/w/value/c.1.0", b"x")),
+    ("stray-top", "The same at the top.", "UCF-2", "stray-file", _put("notes.txt", b"x")),
+    ("stray-reserved", "A reserved name in placement plain.", "UCF-6", "stray-file", _put("packs/00000.bin", b"x")),
+    ("stray-writer", "A third writer's fragment file.", "UCF-2", "stray-file", _put("fragments/00002.msgpack", b"x")),
+)  # fmt: skip
+
+
+def vectors() -> Iterator[Vector]:
+    yield from _valid()
+    for name, about, rule, kind, edit in _EDITS:
+        yield vector("invalid", name, about, rule, build(edit), error=kind)
+    for name, about, rule, kind, edit in _RECORDS:
+        yield vector("invalid", name, about, rule, build(records=edit), error=kind)
+    for name, about, rule, kind, later in _LATER:
+        yield vector("invalid", name, about, rule, build(later=later), error=kind)
+    files = build(_pack, later=_put("zarr.json", b'{"zarr_format":3,"node_type":"group","attributes":{}}'))
+    yield vector("invalid", "packed-document", "A document in a pack.", "UCF-19", files, error="stray-file")
+    swapped = build()
+    swapped["extra/t/c.0"], swapped["extra/t/c.1"] = swapped["extra/t/c.1"], swapped["extra/t/c.0"]
+    yield vector(
+        "invalid", "chunks-swapped", "Two chunks in each other's place.", "FRAG-32", swapped, error="checksum-mismatch"
+    )
