@@ -43,9 +43,7 @@ def check_index(parts: Sequence[IndexPart], manifest: Manifest) -> dict[str, Arr
             raise Malformed(f"index: {high.key!r} after {low.key!r}: keys out of order, or twice")
     for record in arrays:
         if record.layout is not None and record.layout >= len(manifest.layouts):  # [UCF-62]
-            raise Malformed(
-                f"index: array {record.key!r} has layout {record.layout}, the manifest has {len(manifest.layouts)}"
-            )
+            raise Malformed(f"index: array {record.key!r} has layout {record.layout}, the manifest has {len(manifest.layouts)}")
     return {record.key: record for record in arrays}
 
 
@@ -58,14 +56,10 @@ def check_keys(records: Iterable[ArrayRecord]) -> None:
     wanted = array_keys(record.spec.id for record in listed)
     for record in listed:
         if record.key != wanted[record.spec.id]:
-            raise Malformed(
-                f"index: array {record.spec.id} has key {record.key!r}, expected {wanted[record.spec.id]!r}"
-            )
+            raise Malformed(f"index: array {record.spec.id} has key {record.key!r}, expected {wanted[record.spec.id]!r}")
 
 
-def check_fragments(
-    fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int
-) -> None:
+def check_fragments(fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int) -> None:
     """Passes when the map is that of `writer` and agrees with index and manifest. Raises Malformed.
 
     The cost is a few passes over the columns, and one name per chunk file.
@@ -136,9 +130,7 @@ class _Group:
         chunks = np.array([one.chunk_shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
         sizes = np.array([one.spec.type.itemsize if one else 0 for one in same], dtype=np.int64)
         array = pieces.array[mine]
-        return cls(
-            fragments, records, mine, pieces.start[axes], pieces.shape[axes], shapes[array], chunks[array], sizes[array]
-        )
+        return cls(fragments, records, mine, pieces.start[axes], pieces.shape[axes], shapes[array], chunks[array], sizes[array])
 
     def refuse_if(self, wrong: _Flags, what: str, where: str) -> None:
         if wrong.any():

@@ -71,9 +71,7 @@ class PieceColumns:
         axes, blocks = self.axis_start.tolist(), self.checksum_start.tolist()
         columns = (self.array, self.file, self.offset, self.nbytes, self.row_nbytes, self.row_stride)
         found = []
-        for p, (array, file, offset, nbytes, row, stride) in enumerate(
-            zip(*(c.tolist() for c in columns), strict=True)
-        ):
+        for p, (array, file, offset, nbytes, row, stride) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             low = tuple(start[axes[p] : axes[p + 1]])
             box = Box(low, tuple(map(add, low, shape[axes[p] : axes[p + 1]])))
             own = tuple(checksums[blocks[p] : blocks[p + 1]])

@@ -149,7 +149,9 @@ def test_drafts_of_other_names_are_not_touched(store: Store, ended: tuple[int, i
     assert names(store) == set(others)
 
 
-@pytest.mark.parametrize("name", ["a.draft-h-1-2-0123456789abcdef", "a b", "é" * 40, "x" * 200, ".hidden", "a.draft-", "step-7.aborted"])
+@pytest.mark.parametrize(
+    "name", ["a.draft-h-1-2-0123456789abcdef", "a b", "é" * 40, "x" * 200, ".hidden", "a.draft-", "step-7.aborted"]
+)
 def test_drafts_of_odd_names_are_found_again(store: Store, name: str, ended: tuple[int, int]) -> None:
     pid, start = ended
     mine = new_draft(name, pid=os.getpid())
@@ -379,7 +381,9 @@ def test_writers_that_race_with_giving_up_never_bring_the_draft_back(tmp_path: P
         errors: list[BaseException] = []
         begun = threading.Barrier(3)
 
-        def work(member: int, draft: Draft = draft, errors: list[BaseException] = errors, begun: threading.Barrier = begun) -> None:
+        def work(
+            member: int, draft: Draft = draft, errors: list[BaseException] = errors, begun: threading.Barrier = begun
+        ) -> None:
             begun.wait()
             try:
                 for number in range(1000):
@@ -429,7 +433,11 @@ def test_a_draft_is_swept_only_after_its_process_ended(tmp_path: Path) -> None:
         "begin(LocalStore(sys.argv[1]), new_draft('a', pid=os.getpid())); print('begun', flush=True); input()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"

@@ -17,6 +17,7 @@ from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.load import opened as opening
 from elastickpt.load.checkpoint import Checkpoint, open_checkpoint
+from elastickpt.load import session as loading
 from elastickpt.load.session import LoadReport, _Load
 from elastickpt.save import agree as agreeing
 from elastickpt.save.agree import Request
@@ -121,6 +122,26 @@ def load_from(store: Store, name: str, into: State) -> LoadReport:
     """`load` by one process, from a store object."""
     with replaced(opening, "locate", lambda path: (store, name)):
         return _Load(Member(0, (0,)), Alone(0, "host"), name, "all", "on").run(into, None)  # type: ignore[arg-type]
+
+
+def load_on(stores: Sequence[Store], name: str, states: Sequence[State]) -> list[LoadReport | BaseException]:
+    """How `load` ended on each member, one a store."""
+    joined, ranks = teams(len(stores)), tuple(range(len(stores)))
+
+    def located(path: str) -> tuple[Store, str]:
+        member, _, last = path.partition("/")
+        return stores[int(member)], last
+
+    def one(member: int) -> object:
+        load = _Load(Member(member, ranks), joined[member], f"{member}/{name}", "all", "on")  # type: ignore[arg-type]
+        return load.run(states[member], mesh(len(stores)))  # type: ignore[arg-type]
+
+    try:
+        with replaced(opening, "locate", located), replaced(loading, "mesh_of", lambda mesh, world_size: mesh):
+            return everywhere(len(stores), one)  # type: ignore[return-value]
+    finally:
+        for team in joined:
+            team.close()
 
 
 def opened(store: Store, name: str) -> Checkpoint:

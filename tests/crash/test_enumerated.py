@@ -19,6 +19,7 @@ from simulated import (
     drafts,
     files,
     load_from,
+    load_on,
     require_absent_or_whole,
     require_whole,
     save_on,
@@ -290,3 +291,33 @@ def test_a_checkpoint_removed_meanwhile_is_missing_files_not_wrong_tensors(memor
     with pytest.raises(MissingFile):
         load_from(faulty, "old", into)
     assert fingerprint(into) == untouched
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_ranks_load_with_a_fault_at_every_operation_of_one(memory: JournalStore, victim: int) -> None:
+    """One report for both; it says "undefined" exactly if tensors of either were being filled."""
+    prepared(memory, 2)
+    for n, fault in itertools.product(itertools.count(1), (FailAt(1), CrashAt(1))):
+        faulty = FaultyStore(memory, replace(fault, n=n))
+        stores: list[Store] = [memory, memory]
+        stores[victim] = faulty
+        states = [state(3), state(3)]
+        untouched = fingerprint(states[0])
+        outcomes = load_on(stores, "old", states)
+        if faulty.struck is None:
+            assert [fingerprint(one) for one in states] == [fingerprint(OLD)] * 2
+            assert n > 8
+            return
+        survivor = outcomes[1 - victim]
+        if faulty.struck.name == "reader.close" and not isinstance(survivor, CheckpointError):
+            continue
+        assert isinstance(survivor, CheckpointError), faulty.struck
+        if isinstance(fault, CrashAt):
+            assert isinstance(outcomes[victim], Crash)
+            assert (type(survivor), survivor.report[0].rank) == (RankLost, victim)
+        else:
+            assert str(outcomes[victim]) == str(survivor)
+        if "content of `state` is now undefined" not in survivor.message:
+            assert [fingerprint(one) for one in states] == [untouched] * 2, faulty.struck
+        else:
+            assert faulty.struck.name in {"open_reader", *READS}, faulty.struck
