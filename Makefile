@@ -29,7 +29,7 @@ imports: setup
 	$(BIN)/lint-imports
 
 spec: setup
-	$(BIN)/python tools/check_spec.py
+	$(BIN)/python -m tools.check_spec
 
 test: lint types imports spec
 	$(BIN)/python -m pytest -n 2 -m "not long"

@@ -1,4 +1,4 @@
-"""Holds spec/, its vectors and the code against each other: `python tools/check_spec.py`. Exit code 1: problems.
+"""Holds spec/, its vectors and the code against each other: `python -m tools.check_spec`. Exit code 1: problems.
 
 Identifiers are unique; every MUST has one; each is exercised by a vector, cited by a test, or listed in coverage.md;
 what code and tests cite exists; kinds exist in errors.py; vectors follow their schema and are what generators make.
@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import make_vectors
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema import Draft202012Validator
+
+from tools import make_vectors
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"

@@ -1,4 +1,4 @@
-"""Writes spec/vectors anew: `python tools/make_vectors.py`. `check_spec.py` holds the committed files against it."""
+"""Writes spec/vectors anew: `python -m tools.make_vectors`. `check_spec.py` holds the committed files against it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from vector_kit import checkpoint_cases, fragment_maps, geometry, manifests, values
-from vector_kit.kit import Vector
+from tools.vector_kit import checkpoint_cases, fragment_maps, geometry, manifests, values
+from tools.vector_kit.kit import Vector
 
 FOLDER = Path(__file__).parent.parent / "spec" / "vectors"
 INDEX = "index.json"

@@ -15,7 +15,7 @@ import numpy as np
 
 from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
-from elastickpt.format.records import StoredPiece
+from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, segments
 from elastickpt.load.opened import Opened
 from elastickpt.load.plan import UNIT_NBYTES, Bytes, Elements, FetchPlan, Target, Unit, Wanted, plan_fetch, require_length
@@ -98,12 +98,12 @@ class _Fetching:
         self._taking = threading.Lock()
         self._failed = threading.Event()
         self._scratch = threading.local()
-        self._files: dict[str, _Open] = {}
+        self._files: dict[StoredFile, _Open] = {}
         for unit in units:
-            if unit.file.path in self._files:
-                self._files[unit.file.path].left += 1
+            if unit.file in self._files:
+                self._files[unit.file].left += 1
             else:
-                self._files[unit.file.path] = _Open(1)
+                self._files[unit.file] = _Open(1)
 
     def run(self) -> None:
         try:
@@ -133,15 +133,15 @@ class _Fetching:
                 raise
 
     def _reader(self, unit: Unit) -> RangeReader:
-        file = self._files[unit.file.path]
+        file = self._files[unit.file]
         with file.lock:
             if file.reader is None:
-                file.reader = self._opened.store.open_reader(self._opened.path(unit.file.path))
+                file.reader = self._opened.store.open_reader(self._opened.where(unit.file))
                 require_length(unit, file.reader.nbytes)
             return file.reader
 
     def _done(self, unit: Unit) -> None:
-        file = self._files[unit.file.path]
+        file = self._files[unit.file]
         with file.lock:
             file.left -= 1
             if file.left == 0 and file.reader is not None:

@@ -17,9 +17,10 @@ from elastickpt.errors import (
     MissingFile,
     NotACheckpoint,
     Uncommitted,
-    Unsupported,
+    Unsafe,
     WrongLength,
 )
+from elastickpt.format.agreement import check_fragments, check_index
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_columns
@@ -28,7 +29,7 @@ from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import MANIFEST
 from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest
+from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, StoredFile
 from elastickpt.format.values import Value
 from elastickpt.storage.opening import locate
 from elastickpt.storage.store import Store
@@ -50,6 +51,7 @@ class Opened:
         self.name = name
         self.manifest = manifest
         self._fragments = _Cache(threading.Lock(), {})
+        self._bases: dict[int, str] = {}
 
     def path(self, relative: str) -> str:
         """Where a file of this checkpoint stands in its store."""
@@ -58,18 +60,11 @@ class Opened:
     @cached_property
     def parts(self) -> tuple[IndexPart, ...]:
         """All parts of the index. Raises Damaged kinds naming the part."""
-        parts = []
-        for entry in self.manifest.index:
-            part = decode_index(self.record(entry.file, MAX_MANIFEST_NBYTES), path=entry.file.path)
-            ends = (part.arrays[0].key, part.arrays[-1].key) if part.arrays else ("", "")
-            if ends != (entry.first, entry.last):
-                raise Malformed(
-                    f"{entry.file.path}: expected arrays {entry.first!r} to {entry.last!r} (in the manifest), found {ends}"
-                )
-            for record in part.arrays:
-                _require_known(record, self.manifest, entry.file.path)
-            parts.append(part)
-        return tuple(parts)
+        parts = tuple(
+            decode_index(self.record(entry.file, MAX_MANIFEST_NBYTES), path=entry.file.path) for entry in self.manifest.index
+        )
+        check_index(parts, self.manifest)
+        return parts
 
     @cached_property
     def records(self) -> Mapping[ArrayId, ArrayRecord]:
@@ -87,7 +82,7 @@ class Opened:
         return MappingProxyType({record.key: record for record in self.records.values()})
 
     def fragments(self, writer: int) -> FragmentColumns:
-        """One writer's fragment map; read once. Raises Damaged kinds naming the file."""
+        """One writer's fragment map, in agreement with index and manifest; read once. Raises Damaged kinds naming the file."""
         with self._fragments.lock:
             known = self._fragments.maps.get(writer)
         if known is not None:
@@ -96,23 +91,34 @@ class Opened:
             raise Malformed(f"index: writer {writer} is not in the manifest, which has {len(self.manifest.fragments)}")
         said = self.manifest.fragments[writer]
         columns = decode_columns(self.record(said, MAX_FRAGMENTS_NBYTES), path=said.path)
-        if (columns.writer, columns.attempt) != (writer, self.manifest.attempt):
-            raise Malformed(
-                f"{said.path}: expected writer {writer} of attempt {self.manifest.attempt} (in the manifest), "
-                f"found writer {columns.writer} of attempt {columns.attempt}"
-            )
-        for file in columns.files:
-            if file.base:
-                raise Unsupported(f"{said.path}: file {file.path!r} lies in another checkpoint, which no caller named")
+        check_fragments(columns, self.by_key, manifest=self.manifest, writer=writer)
         with self._fragments.lock:
             return self._fragments.maps.setdefault(writer, columns)
 
     def stored_by(self, writer: int) -> Iterator[ArrayRecord]:
-        """The arrays that a writer stored pieces of. Raises Malformed for one that the index lacks."""
-        for key in self.fragments(writer).pieces.arrays:
-            if key not in self.by_key:
-                raise Malformed(f"{self.manifest.fragments[writer].path}: has pieces of array {key}, which is not in the index")
-            yield self.by_key[key]
+        """The arrays that a writer stored pieces of."""
+        return (self.by_key[key] for key in self.fragments(writer).pieces.arrays)
+
+    def where(self, file: StoredFile) -> str:
+        """Where a file that pieces lie in stands in the store: in this checkpoint or in a base of it."""
+        return f"{self.name if file.base == 0 else self._base(file.base)}/{file.path}"
+
+    def _base(self, number: int) -> str:
+        """The folder of a base, beside this checkpoint, whose manifest is the one meant. [UCF-82]"""
+        base = self.manifest.bases[number - 1]
+        known = self._bases.get(number)
+        if known is not None:
+            return known
+        name = base.uri.removeprefix("../")
+        if not name or "/" in name or name == base.uri or name in (".", ".."):
+            raise Unsafe(f"base {base.uri!r}: expected a checkpoint beside this one ('../NAME'); others are not opened")
+        found = file_digest(self.store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_NBYTES))
+        if found != base.digest:
+            raise ChecksumMismatch(
+                f"base {base.uri!r}: expected manifest digest {base.digest} (in the manifest), found {found}"
+            )
+        self._bases[number] = name
+        return name
 
     def all_fragments(self) -> Iterator[FragmentColumns]:
         """Every writer's fragment map, by writer."""
@@ -133,18 +139,6 @@ class Opened:
         if found != file.digest:
             raise ChecksumMismatch(f"{file.path}: expected digest {file.digest} (in the manifest), found {found}")
         return data
-
-
-def _require_known(record: ArrayRecord, manifest: Manifest, path: str) -> None:
-    """Raises Malformed for an array whose layout or writers the manifest does not have."""
-    if record.layout is not None and record.layout >= len(manifest.layouts):
-        raise Malformed(
-            f"{path}: array {record.spec.id} has layout {record.layout}, the manifest {len(manifest.layouts)} of them"
-        )
-    if record.writers and record.writers[-1] >= len(manifest.fragments):
-        raise Malformed(
-            f"{path}: array {record.spec.id} has writer {record.writers[-1]}, the manifest {len(manifest.fragments)} of them"
-        )
 
 
 def open_records(path: str | os.PathLike[str]) -> Opened:

@@ -81,12 +81,12 @@ def plan_fetch(opened: Opened, wanted: Sequence[Wanted]) -> FetchPlan:
 
 def require_files(opened: Opened, plan: FetchPlan) -> None:
     """Raises MissingFile or WrongLength, naming an array in it, unless every file of the plan is there and whole."""
-    first: dict[str, Unit] = {}
+    first: dict[StoredFile, Unit] = {}
     for unit in plan.units:
-        first.setdefault(unit.file.path, unit)
-    for path, unit in first.items():
+        first.setdefault(unit.file, unit)
+    for file, unit in first.items():
         try:
-            require_length(unit, opened.store.size(opened.path(path)))
+            require_length(unit, opened.store.size(opened.where(file)))
         except WrongLength:
             raise
         except Damaged as error:
@@ -113,19 +113,15 @@ def _target(wanted: Wanted) -> Target:
 
 def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
     """The stored pieces of an array that hold any of `within`, with their fragment maps."""
-    found = []
+    found: list[tuple[FragmentColumns, StoredPiece]] = []
     for writer in record.writers:
         columns = opened.fragments(writer)
         pieces = columns.pieces
         number = bisect_left(pieces.arrays, record.key)  # keys are sorted
         if number == len(pieces.arrays) or pieces.arrays[number] != record.key:
             raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
-        for place in pieces.of_array(number):
-            box = pieces.box(place)
-            if len(box.start) != len(record.spec.shape):
-                raise Malformed(f"array {record.spec.id}: a piece {box} for shape {record.spec.shape}")
-            if intersect(box, within) is not None:
-                found.append((columns, pieces.piece(place)))
+        hit = (place for place in pieces.of_array(number) if intersect(pieces.box(place), within) is not None)
+        found.extend((columns, pieces.piece(place)) for place in hit)
     return found
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import msgpack
 
+from elastickpt.errors import Unsafe, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.digest import file_digest
+from elastickpt.format.keys import checked_name
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value, decode_value, encode_value
 from elastickpt.training.held import HeldArray, LiveState, Role, Sharing
@@ -41,7 +43,12 @@ class StructureTable:
 
 
 def table_of(live: LiveState) -> StructureTable:
-    """The structure of a live state."""
+    """The structure of a live state. Raises ValueNotCarried for a name that no checkpoint carries."""
+    for item in live.items:
+        _require_name(item.name, f"key {item.name!r} of `state`")
+    for held in live.arrays:
+        for name in (held.spec.id.name, held.spec.id.state):
+            _require_name(name, f"tensor {held.spec.id.item!r}/{held.spec.id.name[:80]!r}")
     meshes: dict[Mesh, int] = {}
 
     def entry(held: HeldArray) -> HeldEntry:
@@ -50,6 +57,13 @@ def table_of(live: LiveState) -> StructureTable:
 
     entries = tuple(entry(held) for held in live.arrays)
     return StructureTable(entries, tuple(meshes), live.items, live.tied)
+
+
+def _require_name(name: str, where: str) -> None:
+    try:
+        checked_name(name)
+    except Unsafe as error:
+        raise ValueNotCarried(f"{where}: {error.message}") from error
 
 
 def encode_table(table: StructureTable) -> bytes:

@@ -53,7 +53,7 @@ def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     seen: dict[int, str] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or not key or len(key.encode()) > MAX_NAME_NBYTES:
+        if not isinstance(key, str) or not key or len(key.encode(errors="surrogatepass")) > MAX_NAME_NBYTES:
             raise ValueNotCarried(f"key {key!r} of `state`: expected a str of 1 to {MAX_NAME_NBYTES} bytes")
         kinds[key] = kind_of(value)
         if kinds[key] == "optimizer" and (first := seen.setdefault(id(value), key)) != key:

@@ -105,8 +105,9 @@ def _walk(
 
 
 def _checked(name: str) -> str:
-    if len(name.encode()) > MAX_NAME_NBYTES:
-        raise ValueNotCarried(f"name {name[:80]!r}... has {len(name.encode())} bytes, expected at most {MAX_NAME_NBYTES}")
+    nbytes = len(name.encode(errors="surrogatepass"))  # what is no text is refused where all names are checked
+    if nbytes > MAX_NAME_NBYTES:
+        raise ValueNotCarried(f"name {name[:80]!r}... has {nbytes} bytes, expected at most {MAX_NAME_NBYTES}")
     return name
 
 

@@ -65,9 +65,7 @@ def _map(record: ArrayRecord, box: Box) -> FragmentMap:
     chunks = list(dict.fromkeys(run.chunk for run in runs))
     nbytes = 4 * prod(record.chunk_shape)
     pieces = [
-        StoredPiece(
-            record.key, run.box, chunks.index(run.chunk), run.offset, run.nbytes, run.row_nbytes, run.row_stride, (0,)
-        )
+        StoredPiece(record.key, run.box, chunks.index(run.chunk), run.offset, run.nbytes, run.row_nbytes, run.row_stride, (0,))
         for run in runs
     ]
     files = tuple(StoredFile(0, chunk_file(record.key, chunk), nbytes) for chunk in chunks)
@@ -96,8 +94,7 @@ def test_what_layout_makes_agrees_and_is_where_every_element_is(
     for piece in fragments.pieces:
         cells = np.arange(prod(chunk)).reshape(chunk) * 4
         local = tuple(
-            slice(low % n, low % n + extent)
-            for low, extent, n in zip(piece.box.start, piece.box.shape, chunk, strict=True)
+            slice(low % n, low % n + extent) for low, extent, n in zip(piece.box.start, piece.box.shape, chunk, strict=True)
         )
         assert _bytes_of(piece) == cells[local].reshape(-1).tolist()
 

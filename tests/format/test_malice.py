@@ -92,9 +92,7 @@ def _places(record: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(("data", "read"), READERS, ids=["fragments", "index"])
 @given(draw=st.data())
-def test_any_value_at_any_place_is_read_or_refused(
-    data: bytes, read: Callable[[bytes], object], draw: st.DataObject
-) -> None:
+def test_any_value_at_any_place_is_read_or_refused(data: bytes, read: Callable[[bytes], object], draw: st.DataObject) -> None:
     record = msgpack.unpackb(data)
     place = draw.draw(st.sampled_from(_places(record)[1:]))
     target = record

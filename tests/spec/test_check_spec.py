@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import check_spec  # noqa: E402  (tools/ is no package)
+from tools import check_spec
 
 NEW = "UCF-149"  # in brackets only in the copy: a citation in a test counts
 

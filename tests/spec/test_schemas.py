@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from referencing import Registry, Resource
 
 ROOT = Path(__file__).parent.parent.parent
 SPEC = ROOT / "spec"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import check_spec  # noqa: E402  (tools/ is no package)
+from tools import check_spec
 
 SCHEMAS = {path.name: json.loads(path.read_text()) for path in (SPEC / "schemas").glob("*.json")}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -33,9 +32,7 @@ from elastickpt.layout.placement import physical_box
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "spec" / "vectors"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import mini_reader  # noqa: E402  (tools/ is no package)
+from tools import mini_reader
 
 Json = Any
 

@@ -35,7 +35,7 @@ class Row:
 def rows(measures: Sequence[Measure]) -> tuple[Row, ...]:
     """One row per measure, settings in a fixed order, within a setting fastest first, failures last.
 
-    The floor of a setting is its fastest raw measure. A cold or warm load is compared with raw reads of the same
+    The floor of a setting is its fastest raw measure; small tensors have none, as one file of the same bytes is no goal. A cold or warm load is compared with raw reads of the same
     cache; `of_same_layout` is a resharding load's time over the same contestant's same-layout load at its ranks.
     """
     by_setting: dict[Setting, list[Measure]] = defaultdict(list)
@@ -62,7 +62,7 @@ def _row(measure: Measure, medians: Mapping[tuple[Setting, str], float]) -> Row:
     if not measure.seconds:
         return Row(setting, measure.contestant, None, None, None, None, measure.error)
     spread = spread_of(measure.seconds)
-    floor = floor_s(setting, medians)
+    floor = None if setting.case.startswith("small") else floor_s(setting, medians)
     share = None
     if setting.case in ("load", "reshard") and measure.requested_nbytes:
         share = spread_of(measure.requested_nbytes).median / setting.nbytes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, build, piece, valid, vector
-from vector_kit.kit import Vector, column, name_hash
+from tools.vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, build, piece, valid, vector
+from tools.vector_kit.kit import Vector, column, name_hash
 
 W = "params/model/w/value"
 V = "params/model/v/value"

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from vector_kit.geometry import array_document
-from vector_kit.kit import (
+from tools.vector_kit.geometry import array_document
+from tools.vector_kit.kit import (
     Json,
     Record,
     Vector,

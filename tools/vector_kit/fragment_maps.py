@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from vector_kit.kit import (
+from tools.vector_kit.kit import (
     Change,
     Json,
     Record,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from vector_kit.kit import Json, Vector, name_hash
+from tools.vector_kit.kit import Json, Vector, name_hash
 
 Interval = tuple[int, int]
 

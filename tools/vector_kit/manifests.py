@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vector_kit.kit import ZEROS, Change, Json, Record, Vector, canonical, changed, manifest, sealed, setting, without
+from tools.vector_kit.kit import ZEROS, Change, Json, Record, Vector, canonical, changed, manifest, sealed, setting, without
 
 _VALID: tuple[tuple[str, str, str, Change], ...] = (
     ("plain", "The example of the specification.", "UCF-71", lambda m: None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vector_kit.kit import Vector, as_base64, canonical
+from tools.vector_kit.kit import Vector, as_base64, canonical
 
 _VALID: tuple[tuple[str, str, str, str, str], ...] = (
     ("null", "Nothing.", "UCF-50", "null", "NoneType"),
