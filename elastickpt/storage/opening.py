@@ -45,7 +45,10 @@ def locate(path: str | os.PathLike[str]) -> tuple[Store, str]:
 
 
 def locate_for_saving(path: str | os.PathLike[str]) -> tuple[Store, str]:
-    """Like `locate`, and makes missing local parents, which are durable on return. Raises PathOccupied where a file or the top of a store stands."""
+    """Like `locate`, and makes missing local parents, whose names are durable on return.
+
+    Raises PathOccupied where a file or the top of a store stands.
+    """
     parent, name = _parent_and_name(path)
     if not name:
         raise PathOccupied(f"{parent}: no checkpoint can stand at the top of a store")

@@ -7,9 +7,9 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -373,38 +373,30 @@ def test_a_writer_meets_an_error_and_never_brings_the_draft_back(store: Store) -
     abort(store, draft)
 
 
+def write_much(store: Store, draft: Draft, member: int) -> CheckpointError | None:
+    try:
+        for number in range(1000):
+            store.make_directories(draft.path(f"params/{member}/{number}"))
+            store.create(draft.path(f"params/{member}/{number}/c"), b"x")
+    except CheckpointError as error:
+        return error
+    return None
+
+
 def test_writers_that_race_with_giving_up_never_bring_the_draft_back(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    for attempt in range(30):
-        draft = new_draft("a", pid=os.getpid())
-        begin(store, draft)
-        errors: list[BaseException] = []
-        begun = threading.Barrier(3)
-
-        def work(
-            member: int, draft: Draft = draft, errors: list[BaseException] = errors, begun: threading.Barrier = begun
-        ) -> None:
-            begun.wait()
-            try:
-                for number in range(1000):
-                    store.make_directories(draft.path(f"params/{member}/{number}"))
-                    store.create(draft.path(f"params/{member}/{number}/c"), b"x")
-            except CheckpointError as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=work, args=(member,)) for member in range(2)]
-        for thread in threads:
-            thread.start()
-        begun.wait()
-        while attempt % 3 and not (tmp_path / draft.folder / "params").exists():
-            pass
-        abort(store, draft)
-        for thread in threads:
-            thread.join()
-        assert [type(error) for error in errors] == [MissingFile] * 2
-        assert names(store) <= {draft.folder + ABORTED}  # where a file came in between
-        sweep(store, "a")
-        assert names(store) == set()
+    with ThreadPoolExecutor(2) as pool:
+        for attempt in range(12):
+            draft = new_draft("a", pid=os.getpid())
+            begin(store, draft)
+            writers = [pool.submit(write_much, store, draft, member) for member in range(2)]
+            while attempt % 3 and not (tmp_path / draft.folder / "params").exists():
+                pass
+            abort(store, draft)
+            assert [type(writer.result()) for writer in writers] == [MissingFile] * 2
+            assert names(store) <= {draft.folder + ABORTED}  # where a file came in between
+            sweep(store, "a")
+            assert names(store) == set()
 
 
 def test_a_stopped_writer_cannot_change_a_committed_checkpoint(tmp_path: Path) -> None:
@@ -429,7 +421,8 @@ def test_a_draft_is_swept_only_after_its_process_ended(tmp_path: Path) -> None:
     """With a real process: stopped is not gone."""
     store = LocalStore(tmp_path)
     code = (
-        "import os, sys; from elastickpt.commit.draft import begin, new_draft; from elastickpt.storage.local import LocalStore; "
+        "import os, sys; from elastickpt.commit.draft import begin, new_draft; "
+        "from elastickpt.storage.local import LocalStore; "
         "begin(LocalStore(sys.argv[1]), new_draft('a', pid=os.getpid())); print('begun', flush=True); input()"
     )
     process = subprocess.Popen(

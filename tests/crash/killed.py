@@ -19,7 +19,7 @@ from elastickpt.errors import CheckpointError, RankFailure
 from elastickpt.save import agree as agreeing
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Store
-from elastickpt.testing.faults import CallAt, FailAt, Fault, FaultyStore, Operation, RecordingStore
+from elastickpt.testing.faults import CallAt, FailAt, Fault, FaultyStore, Mode, Operation, RecordingStore
 from elastickpt.training.group import job_group
 
 Happening = Literal["nothing", "kill", "stop", "no space"]
@@ -34,6 +34,7 @@ class Plan:
     victim: int = 0
     happening: Happening = "nothing"
     n: int = 0
+    mode: Mode = "before"
     silence_s: float = 30.0
 
     @property
@@ -91,11 +92,9 @@ def _fault(plan: Plan) -> Fault:
         _mark(plan, "hit")
         os.kill(os.getpid(), signal.SIGKILL if plan.happening == "kill" else signal.SIGSTOP)
 
-    return CallAt(plan.n if plan.happening != "nothing" else -1, strike, "before" if plan.n % 2 else "after")
+    return CallAt(plan.n if plan.happening != "nothing" else -1, strike, plan.mode)
 
 
 def _mark(plan: Plan, name: str) -> None:
     plan.marks.mkdir(exist_ok=True)
     (plan.marks / name).touch()
-
-

@@ -16,8 +16,8 @@ from elastickpt.comms.team import Alone, Team
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.load import opened as opening
-from elastickpt.load.checkpoint import Checkpoint, open_checkpoint
 from elastickpt.load import session as loading
+from elastickpt.load.checkpoint import Checkpoint, open_checkpoint
 from elastickpt.load.session import LoadReport, _Load
 from elastickpt.save import agree as agreeing
 from elastickpt.save.agree import Request

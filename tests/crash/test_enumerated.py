@@ -20,13 +20,14 @@ from simulated import (
     files,
     load_from,
     load_on,
+    opened,
     require_absent_or_whole,
     require_whole,
     save_on,
     state,
 )
 
-from elastickpt.errors import CheckpointError, MissingFile, NoSpace, RankLost, ReadOnly, StorageFailed
+from elastickpt.errors import CheckpointError, MissingFile, NoSpace, NotACheckpoint, RankLost, ReadOnly, StorageFailed
 from elastickpt.layout import replicas
 from elastickpt.save.session import CheckpointInfo
 from elastickpt.storage.local import LocalStore
@@ -132,6 +133,9 @@ def judge(case: Case, outcomes: Sequence[Outcome], struck: Operation, done: Sequ
     store = case.store
     assert files(store, "old") == before
     there = require_absent_or_whole(store, "new", NEW)
+    for draft in drafts(store):
+        with pytest.raises(NotACheckpoint):
+            opened(store, draft)
     said = outcomes[case.victim]
     if isinstance(case.fault, CrashAt):
         assert isinstance(said, Crash)
@@ -194,7 +198,7 @@ def test_the_local_file_system_with_a_fault_at_every_operation(disk: LocalStore)
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-@pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 0), (2, 1), (4, 0), (4, 3)])
 def test_every_fault_at_every_operation(kind: str, world: int, victim: int, request: pytest.FixtureRequest) -> None:
     assert enumerate_faults(request.getfixturevalue(kind), world, victim, ALL_FAULTS) >= 20
 
@@ -297,7 +301,7 @@ def test_a_checkpoint_removed_meanwhile_is_missing_files_not_wrong_tensors(memor
 def test_two_ranks_load_with_a_fault_at_every_operation_of_one(memory: JournalStore, victim: int) -> None:
     """One report for both; it says "undefined" exactly if tensors of either were being filled."""
     prepared(memory, 2)
-    for n, fault in itertools.product(itertools.count(1), (FailAt(1), CrashAt(1))):
+    for n, fault in ((n, fault) for n in itertools.count(1) for fault in (FailAt(1), CrashAt(1))):
         faulty = FaultyStore(memory, replace(fault, n=n))
         stores: list[Store] = [memory, memory]
         stores[victim] = faulty

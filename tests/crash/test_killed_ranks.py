@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from killed import SHAPES, Ended, Plan, save_and_tell, whole
@@ -14,6 +16,7 @@ from simulated import State, drafts, files, save_on, state
 import elastickpt as ek
 from elastickpt.save.session import CheckpointInfo
 from elastickpt.storage.local import LocalStore
+from elastickpt.testing.faults import Mode
 from elastickpt.testing.ranks import Outcome, Ranks, run_ranks, spawn_ranks
 
 pytestmark = pytest.mark.ranks
@@ -72,11 +75,11 @@ def jobs(tmp_path: Path, world: int, plans: Sequence[Plan]) -> Iterator[Job]:
     running: list[Job] = []
     template = files(LocalStore(tmp_path), "old")
     for number, plan in enumerate(plans):
-        folder = tmp_path / f"job-{number}"
+        folder = tmp_path / f"job-{number}-{plan.mode}"
         for path, data in template.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
-        running.append(Job(folder, world, Plan(str(folder / "new"), plan.victim, plan.happening, plan.n, plan.silence_s)))
+        running.append(Job(folder, world, replace(plan, path=str(folder / "new"))))
         if len(running) == AT_ONCE:
             yield running.pop(0)
     yield from running
@@ -105,10 +108,10 @@ def judge_killed(job: Job) -> None:
     assert drafts(job.store) == []
 
 
-@pytest.mark.parametrize(("world", "victim", "count"), [(2, 0, 6), (2, 1, 4), (4, 0, 3), (4, 2, 3)])
+@pytest.mark.parametrize(("world", "victim", "count"), [(2, 0, 12), (2, 1, 12), (4, 0, 6), (4, 2, 6)])
 def test_a_rank_killed_at_a_sample_of_moments(tmp_path: Path, world: int, victim: int, count: int) -> None:
     operations = operations_of(tmp_path, world)[victim]
-    plans = [Plan("", victim, "kill", n) for n in moments(operations, count)]
+    plans = [Plan("", victim, "kill", n, "before" if n % 2 else "after") for n in moments(operations, count)]
     for job in jobs(tmp_path, world, plans):
         judge_killed(job)
 
@@ -117,8 +120,10 @@ def test_a_rank_killed_at_a_sample_of_moments(tmp_path: Path, world: int, victim
 @pytest.mark.parametrize(("world", "victim"), [(2, 0), (2, 1), (4, 0), (4, 2)])
 def test_a_rank_killed_at_every_moment(tmp_path: Path, world: int, victim: int) -> None:
     operations = operations_of(tmp_path, world)[victim]
-    for job in jobs(tmp_path, world, [Plan("", victim, "kill", n + 1) for n in range(len(operations))]):
-        judge_killed(job)
+    for mode in get_args(Mode):
+        plans = [Plan("", victim, "kill", n + 1, mode) for n in range(len(operations))]
+        for job in jobs(tmp_path, world, plans):
+            judge_killed(job)
 
 
 @pytest.mark.parametrize(("world", "victim"), [(2, 1), (4, 0)])
@@ -151,9 +156,10 @@ def judge_stopped(job: Job, value: State) -> None:
     """While the victim is stopped another process saves at the same path; what the victim does later changes none of it."""
     with job.ranks:
         await_marks(job)
-        assert not job.there()
-        (saved,) = save_on([job.store], "new", [value])
-        assert isinstance(saved, CheckpointInfo)
+        assert job.there() == (job.plan.mode == "after")
+        if job.plan.mode == "before":
+            (saved,) = save_on([job.store], "new", [value])
+            assert isinstance(saved, CheckpointInfo)
         committed = files(job.store, "new")
         job.ranks.send_signal(job.plan.victim, signal.SIGCONT)
         outcomes = job.ranks.wait()
@@ -164,19 +170,26 @@ def judge_stopped(job: Job, value: State) -> None:
         assert {failure.rank for failure in ended.report} == {job.plan.victim}
     late = outcomes[job.plan.victim]
     assert late.error is None, late
-    assert late.value.kind in {"deadline-exceeded", "rank-lost", "missing-file", "path-occupied"}
+    if job.plan.mode == "after":
+        assert late.value.kind is None  # it had committed, and the others said that they do not know
+    elif job.plan.victim == 0:
+        assert late.value.kind == "path-occupied"  # all had attested when it was stopped, so it went on to commit
+    else:
+        assert (late.value.kind, late.value.report[0].rank) == ("deadline-exceeded", job.plan.victim)
     assert {path.name for path in job.folder.iterdir()} >= {"old", "new"}
     (again,) = save_on([job.store], "other", [value])
     assert isinstance(again, CheckpointInfo)
 
 
 def test_a_rank_stopped_and_continued_changes_nothing_that_is_committed(tmp_path: Path) -> None:
-    """At four moments of each: early, while writing, before attesting; for the committer also before the rename."""
+    """Before it writes, while it does, before it attests; the committer also just before its rename, and just after."""
     operations = operations_of(tmp_path, 2)
+    moments_of = {1: ("read", "open_writer", "writer.write", "sync_directory"), 0: ("writer.sync", "remove", "rename")}
     plans = [
         Plan("", victim, "stop", 1 + operations[victim].index(name), silence_s=3.0)
-        for victim, names in ((1, ("read", "open_writer", "writer.write", "sync_directory")), (0, ("writer.sync", "remove", "rename")))
+        for victim, names in moments_of.items()
         for name in names
     ]
-    for job in jobs(tmp_path, 2, plans):
+    after_rename = Plan("", 0, "stop", 1 + operations[0].index("rename"), "after", silence_s=3.0)
+    for job in jobs(tmp_path, 2, [*plans, after_rename]):
         judge_stopped(job, state(1))
