@@ -1,4 +1,4 @@
-"""The draft of a checkpoint: a hidden folder beside the path, whose rename to the path is the commit. [SAVE-20..29]
+"""The draft of a checkpoint: a hidden folder beside the path, whose rename to the path is the commit. [SAVE-20..24]
 
     .NAME.draft-HOST-PID-START-ATTEMPT            being written; not a checkpoint for any reader
     .NAME.draft-HOST-PID-START-ATTEMPT.aborted    given up; a committer that comes late finds nothing to rename
@@ -20,12 +20,14 @@ from pathlib import Path
 
 from elastickpt.errors import (
     CheckpointError,
+    Malformed,
     MissingFile,
     PathOccupied,
     PlacementUnsupported,
     Refused,
     StorageFailed,
 )
+from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import MANIFEST
@@ -34,6 +36,7 @@ from elastickpt.storage.store import Store
 
 TOKEN = "draft.json"
 ABORTED = ".aborted"
+MAX_TOKEN_NBYTES = 4096
 _NAME = re.compile(
     r"\.(?P<name>.+)\.draft-(?P<host>[A-Za-z0-9.]*)-(?P<pid>[1-9][0-9]*)-(?P<start>[0-9]+)-(?P<attempt>[0-9a-f]{16})"
     rf"(?:{re.escape(ABORTED)})?"
@@ -124,21 +127,29 @@ def require_free(store: Store, name: str) -> None:
         )
 
 
+def _token(draft: Draft) -> bytes:
+    found = _NAME.fullmatch(draft.folder)
+    if found is None:
+        raise Malformed(f"{draft.folder}: expected the name of a draft")
+    owner = {"host": found["host"], "pid": int(found["pid"]), "start": int(found["start"])}
+    return dump({"format": "elastickpt-draft", "version": 1, "attempt": draft.attempt, **owner}).encode()
+
+
 def begin(store: Store, draft: Draft) -> None:
     """Creates the draft folder with its token file, by which other writers see that they share the file system."""
     _UNDER_WAY.add(draft.attempt)
     store.make_directories(draft.folder)
-    store.create(draft.path(TOKEN), draft.attempt.encode())
+    store.create(draft.path(TOKEN), _token(draft))
     store.make_directories(draft.path("fragments"))
 
 
 def require_token(store: Store, draft: Draft) -> None:
     """Raises PlacementUnsupported if this writer does not see the committer's draft. [SAVE-21]"""
     try:
-        found = store.read(draft.path(TOKEN), 64)
+        found = store.read(draft.path(TOKEN), MAX_TOKEN_NBYTES)
     except MissingFile:
         found = b""
-    if found != draft.attempt.encode():
+    if found != _token(draft):
         raise PlacementUnsupported(
             f"{store.url}: this rank does not see the draft {draft.folder} that rank 0 made; "
             "all ranks must write to one file system (placement 'packed' is not built yet)"

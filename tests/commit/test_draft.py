@@ -1,7 +1,8 @@
-"""Drafts: whose they are, which are swept, and what a writer meets whose draft was given up."""
+"""Drafts: whose they are, which are swept, and what a writer meets whose draft was given up. [SAVE-24]"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -242,11 +243,19 @@ def test_a_store_that_fails_is_not_taken_for_an_occupied_path(store: Store) -> N
 
 
 def test_a_writer_that_sees_another_folder_refuses(store: Store) -> None:
+    """[SAVE-21]"""
     mine = new_draft("a", pid=os.getpid())
     with pytest.raises(PlacementUnsupported):
         require_token(store, mine)
     begin(store, mine)
     require_token(store, mine)
+    token = json.loads(store.read(mine.path("draft.json"), 1000))
+    assert (token["format"], token["version"], token["attempt"], token["pid"]) == (
+        "elastickpt-draft",
+        1,
+        mine.attempt,
+        os.getpid(),
+    )
     with pytest.raises(PlacementUnsupported):
         require_token(store, Draft("a", mine.folder, "0" * 16))
     abort(store, mine)
@@ -276,6 +285,7 @@ def recorded(store: Store, name: str) -> Draft:
 
 
 def test_a_rename_whose_answer_was_lost_is_a_commit(store: Store) -> None:
+    """[SAVE-56]"""
     draft = recorded(store, "a")
     commit(FaultyStore(store, FailAt(1, mode="after")), draft)
     assert names(store) == {"a"}
@@ -301,6 +311,7 @@ def test_where_nobody_can_look_the_error_says_so(store: Store, mode: str) -> Non
 
 @pytest.mark.parametrize("other", ["checkpoint", "rubbish"])
 def test_of_two_attempts_at_one_path_the_first_wins(store: Store, other: str) -> None:
+    """[SAVE-52]"""
     late = recorded(store, "a")
     if other == "checkpoint":
         commit(store, recorded(store, "a"))
@@ -316,6 +327,7 @@ def test_of_two_attempts_at_one_path_the_first_wins(store: Store, other: str) ->
 
 
 def test_a_late_committer_finds_nothing_to_rename(store: Store) -> None:
+    """[SAVE-55]"""
     draft = recorded(store, "a")
     abort(store, draft)
     with pytest.raises(MissingFile):

@@ -1,4 +1,7 @@
-"""A save with a fault at every single storage operation: the previous checkpoint stands, the new one is absent or whole."""
+"""A save with a fault at every single storage operation: the previous checkpoint stands, the new one is absent or whole.
+
+[SAVE-3, SAVE-4, SAVE-54, SAVE-57, SAVE-60]
+"""
 
 from __future__ import annotations
 

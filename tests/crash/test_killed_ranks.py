@@ -86,6 +86,7 @@ def jobs(tmp_path: Path, world: int, plans: Sequence[Plan]) -> Iterator[Job]:
 
 
 def judge_killed(job: Job) -> None:
+    """Survivors that lost the committer do not say that there is nothing. [SAVE-58]"""
     with job.ranks:
         outcomes = job.ranks.wait()
     assert outcomes[job.plan.victim].status == -signal.SIGKILL, job.plan

@@ -65,6 +65,7 @@ def judge(journal: Sequence[Change], acknowledged: int, fates: Sequence[Fate], t
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_power_cut_after_every_change_leaves_what_was_acknowledged(top: str, world: int) -> None:
+    """[SAVE-1, SAVE-53, SAVE-60]"""
     journal, acknowledged = two_saves(top, world)
     assert judge(journal, acknowledged, [*FATES, *map(drawn, range(3))], top) > 400
 
@@ -84,7 +85,7 @@ def test_many_drawn_states_of_every_prefix(top: str, tree_sync: bool, monkeypatc
         monkeypatch.setattr(write, "SYNC_TREE_FILES", 0)
         monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=tree_sync)
-    assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 5000
+    assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 4000
 
 
 def test_the_next_save_works_after_every_power_cut(top: str) -> None:
@@ -98,6 +99,39 @@ def test_the_next_save_works_after_every_power_cut(top: str) -> None:
             assert isinstance(outcome, CheckpointInfo), (length, outcome)
             require_whole(left, name, NEW)
             require_whole(left, "old", OLD)
+
+
+def creations(journal: Sequence[Change]) -> list[str]:
+    return [change.path.partition("/")[2] for change in journal if change.verb == "create"]
+
+
+def test_a_writer_attests_last_and_what_it_attests_is_durable(top: str) -> None:
+    """Chunks and documents survive from the moment on at which the fragment file exists, whatever else is lost. [SAVE-45]"""
+    journal, acknowledged = two_saves(top, 1)
+    first = journal[:acknowledged]
+    attested = next(n for n, change in enumerate(first) if change.path.endswith("fragments/00000.msgpack"))
+    written = {change.path for change in first[:attested] if change.verb in ("write", "create") and "/params/" in change.path}
+    assert len(written) == 5
+    final = files(after_power_cut(first, KEPT, name=f"{top}/final"), "old")
+    torn = after_power_cut(first[: attested + 1], TORN, name=f"{top}/torn")
+    for path in written:
+        assert torn.read(path, 10_000) == final[f"old/{path.partition('/')[2]}"], path
+    assert [change for change in first[attested:] if change.path in written and change.verb != "sync"] == []
+
+
+def test_the_manifest_is_created_after_all_that_it_names_and_nothing_after_it(top: str) -> None:
+    """[SAVE-51]"""
+    journal, acknowledged = two_saves(top, 2)
+    assert creations(journal[:acknowledged])[-1] == "checkpoint.json"
+    assert [change.verb for change in journal if change.path.endswith("draft.json")] == ["create", "remove"] * 2
+
+
+def test_writers_change_nothing_outside_the_draft_but_for_the_commit(top: str) -> None:
+    """[SAVE-20]"""
+    journal, _ = two_saves(top, 2)
+    outside = [change for change in journal if not change.path.startswith((".old.draft-", ".new.draft-"))]
+    assert outside == [Change("sync", "")] * 2
+    assert [change.target for change in journal if change.verb == "rename"] == ["old", "new"]
 
 
 # -- the model itself: each sync is missed when it is not done -----------------------------------------------------------

@@ -54,6 +54,8 @@ def whole_draft(tmp_path: Path) -> Path:
 
 
 def test_a_draft_that_is_whole_is_no_checkpoint(whole_draft: Path) -> None:
+    """Its token is gone, so that it could be renamed: its name says what it is. [SAVE-22, SAVE-23]"""
+    assert not (whole_draft / "draft.json").exists()
     assert (whole_draft / "checkpoint.json").exists()
     with pytest.raises(Uncommitted):
         ek.open(whole_draft)
@@ -65,7 +67,7 @@ def test_a_draft_that_is_whole_is_no_checkpoint(whole_draft: Path) -> None:
 def test_a_folder_with_a_token_is_no_checkpoint_whatever_it_is_called(whole_draft: Path) -> None:
     named = whole_draft.rename(whole_draft.with_name("named"))
     assert ek.open(named).verify().sound
-    (named / "draft.json").write_text("0" * 16)
+    (named / "draft.json").write_text("{}")
     with pytest.raises(Uncommitted):
         ek.open(named)
 
