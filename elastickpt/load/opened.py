@@ -161,6 +161,8 @@ def open_records(path: str | os.PathLike[str]) -> Opened:
 
 def _absent(store: Store, name: str) -> CheckpointError:
     where = f"{store.url}/{name}"
+    if ".draft-" in name:
+        return Uncommitted(f"{where}: by its name a draft of a checkpoint, never committed")
     try:
         names = {entry.name for entry in store.entries(name)}
     except CheckpointError:
