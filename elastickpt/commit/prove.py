@@ -1,4 +1,4 @@
-"""The proof that an attempt is whole: every element of every array stored exactly once. No I/O. [SAVE-35, FRAG-30]"""
+"""The proof that an attempt is whole: every element of every array stored exactly once. No I/O. [SAVE-50, FRAG-30]"""
 
 from __future__ import annotations
 

@@ -82,7 +82,8 @@ def differing_values(intentions: Sequence[Intention], ranks: Sequence[int]) -> t
                 continue
             if pointer.startswith(TABLE_PREFIX):
                 raise ReplicaConflict(
-                    f"optimizer settings: ranks {first} and {rank} hold the same parameters with different settings or step counts"
+                    f"optimizer settings: ranks {first} and {rank} hold the same parameters "
+                    "with different settings or step counts"
                 )
             differing[pointer] = None
     return tuple(differing)

@@ -18,7 +18,7 @@ from elastickpt.commit.finish import Contents, finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
-from elastickpt.errors import Refused
+from elastickpt.errors import CheckpointError, RanksFailed, Refused
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
@@ -110,10 +110,12 @@ class _Save:
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(agreed, draft, wanted)
-        except BaseException:
+        except BaseException as error:
             if self.draft is not None and self.attempt.state is not State.COMMITTED:
                 self.attempt.advance(Event.FAIL)
                 abort(self.store, self.draft)
+            if not (isinstance(error, CheckpointError) and error.report):
+                self.team.close()  # it happened between rounds, so that the others must be told to wait no longer
             raise
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
@@ -145,7 +147,7 @@ class _Save:
     def _draft(self, intentions: Sequence[Intention]) -> tuple[Draft, tuple[str, ...]]:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             swept = sweep(self.store, self.name)
-            self.notes += [f"swept {folder}, left by a process that is gone" for folder in swept.removed]
+            self.notes += [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
             self.notes += [f"left {folder}: {why}" for folder, why in swept.left]
             for note in self.notes:
                 log.warning("%s/%s: %s", self.store.url, self.name, note)
@@ -199,7 +201,16 @@ class _Save:
             reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.arrays))))
             return [reply] * len(payloads)
 
-        reply = self.team.round("write", write, decide)
+        try:
+            reply = self.team.round("write", write, decide)
+        except RanksFailed as error:
+            if any(failure.rank == self.team.ranks[0] for failure in error.report):
+                raise type(error)(
+                    f"{error.message}; it was the one to commit, so whether {self.name} was committed is not known: "
+                    "open it to find out",
+                    report=error.report,
+                ) from error
+            raise
         return reply, times[0]
 
     def _contents(self, structure: Structure, values: Mapping[str, object]) -> Contents:
