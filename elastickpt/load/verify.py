@@ -62,7 +62,7 @@ class _Verification:
         if indexed:
             self._holds(lambda: check_keys(opened.records.values()))
             if len(maps) == len(opened.manifest.fragments):
-                self._holds(lambda: self._proof(maps))
+                self._proof(maps)
         tasks = file_tasks(maps)
         own = {task.file.path for task in tasks if task.file.base == 0}
         expected = own | (self._documents() if indexed else set())
@@ -99,9 +99,9 @@ class _Verification:
 
     def _proof(self, maps: Sequence[FragmentColumns]) -> None:
         records = tuple(self._opened.records.values())
-        check_writers(records, [columns.pieces.arrays for columns in maps])
-        prove(records, maps)
-        require_distinct_ranges(maps)
+        self._holds(lambda: check_writers(records, [columns.pieces.arrays for columns in maps]))
+        self._holds(lambda: prove(records, maps))
+        self._holds(lambda: require_distinct_ranges(maps))
 
     def _documents(self) -> set[str]:
         """Every zarr document is byte for byte what the index says. [UCF-84]"""
