@@ -21,7 +21,7 @@ from elastickpt.layout.coverage import prove_box_coverage
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.load.opened import Opened
 
-UNIT_NBYTES = 2 << 20
+UNIT_NBYTES = 1 << 20
 
 Bytes = NDArray[np.uint8]
 Elements = NDArray[np.generic]
