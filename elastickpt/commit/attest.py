@@ -1,4 +1,4 @@
-"""A writer's attestation: its fragment file, created last, when all that it names is durable. [SAVE-30..34]"""
+"""A writer's attestation: its fragment file, created last, when all that it names is durable. [SAVE-45]"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draft of a checkpoint: a hidden folder beside the path, whose rename to the path is the commit. [SAVE-20..29]
+"""The draft of a checkpoint: a hidden folder beside the path, whose rename to the path is the commit. [SAVE-20..24]
 
     .NAME.draft-HOST-PID-START-ATTEMPT            being written; not a checkpoint for any reader
     .NAME.draft-HOST-PID-START-ATTEMPT.aborted    given up; a committer that comes late finds nothing to rename
@@ -76,7 +76,7 @@ def new_draft(name: str, *, pid: int) -> Draft:
 
 
 def require_free(store: Store, name: str) -> None:
-    """Raises PathOccupied unless nothing, or an empty folder, stands at the path. [SAVE-21]"""
+    """Raises PathOccupied unless nothing, or an empty folder, stands at the path. [SAVE-31]"""
     if not store.exists(name):
         return
     try:
@@ -99,7 +99,7 @@ def begin(store: Store, draft: Draft) -> None:
 
 
 def require_token(store: Store, draft: Draft) -> None:
-    """Raises PlacementUnsupported if this writer does not see the committer's draft. [SAVE-24]"""
+    """Raises PlacementUnsupported if this writer does not see the committer's draft. [SAVE-21]"""
     try:
         found = store.read(draft.path(TOKEN), 64)
     except MissingFile:
@@ -112,12 +112,12 @@ def require_token(store: Store, draft: Draft) -> None:
 
 
 def commit(store: Store, draft: Draft) -> None:
-    """The commit point: afterwards the checkpoint exists. Raises PathOccupied if something took the path. [SAVE-25]"""
+    """The commit point: afterwards the checkpoint exists. Raises PathOccupied if something took the path. [SAVE-52]"""
     store.rename(draft.folder, draft.name)
 
 
 def abort(store: Store, draft: Draft) -> None:
-    """Makes the draft unusable for any late committer, then removes it; what cannot be removed is swept later. [SAVE-26]"""
+    """Makes the draft unusable for any late committer, then removes it; what cannot be removed is swept later. [SAVE-55]"""
     aborted = draft.folder + ABORTED
     try:
         store.rename(draft.folder, aborted)
@@ -130,7 +130,7 @@ def abort(store: Store, draft: Draft) -> None:
 
 
 def sweep(store: Store, name: str) -> SweepReport:
-    """Removes drafts of `name` whose process is provably gone on this host, and names the others. [SAVE-27]"""
+    """Removes drafts of `name` whose process is provably gone on this host, and names the others. [SAVE-24]"""
     removed: list[str] = []
     left: list[tuple[str, str]] = []
     for entry in store.entries(""):
