@@ -59,6 +59,8 @@ class Request:
 
     def require_known(self) -> None:
         """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
+        if not self.path:
+            raise Refused("path '': expected a folder to be made, found an empty text")
         if self.placement not in get_args(PlacementChoice):
             raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
         if self.durability not in get_args(Durability):

@@ -76,7 +76,8 @@ def save(
     Every rank of the process group (default: all) must call it with the same path, step and options. `state` maps names to
     modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
     runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
-    `durability`: "power" survives a power cut, "process" only the end of processes.
+    `durability`: "power" survives a power cut, "process" only the end of processes; a store that cannot promise "power" gives
+    "process", and a note says so.
 
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
     StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
@@ -90,8 +91,9 @@ def save(
 class _Save:
     """One call of `save` on one rank: the rounds in their order. Member 0 is the committer."""
 
-    store: Store  # these two once the ranks agreed: a path that is wrong on one rank is a failure for all to see
+    store: Store  # these once the ranks agreed: a path that is wrong on one rank is a failure for all to see
     name: str
+    durability: Durability
 
     def __init__(self, group: Group, team: Team, request: Request) -> None:
         self.group, self.team, self.request = group, team, request
@@ -104,6 +106,7 @@ class _Save:
         try:
             agreed = agree(self.group, self.team, self.request, state, mesh)
             self.store, self.name = agreed.store, agreed.name
+            self.durability = self._promised()
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
@@ -128,6 +131,14 @@ class _Save:
         rate = nbytes / 1e9 / max(ended - begun, 1e-9)
         log.info("saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", info.path, arrays, nbytes / 1e9, ended - begun, rate)
         return info
+
+    def _promised(self) -> Durability:
+        """The durability asked for, lowered to what the store can do: it says so, and that is no failure."""
+        able = self.store.capabilities
+        if self.request.durability == "power" and not able.directory_sync:
+            self.notes.append(f"durability 'process' instead of 'power': {able.name} lacks directory_sync")
+            return "process"
+        return self.request.durability
 
     # -- writing and committing ----------------------------------------------------------------------------------------
 
@@ -159,13 +170,13 @@ class _Save:
                 plan,
                 _records(live, structure),
                 [host_elements(held.tensor) for held in live.arrays],
-                durability=self.request.durability,
+                durability=self.durability,
             )
             tables = own_tables(live, structure.shared, rank=self.group.rank)
             fragments = fragments_of(
                 plan, written, writer=self.team.member, attempt=draft.attempt, tables=tables, values=live.per_rank
             )
-            file = attest(self.store, draft, fragments, durability=self.request.durability)
+            file = attest(self.store, draft, fragments, durability=self.durability)
             values = tuple((pointer, dump(encode_value(live.values[pointer], where=pointer))) for pointer in wanted)
             times.append(time.perf_counter())
             return Attested(file, plan.nbytes, values).encode()
@@ -179,7 +190,7 @@ class _Save:
                 draft,
                 contents,
                 [a.file for a in attested],
-                durability=self.request.durability,
+                durability=self.durability,
                 attempt=self.attempt,
             )
             del manifest

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elastickpt.errors import CapabilityMissing, LimitExceeded, MissingFile, PathOccupied
 from elastickpt.storage.failures import naming
-from elastickpt.storage.kernel import IN_MEMORY, file_system, sync_file_system, syncfs_reports
+from elastickpt.storage.kernel import IN_MEMORY, file_system, spread_below, sync_file_system, syncfs_reports
 from elastickpt.storage.paths import ancestors_of, checked, checked_directory
 from elastickpt.storage.ranges import LocalReader, LocalWriter, demand_file, write_whole
 from elastickpt.storage.store import Capabilities, Entry, EntryKind
@@ -61,7 +61,9 @@ class LocalStore:
         full, top = self._prefix + path, self._prefix + first
         with naming("make directory", full):
             if not below:
-                _make_directory(top)
+                made = _make_directory(top)
+                if made and self._file_system == "ext4":
+                    spread_below(top)
             elif not _made_below(full):
                 if not _is_directory(top):
                     cls, found = (PathOccupied, "no directory") if os.path.lexists(top) else (MissingFile, "not there")
@@ -208,13 +210,15 @@ def _made_below(full: str) -> bool:
     return True
 
 
-def _make_directory(full: str) -> None:
-    """`full` is a directory; its parent must be there."""
+def _make_directory(full: str) -> bool:
+    """`full` is a directory, its parent must be there; whether this call made it."""
     try:
         os.mkdir(full)
     except FileExistsError:
         if not _is_directory(full):
             raise
+        return False
+    return True
 
 
 def _rename_file(old: str, new: str) -> None:
