@@ -120,7 +120,7 @@ def state(rank: int, *, parallel: bool, filled: bool) -> State:
         _step(model, optimizer, scheduler)
         _fill(model, optimizer, *(divmod(rank, 2) if parallel else (None, None)))
         random.seed(5)
-        np.random.seed(6)  # noqa: NPY002
+        np.random.seed(6)
     return {
         "model": model,
         "optimizer": optimizer,

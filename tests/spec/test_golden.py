@@ -82,3 +82,14 @@ def test_it_loads_into_a_live_state_of_one_process() -> None:
     assert any("torch" in note and "seeded anew" in note for note in report.notes)
     drawn = random.random()
     assert drawn == random.Random(5).random()  # it was the same on all ranks, so it goes on
+
+
+def test_how_a_step_is_executed_stays_the_choice_of_this_process() -> None:
+    """[UCF-88]"""
+    state = golden_job.state(0, parallel=False, filled=False)
+    first, second = state["optimizer"].param_groups
+    first["foreach"], second["lr"] = True, 5.0
+    report = ek.load(state, V1)
+    assert (first["foreach"], second["foreach"], second["lr"]) == (True, False, 0.001)
+    (note,) = [note for note in report.notes if "foreach" in note]
+    assert "True stays" in note

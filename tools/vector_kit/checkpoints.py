@@ -24,6 +24,9 @@ from tools.vector_kit.kit import (
     unsigned,
 )
 
+W = "params/model/w/value"
+V = "params/model/v/value"
+
 _FILL: dict[str, Json] = {"float32": "NaN", "int64": -(2**63), "uint8": 255, "float64": "NaN", "bfloat16": "NaN"}
 
 
@@ -117,9 +120,7 @@ def _map(parts: Parts, writer: int) -> Record:
     ndim = {piece.key: len(piece.start) for piece in pieces}
     held = {**parts.files, **parts.based}
     lengths = {path: parts.lengths.get(path, len(data)) for path, data in held.items()}
-    sums = [
-        piece.checksums if piece.checksums is not None else [checksum(piece.of(held[piece.file]))] for piece in pieces
-    ]
+    sums = [piece.checksums if piece.checksums is not None else [checksum(piece.of(held[piece.file]))] for piece in pieces]
     return {
         "format": "elastickpt-fragments",
         "version": 1,
@@ -246,6 +247,26 @@ def piece(writer: int, number: int, **changes: Json) -> Edit:
             setattr(parts.pieces[writer][number], name, value)
 
     return edit
+
+
+def only(*keys: str) -> Edit:
+    """The edit that leaves these arrays."""
+
+    def edit(parts: Parts) -> None:
+        parts.arrays = [array for array in parts.arrays if array.key in keys]
+        parts.pieces = [[one for one in pieces if one.key in keys] for pieces in parts.pieces]
+        parts.files = {path: data for path, data in parts.files.items() if path.startswith(keys)}
+
+    return edit
+
+
+def flip(path: str, at: int = 0) -> Later:
+    def later(files: dict[str, bytes]) -> None:
+        data = bytearray(files[path])
+        data[at] ^= 1
+        files[path] = bytes(data)
+
+    return later
 
 
 def _expect(parts: Parts) -> Json:
