@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-from elastickpt.commit.draft import TOKEN
+from elastickpt.commit.draft import TOKEN, is_draft
 from elastickpt.errors import (
     CheckpointError,
     ChecksumMismatch,
@@ -151,6 +151,8 @@ def open_records(path: str | os.PathLike[str]) -> Opened:
     Damaged kinds if the manifest is not what was written.
     """
     store, name = locate(path)
+    if is_draft(name):  # whatever it holds: it may be whole, and its writer about to take it back [SAVE-23]
+        raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint that was never committed")
     try:
         data = store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     except MissingFile:
@@ -164,7 +166,7 @@ def _absent(store: Store, name: str) -> CheckpointError:
     """What a folder without a manifest is. [UCF-1, UCF-9, SAVE-23]"""
     where = f"{store.url}/{name}"
     if ".draft-" in name:
-        return Uncommitted(f"{where}: a draft of a checkpoint that was never committed; it can be deleted")
+        return Uncommitted(f"{where}: by its name a draft of a checkpoint, never committed")
     try:
         names = {entry.name for entry in store.entries(name)}
     except CheckpointError:

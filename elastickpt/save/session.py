@@ -18,12 +18,12 @@ from elastickpt.commit.finish import Contents, finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
-from elastickpt.errors import Refused
+from elastickpt.errors import CheckpointError, RanksFailed, Refused
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.records import ArrayRecord, Manifest
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import PlacementChoice, Request, Structure, agree
+from elastickpt.save.agree import Agreed, PlacementChoice, Request, Structure, agree
 from elastickpt.save.fragments import fragments_of, own_tables
 from elastickpt.save.messages import (
     Attested,
@@ -109,11 +109,13 @@ class _Save:
             self.durability = self._promised()
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
-            manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
-        except BaseException:
+            manifest_bytes, written = self._write(agreed, draft, wanted)
+        except BaseException as error:
             if self.draft is not None and self.attempt.state is not State.COMMITTED:
                 self.attempt.advance(Event.FAIL)
                 abort(self.store, self.draft)
+            if not (isinstance(error, CheckpointError) and error.report):
+                self.team.close()  # it happened between rounds, so that the others must be told to wait no longer
             raise
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
@@ -145,7 +147,7 @@ class _Save:
     def _draft(self, intentions: Sequence[Intention]) -> tuple[Draft, tuple[str, ...]]:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             swept = sweep(self.store, self.name)
-            self.notes += [f"swept {folder}, left by a process that is gone" for folder in swept.removed]
+            self.notes += [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
             self.notes += [f"left {folder}: {why}" for folder, why in swept.left]
             for note in self.notes:
                 log.warning("%s/%s: %s", self.store.url, self.name, note)
@@ -158,7 +160,8 @@ class _Save:
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
         return Draft(self.name, folder, attempt), wanted
 
-    def _write(self, live: LiveState, structure: Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+    def _write(self, agreed: Agreed, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+        live, structure = agreed.live, agreed.structure
         times: list[float] = []
 
         def write() -> bytes:
@@ -184,6 +187,7 @@ class _Save:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             attested = [Attested.decode(payload) for payload in payloads]
             values = {pointer: decode_text(text, where=pointer) for a in attested for pointer, text in a.values}
+            values.update(agreed.merged)
             contents = self._contents(structure, values)
             manifest: Manifest = finish(
                 self.store,
@@ -197,7 +201,16 @@ class _Save:
             reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.arrays))))
             return [reply] * len(payloads)
 
-        reply = self.team.round("write", write, decide)
+        try:
+            reply = self.team.round("write", write, decide)
+        except RanksFailed as error:
+            if any(failure.rank == self.team.ranks[0] for failure in error.report):
+                raise type(error)(
+                    f"{error.message}; it was the one to commit, so whether {self.name} was committed is not known: "
+                    "open it to find out",
+                    report=error.report,
+                ) from error
+            raise
         return reply, times[0]
 
     def _contents(self, structure: Structure, values: Mapping[str, object]) -> Contents:

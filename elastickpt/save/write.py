@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elastickpt.errors import CheckpointError
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.documents import array_document, group_document
 from elastickpt.format.keys import document_file
@@ -79,8 +81,10 @@ class _Job:
             self._writer.close()
 
     def abandon(self) -> None:
+        """Gives up the file after an error, which nothing that closing reports may hide."""
         if self._writer is not None:
-            self._writer.close()
+            with suppress(CheckpointError):
+                self._writer.close()
 
 
 def write_plan(

@@ -205,7 +205,7 @@ def test_a_stranger_without_the_secret_is_turned_away() -> None:
         store.set("host/1", store.get("host/0", timeout_s=5))
         address, secret = msgpack.unpackb(store.get("hub", timeout_s=5))
         stranger = Peer(module._dial(address, 5.0))
-        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * len(secret), 1])))
+        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * len(secret), 1])), silence_s=5.0)
         member = pool.submit(connect, store, 1, (0, 1), timeout_s=10)
         stars = [hub.result(), member.result()]
     assert everywhere(stars, lambda star: star.round("r", lambda: b"a", lambda p: [b"ok"] * 2)) == [b"ok"] * 2

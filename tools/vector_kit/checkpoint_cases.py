@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator
 
 from tools.vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, V, W, build, flip, only, piece, valid, vector
-from tools.vector_kit.kit import Vector, column, name_hash
+from tools.vector_kit.kit import Vector, canonical, column, name_hash
 
 
 def _add(array: Array, *pieces: tuple[int, Piece], **files: bytes) -> Edit:
@@ -251,15 +251,18 @@ def _replace(path: str, old: bytes, new: bytes) -> Later:
 
 
 _FRAGMENTS = "fragments/00001.msgpack"
+_TOKEN = canonical(
+    {"format": "elastickpt-draft", "version": 1, "attempt": "3f1c", "host": "a.1", "pid": 7, "start": 9}
+).encode()
 _LATER: tuple[tuple[str, str, str, str, Later], ...] = (
     ("no-manifest", "A tree without its manifest.", "UCF-9", "uncommitted", _drop("checkpoint.json")),
     ("no-checkpoint", "A folder of something else.", "UCF-1", "not-a-checkpoint",
      _nothing_but("notes.txt", b"x")),
     ("empty-folder", "A folder with an empty one.", "UCF-1", "not-a-checkpoint",
      _nothing_but("notes/", b"")),
-    ("token", "A draft's token.", "SAVE-23", "uncommitted", _put("draft.json", b"3f1c")),
+    ("token", "A draft's token.", "SAVE-23", "uncommitted", _put("draft.json", _TOKEN)),
     ("draft", "A draft before its manifest.", "SAVE-23", "uncommitted",
-     lambda files: (files.pop("checkpoint.json"), files.update({"draft.json": b"3f1c"}))),
+     lambda files: (files.pop("checkpoint.json"), files.update({"draft.json": _TOKEN}))),
     ("manifest-short", "The manifest's last byte is gone.", "UCF-71", "malformed",
      lambda files: files.update({"checkpoint.json": files["checkpoint.json"][:-1]})),
     ("manifest-empty", "An empty manifest.", "UCF-71", "malformed", _put("checkpoint.json", b"")),
