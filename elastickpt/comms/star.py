@@ -1,7 +1,7 @@
 """A team over sockets: member 0 is the hub, every other member has one connection to it.
 
 Addresses are exchanged once through the job's store. Members on one host meet on an abstract Unix socket, others by TCP;
-a hello carries a secret from the store, so that nobody else can join.
+a hello carries a secret from the store, so that nobody else can join. [SAVE-65]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Carries out reads: ranges of chunk files straight into the destination, every block verified on the way.
+"""Carries out reads: ranges of chunk files straight into the destination, every block verified on the way. [FRAG-32, FRAG-33]
 
 Threads take the units of a plan in order, so that files are read front to back, each opened once.
 """

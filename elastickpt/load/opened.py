@@ -1,4 +1,7 @@
-"""A committed checkpoint's records, opened and checked: manifest, index, fragment maps. Needs no torch. [UCF-70..79]"""
+"""A committed checkpoint's records, opened and checked: manifest, index, fragment maps. [UCF-1, UCF-4, UCF-5]
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ class Opened:
         return f"{self.name if file.base == 0 else self._base(file.base)}/{file.path}"
 
     def _base(self, number: int) -> str:
-        """The folder of a base, beside this checkpoint, whose manifest is the one meant. [UCF-82]"""
+        """The folder of a base, beside this checkpoint, whose manifest is the one meant. [UCF-84, UCF-85]"""
         base = self.manifest.bases[number - 1]
         known = self._bases.get(number)
         if known is not None:
@@ -160,6 +163,7 @@ def open_records(path: str | os.PathLike[str]) -> Opened:
 
 
 def _absent(store: Store, name: str) -> CheckpointError:
+    """What a folder without a manifest is. [UCF-1, UCF-9, SAVE-23]"""
     where = f"{store.url}/{name}"
     if ".draft-" in name:
         return Uncommitted(f"{where}: by its name a draft of a checkpoint, never committed")

@@ -1,4 +1,4 @@
-"""The rounds before a save begins: what each rank holds, what the others must know of it, and each rank's plan.
+"""The rounds before a save begins: what each rank holds, what the others must know of it, and each rank's plan. [SAVE-30..32]
 
 prepare     every rank: hashes of its structure and of its values, where it means to save
 structure   only if the job's structure is new: one rank for each distinct table sends it

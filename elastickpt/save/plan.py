@@ -1,4 +1,4 @@
-"""What one rank writes: derived from what it holds and what it learned of the others. No I/O, no torch operations.
+"""What one rank writes: derived from what it holds and what it learned of the others. No I/O, no torch operations. [SAVE-33]
 
 held arrays + shared facts --> own boxes (replicas split) --> runs in chunks --> pieces, grouped by file
 """

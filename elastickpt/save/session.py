@@ -1,4 +1,4 @@
-"""`save`: plan, write, attest, commit; whole or absent, on all ranks together."""
+"""`save`: plan, write, attest, commit; whole or absent, on all ranks together. [SAVE-3, SAVE-54]"""
 
 from __future__ import annotations
 

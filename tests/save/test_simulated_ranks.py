@@ -95,7 +95,10 @@ def layouts() -> Iterator[tuple[str, Mesh, tuple[str, ...]]]:
 
 @pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
 def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...]) -> None:
-    """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks."""
+    """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks.
+
+    [SAVE-33, SAVE-42]
+    """
     axes = [int(p[-2]) for p in placements if p != "R"]
     shapes = {n: s for n, s in SHAPES.items() if not axes or len(s) > max(axes)}
     states = [live(*(held(n, s, rank, mesh, placements) for n, s in shapes.items())) for rank in mesh.ranks]
@@ -162,6 +165,7 @@ def test_a_missing_rank_is_a_gap_and_a_doubled_one_an_overlap() -> None:
 
 
 def test_one_name_with_two_shapes_is_refused() -> None:
+    """[SAVE-30]"""
     states = [live(plain("w", (4,), "undeclared")), live(plain("w", (5,), "undeclared"))]
     with pytest.raises(StructureConflict, match=r"array params/model/w/value: shape is \(4,\) on rank 0 and \(5,\) on rank 1"):
         job(states)
