@@ -20,7 +20,7 @@ from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, RanksFailed, Refused
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.records import ArrayRecord, Manifest
+from elastickpt.format.records import ArrayRecord
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
 from elastickpt.save.agree import Agreed, PlacementChoice, Request, Structure, agree
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint. `nbytes` counts array bytes of all ranks; times in seconds, of this rank.
+    """A committed checkpoint; `path` as it was given. `nbytes` counts array bytes of all ranks; times in seconds, of this rank.
 
     `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left).
     """
@@ -120,7 +120,7 @@ class _Save:
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
-            path=f"{self.store.url}/{self.name}",
+            path=self.request.path,
             step=self.request.step,
             attempt=draft.attempt,
             nbytes=nbytes,
@@ -189,7 +189,7 @@ class _Save:
             values = {pointer: decode_text(text, where=pointer) for a in attested for pointer, text in a.values}
             values.update(agreed.merged)
             contents = self._contents(structure, values)
-            manifest: Manifest = finish(
+            finish(
                 self.store,
                 draft,
                 contents,
@@ -197,7 +197,6 @@ class _Save:
                 durability=self.durability,
                 attempt=self.attempt,
             )
-            del manifest
             reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.arrays))))
             return [reply] * len(payloads)
 
