@@ -24,6 +24,7 @@ from elastickpt.load.fetch import fetch
 from elastickpt.load.opened import Opened, open_records
 from elastickpt.load.plan import Bytes, Wanted, require_stored
 from elastickpt.load.verify import VerifyReport, verify
+from elastickpt.storage.opening import place_in
 
 if TYPE_CHECKING:
     from zarr import Group
@@ -54,7 +55,7 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        return f"{self._opened.store.url}/{self._opened.name}"
+        return place_in(self._opened.store, self._opened.name)
 
     @property
     def manifest(self) -> Manifest:

@@ -14,6 +14,7 @@ from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.load.opened import Opened
 from elastickpt.load.verify_files import file_tasks, verify_files
+from elastickpt.storage.opening import place_in
 
 _HOLD_PIECES = ("params", "extra", "packs")
 
@@ -74,7 +75,7 @@ class _Verification:
             self._note(error)
         nbytes = sum(task.nbytes for task in tasks)
         arrays = len(opened.records) if indexed else 0
-        return VerifyReport(f"{opened.store.url}/{opened.name}", arrays, len(expected), nbytes, tuple(self._problems))
+        return VerifyReport(place_in(opened.store, opened.name), arrays, len(expected), nbytes, tuple(self._problems))
 
     def _note(self, error: CheckpointError) -> None:
         self._problems.append(Problem(error.kind, error.message))

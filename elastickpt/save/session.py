@@ -31,6 +31,7 @@ from elastickpt.save.messages import (
     values_wanted,
 )
 from elastickpt.save.write import write_plan
+from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
@@ -45,7 +46,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint; `path` as it was given. `nbytes` counts array bytes of all ranks; times in seconds, of this rank.
+    """A committed checkpoint at `path`, absolute or a URL. `nbytes` counts array bytes of all ranks; times in seconds, of
+    this rank.
 
     `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left).
     """
@@ -120,7 +122,7 @@ class _Save:
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
-            path=self.request.path,
+            path=place_in(self.store, self.name),
             step=self.request.step,
             attempt=draft.attempt,
             nbytes=nbytes,
@@ -150,7 +152,7 @@ class _Save:
             self.notes += [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
             self.notes += [f"left {folder}: {why}" for folder, why in swept.left]
             for note in self.notes:
-                log.warning("%s/%s: %s", self.store.url, self.name, note)
+                log.warning("%s: %s", place_in(self.store, self.name), note)
             self.draft = new_draft(self.name, pid=os.getpid())
             begin(self.store, self.draft)
             self.attempt.advance(Event.DRAFT)

@@ -95,3 +95,10 @@ def _parent_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
     if not parent and scheme != "memory":
         return f"{scheme}://{name}", ""  # a bucket or host is no folder that a checkpoint could be renamed in
     return f"{scheme}://{parent}", name
+
+
+def place_in(store: Store, name: str) -> str:
+    """Where `name` is in a store, as people write it: an absolute local path, else a URL; `locate` understands both."""
+    url = f"{store.url}/{name}"
+    scheme, rest = _split(url)
+    return rest if scheme == "file" else url
