@@ -53,6 +53,7 @@ class Stager:
     """
 
     def __init__(self, prepared: Prepared, arena: Arena, *, threads: int = 1) -> None:
+        self._arena = arena
         self._rounds = [slices_of(prepared, arena, number) for number in range(len(prepared.rounds))]
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="elastickpt-stage") if threads > 1 else None
         self._threads = threads
@@ -65,8 +66,9 @@ class Stager:
     def stage(self, number: int, sources: Sequence[Elements]) -> int:
         """Copies round `number`; returns its bytes. Blocking. `sources[i]` are the elements of held array i, on the host.
 
-        On return the live tensors may change; nothing may be staged into this arena before its writer has answered.
+        On return the live tensors may change. Raises Refused as long as a writer has the arena.
         """
+        self._arena.require_free()
         slices = self._rounds[number]
         nbytes = sum(one.at.stop - one.at.start for one in slices)
         if self._pool is None or nbytes < MIN_THREADED_NBYTES:

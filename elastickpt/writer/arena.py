@@ -16,7 +16,7 @@ from typing import Self
 
 import numpy as np
 
-from elastickpt.errors import NoSpace
+from elastickpt.errors import NoSpace, Refused
 from elastickpt.storage.failures import naming
 from elastickpt.writer.carry import Bytes
 
@@ -31,6 +31,7 @@ class Arena:
         self.number = next(_numbers)
         self.nbytes = nbytes
         self.descriptor = descriptor
+        self.lent = False  # a writer reads it
         self.retired = False
         self._memory: Bytes | None = np.frombuffer(mapping, dtype=np.uint8, count=nbytes)
 
@@ -70,6 +71,13 @@ class Arena:
         if self._memory is None:
             raise ValueError("this arena is closed")
         return self._memory
+
+    def require_free(self) -> None:
+        """Raises Refused while a writer reads it, or may still read it."""
+        if self.retired:
+            raise Refused("this arena was retired: a writer that could not be reaped may still read it")
+        if self.lent:
+            raise Refused("this arena is still being written: wait for the result of its submission")
 
     def retire(self) -> None:
         """A writer that could not be reaped may still read it: never to be filled again."""

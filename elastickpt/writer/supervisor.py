@@ -14,19 +14,15 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 
-from elastickpt.commit.draft import Draft
 from elastickpt.comms.frames import PeerGone
-from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, WriterLost, kinds
-from elastickpt.format.records import FileDigest
-from elastickpt.storage.store import Durability
+from elastickpt.errors import CheckpointError, Refused, WriterLost
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.messages import (
@@ -41,9 +37,8 @@ from elastickpt.writer.messages import (
     Progress,
     Quit,
     Ready,
-    Write,
 )
-from elastickpt.writer.prepared import Prepared
+from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of
 
 log = logging.getLogger(__name__)
 
@@ -53,51 +48,9 @@ MAX_STILLBORN = 3  # writers in a row that ended before they were ready
 QUIT_S = 2.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StagedRound:
-    """A round that lies in an arena, and what a writer needs to know beside. See `messages.Write` for the last two."""
-
-    prepared: Prepared
-    round: int
-    store: str
-    draft: Draft
-    durability: Durability
-    template: bytes
-    known: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A round that was written: its bytes, and the checksums of its blocks; after the last one `file`, the attestation."""
-
-    nbytes: int
-    checksums: bytes
-    file: FileDigest | None
-
-
-@dataclass(slots=True, eq=False)
-class Submission:
-    """A round on its way. The arena is the writer's until `result` returned or raised."""
-
-    number: int
-    staged: StagedRound
-    arena: Arena
-    future: Future[Outcome] = field(default_factory=Future)
-    written: int = 0  # bytes so far, roughly
-    deaths: int = 0  # of writers that had it
-    handed: bool = False  # to the writer of now
-    cancelled: bool = False
-
-    def result(self, timeout_s: float | None = None) -> Outcome:
-        """Blocks until it is written. Raises what the writer raised, WriterLost, or DeadlineExceeded and goes on."""
-        try:
-            return self.future.result(timeout_s)
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self.staged.draft.folder}: not written within {timeout_s:g} s") from None
-
-
 class Supervisor:
-    """A rank's writer process. Methods do not block but for `close`, and are safe from all threads of this process."""
+    """A rank's writer process. Methods do not block but for `close`. Those who submit take turns; `cancel` may come from any
+    thread."""
 
     def __init__(self, options: WriterOptions | None = None) -> None:
         self._options = options or WriterOptions()
@@ -111,7 +64,7 @@ class Supervisor:
         self._stillborn = 0
         self._leave_at: float | None = None
         self._closed = False
-        self._counting = threading.Lock()
+        self._waking = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="elastickpt-supervisor", daemon=True)
         self._thread.start()
 
@@ -122,14 +75,13 @@ class Supervisor:
         return None if child is None else child.process.pid
 
     def submit(self, staged: StagedRound, arena: Arena) -> Submission:
-        """Has the round written from the arena. Raises Refused after `close`, in a forked child, for a retired arena."""
+        """Has the round written from the arena. Raises Refused after `close`, in a forked child, for an arena not free."""
         if self._closed or os.getpid() != self._owner:
             raise Refused("this writer was closed" if self._closed else "a writer belongs to the process that started it")
-        if arena.retired:
-            raise Refused("this arena was retired: a writer that could not be reaped may still read it")
-        with self._counting:
-            self._count += 1
-            submission = Submission(self._count, staged, arena)
+        arena.require_free()
+        self._count += 1
+        submission = Submission(self._count, staged, arena)
+        arena.lent = True
         self._leave(lambda: self._pending.__setitem__(submission.number, submission))
         return submission
 
@@ -155,13 +107,17 @@ class Supervisor:
         self._leave(leave)
         self._thread.join(limit_s + QUIT_S + self._options.reap_s + 1)
         if not self._thread.is_alive():
-            os.close(self._woken)
+            with self._waking:
+                descriptor, self._woken = self._woken, -1
+            os.close(descriptor)
 
     # -- everything below runs in the supervisor's thread --------------------------------------------------------------
 
     def _leave(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        os.eventfd_write(self._woken, 1)
+        with self._waking:
+            if self._woken >= 0:
+                os.eventfd_write(self._woken, 1)
 
     def _run(self) -> None:
         try:
@@ -229,7 +185,7 @@ class Supervisor:
             child.plans.move_to_end(digest)
             while len(child.plans) > KNOWN_PLANS:
                 child.wire.send(PlanGone(child.plans.popitem(last=False)[0]))
-            child.wire.send(_write_of(submission))
+            child.wire.send(submission.write())
 
     def _heard(self, message: Message) -> None:
         if isinstance(message, Ready) and self._child is not None:
@@ -237,18 +193,16 @@ class Supervisor:
         elif isinstance(message, Progress) and message.job in self._pending:
             self._pending[message.job].written = message.nbytes
         elif isinstance(message, Done) and (done := self._pending.pop(message.job, None)) is not None:
-            done.written = message.nbytes
-            file = FileDigest(*message.file) if message.file else None
-            done.future.set_result(Outcome(message.nbytes, message.checksums, file))
+            done.end(outcome_of(message))
         elif isinstance(message, Failed) and (failed := self._pending.pop(message.job, None)) is not None:
-            failed.future.set_exception(kinds().get(message.kind, CheckpointError)(message.message))
+            failed.end(error_of(message))
 
     def _cancel(self, submission: Submission) -> None:
         submission.cancelled = True
         if submission.handed and self._child is not None:
             self._child.wire.send(Cancel(submission.number))
         elif self._pending.pop(submission.number, None) is not None:
-            submission.future.set_exception(CheckpointError("cancelled"))
+            submission.end(CheckpointError("cancelled"))
 
     def _forget(self, arena: int) -> None:
         if self._child is not None and arena in self._child.arenas:
@@ -278,10 +232,10 @@ class Supervisor:
                 self._give_up(submission, "cancelled")
             elif submission.deaths >= MAX_DEATHS:
                 self._give_up(submission, f"{submission.deaths} writer processes ended over it, the last one as: {why} {said}")
-        if not child.ready:
+        if child.ready and self._leave_at is None:
+            self._start()  # else with the next submission
+        elif not child.ready and status != -signal.SIGKILL:  # somebody's kill says nothing of the next one
             self._not_born(f"it ended before it was ready, status {status}: {said}")
-        elif self._leave_at is None:
-            self._start()
 
     def _not_born(self, why: str) -> None:
         self._stillborn += 1
@@ -291,7 +245,7 @@ class Supervisor:
 
     def _give_up(self, submission: Submission, why: str) -> None:
         if self._pending.pop(submission.number, None) is not None:
-            submission.future.set_exception(WriterLost(f"{submission.staged.draft.folder}: {why}"))
+            submission.end(WriterLost(f"{submission.staged.draft.folder}: {why}"))
 
     def _fail_all(self, why: str) -> None:
         for submission in list(self._pending.values()):
@@ -314,19 +268,3 @@ class Supervisor:
             if not child.wait(QUIT_S):
                 child.put_down(self._options.reap_s)
         child.close()
-
-
-def _write_of(submission: Submission) -> Write:
-    staged = submission.staged
-    return Write(
-        job=submission.number,
-        plan=staged.prepared.digest,
-        round=staged.round,
-        arena=submission.arena.number,
-        store=staged.store,
-        draft=(staged.draft.name, staged.draft.folder, staged.draft.attempt),
-        durability=staged.durability,
-        template=staged.template,
-        known=staged.known,
-        repeated=submission.deaths > 0,
-    )

@@ -28,7 +28,9 @@ from elastickpt.writer.arena import Arena
 from elastickpt.writer.plans import documents_of
 from elastickpt.writer.prepared import Prepared, prepare
 from elastickpt.writer.rounds import BLOCK_NBYTES
-from elastickpt.writer.supervisor import StagedRound, Supervisor
+from elastickpt.writer.submissions import StagedRound
+from elastickpt.writer.supervisor import Supervisor
+from elastickpt.writer.thread import ThreadWriter
 
 
 def big_state(mb: int = 6, *, seed: int = 0) -> dict[str, object]:
@@ -97,7 +99,13 @@ def begun(folder: Path, name: str) -> tuple[LocalStore, Draft]:
 
 
 def save_through(
-    supervisor: Supervisor, rank: Rank, arena: Arena, path: Path, *, durability: Durability = "process", timeout_s: float = 60
+    writer: Supervisor | ThreadWriter,
+    rank: Rank,
+    arena: Arena,
+    path: Path,
+    *,
+    durability: Durability = "process",
+    timeout_s: float = 60,
 ) -> FileDigest:
     """Stages every round, has it written, and commits; returns the attestation."""
     store, draft = begun(path.parent, path.name)
@@ -106,7 +114,7 @@ def save_through(
     file = None
     for number in range(stager.rounds):
         stager.stage(number, [host_elements(held.tensor) for held in rank.live.arrays])
-        outcome = supervisor.submit(rank.staged(draft, store, number, known, durability), arena).result(timeout_s)
+        outcome = writer.submit(rank.staged(draft, store, number, known, durability), arena).result(timeout_s)
         known += outcome.checksums
         file = outcome.file
     assert file is not None

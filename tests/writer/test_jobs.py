@@ -65,19 +65,19 @@ def blocking(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-def folders(tmp_path: Path) -> Iterator[Path]:
+def folders(quick_path: Path) -> Iterator[Path]:
     for number in itertools.count():
-        folder = tmp_path / str(number)
+        folder = quick_path / str(number)
         folder.mkdir()
         yield folder
 
 
 @pytest.mark.parametrize("mode", ["before", "torn", "after"])
 def test_whoever_takes_over_after_a_crash_anywhere_makes_the_same_tree(
-    tmp_path: Path, mode: Mode, blocking: dict[str, bytes]
+    quick_path: Path, mode: Mode, blocking: dict[str, bytes]
 ) -> None:
     crashes = 0
-    for n, folder in enumerate(folders(tmp_path), start=1):
+    for n, folder in enumerate(folders(quick_path), start=1):
         job = Job(folder)
         job.stage(0)
         store = FaultyStore(job.store, CrashAt(n, mode), counted=CHANGING)
@@ -92,9 +92,9 @@ def test_whoever_takes_over_after_a_crash_anywhere_makes_the_same_tree(
     assert crashes > 20
 
 
-def test_every_later_process_may_crash_too(tmp_path: Path, blocking: dict[str, bytes]) -> None:
+def test_every_later_process_may_crash_too(quick_path: Path, blocking: dict[str, bytes]) -> None:
     """The nth one at its nth operation, all over one attempt."""
-    job = Job(tmp_path)
+    job = Job(quick_path)
     job.stage(0)
     for n in itertools.count(1):
         store = FaultyStore(job.store, CrashAt(n), counted=CHANGING)
@@ -107,9 +107,9 @@ def test_every_later_process_may_crash_too(tmp_path: Path, blocking: dict[str, b
     assert job.finish(done) == blocking
 
 
-def test_rounds_survive_a_crash_in_each_of_them(tmp_path: Path, blocking: dict[str, bytes]) -> None:
+def test_rounds_survive_a_crash_in_each_of_them(quick_path: Path, blocking: dict[str, bytes]) -> None:
     """The arena holds only the round of now: earlier ones are never needed again."""
-    for at, folder in zip((1, 3, 5), folders(tmp_path), strict=False):
+    for at, folder in zip((1, 3, 5), folders(quick_path), strict=False):
         job = Job(folder, arena_nbytes=(1 << 20) + 4096)
         assert len(job.rank.prepared.rounds) == 2
         for number in range(2):
@@ -122,8 +122,8 @@ def test_rounds_survive_a_crash_in_each_of_them(tmp_path: Path, blocking: dict[s
         assert job.finish(done) == blocking
 
 
-def test_a_fragment_file_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
-    job = Job(tmp_path)
+def test_a_fragment_file_of_somebody_else_is_never_replaced(quick_path: Path) -> None:
+    job = Job(quick_path)
     job.stage(0)
     other = b"another writer's"
     job.store.create(job.draft.path(fragments_file(0)), other)
@@ -134,8 +134,8 @@ def test_a_fragment_file_of_somebody_else_is_never_replaced(tmp_path: Path) -> N
         job.store.remove_tree(job.draft.path("extra"))
 
 
-def test_an_attested_round_can_be_repeated_and_says_the_same(tmp_path: Path) -> None:
-    job = Job(tmp_path)
+def test_an_attested_round_can_be_repeated_and_says_the_same(quick_path: Path) -> None:
+    job = Job(quick_path)
     job.stage(0)
     first = job.perform(job.store, 0, repeated=False)
     assert job.perform(job.store, 0, repeated=True) == first
