@@ -27,6 +27,7 @@ CheckpointError
 │   ├── NoSpace                 the device or quota is full
 │   ├── ReadOnly                the directory or file system cannot be written
 │   └── CapabilityMissing       the store lacks an operation that was asked for
+├── WriterLost              this rank's writer process ended, or was given up, before it had written
 └── RanksFailed             other ranks of the job failed while this one worked
     ├── RankLost                a rank's process is gone
     └── DeadlineExceeded        a rank did not answer within the stated limit
@@ -163,6 +164,10 @@ class ReadOnly(StorageFailed):
 
 class CapabilityMissing(StorageFailed):
     kind = "capability-missing"
+
+
+class WriterLost(CheckpointError):
+    kind = "writer-lost"
 
 
 class RanksFailed(CheckpointError):

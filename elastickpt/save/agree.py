@@ -34,7 +34,7 @@ from elastickpt.save.messages import (
     require_same_intention,
     structure_id,
 )
-from elastickpt.save.plan import WritePlan, plan_writes
+from elastickpt.save.plan import plan_writes
 from elastickpt.save.structure import StructureTable, decode_table, encode_table, table_digest, table_of
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability, Store
@@ -43,6 +43,7 @@ from elastickpt.training.group import Group
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
 from elastickpt.training.meshes import mesh_of
+from elastickpt.writer.plans import WritePlan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -24,7 +24,7 @@ from elastickpt.format.records import ArrayRecord
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
 from elastickpt.save.agree import Agreed, PlacementChoice, Request, Structure, agree
-from elastickpt.save.fragments import fragments_of, own_tables
+from elastickpt.save.fragments import own_tables
 from elastickpt.save.messages import (
     Attested,
     Intention,
@@ -36,6 +36,8 @@ from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
+from elastickpt.writer.fragments import fragments_of
+from elastickpt.writer.plans import documents_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -173,7 +175,7 @@ class _Save:
                 self.store,
                 draft.folder,
                 plan,
-                _records(live, structure),
+                documents_of(plan, _records(live, structure)),
                 [host_elements(held.tensor) for held in live.arrays],
                 durability=self.durability,
             )

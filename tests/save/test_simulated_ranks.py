@@ -16,12 +16,12 @@ from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Item
 from elastickpt.layout.placement import physical_box
-from elastickpt.save.fragments import fragments_of
 from elastickpt.save.merge import MergedStructure, merge
 from elastickpt.save.plan import plan_writes
 from elastickpt.save.structure import StructureTable, table_of
-from elastickpt.save.write import BLOCK_NBYTES, WrittenPiece
 from elastickpt.training.held import HeldArray, LiveState, Sharing
+from elastickpt.writer.carry import blocks_of
+from elastickpt.writer.fragments import fragments_of
 
 
 def held(name: str, shape: tuple[int, ...], rank: int, mesh: Mesh, placements: tuple[str, ...]) -> HeldArray:
@@ -53,11 +53,7 @@ def job(states: Sequence[LiveState]) -> tuple[MergedStructure, list[FragmentColu
     maps = []
     for rank, state in enumerate(states):
         plan = plan_writes(state.arrays, merged.shared[place[rank]], rank=rank)
-        written = [
-            WrittenPiece(piece, number, np.zeros(-(-piece.run.nbytes // BLOCK_NBYTES), dtype=np.uint64))
-            for number, file in enumerate(plan.files)
-            for piece in file.pieces
-        ]
+        written = np.zeros(sum(blocks_of(p.run.nbytes) for file in plan.files for p in file.pieces), dtype=np.uint64)
         data = encode_fragments(fragments_of(plan, written, writer=rank, attempt="00" * 8, tables=(), values={}))
         maps.append(decode_columns(data, path=f"writer {rank}"))
     return merged, maps
