@@ -11,7 +11,6 @@ from simulated import files, require_absent_or_whole, require_whole, save_on, st
 
 from elastickpt.errors import CheckpointError
 from elastickpt.layout import replicas
-from elastickpt.save import write
 from elastickpt.save.session import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
@@ -71,7 +70,7 @@ def test_a_power_cut_after_every_change_leaves_what_was_acknowledged(top: str, w
 
 
 def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "SYNC_TREE_FILES", 0)
+    monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
     monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=True)
     assert {change.verb for change in journal} >= {"sync tree"}
@@ -82,7 +81,7 @@ def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pyte
 @pytest.mark.parametrize("tree_sync", [False, True])
 def test_many_drawn_states_of_every_prefix(top: str, tree_sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if tree_sync:
-        monkeypatch.setattr(write, "SYNC_TREE_FILES", 0)
+        monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
         monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=tree_sync)
     assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 4000
