@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from elastickpt.writer.carry import (
 from elastickpt.writer.plans import Document, WritePlan
 from elastickpt.writer.rounds import PAGE, Slice, whole_pieces
 
+# Making files costs CPU and writing bytes waits for the device: from here on the two are done side by side. 1 GB in 333 arrays
+# on ext4: 0.95 s one after the other, 0.63 s side by side.
+SIDE_BY_SIDE_NBYTES = 8 << 20
+
 
 def write_plan(
     store: Store,
@@ -44,12 +49,23 @@ def write_plan(
     """
     way = sync_way(store, len(plan.files) + len(plan.documents), durability=durability)
     target = Target(store, root, way, unwatched)
-    make_folders(target, plan)
-    for document in documents:
-        store.create(target.path(document.path), document.content)
-    checksums = write_slices(target, plan.files, whole_pieces(plan.files), _Live(plan, sources))
+    slices, live = whole_pieces(plan.files), _Live(plan, sources)
+    if plan.nbytes < SIDE_BY_SIDE_NBYTES:
+        _create_documents(target, plan, documents)
+        checksums = write_slices(target, plan.files, slices, live)
+    else:
+        with ThreadPoolExecutor(1, thread_name_prefix="elastickpt-documents") as side:
+            created = side.submit(_create_documents, target, plan, documents)
+            checksums = write_slices(target, plan.files, slices, live)
+            created.result()
     make_durable(target, plan, documents)
     return checksums
+
+
+def _create_documents(target: Target, plan: WritePlan, documents: Sequence[Document]) -> None:
+    make_folders(target, plan)
+    for document in documents:
+        target.store.create(target.path(document.path), document.content)
 
 
 class _Live:

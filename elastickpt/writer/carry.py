@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, MissingFile
 from elastickpt.format.digest import block_checksum
 from elastickpt.storage.store import Durability, RangeWriter, Store
 from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePlan
@@ -177,7 +177,16 @@ def blocks_of(nbytes: int) -> int:
 
 
 def _opener(target: Target, file: PlannedFile) -> Callable[[], RangeWriter]:
-    return lambda: target.store.open_writer(target.path(file.path), file.nbytes)
+    path = target.path(file.path)
+
+    def open_file() -> RangeWriter:
+        try:
+            return target.store.open_writer(path, file.nbytes)
+        except MissingFile:  # its folder is still to be made, by whoever needs it first
+            target.store.make_directories(path.rpartition("/")[0])
+            return target.store.open_writer(path, file.nbytes)
+
+    return open_file
 
 
 def _units(slices: Sequence[Slice]) -> Iterator[_Unit]:

@@ -12,6 +12,7 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,14 @@ def judge_next_save(case: Case, there: bool) -> None:
 
 def test_one_rank_with_a_fault_at_every_operation(memory: JournalStore) -> None:
     assert enumerate_faults(memory, 1, 0, FAST) >= 50
+
+
+def test_documents_made_beside_the_data_with_a_fault_at_every_operation(
+    memory: JournalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large saves do it: the order of operations differs from run to run, what holds after each does not."""
+    monkeypatch.setattr(import_module("elastickpt.save.write"), "SIDE_BY_SIDE_NBYTES", 0)
+    test_one_rank_with_a_fault_at_every_operation(memory)
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["committer", "member"])
