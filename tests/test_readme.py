@@ -1,0 +1,40 @@
+"""The README's example runs, and its first lines say what they must."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, with a model whose parameters have the name that it reads."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = torch.nn.Module()
+    model.add_module("layers", torch.nn.ModuleList([torch.nn.Module()]))
+    model.layers[0].add_module("attn", torch.nn.Module())  # type: ignore[index,union-attr]
+    model.layers[0].attn.add_module("wq", torch.nn.Linear(16, 16, bias=False))  # type: ignore[index,union-attr]
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    names: dict[str, object] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    exec(code, names)
+    assert names["report"].step == 1000  # type: ignore[attr-defined]
+    assert names["ckpt"].verify().problems == ()  # type: ignore[attr-defined]
+
+
+def test_the_first_forty_lines_say_it_all() -> None:
+    head = "\n".join(README.splitlines()[:40])
+    for wanted in ("Atomic and durable", "ek.save(", "ek.load(", "layout | storage", "spec/README.md"):
+        assert wanted in head
+
+
+def test_links_point_to_files_of_the_project() -> None:
+    root = Path(__file__).parent.parent
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 5
+    assert [link for link in links if not (root / link).exists()] == []
