@@ -27,6 +27,7 @@ CheckpointError
 │   ├── NoSpace                 the device or quota is full
 │   ├── ReadOnly                the directory or file system cannot be written
 │   └── CapabilityMissing       the store lacks an operation that was asked for
+├── Superseded              a newer claim of the run exists; this job writes nothing more into it
 └── RanksFailed             other ranks of the job failed while this one worked
     ├── RankLost                a rank's process is gone
     └── DeadlineExceeded        a rank did not answer within the stated limit
@@ -163,6 +164,10 @@ class ReadOnly(StorageFailed):
 
 class CapabilityMissing(StorageFailed):
     kind = "capability-missing"
+
+
+class Superseded(CheckpointError):
+    kind = "superseded"
 
 
 class RanksFailed(CheckpointError):
