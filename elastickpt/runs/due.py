@@ -78,7 +78,7 @@ def decide_step(*, step: int, since_save_s: float, step_s: float, interval_s: fl
     It is the first step that nobody can have reached; it is due if the interval is over, or nearer to its end, when it comes.
     `since_save_s` counts from the last save that was begun; `published`: steps that were published and are not saved yet.
     """
-    if published and max(published) > step:
+    if published and max(published) >= step:
         return None
     if since_save_s + (LEAD_STEPS + 0.5) * step_s < interval_s:
         return None

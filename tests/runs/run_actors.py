@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 from elastickpt.errors import StorageFailed, Superseded
 from elastickpt.runs.branch import entries_of
@@ -18,6 +19,7 @@ from elastickpt.runs.stored import read_view
 from elastickpt.runs.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
+from elastickpt.testing.faults import RecordingStore
 
 MANIFEST = "checkpoint.json"
 W, X = AttemptId(10, 1, 1), AttemptId(20, 1, 1)
@@ -25,6 +27,18 @@ W, X = AttemptId(10, 1, 1), AttemptId(20, 1, 1)
 
 def memory_store() -> MemoryStore:
     return MemoryStore(f"test-{uuid.uuid4().hex}")
+
+
+class Without(RecordingStore):
+    """A store that says that it cannot do some things."""
+
+    def __init__(self, inner: Store, **lacking: bool) -> None:
+        super().__init__(inner)
+        self._able = replace(inner.capabilities, **lacking)
+
+    @property
+    def capabilities(self):  # type: ignore[no-untyped-def]
+        return self._able
 
 
 def by(job: int) -> Claimer:
@@ -117,19 +131,19 @@ def starting_job(store: Store, notes: Notes, *, job: int) -> Steps[None]:
         yield from _started(store, notes, job)
 
 
-def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = (), keep: Keep = Keep(last=1)) -> Steps[None]:
-    """Starts, sweeps, removes what `keep` does not; saves, and removes again after each commit that it may acknowledge."""
+def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()) -> Steps[None]:
+    """Starts, sweeps, removes all but the newest commit; saves, and removes again after each commit that it may acknowledge."""
     try:
         holding = yield from _started(store, notes, job)
         yield from sweep(store, holding)
-        yield from _retain(store, notes, holding, keep)
+        yield from _retain(store, notes, holding)
         for step in saves:
             attempt = yield from open_attempt(store, holding, step=step)
             yield from write_folder(store, attempt)
             yield from decide(store, commit_of(attempt))
             yield from _acknowledge(store, notes, attempt)
             if attempt in notes.acknowledged:
-                yield from _retain(store, notes, holding, keep)
+                yield from _retain(store, notes, holding)
     except Superseded:
         notes.superseded = True
     except StorageFailed:
@@ -139,7 +153,7 @@ def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()
 def remover(store: Store, notes: Notes, *, holding: Holding) -> Steps[None]:
     """A job that goes on: removes all but its newest commit."""
     with suppress(Superseded):
-        yield from _retain(store, notes, holding, Keep(last=1))
+        yield from _retain(store, notes, holding)
 
 
 def _started(store: Store, notes: Notes, job: int) -> Steps[Holding]:
@@ -151,9 +165,9 @@ def _started(store: Store, notes: Notes, job: int) -> Steps[Holding]:
     return holding
 
 
-def _retain(store: Store, notes: Notes, holding: Holding, keep: Keep) -> Steps[None]:
+def _retain(store: Store, notes: Notes, holding: Holding) -> Steps[None]:
     entries = entries_of((yield from read_view(store)))
-    going = removable(judge(keep, entries, now=2000.0, verified={}))
+    going = removable(judge(Keep(last=1), entries, now=2000.0, verified={}))
     notes.removing |= set(going)
     yield from remove_commits(store, holding, commits=going)
 

@@ -1,10 +1,10 @@
 """Every schedule of several actors over one store, each store operation a point where any other may go first.
 
-An actor is a generator over a store that does at most one operation between two pauses. A node is what stands in the store, and
-where each actor is: its stack of generators with their local values. Two schedules that end in one node have one future. (What a
-`for` walks is on no list of local values; the steps walk only what follows from those.) An actor is brought to a node by running
-it anew on what it saw. An actor that stops for good is one that is not scheduled again, so every crash is covered by looking at
-every node.
+An actor is a generator over a store that does at most one operation between two pauses. A node is what stands in the store,
+and where each actor is: its stack of generators with their local values. Two schedules that end in one node have one future.
+(What a `for` walks is on no list of local values; the steps walk only what follows from those.) An actor is brought to a node
+by running it anew on what it saw. An actor that stops for good is one that is not scheduled again, so every crash is covered
+by looking at every node.
 """
 
 from __future__ import annotations

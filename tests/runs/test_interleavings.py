@@ -213,7 +213,7 @@ def _nothing(store: object, *args: object) -> Steps[None]:
 def test_without_closing_older_epochs_a_commit_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The schedules are rich enough to tell: the protocol less one of its steps is found wanting."""
     monkeypatch.setattr("elastickpt.runs.epochs._close_older", _nothing)
-    with pytest.raises(AssertionError, match="counts again|does not count"):
+    with pytest.raises(AssertionError, match=r"counts again|does not count"):
         explore({**WRITER, **starting(2, 3)})
 
 
