@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from elastickpt.errors import NotACheckpoint
+from elastickpt.errors import MissingFile, NotACheckpoint
 from elastickpt.runs.names import AttemptId
 from elastickpt.runs.records import Commit, Metrics
 from elastickpt.runs.steps import complete
@@ -64,9 +64,13 @@ class CommitEntry:
 def history(root: str | os.PathLike[str]) -> tuple[CommitEntry, ...]:
     """All commits of the run at `root` that count: the live branch, newest first, then abandoned ones, newest first.
 
-    Blocking; reads small objects only. Raises StorageFailed kinds, MissingFile where there is no `root`, Damaged kinds.
+    Blocking; reads small objects only. Raises NotACheckpoint where there is no `root`, StorageFailed kinds, Damaged kinds.
     """
-    return entries_of(complete(read_view(open_store(os.fspath(root)))))
+    try:
+        store = open_store(os.fspath(root))
+    except MissingFile as error:
+        raise NotACheckpoint(f"{os.fspath(root)}: expected the folder of a run, found nothing") from error
+    return entries_of(complete(read_view(store)))
 
 
 def live_branch(view: RunView) -> tuple[AttemptId, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from elastickpt.errors import StorageFailed, Superseded
+from elastickpt.errors import MissingFile, StorageFailed, Superseded
 from elastickpt.runs.branch import entries_of
 from elastickpt.runs.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
 from elastickpt.runs.names import AttemptId
@@ -139,15 +139,17 @@ def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()
         yield from _retain(store, notes, holding)
         for step in saves:
             attempt = yield from open_attempt(store, holding, step=step)
-            yield from write_folder(store, attempt)
-            yield from decide(store, commit_of(attempt))
-            yield from _acknowledge(store, notes, attempt)
+            try:
+                yield from write_folder(store, attempt)
+                said = yield from decide(store, commit_of(attempt))
+            except (MissingFile, StorageFailed):
+                return  # a newer job swept what it was writing
+            if isinstance(said, Commit):
+                yield from _acknowledge(store, notes, attempt)
             if attempt in notes.acknowledged:
                 yield from _retain(store, notes, holding)
     except Superseded:
         notes.superseded = True
-    except StorageFailed:
-        return  # a newer job swept what it was writing
 
 
 def remover(store: Store, notes: Notes, *, holding: Holding) -> Steps[None]:

@@ -42,6 +42,9 @@ class Place(NamedTuple):
     finished: bool
 
 
+Step = tuple[Tree, Place, list[str]]
+
+
 class Node(NamedTuple):
     tree: Tree
     places: tuple[Place, ...]
@@ -149,6 +152,9 @@ class Explorer:
         self.check, self.local = check, local
         self.able = capabilities or store.capabilities
         self.now: dict[str, bytes | None] = dict(tree(store))
+        self.steps: dict[
+            tuple[int, int, int], Step
+        ] = {}  # what an actor does next follows from where it is and what stands there
 
     def explore(self) -> Explored:
         first = Place((), Notes(), 0, False)
@@ -178,8 +184,15 @@ class Explorer:
 
     def _step(self, node: Node, number: int) -> tuple[Node, list[str]]:
         """The node after the actor's next operation that others can tell, or its end."""
-        self._restore(node.tree)
         place = node.places[number]
+        around = (hash(node.tree), number, place.key)
+        if around not in self.steps:
+            self.steps[around] = self._act(node, number, place)
+        standing, after, did = self.steps[around]
+        return Node(standing, (*node.places[:number], after, *node.places[number + 1 :])), did
+
+    def _act(self, node: Node, number: int, place: Place) -> Step:
+        self._restore(node.tree)
         before = len(place.seen)
         store = _Replaying(self.store, place.seen, self.able, number=number)
         notes = Notes()
@@ -194,9 +207,8 @@ class Explorer:
             self.now = dict(tree(self.store))
             assert all(self.now.get(path, data) == data for path, data in node.tree), "an object was changed"
         after = Place(tuple(store.seen), notes, key_of(actor, notes), finished)
-        places = (*node.places[:number], after, *node.places[number + 1 :])
         did = [f"{one.operation} {one.path}" + (f" -> {one.error}" if one.error else "") for one in new]
-        return Node(frozenset(self.now.items()), places), did
+        return frozenset(self.now.items()), after, did
 
     def _restore(self, wanted: Tree) -> None:
         target = dict(wanted)

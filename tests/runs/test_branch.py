@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import begun, by, commit_of, committed, memory_store, write_folder
 
-from elastickpt.errors import MissingFile, NotACheckpoint
+from elastickpt.errors import NotACheckpoint
 from elastickpt.runs.branch import at_step, entries_of, history, live_branch
 from elastickpt.runs.epochs import claim, decide
 from elastickpt.runs.metrics import add_metrics
@@ -97,7 +97,7 @@ def test_a_run_that_nobody_claimed_is_empty() -> None:
 
 
 def test_a_root_that_is_not_there_is_no_empty_run(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(MissingFile):
+    with pytest.raises(NotACheckpoint, match="expected the folder of a run"):
         history(tmp_path / "nothing")
 
 

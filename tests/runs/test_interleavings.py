@@ -180,15 +180,23 @@ def test_two_writers_of_one_commit_that_is_removed_between_them() -> None:
     assert found.removed
 
 
+def test_a_writer_and_two_jobs_that_sweep_and_remove() -> None:
+    found = explore({**WRITER, **whole(2, 3)})
+    assert found.explored.nodes > 50_000
+    assert found.acknowledged
+    assert found.superseded
+    assert found.removed
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "actors",
     [
-        {**WRITER, **whole(2, 3)},
         {**WRITER, **whole(2, saves=(30,)), **starting(3)},
         {**WRITER, "late": old_writer, **whole(2, saves=(30,))},
+        {**WRITER, **whole(2, saves=(30,)), **whole(3, saves=(40,))},
     ],
-    ids=["two jobs", "a job that saves, one that starts", "a late writer of the same commit, a job that saves"],
+    ids=["a job that saves, one that starts", "a late writer of the same commit, a job that saves", "two jobs that save"],
 )
 def test_longer_schedules(actors: dict[str, Actor]) -> None:
     found = explore(actors)
@@ -197,12 +205,12 @@ def test_longer_schedules(actors: dict[str, Actor]) -> None:
 
 
 @pytest.mark.long
-def test_three_jobs_that_start() -> None:
+def test_a_writer_and_three_jobs_that_start() -> None:
     assert explore({**WRITER, **starting(2, 3, 4)}, local=is_local_if_nothing_goes).acknowledged
 
 
 @pytest.mark.long
-def test_two_jobs_that_start_each_operation_by_itself() -> None:
+def test_a_writer_and_two_jobs_that_start_each_operation_by_itself() -> None:
     assert explore({**WRITER, **starting(2, 3)}, linking=True, local=nothing).acknowledged
 
 
