@@ -27,6 +27,7 @@ CheckpointError
 │   ├── NoSpace                 the device or quota is full
 │   ├── ReadOnly                the directory or file system cannot be written
 │   └── CapabilityMissing       the store lacks an operation that was asked for
+├── WriterLost              this rank's writer process ended, or was given up, before it had written
 ├── Superseded              a newer claim of the run exists; this job writes nothing more into it
 └── RanksFailed             other ranks of the job failed while this one worked
     ├── RankLost                a rank's process is gone
@@ -164,6 +165,10 @@ class ReadOnly(StorageFailed):
 
 class CapabilityMissing(StorageFailed):
     kind = "capability-missing"
+
+
+class WriterLost(CheckpointError):
+    kind = "writer-lost"
 
 
 class Superseded(CheckpointError):

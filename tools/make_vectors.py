@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.vector_kit import checkpoint_cases, fragment_maps, geometry, manifests, values
+from tools.vector_kit import base_cases, checkpoint_cases, fragment_maps, geometry, manifests, values
 from tools.vector_kit.kit import Vector
 
 FOLDER = Path(__file__).parent.parent / "spec" / "vectors"
@@ -25,6 +25,7 @@ def vectors() -> Iterator[Vector]:
     yield from geometry.keys()
     yield from geometry.documents()
     yield from checkpoint_cases.vectors()
+    yield from base_cases.vectors()
 
 
 def files() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Reads a checkpoint from the specification alone: numpy, msgpack, xxhash, ml_dtypes and the standard library.
 
-`python tools/mini_reader.py PATH` lists the arrays, `--dump NAME` prints one. It shares no code with the library, so
+`python -m tools.mini_reader PATH` lists the arrays, `--dump NAME` prints one. It shares no code with the library, so
 that two readers agreeing says that spec/ is complete. Clear before fast: it holds every file in memory.
 """
 
@@ -621,10 +621,15 @@ def record_file(files: Files, entry: Json) -> bytes:
     return data
 
 
-def read_files(files: Files) -> dict[str, np.ndarray[Any, Any]]:
-    """key -> array, after checking everything that the specification asks of a whole checkpoint without bases."""
+def read_files(files: Files, beside: Mapping[str, Files] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    """key -> array, after checking everything that the specification asks of a whole checkpoint.
+
+    `files` are those of its folder, an empty folder being a path that ends with a slash; `beside` maps the names of the
+    folders that stand beside it to theirs.
+    """
     check("draft.json" not in files, "a draft", "uncommitted")
-    check("checkpoint.json" in files, "no checkpoint.json", "not-a-checkpoint")
+    attempt = all(any(path.startswith(f"{folder}/") for path in files) for folder in ("fragments", "params"))
+    check("checkpoint.json" in files, "no checkpoint.json", "uncommitted" if attempt else "not-a-checkpoint")
     manifest = read_manifest(files["checkpoint.json"])
     plain = manifest["placement"] == "plain"
     arrays: list[Json] = []
@@ -643,9 +648,20 @@ def read_files(files: Files) -> dict[str, np.ndarray[Any, Any]]:
         for key, ndim in one["arrays"].items():
             check(key in by_key and len(by_key[key]["shape"]) == ndim, f"array {key} is not in the index")
         for piece in one["pieces"]:
-            check_piece(piece, by_key[piece["array"]], {path: n for _, path, n in one["files"]}, plain)
-    check_tree(files, manifest, arrays, maps)
-    return {array["key"]: assemble(array, maps, files) for array in arrays}
+            check_piece(piece, by_key[piece["array"]], {path: n for base, path, n in one["files"] if base == 0}, plain)
+    used = {number for one in maps for number, _, _ in one["files"] if number > 0}
+    bases = {number: open_base(manifest["bases"][number - 1], {} if beside is None else beside) for number in sorted(used)}
+    check_tree({0: files, **bases}, manifest, arrays, maps)
+    return {array["key"]: assemble(array, maps, {0: files, **bases}) for array in arrays}
+
+
+def open_base(base: Json, beside: Mapping[str, Files]) -> Files:
+    """UCF-84, UCF-85."""
+    name = base["uri"].removeprefix("../")
+    check(base["uri"] == f"../{name}" and "/" not in name and name not in ("", ".", ".."), f"base {base['uri']}", "unsafe")
+    check("checkpoint.json" in beside.get(name, {}), f"no checkpoint {name}", "missing-file")
+    check(digest_of(beside[name]["checkpoint.json"]) == base["digest"], f"base {name} is another one", "checksum-mismatch")
+    return beside[name]
 
 
 def check_piece(piece: Json, array: Json, lengths: dict[str, int], plain: bool) -> None:
@@ -670,36 +686,35 @@ def check_piece(piece: Json, array: Json, lengths: dict[str, int], plain: bool) 
     check(number > 0 or np.array_equal(first, expected), "a piece at another place than its box's")
 
 
-def check_tree(files: Files, manifest: Json, arrays: list[Json], maps: list[Json]) -> None:
+def check_tree(bases: Mapping[int, Files], manifest: Json, arrays: list[Json], maps: list[Json]) -> None:
+    files = bases[0]
     named = {"checkpoint.json"} | {entry["path"] for entry in manifest["index"] + manifest["fragments"]}
     for one in maps:
         for number, path, nbytes in one["files"]:
-            if number == 0:
-                check(path in files, f"{path} is missing", "missing-file")
-                check(len(files[path]) == nbytes, f"{path} has {len(files[path])} bytes", "wrong-length")
-                named.add(path)
+            held = bases[number]
+            check(path in held, f"{path} of base {number} is missing", "missing-file")
+            check(len(held[path]) == nbytes, f"{path} of base {number} has {len(held[path])} bytes", "wrong-length")
+            named |= {path} if number == 0 else set()
     wanted = documents(arrays) if manifest["placement"] == "plain" else {}
     for path, text in wanted.items():
         check(path in files, f"{path} is missing", "missing-file")
         check(files[path] == text, f"{path} is not what the index says", "document-mismatch")
     strays = set(files) - named - set(wanted) - ({"references.json"} if manifest["placement"] == "packed" else set())
     check(not strays, f"nobody names {sorted(strays)}", "stray-file")
-    used = {path: np.zeros(len(files[path]), np.uint8) for one in maps for number, path, _ in one["files"] if number == 0}
+    used = {(number, path): np.zeros(nbytes, np.uint8) for one in maps for number, path, nbytes in one["files"]}
     for piece in (piece for one in maps for piece in one["pieces"]):
-        number, path = piece["file"]
         for row in range(piece["nbytes"] // piece["row_nbytes"]):
-            if number == 0:
-                begin = piece["offset"] + row * piece["row_stride"]
-                used[path][begin : begin + piece["row_nbytes"]] += 1
-    for path, count in used.items():
+            begin = piece["offset"] + row * piece["row_stride"]
+            used[piece["file"]][begin : begin + piece["row_nbytes"]] += 1
+    for (_, path), count in used.items():
         check(bool((count <= 1).all()), f"two pieces share bytes of {path}", "coverage-overlap")
     for array in arrays:
         listed = [writer for writer, one in enumerate(maps) if any(p["array"] == array["key"] for p in one["pieces"])]
         pieces = [p for one in maps for p in one["pieces"] if p["array"] == array["key"]]
         check_coverage(array, pieces)
         check(listed == array["writers"], f"writers of {array['key']}")
-    if manifest["placement"] == "plain":
-        for path, count in used.items():
+    for (number, path), count in used.items():
+        if number == 0:
             check(not np.frombuffer(files[path], np.uint8)[count == 0].any(), f"a pad of {path}", "checksum-mismatch")
 
 
@@ -712,18 +727,18 @@ def check_coverage(array: Json, pieces: list[Json]) -> None:
     check(bool((seen <= 1).all()), f"elements of {array['key']} were written twice", "coverage-overlap")
 
 
-def assemble(array: Json, maps: list[Json], files: Files) -> np.ndarray[Any, Any]:
+def assemble(array: Json, maps: list[Json], bases: Mapping[int, Files]) -> np.ndarray[Any, Any]:
     dtype = np.dtype(TYPES[array["dtype"]][0])
     whole = np.zeros(array["shape"], dtype)
     for one in maps:
         for piece in (piece for piece in one["pieces"] if piece["array"] == array["key"]):
-            check(piece["file"][0] == 0, "this reader opens no bases", "unsupported")
+            number, path = piece["file"]
             starts = range(
                 piece["offset"],
                 piece["offset"] + piece["nbytes"] // piece["row_nbytes"] * piece["row_stride"],
                 piece["row_stride"],
             )
-            data = b"".join(files[piece["file"][1]][start : start + piece["row_nbytes"]] for start in starts)
+            data = b"".join(bases[number][path][start : start + piece["row_nbytes"]] for start in starts)
             blocks = [data[k : k + one["block"]] for k in range(0, len(data), one["block"])]
             sums = [xxhash.xxh3_64_intdigest(block) for block in blocks]
             check(sums == piece["checksums"], f"bytes of {array['key']}", "checksum-mismatch")
@@ -733,13 +748,36 @@ def assemble(array: Json, maps: list[Json], files: Files) -> np.ndarray[Any, Any
 
 
 def read(path: str | Path) -> dict[str, np.ndarray[Any, Any]]:
-    """key -> array of the checkpoint in a folder. Raises Refusal."""
-    root, files = Path(path), {}
+    """key -> array of the checkpoint in a folder; its bases stand beside it. Raises Refusal."""
+    root = Path(path).absolute()
+    return read_files(files_of(root), _Beside(root.parent))
+
+
+class _Beside(dict[str, Files]):
+    """The folders beside a checkpoint, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if (self.folder / name / "checkpoint.json").is_file() else default
+
+    def __missing__(self, name: str) -> Files:
+        self[name] = files_of(self.folder / name)
+        return self[name]
+
+
+def files_of(root: Path) -> Files:
+    files = {}
     for file in sorted(root.rglob("*")):
         check(not file.is_symlink() and (file.is_dir() or file.is_file()), f"{file} is no regular file", "unsafe")
+        name = file.relative_to(root).as_posix()
         if file.is_file():
-            files[file.relative_to(root).as_posix()] = file.read_bytes()
-    return read_files(files)
+            files[name] = file.read_bytes()
+        elif not any(file.iterdir()):
+            files[f"{name}/"] = b""
+    return files
 
 
 def main(arguments: list[str] | None = None) -> int:

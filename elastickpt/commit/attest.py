@@ -1,8 +1,8 @@
-"""A writer's attestation: its fragment file, created last, when all that it names is durable. [SAVE-30..34]"""
+"""A writer's attestation: its fragment file, created last, when all that it names is durable. [SAVE-45]"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from elastickpt.commit.draft import Draft
 from elastickpt.errors import ChecksumMismatch, Malformed
@@ -15,11 +15,21 @@ from elastickpt.format.records import FileDigest, FragmentMap
 from elastickpt.storage.store import Durability, Store
 
 
-def attest(store: Store, draft: Draft, fragments: FragmentMap | FragmentColumns, *, durability: Durability) -> FileDigest:
-    """Creates the writer's fragment file; on return it is as durable as was asked. Blocking. Raises StorageFailed kinds."""
+def attest(
+    store: Store,
+    draft: Draft,
+    fragments: FragmentMap | FragmentColumns,
+    *,
+    durability: Durability,
+    create: Callable[[str, bytes], None] | None = None,
+) -> FileDigest:
+    """Creates the writer's fragment file; on return it is as durable as was asked. Blocking. Raises StorageFailed kinds.
+
+    `create`: in place of `store.create`, for a writer that takes over from one that died meanwhile.
+    """
     relative = fragments_file(fragments.writer)
     data = encode_fragments(fragments)
-    store.create(draft.path(relative), data)
+    (create or store.create)(draft.path(relative), data)
     if durability == "power":
         store.sync_file(draft.path(relative))
         store.sync_directory(draft.path("fragments"))

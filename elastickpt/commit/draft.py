@@ -1,11 +1,12 @@
-"""The draft of a checkpoint: a hidden folder beside the path, whose rename to the path is the commit. [SAVE-20..29]
+"""The draft of a checkpoint: a hidden folder beside the path, whose rename to the path is the commit. [SAVE-20..24]
 
     .NAME.draft-HOST-PID-START-ATTEMPT            being written; not a checkpoint for any reader
     .NAME.draft-HOST-PID-START-ATTEMPT.aborted    given up; a committer that comes late finds nothing to rename
     NAME                                          the checkpoint
 
 HOST, PID and START (of the process, in units of 10 ms since boot of its host) say whose it is, so that the next save beside it
-can sweep those whose process is provably gone, and name the others.
+can sweep those whose process is provably gone, and name the others. HOST includes the boot and the process-id namespace: hosts
+with one name are not rare, and what ran before a restart, or in a container that is gone, cannot be told from another host's.
 """
 
 from __future__ import annotations
@@ -17,19 +18,39 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastickpt.errors import CheckpointError, MissingFile, PathOccupied, PlacementUnsupported, StorageFailed
+from elastickpt.errors import (
+    CheckpointError,
+    Malformed,
+    MissingFile,
+    PathOccupied,
+    PlacementUnsupported,
+    Refused,
+    StorageFailed,
+)
+from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import block_checksum
+from elastickpt.format.encode_manifest import decode_manifest
+from elastickpt.format.keys import MANIFEST
+from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.storage.store import Store
 
 TOKEN = "draft.json"
 ABORTED = ".aborted"
-_NAME = re.compile(r"\.(?P<name>.+)\.draft-(?P<host>[A-Za-z0-9.]*)-(?P<pid>\d+)-(?P<start>\d+)-(?P<attempt>[0-9a-f]{16})")
+MAX_TOKEN_NBYTES = 4096
+_NAME = re.compile(
+    r"\.(?P<name>.+)\.draft-(?P<host>[A-Za-z0-9.]*)-(?P<pid>[1-9][0-9]*)-(?P<start>[0-9]+)-(?P<attempt>[0-9a-f]{16})"
+    rf"(?:{re.escape(ABORTED)})?"
+)
+
+# Attempts that this process is writing now: its other drafts are leftovers, though their process lives.
+_UNDER_WAY: set[str] = set()
 
 
 def _host_word() -> str:
-    """Host name and process-id namespace: process ids mean something only to those who share both."""
+    """Host name, boot and process-id namespace: process ids mean something only to those who share all three."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
     namespace = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    return f"{re.sub(r'[^A-Za-z0-9.]', '', socket.gethostname())[:48]}.{namespace}"
+    return f"{re.sub(r'[^A-Za-z0-9.]', '', socket.gethostname())[:48]}.{boot}.{namespace}"
 
 
 def _short(name: str) -> str:
@@ -39,13 +60,18 @@ def _short(name: str) -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this host began, in clock ticks since boot; None if there is no such process."""
+    """When a process of this host began, in clock ticks since boot; None if there is none, or it may not be looked at."""
+    fields = _process(pid)
+    return None if fields is None else int(fields[19])
+
+
+def _process(pid: int) -> list[str] | None:
+    """What the kernel says of a process, from its state on (proc(5), `stat`, from field 3)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the command before it may hold spaces and parentheses
-    return None if fields[0] in "ZX" else int(fields[19])
+    return stat.rpartition(")")[2].split()  # the command before it may hold spaces and parentheses
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +101,55 @@ def new_draft(name: str, *, pid: int) -> Draft:
     return Draft(name, f".{_short(name)}.draft-{_host_word()}-{pid}-{process_start(pid) or 0}-{attempt}", attempt)
 
 
+def is_draft(name: str) -> bool:
+    """Whether a folder of this name is a draft, aborted or not, whatever it holds. [SAVE-23]"""
+    return _NAME.fullmatch(name) is not None
+
+
 def require_free(store: Store, name: str) -> None:
-    """Raises PathOccupied unless nothing, or an empty folder, stands at the path. [SAVE-21]"""
+    """Raises PathOccupied unless nothing, or an empty folder, stands at the path. [SAVE-31]
+
+    Refused for the name of a draft, which a later save would sweep. [SAVE-23]
+    """
+    if is_draft(name):
+        raise Refused(f"{store.url}/{name}: expected the name of a checkpoint, found one that drafts have; choose another")
     if not store.exists(name):
         return
     try:
         held = store.entries(name)
-    except (StorageFailed, MissingFile):
+    except MissingFile:
         raise PathOccupied(f"{store.url}/{name}: expected nothing or an empty folder, found a file") from None
     if held:
-        what = "a checkpoint" if any(entry.name == "checkpoint.json" for entry in held) else f"{len(held)} entries"
+        what = "a checkpoint" if any(entry.name == MANIFEST for entry in held) else f"{len(held)} entries"
         raise PathOccupied(
             f"{store.url}/{name}: expected nothing or an empty folder, found {what}; "
             "a save never overwrites: choose another path, or remove that one first"
         )
 
 
+def _token(draft: Draft) -> bytes:
+    found = _NAME.fullmatch(draft.folder)
+    if found is None:
+        raise Malformed(f"{draft.folder}: expected the name of a draft")
+    owner = {"host": found["host"], "pid": int(found["pid"]), "start": int(found["start"])}
+    return dump({"format": "elastickpt-draft", "version": 1, "attempt": draft.attempt, **owner}).encode()
+
+
 def begin(store: Store, draft: Draft) -> None:
     """Creates the draft folder with its token file, by which other writers see that they share the file system."""
+    _UNDER_WAY.add(draft.attempt)
     store.make_directories(draft.folder)
-    store.create(draft.path(TOKEN), draft.attempt.encode())
+    store.create(draft.path(TOKEN), _token(draft))
     store.make_directories(draft.path("fragments"))
 
 
 def require_token(store: Store, draft: Draft) -> None:
-    """Raises PlacementUnsupported if this writer does not see the committer's draft. [SAVE-24]"""
+    """Raises PlacementUnsupported if this writer does not see the committer's draft. [SAVE-21]"""
     try:
-        found = store.read(draft.path(TOKEN), 64)
+        found = store.read(draft.path(TOKEN), MAX_TOKEN_NBYTES)
     except MissingFile:
         found = b""
-    if found != draft.attempt.encode():
+    if found != _token(draft):
         raise PlacementUnsupported(
             f"{store.url}: this rank does not see the draft {draft.folder} that rank 0 made; "
             "all ranks must write to one file system (placement 'packed' is not built yet)"
@@ -112,46 +157,92 @@ def require_token(store: Store, draft: Draft) -> None:
 
 
 def commit(store: Store, draft: Draft) -> None:
-    """The commit point: afterwards the checkpoint exists. Raises PathOccupied if something took the path. [SAVE-25]"""
-    store.rename(draft.folder, draft.name)
+    """The commit point: afterwards the checkpoint exists. Raises PathOccupied if something took the path. [SAVE-52]
+
+    A rename can succeed and its answer be lost, as over a network; so after an error it looks, and obeys what it finds.
+    StorageFailed that says "not known" where it cannot look either. [SAVE-56]
+    """
+    try:
+        store.rename(draft.folder, draft.name)
+    except CheckpointError as error:
+        if not _committed(store, draft, error):
+            raise
+    _UNDER_WAY.discard(draft.attempt)
+
+
+def _committed(store: Store, draft: Draft, failure: CheckpointError) -> bool:
+    """Whether this attempt stands at the path although its rename failed."""
+    try:
+        data = store.read(f"{draft.name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+        return decode_manifest(data, path=MANIFEST).attempt == draft.attempt
+    except StorageFailed as unseen:
+        cls = type(failure) if isinstance(failure, StorageFailed) else StorageFailed
+        raise cls(
+            f"{store.url}/{draft.name}: whether it was committed is not known: {failure}; looking for it: {unseen}"
+        ) from failure
+    except CheckpointError:
+        return False  # nothing there, or something of others
 
 
 def abort(store: Store, draft: Draft) -> None:
-    """Makes the draft unusable for any late committer, then removes it; what cannot be removed is swept later. [SAVE-26]"""
-    aborted = draft.folder + ABORTED
+    """Makes the draft unusable for any late committer, then removes it; what cannot be removed is swept later. [SAVE-55]
+
+    Raises nothing: it runs while another error is on its way.
+    """
+    _UNDER_WAY.discard(draft.attempt)
+    _remove(store, draft.folder)
+
+
+def _remove(store: Store, folder: str) -> CheckpointError | None:
+    """A draft is no more, under its own name first: a writer that still runs then finds no folder to write into, and cannot
+    bring it back. What prevented that, if anything did: a draft is no checkpoint in any case."""
+    aborted = folder.removesuffix(ABORTED) + ABORTED
     try:
-        store.rename(draft.folder, aborted)
-    except CheckpointError:
-        return  # never begun, or gone, or the store fails: a draft is no checkpoint in any case
-    try:
+        if folder != aborted:
+            store.rename(folder, aborted)
         store.remove_tree(aborted)
-    except StorageFailed:
-        return  # a reader never takes it for a checkpoint; the next save beside it sweeps it
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def sweep(store: Store, name: str) -> SweepReport:
-    """Removes drafts of `name` whose process is provably gone on this host, and names the others. [SAVE-27]"""
+    """Removes drafts of `name` that nobody writes any more, as far as this host can prove it, and names the others. [SAVE-24]
+
+    Those are drafts of processes that are gone, and of this process but of attempts that it has ended.
+    """
     removed: list[str] = []
     left: list[tuple[str, str]] = []
     for entry in store.entries(""):
-        folder = entry.name
-        found = _NAME.fullmatch(folder.removesuffix(ABORTED))
-        if found is None or found["name"] != _short(name):
+        found = _NAME.fullmatch(entry.name)
+        if found is None or found["name"] != _short(name) or entry.kind != "directory":
             continue
-        why = _why_left(found["host"], int(found["pid"]), int(found["start"]))
-        if why is None:
-            store.remove_tree(folder)
-            removed.append(folder)
+        why = _why_left(found)
+        failed = None if why else _remove(store, entry.name)
+        if why or failed:
+            left.append((entry.name, why or f"nobody writes it any more, but it cannot be removed: {failed}"))
         else:
-            left.append((folder, why))
+            removed.append(entry.name)
     return SweepReport(tuple(removed), tuple(left))
 
 
-def _why_left(host: str, pid: int, start: int) -> str | None:
-    """Why a draft may still be in use; None when its process is gone for certain."""
+def _why_left(draft: re.Match[str]) -> str | None:
+    """Why a draft may still be in use; None when nobody can write it, for certain."""
+    host, pid, start = draft["host"], int(draft["pid"]), int(draft["start"])
     if host != _host_word():
-        return f"made on host {host!r}, which cannot be asked from here"
-    running = process_start(pid)
-    if running is not None and running == start:
-        return f"process {pid} of this host still runs"
-    return None
+        return f"made on host {host!r}, or before it was last started, which cannot be asked from here"
+    if pid == os.getpid() and start == process_start(pid):
+        return "this process is writing it" if draft["attempt"] in _UNDER_WAY else None
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass  # it is there, and somebody else's
+    fields = _process(pid)
+    if fields is None:
+        return f"process {pid} of this host runs, and does not show since when"
+    state, threads, began = fields[0], int(fields[17]), int(fields[19])
+    if began != start or (state in "ZX" and threads <= 1):
+        return None
+    return f"process {pid} of this host still runs"

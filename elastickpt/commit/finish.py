@@ -1,4 +1,4 @@
-"""From attestations to a committed checkpoint: prove, write index and manifest, rename. Runs on the committer. [SAVE-35..39]"""
+"""From attestations to a committed checkpoint: prove, write index and manifest, rename. Runs on the committer. [SAVE-50..53]"""
 
 from __future__ import annotations
 

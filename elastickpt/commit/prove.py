@@ -1,4 +1,4 @@
-"""The proof that an attempt is whole: every element of every array stored exactly once. No I/O. [SAVE-35, FRAG-30]"""
+"""The proof that an attempt is whole: every element of every array stored exactly once. No I/O. [SAVE-50, FRAG-30, FRAG-31]"""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> t
 
 
 def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
-    """Raises CoverageOverlap where two pieces claim the same bytes of a file. [FRAG-14]
+    """Raises CoverageOverlap where two pieces claim the same bytes of a file. [FRAG-34]
 
     Pieces of one array are disjoint boxes, so this can only happen between arrays or through a wrong offset.
     """

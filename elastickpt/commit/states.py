@@ -1,4 +1,4 @@
-"""The life of one attempt to write a checkpoint, as a table. [SAVE-10..19]
+"""The life of one attempt to write a checkpoint, as a table. [SAVE-3, SAVE-50..55, SAVE-60]
 
 1. Nothing is a checkpoint before `committed`; a crash in any other state leaves a draft, which no reader takes.
 2. Any failure in any state before `committed` leads to `aborted`; there is no way back, the next attempt is another one.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import struct
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -41,11 +43,12 @@ class PeerSilent(Exception):
 
 
 class Connection:
-    """One peer. Sending is safe from several threads; receiving belongs to one."""
+    """One peer. Beats may come from another thread; sending frames and receiving belong to one."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._sending = threading.Lock()
+        self._unsent = b""  # the rest of a beat that the kernel took a part of
         self._buffer = bytearray()
         self._frames: deque[Frame] = deque()
         self.heard_at = time.monotonic()
@@ -54,23 +57,55 @@ class Connection:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, frame: Frame) -> None:
-        """Blocks until the kernel took all of it. Raises PeerGone."""
+    def send(self, frame: Frame, *, silence_s: float) -> None:
+        """Blocks until the kernel took all of it, and receives meanwhile what the peer sends.
+
+        Raises PeerGone, and PeerSilent if the kernel takes no more and nothing was heard for `silence_s`: a part may be on
+        its way then, so the connection is of no use any more.
+        """
         with self._sending:
-            try:
-                self._socket.sendall(_HEADER.pack(len(frame.data), frame.kind, frame.round) + frame.data)
-            except OSError as error:
-                raise PeerGone(str(error)) from error
+            header = _HEADER.pack(len(frame.data), frame.kind, frame.round)
+            left = memoryview(b"".join((self._unsent, header, frame.data)))
+            self._unsent = b""
+            begun = time.monotonic()
+            while left := left[self._push(left) :]:
+                self._await_room(begun, silence_s)
 
     def beat(self, round_number: int) -> None:
-        """Says that this process is alive; skipped when a message is on its way, which says the same."""
+        """Says that this process is alive; not blocking: skipped when a message is on its way, which says the same, and when
+        the peer takes nothing at the moment."""
         if self._sending.acquire(blocking=False):
             try:
-                self._socket.sendall(_HEADER.pack(0, Kind.BEAT, round_number))
-            except OSError:
+                data = self._unsent or _HEADER.pack(0, Kind.BEAT, round_number)
+                taken = self._push(data)
+                self._unsent = data[taken:] if taken or self._unsent else b""
+            except PeerGone:
                 pass  # whoever receives on this connection finds out and reports it
             finally:
                 self._sending.release()
+
+    def end(self) -> None:
+        """Both ends find the connection closed from now on."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _push(self, data: bytes | memoryview) -> int:
+        """How many bytes of it the kernel takes now."""
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise PeerGone(str(error)) from error
+
+    def _await_room(self, begun: float, silence_s: float) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            ready = selector.select(timeout=min(1.0, silence_s))
+        if any(events & selectors.EVENT_READ for _, events in ready):
+            self.pump()
+        elif not ready and time.monotonic() - max(self.heard_at, begun) > silence_s:
+            raise PeerSilent
 
     def _cut(self) -> Frame | None:
         if len(self._buffer) < _HEADER.size:
@@ -98,6 +133,12 @@ class Connection:
         while (frame := self._cut()) is not None:
             if frame.kind is not Kind.BEAT:
                 self._frames.append(frame)
+
+    def hear_out(self) -> None:
+        """Reads what came before a connection broke; call after PeerGone."""
+        with suppress(PeerGone):
+            while True:
+                self.pump()
 
     def take(self) -> Frame | None:
         """The next frame that was read, in order; None if there is none yet."""

@@ -1,7 +1,7 @@
 """A team over sockets: member 0 is the hub, every other member has one connection to it.
 
 Addresses are exchanged once through the job's store. Members on one host meet on an abstract Unix socket, others by TCP;
-a hello carries a secret from the store, so that nobody else can join.
+a hello carries a secret from the store, so that nobody else can join. [SAVE-65]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
 import msgpack
@@ -141,8 +140,12 @@ class Star:
                 if report
                 else Frame(Kind.VERDICT, self._round, replies[member])
             )
-            with suppress(PeerGone):  # a member that is gone now learns nothing, and spoils nothing: the decision is made
-                peer.send(frame)
+            try:
+                peer.send(frame, silence_s=self._silence_s)
+            except PeerGone:
+                pass  # a member that is gone now learns nothing, and spoils nothing: the decision is made
+            except PeerSilent:
+                peer.end()  # nor does one that hangs; it may have got half a frame, and finds the connection closed
         return (replies[0] if replies else b""), report
 
     def _collect(self, name: str, mine: bytes | RankFailure) -> tuple[dict[int, bytes], dict[int, RankFailure]]:
@@ -172,17 +175,16 @@ class Star:
                 for key, _ in selector.select(timeout=BEAT_S):
                     try:
                         waiting[key.data].pump()
-                    except PeerGone as gone:
-                        failures[key.data] = self._lost(key.data, name, gone)
+                    except PeerGone:
+                        failures[key.data] = self._lost(key.data, name)
                 now = time.monotonic()
                 for member, peer in list(waiting.items()):
                     # a peer may have said nothing while this process itself was busy: count from when we began to listen
                     if member not in failures and now - max(peer.heard_at, begun) > self._silence_s:
                         failures[member] = self._silent(member, name)
 
-    def _lost(self, member: int, name: str, gone: PeerGone) -> RankFailure:
-        rank = self._ranks[member]
-        return RankFailure(rank, RankLost.kind, f"its process is gone, noticed in round {name!r} ({gone})")
+    def _lost(self, member: int, name: str) -> RankFailure:
+        return RankFailure(self._ranks[member], RankLost.kind, f"its process is gone, or gave up; noticed in round {name!r}")
 
     def _silent(self, member: int, name: str) -> RankFailure:
         rank = self._ranks[member]
@@ -195,13 +197,17 @@ class Star:
         hub = self._peers[0]
         try:
             if isinstance(mine, bytes):
-                hub.send(Frame(Kind.PAYLOAD, self._round, mine))
+                hub.send(Frame(Kind.PAYLOAD, self._round, mine), silence_s=self._silence_s)
             else:
-                hub.send(Frame(Kind.FAILURE, self._round, _encode_report([mine])))
+                hub.send(Frame(Kind.FAILURE, self._round, _encode_report([mine])), silence_s=self._silence_s)
             frame = self._await_hub(hub)
-        except PeerGone as gone:
-            own = (mine,) if isinstance(mine, RankFailure) else ()
-            return b"", (*own, self._lost(0, name, gone))
+        except PeerGone:
+            hub.hear_out()  # a member that hung for too long finds out here: the report names it, and the hub has hung up
+            said = hub.take()
+            if said is None or said.kind is not Kind.REPORT:
+                own = (mine,) if isinstance(mine, RankFailure) else ()
+                return b"", (*own, self._lost(0, name))
+            frame = said
         except PeerSilent:
             own = (mine,) if isinstance(mine, RankFailure) else ()
             return b"", (*own, self._silent(0, name))
@@ -302,8 +308,8 @@ def _join_hub(store: KeyValue, member: int, timeout_s: float) -> Connection:
             continue
         connection = Connection(sock)
         try:
-            connection.send(Frame(Kind.HELLO, 0, bytes(msgpack.packb([secret, member]))))
-        except PeerGone as gone:
+            connection.send(Frame(Kind.HELLO, 0, bytes(msgpack.packb([secret, member]))), silence_s=timeout_s)
+        except (PeerGone, PeerSilent) as gone:
             raise RankLost(f"member 0 of the group closed the connection at once ({gone})") from gone
         return connection
 

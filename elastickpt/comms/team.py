@@ -6,7 +6,7 @@
 
 Whoever dies is noticed by its closed connection, whoever hangs by its silence: working members send a beat each
 `BEAT_S`, and one that sent nothing for `silence_s` counts as lost. So a round ends on every survivor within its own work
-plus the slowest survivor's, plus `silence_s`.  [SAVE-40]
+plus the slowest survivor's, plus `silence_s`.  [SAVE-54, SAVE-61..64]
 """
 
 from __future__ import annotations

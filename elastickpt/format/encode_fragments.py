@@ -1,4 +1,4 @@
-"""Fragment maps on disk: one msgpack map a writer, its pieces in integer columns. [FRAG-20..39]"""
+"""Fragment maps on disk: one msgpack map a writer, its pieces in integer columns. [FRAG-20..28]"""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def _values(members: Members) -> Value:
 
 
 def _files(members: Members) -> tuple[StoredFile, ...]:
-    paths = tuple(checked_path(path) for path in members.texts("path"))  # [FRAG-23]
+    paths = tuple(checked_path(path) for path in members.texts("path"))  # [UCF-38]
     base = take_ints(members, "base", length=len(paths)).tolist()
     nbytes = take_ints(members, "nbytes", length=len(paths), high=MAX_FILE_NBYTES).tolist()
     members.close()
     files = tuple(StoredFile(b, p, n) for b, p, n in zip(base, paths, nbytes, strict=True))
-    if len({(file.base, file.path) for file in files}) != len(files):
+    if len({(file.base, file.path) for file in files}) != len(files):  # [FRAG-23]
         raise Malformed(f"{members.where}: a file stands twice in the table")
     return files
 

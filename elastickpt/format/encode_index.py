@@ -275,7 +275,7 @@ def _record(
     state, leaf_key = leaf
     key = f"{entry.key}/{leaf_key}" if state else entry.key
     array = ArrayId(entry.section, entry.item, entry.name, state)
-    if not key.startswith(f"{entry.section}/") or key.count("/") != len(components(array)):  # [UCF-35]
+    if not key.startswith(f"{entry.section}/") or key.count("/") != len(components(array)):  # [UCF-67]
         raise Malformed(f"array {array}: {key!r} is no key of it")
     chunks = prod(-(-extent // step) for extent, step in zip(shape, like.chunk_shape, strict=True))
     if chunks > MAX_CHUNKS:

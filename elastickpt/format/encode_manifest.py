@@ -1,4 +1,4 @@
-"""`checkpoint.json`: canonical JSON that ends with the digest of all bytes before it. [UCF-70..89]
+"""`checkpoint.json`: canonical JSON that ends with the digest of all bytes before it. [UCF-70..83]
 
 The rule of the digest and the members `format`, `version` and `requires` are the same in every version of the format,
 so that damage is told from novelty.
@@ -220,10 +220,10 @@ def _index(members: Members) -> tuple[IndexEntry, ...]:
     for one in _each(members, "index"):
         entry = IndexEntry(_file_digest(one), one.text("first"), one.text("last"))
         one.close()
-        if entry.first > entry.last or (found and entry.first <= found[-1].last):  # [UCF-80]
+        if entry.first > entry.last or (found and entry.first <= found[-1].last):  # [UCF-65]
             raise Malformed(f"{one.where}: keys {entry.first!r} to {entry.last!r} are out of order")
         found.append(entry)
-    if not found:
+    if not found:  # [UCF-80]
         raise Malformed(f"{members.where}/index: expected at least one part")
     return tuple(found)
 

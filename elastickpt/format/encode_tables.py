@@ -1,6 +1,6 @@
 """Optimizer tables inside msgpack records: names as text, choices as integer columns, values as typed JSON.
 
-[UCF-60..62]
+[UCF-60, UCF-61]
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from elastickpt.format.limits import MAX_COMPONENT_NBYTES, MAX_NAME_NBYTES, MAX_
 MANIFEST = "checkpoint.json"
 DOCUMENT = "zarr.json"
 ROOT_DOCUMENT = DOCUMENT
+REFERENCES = "references.json"  # beside packs: addresses for readers of other libraries, derived from the records [UCF-6]
 MAX_KEY_NBYTES = 200  # of a key without a suffix; leaves room below 255 for what stores append while writing
 SUFFIX_CUT = 180  # bytes of a key that stand before its suffix
 

@@ -1,4 +1,4 @@
-"""Bounds that every reader checks before it allocates; a checkpoint beyond one is refused, not tried. [UCF-90..99]"""
+"""Bounds that every reader checks before it allocates; a checkpoint beyond one is refused, not tried. [UCF-90..98]"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The records of a checkpoint as values: stored pieces, fragment maps, index parts, the manifest.
-[UCF-40..89, FRAG-10..39]
+[UCF-40..83, FRAG-10..28]
 
 How they are spelled on disk is in `encode_*` modules beside this one; here is only what they say.
 """

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import gt
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.errors import MissingFile
+from elastickpt.errors import MissingFile, Refused
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.documents import documents
@@ -23,6 +24,7 @@ from elastickpt.load.fetch import fetch
 from elastickpt.load.opened import Opened, open_records
 from elastickpt.load.plan import Bytes, Wanted, require_stored
 from elastickpt.load.verify import VerifyReport, verify
+from elastickpt.storage.opening import place_in
 
 if TYPE_CHECKING:
     from zarr import Group
@@ -53,7 +55,7 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        return f"{self._opened.store.url}/{self._opened.name}"
+        return place_in(self._opened.store, self._opened.name)
 
     @property
     def manifest(self) -> Manifest:
@@ -110,10 +112,13 @@ class Checkpoint:
     def read(self, array: ArrayId, *, box: Box | None = None) -> NDArray[Any]:
         """The elements of an array, or of a box of it, verified; as numpy's type, or ml_dtypes' where numpy has none.
 
-        Raises KeyError for an array that is not there, Damaged kinds for one that is not what was written.
+        Raises KeyError for an array that is not there, Refused for a box beyond it, Damaged kinds for what is not as written.
         """
         record = self.records[array]
-        box = Box.whole(record.spec.shape) if box is None else box
+        shape = record.spec.shape
+        box = Box.whole(shape) if box is None else box
+        if len(box.stop) != len(shape) or any(map(gt, box.stop, shape)):
+            raise Refused(f"array {array}: expected a box inside its shape {shape}, found {box}")
         if box.count:
             require_stored(self._opened, record, box)  # before memory is taken for what a forged index says
         words = np.empty(box.shape, dtype=_WORDS[record.spec.type.itemsize])

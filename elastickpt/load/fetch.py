@@ -1,4 +1,4 @@
-"""Carries out reads: ranges of chunk files straight into the destination, every block verified on the way.
+"""Carries out reads: ranges of chunk files straight into the destination, every block verified on the way. [FRAG-32, FRAG-33]
 
 Threads take the units of a plan in order, so that files are read front to back, each opened once.
 """
@@ -21,7 +21,7 @@ from elastickpt.load.opened import Opened
 from elastickpt.load.plan import UNIT_NBYTES, Bytes, Elements, FetchPlan, Target, Unit, Wanted, plan_fetch, require_length
 from elastickpt.storage.store import RangeReader
 
-THREADS = 4
+THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
 
 Verify = Literal["on", "off"]

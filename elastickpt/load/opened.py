@@ -1,4 +1,7 @@
-"""A committed checkpoint's records, opened and checked: manifest, index, fragment maps. Needs no torch. [UCF-70..79]"""
+"""A committed checkpoint's records, opened and checked: manifest, index, fragment maps. [UCF-1, UCF-4, UCF-5]
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
+from elastickpt.commit.draft import TOKEN, is_draft
 from elastickpt.errors import (
     CheckpointError,
     ChecksumMismatch,
@@ -103,7 +107,7 @@ class Opened:
         return f"{self.name if file.base == 0 else self._base(file.base)}/{file.path}"
 
     def _base(self, number: int) -> str:
-        """The folder of a base, beside this checkpoint, whose manifest is the one meant. [UCF-82]"""
+        """The folder of a base, beside this checkpoint, whose manifest is the one meant. [UCF-84, UCF-85]"""
         base = self.manifest.bases[number - 1]
         known = self._bases.get(number)
         if known is not None:
@@ -147,22 +151,27 @@ def open_records(path: str | os.PathLike[str]) -> Opened:
     Damaged kinds if the manifest is not what was written.
     """
     store, name = locate(path)
+    if is_draft(name):  # whatever it holds: it may be whole, and its writer about to take it back [SAVE-23]
+        raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint that was never committed")
     try:
         data = store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     except MissingFile:
         raise _absent(store, name) from None
+    if store.exists(f"{name}/{TOKEN}"):
+        raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint under another name ({TOKEN} is in it), never committed")
     return Opened(store, name, decode_manifest(data, path=MANIFEST))
 
 
 def _absent(store: Store, name: str) -> CheckpointError:
+    """What a folder without a manifest is. [UCF-1, UCF-9, SAVE-23]"""
     where = f"{store.url}/{name}"
     if ".draft-" in name:
-        return Uncommitted(f"{where}: a draft of a checkpoint that was never committed; it can be deleted")
+        return Uncommitted(f"{where}: by its name a draft of a checkpoint, never committed")
     try:
         names = {entry.name for entry in store.entries(name)}
     except CheckpointError:
         return NotACheckpoint(f"{where}: expected the folder of a checkpoint, found nothing that can be opened")
-    if "draft.json" in names or ("fragments" in names and "params" in names):
+    if TOKEN in names or ("fragments" in names and "params" in names):
         return Uncommitted(f"{where}: an attempt to write a checkpoint, never committed ({MANIFEST} is missing)")
     found = ", ".join(sorted(names)[:5]) or "an empty folder"
     return NotACheckpoint(f"{where}: expected {MANIFEST}, found {found}")

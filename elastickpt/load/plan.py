@@ -21,7 +21,7 @@ from elastickpt.layout.coverage import prove_box_coverage
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.load.opened import Opened
 
-UNIT_NBYTES = 2 << 20
+UNIT_NBYTES = 1 << 20
 
 Bytes = NDArray[np.uint8]
 Elements = NDArray[np.generic]
@@ -145,7 +145,7 @@ def _units_of(opened: Opened, target: Target) -> list[Unit]:
 
 def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
     """The pieces that hold a box of an array. Raises CoverageGap or CoverageOverlap unless they hold every element of it
-    exactly once. [FRAG-30]"""
+    exactly once. [FRAG-30, FRAG-31]"""
     found = pieces_of(opened, record, box)
     parts = [part for _, piece in found if (part := intersect(piece.box, box)) is not None]
     if not (len(parts) == 1 and parts[0] == box):

@@ -185,22 +185,19 @@ class _Load:
         reports: list[FetchReport] = []
 
         def read() -> bytes:
-            try:
-                reports.append(carry_out(opened, plan, verify=self.verify))
-                _to_devices(binding.targets, hosts)
-            except Exception as error:
-                raise _undefined(error) from error
+            reports.append(carry_out(opened, plan, verify=self.verify))
+            _to_devices(binding.targets, hosts)
             return b""
 
         def installed() -> bytes:
-            try:
-                binding.install()
-            except Exception as error:
-                raise _undefined(error) from error
+            binding.install()
             return b""
 
-        self.team.round("read", read, lambda payloads: [b""] * len(payloads))
-        self.team.round("install", installed, lambda payloads: [b""] * len(payloads))
+        try:
+            self.team.round("read", read, lambda payloads: [b""] * len(payloads))
+            self.team.round("install", installed, lambda payloads: [b""] * len(payloads))
+        except CheckpointError as error:
+            raise _undefined(error) from error  # on every rank: whoever failed or is lost, the others have changed
         return reports[0]
 
 
@@ -247,12 +244,10 @@ def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
     return all(identity in ids for identity in stored if identity.section == "params" and identity.state == "value")
 
 
-def _undefined(error: Exception) -> Exception:
+def _undefined(error: CheckpointError) -> CheckpointError:
     """The same error, saying what it means now that tensors were being filled."""
     suffix = "; the content of `state` is now undefined: load another checkpoint before going on"
-    if isinstance(error, CheckpointError):
-        return type(error)(error.message + suffix, report=error.report)
-    return CheckpointError(f"{type(error).__name__}: {error}{suffix}")
+    return type(error)(error.message + suffix, report=error.report)
 
 
 def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[Elements]) -> None:

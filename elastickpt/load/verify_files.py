@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint's files against the checksums of its fragment maps; pads read as zero. [FRAG-30..33]"""
+"""The bytes of a checkpoint's files against the checksums of its fragment maps; pads read as zero. [UCF-3, UCF-4, FRAG-32]"""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from elastickpt.errors import CheckpointError, ChecksumMismatch, StorageFailed, WrongLength
+from elastickpt.errors import CheckpointError, ChecksumMismatch, CoverageOverlap, StorageFailed, WrongLength
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import StoredFile, StoredPiece
@@ -19,6 +20,8 @@ from elastickpt.storage.store import RangeReader
 
 THREADS = 4
 READ_NBYTES = 4 << 20
+
+Pads = Literal["zero", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +47,21 @@ def file_tasks(maps: Sequence[FragmentColumns]) -> tuple[FileTask, ...]:
 
 
 def verify_files(
-    opened: Opened, tasks: Sequence[FileTask], *, progress: Callable[[int, int], None]
+    opened: Opened, tasks: Sequence[FileTask], *, pads: Pads, progress: Callable[[int, int], None]
 ) -> Iterator[CheckpointError]:
-    """What is wrong with these files, in their order; every one is read whole. Raises StorageFailed kinds."""
-    checking = _Checking(opened, sum(task.nbytes for task in tasks), progress)
+    """What is wrong with these files, in their order; every one is read whole. Raises StorageFailed kinds.
+
+    `pads`: bytes outside of all pieces read as "zero"; "unknown" where pieces are missing, so that nobody knows which they are.
+    """
+    checking = _Checking(opened, sum(task.nbytes for task in tasks), pads, progress)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-verify") as pool:
         for errors in pool.map(lambda task: list(checking.file(task)), tasks):
             yield from errors
 
 
 class _Checking:
-    def __init__(self, opened: Opened, total: int, progress: Callable[[int, int], None]) -> None:
-        self._opened, self._total, self._progress = opened, total, progress
+    def __init__(self, opened: Opened, total: int, pads: Pads, progress: Callable[[int, int], None]) -> None:
+        self._opened, self._total, self._zeros, self._progress = opened, total, pads == "zero", progress
         self._counting = threading.Lock()
         self._done = 0
 
@@ -70,8 +76,7 @@ class _Checking:
         except StorageFailed:
             raise
         except CheckpointError as error:
-            arrays = sorted({piece.array for piece, _ in task.pieces})
-            yield type(error)(f"{error.message}; it holds array {', '.join(arrays)}")
+            yield type(error)(f"{error.message}; it holds {_arrays(task)}")
             return
         try:
             path, expected = task.file.path, task.file.nbytes
@@ -80,8 +85,11 @@ class _Checking:
                 return
             for piece, block_nbytes in task.pieces:
                 yield from self._piece(path, reader, piece, block_nbytes)
-            if task.file.base == 0:  # in a base's file others have their pieces too
-                yield from self._pads(task, reader)
+            used = _used_ranges(task)
+            if sum(stop - start for start, stop in used) < task.nbytes:  # [FRAG-34]
+                yield CoverageOverlap(f"{path}: bytes of it are in two pieces, of {_arrays(task)}")
+            if self._zeros and task.file.base == 0:  # in a base's file others have their pieces too
+                yield from self._pads(task, reader, used)
         finally:
             reader.close()
 
@@ -103,9 +111,8 @@ class _Checking:
                     )
             self._count(data.size)
 
-    def _pads(self, task: FileTask, reader: RangeReader) -> Iterator[CheckpointError]:
-        """Bytes of an edge chunk that belong to no element read as zero. [UCF-85]"""
-        used = _used_ranges(task)
+    def _pads(self, task: FileTask, reader: RangeReader, used: Sequence[tuple[int, int]]) -> Iterator[CheckpointError]:
+        """Bytes of a file that belong to no element read as zero. [UCF-18]"""
         position = 0
         for start, stop in (*used, (task.file.nbytes, task.file.nbytes)):
             while position < start:
@@ -117,6 +124,11 @@ class _Checking:
                     return
                 position += data.size
             position = max(position, stop)
+
+
+def _arrays(task: FileTask) -> str:
+    keys = sorted({piece.array for piece, _ in task.pieces})
+    return f"array {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
 
 
 def _used_ranges(task: FileTask) -> list[tuple[int, int]]:

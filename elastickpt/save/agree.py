@@ -1,7 +1,8 @@
-"""The rounds before a save begins: what each rank holds, what the others must know of it, and each rank's plan.
+"""The rounds before a save begins: what each rank holds, what the others must know of it, and each rank's plan. [SAVE-30..32]
 
 prepare     every rank: hashes of its structure and of its values, where it means to save
 structure   only if the job's structure is new: one rank for each distinct table sends it
+values      only if a dict of the state names other tensors on other ranks: the dicts
 compare     only if arrays have one name on ranks that nothing declares to be replicas: digests of their contents
 """
 
@@ -17,21 +18,23 @@ import msgpack
 from elastickpt.commit.draft import require_free
 from elastickpt.comms.team import Team
 from elastickpt.errors import PlacementUnsupported, Refused
-from elastickpt.format.values import value_digest
+from elastickpt.format.canonical_json import dump
+from elastickpt.format.values import Value, decode_text, encode_value, value_digest
 from elastickpt.save.gather import content_digest
 from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
+from elastickpt.save.merge_values import merge_trees
 from elastickpt.save.messages import (
     TABLE_PREFIX,
     ContentDigest,
     Intention,
     decode_digests,
+    differing_values,
     encode_digests,
     require_equal_contents,
-    require_equal_values,
     require_same_intention,
     structure_id,
 )
-from elastickpt.save.plan import WritePlan, plan_writes
+from elastickpt.save.plan import plan_writes
 from elastickpt.save.structure import StructureTable, decode_table, encode_table, table_digest, table_of
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability, Store
@@ -40,6 +43,7 @@ from elastickpt.training.group import Group
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
 from elastickpt.training.meshes import mesh_of
+from elastickpt.writer.plans import WritePlan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -59,6 +63,8 @@ class Request:
 
     def require_known(self) -> None:
         """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
+        if not self.path:
+            raise Refused("path '': expected a folder to be made, found an empty text")
         if self.placement not in get_args(PlacementChoice):
             raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
         if self.durability not in get_args(Durability):
@@ -78,13 +84,17 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
-    """What the ranks agreed to save, as a folder `name` in the store's root; `intentions`, by member, on the committer only."""
+    """What the ranks agreed to save, as a folder `name` in the store's root.
+
+    On the committer only: `intentions`, by member, and `merged`, values of which ranks hold different parts.
+    """
 
     store: Store
     name: str
     live: LiveState
     structure: Structure
     intentions: tuple[Intention, ...]
+    merged: Mapping[str, Value]
 
 
 # What a structure hash says, plans included, is a function of the hash and the rank alone, so it may outlive any one save.
@@ -128,28 +138,46 @@ class _Agreement:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             intentions.extend(Intention.decode(payload) for payload in payloads)
             require_same_intention(intentions, self.team.ranks)
-            require_equal_values(intentions, self.team.ranks)
+            differing = differing_values(intentions, self.team.ranks)
             require_plain(self.store, self.team)
             require_free(self.store, self.name)
             structure = structure_id(self.team.ranks, [intention.table for intention in intentions])
             known = all(structure in intention.known for intention in intentions)
             first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
             return [
-                bytes(msgpack.packb((structure, known, first[intention.table] == member)))
+                bytes(msgpack.packb((structure, known, first[intention.table] == member, differing)))
                 for member, intention in enumerate(intentions)
             ]
 
-        structure_key, known, sends = msgpack.unpackb(self.team.round("prepare", prepare, decide))
+        structure_key, known, sends, differing = msgpack.unpackb(self.team.round("prepare", prepare, decide))
         live, encoded = captured[0]
         key = (self.group.rank, structure_key)
         if known:
             _KNOWN.move_to_end(key)
-            return Agreed(self.store, self.name, live, _KNOWN[key], tuple(intentions))
-        structure = self._exchange(live, encoded if sends else b"", intentions)
-        _KNOWN[key] = structure
-        while len(_KNOWN) > KNOWN_STRUCTURES:
-            _KNOWN.popitem(last=False)
-        return Agreed(self.store, self.name, live, structure, tuple(intentions))
+        else:
+            _KNOWN[key] = self._exchange(live, encoded if sends else b"", intentions)
+            while len(_KNOWN) > KNOWN_STRUCTURES:
+                _KNOWN.popitem(last=False)
+        merged = self._merge_values(live, differing) if differing else {}
+        return Agreed(self.store, self.name, live, _KNOWN[key], tuple(intentions), merged)
+
+    def _merge_values(self, live: LiveState, differing: Sequence[str]) -> Mapping[str, Value]:
+        merged: dict[str, Value] = {}
+
+        def own() -> bytes:
+            mine = {p: dump(encode_value(live.values[p], where=p)) for p in differing if p in live.values}
+            return bytes(msgpack.packb(mine))
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            trees = {
+                rank: {pointer: decode_text(text, where=pointer) for pointer, text in msgpack.unpackb(payload).items()}
+                for rank, payload in zip(self.team.ranks, payloads, strict=True)
+            }
+            merged.update(merge_trees(differing, trees))
+            return [b""] * len(payloads)
+
+        self.team.round("values", own, decide)
+        return merged
 
     def _exchange(self, live: LiveState, table: bytes, intentions: Sequence[Intention]) -> Structure:
         merged: list[MergedStructure] = []

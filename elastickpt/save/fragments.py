@@ -1,42 +1,12 @@
-"""From what a rank wrote to its fragment map. No I/O."""
+"""What a rank contributes to its fragment map beside pieces. No I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from elastickpt.format.records import Field, FragmentMap, OptimizerTable, StoredFile, StoredPiece
-from elastickpt.format.values import Value
+from elastickpt.format.records import Field, OptimizerTable
 from elastickpt.save.merge import SharedArray
-from elastickpt.save.plan import WritePlan
-from elastickpt.save.write import BLOCK_NBYTES, WrittenPiece
 from elastickpt.training.held import LiveState
-
-
-def fragments_of(
-    plan: WritePlan,
-    written: Sequence[WrittenPiece],
-    *,
-    writer: int,
-    attempt: str,
-    tables: tuple[OptimizerTable, ...],
-    values: Mapping[str, Value],
-) -> FragmentMap:
-    """The fragment map of this writer: every piece with its place and checksums."""
-    pieces = tuple(
-        StoredPiece(
-            array=plan.keys[w.piece.array],
-            box=w.piece.run.box,
-            file=w.file,
-            offset=w.piece.run.offset,
-            nbytes=w.piece.run.nbytes,
-            row_nbytes=w.piece.run.row_nbytes,
-            row_stride=w.piece.run.row_stride,
-            checksums=tuple(w.checksums.tolist()),
-        )
-        for w in written
-    )
-    files = tuple(StoredFile(0, file.path, file.nbytes) for file in plan.files)
-    return FragmentMap(writer, attempt, BLOCK_NBYTES, files, pieces, tables, dict(values) if values else None)
 
 
 def own_tables(live: LiveState, shared: Sequence[SharedArray], *, rank: int) -> tuple[OptimizerTable, ...]:

@@ -6,10 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128
 
+from elastickpt.format.box import Box
+
 DIGEST_NBYTES = 1 << 20  # a multiple of every element size
 
 Bytes = NDArray[np.uint8]
 Elements = NDArray[np.generic]
+
+
+def part_of(elements: Elements, box: Box) -> Elements:
+    """A view of the box, in the elements' own coordinates."""
+    return elements[tuple(slice(low, high) for low, high in zip(box.start, box.stop, strict=True))]
 
 
 def flat_bytes(elements: Elements) -> Bytes | None:

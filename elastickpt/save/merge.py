@@ -1,6 +1,6 @@
-"""From the structure tables of all ranks to what each rank must know of the others: keys, grids, who shares what. No I/O.
+"""From the structure tables of all ranks to what each rank must know of the others: keys, grids, who shares what. [SAVE-30]
 
-Runs on one rank, over the distinct tables only; its result for one table is a value of that table's size.
+No I/O. Runs on one rank, over the distinct tables only; its result for one table is a value of that table's size.
 """
 
 from __future__ import annotations

@@ -71,17 +71,22 @@ def require_same_intention(intentions: Sequence[Intention], ranks: Sequence[int]
                 )
 
 
-def require_equal_values(intentions: Sequence[Intention], ranks: Sequence[int]) -> None:
-    """Raises ReplicaConflict where two ranks hold different contents of one replicated value."""
+def differing_values(intentions: Sequence[Intention], ranks: Sequence[int]) -> tuple[str, ...]:
+    """JSON pointers of values that two ranks hold differently. Raises ReplicaConflict if it is what optimizers hold."""
     seen: dict[str, tuple[str, int]] = {}
+    differing: dict[str, None] = {}
     for rank, intention in zip(ranks, intentions, strict=True):
         for pointer, digest in intention.values:
             known, first = seen.setdefault(pointer, (digest, rank))
-            if known != digest:
+            if known == digest:
+                continue
+            if pointer.startswith(TABLE_PREFIX):
                 raise ReplicaConflict(
-                    f"value {pointer!r} of the state: ranks {first} and {rank} hold different contents; "
-                    "wrap it in ek.PerRank if each rank has its own"
+                    f"optimizer settings: ranks {first} and {rank} hold the same parameters "
+                    "with different settings or step counts"
                 )
+            differing[pointer] = None
+    return tuple(differing)
 
 
 def values_wanted(intentions: Sequence[Intention]) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,4 @@
-"""What one rank writes: derived from what it holds and what it learned of the others. No I/O, no torch operations.
+"""What one rank writes: derived from what it holds and what it learned of the others. No I/O, no torch operations. [SAVE-33]
 
 held arrays + shared facts --> own boxes (replicas split) --> runs in chunks --> pieces, grouped by file
 """
@@ -6,57 +6,21 @@ held arrays + shared facts --> own boxes (replicas split) --> runs in chunks -->
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.keys import chunk_file
 from elastickpt.layout.algebra import relative
-from elastickpt.layout.grid import Run, chunk_nbytes, runs_of
+from elastickpt.layout.grid import chunk_nbytes, runs_of
 from elastickpt.layout.placement import replica_ranks
 from elastickpt.layout.replicas import share_of
 from elastickpt.save.merge import SharedArray
-from elastickpt.training.held import HeldArray
+from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPiece, WritePlan
 
-
-@dataclass(frozen=True, slots=True)
-class PlannedPiece:
-    """One stored piece to be: `array` counts this rank's held arrays, `local` is the box in that local tensor's coordinates."""
-
-    array: int
-    local: Box
-    run: Run
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedFile:
-    """One chunk file, its full size, and what this rank puts into it."""
-
-    path: str
-    nbytes: int
-    pieces: tuple[PlannedPiece, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedDocument:
-    """A held array whose zarr document this rank writes; `heads_group`: its parameter's group document too."""
-
-    array: int
-    heads_group: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WritePlan:
-    """All that one rank writes of arrays. `keys` are the tree paths of its held arrays, in their order."""
-
-    keys: tuple[str, ...]
-    files: tuple[PlannedFile, ...]
-    documents: tuple[PlannedDocument, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.run.nbytes for file in self.files for piece in file.pieces)
+if TYPE_CHECKING:
+    from elastickpt.training.held import HeldArray
 
 
 def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> WritePlan:

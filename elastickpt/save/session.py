@@ -1,4 +1,4 @@
-"""`save`: plan, write, attest, commit; whole or absent, on all ranks together."""
+"""`save`: plan, write, attest, commit; whole or absent, on all ranks together. [SAVE-3, SAVE-54]"""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from elastickpt.commit.finish import Contents, finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
-from elastickpt.errors import Refused
+from elastickpt.errors import CheckpointError, RanksFailed, Refused
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.records import ArrayRecord, Manifest
+from elastickpt.format.records import ArrayRecord
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import PlacementChoice, Request, Structure, agree
-from elastickpt.save.fragments import fragments_of, own_tables
+from elastickpt.save.agree import Agreed, PlacementChoice, Request, Structure, agree
+from elastickpt.save.fragments import own_tables
 from elastickpt.save.messages import (
     Attested,
     Intention,
     values_wanted,
 )
 from elastickpt.save.write import write_plan
+from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.group import Group, job_group, torch_version
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
+from elastickpt.writer.fragments import fragments_of
+from elastickpt.writer.plans import documents_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +48,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint. `nbytes` counts array bytes of all ranks; times in seconds, of this rank.
+    """A committed checkpoint at `path`, absolute or a URL. `nbytes` counts array bytes of all ranks; times in seconds, of
+    this rank.
 
     `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left).
     """
@@ -109,16 +113,18 @@ class _Save:
             self.durability = self._promised()
             draft, wanted = self._draft(agreed.intentions)
             planned = time.perf_counter()
-            manifest_bytes, written = self._write(agreed.live, agreed.structure, draft, wanted)
-        except BaseException:
+            manifest_bytes, written = self._write(agreed, draft, wanted)
+        except BaseException as error:
             if self.draft is not None and self.attempt.state is not State.COMMITTED:
                 self.attempt.advance(Event.FAIL)
                 abort(self.store, self.draft)
+            if not (isinstance(error, CheckpointError) and error.report):
+                self.team.close()  # it happened between rounds, so that the others must be told to wait no longer
             raise
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)
         info = CheckpointInfo(
-            path=f"{self.store.url}/{self.name}",
+            path=place_in(self.store, self.name),
             step=self.request.step,
             attempt=draft.attempt,
             nbytes=nbytes,
@@ -145,10 +151,10 @@ class _Save:
     def _draft(self, intentions: Sequence[Intention]) -> tuple[Draft, tuple[str, ...]]:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             swept = sweep(self.store, self.name)
-            self.notes += [f"swept {folder}, left by a process that is gone" for folder in swept.removed]
+            self.notes += [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
             self.notes += [f"left {folder}: {why}" for folder, why in swept.left]
             for note in self.notes:
-                log.warning("%s/%s: %s", self.store.url, self.name, note)
+                log.warning("%s: %s", place_in(self.store, self.name), note)
             self.draft = new_draft(self.name, pid=os.getpid())
             begin(self.store, self.draft)
             self.attempt.advance(Event.DRAFT)
@@ -158,7 +164,8 @@ class _Save:
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
         return Draft(self.name, folder, attempt), wanted
 
-    def _write(self, live: LiveState, structure: Structure, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+    def _write(self, agreed: Agreed, draft: Draft, wanted: Sequence[str]) -> tuple[bytes, float]:
+        live, structure = agreed.live, agreed.structure
         times: list[float] = []
 
         def write() -> bytes:
@@ -168,7 +175,7 @@ class _Save:
                 self.store,
                 draft.folder,
                 plan,
-                _records(live, structure),
+                documents_of(plan, _records(live, structure)),
                 [host_elements(held.tensor) for held in live.arrays],
                 durability=self.durability,
             )
@@ -184,8 +191,9 @@ class _Save:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             attested = [Attested.decode(payload) for payload in payloads]
             values = {pointer: decode_text(text, where=pointer) for a in attested for pointer, text in a.values}
+            values.update(agreed.merged)
             contents = self._contents(structure, values)
-            manifest: Manifest = finish(
+            finish(
                 self.store,
                 draft,
                 contents,
@@ -193,11 +201,19 @@ class _Save:
                 durability=self.durability,
                 attempt=self.attempt,
             )
-            del manifest
             reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.arrays))))
             return [reply] * len(payloads)
 
-        reply = self.team.round("write", write, decide)
+        try:
+            reply = self.team.round("write", write, decide)
+        except RanksFailed as error:
+            if any(failure.rank == self.team.ranks[0] for failure in error.report):
+                raise type(error)(
+                    f"{error.message}; it was the one to commit, so whether {self.name} was committed is not known: "
+                    "open it to find out",
+                    report=error.report,
+                ) from error
+            raise
         return reply, times[0]
 
     def _contents(self, structure: Structure, values: Mapping[str, object]) -> Contents:

@@ -215,7 +215,7 @@ def _make_directory(full: str) -> bool:
     try:
         os.mkdir(full)
     except FileExistsError:
-        if not _is_directory(full):
+        if not stat.S_ISDIR(os.lstat(full).st_mode):  # it may be gone again by now: then that is the error
             raise
         return False
     return True

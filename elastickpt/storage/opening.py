@@ -45,15 +45,30 @@ def locate(path: str | os.PathLike[str]) -> tuple[Store, str]:
 
 
 def locate_for_saving(path: str | os.PathLike[str]) -> tuple[Store, str]:
-    """Like `locate`, and makes missing local parents. Raises PathOccupied where a file or the top of a store stands."""
+    """Like `locate`, and makes missing local parents, whose names are durable on return.
+
+    Raises PathOccupied where a file or the top of a store stands.
+    """
     parent, name = _parent_and_name(path)
     if not name:
         raise PathOccupied(f"{parent}: no checkpoint can stand at the top of a store")
     scheme, rest = _split(parent)
     if scheme == "file":
-        with naming("make directory", rest):
-            os.makedirs(rest, exist_ok=True)
+        _make_durably(rest)
     return open_store(parent), name
+
+
+def _make_durably(directory: str) -> None:
+    """`directory` exists; the names that were missing on the way to it survive a power cut."""
+    missing = []
+    existing = directory
+    while not os.path.isdir(existing) and existing != os.path.dirname(existing):
+        missing.append(existing)
+        existing = os.path.dirname(existing)
+    with naming("make directory", directory):
+        os.makedirs(directory, exist_ok=True)
+    for made in reversed(missing):
+        LocalStore(os.path.dirname(made)).sync_directory("")
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -80,3 +95,10 @@ def _parent_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
     if not parent and scheme != "memory":
         return f"{scheme}://{name}", ""  # a bucket or host is no folder that a checkpoint could be renamed in
     return f"{scheme}://{parent}", name
+
+
+def place_in(store: Store, name: str) -> str:
+    """Where `name` is in a store, as people write it: an absolute local path, else a URL; `locate` understands both."""
+    url = f"{store.url}/{name}"
+    scheme, rest = _split(url)
+    return rest if scheme == "file" else url

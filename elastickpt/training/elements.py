@@ -1,7 +1,7 @@
 """Element types of torch by the names zarr knows, and tensors that are several tensors inside.
 
 What has no registered name is stored as its bytes: `uint8`, with an axis of `itemsize` appended where that is more than
-one, and the attribute `stored_as`. [UCF-24]
+one, and the attribute `stored_as`. [UCF-23]
 """
 
 from __future__ import annotations

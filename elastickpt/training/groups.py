@@ -1,7 +1,7 @@
 """Param groups put together again: options and schedulers' lists, from the columns of a checkpoint's table.
 
 Groups keep their parameters; each gets the options that its parameters had, except how a step is executed (`foreach`,
-`fused`, `capturable`, `differentiable`): that is this process's choice.
+`fused`, `capturable`, `differentiable`): that is this process's choice. [UCF-88]
 """
 
 from __future__ import annotations

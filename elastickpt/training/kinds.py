@@ -48,8 +48,9 @@ def kind_of(value: object) -> Kind:
 def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
     """The kind of each entry, in order.
 
-    Raises ValueNotCarried for a key that is no name, or a model inside `PerRank`.
+    Raises ValueNotCarried for what is no mapping, a key that is no name, or a model inside `PerRank`.
     """
+    _require_mapping(state)
     kinds: dict[str, Kind] = {}
     seen: dict[int, str] = {}
     for key, value in state.items():
@@ -64,6 +65,11 @@ def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
                 f"or a plain value; put it into `state` as it is"
             )
     return kinds
+
+
+def _require_mapping(state: object) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueNotCarried(f"`state`: expected a mapping of names to what stands under them, found a {type(state).__name__}")
 
 
 def item_of(key: str, value: object, kind: Kind) -> Item:

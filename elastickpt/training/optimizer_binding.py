@@ -8,6 +8,7 @@ torch does, unless the group is `fused` or `capturable`. `optimizer.step()` is n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,11 @@ class _States:
 
     def bind(self) -> None:
         live: Mapping[str, Any] = self._optimizer.state.get(self._member.parameter, {})
+        if live and not (self._scalars or self._arrays or self._own):
+            # saved before this parameter's first step: it has no state then, as in the run that is resumed
+            self._draft.note(f"{place_of(self._item)}: parameters had no state when they were saved, and have none now")
+            self._draft.installs.append(partial(self._optimizer.state.pop, self._member.parameter, None))
+            return
         for key, entry in live.items():
             if not isinstance(entry, torch.Tensor):
                 self._replace(key, entry)

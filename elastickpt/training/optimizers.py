@@ -7,7 +7,7 @@
     param_groups[k]["lr"]                                         -> field `hyper` "lr" of each parameter of group k
 
 A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this
-rank's own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so.
+rank's own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so. [UCF-87]
 
 States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that
 both find their own. This is decided from what this rank has; ranks that share parameters must have the same optimizers

@@ -8,7 +8,8 @@ The object gets the tree through `load_state_dict`, in `install()`.
 
 Loading a *container of the user* changes it in place, and keeps its structure:
 - tensors are read into the tensors that stand there;
-- a dict keeps its keys: keys on one side only are mismatches, but an empty dict takes all of a dict without tensors;
+- a dict keeps its keys: keys on one side only are mismatches (a tensor's only if no rank has it), but an empty dict takes
+  all of a dict without tensors;
 - a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters
   take all;
 - numbers, strings and other leaves become the checkpoint's, whatever they were;
@@ -225,7 +226,8 @@ class _Container:
         for key, value in saved.items():
             where = f"{place}/{token(key)}"
             if key not in live:
-                self._draft.unexpected(where, _kind(value))
+                if not _only_tensors(value):  # a tensor may be another rank's: all ranks together find what nobody has
+                    self._draft.unexpected(where, _kind(value))
                 continue
             new = self.settled(live[key], value, where)
             if new is not live[key]:
@@ -261,6 +263,10 @@ def _kind(value: object) -> str:
     if isinstance(value, dict):
         return f"a {type(value).__name__} with {len(value)} keys"
     return shown(value)
+
+
+def _only_tensors(found: Value) -> bool:
+    return all(map(_only_tensors, found.values())) if type(found) is dict else type(found) is ArrayReference
 
 
 def _refill(live: Any, new: Any) -> None:

@@ -6,16 +6,17 @@ import os
 import pty
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import elastickpt
-import elastickpt.load.checkpoint
 from elastickpt.cli.exitcodes import code_of
 from elastickpt.cli.main import main
 from elastickpt.errors import kinds
 
+CHECKPOINT = import_module("elastickpt.load.checkpoint")  # the attribute `load` of the package is the function
 PROGRAM = [sys.executable, "-m", "elastickpt"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(elastickpt.__file__).parents[1]), "TERM": "xterm-256color"}
 
@@ -101,7 +102,7 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupted(path: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(elastickpt.load.checkpoint, "open_checkpoint", interrupted)
+    monkeypatch.setattr(CHECKPOINT, "open_checkpoint", interrupted)
     assert main(["verify", "x"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
@@ -110,7 +111,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(elastickpt.load.checkpoint, "open_checkpoint", broken)
+    monkeypatch.setattr(CHECKPOINT, "open_checkpoint", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "x"])
 

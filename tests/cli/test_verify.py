@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-import elastickpt.load.verify
 from elastickpt.cli.main import main
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_fragments, encode_fragments
@@ -36,6 +36,13 @@ def change_manifest(root: Path, **changes: object) -> None:
     path = root / "checkpoint.json"
     manifest: Manifest = decode_manifest(path.read_bytes(), path="checkpoint.json")
     path.write_bytes(encode_manifest(replace(manifest, **changes)))
+
+
+def change_text(root: Path, old: str, new: str) -> None:
+    """A manifest that no encoder would make, its digest right."""
+    path = root / "checkpoint.json"
+    body = path.read_text().rpartition(',"digest":')[0].replace(old, new)
+    path.write_text(f'{body},"digest":"{file_digest(body.encode())}"}}\n')
 
 
 def change_fragments(root: Path, change: Callable[[FragmentMap], FragmentMap]) -> None:
@@ -92,9 +99,13 @@ def test_damage_ends_with_3_and_is_listed_with_its_kind(name: str, damaged: Path
 
 
 OTHER: dict[str, tuple[Callable[[Path], object], int, str, str]] = {
-    "unknown version": (lambda root: change_manifest(root, version=2), 4, "unsupported", "unsupported"),
-    "unknown feature": (lambda root: change_manifest(root, requires=("teleport",)), 4, "unsupported", "unsupported"),
-    "path that leads out": (lead_out, 5, "unsafe", "unsafe"),
+    "unknown version": (lambda root: change_text(root, '"version":1,', '"version":2,'), 4, "unsupported", "unsupported"),
+    "unknown feature": (
+        lambda root: change_text(root, '"requires":[]', '"requires":["teleport"]'),
+        4,
+        "unsupported",
+        "unsupported",
+    ),
     "no manifest": (lambda root: (root / "checkpoint.json").unlink(), 1, "failed", "uncommitted"),
 }
 
@@ -116,6 +127,15 @@ def test_what_cannot_be_verified_has_a_code_and_an_error_of_its_own(
     (found,) = answer["checkpoints"]
     assert (found_code, found["status"]) == (code, status)
     assert [problem["kind"] for problem in found["problems"]] == [kind]
+
+
+def test_a_path_that_leads_out_ends_with_5_and_hides_nothing_else(damaged: Path, json_of: Answer) -> None:
+    """[CLI-10]"""
+    lead_out(damaged)
+    code, answer = json_of("verify", damaged)
+    (found,) = answer["checkpoints"]
+    assert (code, found["status"]) == (5, "unsafe")
+    assert "unsafe" in [problem["kind"] for problem in found["problems"]]
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
@@ -157,7 +177,9 @@ def test_beyond_a_thousand_problems_the_rest_is_counted(
 ) -> None:
     """[CLI-30]"""
     problems = tuple(Problem("stray-file", f"junk-{k}") for k in range(1234))
-    monkeypatch.setattr(elastickpt.load.checkpoint, "verify", lambda opened, *, progress: VerifyReport("", 1, 1, 1, problems))
+    monkeypatch.setattr(
+        import_module("elastickpt.load.checkpoint"), "verify", lambda opened, *, progress: VerifyReport("", 1, 1, 1, problems)
+    )
     code, answer = json_of("verify", four_ranks)
     (found,) = answer["checkpoints"]
     assert (code, len(found["problems"]), found["problems_left_out"]) == (3, 1000, 234)

@@ -108,6 +108,7 @@ def test_large_payloads_cross_while_the_hub_is_still_busy() -> None:
 
 
 def test_a_failure_on_one_member_is_the_same_report_on_all() -> None:
+    """[SAVE-54, SAVE-61]"""
     stars = members(3)
 
     def work(star: Star) -> bytes:
@@ -135,6 +136,7 @@ def test_all_failures_are_in_one_report_and_the_lowest_rank_gives_the_class() ->
 
 
 def test_a_decision_that_fails_fails_everywhere() -> None:
+    """[SAVE-61]"""
     stars = members(2)
 
     def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
@@ -157,7 +159,7 @@ def test_the_next_round_works_after_a_failed_one() -> None:
 
 
 def test_a_silent_member_ends_the_round_for_the_others_at_the_limit() -> None:
-    """The member neither contributes nor beats; the others get its rank and the limit, and the group is closed."""
+    """The member neither contributes nor beats; the others get its rank and the limit, and the group is closed. [SAVE-63]"""
     stars = members(3, silence_s=0.5)
     found = everywhere(stars[:2], lambda star: star.round("write", lambda: b"", echo))
     assert [type(error) for error in found] == [DeadlineExceeded] * 2
@@ -169,6 +171,7 @@ def test_a_silent_member_ends_the_round_for_the_others_at_the_limit() -> None:
 
 
 def test_a_slow_member_that_beats_is_waited_for() -> None:
+    """[SAVE-64]"""
     stars = members(2, silence_s=1.5)
 
     def work(star: Star) -> bytes:
@@ -189,7 +192,7 @@ def test_whoever_does_not_come_is_named() -> None:
 
 
 def test_a_stranger_without_the_secret_is_turned_away() -> None:
-    """Somebody else on the machine who finds the socket cannot join, nor disturb who may."""
+    """Somebody else on the machine who finds the socket cannot join, nor disturb who may. [SAVE-65]"""
     import msgpack
 
     from elastickpt.comms import star as module
@@ -202,7 +205,7 @@ def test_a_stranger_without_the_secret_is_turned_away() -> None:
         store.set("host/1", store.get("host/0", timeout_s=5))
         address, secret = msgpack.unpackb(store.get("hub", timeout_s=5))
         stranger = Peer(module._dial(address, 5.0))
-        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * len(secret), 1])))
+        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * len(secret), 1])), silence_s=5.0)
         member = pool.submit(connect, store, 1, (0, 1), timeout_s=10)
         stars = [hub.result(), member.result()]
     assert everywhere(stars, lambda star: star.round("r", lambda: b"a", lambda p: [b"ok"] * 2)) == [b"ok"] * 2
@@ -256,7 +259,7 @@ def _member(pipe: Connection, member: int) -> None:
 def test_a_killed_or_stopped_process_is_noticed_by_the_survivor(
     victim: int, number: signal.Signals, kind: type[RanksFailed]
 ) -> None:
-    """A killed one by its closed connection, a stopped one by its silence; never a hang."""
+    """A killed one by its closed connection, a stopped one by its silence; never a hang. [SAVE-62, SAVE-63]"""
     context = get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=_member, args=(theirs, victim))

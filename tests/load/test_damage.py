@@ -96,7 +96,7 @@ def test_a_lost_chunk_is_an_error_in_our_group_never_a_fill(case: Any) -> None:
 
 
 def test_a_byte_flipped_anywhere_is_found_by_verify(case: Any) -> None:
-    """In each file of the tree, at several places."""
+    """In each file of the tree, at several places. [SAVE-6]"""
     places = random.Random(7)
     missed = []
     for file in sorted(path for path in case.path.rglob("*") if path.is_file()):
@@ -303,6 +303,7 @@ def test_a_key_that_leads_out_of_the_tree_is_refused(case: Any) -> None:
 
 
 def test_a_huge_shape_that_nobody_stored_costs_no_memory(case: Any) -> None:
+    """[SAVE-10]"""
     case.forge.index(_shape(1 << 28, 1 << 10))  # 1 TiB
     tracemalloc.start()
     try:

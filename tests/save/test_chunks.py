@@ -11,6 +11,7 @@ import torch
 import zarr
 
 import elastickpt as ek
+from elastickpt.errors import Refused
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.layout import grid
@@ -56,6 +57,13 @@ def test_a_box_across_chunks_is_read_alone(tmp_path: Path) -> None:
     ):
         part = tuple(slice(low, high) for low, high in zip(start, stop, strict=True))
         assert np.array_equal(opened.read(array, box=Box(start, stop)), whole[part].numpy())
+
+
+@pytest.mark.parametrize("box", [Box((0, 0), (5, 4)), Box((4, 4), (5, 5)), Box((0,), (4,)), Box((0, 0, 0), (1, 1, 1))])
+def test_a_box_beyond_the_array_is_the_callers_mistake_and_no_damage(tmp_path: Path, box: Box) -> None:
+    ek.save({"t": torch.ones(4, 4)}, tmp_path / "c")
+    with pytest.raises(Refused, match=r"extra/t: expected a box inside its shape \(4, 4\)"):
+        ek.open(tmp_path / "c").read(ArrayId("extra", "t", "", ""), box=box)
 
 
 @pytest.mark.usefixtures("_small_chunks")

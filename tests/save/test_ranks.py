@@ -212,7 +212,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Seen]]:
 # scenario: class on every rank, what its message says, ranks whose own failure it is
 REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "contents": ("ReplicaConflict", ("extra/u", "ranks 0 and 2", "mesh="), (0,)),
-    "values": ("ReplicaConflict", ("'/v'", "ranks 0 and 1", "ek.PerRank"), (0,)),
+    "values": ("ReplicaConflict", ("'/v/seed'", "ranks 0 and 1", "ek.PerRank"), (0,)),
     "shape": ("StructureConflict", ("extra/t", "shape", "(3,) on rank 0", "(4,) on rank 1"), (0,)),
     "dtype": ("StructureConflict", ("extra/t", "float32 on rank 0", "float64 on rank 2"), (0,)),
     "kind": ("StructureConflict", ("'x'", "on rank 0", "on rank 1"), (0,)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -70,6 +71,7 @@ UNCARRIED: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("name", UNCARRIED)
 def test_a_value_that_cannot_be_carried_is_named_by_its_place(tmp_path: Path, name: str) -> None:
     make, place = UNCARRIED[name]
@@ -84,6 +86,15 @@ def test_a_key_of_the_state_that_is_no_name_is_refused(tmp_path: Path, key: Any)
     with pytest.raises(errors.ValueNotCarried, match="key"):
         ek.save({key: torch.ones(1)}, tmp_path / "c")
     _require_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("state", [nn.Linear(1, 1), [1], None, torch.ones(1)])
+def test_a_state_that_is_no_mapping_is_refused_by_its_type(tmp_path: Path, state: Any) -> None:
+    ek.save({"t": torch.ones(1)}, tmp_path / "c")
+    for attempt in (lambda: ek.save(state, tmp_path / "d"), lambda: ek.load(state, tmp_path / "c")):
+        with pytest.raises(errors.ValueNotCarried, match=type(state).__name__):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_keys_that_are_one_text_are_refused(tmp_path: Path) -> None:
@@ -173,6 +184,13 @@ def test_a_name_beyond_what_the_file_system_has_is_an_error_of_the_store(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.Refused, match="path ''"):
+        ek.save({"t": torch.ones(1)}, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_folder_may_become_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     ek.save({"t": torch.ones(1)}, tmp_path / "c")
@@ -201,7 +219,7 @@ def test_relative_paths_are_those_of_the_process(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     info = ek.save({"t": torch.ones(1)}, path)
     assert ek.open(path).verify().sound
-    assert info.path.startswith("file:///")
+    assert info.path == os.path.abspath(path)
 
 
 # -- what the store refuses --------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Item
 from elastickpt.layout.placement import physical_box
-from elastickpt.save.fragments import fragments_of
 from elastickpt.save.merge import MergedStructure, merge
 from elastickpt.save.plan import plan_writes
 from elastickpt.save.structure import StructureTable, table_of
-from elastickpt.save.write import BLOCK_NBYTES, WrittenPiece
 from elastickpt.training.held import HeldArray, LiveState, Sharing
+from elastickpt.writer.carry import blocks_of
+from elastickpt.writer.fragments import fragments_of
 
 
 def held(name: str, shape: tuple[int, ...], rank: int, mesh: Mesh, placements: tuple[str, ...]) -> HeldArray:
@@ -53,11 +53,7 @@ def job(states: Sequence[LiveState]) -> tuple[MergedStructure, list[FragmentColu
     maps = []
     for rank, state in enumerate(states):
         plan = plan_writes(state.arrays, merged.shared[place[rank]], rank=rank)
-        written = [
-            WrittenPiece(piece, number, np.zeros(-(-piece.run.nbytes // BLOCK_NBYTES), dtype=np.uint64))
-            for number, file in enumerate(plan.files)
-            for piece in file.pieces
-        ]
+        written = np.zeros(sum(blocks_of(p.run.nbytes) for file in plan.files for p in file.pieces), dtype=np.uint64)
         data = encode_fragments(fragments_of(plan, written, writer=rank, attempt="00" * 8, tables=(), values={}))
         maps.append(decode_columns(data, path=f"writer {rank}"))
     return merged, maps
@@ -95,7 +91,10 @@ def layouts() -> Iterator[tuple[str, Mesh, tuple[str, ...]]]:
 
 @pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
 def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...]) -> None:
-    """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks."""
+    """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks.
+
+    [SAVE-33, SAVE-42]
+    """
     axes = [int(p[-2]) for p in placements if p != "R"]
     shapes = {n: s for n, s in SHAPES.items() if not axes or len(s) > max(axes)}
     states = [live(*(held(n, s, rank, mesh, placements) for n, s in shapes.items())) for rank in mesh.ranks]
@@ -162,6 +161,7 @@ def test_a_missing_rank_is_a_gap_and_a_doubled_one_an_overlap() -> None:
 
 
 def test_one_name_with_two_shapes_is_refused() -> None:
+    """[SAVE-30]"""
     states = [live(plain("w", (4,), "undeclared")), live(plain("w", (5,), "undeclared"))]
     with pytest.raises(StructureConflict, match=r"array params/model/w/value: shape is \(4,\) on rank 0 and \(5,\) on rank 1"):
         job(states)

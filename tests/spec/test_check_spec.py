@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
 from tools import check_spec
+
+ROOT = Path(__file__).parent.parent.parent
 
 NEW = "UCF-149"  # in brackets only in the copy: a citation in a test counts
 

@@ -12,9 +12,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
+from tools import check_spec
+
 ROOT = Path(__file__).parent.parent.parent
 SPEC = ROOT / "spec"
-from tools import check_spec
 
 SCHEMAS = {path.name: json.loads(path.read_text()) for path in (SPEC / "schemas").glob("*.json")}
 

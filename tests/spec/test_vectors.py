@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
+import elastickpt as ek
 from elastickpt.errors import CheckpointError, Malformed
 from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
 from elastickpt.format.arrays import ArrayId, ArraySpec
@@ -29,10 +30,13 @@ from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.partition import balanced, even, explicit, flat_boxes, torch_chunk
 from elastickpt.layout.placement import physical_box
+from elastickpt.load.fetch import fetch
+from elastickpt.load.opened import open_records
+from elastickpt.load.plan import Wanted
+from tools import mini_reader
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "spec" / "vectors"
-from tools import mini_reader
 
 Json = Any
 
@@ -271,8 +275,8 @@ def test_documents(vector: Json) -> None:
 @pytest.mark.parametrize("vector", [*vectors("checkpoints/valid"), *vectors("checkpoints/invalid")])
 def test_checkpoints_by_the_mini_reader(vector: Json) -> None:
     def outcome(inputs: Json) -> Json:
-        files = {path: base64.b64decode(data) for path, data in inputs["files"].items()}
-        arrays = mini_reader.read_files(files)
+        beside = {name: _decoded(files) for name, files in inputs.get("beside", {}).items()}
+        arrays = mini_reader.read_files(_decoded(inputs["files"]), beside)
         found = {
             key: {"dtype": str(array.dtype), "shape": list(array.shape), "hex": array.tobytes().hex()}
             for key, array in arrays.items()
@@ -294,8 +298,12 @@ def _records_agree(files: dict[str, bytes]) -> None:
     check_writers(records.values(), [columns.pieces.arrays for columns in maps])
 
 
+def _decoded(files: Json) -> dict[str, bytes]:
+    return {path: base64.b64decode(data) for path, data in files.items()}
+
+
 def _files(vector: Json) -> dict[str, bytes]:
-    return {path: base64.b64decode(data) for path, data in vector["input"]["files"].items()}
+    return _decoded(vector["input"]["files"])
 
 
 @suite("checkpoints/valid")
@@ -322,12 +330,24 @@ def test_documents_of_valid_checkpoints_are_those_of_the_index(vector: Json) -> 
     assert found == (dict(documents(parts)) if manifest.placement == "plain" else {})
 
 
+def _laid_out(folder: Path, vector: Json) -> Path:
+    """The checkpoint of a vector, with what stands beside it, below `folder`."""
+    trees = {"checkpoint": _files(vector)}
+    trees |= {name: _decoded(files) for name, files in vector["input"].get("beside", {}).items()}
+    for name, files in trees.items():
+        for path, data in files.items():
+            place = folder / name / path
+            if path.endswith("/"):
+                place.mkdir(parents=True)
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
+    return folder / "checkpoint"
+
+
 def _unpacked(folder: Path, name: str) -> tuple[Path, Json]:
     vector = json.loads((FOLDER / "checkpoints/valid" / f"{name}.json").read_text())
-    for path, data in _files(vector).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(data)
-    return folder, vector["expect"]["arrays"]
+    return _laid_out(folder, vector), vector["expect"]["arrays"]
 
 
 @pytest.mark.parametrize("name", ["four-arrays", "case", "zero-size"])
@@ -337,6 +357,76 @@ def test_zarr_python_reads_the_checkpoints(tmp_path: Path, name: str) -> None:
     assert {key: np.asarray(group[key][...]).tobytes().hex() for key in wanted} == {
         key: array["hex"] for key, array in wanted.items()
     }
+
+
+def _parts(shape: tuple[int, ...]) -> list[Box]:
+    """The whole, and every cut of it across its first axis."""
+    whole = Box.whole(shape)
+    if not shape:
+        return [whole]
+    cuts = [(low, high) for high in range(1, shape[0] + 1) for low in range(high)]
+    return [whole, *(Box((low, *whole.start[1:]), (high, *whole.stop[1:])) for low, high in cuts)]
+
+
+@pytest.mark.parametrize("vector", vectors("checkpoints/valid"))
+def test_valid_checkpoints_are_sound_and_hold_what_they_say(tmp_path: Path, vector: Json) -> None:
+    path = _laid_out(tmp_path, vector)
+    checkpoint = ek.open(path)
+    assert checkpoint.verify().problems == ()
+    wanted = vector["expect"]["arrays"]
+    assert [record.key for record in checkpoint.records.values()] == sorted(wanted)
+    opened = open_records(path)
+    for identity, record in checkpoint.records.items():
+        data = bytes.fromhex(wanted[record.key]["hex"])
+        array = checkpoint.read(identity)
+        assert (str(array.dtype), list(array.shape)) == (wanted[record.key]["dtype"], wanted[record.key]["shape"])
+        assert array.tobytes() == data
+        words = array.view(f"u{array.dtype.itemsize}")
+        for box in _parts(array.shape):
+            into = np.zeros(box.shape, words.dtype)
+            fetch(opened, [Wanted(record, box, into)])
+            part = words[tuple(slice(low, high) for low, high in zip(box.start, box.stop, strict=True))]
+            assert into.tobytes() == part.tobytes()
+            assert checkpoint.read(identity, box=box).tobytes() == part.tobytes()
+
+
+# Strays, documents, pads and keys: nobody needs them to read an array. FRAG-34: the bytes have their checksums.
+BY_VERIFY_ONLY = {"UCF-2", "UCF-6", "UCF-8", *(f"UCF-{k}" for k in range(10, 20)), "UCF-21", "UCF-35", "UCF-36", "FRAG-34"}
+
+
+@pytest.mark.parametrize("vector", vectors("checkpoints/invalid"))
+def test_invalid_checkpoints_are_refused_with_their_kind(tmp_path: Path, vector: Json) -> None:
+    """One fault, one kind: by `open` or by `verify`; and no way to read ends in anything but an error of ours."""
+    path = _laid_out(tmp_path, vector)
+    checkpoint, kinds = _found_by_verify(path)
+    assert kinds == {vector["error"]}
+    if checkpoint is None:
+        return
+    assert _all_can_be_read(checkpoint) == (vector["requires"][0] in BY_VERIFY_ONLY)
+
+
+def _found_by_verify(path: Path) -> tuple[ek.Checkpoint | None, set[str]]:
+    """The checkpoint, if it can be opened, and the kinds of what is wrong with it."""
+    checkpoint = None
+    try:
+        checkpoint = ek.open(path)
+        return checkpoint, {problem.kind for problem in checkpoint.verify().problems}
+    except CheckpointError as error:
+        return checkpoint, {error.kind}
+
+
+def _all_can_be_read(checkpoint: ek.Checkpoint) -> bool:
+    try:
+        records = checkpoint.records
+    except CheckpointError:
+        return False
+    whole = True
+    for identity in records:
+        try:
+            checkpoint.read(identity)
+        except CheckpointError:
+            whole = False
+    return whole
 
 
 def test_the_mini_reader_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,7 @@ def test_sync_uses_the_descriptor_that_was_open_before_the_first_write(store, mo
 
 
 def test_a_failed_sync_is_never_tried_again(store, monkeypatch):
-    """The kernel drops what it could not write: the second sync of the same descriptor reports success."""
+    """The kernel drops what it could not write: the second sync of the same descriptor reports success. [SAVE-2]"""
     tries = []
 
     def fail_once(descriptor):

@@ -12,7 +12,7 @@ from tools.bench.plan import RESHARDS, TOPICS, Options, Place, disk_nbytes, jobs
 from tools.bench.state import ITEMS, clear, fill, local_nbytes, rows_of, shapes_for, small_state, wrong_pieces
 
 DISK, TMPFS = Place("disk", "/a", "ext4"), Place("tmpfs", "/b", "tmpfs")
-ALL = Options(TOPICS, (100_000_000,), (1, 2, 4), (2,), 5, ("dcp", "tc"))
+ALL = Options(TOPICS, (100_000_000,), (1, 2, 4), (2,), 1, 5, ("dcp", "tc"))
 
 
 def test_every_place_and_rank_count_is_measured_once() -> None:
@@ -32,7 +32,7 @@ def test_memory_is_measured_with_one_contestant_per_process() -> None:
 
 
 def test_saves_alone_do_not_load() -> None:
-    only = Options(("save",), (100_000_000,), (2,), (2,), 5, ("dcp",))
+    only = Options(("save",), (100_000_000,), (2,), (2,), 1, 5, ("dcp",))
     assert [(job.kind, job.loads) for job in jobs(only, [DISK])] == [("same", False)]
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tools.bench import chart
 from tools.bench.compare import gather, rows, title
-from tools.bench.machine import in_words
+from tools.bench.machine import free_stem, in_words
 from tools.bench.records import Entrant, Machine, Measure, Memory, Report, Setting, from_json, to_json
 from tools.bench.table import print_report
 
@@ -110,6 +110,13 @@ def test_the_machine_is_described_in_words() -> None:
     assert in_words(report().machine) == "2-cores-25-gb-ext4-tmpfs"
 
 
+def test_a_second_run_of_a_day_does_not_replace_the_first(tmp_path: Path) -> None:
+    assert free_stem(tmp_path, "day") == "day"
+    (tmp_path / "day.json").touch()
+    (tmp_path / "day-2.json").touch()
+    assert free_stem(tmp_path, "day") == "day-3"
+
+
 def test_titles_say_what_was_measured() -> None:
     assert title(SAVE) == "save, 1 GB, 2 ranks, disk"
     assert title(RESHARD) == "reshard cold, 1 GB, 2 → 4 ranks, disk"
@@ -122,6 +129,14 @@ def test_the_table_shows_ratios_failures_and_absences_literally() -> None:
     text = console.export_text()
     for wanted in ("0.50", "2.000..4.000", "tc: failed", "absent: No module named", "[no] room", "files synced"):
         assert wanted in text
+
+
+def test_a_save_that_syncs_nothing_is_marked_as_such() -> None:
+    plain = replace(report(), entrants=(Entrant("dcp", "1", "", "none"),))
+    for found, marked in ((plain, True), (report(), False)):
+        console = Console(width=160, record=True, file=io.StringIO())
+        print_report(found, console)
+        assert ("dcp (not durable)" in console.export_text()) is marked
 
 
 def test_the_chart_is_a_png_of_settings_that_have_a_floor(tmp_path: Path) -> None:

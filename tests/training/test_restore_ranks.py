@@ -224,6 +224,7 @@ def odd_states(rank: int, world_size: int) -> None:
 
 
 def test_a_plain_state_on_a_sharded_parameter_lies_as_its_shard_or_is_the_ranks_own() -> None:
+    """[UCF-87]"""
     run_ranks(odd_states, 2)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .compare import Row, rows, title
 from .records import FLOORS, Report
+from .table import unsynced_names
 
 COLOURS = {"elastickpt": "#1b6ca8", "dcp": "#d1603d", "tc": "#b8b8b8", "tc+fsync": "#7a7a7a"}
 
@@ -18,14 +19,15 @@ def draw(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = _groups(report)
+    groups, unsynced = _groups(report), unsynced_names(report)
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.22 * sum(len(group) + 1 for _, group in groups)))
     at, ticks, labels = 0.0, [], []
     for name, group in groups:
         for row in group:
             share = row.of_floor or 0.0
             axes.barh(at, share, color=COLOURS.get(row.contestant, "#444444"), height=0.9)
-            axes.text(share + 0.01, at, f"{row.contestant} {share:.2f}", va="center", fontsize=7)
+            remark = " (not durable)" if row.contestant in unsynced and row.setting.case.endswith("save") else ""
+            axes.text(share + 0.01, at, f"{row.contestant} {share:.2f}{remark}", va="center", fontsize=7)
             at += 1
         ticks.append(at - len(group) / 2 - 0.5)
         labels.append(name)

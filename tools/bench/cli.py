@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = tuple(machine.place_at(Path(folder)) for folder in parsed.path)
     talk.print("importing torch and the libraries ...")
     entrants = tuple(entrant(name) for name in parsed.contestants)
-    options = _options(parsed, tuple(entry.name for entry in entrants if entry.absent_because is None))
+    present = tuple(entry.name for entry in entrants if entry.absent_because is None)
+    options = _options(parsed, present, places)
     conductor = Conductor(ForkedRanks(), talk)
     interrupted = _carry_out(conductor, plan.jobs(options, places), places)
     if conductor.measures or conductor.memories:
@@ -93,14 +94,14 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _options(parsed: argparse.Namespace, contestants: tuple[str, ...]) -> plan.Options:
+def _options(parsed: argparse.Namespace, contestants: tuple[str, ...], places: Sequence[plan.Place]) -> plan.Options:
+    quick = tuple(number for number in plan.QUICK_SMALL_RANKS if number in parsed.ranks)
     return plan.Options(
         topics=parsed.only,
         sizes=parsed.sizes or (plan.FULL_SIZES if parsed.full else plan.QUICK_SIZES),
         ranks=parsed.ranks,
-        small_ranks=parsed.ranks
-        if parsed.full
-        else tuple(n for n in plan.QUICK_SMALL_RANKS if n in parsed.ranks) or parsed.ranks,
+        small_ranks=parsed.ranks if parsed.full else quick or parsed.ranks,
+        small_places=len(places) if parsed.full or parsed.only == ("small",) else plan.QUICK_SMALL_PLACES,
         repeats=parsed.repeats,
         contestants=contestants,
     )
@@ -120,8 +121,8 @@ def _report(repeats: int, places: Sequence[plan.Place], entrants: tuple[Entrant,
 
 
 def _leave_files(report: Report, talk: Console) -> None:
-    stem = f"{report.date}-{machine.in_words(report.machine)}"
     RESULTS.mkdir(exist_ok=True)
+    stem = machine.free_stem(RESULTS, f"{report.date}-{machine.in_words(report.machine)}")
     record = RESULTS / f"{stem}.json"
     record.write_text(to_json(report))
     talk.print(f"record: {record.relative_to(machine.REPOSITORY)}")

@@ -35,8 +35,9 @@ class Row:
 def rows(measures: Sequence[Measure]) -> tuple[Row, ...]:
     """One row per measure, settings in a fixed order, within a setting fastest first, failures last.
 
-    The floor of a setting is its fastest raw measure; small tensors have none, as one file of the same bytes is no goal. A cold or warm load is compared with raw reads of the same
-    cache; `of_same_layout` is a resharding load's time over the same contestant's same-layout load at its ranks.
+    The floor of a setting is its fastest raw measure; small tensors have none, as one file of the same bytes is no goal.
+    A cold or warm load is compared with raw reads of the same cache; `of_same_layout` is a resharding load's time over
+    the same contestant's same-layout load at its ranks.
     """
     by_setting: dict[Setting, list[Measure]] = defaultdict(list)
     for measure in measures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -74,6 +75,12 @@ def describe(places: Sequence[Place]) -> Machine:
         python=platform.python_version(),
         torch=metadata.version("torch"),
     )
+
+
+def free_stem(folder: Path, stem: str) -> str:
+    """`stem`, or with -2, -3, ... where an earlier run's record has it."""
+    candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in candidates if not (folder / f"{name}.json").exists())
 
 
 def in_words(machine: Machine) -> str:

@@ -13,7 +13,7 @@ Kind = Literal["same", "prepare", "reshard", "small", "memory"]
 TOPICS: tuple[Topic, ...] = ("save", "load", "reshard", "small", "memory")
 RESHARDS = ((2, 4), (4, 2))
 QUICK_SIZES, FULL_SIZES = (100_000_000,), (100_000_000, 1_800_000_000)
-QUICK_SMALL_RANKS = (2,)
+QUICK_SMALL_RANKS, QUICK_SMALL_PLACES = (2,), 1
 MEMORY_RANKS = 2
 
 
@@ -37,6 +37,7 @@ class Options:
     sizes: tuple[int, ...]  # bytes of the whole state
     ranks: tuple[int, ...]
     small_ranks: tuple[int, ...]
+    small_places: int  # how many of the places, from the first, measure many small tensors: they take longest
     repeats: int
     contestants: tuple[str, ...]
 
@@ -83,7 +84,7 @@ def jobs(options: Options, places: Sequence[Place]) -> tuple[Job, ...]:
                 for before, after in RESHARDS:
                     add("prepare", place, ranks=before, nbytes=nbytes)
                     add("reshard", place, ranks=after, from_ranks=before, nbytes=nbytes)
-    for place in places:
+    for place in places[: options.small_places]:
         if "small" in options.topics:
             for ranks in options.small_ranks:
                 add("small", place, ranks=ranks, nbytes=SMALL_TENSORS * SMALL_ELEMENTS * 4)

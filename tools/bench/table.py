@@ -39,6 +39,11 @@ def render(report: Report) -> RenderableType:
     return Group(*parts)
 
 
+def unsynced_names(report: Report) -> frozenset[str]:
+    """Contestants whose saves sync nothing, so that their save times are no durable save's."""
+    return frozenset(entrant.name for entrant in report.entrants if entrant.durability == "none")
+
+
 def _entrants(report: Report) -> Table:
     table = Table(title="who takes part", title_justify="left")
     for column in ("contestant", "version", "durability of a save", "settings"):
@@ -56,17 +61,19 @@ def _measures(report: Report) -> Table:
     table.add_column("contestant", no_wrap=True)
     for column in ("median s", "min..max s", "GB/s", "ms/tensor", "of floor", "read/needed", "× same layout"):
         table.add_column(column, justify="right", no_wrap=True)
+    unsynced = unsynced_names(report)
     for setting, group in groupby(rows(report.measures), key=lambda row: row.setting):
         table.add_section()
         table.add_row(Text(title(setting), style="bold"))
         for row in group:
-            table.add_row(*_cells(row))
+            table.add_row(*_cells(row, unsynced))
     return table
 
 
-def _cells(row: Row) -> tuple[str | Text, ...]:
+def _cells(row: Row, unsynced: frozenset[str]) -> tuple[str | Text, ...]:
     floor = row.contestant in FLOORS
-    name = Text("  " + row.contestant, style="dim" if floor else "")
+    remark = " (not durable)" if row.contestant in unsynced and row.setting.case.endswith("save") else ""
+    name = Text(f"  {row.contestant}{remark}", style="dim" if floor else "")
     if row.spread is None:
         return (Text(f"  {row.contestant}: failed, see the notes", style="red"),)
     spread, small = row.spread, row.setting.case.startswith("small")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from tools.vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, build, piece, valid, vector
-from tools.vector_kit.kit import Vector, column, name_hash
-
-W = "params/model/w/value"
-V = "params/model/v/value"
+from tools.vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, V, W, build, flip, only, piece, valid, vector
+from tools.vector_kit.kit import Vector, canonical, column, name_hash
 
 
 def _add(array: Array, *pieces: tuple[int, Piece], **files: bytes) -> Edit:
@@ -72,6 +69,7 @@ def _empty(parts: Parts) -> None:
 
 
 def _valid() -> Iterator[Vector]:
+    yield valid("two-parts", "An index in two parts.", "UCF-63 UCF-65", lambda parts: setattr(parts, "second", 2))
     yield valid("four-arrays", "Rows, columns, a pad, and no axes.", "FRAG-30 FRAG-32 UCF-41 UCF-10 UCF-17 UCF-18")
     yield valid("packed", "The same, packed.", "FRAG-10", _pack)
     yield valid("packed-references", "The derived file is no stray.", "UCF-6", _pack, _put("references.json", b"{}"))
@@ -85,15 +83,6 @@ def _valid() -> Iterator[Vector]:
 
 def _put(path: str, data: bytes) -> Later:
     return lambda files: files.update({path: data})
-
-
-def _flip(path: str, at: int = 0) -> Later:
-    def later(files: dict[str, bytes]) -> None:
-        data = bytearray(files[path])
-        data[at] ^= 1
-        files[path] = bytes(data)
-
-    return later
 
 
 def _drop(path: str) -> Later:
@@ -124,7 +113,49 @@ def _spanning(parts: Parts) -> None:
 def _shared(parts: Parts) -> None:
     """In a pack, the piece of w at the bytes of v."""
     _pack(parts)
-    parts.pieces[0][3].offset = parts.pieces[0][2].offset
+    one, other = parts.pieces[0][2], parts.pieces[0][3]
+    other.offset = one.offset
+    parts.files["packs/00000.bin"] = parts.files["packs/00000.bin"][: other.offset + other.nbytes]
+
+
+def _pack_tail(tail: bytes) -> Edit:
+    """Bytes behind the last piece of a pack."""
+
+    def edit(parts: Parts) -> None:
+        _pack(parts)
+        parts.files["packs/00001.bin"] += tail
+
+    return edit
+
+
+def _shared_rows(parts: Parts) -> None:
+    """In a pack, the columns of v by writer 0 at the bytes of those of writer 1."""
+    only(V)(parts)
+    parts.manifest["placement"], parts.documents = "packed", False
+    path = "packs/00000.bin"
+    data = parts.files[V + "/c.0.0"]
+    parts.files = {path: b"".join(data[k : k + 16] + bytes(16) for k in range(0, len(data), 32))}
+    for (one,) in parts.pieces:
+        one.file, one.offset = path, 0
+
+
+def _moved(old: str, new: str) -> Edit:
+    """A file under another path, in all records that name it; it is not in the tree any more."""
+
+    def edit(parts: Parts) -> None:
+        parts.based[new] = parts.files.pop(old)
+        for one in (one for pieces in parts.pieces for one in pieces if one.file == old):
+            one.file = new
+
+    return edit
+
+
+def _nested(parts: Parts) -> None:
+    """An extra at t/u beside the extra at t."""
+    data = bytes([1, 2])
+    array = Array("extra/t/u", ("extra", "t", "u", ""), "uint8", [2], [2], [0], data)
+    file = "extra/t/u/c.0"
+    _add(array, (0, Piece("extra/t/u", file, [0], [2], 0, 2, 2, 2)), **{file: data})(parts)
 
 
 _EDITS: tuple[tuple[str, str, str, str, Edit], ...] = (
@@ -149,6 +180,12 @@ _EDITS: tuple[tuple[str, str, str, str, Edit], ...] = (
     ("checksum", "A checksum that is none of the bytes.", "FRAG-32", "checksum-mismatch", piece(0, 3, checksums=[5])),
     ("pad", "A pad that is not zero.", "UCF-18", "checksum-mismatch",
      lambda parts: parts.files.update({"extra/t/c.1": bytes([9, 1])})),
+    ("pack-pad", "A byte of a pack that belongs to no piece and is not zero.", "UCF-18", "checksum-mismatch",
+     _pack_tail(b"\1")),
+    ("shared-rows", "In a pack, two strided pieces on the same bytes.", "FRAG-34", "coverage-overlap", _shared_rows),
+    ("piece-traversal", "A piece outside the tree.", "UCF-38", "unsafe", _moved(W + "/c.0.0", "../" + W + "/c.0.0")),
+    ("piece-absolute", "A piece anywhere.", "UCF-38", "unsafe", _moved(W + "/c.0.0", "/" + W + "/c.0.0")),
+    ("array-in-array", "An array where another one has a group.", "UCF-36", "structure-conflict", _nested),
 )  # fmt: skip
 
 
@@ -176,6 +213,19 @@ _RECORDS: tuple[tuple[str, str, str, str, Edit], ...] = (
      lambda p: p.manifest["index"][0].update(last="params/model/x/value")),
     ("layout-beyond", "A layout that is not in the manifest.", "UCF-62", "malformed",
      lambda p: p.index["templates"][3].update(layout=1)),
+    ("version-later", "A version of the future.", "UCF-72", "unsupported", lambda p: p.manifest.update(version=2)),
+    ("requires-unknown", "A feature of the future.", "UCF-73", "unsupported",
+     lambda p: p.manifest.update(requires=["holograms"])),
+    ("fragments-version", "A fragment map of a later version.", "UCF-72", "unsupported", _map_member(0, "version", 2)),
+    ("index-version", "An index of a later version.", "UCF-72", "unsupported", lambda p: p.index.update(version=2)),
+    ("element-type", "An element type that nobody knows.", "UCF-20", "unsupported",
+     lambda p: p.index["templates"][3].update(data_type="float128")),
+    ("codec", "Compressed chunks.", "UCF-66", "unsupported",
+     lambda p: p.index["templates"][3].update(codecs='[{"name":"zstd","configuration":{"level":1}}]')),
+    ("fragments-traversal", "A fragment file outside the tree.", "UCF-38", "unsafe",
+     lambda p: p.manifest["fragments"][1].update(path="../fragments/00001.msgpack")),
+    ("key-traversal", "A key that leads out of the tree.", "UCF-38", "unsafe",
+     lambda p: p.index["entries"]["key"].__setitem__(3, "params/model/..")),
     ("base-beyond", "A base that is not in the manifest.", "FRAG-23", "malformed",
      lambda p: p.maps[0]["files"].update(base=column([0, 0, 0, 1]))),
     ("ndim", "A map with one axis for an array with two.", "FRAG-25", "malformed",
@@ -183,15 +233,66 @@ _RECORDS: tuple[tuple[str, str, str, str, Edit], ...] = (
                 p.maps[1]["pieces"].update(start=column([0, 2, 30]), shape=column([4, 2, 30])))),
 )  # fmt: skip
 
+
+def _swap(one: str, other: str) -> Later:
+    return lambda files: files.update({one: files[other], other: files[one]})
+
+
+def _nothing_but(path: str, data: bytes) -> Later:
+    def later(files: dict[str, bytes]) -> None:
+        files.clear()
+        files[path] = data
+
+    return later
+
+
+def _replace(path: str, old: bytes, new: bytes) -> Later:
+    return lambda files: files.update({path: files[path].replace(old, new, 1)})
+
+
 _FRAGMENTS = "fragments/00001.msgpack"
+_TOKEN = canonical(
+    {"format": "elastickpt-draft", "version": 1, "attempt": "3f1c", "host": "a.1", "pid": 7, "start": 9}
+).encode()
 _LATER: tuple[tuple[str, str, str, str, Later], ...] = (
-    ("no-manifest", "A folder without a manifest.", "UCF-1", "not-a-checkpoint", _drop("checkpoint.json")),
-    ("token", "A draft's token.", "SAVE-23", "uncommitted", _put("draft.json", b'{"format":"elastickpt-draft"}')),
-    ("manifest-flip", "One bit of the manifest.", "UCF-74", "checksum-mismatch", _flip("checkpoint.json", 40)),
-    ("index-flip", "One bit of the index.", "UCF-5", "checksum-mismatch", _flip("index.msgpack", 30)),
-    ("fragments-flip", "One bit of a fragment file.", "UCF-5", "checksum-mismatch", _flip(_FRAGMENTS, 30)),
-    ("chunk-flip", "One bit of a chunk.", "FRAG-32", "checksum-mismatch", _flip(W + "/c.0.0", 239)),
-    ("chunk-flip-strided", "One bit of a strided piece.", "FRAG-32", "checksum-mismatch", _flip(V + "/c.0.0", 20)),
+    ("no-manifest", "A tree without its manifest.", "UCF-9", "uncommitted", _drop("checkpoint.json")),
+    ("no-checkpoint", "A folder of something else.", "UCF-1", "not-a-checkpoint",
+     _nothing_but("notes.txt", b"x")),
+    ("empty-folder", "A folder with an empty one.", "UCF-1", "not-a-checkpoint",
+     _nothing_but("notes/", b"")),
+    ("token", "A draft's token.", "SAVE-23", "uncommitted", _put("draft.json", _TOKEN)),
+    ("draft", "A draft before its manifest.", "SAVE-23", "uncommitted",
+     lambda files: (files.pop("checkpoint.json"), files.update({"draft.json": _TOKEN}))),
+    ("manifest-short", "The manifest's last byte is gone.", "UCF-71", "malformed",
+     lambda files: files.update({"checkpoint.json": files["checkpoint.json"][:-1]})),
+    ("manifest-empty", "An empty manifest.", "UCF-71", "malformed", _put("checkpoint.json", b"")),
+    ("index-short", "The index's last byte is gone.", "UCF-4", "wrong-length",
+     lambda files: files.update({"index.msgpack": files["index.msgpack"][:-1]})),
+    ("fragments-swapped", "Two fragment files in each other's place.", "UCF-4", "wrong-length",
+     _swap("fragments/00000.msgpack", _FRAGMENTS)),
+    ("document-flip", "One bit of a document.", "UCF-10", "document-mismatch", flip(W + "/zarr.json", 60)),
+    ("group-flip", "One bit of a group's document.", "UCF-10", "document-mismatch", flip("params/zarr.json", 60)),
+    ("group-missing", "A group's document is gone.", "UCF-8", "missing-file", _drop("params/model/w/zarr.json")),
+    ("root-missing", "The root's document is gone.", "UCF-8", "missing-file", _drop("zarr.json")),
+    ("root-flip", "One bit of the root's document.", "UCF-10", "document-mismatch", flip("zarr.json", 200)),
+    ("document-swapped", "Two documents in each other's place.", "UCF-12", "document-mismatch",
+     _swap(W + "/zarr.json", V + "/zarr.json")),
+    ("document-codecs", "Big-endian elements.", "UCF-13", "document-mismatch",
+     _replace(W + "/zarr.json", b'"little"', b'"big"')),
+    ("document-axes", "Another name for an axis.", "UCF-15", "document-mismatch",
+     _replace(W + "/zarr.json", b'"n10"', b'"n6"')),
+    ("chunk-empty", "A chunk without a byte.", "UCF-4", "wrong-length", _put(W + "/c.0.0", b"")),
+    ("chunk-flip-no-axes", "One bit of an array without axes.", "FRAG-32", "checksum-mismatch",
+     flip("params/model/s/value/c", 7)),
+    ("pad-flip", "One bit of a pad.", "UCF-18", "checksum-mismatch", flip("extra/t/c.1", 1)),
+    ("stray-folder", "An empty folder that nobody names.", "UCF-2", "stray-file", _put("params/model/u/", b"")),
+    ("stray-place", "A reserved name that only recovery writes.", "UCF-6", "stray-file", _put("places/00000.bin", b"x")),
+    ("stray-references", "Pack references where there is no pack.", "UCF-6", "stray-file", _put("references.json", b"{}")),
+    ("manifest-flip", "One bit of the manifest.", "UCF-74", "checksum-mismatch", flip("checkpoint.json", 40)),
+    ("index-flip", "One bit of the index.", "UCF-5", "checksum-mismatch", flip("index.msgpack", 30)),
+    ("fragments-flip", "One bit of a fragment file.", "UCF-5", "checksum-mismatch", flip(_FRAGMENTS, 30)),
+    ("chunk-flip", "One bit of a chunk.", "FRAG-32", "checksum-mismatch", flip(W + "/c.0.0", 239)),
+    ("chunk-flip-strided", "One bit of a strided piece.", "FRAG-32", "checksum-mismatch", flip(V + "/c.0.0", 20)),
     ("fragments-missing", "A fragment file is gone.", "UCF-3", "missing-file", _drop(_FRAGMENTS)),
     ("index-missing", "The index is gone.", "UCF-3", "missing-file", _drop("index.msgpack")),
     ("chunk-missing", "A chunk is gone.", "UCF-3", "missing-file", _drop(W + "/c.0.0")),
@@ -229,6 +330,10 @@ def vectors() -> Iterator[Vector]:
         yield vector("invalid", name, about, rule, build(later=later), error=kind)
     files = build(_pack, later=_put("zarr.json", b'{"zarr_format":3,"node_type":"group","attributes":{}}'))
     yield vector("invalid", "packed-document", "A document in a pack.", "UCF-19", files, error="stray-file")
+    files = build(_pack, later=_put("packs/00002.bin", b"x"))
+    yield vector("invalid", "packed-stray", "A pack that nobody names.", "UCF-6", files, error="stray-file")
+    files = build(_pack, later=flip("packs/00000.bin", 3))
+    yield vector("invalid", "packed-flip", "One bit of a pack.", "FRAG-32", files, error="checksum-mismatch")
     swapped = build()
     swapped["extra/t/c.0"], swapped["extra/t/c.1"] = swapped["extra/t/c.1"], swapped["extra/t/c.0"]
     yield vector(

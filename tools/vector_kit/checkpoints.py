@@ -24,6 +24,9 @@ from tools.vector_kit.kit import (
     unsigned,
 )
 
+W = "params/model/w/value"
+V = "params/model/v/value"
+
 _FILL: dict[str, Json] = {"float32": "NaN", "int64": -(2**63), "uint8": 255, "float64": "NaN", "bfloat16": "NaN"}
 
 
@@ -72,6 +75,8 @@ class Parts:
     index: Record = field(default_factory=dict)
     documents: bool = True
     lengths: dict[str, int] = field(default_factory=dict)
+    based: dict[str, bytes] = field(default_factory=dict)  # files of base 1 that pieces lie in
+    second: int | None = None  # the place of the first array of a second index part
 
 
 def base() -> Parts:
@@ -113,10 +118,9 @@ def _map(parts: Parts, writer: int) -> Record:
     keys = sorted({piece.key for piece in pieces})
     files = list(dict.fromkeys((piece.base, piece.file) for piece in pieces))
     ndim = {piece.key: len(piece.start) for piece in pieces}
-    lengths = {path: parts.lengths.get(path, len(data)) for path, data in parts.files.items()}
-    sums = [
-        piece.checksums if piece.checksums is not None else [checksum(piece.of(parts.files[piece.file]))] for piece in pieces
-    ]
+    held = {**parts.files, **parts.based}
+    lengths = {path: parts.lengths.get(path, len(data)) for path, data in held.items()}
+    sums = [piece.checksums if piece.checksums is not None else [checksum(piece.of(held[piece.file]))] for piece in pieces]
     return {
         "format": "elastickpt-fragments",
         "version": 1,
@@ -206,25 +210,33 @@ def build(edit: Edit = _nothing, *, records: Edit = _nothing, later: Later = _no
     parts = base()
     edit(parts)
     parts.maps = [_map(parts, writer) for writer in range(len(parts.pieces))]
-    parts.index = _index(parts.arrays)
-    keys = [array.key for array in parts.arrays]
-    parts.manifest["index"][0].update(first=keys[0] if keys else "", last=keys[-1] if keys else "")
+    indexes = [_index(parts.arrays[: parts.second])]
+    _describe(parts.manifest["index"][0], parts.arrays[: parts.second])
+    if parts.second is not None:
+        indexes.append(_index(parts.arrays[parts.second :]))
+        parts.manifest["index"].append({"path": "index-00001.msgpack"})
+        _describe(parts.manifest["index"][1], parts.arrays[parts.second :])
+    parts.index = indexes[0]
     parts.manifest["fragments"] = [{"path": f"fragments/{k:05d}.msgpack"} for k in range(len(parts.maps))]
     records(parts)
     files = dict(parts.files)
     if parts.documents:
         files.update(documents(parts.arrays))
-    sealed_records = [(parts.manifest["index"][0], parts.index)]
+    sealed_records = list(zip(parts.manifest["index"], indexes, strict=True))
     sealed_records += list(zip(parts.manifest["fragments"], parts.maps, strict=True))
     for entry, record in sealed_records:
         data = packed(record)
         files[entry["path"]] = data
         entry.update(nbytes=len(data), digest=digest(data))
-    index = parts.manifest["index"][0]
-    parts.manifest["index"] = [{name: index[name] for name in ("path", "nbytes", "digest", "first", "last")}]
+    members = ("path", "nbytes", "digest", "first", "last")
+    parts.manifest["index"] = [{name: entry[name] for name in members} for entry in parts.manifest["index"]]
     files["checkpoint.json"] = sealed(canonical(parts.manifest)).encode()
     later(files)
     return files
+
+
+def _describe(entry: Record, arrays: list[Array]) -> None:
+    entry.update(first=arrays[0].key if arrays else "", last=arrays[-1].key if arrays else "")
 
 
 def piece(writer: int, number: int, **changes: Json) -> Edit:
@@ -237,6 +249,26 @@ def piece(writer: int, number: int, **changes: Json) -> Edit:
     return edit
 
 
+def only(*keys: str) -> Edit:
+    """The edit that leaves these arrays."""
+
+    def edit(parts: Parts) -> None:
+        parts.arrays = [array for array in parts.arrays if array.key in keys]
+        parts.pieces = [[one for one in pieces if one.key in keys] for pieces in parts.pieces]
+        parts.files = {path: data for path, data in parts.files.items() if path.startswith(keys)}
+
+    return edit
+
+
+def flip(path: str, at: int = 0) -> Later:
+    def later(files: dict[str, bytes]) -> None:
+        data = bytearray(files[path])
+        data[at] ^= 1
+        files[path] = bytes(data)
+
+    return later
+
+
 def _expect(parts: Parts) -> Json:
     return {
         "arrays": {array.key: {"dtype": array.dtype, "shape": array.shape, "hex": array.data.hex()} for array in parts.arrays}
@@ -244,8 +276,15 @@ def _expect(parts: Parts) -> Json:
 
 
 def vector(suite: str, name: str, about: str, rule: str, files: dict[str, bytes], **outcome: Json) -> Vector:
-    encoded = {path: as_base64(files[path]) for path in sorted(files)}
-    return Vector(f"checkpoints/{suite}", name, about, tuple(rule.split()), {"files": encoded}, **outcome)
+    """A path that begins with `../` is a file of a checkpoint beside, one that ends with `/` an empty folder."""
+    encoded: Record = {"files": {path: as_base64(files[path]) for path in sorted(files) if not path.startswith("../")}}
+    beside: dict[str, dict[str, str]] = {}
+    for path in sorted(path for path in files if path.startswith("../")):
+        name_beside, _, below = path.removeprefix("../").partition("/")
+        beside.setdefault(name_beside, {})[below] = as_base64(files[path])
+    if beside:
+        encoded["beside"] = beside
+    return Vector(f"checkpoints/{suite}", name, about, tuple(rule.split()), encoded, **outcome)
 
 
 def valid(name: str, about: str, rule: str, edit: Edit = _nothing, later: Later = _nothing) -> Vector:

@@ -1,0 +1,99 @@
+"""Staging arenas: shared memory that belongs to descriptors, not to names, so nothing is left when the last is closed.
+
+A memfd is bound by no mount's size (containers give /dev/shm 64 MB). It is allocated and mapped page by page when it is made,
+so that staging is a copy into warm memory, and sealed, so that no process can cut it short under another one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from elastickpt.errors import NoSpace, Refused
+from elastickpt.storage.failures import naming
+from elastickpt.writer.carry import Bytes
+
+_numbers = itertools.count()
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Arena:
+    """Memory that this process fills and a writer process reads. `memory`: shape=[nbytes], starts at a page."""
+
+    def __init__(self, descriptor: int, mapping: mmap.mmap, nbytes: int) -> None:
+        self.number = next(_numbers)
+        self.nbytes = nbytes
+        self.descriptor = descriptor
+        self.lent = False  # a writer reads it
+        self.retired = False
+        self._memory: Bytes | None = np.frombuffer(mapping, dtype=np.uint8, count=nbytes)
+
+    @classmethod
+    def create(cls, nbytes: int) -> Self:
+        """An arena of this process, faulted in. Raises NoSpace where the memory cannot be had."""
+        available = _available()
+        if nbytes > available:
+            raise NoSpace(f"arena of {nbytes} bytes: the host has memory for {available}")  # else it would end processes
+        with naming("create", f"arena of {nbytes} bytes"):
+            descriptor = os.memfd_create("elastickpt-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.posix_fallocate(descriptor, 0, max(nbytes, 1))  # fails here, not by a signal at the first touch
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+                mapping = mmap.mmap(descriptor, max(nbytes, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_DONTFORK)  # a data loader's fork neither copies its page tables nor keeps it alive
+        return cls(descriptor, mapping, nbytes)
+
+    @classmethod
+    def attach(cls, descriptor: int, nbytes: int) -> Self:
+        """The arena behind a descriptor from another process, to read; takes the descriptor."""
+        with naming("map", f"arena of {nbytes} bytes"):
+            try:
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                mapping = mmap.mmap(descriptor, max(nbytes, 1), flags=flags, prot=mmap.PROT_READ)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return cls(descriptor, mapping, nbytes)
+
+    @property
+    def memory(self) -> Bytes:
+        if self._memory is None:
+            raise ValueError("this arena is closed")
+        return self._memory
+
+    def require_free(self) -> None:
+        """Raises Refused while a writer reads it, or may still read it."""
+        if self.retired:
+            raise Refused("this arena was retired: a writer that could not be reaped may still read it")
+        if self.lent:
+            raise Refused("this arena is still being written: wait for the result of its submission")
+
+    def retire(self) -> None:
+        """A writer that could not be reaped may still read it: never to be filled again."""
+        self.retired = True
+
+    def close(self) -> None:
+        """Gives the memory up; it is freed when the last process, and the last view of `memory`, is gone."""
+        self._memory = None
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _available() -> int:
+    """Bytes that can be had on this host without paging anything out."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 62

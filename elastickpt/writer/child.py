@@ -1,0 +1,119 @@
+"""A writer process as its trainer has it: started, spoken to, put down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from elastickpt.comms.frames import PeerGone
+from elastickpt.writer.messages import Hello, Message
+from elastickpt.writer.priority import IoPriority
+from elastickpt.writer.wire import Wire
+
+_MAIN = Path(__file__).resolve().parent / "__main__.py"
+_SAID_NBYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class WriterOptions:
+    """How a writer process behaves.
+
+    It sends a beat each `beat_s`, and is presumed dead after `silence_s` without one; then it is killed, and waited for at most
+    `reap_s`. After its trainer has ended it lives at most `lease_s`. `hooks` are for tests: `Hello.wrap` of the first, second,
+    ... process.
+    """
+
+    beat_s: float = 1.0
+    silence_s: float = 30.0
+    reap_s: float = 10.0
+    lease_s: float = 600.0
+    niceness: int = 0
+    io: IoPriority = "normal"
+    hooks: tuple[str, ...] = ()
+
+
+class Child:
+    """One process. `arenas` and `plans` are what it was sent; `heard_at` is monotonic."""
+
+    def __init__(self, process: subprocess.Popen[bytes], wire: Wire, errors: int) -> None:
+        self.process = process
+        self.wire = wire
+        self.ready = False
+        self.heard_at = time.monotonic()
+        self.arenas: set[int] = set()
+        self.plans: OrderedDict[str, None] = OrderedDict()
+        self._errors = errors
+
+    @classmethod
+    def spawn(cls, options: WriterOptions, *, wrap: str = "") -> Self:
+        """Starts a process, in a session of its own; returns at once. Raises OSError.
+
+        Its output goes nowhere: an orphan that held the trainer's pipes would keep whoever reads them waiting.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        errors = os.memfd_create("elastickpt-writer-stderr", os.MFD_CLOEXEC)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(_MAIN), "--fd", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(errors)
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        child = cls(process, Wire(ours), errors)
+        child.wire.limit(options.silence_s)
+        with suppress(PeerGone):  # whoever listens next finds out
+            child.wire.send(
+                Hello(os.getpid(), options.beat_s, options.lease_s, options.niceness, options.io, wrap),
+            )
+        return child
+
+    def put_down(self, limit_s: float) -> bool:
+        """Kills it; whether it is gone for certain, with all that it had begun. Blocking, at most `limit_s`."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+        return self.wait(limit_s)
+
+    def wait(self, limit_s: float) -> bool:
+        """Whether it has ended within the limit. Only its end as seen by its parent counts: a process that is being killed may
+        still have writes under way."""
+        try:
+            self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def last_words(self) -> tuple[list[Message], str]:
+        """What a process that is gone had said and nobody has heard, and the end of what it wrote on stderr."""
+        messages: list[Message] = []
+        self.wire.limit(0.0)
+        with suppress(PeerGone):
+            while True:
+                messages += [message for message, _ in self.wire.receive()]
+        nbytes = os.fstat(self._errors).st_size
+        said = os.pread(self._errors, _SAID_NBYTES, max(0, nbytes - _SAID_NBYTES))
+        return messages, said.decode(errors="replace").strip()
+
+    def close(self) -> None:
+        """Gives up the connection: one that lives finishes by itself. It is reaped when it ends."""
+        self.wire.close()
+        os.close(self._errors)
+        if self.process.poll() is None:
+            threading.Thread(target=self.process.wait, name="elastickpt-reap", daemon=True).start()

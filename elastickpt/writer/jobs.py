@@ -1,0 +1,104 @@
+"""One round of a staged save: from the arena to files, and after the last round the attestation. Blocking, in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastickpt.commit.attest import attest
+from elastickpt.commit.draft import Draft
+from elastickpt.errors import PathOccupied
+from elastickpt.format.encode_fragments import decode_fragments
+from elastickpt.storage.store import Store
+from elastickpt.writer.carry import (
+    Bytes,
+    Checksums,
+    Target,
+    Watch,
+    make_durable,
+    make_folders,
+    sync_way,
+    write_slices,
+)
+from elastickpt.writer.fragments import fragments_of
+from elastickpt.writer.messages import Done, Write
+from elastickpt.writer.prepared import Prepared
+from elastickpt.writer.rounds import Slice
+
+Create = Callable[[str, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The bytes of slices where they were staged."""
+
+    memory: Bytes
+
+    def take(self, at: Slice, start: int, stop: int) -> Bytes:
+        return self.memory[at.offset + start - at.start : at.offset + stop - at.start]
+
+
+def perform(store: Store, job: Write, prepared: Prepared, memory: Bytes, *, watch: Watch) -> Done:
+    """Writes the round that is staged in `memory`; the last one also makes documents and names, and attests.
+
+    Raises StorageFailed kinds, and whatever `watch` raises.
+    """
+    plan = prepared.plan
+    way = sync_way(store, len(plan.files) + len(plan.documents), durability=job.durability)
+    target = Target(store, job.draft[1], way, watch)
+    create = _completing(store) if job.repeated else store.create
+    staged = prepared.rounds[job.round]
+    nbytes = sum(at.stop - at.start for at in staged.slices)
+    last = job.round == len(prepared.rounds) - 1
+    make_folders(target, plan)
+    if last:
+        for document in prepared.documents:
+            create(target.path(document.path), document.content)
+    checksums = write_slices(target, plan.files, staged.slices, Staged(memory))
+    if not last:
+        if way == "tree":
+            store.sync_tree()
+        return Done(job.job, nbytes, encode_checksums(checksums), ())
+    make_durable(target, plan, prepared.documents)
+    told = decode_fragments(job.template, path="what this process was told")
+    fragments = fragments_of(
+        plan,
+        np.concatenate([np.frombuffer(job.known, dtype="<u8").astype(np.uint64), checksums]),
+        writer=told.writer,
+        attempt=told.attempt,
+        tables=told.tables,
+        values=told.values or {},  # type: ignore[arg-type]  # a mapping or None [FRAG-20]
+    )
+    file = attest(store, Draft(*job.draft), fragments, durability=job.durability, create=create)
+    return Done(job.job, nbytes, b"", (file.path, file.nbytes, file.digest))
+
+
+def encode_checksums(checksums: Checksums) -> bytes:
+    """As `Write.known` and `Done.checksums` have them."""
+    return checksums.astype("<u8", copy=False).tobytes()
+
+
+def _completing(store: Store) -> Create:
+    """`store.create`, where a dead process may have made the file, or a part of it, from the same bytes.
+
+    Its bytes are written again, as only the dead one was told what the kernel could not write of them. Any other file is
+    an error: the attempt is not ours alone.
+    """
+
+    def create(path: str, data: bytes) -> None:
+        try:
+            return store.create(path, data)
+        except PathOccupied:
+            found = store.read(path, len(data))
+            if found != data[: len(found)]:
+                raise
+        writer = store.open_writer(path, len(data))
+        try:
+            writer.write(0, memoryview(data))
+            writer.sync()
+        finally:
+            writer.close()
+
+    return create

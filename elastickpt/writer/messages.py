@@ -1,0 +1,149 @@
+"""What a trainer and its writer process tell each other: the whole protocol.
+
+    trainer -> writer                                      writer -> trainer
+    Hello       first; how to behave                       Ready       answer to Hello: imported and waiting
+    ArenaHere   with a descriptor: an arena to read from   Beat        each `beat_s`: alive
+    ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's round written so far
+    PlanHere    a plan, by digest; sent once               Done        the round is written, and after the last one attested
+    PlanGone    no job will name it again                  Failed      the job ended; nothing more is done for it
+    Write       a round of a job is staged: write it
+    Cancel      end the job as soon as may be
+    Quit        end now, whatever is left
+
+1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives.
+2. A Write names only arenas and plans that came before it. The arena is the writer's from Write to its answer.
+3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
+   same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
+   error.
+4. Bytes of a round that is not the last are as durable as asked when Done is sent, so that no later writer needs them again.
+5. When the connection or the trainer's process ends, the writer finishes the last rounds it was given, then ends; at the latest
+   `lease_s` later. Earlier rounds are dropped: nobody is left to stage what follows them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import msgpack
+
+from elastickpt.errors import Malformed
+from elastickpt.storage.store import Durability
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """`trainer` is a process id. `niceness` 0 and `io` "normal" leave priorities alone. `wrap` is for tests: a function
+    "module:name:argument" that gets each store and the argument, and returns the store to use."""
+
+    trainer: int
+    beat_s: float
+    lease_s: float
+    niceness: int
+    io: str
+    wrap: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaHere:
+    arena: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaGone:
+    arena: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanHere:
+    plan: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlanGone:
+    plan: str
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """`draft` is (name, folder, attempt). `template` is a fragment map without pieces: writer, attempt, tables, values; `known`
+    are the checksums of all earlier rounds, as little-endian 64-bit integers; both are used in the last round."""
+
+    job: int
+    plan: str
+    round: int
+    arena: int
+    store: str
+    draft: tuple[str, str, str]
+    durability: Durability
+    template: bytes
+    known: bytes
+    repeated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    job: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    job: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """`checksums` of the round's blocks, and `file` (), unless it was the last one: then () and (path, nbytes, digest)."""
+
+    job: int
+    nbytes: int
+    checksums: bytes
+    file: tuple[str, int, str] | tuple[()]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    job: int
+    kind: str
+    message: str
+
+
+Message = Hello | ArenaHere | ArenaGone | PlanHere | PlanGone | Write | Cancel | Quit | Ready | Beat | Progress | Done | Failed
+_TYPES: dict[str, type[Message]] = {
+    cls.__name__: cls
+    for cls in (
+        Hello, ArenaHere, ArenaGone, PlanHere, PlanGone, Write, Cancel, Quit, Ready, Beat, Progress, Done, Failed,
+    )
+}  # fmt: skip
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack: its name, then its fields in order."""
+    values = [getattr(message, field.name) for field in fields(message)]
+    return bytes(msgpack.packb([type(message).__name__, *values]))
+
+
+def decode(data: bytes) -> Message:
+    """What `encode` encoded. Raises Malformed for what it never makes."""
+    name, *values = msgpack.unpackb(data, use_list=False)
+    cls = _TYPES.get(name)
+    if cls is None or len(values) != len(fields(cls)):
+        raise Malformed(f"message {name!r} with {len(values)} fields between a trainer and its writer process")
+    return cls(*values)

@@ -1,0 +1,103 @@
+"""A plan as a writer process gets it, once: identified by a digest, so that no later save sends it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import msgpack
+import numpy as np
+
+from elastickpt.format.box import Box
+from elastickpt.format.columns import pack_ints
+from elastickpt.format.digest import file_digest
+from elastickpt.layout.grid import Run
+from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
+from elastickpt.writer.rounds import Round, Slice, lay_out
+
+_PIECE = 6  # integers of a piece beside those of its axes
+_SLICE = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A plan with its documents and its rounds through an arena; `encoded` says the same, `digest` identifies it."""
+
+    plan: WritePlan
+    documents: tuple[Document, ...]
+    rounds: tuple[Round, ...]
+    encoded: bytes
+    digest: str
+
+    @property
+    def arena_nbytes(self) -> int:
+        """The arena that holds every round."""
+        return max(one.nbytes for one in self.rounds)
+
+
+def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> Prepared:
+    """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
+    rounds = lay_out(plan.files, arena_nbytes=arena_nbytes)
+    encoded = _encode(plan, documents, rounds)
+    return Prepared(plan, tuple(documents), rounds, encoded, file_digest(encoded))
+
+
+def decode_prepared(data: bytes) -> Prepared:
+    """What `prepare` encoded."""
+    keys, paths, sizes, counts, pieces, documents, written, rounds = msgpack.unpackb(data, use_list=False)
+    every = _decode_pieces(_ints(pieces))
+    ends = [0, *accumulate(_ints(counts))]
+    files = tuple(
+        PlannedFile(path, nbytes, tuple(every[first:stop]))
+        for path, nbytes, (first, stop) in zip(paths, _ints(sizes), pairwise(ends), strict=True)
+    )
+    plan = WritePlan(keys, files, tuple(PlannedDocument(*document) for document in documents))
+    found = []
+    for nbytes, column in rounds:
+        rows = iter(_ints(column))
+        found.append(Round(tuple(Slice(*row) for row in zip(*[rows] * _SLICE, strict=True)), nbytes))
+    return Prepared(plan, tuple(Document(*one) for one in written), tuple(found), data, file_digest(data))
+
+
+def _encode(plan: WritePlan, documents: Sequence[Document], rounds: Sequence[Round]) -> bytes:
+    rows = (_piece_row(piece) for file in plan.files for piece in file.pieces)
+    record = (
+        plan.keys,
+        [file.path for file in plan.files],
+        pack_ints([file.nbytes for file in plan.files]),
+        pack_ints([len(file.pieces) for file in plan.files]),
+        pack_ints([number for row in rows for number in row]),
+        [(document.array, document.heads_group) for document in plan.documents],
+        [(document.path, document.content) for document in documents],
+        [
+            (one.nbytes, pack_ints([n for s in one.slices for n in (s.file, s.piece, s.start, s.stop, s.offset)]))
+            for one in rounds
+        ],
+    )
+    return bytes(msgpack.packb(record))
+
+
+def _piece_row(piece: PlannedPiece) -> tuple[int, ...]:
+    run = piece.run
+    head = (piece.array, run.offset, run.nbytes, run.row_nbytes, run.row_stride, len(run.chunk))
+    return (*head, *run.chunk, *run.box.start, *run.box.stop, *piece.local.start)
+
+
+def _decode_pieces(numbers: Sequence[int]) -> list[PlannedPiece]:
+    found = []
+    at = 0
+    while at < len(numbers):
+        array, offset, nbytes, row, stride, ndim = numbers[at : at + _PIECE]
+        at += _PIECE
+        chunk, start, stop, local = (tuple(numbers[at + k * ndim : at + (k + 1) * ndim]) for k in range(4))
+        at += 4 * ndim
+        box = Box(start, stop)
+        there = Box(local, tuple(low + n for low, n in zip(local, box.shape, strict=True)))
+        found.append(PlannedPiece(array, there, Run(chunk, box, offset, nbytes, row, stride)))
+    return found
+
+
+def _ints(column: bytes) -> list[int]:
+    numbers: list[int] = np.frombuffer(column, dtype="<i8").tolist()
+    return numbers

@@ -1,0 +1,226 @@
+"""Inside the writer process: one thread listens and beats, another carries out rounds, one after the other.
+
+It is in a session of its own, deaf to the signals that end a job, and holds nothing of the trainer's but the connection. It
+ends when told, or after the trainer by the rule of `messages` (5).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import select
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from elastickpt.comms.frames import PeerGone
+from elastickpt.comms.team import failure_of
+from elastickpt.storage.store import Store
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.jobs import perform
+from elastickpt.writer.messages import (
+    ArenaGone,
+    ArenaHere,
+    Beat,
+    Cancel,
+    Done,
+    Failed,
+    Hello,
+    Message,
+    PlanGone,
+    PlanHere,
+    Progress,
+    Quit,
+    Ready,
+    Write,
+)
+from elastickpt.writer.prepared import Prepared, decode_prepared
+from elastickpt.writer.priority import lower
+from elastickpt.writer.wire import Wire
+
+PROGRESS_S = 0.25
+_DEAF = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # what launchers send to all processes of a job: it has to finish first
+
+
+def main(descriptor: int) -> None:
+    """Serves the trainer at the other end of the socket `descriptor`; does not return."""
+    for number in _DEAF:
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")  # holds no folder of the job's
+    _Process(Wire(socket.socket(fileno=descriptor))).run()
+    os._exit(0)  # without joining threads that wait for a device
+
+
+class _Plan:
+    """A plan that came, decoded by whoever needs it first: not by the thread that beats."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._prepared: Prepared | None = None
+
+    def prepared(self) -> Prepared:
+        if self._prepared is None:
+            self._prepared = decode_prepared(self._data)
+            self._data = b""
+        return self._prepared
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    write: Write
+    plan: _Plan
+    arena: Arena
+
+
+class _Cancelled(Exception):
+    pass
+
+
+class _Process:
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._hello = Hello(os.getppid(), 1.0, 0.0, 0, "normal", "")
+        self._arenas: dict[int, Arena] = {}
+        self._plans: dict[str, _Plan] = {}
+        self._stores: dict[str, Store] = {}
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._quitting = False
+        self._orphaned = False
+
+    def run(self) -> None:
+        backlog: list[tuple[Message, int]] = []
+        with suppress(PeerGone):
+            while not backlog:
+                backlog = self._wire.receive()
+        if not backlog or not isinstance(first := backlog.pop(0)[0], Hello):
+            return
+        self._hello = first
+        lower(first.niceness, first.io)
+        worker = threading.Thread(target=self._work, name="elastickpt-writer", daemon=True)
+        worker.start()
+        try:
+            self._wire.send(Ready(os.getpid()))
+            for message, descriptor in backlog:
+                self._heard(message, descriptor)
+            self._listen()
+        except PeerGone:
+            self._finish()
+            worker.join()
+
+    # -- the listening thread ------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Until told to quit. Raises PeerGone when the trainer is."""
+        poll = select.poll()
+        poll.register(self._wire, select.POLLIN)
+        trainer = _watch(self._hello.trainer)
+        poll.register(trainer, select.POLLIN)  # children that the trainer forked may hold its end of the connection
+        beaten = time.monotonic()
+        while not self._quitting:
+            ready = {descriptor for descriptor, _ in poll.poll(self._hello.beat_s * 500)}
+            if self._wire.fileno() in ready:
+                for message, descriptor in self._wire.receive():
+                    self._heard(message, descriptor)
+            elif trainer in ready:
+                raise PeerGone("the trainer's process ended")
+            if time.monotonic() - beaten >= self._hello.beat_s / 2:
+                self._wire.send_if_free(Beat())
+                beaten = time.monotonic()
+
+    def _heard(self, message: Message, descriptor: int) -> None:
+        match message:
+            case ArenaHere(arena, nbytes):
+                self._arenas[arena] = Arena.attach(descriptor, nbytes)
+            case ArenaGone(arena):
+                self._arenas.pop(arena).close()
+            case PlanHere(plan, data):
+                self._plans[plan] = _Plan(data)
+            case PlanGone(plan):
+                del self._plans[plan]
+            case Write():
+                self._tasks.put(_Task(message, self._plans[message.plan], self._arenas[message.arena]))
+            case Cancel(job):
+                self._cancelled.add(job)
+            case Quit():
+                self._quitting = True
+            case _:
+                pass
+
+    def _finish(self) -> None:
+        """The trainer is gone: nothing comes any more, what came is finished, within the lease."""
+        self._orphaned = True
+        limit = threading.Timer(self._hello.lease_s, os._exit, (1,))
+        limit.daemon = True
+        limit.start()
+        self._wire.limit(0.0)
+        with suppress(PeerGone):
+            while True:  # what was sent before the end
+                for message, descriptor in self._wire.receive():
+                    self._heard(message, descriptor)
+        self._tasks.put(None)
+
+    # -- the writing thread --------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            answer = self._answer(task)
+            del task  # its arena may be given up before the next one comes
+            with suppress(PeerGone):
+                self._wire.send(answer)
+
+    def _answer(self, task: _Task) -> Done | Failed:
+        job = task.write.job
+        written = told = 0
+        told_at = time.monotonic()
+
+        def watch(nbytes: int) -> None:
+            nonlocal written, told, told_at
+            if job in self._cancelled:
+                raise _Cancelled
+            written += nbytes
+            if time.monotonic() - told_at >= PROGRESS_S and written != told:
+                told, told_at = written, time.monotonic()
+                with suppress(PeerGone):
+                    self._wire.send_if_free(Progress(job, written))
+
+        try:
+            prepared = task.plan.prepared()
+            if self._orphaned and task.write.round < len(prepared.rounds) - 1:
+                return Failed(job, "writer-lost", "the trainer ended before it had staged the rest")
+            watch(0)
+            return perform(self._store(task.write.store), task.write, prepared, task.arena.memory, watch=watch)
+        except _Cancelled:
+            return Failed(job, "cancelled", "cancelled")
+        except Exception as error:
+            failure = failure_of(error, 0)
+            return Failed(job, failure.kind, failure.message)
+        finally:
+            self._cancelled.discard(job)
+
+    def _store(self, url: str) -> Store:
+        if url not in self._stores:
+            store = _open(url)
+            if self._hello.wrap:
+                module, name, argument = self._hello.wrap.split(":", 2)
+                store = getattr(importlib.import_module(module), name)(store, argument)
+            self._stores[url] = store
+        return self._stores[url]
+
+
+def _watch(pid: int) -> int:
+    """A descriptor that is readable once the process has ended. Raises PeerGone if it has."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise PeerGone(f"no process {pid}") from None
+
+
+def _open(url: str) -> Store:
+    from elastickpt.storage.opening import open_store  # brings fsspec, which costs half of the start
+
+    return open_store(url)

@@ -1,0 +1,270 @@
+"""Keeps one writer process for this rank: hands it what is staged, and revives it, with the same work, when it is gone.
+
+    submit --> handed over --> Done / Failed -----------------> the submission's result
+                  |  ^
+     gone, silent |  | another process, `repeated`, from the same arena
+                  v  |
+             killed, reaped        could not be reaped: the arena is retired, the submission fails with WriterLost
+
+All of it happens in one thread of this process, which alone speaks to the writer; callers only leave it commands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from elastickpt.comms.frames import PeerGone
+from elastickpt.errors import CheckpointError, Refused, WriterLost
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.child import Child, WriterOptions
+from elastickpt.writer.messages import (
+    ArenaGone,
+    ArenaHere,
+    Cancel,
+    Done,
+    Failed,
+    Message,
+    PlanGone,
+    PlanHere,
+    Progress,
+    Quit,
+    Ready,
+)
+from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of
+
+log = logging.getLogger(__name__)
+
+KNOWN_PLANS = 4
+MAX_DEATHS = 64  # of writers over one submission: what kills every writer is not tried for ever
+MAX_STILLBORN = 3  # writers in a row that ended before they were ready
+QUIT_S = 2.0
+
+
+class Supervisor:
+    """A rank's writer process. Methods do not block but for `close`. Those who submit take turns; `cancel` may come from any
+    thread."""
+
+    def __init__(self, options: WriterOptions | None = None) -> None:
+        self._options = options or WriterOptions()
+        self._owner = os.getpid()
+        self._hooks = iter(self._options.hooks)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pending: dict[int, Submission] = {}
+        self._count = 0
+        self._child: Child | None = None
+        self._stillborn = 0
+        self._leave_at: float | None = None
+        self._closed = False
+        self._waking = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="elastickpt-supervisor", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the writer of now."""
+        child = self._child
+        return None if child is None else child.process.pid
+
+    def submit(self, staged: StagedRound, arena: Arena) -> Submission:
+        """Has the round written from the arena. Raises Refused after `close`, in a forked child, for an arena not free."""
+        if self._closed or os.getpid() != self._owner:
+            raise Refused("this writer was closed" if self._closed else "a writer belongs to the process that started it")
+        arena.require_free()
+        self._count += 1
+        submission = Submission(self._count, staged, arena)
+        arena.lent = True
+        self._leave(lambda: self._pending.__setitem__(submission.number, submission))
+        return submission
+
+    def cancel(self, submission: Submission) -> None:
+        """Ends it as soon as may be; its result says which came first."""
+        self._leave(lambda: self._cancel(submission))
+
+    def forget(self, arena: Arena) -> None:
+        """No submission will name this arena again: the writer gives it up."""
+        self._leave(lambda: self._forget(arena.number))
+
+    def close(self, *, limit_s: float = 10.0) -> None:
+        """Ends the writer once everything is written, at most after `limit_s`: then it is left to finish by itself, and the
+        results still open raise WriterLost. Blocking."""
+        if os.getpid() != self._owner or self._closed:
+            return
+        self._closed = True
+        until = time.monotonic() + limit_s
+
+        def leave() -> None:
+            self._leave_at = until
+
+        self._leave(leave)
+        self._thread.join(limit_s + QUIT_S + self._options.reap_s + 1)
+        if not self._thread.is_alive():
+            with self._waking:
+                descriptor, self._woken = self._woken, -1
+            os.close(descriptor)
+
+    # -- everything below runs in the supervisor's thread --------------------------------------------------------------
+
+    def _leave(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        with self._waking:
+            if self._woken >= 0:
+                os.eventfd_write(self._woken, 1)
+
+    def _run(self) -> None:
+        try:
+            self._start()
+            while self._leave_at is None or (self._pending and time.monotonic() < self._leave_at):
+                self._turn()
+        except BaseException as error:
+            log.exception("the supervisor of the writer process failed")
+            self._fail_all(f"its supervisor failed: {type(error).__name__}: {error}")
+        finally:
+            self._closed = True
+            self._end()
+
+    def _turn(self) -> None:
+        if self._child is None and self._pending:
+            self._start()
+        child = self._child
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        if child is not None:
+            poll.register(child.wire, select.POLLIN)
+        begun = time.monotonic()
+        ready = {descriptor for descriptor, _ in poll.poll(min(self._options.beat_s, self._options.silence_s / 4) * 1000)}
+        now = time.monotonic()
+        try:
+            if child is not None and child.wire.fileno() in ready:
+                child.heard_at = now
+                for message, _ in child.wire.receive():
+                    self._heard(message)
+            elif child is not None and now - begun > self._options.silence_s / 2:
+                child.heard_at = now  # it was this process that stood still
+            elif child is not None and now - child.heard_at > self._options.silence_s:
+                return self._lost(child, f"silent for {now - child.heard_at:.1f} s")
+            if self._woken in ready:
+                os.eventfd_read(self._woken)
+            while self._commands:
+                self._commands.popleft()()
+            self._hand_over()
+        except PeerGone as gone:
+            if child is not None:
+                self._lost(child, str(gone))
+        return None
+
+    def _start(self) -> None:
+        try:
+            self._child = Child.spawn(self._options, wrap=next(self._hooks, ""))
+        except OSError as error:
+            self._not_born(f"it could not be started: {error}")
+            time.sleep(self._options.beat_s)
+
+    def _hand_over(self) -> None:
+        child = self._child
+        for submission in list(self._pending.values()):
+            if child is None or submission.handed:
+                continue
+            staged, arena = submission.staged, submission.arena
+            submission.handed = True
+            if arena.number not in child.arenas:
+                child.arenas.add(arena.number)
+                child.wire.send(ArenaHere(arena.number, arena.nbytes), descriptors=(arena.descriptor,))
+            digest = staged.prepared.digest
+            if digest not in child.plans:
+                child.plans[digest] = None
+                child.wire.send(PlanHere(digest, staged.prepared.encoded))
+            child.plans.move_to_end(digest)
+            while len(child.plans) > KNOWN_PLANS:
+                child.wire.send(PlanGone(child.plans.popitem(last=False)[0]))
+            child.wire.send(submission.write())
+
+    def _heard(self, message: Message) -> None:
+        if isinstance(message, Ready) and self._child is not None:
+            self._child.ready, self._stillborn = True, 0
+        elif isinstance(message, Progress) and message.job in self._pending:
+            self._pending[message.job].written = message.nbytes
+        elif isinstance(message, Done) and (done := self._pending.pop(message.job, None)) is not None:
+            done.end(outcome_of(message))
+        elif isinstance(message, Failed) and (failed := self._pending.pop(message.job, None)) is not None:
+            failed.end(error_of(message))
+
+    def _cancel(self, submission: Submission) -> None:
+        submission.cancelled = True
+        if submission.handed and self._child is not None:
+            self._child.wire.send(Cancel(submission.number))
+        elif self._pending.pop(submission.number, None) is not None:
+            submission.end(CheckpointError("cancelled"))
+
+    def _forget(self, arena: int) -> None:
+        if self._child is not None and arena in self._child.arenas:
+            self._child.arenas.discard(arena)
+            self._child.wire.send(ArenaGone(arena))
+
+    # -- the end of a writer -------------------------------------------------------------------------------------------
+
+    def _lost(self, child: Child, why: str) -> None:
+        """Kills and reaps it; what it had is handed to the next one, but for what it may still be writing."""
+        reaped = child.put_down(self._options.reap_s)
+        self._child = None
+        messages, said = child.last_words()
+        child.ready |= any(isinstance(message, Ready) for message in messages)
+        for message in messages:
+            self._heard(message)
+        pid, status = child.process.pid, child.process.returncode
+        child.close()
+        log.warning("writer process %d is gone (%s, status %s)%s", pid, why, status, f": {said}" if said else "")
+        for submission in [one for one in self._pending.values() if one.handed]:
+            submission.handed = False
+            submission.deaths += 1
+            if not reaped:
+                submission.arena.retire()
+                self._give_up(submission, f"writer process {pid} could not be ended ({why}) and may still write")
+            elif submission.cancelled:
+                self._give_up(submission, "cancelled")
+            elif submission.deaths >= MAX_DEATHS:
+                self._give_up(submission, f"{submission.deaths} writer processes ended over it, the last one as: {why} {said}")
+        if child.ready and self._leave_at is None:
+            self._start()  # else with the next submission
+        elif not child.ready and status != -signal.SIGKILL:  # somebody's kill says nothing of the next one
+            self._not_born(f"it ended before it was ready, status {status}: {said}")
+
+    def _not_born(self, why: str) -> None:
+        self._stillborn += 1
+        if self._stillborn >= MAX_STILLBORN:
+            self._stillborn = 0
+            self._fail_all(why)
+
+    def _give_up(self, submission: Submission, why: str) -> None:
+        if self._pending.pop(submission.number, None) is not None:
+            submission.end(WriterLost(f"{submission.staged.draft.folder}: {why}"))
+
+    def _fail_all(self, why: str) -> None:
+        for submission in list(self._pending.values()):
+            self._give_up(submission, why)
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        with suppress(PeerGone):
+            while self._commands:
+                self._commands.popleft()()
+        at_work = [one for one in self._pending.values() if one.handed]
+        for submission in at_work:
+            submission.arena.retire()
+        self._fail_all("not written when it was closed; what was handed to the writer process is left to it to finish")
+        if child is None:
+            return
+        if not at_work:
+            with suppress(PeerGone):
+                child.wire.send(Quit())
+            if not child.wait(QUIT_S):
+                child.put_down(self._options.reap_s)
+        child.close()

@@ -1,0 +1,239 @@
+"""Arenas, their layout, and what is staged into them; no process but this one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastickpt.errors import LimitExceeded, NoSpace
+from elastickpt.format.box import Box
+from elastickpt.layout.grid import Run, runs_of
+from elastickpt.save.gather import gather, part_of
+from elastickpt.save.staging import MIN_THREADED_NBYTES, Stager, slices_of
+from elastickpt.storage.direct import MIN_DIRECT_NBYTES
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
+from elastickpt.writer.prepared import Prepared, decode_prepared, prepare
+from elastickpt.writer.rounds import BLOCK_NBYTES, MIN_ARENA_NBYTES, PAGE, lay_out
+
+MIB = 1 << 20
+
+
+def memfds() -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += "memfd:elastickpt" in os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def file_of(*pieces: tuple[int, int]) -> PlannedFile:
+    """A file with contiguous pieces of bytes, each (offset, nbytes)."""
+    planned = [PlannedPiece(0, Box((at,), (at + n,)), Run((0,), Box((at,), (at + n,)), at, n, n, n)) for at, n in pieces]
+    return PlannedFile("p/c.0", max(at + n for at, n in pieces), tuple(planned))
+
+
+def plan_of(*boxes: Box, shape: tuple[int, ...], itemsize: int, held: Box) -> WritePlan:
+    """What a rank that holds `held` writes of these boxes of an array that is one chunk."""
+    runs = [run for box in boxes for run in runs_of(box, shape=shape, chunk_shape=shape, itemsize=itemsize)]
+    low = held.start
+    pieces = [
+        PlannedPiece(
+            0,
+            Box(
+                tuple(a - b for a, b in zip(run.box.start, low, strict=True)),
+                tuple(a - b for a, b in zip(run.box.stop, low, strict=True)),
+            ),
+            run,
+        )
+        for run in runs
+    ]
+    nbytes = int(np.prod(shape)) * itemsize
+    return WritePlan(("p",), (PlannedFile("p/c.0.0", nbytes, tuple(pieces)),), (PlannedDocument(0, True),))
+
+
+def test_an_arena_is_zero_and_starts_at_a_page_and_two_mappings_share_it() -> None:
+    arena = Arena.create(3 * PAGE + 5)
+    assert (arena.memory.size, arena.memory.ctypes.data % mmap.PAGESIZE, int(arena.memory.sum())) == (3 * PAGE + 5, 0, 0)
+    other = Arena.attach(os.dup(arena.descriptor), arena.nbytes)
+    arena.memory[-1] = 7
+    assert other.memory[-1] == 7
+    with pytest.raises(ValueError, match="read-only"):
+        other.memory[0] = 1
+    arena.close()
+    assert other.memory[-1] == 7
+
+
+def test_an_arena_is_resident_when_it_is_made() -> None:
+    before = int(Path("/proc/self/statm").read_text().split()[2])
+    arena = Arena.create(16 * MIB)
+    assert int(Path("/proc/self/statm").read_text().split()[2]) - before >= 16 * MIB // mmap.PAGESIZE
+    arena.close()
+
+
+def test_no_process_can_shrink_an_arena_under_another() -> None:
+    arena = Arena.create(2 * PAGE)
+    for nbytes in (0, PAGE, 3 * PAGE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.descriptor, nbytes)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    arena.close()
+
+
+def test_a_closed_arena_leaves_no_memory() -> None:
+    gc.collect()
+    before = memfds()
+    for _ in range(20):
+        arena = Arena.create(MIB)
+        assert memfds() == before + 2  # the mapping keeps one of its own
+        arena.close()
+    assert memfds() == before
+    assert "memfd:elastickpt" not in Path("/proc/self/maps").read_text()
+
+
+def test_an_arena_beyond_the_hosts_memory_is_refused_before_it_is_touched() -> None:
+    with pytest.raises(NoSpace, match=r"arena of 1125899906842624 bytes: the host has memory for \d+"):
+        Arena.create(1 << 50)
+
+
+# -- layout ------------------------------------------------------------------------------------------------------------
+
+sizes = st.one_of(st.integers(1, 5000), st.integers(MIN_DIRECT_NBYTES - 2, 5 * MIB))
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 3 * PAGE), sizes), min_size=1, max_size=5), max_size=6), st.data())
+def test_slices_are_the_plan_in_order_and_never_share_a_byte(gaps: list[list[tuple[int, int]]], data: st.DataObject) -> None:
+    files = []
+    for pieces in gaps:
+        at = 0
+        placed = []
+        for gap, nbytes in pieces:
+            placed.append((at + gap, nbytes))
+            at += gap + nbytes
+        files.append(file_of(*placed))
+    limit = data.draw(st.one_of(st.none(), st.integers(MIN_ARENA_NBYTES, 8 * MIB)))
+    rounds = lay_out(files, arena_nbytes=limit)
+    if limit is None:
+        assert len(rounds) == 1
+    flat = [s for one in rounds for s in one.slices]
+    seen: list[tuple[int, int, int]] = []
+    for s in flat:
+        assert s.start % BLOCK_NBYTES == 0
+        assert s.stop > s.start
+        if seen and seen[-1][:2] == (s.file, s.piece):
+            assert seen[-1][2] == s.start
+            seen[-1] = (s.file, s.piece, s.stop)
+        else:
+            assert s.start == 0
+            seen.append((s.file, s.piece, s.stop))
+    assert seen == [(f, p, piece.run.nbytes) for f, file in enumerate(files) for p, piece in enumerate(file.pieces)]
+    for one in rounds:
+        end = 0
+        for s in one.slices:
+            assert s.offset >= end
+            end = s.offset + s.stop - s.start
+            run = files[s.file].pieces[s.piece].run
+            if run.nbytes >= MIN_DIRECT_NBYTES:
+                assert (s.offset - run.offset - s.start) % PAGE == 0
+        assert end == one.nbytes <= (limit or end)
+
+
+def test_an_arena_that_could_not_take_a_direct_write_is_refused() -> None:
+    with pytest.raises(LimitExceeded, match="expected at least"):
+        lay_out((), arena_nbytes=MIN_ARENA_NBYTES - 1)
+    assert [one.nbytes for one in lay_out(())] == [0]
+
+
+def test_small_pieces_do_not_take_a_page_each() -> None:
+    files = [file_of((0, 1024)) for _ in range(1000)]
+    (one,) = lay_out(files)
+    assert one.nbytes == 1000 * 1024
+
+
+# -- staging -----------------------------------------------------------------------------------------------------------
+
+
+def staged(prepared: Prepared, sources: Sequence[np.ndarray], *, threads: int = 1) -> bytes:
+    """All bytes in the order of the plan, through one arena."""
+    arena = Arena.create(prepared.arena_nbytes)
+    stager = Stager(prepared, arena, threads=threads)
+    found = b""
+    for number in range(stager.rounds):
+        arena.memory[:] = 0xEE
+        assert stager.stage(number, sources) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
+        found += b"".join(one.into.tobytes() for one in slices_of(prepared, arena, number))
+    stager.close()
+    arena.close()
+    return found
+
+
+def expected(plan: WritePlan, source: np.ndarray) -> bytes:
+    return b"".join(
+        np.ascontiguousarray(part_of(source, piece.local)).tobytes() for file in plan.files for piece in file.pieces
+    )
+
+
+def test_strided_tensors_and_parts_of_them_are_staged_in_c_order() -> None:
+    source = np.arange(700 * 64, dtype=np.uint32).reshape(64, 700).T
+    held = Box((10, 5), (710, 69))
+    inner = Box((20, 9), (650, 50))
+    plan = plan_of(inner, shape=(800, 90), itemsize=4, held=held)
+    assert staged(prepare(plan, ()), [source]) == expected(plan, source)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rounds_of_a_small_arena_carry_the_same_bytes(threads: int, order: str) -> None:
+    source = np.asarray(np.random.default_rng(0).integers(0, 1 << 30, (3000, 700), dtype=np.uint32), order=order)
+    whole = Box((0, 0), source.shape)
+    plan = plan_of(whole, shape=source.shape, itemsize=4, held=whole)
+    small = prepare(plan, (), arena_nbytes=2 * MIB)
+    assert len(small.rounds) == 5
+    assert staged(small, [source], threads=threads) == staged(prepare(plan, ()), [source], threads=threads) == source.tobytes()
+
+
+def test_several_threads_stage_what_one_does() -> None:
+    source = np.random.default_rng(1).integers(0, 255, (MIN_THREADED_NBYTES + 12345,), dtype=np.uint8)
+    whole = Box((0,), source.shape)
+    plan = plan_of(whole, shape=source.shape, itemsize=1, held=whole)
+    assert staged(prepare(plan, ()), [source], threads=3) == source.tobytes()
+
+
+def test_a_partial_slice_of_a_strided_piece() -> None:
+    source = np.arange(24, dtype=np.uint16).reshape(4, 6).T
+    into = np.empty(10, dtype=np.uint8)
+    gather(source, 8, into)
+    assert into.tobytes() == source.tobytes()[8:18]
+
+
+def test_an_arena_that_is_too_small_for_the_plan_is_refused() -> None:
+    whole = Box((0,), (2 * PAGE,))
+    prepared = prepare(plan_of(whole, shape=(2 * PAGE,), itemsize=1, held=whole), ())
+    arena = Arena.create(PAGE)
+    with pytest.raises(LimitExceeded, match=f"needs an arena of {2 * PAGE} bytes, found one of {PAGE}"):
+        Stager(prepared, arena)
+    arena.close()
+
+
+def test_a_prepared_plan_is_the_same_on_the_other_side() -> None:
+    held = Box((10, 5), (3710, 669))
+    plan = plan_of(Box((20, 9), (2650, 550)), shape=(4000, 900), itemsize=4, held=held)
+    documents = (Document("p/zarr.json", b"{}"), Document("zarr.json", b"[]"))
+    for limit in (None, 2 * MIB):
+        prepared = prepare(plan, documents, arena_nbytes=limit)
+        other = decode_prepared(prepared.encoded)
+        assert (other.plan, other.documents, other.rounds, other.digest) == (plan, documents, prepared.rounds, prepared.digest)
+    assert prepare(plan, documents).digest != prepare(plan, documents[:1]).digest
+    empty = prepare(WritePlan((), (), ()), ())
+    assert decode_prepared(empty.encoded).plan == empty.plan

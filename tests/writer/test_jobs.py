@@ -1,0 +1,141 @@
+"""Rounds carried out in this process, with crashes at every operation; the process around them is tested beside this."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from staged import Rank, begun, commit, tree
+
+import elastickpt as ek
+from elastickpt.errors import PathOccupied
+from elastickpt.format.keys import fragments_file
+from elastickpt.format.records import FileDigest
+from elastickpt.save.staging import Stager
+from elastickpt.storage.store import Store
+from elastickpt.testing.faults import CHANGING, Crash, CrashAt, FaultyStore, Mode
+from elastickpt.training.memory import host_elements
+from elastickpt.writer.jobs import perform
+from elastickpt.writer.messages import Done, Write
+
+
+def small_state(seed: int = 0) -> dict[str, object]:
+    torch.manual_seed(seed)
+    return {"t": {"a": torch.randn(300, 1000), "b": torch.randn(5, 9).t()}}
+
+
+class Job:
+    """A save of one rank in one draft, carried out a round at a time."""
+
+    def __init__(self, folder: Path, *, arena_nbytes: int | None = None) -> None:
+        self.rank = Rank.of(small_state(), arena_nbytes=arena_nbytes)
+        self.store, self.draft = begun(folder, "c")
+        self.arena = self.rank.arena()
+        self.stager = Stager(self.rank.prepared, self.arena)
+        self.known = b""
+
+    def stage(self, number: int) -> None:
+        self.stager.stage(number, [host_elements(held.tensor) for held in self.rank.live.arrays])
+
+    def perform(self, store: Store, number: int, *, repeated: bool) -> Done:
+        draft = (self.draft.name, self.draft.folder, self.draft.attempt)
+        template = self.rank.template(self.draft)
+        digest = self.rank.prepared.digest
+        write = Write(1, digest, number, 0, store.url, draft, "power", template, self.known, repeated)
+        return perform(store, write, self.rank.prepared, self.arena.memory, watch=lambda _: None)
+
+    def finish(self, done: Done) -> dict[str, bytes]:
+        """Commits and returns the tree but for the fragment file, which names the attempt."""
+        commit(self.rank, self.store, self.draft, FileDigest(*done.file), "power")
+        assert ek.open(Path(self.store.url.removeprefix("file://")) / "c").verify().sound
+        found = tree(Path(self.store.url.removeprefix("file://")) / "c")
+        del found[fragments_file(0)]
+        return found
+
+
+@pytest.fixture(scope="module")
+def blocking(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("blocking") / "c"
+    ek.save(small_state(), path)
+    found = tree(path)
+    del found[fragments_file(0)]
+    return found
+
+
+def folders(quick_path: Path) -> Iterator[Path]:
+    for number in itertools.count():
+        folder = quick_path / str(number)
+        folder.mkdir()
+        yield folder
+
+
+@pytest.mark.parametrize("mode", ["before", "torn", "after"])
+def test_whoever_takes_over_after_a_crash_anywhere_makes_the_same_tree(
+    quick_path: Path, mode: Mode, blocking: dict[str, bytes]
+) -> None:
+    crashes = 0
+    for n, folder in enumerate(folders(quick_path), start=1):
+        job = Job(folder)
+        job.stage(0)
+        store = FaultyStore(job.store, CrashAt(n, mode), counted=CHANGING)
+        try:
+            done = job.perform(store, 0, repeated=False)
+        except Crash:
+            crashes += 1
+            done = job.perform(job.store, 0, repeated=True)
+        assert job.finish(done) == blocking
+        if not store.struck:
+            break
+    assert crashes > 20
+
+
+def test_every_later_process_may_crash_too(quick_path: Path, blocking: dict[str, bytes]) -> None:
+    """The nth one at its nth operation, all over one attempt."""
+    job = Job(quick_path)
+    job.stage(0)
+    for n in itertools.count(1):
+        store = FaultyStore(job.store, CrashAt(n), counted=CHANGING)
+        try:
+            done = job.perform(store, 0, repeated=n > 1)
+            break
+        except Crash:
+            continue
+    assert n > 20
+    assert job.finish(done) == blocking
+
+
+def test_rounds_survive_a_crash_in_each_of_them(quick_path: Path, blocking: dict[str, bytes]) -> None:
+    """The arena holds only the round of now: earlier ones are never needed again."""
+    for at, folder in zip((1, 3, 5), folders(quick_path), strict=False):
+        job = Job(folder, arena_nbytes=(1 << 20) + 4096)
+        assert len(job.rank.prepared.rounds) == 2
+        for number in range(2):
+            job.arena.memory[:] = 0xEE
+            job.stage(number)
+            with pytest.raises(Crash):
+                job.perform(FaultyStore(job.store, CrashAt(at, "torn"), counted=CHANGING), number, repeated=False)
+            done = job.perform(job.store, number, repeated=True)
+            job.known += done.checksums
+        assert job.finish(done) == blocking
+
+
+def test_a_fragment_file_of_somebody_else_is_never_replaced(quick_path: Path) -> None:
+    job = Job(quick_path)
+    job.stage(0)
+    other = b"another writer's"
+    job.store.create(job.draft.path(fragments_file(0)), other)
+    for repeated in (False, True):
+        with pytest.raises(PathOccupied):
+            job.perform(job.store, 0, repeated=repeated)
+        assert job.store.read(job.draft.path(fragments_file(0)), 100) == other
+        job.store.remove_tree(job.draft.path("extra"))
+
+
+def test_an_attested_round_can_be_repeated_and_says_the_same(quick_path: Path) -> None:
+    job = Job(quick_path)
+    job.stage(0)
+    first = job.perform(job.store, 0, repeated=False)
+    assert job.perform(job.store, 0, repeated=True) == first
