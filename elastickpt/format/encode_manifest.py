@@ -10,11 +10,10 @@ import re
 from math import isfinite
 from typing import get_args
 
-from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe, Unsupported
+from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.arrays import Mesh
-from elastickpt.format.canonical_json import dump_bounded, parse
+from elastickpt.format.canonical_json import parse
 from elastickpt.format.columns import Runs, pack_runs
-from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.keys import checked_name, checked_path
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
@@ -29,12 +28,11 @@ from elastickpt.format.records import (
     Manifest,
     Placement,
 )
+from elastickpt.format.sealed import check_seal, seal
 from elastickpt.format.values import decode_pointers, encode_pointers
 
 FORMAT = "elastickpt"
 SUPPORTED_FEATURES: frozenset[str] = frozenset()  # of `requires`
-_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
-_TAIL_NBYTES = len(b',"digest":""}\n') + 32
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _PLACEMENT = re.compile(r"R|_?S\((0|[1-9][0-9]?)\)")
 _ITEM_KINDS: dict[str, ItemKind] = {kind: kind for kind in get_args(ItemKind)}
@@ -69,8 +67,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "tied": [[list(one) for one in group] for group in manifest.tied],
         "values": encode_pointers(manifest.values, where="replicated values"),
     }
-    body = dump_bounded(record, where="manifest").encode("ascii")[:-1]
-    data = body + f',"digest":"{file_digest(body)}"}}\n'.encode("ascii")
+    data = seal(record, where="manifest")
     decode_manifest(data, path="manifest about to be written")
     return data
 
@@ -87,7 +84,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     """
     if len(data) > MAX_MANIFEST_NBYTES:
         raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
-    _check_digest(data, path)
+    check_seal(data, where=path)
     members = Members(parse(data, where=path), where=path)
     check_version(members, FORMAT)  # [UCF-72]
     requires = members.texts("requires")
@@ -117,16 +114,6 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     members.close()
     _check_files(manifest, path)
     return manifest
-
-
-def _check_digest(data: bytes, path: str) -> None:
-    tail = _TAIL.fullmatch(data[-_TAIL_NBYTES:])
-    if tail is None:  # [UCF-71]
-        raise Malformed(f"{path}: does not end with a digest of itself; cut short, or no manifest")
-    found = file_digest(memoryview(data)[:-_TAIL_NBYTES])
-    recorded = tail[1].decode("ascii")
-    if found != recorded:
-        raise ChecksumMismatch(f"{path}: its bytes have xxh3-128 {found}, it records {recorded}")
 
 
 def _one_of(members: Members, name: str, known: dict[str, Placement]) -> Placement:

@@ -1,1 +1,1 @@
-"""A run and its history: discovery, retention, epochs. Its place is kept; it is not built yet."""
+"""A run and its history: commits, epochs, the live branch, what is kept. Rules over small objects on a store; no torch."""
