@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Commit, Metrics
+from elastickpt.commit.registers.steps import complete
+from elastickpt.commit.registers.stored import RunView, read_view
 from elastickpt.errors import MissingFile, NotACheckpoint
-from elastickpt.runs.names import AttemptId
-from elastickpt.runs.records import Commit, Metrics
-from elastickpt.runs.steps import complete
-from elastickpt.runs.stored import RunView, read_view
 from elastickpt.storage.opening import open_store
 
 CommitState = Literal["live", "abandoned"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from elastickpt.commit.registers.create import create_exclusively
+from elastickpt.commit.registers.epochs import Holding, require_newest
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import LaterMetrics, encode_metrics, metrics_of
+from elastickpt.commit.registers.steps import Steps
 from elastickpt.errors import NotACheckpoint
-from elastickpt.runs.create import create_exclusively
-from elastickpt.runs.epochs import Holding, require_newest
-from elastickpt.runs.names import AttemptId
-from elastickpt.runs.records import LaterMetrics, encode_metrics, metrics_of
-from elastickpt.runs.steps import Steps
 from elastickpt.storage.store import Store
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from elastickpt.commit.registers.create import remove_register
+from elastickpt.commit.registers.epochs import Holding, require_newest
+from elastickpt.commit.registers.names import SWEPT, AttemptId, Listing, commits_path
+from elastickpt.commit.registers.steps import NOW, Steps
 from elastickpt.errors import MissingFile
-from elastickpt.runs.create import remove_register
-from elastickpt.runs.epochs import Holding, require_newest
-from elastickpt.runs.names import SWEPT, AttemptId, Listing, commits_path
-from elastickpt.runs.steps import NOW, Steps
 from elastickpt.storage.store import Store
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal, get_args
 
+from elastickpt.commit.registers.names import AttemptId
 from elastickpt.errors import Refused
 from elastickpt.runs.branch import CommitEntry
-from elastickpt.runs.names import AttemptId
 
 Mode = Literal["min", "max"]
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from elastickpt.commit.registers.create import remove_register
+from elastickpt.commit.registers.epochs import Holding, counts, decide, require_newest
+from elastickpt.commit.registers.names import AttemptId, Listing, commits_path, listing_of, parse_name, parse_temporary
+from elastickpt.commit.registers.records import Abort, Commit
+from elastickpt.commit.registers.steps import NOW, Steps
+from elastickpt.commit.registers.stored import Folders, attempt_folders, read_register
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, Superseded
-from elastickpt.runs.create import remove_register
-from elastickpt.runs.epochs import Holding, counts, decide, require_newest
-from elastickpt.runs.names import AttemptId, Listing, commits_path, listing_of, parse_name, parse_temporary
-from elastickpt.runs.records import Abort, Commit
 from elastickpt.runs.removal import remove_folder, remove_metrics
-from elastickpt.runs.steps import NOW, Steps
-from elastickpt.runs.stored import Folders, attempt_folders, read_register
 from elastickpt.storage.store import Entry, Store
 
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+from elastickpt.commit.registers.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Abort, Claimer, Commit
+from elastickpt.commit.registers.steps import NOW, Steps, complete
+from elastickpt.commit.registers.stored import read_view
 from elastickpt.errors import MissingFile, StorageFailed, Superseded
 from elastickpt.runs.branch import entries_of
-from elastickpt.runs.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
-from elastickpt.runs.names import AttemptId
-from elastickpt.runs.records import Abort, Claimer, Commit
 from elastickpt.runs.removal import remove_commits
 from elastickpt.runs.retention import Keep, judge, removable
-from elastickpt.runs.steps import NOW, Steps, complete
-from elastickpt.runs.stored import read_view
 from elastickpt.runs.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store

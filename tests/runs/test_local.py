@@ -20,15 +20,15 @@ from run_actors import (
     write_folder,
 )
 
+from elastickpt.commit.registers.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Abort, Commit
+from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import NotACheckpoint, Superseded
 from elastickpt.runs.branch import at_step, history
-from elastickpt.runs.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt
 from elastickpt.runs.metrics import add_metrics
-from elastickpt.runs.names import AttemptId
-from elastickpt.runs.records import Abort, Commit
 from elastickpt.runs.removal import remove_commits
 from elastickpt.runs.retention import Best, Keep, judge, removable
-from elastickpt.runs.steps import complete
 from elastickpt.runs.sweep import sweep
 from elastickpt.storage.local import LocalStore
 

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import W, X, by, commit_of
 
-from elastickpt.errors import ChecksumMismatch, Damaged, Malformed, Refused, Unsupported
-from elastickpt.format.sealed import seal
-from elastickpt.runs.names import (
+from elastickpt.commit.registers.names import (
     MAX_NUMBER,
     AttemptId,
     Name,
@@ -26,7 +24,7 @@ from elastickpt.runs.names import (
     start_name,
     temporary_name,
 )
-from elastickpt.runs.records import (
+from elastickpt.commit.registers.records import (
     Abort,
     Adopted,
     Claim,
@@ -45,6 +43,8 @@ from elastickpt.runs.records import (
     encode_start,
     metrics_of,
 )
+from elastickpt.errors import ChecksumMismatch, Damaged, Malformed, Refused, Unsupported
+from elastickpt.format.sealed import seal
 from elastickpt.storage.store import Entry
 
 NUMBERS = st.integers(1, MAX_NUMBER)

@@ -7,14 +7,14 @@ import itertools
 import pytest
 from run_actors import MANIFEST, W, X, begun, by, commit_of, committed, memory_store, run_with_one_commit, write_folder
 
+from elastickpt.commit.registers.epochs import Holding, claim, decide, open_attempt
+from elastickpt.commit.registers.names import AttemptId, commits_path, temporary_name
+from elastickpt.commit.registers.records import Abort
+from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import Superseded
 from elastickpt.runs.branch import history
-from elastickpt.runs.epochs import Holding, claim, decide, open_attempt
 from elastickpt.runs.metrics import add_metrics
-from elastickpt.runs.names import AttemptId, commits_path, temporary_name
-from elastickpt.runs.records import Abort
 from elastickpt.runs.removal import remove_commit, remove_commits
-from elastickpt.runs.steps import complete
 from elastickpt.runs.sweep import sweep
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore

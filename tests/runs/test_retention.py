@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import commit_of
 
+from elastickpt.commit.registers.names import AttemptId
 from elastickpt.errors import Refused
 from elastickpt.runs.branch import CommitEntry, CommitState
-from elastickpt.runs.names import AttemptId
 from elastickpt.runs.retention import Best, Keep, Verdict, best_of, judge, removable
 
 NOW = 10_000.0

@@ -32,10 +32,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
 
-from elastickpt.errors import CheckpointError, Damaged, MissingFile, PathOccupied, Refused, Superseded
-from elastickpt.runs.create import create_exclusively, remove_register
-from elastickpt.runs.names import COMMITS, AttemptId, Listing, adopted_name, claim_name, start_name
-from elastickpt.runs.records import (
+from elastickpt.commit.registers.create import create_exclusively, remove_register
+from elastickpt.commit.registers.names import COMMITS, AttemptId, Listing, adopted_name, claim_name, start_name
+from elastickpt.commit.registers.records import (
     Abort,
     Adopted,
     Claim,
@@ -49,8 +48,16 @@ from elastickpt.runs.records import (
     encode_register,
     encode_start,
 )
-from elastickpt.runs.steps import NOW, Steps
-from elastickpt.runs.stored import attempt_folders, list_commits, newest_adopted, read_adopted, read_claim, read_register
+from elastickpt.commit.registers.steps import NOW, Steps
+from elastickpt.commit.registers.stored import (
+    attempt_folders,
+    list_commits,
+    newest_adopted,
+    read_adopted,
+    read_claim,
+    read_register,
+)
+from elastickpt.errors import CheckpointError, Damaged, MissingFile, PathOccupied, Refused, Superseded
 from elastickpt.storage.store import Store
 
 

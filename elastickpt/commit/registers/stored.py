@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from elastickpt.errors import Damaged, MissingFile
-from elastickpt.runs.names import (
+from elastickpt.commit.registers.names import (
     COMMITS,
     AttemptId,
     Listing,
@@ -18,7 +17,7 @@ from elastickpt.runs.names import (
     parse_folder,
     start_name,
 )
-from elastickpt.runs.records import (
+from elastickpt.commit.registers.records import (
     MAX_OBJECT_NBYTES,
     Abort,
     Adopted,
@@ -33,7 +32,8 @@ from elastickpt.runs.records import (
     decode_register,
     decode_start,
 )
-from elastickpt.runs.steps import NOW, Steps
+from elastickpt.commit.registers.steps import NOW, Steps
+from elastickpt.errors import Damaged, MissingFile
 from elastickpt.storage.store import Store
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 
+from elastickpt.commit.registers.names import MAX_NUMBER, AttemptId, adopted_name, claim_name, parse_id, start_name
 from elastickpt.errors import LimitExceeded, Malformed, Refused
 from elastickpt.format.canonical_json import parse
 from elastickpt.format.encode_fragments import check_version
@@ -17,7 +18,6 @@ from elastickpt.format.members import Members, text
 from elastickpt.format.records import FORMAT_VERSION
 from elastickpt.format.sealed import check_seal, seal
 from elastickpt.format.values import decode_value, encode_value
-from elastickpt.runs.names import MAX_NUMBER, AttemptId, adopted_name, claim_name, parse_id, start_name
 
 MAX_OBJECT_NBYTES = MAX_MANIFEST_NBYTES  # an adopted object may list 10^6 commits; the others are small
 

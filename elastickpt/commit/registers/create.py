@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from elastickpt.commit.registers.names import COMMITS, AttemptId, commits_path, temporary_name
+from elastickpt.commit.registers.records import MAX_OBJECT_NBYTES
+from elastickpt.commit.registers.steps import NOW, Steps
 from elastickpt.errors import CapabilityMissing, CheckpointError, MissingFile, PathOccupied, StorageFailed
-from elastickpt.runs.names import COMMITS, AttemptId, commits_path, temporary_name
-from elastickpt.runs.records import MAX_OBJECT_NBYTES
-from elastickpt.runs.steps import NOW, Steps
 from elastickpt.storage.store import Store
 
 
