@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from elastickpt.commit.attest import read_attested
+from elastickpt.commit.contents import Contents, parts_of
 from elastickpt.commit.draft import TOKEN, Draft, commit
 from elastickpt.commit.prove import merge_tables, prove, require_distinct_ranges
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.errors import CheckpointError, StorageFailed
-from elastickpt.format.arrays import Mesh
 from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_index
@@ -21,34 +20,12 @@ from elastickpt.format.records import (
     FileDigest,
     IndexEntry,
     IndexPart,
-    Item,
-    Layout,
     Manifest,
     OptimizerTable,
-    Placement,
 )
-from elastickpt.format.values import Value
 from elastickpt.storage.store import Durability, Store
 
 SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each
-PART_ARRAYS = 200_000  # of one index part: about 40 MB, below the limit of 64 MiB
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What the committer knows of the whole checkpoint beside what the writers attest. `arrays` have no writers yet."""
-
-    step: int | None
-    time: float
-    world_size: int
-    placement: Placement
-    versions: tuple[tuple[str, str], ...]
-    items: tuple[Item, ...]
-    meshes: tuple[Mesh, ...]
-    layouts: tuple[Layout, ...]
-    arrays: tuple[ArrayRecord, ...]
-    tied: tuple[tuple[tuple[str, str], ...], ...]
-    values: Value
 
 
 def finish(
@@ -67,7 +44,7 @@ def finish(
     """
     maps = read_attested(store, draft, attested)
     attempt.advance(Event.ATTEST)
-    arrays = prove(contents.arrays, maps)
+    arrays = prove(contents.outline.arrays, maps)
     require_distinct_ranges(maps)
     tables = merge_tables(table for columns in maps for table in columns.tables)
     attempt.advance(Event.PROVE)
@@ -95,10 +72,8 @@ def _record(
     tables: tuple[OptimizerTable, ...],
     attested: Sequence[FileDigest],
 ) -> tuple[Manifest, Sequence[str]]:
-    parts = [
-        IndexPart(arrays[begin : begin + PART_ARRAYS], tables if begin == 0 else ())
-        for begin in range(0, max(len(arrays), 1), PART_ARRAYS)
-    ]
+    outline = contents.outline
+    parts = [IndexPart(part, tables if number == 0 else ()) for number, part in enumerate(parts_of(arrays))]
     entries, created = [], [MANIFEST]
     for number, part in enumerate(parts):
         data = encode_index(part)
@@ -114,16 +89,16 @@ def _record(
         attempt=draft.attempt,
         step=contents.step,
         time=contents.time,
-        world_size=contents.world_size,
-        placement=contents.placement,
-        versions=contents.versions,
-        items=contents.items,
-        meshes=contents.meshes,
-        layouts=contents.layouts,
+        world_size=outline.world_size,
+        placement=outline.placement,
+        versions=outline.versions,
+        items=outline.items,
+        meshes=outline.meshes,
+        layouts=outline.layouts,
         index=tuple(entries),
         fragments=tuple(attested),
-        values=contents.values,
-        tied=contents.tied,
+        values=dict(contents.values),
+        tied=outline.tied,
     )
     store.create(draft.path(MANIFEST), encode_manifest(manifest))
     store.remove(draft.path(TOKEN))

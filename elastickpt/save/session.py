@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import msgpack
 
 from elastickpt.commit.attest import attest
+from elastickpt.commit.contents import Contents, Outline
 from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_token, sweep
-from elastickpt.commit.finish import Contents, finish
+from elastickpt.commit.finish import finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
@@ -201,7 +202,7 @@ class _Save:
                 durability=self.durability,
                 attempt=self.attempt,
             )
-            reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.arrays))))
+            reply = bytes(msgpack.packb((sum(a.nbytes for a in attested), len(contents.outline.arrays))))
             return [reply] * len(payloads)
 
         try:
@@ -220,9 +221,7 @@ class _Save:
         merged = structure.merged
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
-        return Contents(
-            step=self.request.step,
-            time=time.time(),
+        outline = Outline(
             world_size=len(self.team.ranks),
             placement="plain",
             versions=_versions(),
@@ -231,11 +230,11 @@ class _Save:
             layouts=merged.layouts,
             arrays=tuple(
                 ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
-                for a in merged.arrays.values()
+                for a in sorted(merged.arrays.values(), key=lambda shared: shared.key)
             ),
             tied=merged.tied,
-            values=dict(values),
         )
+        return Contents(outline, self.request.step, time.time(), dict(values))
 
 
 def _records(live: LiveState, structure: Structure) -> tuple[ArrayRecord, ...]:

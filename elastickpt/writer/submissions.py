@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from elastickpt.commit.draft import Draft
+from elastickpt.commit.orders import Committed, Order
 from elastickpt.errors import CheckpointError, DeadlineExceeded, kinds
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Durability
@@ -25,6 +26,7 @@ class StagedRound:
     durability: Durability
     template: bytes
     known: bytes = b""
+    order: Order | None = None  # the same in each round: after the last its writer goes on to commit; None: somebody else does
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,17 @@ class Outcome:
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """A round on its way. The arena is the writer's until `result` returned or raised."""
+    """A round on its way. The arena is the writer's until `result` returned or raised.
+
+    With an order, `decided` of the last round, or of the first that failed, is what became of the attempt: the same on all
+    ranks, or the error that all of them raise.
+    """
 
     number: int
     staged: StagedRound
     arena: Arena
     future: Future[Outcome] = field(default_factory=Future)
+    decided: Future[Committed] = field(default_factory=Future)
     written: int = 0  # bytes so far, roughly
     deaths: int = 0  # of writers that had it
     handed: bool = False  # to the writer of now

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from elastickpt.commit.contents import Contents, Outline
 from elastickpt.commit.draft import Draft, begin, new_draft
-from elastickpt.commit.finish import Contents, finish
+from elastickpt.commit.finish import finish
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.format.encode_fragments import encode_fragments
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap
@@ -77,11 +78,11 @@ class Rank:
     def contents(self) -> Contents:
         merged = self.merged
         arrays = tuple(
-            ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes) for a in merged.arrays.values()
+            ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
+            for a in sorted(merged.arrays.values(), key=lambda shared: shared.key)
         )
-        return Contents(
-            None, 0.0, 1, "plain", (), merged.items, merged.meshes, merged.layouts, arrays, merged.tied, dict(self.live.values)
-        )
+        outline = Outline(1, "plain", (), merged.items, merged.meshes, merged.layouts, arrays, merged.tied)
+        return Contents(outline, None, 0.0, dict(self.live.values))
 
     def template(self, draft: Draft) -> bytes:
         tables = own_tables(self.live, self.shared, rank=0)
