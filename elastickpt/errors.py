@@ -28,6 +28,7 @@ CheckpointError
 │   ├── ReadOnly                the directory or file system cannot be written
 │   └── CapabilityMissing       the store lacks an operation that was asked for
 ├── WriterLost              this rank's writer process ended, or was given up, before it had written
+├── NotAcknowledged         a commit of which it is not known whether it counts
 ├── Superseded              a newer claim of the run exists; this job writes nothing more into it
 └── RanksFailed             other ranks of the job failed while this one worked
     ├── RankLost                a rank's process is gone
@@ -169,6 +170,10 @@ class CapabilityMissing(StorageFailed):
 
 class WriterLost(CheckpointError):
     kind = "writer-lost"
+
+
+class NotAcknowledged(CheckpointError):
+    kind = "not-acknowledged"
 
 
 class Superseded(CheckpointError):

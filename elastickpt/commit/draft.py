@@ -18,6 +18,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastickpt.commit.marks import marked
 from elastickpt.errors import (
     CheckpointError,
     Malformed,
@@ -35,6 +36,7 @@ from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.storage.store import Store
 
 TOKEN = "draft.json"
+CONTENTS = "draft.contents"  # what another committer needs, while the draft is one [SAVE-85]
 ABORTED = ".aborted"
 MAX_TOKEN_NBYTES = 4096
 _NAME = re.compile(
@@ -76,7 +78,8 @@ def _process(pid: int) -> list[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """One attempt to write one checkpoint. `folder` and `name` are siblings in the store's root."""
+    """One attempt to write one checkpoint. `folder` and `name` are siblings in the store's root, or the same: then a register
+    of the run decides whether it is a checkpoint."""
 
     name: str
     folder: str
@@ -129,9 +132,10 @@ def require_free(store: Store, name: str) -> None:
 
 def _token(draft: Draft) -> bytes:
     found = _NAME.fullmatch(draft.folder)
-    if found is None:
+    if found is None and draft.folder != draft.name:
         raise Malformed(f"{draft.folder}: expected the name of a draft")
-    owner = {"host": found["host"], "pid": int(found["pid"]), "start": int(found["start"])}
+    # an attempt of a run has its folder's name from the beginning, and its owner in the run's claim
+    owner = {"host": found["host"], "pid": int(found["pid"]), "start": int(found["start"])} if found else {}
     return dump({"format": "elastickpt-draft", "version": 1, "attempt": draft.attempt, **owner}).encode()
 
 
@@ -209,15 +213,17 @@ def _remove(store: Store, folder: str) -> CheckpointError | None:
 def sweep(store: Store, name: str) -> SweepReport:
     """Removes drafts of `name` that nobody writes any more, as far as this host can prove it, and names the others. [SAVE-24]
 
-    Those are drafts of processes that are gone, and of this process but of attempts that it has ended.
+    Those are drafts of processes that are gone, and of this process but of attempts that it has ended; not those that a writer
+    finishes for a process that is gone.
     """
     removed: list[str] = []
     left: list[tuple[str, str]] = []
+    working = marked(store.url)
     for entry in store.entries(""):
         found = _NAME.fullmatch(entry.name)
         if found is None or found["name"] != _short(name) or entry.kind != "directory":
             continue
-        why = _why_left(found)
+        why = "a writer of this host still works on it" if found["attempt"] in working else _why_left(found)
         failed = None if why else _remove(store, entry.name)
         if why or failed:
             left.append((entry.name, why or f"nobody writes it any more, but it cannot be removed: {failed}"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from elastickpt.commit.attest import read_attested
 from elastickpt.commit.contents import Contents, parts_of
-from elastickpt.commit.draft import TOKEN, Draft, commit
+from elastickpt.commit.draft import CONTENTS, TOKEN, Draft, commit
 from elastickpt.commit.prove import merge_tables, prove, require_distinct_ranges
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.errors import CheckpointError, StorageFailed
@@ -39,8 +40,36 @@ def finish(
 ) -> Manifest:
     """Proves the draft whole and commits it; on return the checkpoint exists, as durable as was asked. Blocking.
 
-    Raises CoverageGap, CoverageOverlap, StructureConflict or ChecksumMismatch if the draft is not whole, PathOccupied if the
-    path was taken meanwhile, StorageFailed kinds; unless `attempt.state` is committed then, nothing is visible at the path.
+    Raises what `record` raises, PathOccupied if the path was taken meanwhile, StorageFailed kinds; unless `attempt.state` is
+    committed then, nothing is visible at the path.
+    """
+    recorded = record(store, draft, contents, attested, durability=durability, attempt=attempt, create=store.create)
+    publish(store, draft, durability=durability, attempt=attempt)
+    return recorded.manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A draft that is whole, and needs only its commit."""
+
+    manifest: Manifest
+    digest: str  # of the manifest's file
+
+
+def record(
+    store: Store,
+    draft: Draft,
+    contents: Contents,
+    attested: Sequence[FileDigest],
+    *,
+    durability: Durability,
+    attempt: Attempt,
+    create: Callable[[str, bytes], None],
+) -> Recorded:
+    """Proves the draft whole, and writes index, documents and manifest, as durable as was asked. Blocking.
+
+    Of the same contents and attestations everybody makes the same bytes. Raises CoverageGap, CoverageOverlap,
+    StructureConflict or ChecksumMismatch if the draft is not whole, StorageFailed kinds.
     """
     maps = read_attested(store, draft, attested)
     attempt.advance(Event.ATTEST)
@@ -48,42 +77,52 @@ def finish(
     require_distinct_ranges(maps)
     tables = merge_tables(table for columns in maps for table in columns.tables)
     attempt.advance(Event.PROVE)
-    manifest, created = _record(store, draft, contents, arrays, tables, attested)
+    recorded, created = _record(store, draft, contents, (arrays, tables), attested, create)
     if durability == "power":
-        _sync_records(store, draft, created)
+        sync_records(store, draft, created)
     attempt.advance(Event.RECORD)
+    return recorded
+
+
+def publish(store: Store, draft: Draft, *, durability: Durability, attempt: Attempt) -> None:
+    """The commit by the name of the path, and its durability. Blocking. Raises PathOccupied, StorageFailed kinds."""
     commit(store, draft)
     attempt.advance(Event.PUBLISH)
     if durability == "power":
-        try:
-            store.sync_directory("")
-        except CheckpointError as error:
-            raise StorageFailed(
-                f"{store.url}/{draft.name} is committed and whole, but its name may not survive a power cut: {error}"
-            ) from error
-    return manifest
+        sync_name(store, draft)
+
+
+def sync_name(store: Store, draft: Draft) -> None:
+    """The name of a committed path is durable. Raises StorageFailed that says what is so all the same. [SAVE-53]"""
+    try:
+        store.sync_directory("")
+    except CheckpointError as error:
+        raise StorageFailed(
+            f"{store.url}/{draft.name} is committed and whole, but its name may not survive a power cut: {error}"
+        ) from error
 
 
 def _record(
     store: Store,
     draft: Draft,
     contents: Contents,
-    arrays: tuple[ArrayRecord, ...],
-    tables: tuple[OptimizerTable, ...],
+    proven: tuple[tuple[ArrayRecord, ...], tuple[OptimizerTable, ...]],
     attested: Sequence[FileDigest],
-) -> tuple[Manifest, Sequence[str]]:
+    create: Callable[[str, bytes], None],
+) -> tuple[Recorded, Sequence[str]]:
+    arrays, tables = proven
     outline = contents.outline
     parts = [IndexPart(part, tables if number == 0 else ()) for number, part in enumerate(parts_of(arrays))]
     entries, created = [], [MANIFEST]
     for number, part in enumerate(parts):
         data = encode_index(part)
-        store.create(draft.path(index_file(number)), data)
+        create(draft.path(index_file(number)), data)
         first, last = (part.arrays[0].key, part.arrays[-1].key) if part.arrays else ("", "")
         created.append(index_file(number))
         entries.append(IndexEntry(FileDigest(index_file(number), len(data), file_digest(data)), first, last))
     for path, document in upper_documents(arrays):
         store.make_directories(draft.path(path).rpartition("/")[0])
-        store.create(draft.path(path), document)
+        create(draft.path(path), document)
         created.append(path)
     manifest = Manifest(
         attempt=draft.attempt,
@@ -100,12 +139,15 @@ def _record(
         values=dict(contents.values),
         tied=outline.tied,
     )
-    store.create(draft.path(MANIFEST), encode_manifest(manifest))
-    store.remove(draft.path(TOKEN))
-    return manifest, created
+    data = encode_manifest(manifest)
+    create(draft.path(MANIFEST), data)
+    for leftover in (TOKEN, CONTENTS):
+        store.remove(draft.path(leftover))
+    return Recorded(manifest, file_digest(data)), created
 
 
-def _sync_records(store: Store, draft: Draft, created: Sequence[str]) -> None:
+def sync_records(store: Store, draft: Draft, created: Sequence[str]) -> None:
+    """What the committer created in the draft is durable."""
     if store.capabilities.tree_sync and len(created) > SYNC_TREE_FILES:
         store.sync_tree()
         return

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from elastickpt.commit.registers.create import remove_register
 from elastickpt.commit.registers.epochs import Holding, require_newest
-from elastickpt.commit.registers.names import SWEPT, AttemptId, Listing, commits_path
+from elastickpt.commit.registers.folders import remove_folder
+from elastickpt.commit.registers.names import AttemptId, Listing, commits_path
 from elastickpt.commit.registers.steps import NOW, Steps
-from elastickpt.errors import MissingFile
 from elastickpt.storage.store import Store
 
 
@@ -40,17 +40,3 @@ def remove_metrics(store: Store, listing: Listing, attempt: AttemptId) -> Steps[
     for number in listing.metrics_of(attempt):
         yield NOW
         store.remove(commits_path(attempt.metrics(number)))
-
-
-def remove_folder(store: Store, attempt: AttemptId) -> Steps[None]:
-    """The folder of an attempt that does not count is gone. First its name, at once, so that no late writer adds to it."""
-    swept = attempt.folder + SWEPT
-    yield NOW
-    store.remove_tree(swept)  # of a removal that was interrupted
-    yield NOW
-    try:
-        store.rename(attempt.folder, swept)
-    except MissingFile:
-        return
-    yield NOW
-    store.remove_tree(swept)

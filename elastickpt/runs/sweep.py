@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from elastickpt.commit.registers.create import remove_register
 from elastickpt.commit.registers.epochs import Holding, counts, decide, require_newest
+from elastickpt.commit.registers.folders import remove_folder
 from elastickpt.commit.registers.names import AttemptId, Listing, commits_path, listing_of, parse_name, parse_temporary
 from elastickpt.commit.registers.records import Abort, Commit
 from elastickpt.commit.registers.steps import NOW, Steps
 from elastickpt.commit.registers.stored import Folders, attempt_folders, read_register
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, Superseded
-from elastickpt.runs.removal import remove_folder, remove_metrics
+from elastickpt.runs.removal import remove_metrics
 from elastickpt.storage.store import Entry, Store
 
 

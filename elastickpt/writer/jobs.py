@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from elastickpt.commit.attest import attest
+from elastickpt.commit.completing import completing
 from elastickpt.commit.draft import Draft
-from elastickpt.errors import PathOccupied
 from elastickpt.format.encode_fragments import decode_fragments
 from elastickpt.storage.store import Store
 from elastickpt.writer.carry import (
@@ -26,8 +25,6 @@ from elastickpt.writer.fragments import fragments_of
 from elastickpt.writer.messages import Done, Write
 from elastickpt.writer.prepared import Prepared
 from elastickpt.writer.rounds import Slice
-
-Create = Callable[[str, bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ def perform(store: Store, job: Write, prepared: Prepared, memory: Bytes, *, watc
     plan = prepared.plan
     way = sync_way(store, len(plan.files) + len(plan.documents), durability=job.durability)
     target = Target(store, job.draft[1], way, watch)
-    create = _completing(store) if job.repeated else store.create
+    create = completing(store) if job.repeated else store.create
     staged = prepared.rounds[job.round]
     nbytes = sum(at.stop - at.start for at in staged.slices)
     last = job.round == len(prepared.rounds) - 1
@@ -78,27 +75,3 @@ def perform(store: Store, job: Write, prepared: Prepared, memory: Bytes, *, watc
 def encode_checksums(checksums: Checksums) -> bytes:
     """As `Write.known` and `Done.checksums` have them."""
     return checksums.astype("<u8", copy=False).tobytes()
-
-
-def _completing(store: Store) -> Create:
-    """`store.create`, where a dead process may have made the file, or a part of it, from the same bytes.
-
-    Its bytes are written again, as only the dead one was told what the kernel could not write of them. Any other file is
-    an error: the attempt is not ours alone.
-    """
-
-    def create(path: str, data: bytes) -> None:
-        try:
-            return store.create(path, data)
-        except PathOccupied:
-            found = store.read(path, len(data))
-            if found != data[: len(found)]:
-                raise
-        writer = store.open_writer(path, len(data))
-        try:
-            writer.write(0, memoryview(data))
-            writer.sync()
-        finally:
-            writer.close()
-
-    return create

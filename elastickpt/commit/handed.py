@@ -1,0 +1,56 @@
+"""What stands in a draft for whoever takes the committer's part: attestations, and what the committer knew beside. [SAVE-85]"""
+
+from __future__ import annotations
+
+from elastickpt.commit.cases import Case
+from elastickpt.commit.contents import Contents, decode_outline, decode_rest
+from elastickpt.commit.draft import CONTENTS
+from elastickpt.errors import CheckpointError, MissingFile, StorageFailed
+from elastickpt.format.digest import file_digest
+from elastickpt.format.encode_fragments import decode_columns
+from elastickpt.format.keys import fragments_file
+from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES
+from elastickpt.format.records import FileDigest
+from elastickpt.storage.store import Store
+
+_DIGEST_NBYTES = 32
+_LENGTH_NBYTES = 8
+
+
+def find_attestation(store: Store, case: Case, member: int) -> FileDigest | None:
+    """A writer's attestation in the draft, made durable, if it is there and whole. Blocking. Raises StorageFailed kinds."""
+    path = fragments_file(member)
+    try:
+        data = store.read(case.draft.path(path), MAX_FRAGMENTS_NBYTES)
+        columns = decode_columns(data, path=path)
+    except MissingFile:
+        return None
+    except StorageFailed:
+        raise
+    except CheckpointError:
+        return None  # begun, and never finished
+    if (columns.writer, columns.attempt) != (member, case.draft.attempt):
+        return None
+    if case.durability == "power":
+        store.sync_file(case.draft.path(path))
+        store.sync_directory(case.draft.path("fragments"))
+    return FileDigest(path, len(data), file_digest(data))
+
+
+def leave_contents(store: Store, case: Case, outline: bytes, rest: bytes) -> None:
+    """Puts into the draft what another committer would need. Not durable: after a crash of the host nobody commits it."""
+    body = len(outline).to_bytes(_LENGTH_NBYTES, "big") + outline + rest
+    store.create(case.draft.path(CONTENTS), body + file_digest(body).encode())
+
+
+def left_contents(store: Store, case: Case) -> Contents | None:
+    """What `leave_contents` left; None if it is not there, or was not finished."""
+    try:
+        data = store.read(case.draft.path(CONTENTS), MAX_FRAGMENTS_NBYTES)
+    except MissingFile:
+        return None
+    body, digest = data[:-_DIGEST_NBYTES], data[-_DIGEST_NBYTES:]
+    if len(body) < _LENGTH_NBYTES or file_digest(body).encode() != digest:
+        return None
+    middle = _LENGTH_NBYTES + int.from_bytes(body[:_LENGTH_NBYTES], "big")
+    return decode_rest(body[middle:], decode_outline(body[_LENGTH_NBYTES:middle]))
