@@ -26,8 +26,10 @@ CheckpointError
 ├── StorageFailed           the store said no
 │   ├── NoSpace                 the device or quota is full
 │   ├── ReadOnly                the directory or file system cannot be written
-│   └── CapabilityMissing       the store lacks an operation that was asked for
+│   ├── CapabilityMissing       the store lacks an operation that was asked for
+│   └── NotDurable              a checkpoint that is committed and whole, and may not survive a power cut
 ├── WriterLost              this rank's writer process ended, or was given up, before it had written
+├── Cancelled               the caller took it back before it was done
 ├── NotAcknowledged         a commit of which it is not known whether it counts
 ├── Superseded              a newer claim of the run exists; this job writes nothing more into it
 └── RanksFailed             other ranks of the job failed while this one worked
@@ -168,8 +170,16 @@ class CapabilityMissing(StorageFailed):
     kind = "capability-missing"
 
 
+class NotDurable(StorageFailed):
+    kind = "not-durable"
+
+
 class WriterLost(CheckpointError):
     kind = "writer-lost"
+
+
+class Cancelled(CheckpointError):
+    kind = "cancelled"
 
 
 class NotAcknowledged(CheckpointError):

@@ -10,7 +10,7 @@ from elastickpt.commit.contents import Contents, parts_of
 from elastickpt.commit.draft import CONTENTS, TOKEN, Draft, commit
 from elastickpt.commit.prove import merge_tables, prove, require_distinct_ranges
 from elastickpt.commit.states import Attempt, Event
-from elastickpt.errors import CheckpointError, StorageFailed
+from elastickpt.errors import CheckpointError, NotDurable
 from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_index
@@ -93,11 +93,11 @@ def publish(store: Store, draft: Draft, *, durability: Durability, attempt: Atte
 
 
 def sync_name(store: Store, draft: Draft) -> None:
-    """The name of a committed path is durable. Raises StorageFailed that says what is so all the same. [SAVE-53]"""
+    """The name of a committed path is durable. Raises NotDurable. [SAVE-53]"""
     try:
         store.sync_directory("")
     except CheckpointError as error:
-        raise StorageFailed(
+        raise NotDurable(
             f"{store.url}/{draft.name} is committed and whole, but its name may not survive a power cut: {error}"
         ) from error
 

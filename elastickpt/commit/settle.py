@@ -27,7 +27,7 @@ from elastickpt.commit.registers.records import Abort, Commit
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_register
 from elastickpt.commit.states import Attempt, Event
-from elastickpt.errors import CheckpointError, MissingFile, NotAcknowledged, RankFailure, Uncommitted
+from elastickpt.errors import CheckpointError, MissingFile, NotAcknowledged, NotDurable, RankFailure, StorageFailed, Uncommitted
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
@@ -80,6 +80,8 @@ def settle(
     if standing is Standing.OPEN:
         try:
             return _commit(store, case, contents, files, patience)
+        except NotDurable:
+            raise  # it is committed, and looking again makes it no more durable
         except CheckpointError:
             standing = look(store, case)  # another may have been first, which shows in any operation
             if standing is Standing.OPEN:
@@ -126,7 +128,12 @@ def _commit(
         publish(store, case.draft, durability=case.durability, attempt=attempt)
         return committed
     register = Commit(case.register, digest, committed.nbytes, manifest.time, case.metrics)
-    said = complete(decide(store, register))
+    try:
+        said = complete(decide(store, register))
+    except StorageFailed as error:
+        if look(store, case) is not Standing.COMMITTED:
+            raise
+        raise NotDurable(f"{case.where} is committed and whole, but may not survive a power cut: {error}") from error
     if said != register:
         raise Uncommitted(f"{case.where}: the attempt {case.register} was aborted by another writer")
     attempt.advance(Event.PUBLISH)

@@ -11,17 +11,30 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
 
+from elastickpt.commit.contents import outline_digest
 from elastickpt.comms.frames import PeerGone
-from elastickpt.writer.messages import Hello, Message
+from elastickpt.writer.messages import (
+    ArenaHere,
+    Hello,
+    Message,
+    OutlineGone,
+    OutlineHere,
+    PlanGone,
+    PlanHere,
+    SeatHere,
+)
 from elastickpt.writer.priority import IoPriority
+from elastickpt.writer.seats import Seat
+from elastickpt.writer.submissions import Submission
 from elastickpt.writer.wire import Wire
 
 _MAIN = Path(__file__).resolve().parent / "__main__.py"
 _SAID_NBYTES = 2000
+KNOWN = 4  # plans, and outlines, that a process keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +56,7 @@ class WriterOptions:
 
 
 class Child:
-    """One process. `arenas` and `plans` are what it was sent; `heard_at` is monotonic."""
+    """One process. `arenas` are those that it was sent; `heard_at` is monotonic."""
 
     def __init__(self, process: subprocess.Popen[bytes], wire: Wire, errors: int) -> None:
         self.process = process
@@ -51,7 +64,9 @@ class Child:
         self.ready = False
         self.heard_at = time.monotonic()
         self.arenas: set[int] = set()
-        self.plans: OrderedDict[str, None] = OrderedDict()
+        self._plans: OrderedDict[str, None] = OrderedDict()
+        self._outlines: OrderedDict[str, None] = OrderedDict()
+        self._seated = False
         self._errors = errors
 
     @classmethod
@@ -85,6 +100,34 @@ class Child:
             )
         return child
 
+    def seat(self, seat: Seat, listener: socket.socket | None) -> None:
+        """It sits among the job's writers. Raises PeerGone."""
+        if not self._seated:
+            self._seated = True
+            limits = astuple(seat.limits)
+            here = SeatHere(seat.member, seat.ranks, seat.candidates, seat.secret, limits, listener is not None)
+            self.wire.send(here, descriptors=() if listener is None else (listener.fileno(),))
+
+    def hand(self, submission: Submission) -> None:
+        """It is told of the submission, and before of all that this names. Raises PeerGone."""
+        staged, arena, order = submission.staged, submission.arena, submission.staged.order
+        if order is not None and order.outline:
+            digest = outline_digest(order.outline)
+            if not _touch(self._outlines, digest):
+                self.wire.send(OutlineHere(digest, order.outline))
+            for old in _oldest(self._outlines):
+                self.wire.send(OutlineGone(old))
+        if submission.said is not None:
+            return self.wire.send(submission.say())
+        if arena is not None and arena.number not in self.arenas:
+            self.arenas.add(arena.number)
+            self.wire.send(ArenaHere(arena.number, arena.nbytes), descriptors=(arena.descriptor,))
+        if not _touch(self._plans, staged.prepared.digest):
+            self.wire.send(PlanHere(staged.prepared.digest, staged.prepared.encoded))
+        for old in _oldest(self._plans):
+            self.wire.send(PlanGone(old))
+        return self.wire.send(submission.write())
+
     def put_down(self, limit_s: float) -> bool:
         """Kills it; whether it is gone for certain, with all that it had begun. Blocking, at most `limit_s`."""
         with suppress(ProcessLookupError):
@@ -117,3 +160,16 @@ class Child:
         os.close(self._errors)
         if self.process.poll() is None:
             threading.Thread(target=self.process.wait, name="elastickpt-reap", daemon=True).start()
+
+
+def _touch(known: OrderedDict[str, None], digest: str) -> bool:
+    """Whether it was known; it is the newest known one now."""
+    found = digest in known
+    known[digest] = None
+    known.move_to_end(digest)
+    return found
+
+
+def _oldest(known: OrderedDict[str, None]) -> list[str]:
+    """Those beyond `KNOWN`, which are known no more."""
+    return [known.popitem(last=False)[0] for _ in range(len(known) - KNOWN)]

@@ -6,7 +6,12 @@
     ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's round written so far
     PlanHere    a plan, by digest; sent once               Done        the round is written, and after the last one attested
     PlanGone    no job will name it again                  Failed      the job ended; nothing more is done for it
+    SeatHere    with a descriptor, if it listens: where
+                it sits among the job's writers            Decided     what became of the attempt of a job with an order
+    OutlineHere what all saves of a structure share
+    OutlineGone no job will name it again
     Write       a round of a job is staged: write it
+    Say         a job's attempt is attested, or failed
     Cancel      end the job as soon as may be
     Quit        end now, whatever is left
 
@@ -16,8 +21,10 @@
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
 4. Bytes of a round that is not the last are as durable as asked when Done is sent, so that no later writer needs them again.
-5. When the connection or the trainer's process ends, the writer finishes the last rounds it was given, then ends; at the latest
-   `lease_s` later. Earlier rounds are dropped: nobody is left to stage what follows them.
+5. After the last round of a job with an order, or its first that failed, or a Say, comes one Decided. A Say repeats what a
+   writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
+6. When the connection or the trainer's process ends, the writer finishes the last rounds it was given, then ends; at the latest
+   `lease_s` later. It ends no attempt before it is decided. Earlier rounds are dropped: nobody is left to stage what follows.
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ import msgpack
 
 from elastickpt.errors import Malformed
 from elastickpt.storage.store import Durability
+
+OrderFields = tuple[str, str, bytes, tuple[tuple[str, float], ...]] | tuple[()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +75,33 @@ class PlanGone:
 
 
 @dataclass(frozen=True, slots=True)
+class SeatHere:
+    """A `Seat`, with its limits in the order of their fields. `listening`: its listener comes with this message."""
+
+    member: int
+    ranks: tuple[int, ...]
+    candidates: tuple[str, ...]
+    secret: bytes
+    limits: tuple[float, ...]
+    listening: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OutlineHere:
+    outline: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutlineGone:
+    outline: str
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
     """`draft` is (name, folder, attempt). `template` is a fragment map without pieces: writer, attempt, tables, values; `known`
-    are the checksums of all earlier rounds, as little-endian 64-bit integers; both are used in the last round."""
+    are the checksums of all earlier rounds, as little-endian 64-bit integers; both are used in the last round. `order` is an
+    `Order` as (register, outline, rest, metrics), the outline by its digest, "" for none; () without an order."""
 
     job: int
     plan: str
@@ -80,6 +113,19 @@ class Write:
     template: bytes
     known: bytes
     repeated: bool
+    order: OrderFields = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """`said` is an attestation as (path, nbytes, digest), or a failure as (kind, message)."""
+
+    job: int
+    store: str
+    draft: tuple[str, str, str]
+    durability: Durability
+    order: OrderFields
+    said: tuple[str, int, str] | tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +171,24 @@ class Failed:
     message: str
 
 
-Message = Hello | ArenaHere | ArenaGone | PlanHere | PlanGone | Write | Cancel | Quit | Ready | Beat | Progress | Done | Failed
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """`verdict` as `cases.encode_verdict` encodes it."""
+
+    job: int
+    verdict: bytes
+
+
+ToWriter = (
+    Hello | ArenaHere | ArenaGone | PlanHere | PlanGone | SeatHere | OutlineHere | OutlineGone | Write | Say | Cancel | Quit
+)
+FromWriter = Ready | Beat | Progress | Done | Failed | Decided
+Message = ToWriter | FromWriter
 _TYPES: dict[str, type[Message]] = {
     cls.__name__: cls
     for cls in (
-        Hello, ArenaHere, ArenaGone, PlanHere, PlanGone, Write, Cancel, Quit, Ready, Beat, Progress, Done, Failed,
+        Hello, ArenaHere, ArenaGone, PlanHere, PlanGone, SeatHere, OutlineHere, OutlineGone, Write, Say, Cancel, Quit,
+        Ready, Beat, Progress, Done, Failed, Decided,
     )
 }  # fmt: skip
 

@@ -17,29 +17,39 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from elastickpt.commit.cases import Verdict, encode_verdict
 from elastickpt.comms.frames import PeerGone
 from elastickpt.comms.team import failure_of
+from elastickpt.errors import Cancelled, WriterLost
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.carry import Watch
 from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import (
     ArenaGone,
     ArenaHere,
     Beat,
     Cancel,
+    Decided,
     Done,
     Failed,
     Hello,
     Message,
+    OutlineGone,
+    OutlineHere,
     PlanGone,
     PlanHere,
     Progress,
     Quit,
     Ready,
+    Say,
+    SeatHere,
     Write,
 )
+from elastickpt.writer.parts import Part
 from elastickpt.writer.prepared import Prepared, decode_prepared
 from elastickpt.writer.priority import lower
+from elastickpt.writer.seats import Limits, Seat
 from elastickpt.writer.wire import Wire
 
 PROGRESS_S = 0.25
@@ -74,10 +84,7 @@ class _Task:
     write: Write
     plan: _Plan
     arena: Arena
-
-
-class _Cancelled(Exception):
-    pass
+    outline: bytes
 
 
 class _Process:
@@ -89,6 +96,9 @@ class _Process:
         self._stores: dict[str, Store] = {}
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
+        self._outlines: dict[str, bytes] = {"": b""}
+        self._part: Part | None = None
+        self._opening = threading.Lock()
         self._quitting = False
         self._orphaned = False
 
@@ -111,6 +121,8 @@ class _Process:
         except PeerGone:
             self._finish()
             worker.join()
+            if self._part is not None:
+                self._part.join(self._hello.lease_s)
 
     # -- the listening thread ------------------------------------------------------------------------------------------
 
@@ -142,14 +154,44 @@ class _Process:
                 self._plans[plan] = _Plan(data)
             case PlanGone(plan):
                 del self._plans[plan]
+            case SeatHere():
+                self._sit(message, descriptor)
+            case OutlineHere(digest, data):
+                self._outlines[digest] = data
+            case OutlineGone(digest):
+                del self._outlines[digest]
             case Write():
-                self._tasks.put(_Task(message, self._plans[message.plan], self._arenas[message.arena]))
+                outline = self._begin(message) if message.order else b""
+                self._tasks.put(_Task(message, self._plans[message.plan], self._arenas[message.arena], outline))
+            case Say():
+                self._begin(message)
+                self._taking_part().repeat(message)
             case Cancel(job):
                 self._cancelled.add(job)
             case Quit():
                 self._quitting = True
             case _:
                 pass
+
+    def _sit(self, message: SeatHere, descriptor: int) -> None:
+        seat = Seat(message.member, message.ranks, message.candidates, message.secret, Limits(*message.limits))
+        listener = socket.socket(fileno=descriptor) if message.listening else None
+
+        def tell(job: int, verdict: Verdict) -> None:
+            with suppress(PeerGone):
+                self._wire.send(Decided(job, encode_verdict("", verdict)))
+
+        self._part = Part(seat, listener, self._store, tell)
+
+    def _begin(self, job: Write | Say) -> bytes:
+        outline = self._outlines[job.order[1]] if job.order else b""
+        self._taking_part().begin(job, outline)
+        return outline
+
+    def _taking_part(self) -> Part:
+        if self._part is None:
+            raise PeerGone("the trainer sent an order before a seat")
+        return self._part
 
     def _finish(self) -> None:
         """The trainer is gone: nothing comes any more, what came is finished, within the lease."""
@@ -181,7 +223,7 @@ class _Process:
         def watch(nbytes: int) -> None:
             nonlocal written, told, told_at
             if job in self._cancelled:
-                raise _Cancelled
+                raise Cancelled("cancelled")
             written += nbytes
             if time.monotonic() - told_at >= PROGRESS_S and written != told:
                 told, told_at = written, time.monotonic()
@@ -189,27 +231,35 @@ class _Process:
                     self._wire.send_if_free(Progress(job, written))
 
         try:
-            prepared = task.plan.prepared()
-            if self._orphaned and task.write.round < len(prepared.rounds) - 1:
-                return Failed(job, "writer-lost", "the trainer ended before it had staged the rest")
-            watch(0)
-            return perform(self._store(task.write.store), task.write, prepared, task.arena.memory, watch=watch)
-        except _Cancelled:
-            return Failed(job, "cancelled", "cancelled")
+            return self._carry_out(task, watch)
         except Exception as error:
             failure = failure_of(error, 0)
             return Failed(job, failure.kind, failure.message)
         finally:
             self._cancelled.discard(job)
 
+    def _carry_out(self, task: _Task, watch: Watch) -> Done:
+        write = task.write
+        prepared = task.plan.prepared()
+        if self._orphaned and write.round < len(prepared.rounds) - 1:
+            lost = WriterLost("the trainer ended before it had staged the rest")
+            if write.order:
+                self._taking_part().fail(write, lost)
+            raise lost
+        watch(0)
+        if write.order:
+            return self._taking_part().carry_out(write, prepared, task.arena.memory, task.outline, watch=watch)
+        return perform(self._store(write.store), write, prepared, task.arena.memory, watch=watch)
+
     def _store(self, url: str) -> Store:
-        if url not in self._stores:
-            store = _open(url)
-            if self._hello.wrap:
-                module, name, argument = self._hello.wrap.split(":", 2)
-                store = getattr(importlib.import_module(module), name)(store, argument)
-            self._stores[url] = store
-        return self._stores[url]
+        with self._opening:
+            if url not in self._stores:
+                store = _open(url)
+                if self._hello.wrap:
+                    module, name, argument = self._hello.wrap.split(":", 2)
+                    store = getattr(importlib.import_module(module), name)(store, argument)
+                self._stores[url] = store
+            return self._stores[url]
 
 
 def _watch(pid: int) -> int:

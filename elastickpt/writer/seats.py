@@ -12,11 +12,13 @@ CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Seconds. A candidate that cannot be reached for `succession_s`, or that is connected and says nothing for `silence_s`, is
-    passed over for the next one; a member that no committer has heard of for `missing_s` is lost."""
+    passed over for the next one; a member that no committer has heard of for `missing_s` is lost. A commit waits at most
+    `adopt_s` for a newer claim of the run to adopt it."""
 
     succession_s: float = 10.0
     silence_s: float = 30.0
     missing_s: float = 60.0
+    adopt_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

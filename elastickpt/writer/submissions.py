@@ -5,13 +5,15 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from elastickpt.commit.cases import Verdict
+from elastickpt.commit.contents import outline_digest
 from elastickpt.commit.draft import Draft
 from elastickpt.commit.orders import Committed, Order
-from elastickpt.errors import CheckpointError, DeadlineExceeded, kinds
+from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, from_report, kinds
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Durability
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.messages import Done, Failed, Write
+from elastickpt.writer.messages import Done, Failed, OrderFields, Say, Write
 from elastickpt.writer.prepared import Prepared
 
 
@@ -40,17 +42,18 @@ class Outcome:
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """A round on its way. The arena is the writer's until `result` returned or raised.
+    """A round on its way. The arena is the writer's until `result` returned or raised; there is none for what was withdrawn.
 
     With an order, `decided` of the last round, or of the first that failed, is what became of the attempt: the same on all
-    ranks, or the error that all of them raise.
+    ranks, or the error that all of them raise. `said` is this rank's last word on it.
     """
 
     number: int
     staged: StagedRound
-    arena: Arena
+    arena: Arena | None
     future: Future[Outcome] = field(default_factory=Future)
     decided: Future[Committed] = field(default_factory=Future)
+    said: FileDigest | CheckpointError | None = None
     written: int = 0  # bytes so far, roughly
     deaths: int = 0  # of writers that had it
     handed: bool = False  # to the writer of now
@@ -65,28 +68,76 @@ class Submission:
 
     def end(self, outcome: Outcome | CheckpointError) -> None:
         """The last word of its writer, or of whoever gave up on it. The arena is free again, unless it was retired."""
-        self.arena.lent = False
+        if self.arena is not None:
+            self.arena.lent = False
+        if self.future.done():
+            return
         if isinstance(outcome, Outcome):
             self.written = outcome.nbytes
+            self.said = outcome.file
             self.future.set_result(outcome)
         else:
+            self.said = outcome
             self.future.set_exception(outcome)
+
+    @property
+    def awaits_decision(self) -> bool:
+        """Whether its attempt is to be decided, and this rank has had its last word."""
+        return self.staged.order is not None and self.said is not None and not self.decided.done()
+
+    def decide(self, verdict: Verdict) -> None:
+        """What became of the attempt."""
+        if self.decided.done():
+            return
+        if isinstance(verdict, Committed):
+            self.decided.set_result(verdict)
+        else:
+            self.decided.set_exception(from_report(verdict))
+
+    def give_up(self, error: CheckpointError) -> None:
+        """Nobody will tell what becomes of it."""
+        self.end(error)
+        if not self.decided.done():
+            self.decided.set_exception(error)
 
     def write(self) -> Write:
         """What its writer is told."""
         staged = self.staged
+        if self.arena is None:
+            raise Refused("what was withdrawn is not written")
         return Write(
             job=self.number,
             plan=staged.prepared.digest,
             round=staged.round,
             arena=self.arena.number,
             store=staged.store,
-            draft=(staged.draft.name, staged.draft.folder, staged.draft.attempt),
+            draft=_draft(staged),
             durability=staged.durability,
             template=staged.template,
             known=staged.known,
+            order=_order(staged),
             repeated=self.deaths > 0,
         )
+
+    def say(self) -> Say:
+        """What a writer is told that only has to pass on this rank's last word."""
+        staged, said = self.staged, self.said
+        if said is None:
+            raise Refused("this rank has not said anything of the attempt")
+        words = (said.path, said.nbytes, said.digest) if isinstance(said, FileDigest) else (said.kind, said.message)
+        return Say(self.number, staged.store, _draft(staged), staged.durability, _order(staged), words)
+
+
+def _draft(staged: StagedRound) -> tuple[str, str, str]:
+    return staged.draft.name, staged.draft.folder, staged.draft.attempt
+
+
+def _order(staged: StagedRound) -> OrderFields:
+    order = staged.order
+    if order is None:
+        return ()
+    register = "" if order.register is None else str(order.register)
+    return register, outline_digest(order.outline) if order.outline else "", order.rest, order.metrics
 
 
 def outcome_of(done: Done) -> Outcome:

@@ -1,10 +1,12 @@
 """Keeps one writer process for this rank: hands it what is staged, and revives it, with the same work, when it is gone.
 
-    submit --> handed over --> Done / Failed -----------------> the submission's result
-                  |  ^
-     gone, silent |  | another process, `repeated`, from the same arena
-                  v  |
-             killed, reaped        could not be reaped: the arena is retired, the submission fails with WriterLost
+    submit --> handed over --> Done / Failed --> the submission's result --> Decided --> what became of its attempt
+                  |  ^                                     |  ^
+     gone, silent |  | another process, `repeated`,   gone |  | another process: is told to Say the same
+                  v  | from the same arena                 v  |
+             killed, reaped                           killed, reaped
+                  |
+                  could not be reaped: the arena is retired, the submission fails with WriterLost
 
 All of it happens in one thread of this process, which alone speaks to the writer; callers only leave it commands.
 """
@@ -15,34 +17,34 @@ import logging
 import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from elastickpt.commit.cases import decode_verdict
 from elastickpt.comms.frames import PeerGone
-from elastickpt.errors import CheckpointError, Refused, WriterLost
+from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.messages import (
     ArenaGone,
-    ArenaHere,
     Cancel,
+    Decided,
     Done,
     Failed,
     Message,
-    PlanGone,
-    PlanHere,
     Progress,
     Quit,
     Ready,
 )
+from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of
 
 log = logging.getLogger(__name__)
 
-KNOWN_PLANS = 4
 MAX_DEATHS = 64  # of writers over one submission: what kills every writer is not tried for ever
 MAX_STILLBORN = 3  # writers in a row that ended before they were ready
 QUIT_S = 2.0
@@ -52,14 +54,19 @@ class Supervisor:
     """A rank's writer process. Methods do not block but for `close`. Those who submit take turns; `cancel` may come from any
     thread."""
 
-    def __init__(self, options: WriterOptions | None = None) -> None:
+    def __init__(
+        self, options: WriterOptions | None = None, *, seat: Seat = ALONE, listener: socket.socket | None = None
+    ) -> None:
         self._options = options or WriterOptions()
+        self._seat, self._listener = seat, listener
         self._owner = os.getpid()
         self._hooks = iter(self._options.hooks)
         self._commands: deque[Callable[[], None]] = deque()
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._pending: dict[int, Submission] = {}
+        self._pending: dict[int, Submission] = {}  # to be written
+        self._awaiting: dict[int, Submission] = {}  # to be decided
         self._count = 0
+        self.deaths = 0  # of writer processes, so far
         self._child: Child | None = None
         self._stillborn = 0
         self._leave_at: float | None = None
@@ -75,9 +82,8 @@ class Supervisor:
         return None if child is None else child.process.pid
 
     def submit(self, staged: StagedRound, arena: Arena) -> Submission:
-        """Has the round written from the arena. Raises Refused after `close`, in a forked child, for an arena not free."""
-        if self._closed or os.getpid() != self._owner:
-            raise Refused("this writer was closed" if self._closed else "a writer belongs to the process that started it")
+        """Has the round written from the arena. Raises Refused after `close`, and for an arena that is not free."""
+        self._require_open()
         arena.require_free()
         self._count += 1
         submission = Submission(self._count, staged, arena)
@@ -85,9 +91,23 @@ class Supervisor:
         self._leave(lambda: self._pending.__setitem__(submission.number, submission))
         return submission
 
+    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission:
+        """This rank takes no part in the attempt after all, which ends it on all ranks; `decided` tells. Raises Refused after
+        `close`."""
+        self._require_open()
+        self._count += 1
+        submission = Submission(self._count, staged, None)
+        submission.end(failure)
+        self._leave(lambda: self._awaiting.__setitem__(submission.number, submission))
+        return submission
+
     def cancel(self, submission: Submission) -> None:
         """Ends it as soon as may be; its result says which came first."""
         self._leave(lambda: self._cancel(submission))
+
+    def _require_open(self) -> None:
+        if self._closed or os.getpid() != self._owner:
+            raise Refused("this writer was closed" if self._closed else "a writer belongs to the process that started it")
 
     def forget(self, arena: Arena) -> None:
         """No submission will name this arena again: the writer gives it up."""
@@ -122,7 +142,7 @@ class Supervisor:
     def _run(self) -> None:
         try:
             self._start()
-            while self._leave_at is None or (self._pending and time.monotonic() < self._leave_at):
+            while self._leave_at is None or (self._open_work and time.monotonic() < self._leave_at):
                 self._turn()
         except BaseException as error:
             log.exception("the supervisor of the writer process failed")
@@ -131,8 +151,12 @@ class Supervisor:
             self._closed = True
             self._end()
 
+    @property
+    def _open_work(self) -> bool:
+        return bool(self._pending or self._awaiting)
+
     def _turn(self) -> None:
-        if self._child is None and self._pending:
+        if self._child is None and self._open_work:
             self._start()
         child = self._child
         poll = select.poll()
@@ -170,22 +194,15 @@ class Supervisor:
 
     def _hand_over(self) -> None:
         child = self._child
-        for submission in list(self._pending.values()):
-            if child is None or submission.handed:
+        if child is None:
+            return
+        for submission in (*self._pending.values(), *self._awaiting.values()):
+            if submission.handed:
                 continue
-            staged, arena = submission.staged, submission.arena
             submission.handed = True
-            if arena.number not in child.arenas:
-                child.arenas.add(arena.number)
-                child.wire.send(ArenaHere(arena.number, arena.nbytes), descriptors=(arena.descriptor,))
-            digest = staged.prepared.digest
-            if digest not in child.plans:
-                child.plans[digest] = None
-                child.wire.send(PlanHere(digest, staged.prepared.encoded))
-            child.plans.move_to_end(digest)
-            while len(child.plans) > KNOWN_PLANS:
-                child.wire.send(PlanGone(child.plans.popitem(last=False)[0]))
-            child.wire.send(submission.write())
+            if submission.staged.order is not None:
+                child.seat(self._seat, self._listener)
+            child.hand(submission)
 
     def _heard(self, message: Message) -> None:
         if isinstance(message, Ready) and self._child is not None:
@@ -194,15 +211,26 @@ class Supervisor:
             self._pending[message.job].written = message.nbytes
         elif isinstance(message, Done) and (done := self._pending.pop(message.job, None)) is not None:
             done.end(outcome_of(message))
+            self._await(done)
         elif isinstance(message, Failed) and (failed := self._pending.pop(message.job, None)) is not None:
             failed.end(error_of(message))
+            self._await(failed)
+        elif isinstance(message, Decided):
+            decided = self._awaiting.pop(message.job, None) or self._pending.get(message.job)
+            if decided is not None:
+                decided.decide(decode_verdict(message.verdict)[1])
+
+    def _await(self, submission: Submission) -> None:
+        if submission.awaits_decision:
+            self._awaiting[submission.number] = submission
 
     def _cancel(self, submission: Submission) -> None:
         submission.cancelled = True
         if submission.handed and self._child is not None:
             self._child.wire.send(Cancel(submission.number))
         elif self._pending.pop(submission.number, None) is not None:
-            submission.end(CheckpointError("cancelled"))
+            submission.end(Cancelled("cancelled"))
+            self._await(submission)
 
     def _forget(self, arena: int) -> None:
         if self._child is not None and arena in self._child.arenas:
@@ -215,6 +243,7 @@ class Supervisor:
         """Kills and reaps it; what it had is handed to the next one, but for what it may still be writing."""
         reaped = child.put_down(self._options.reap_s)
         self._child = None
+        self.deaths += 1
         messages, said = child.last_words()
         child.ready |= any(isinstance(message, Ready) for message in messages)
         for message in messages:
@@ -226,12 +255,15 @@ class Supervisor:
             submission.handed = False
             submission.deaths += 1
             if not reaped:
-                submission.arena.retire()
+                if submission.arena is not None:
+                    submission.arena.retire()
                 self._give_up(submission, f"writer process {pid} could not be ended ({why}) and may still write")
             elif submission.cancelled:
                 self._give_up(submission, "cancelled")
             elif submission.deaths >= MAX_DEATHS:
                 self._give_up(submission, f"{submission.deaths} writer processes ended over it, the last one as: {why} {said}")
+        for submission in self._awaiting.values():
+            submission.handed = False
         if child.ready and self._leave_at is None:
             self._start()  # else with the next submission
         elif not child.ready and status != -signal.SIGKILL:  # somebody's kill says nothing of the next one
@@ -244,21 +276,29 @@ class Supervisor:
             self._fail_all(why)
 
     def _give_up(self, submission: Submission, why: str) -> None:
+        """It is not written; the next writer process says so to the others."""
         if self._pending.pop(submission.number, None) is not None:
             submission.end(WriterLost(f"{submission.staged.draft.folder}: {why}"))
+            submission.handed = False
+            self._await(submission)
 
     def _fail_all(self, why: str) -> None:
-        for submission in list(self._pending.values()):
-            self._give_up(submission, why)
+        """There will be no writer process that could say anything."""
+        failed = [*self._pending.values(), *self._awaiting.values()]
+        self._pending.clear()
+        self._awaiting.clear()
+        for submission in failed:
+            submission.give_up(WriterLost(f"{submission.staged.draft.folder}: {why}"))
 
     def _end(self) -> None:
         child, self._child = self._child, None
         with suppress(PeerGone):
             while self._commands:
                 self._commands.popleft()()
-        at_work = [one for one in self._pending.values() if one.handed]
+        at_work = [one for one in (*self._pending.values(), *self._awaiting.values()) if one.handed]
         for submission in at_work:
-            submission.arena.retire()
+            if submission.arena is not None and not submission.future.done():
+                submission.arena.retire()
         self._fail_all("not written when it was closed; what was handed to the writer process is left to it to finish")
         if child is None:
             return
@@ -268,3 +308,5 @@ class Supervisor:
             if not child.wait(QUIT_S):
                 child.put_down(self._options.reap_s)
         child.close()
+        if self._listener is not None:
+            self._listener.close()

@@ -5,35 +5,57 @@ It shares the interpreter with training, and ends with it: nothing is finished a
 
 from __future__ import annotations
 
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
+from elastickpt.commit.cases import Verdict
 from elastickpt.comms.team import failure_of
-from elastickpt.errors import CheckpointError, Refused
+from elastickpt.errors import Cancelled, CheckpointError, Refused
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.carry import Watch
 from elastickpt.writer.jobs import perform
-from elastickpt.writer.messages import Failed
+from elastickpt.writer.messages import Done, Failed
+from elastickpt.writer.parts import Part
+from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of
 
 
 class ThreadWriter:
     """The same methods as `Supervisor`, for one store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, seat: Seat = ALONE, listener: socket.socket | None = None) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="elastickpt-writer")
+        self._seat, self._listener = seat, listener
+        self._part: Part | None = None
+        self._ordered: dict[int, Submission] = {}
         self._count = 0
         self._closed = False
+        self._taking_part = threading.Lock()
 
     def submit(self, staged: StagedRound, arena: Arena) -> Submission:
         """Has the round written from the arena. Raises Refused after `close`, and for an arena that is not free."""
-        if self._closed:
-            raise Refused("this writer was closed")
+        self._require_open()
         arena.require_free()
         self._count += 1
         submission = Submission(self._count, staged, arena)
         arena.lent = True
-        self._pool.submit(self._perform, submission)
+        if staged.order is not None:
+            self._begin(submission)
+        self._pool.submit(self._perform, submission, arena)
+        return submission
+
+    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission:
+        """This rank takes no part in the attempt after all, which ends it on all ranks; `decided` tells. Raises Refused after
+        `close`."""
+        self._require_open()
+        self._count += 1
+        submission = Submission(self._count, staged, None)
+        submission.end(failure)
+        part = self._begin(submission)
+        part.repeat(submission.say())
         return submission
 
     def cancel(self, submission: Submission) -> None:
@@ -44,22 +66,49 @@ class ThreadWriter:
         """Nothing is kept of an arena."""
 
     def close(self, *, limit_s: float = 10.0) -> None:
-        """Takes nothing more; what was submitted is finished as long as this process lives. Does not wait."""
+        """Takes nothing more; what was submitted is finished within the limit, or as long as this process lives. Blocking."""
         self._closed = True
         self._pool.shutdown(wait=False)
+        if self._part is not None:
+            self._part.join(limit_s)
+            self._part.close()
 
-    def _perform(self, submission: Submission) -> None:
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Refused("this writer was closed")
+
+    def _begin(self, submission: Submission) -> Part:
+        order = submission.staged.order
+        with self._taking_part:
+            if self._part is None:
+                self._part = Part(self._seat, self._listener, lambda _: self._store, self._tell)
+        self._ordered[submission.number] = submission
+        job = submission.say() if submission.arena is None else submission.write()
+        self._part.begin(job, b"" if order is None else order.outline)
+        return self._part
+
+    def _tell(self, job: int, verdict: Verdict) -> None:
+        submission = self._ordered.pop(job, None)
+        if submission is not None:
+            submission.decide(verdict)
+
+    def _perform(self, submission: Submission, arena: Arena) -> None:
         def watch(nbytes: int) -> None:
             if submission.cancelled:
-                raise CheckpointError("cancelled")
+                raise Cancelled("cancelled")
             submission.written += nbytes
 
         try:
-            watch(0)
-            staged = submission.staged
-            done = perform(self._store, submission.write(), staged.prepared, submission.arena.memory, watch=watch)
+            done = self._carry_out(submission, arena, watch)
         except BaseException as error:
             failure = failure_of(error, 0)
             submission.end(error_of(Failed(submission.number, failure.kind, failure.message)))
         else:
             submission.end(outcome_of(done))
+
+    def _carry_out(self, submission: Submission, arena: Arena, watch: Watch) -> Done:
+        staged, write = submission.staged, submission.write()
+        if staged.order is None or self._part is None:
+            watch(0)
+            return perform(self._store, write, staged.prepared, arena.memory, watch=watch)
+        return self._part.carry_out(write, staged.prepared, arena.memory, staged.order.outline, watch=watch)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from elastickpt.comms.frames import PeerGone
-from elastickpt.writer.messages import ArenaHere, Message, decode, encode
+from elastickpt.writer.messages import ArenaHere, Message, SeatHere, decode, encode
 
 _LENGTH = struct.Struct("<Q")
 _DESCRIPTORS = 16  # that may come with one read
@@ -47,8 +47,8 @@ class Wire:
                 self._sending.release()
 
     def receive(self) -> list[tuple[Message, int]]:
-        """What came, from one read; with the descriptor of each ArenaHere, else -1. Blocks until there is something; may
-        return nothing. Raises PeerGone at the end, after everything before it was returned."""
+        """What came, from one read; with the descriptor of an ArenaHere or SeatHere, else -1. Blocks until there is something;
+        may return nothing. Raises PeerGone at the end, after everything before it was returned."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, _READ_NBYTES, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
@@ -65,7 +65,8 @@ class Wire:
             if len(self._buffer) < end:
                 break
             message = decode(bytes(self._buffer[at + _LENGTH.size : end]))
-            found.append((message, self._descriptors.popleft() if isinstance(message, ArenaHere) else -1))
+            carries = isinstance(message, ArenaHere) or (isinstance(message, SeatHere) and message.listening)
+            found.append((message, self._descriptors.popleft() if carries else -1))
             at = end
         del self._buffer[:at]
         return found

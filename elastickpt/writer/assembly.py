@@ -1,0 +1,335 @@
+"""The writers of a job decide their attempts among themselves: one member's part, in a thread of its own. [SAVE-80..90]
+
+    a member                                               the committer
+    enrolls an attempt, says so         -- vote -->        counts it as present
+    attests, or fails, says so          -- vote -->        tally.py says what is next: finish, abort, look for attestations
+    hears the verdict                   <- verdict --      to all that spoke of the attempt, and to all that ask later
+
+1. The committer is the first candidate that a member reaches. One that cannot be reached for `succession_s`, or that is silent
+   for `silence_s`, is passed over for the next; after the last a member gives the attempt up by itself (`settle.give_up`).
+2. A candidate acts only while it is its own committer. As a member it passes on the verdicts that it hears.
+3. Attempts are decided one after the other, in the order in which this member enrolled them.
+4. Two committers at once are no harm: the attempt's register, or the name of its path, decides (`settle.py`).
+5. A member that lost its connection says everything open again. Nothing here is remembered by a writer that is revived: its
+   trainer tells it again, and what was decided is found where it is decided.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.contents import Contents
+from elastickpt.commit.handed import find_attestation
+from elastickpt.commit.marks import mark
+from elastickpt.commit.settle import Patience, give_up, settle
+from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
+from elastickpt.comms.frames import Frame, Kind
+from elastickpt.comms.team import BEAT_S, failure_of
+from elastickpt.errors import NotAcknowledged, NotDurable, RankFailure, RankLost, Superseded
+from elastickpt.format.records import FileDigest
+from elastickpt.storage.store import Store
+from elastickpt.writer.clients import Client, Clients
+from elastickpt.writer.seats import Seat
+from elastickpt.writer.way import Step, Way
+
+log = logging.getLogger(__name__)
+
+KNOWN_VERDICTS = 64
+TURN_S = 0.25
+RECOVER_S = 0.1
+
+Read = Callable[[], Contents | None]
+Tell = Callable[[str, Verdict], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """An attempt that this member enrolled and that is not decided."""
+
+    case: Case
+    contents: Read
+    said: Said = None
+    held: socket.socket | None = field(default=None)
+
+
+class Assembly:
+    """One writer's part. Methods do not block and may come from any thread; `tell` is called from the assembly's thread."""
+
+    def __init__(
+        self,
+        seat: Seat,
+        listener: socket.socket | None,
+        stores: Callable[[str], Store],
+        tell: Tell,
+        *,
+        patience: Patience | None = None,
+    ) -> None:
+        self._seat, self._stores, self._tell = seat, stores, tell
+        self._patience = patience or Patience()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._clients = Clients(seat, listener, self._selector)
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._tallies: dict[str, Tally] = {}
+        self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
+        self._strangers: dict[str, tuple[Case, float]] = {}
+        self._turned_at = time.monotonic()
+        self._way = Way(seat, self._selector)
+        self._beaten_at = 0.0
+        self._work: Future[None] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="elastickpt-commit")
+        self._idle = threading.Event()
+        self._idle.set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="elastickpt-assembly", daemon=True)
+        self._thread.start()
+
+    def enroll(self, case: Case, contents: Read) -> None:
+        """This writer takes part in the attempt from now on. `contents` is called if it commits, by another thread."""
+        self._idle.clear()
+        self._leave(lambda: self._enroll(case, contents))
+
+    def say(self, key: str, what: FileDigest | RankFailure) -> None:
+        """This writer's last word on an attempt that it enrolled."""
+        self._leave(lambda: self._say(key, what))
+
+    def settled(self, key: str) -> bool:
+        """Whether the attempt is decided, as far as is known here: nothing needs to be written for it any more."""
+        return key in self._verdicts
+
+    def join(self, limit_s: float) -> bool:
+        """Whether all attempts were decided within the limit. Blocking."""
+        return self._idle.wait(limit_s)
+
+    def close(self) -> None:
+        """Takes no part any more; what is open stays open."""
+        self._closed = True
+        self._leave(lambda: None)
+
+    # -- everything below runs in the assembly's thread ----------------------------------------------------------------
+
+    def _leave(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        os.eventfd_write(self._woken, 1)
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._turn()
+            except Exception:
+                log.exception("a turn of the assembly failed")
+                time.sleep(RECOVER_S)
+        self._clients.close()
+        self._way.close()
+        self._worker.shutdown(wait=False)
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(TURN_S if self._open or self._tallies else None):
+            if key.fileobj is self._woken:
+                os.eventfd_read(self._woken)
+            elif isinstance(key.data, Client):
+                self._hear_client(key.data)
+            elif isinstance(key.data, Way):
+                for frame in self._way.hear():
+                    self._decided(*decode_verdict(frame.data))
+            else:
+                self._clients.accept()
+        while self._commands:
+            self._commands.popleft()()
+        now = time.monotonic()
+        self._excuse(now)
+        self._reach(now)
+        self._beat(now)
+        self._take_in(now)
+        self._act(now)
+        if not self._open:
+            self._way.begin_anew()
+            self._idle.set()
+
+    def _excuse(self, now: float) -> None:
+        """Silence counts only while this process was listening and had something open, so that the others beat."""
+        idle = not self._open and not self._tallies
+        if idle or now - self._turned_at > self._seat.limits.silence_s / 2:
+            self._clients.excuse()
+            self._way.excuse(now)
+        self._turned_at = now
+
+    def _enroll(self, case: Case, contents: Read) -> None:
+        self._strangers.pop(case.key, None)
+        if case.key in self._open:
+            return
+        if (known := self._verdicts.get(case.key)) is not None:  # told again by a trainer that had not heard
+            self._tell(case.key, known)
+            return
+        if not self._open:
+            self._way.excuse(time.monotonic())
+        entry = _Open(case, contents)
+        with suppress(OSError):  # another process of this host may hold the name for a moment yet
+            entry.held = mark(case.store, case.key)
+        self._open[case.key] = entry
+        self._speak(entry)
+
+    def _say(self, key: str, what: FileDigest | RankFailure) -> None:
+        entry = self._open.get(key)
+        if entry is not None and entry.said is None:
+            entry.said = what
+            self._speak(entry)
+
+    def _speak(self, entry: _Open) -> None:
+        """Says to the committer of now what is to be said of the attempt."""
+        if self._way.ends_here:
+            self._count(self._seat.member, entry.case, entry.said)
+        else:
+            self._way.send(encode_vote(entry.case, entry.said))
+
+    # -- the member ----------------------------------------------------------------------------------------------------
+
+    def _reach(self, now: float) -> None:
+        match self._way.go_on(now) if self._open else Step.STAYED:
+            case Step.ARRIVED:
+                for entry in list(self._open.values()):
+                    self._speak(entry)
+            case Step.ENDED:
+                report = (RankFailure(self._seat.ranks[0], RankLost.kind, "no writer that could commit was reached"),)
+                for entry in list(self._open.values()):
+                    self._give_up(entry, report)
+            case _:
+                pass
+
+    def _beat(self, now: float) -> None:
+        if now - self._beaten_at >= BEAT_S / 2:
+            self._beaten_at = now
+            self._way.beat()
+            self._clients.beat()
+
+    # -- the committer -------------------------------------------------------------------------------------------------
+
+    def _hear_client(self, client: Client) -> None:
+        for frame in self._clients.read(client):
+            case, said = decode_vote(frame.data)
+            client.cases[case.key] = case
+            if (known := self._verdicts.get(case.key)) is not None:
+                self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(case.key, known)))
+            else:
+                self._count(client.member, case, said)
+        if client.gone:
+            for key in client.cases:
+                if key in self._tallies:
+                    self._tallies[key].lost(client.member, now=time.monotonic())
+
+    def _count(self, member: int, case: Case, said: Said) -> None:
+        tally = self._tallies.get(case.key)
+        if tally is None:
+            now = time.monotonic()
+            tally = self._tallies[case.key] = Tally(self._seat.ranks, now=now)
+            if case.key not in self._open:
+                self._strangers[case.key] = (case, now)
+        tally.present(member)
+        if said is not None:
+            tally.said(member, said)
+
+    def _take_in(self, now: float) -> None:
+        """Attempts that others spoke of and that this member's trainer never told it of: they wait for a verdict."""
+        for key, (case, since) in list(self._strangers.items()):
+            if now - since >= self._seat.limits.missing_s:
+                rank = self._seat.ranks[self._seat.member]
+                self._enroll(case, lambda: None)
+                self._say(key, RankFailure(rank, RankLost.kind, "its trainer is gone, and had not staged it"))
+
+    def _act(self, now: float) -> None:
+        """The next thing for the first attempt that this member enrolled, if it is the committer."""
+        for client in self._clients.silent(now):
+            for key in client.cases:
+                if key in self._tallies:
+                    self._tallies[key].lost(client.member, now=now)
+        if self._work is not None and not self._work.done():
+            return
+        if not self._way.ends_here or not self._open:
+            return
+        entry = next(iter(self._open.values()))
+        tally = self._tallies.get(entry.case.key)
+        if tally is None:
+            return
+        tally.passed_over(range(self._seat.member))
+        match tally.next(now=now, missing_s=self._seat.limits.missing_s):
+            case Finish(files):
+                self._do(entry, lambda store: self._settle(store, entry, files))
+            case Abort(report):
+                self._give_up(entry, report)
+            case LookFor(members):
+                self._do(entry, lambda store: self._look_for(store, entry, members))
+            case _:
+                pass
+
+    def _give_up(self, entry: _Open, report: tuple[RankFailure, ...]) -> None:
+        def act(store: Store) -> None:
+            verdict = give_up(store, entry.case, report, patience=self._patience)
+            self._leave(lambda: self._decided(entry.case.key, verdict))
+
+        self._do(entry, act)
+
+    def _settle(self, store: Store, entry: _Open, files: tuple[FileDigest, ...]) -> None:
+        verdict: Verdict
+        try:
+            verdict = settle(store, entry.case, entry.contents(), files, patience=self._patience)
+        except Exception as error:
+            report = (failure_of(error, self._seat.ranks[self._seat.member]),)
+            verdict = report if _is_final(error) else give_up(store, entry.case, report, patience=self._patience)
+        self._leave(lambda: self._decided(entry.case.key, verdict))
+
+    def _look_for(self, store: Store, entry: _Open, members: tuple[int, ...]) -> None:
+        found = {member: find_attestation(store, entry.case, member) for member in members}
+
+        def tell() -> None:
+            if (tally := self._tallies.get(entry.case.key)) is not None:
+                for member, file in found.items():
+                    tally.said(member, file) if file is not None else tally.not_found(member)
+
+        self._leave(tell)
+
+    def _do(self, entry: _Open, act: Callable[[Store], None]) -> None:
+        """In the commit thread, one after the other."""
+
+        def work() -> None:
+            try:
+                act(self._stores(entry.case.store))
+            except Exception as error:
+                report = (failure_of(error, self._seat.ranks[self._seat.member]),)
+                log.warning("%s: %s", entry.case.where, report[0].message)
+                self._leave(lambda: self._decided(entry.case.key, report))
+
+        self._work = self._worker.submit(work)
+
+    def _decided(self, key: str, verdict: Verdict) -> None:
+        if key in self._verdicts:
+            return
+        self._verdicts[key] = verdict
+        while len(self._verdicts) > KNOWN_VERDICTS:
+            self._verdicts.popitem(last=False)
+        self._tallies.pop(key, None)
+        self._strangers.pop(key, None)
+        for client in self._clients.that_spoke_of(key):
+            self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(key, verdict)))
+        entry = self._open.pop(key, None)
+        if entry is not None:
+            if entry.held is not None:
+                entry.held.close()
+            self._tell(key, verdict)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the attempt stands committed although this was raised: it cannot be given up, and its sync is not repeated."""
+    return isinstance(error, NotAcknowledged | Superseded | NotDurable)

@@ -1,0 +1,123 @@
+"""The other writers as a candidate for committer sees them: who is connected, as which member, about which attempts."""
+
+from __future__ import annotations
+
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import msgpack
+
+from elastickpt.commit.cases import Case
+from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone
+from elastickpt.errors import CheckpointError
+from elastickpt.writer.seats import Seat
+
+SEND_S = 5.0  # what a client that takes nothing is waited for; it comes back by itself
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    """One connection; `member` is -1 until it has said hello. `cases` are the attempts that it spoke of, by key."""
+
+    connection: Connection
+    member: int = -1
+    gone: bool = False
+    cases: dict[str, Case] = field(default_factory=dict)
+
+
+class Clients:
+    """All connections to one candidate. Belongs to one thread."""
+
+    def __init__(self, seat: Seat, listener: socket.socket | None, selector: selectors.BaseSelector) -> None:
+        self._seat, self._listener, self._selector = seat, listener, selector
+        self._all: list[Client] = []
+        if listener is not None:
+            listener.setblocking(False)
+            selector.register(listener, selectors.EVENT_READ)
+
+    def accept(self) -> None:
+        if self._listener is None:
+            return
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return  # it is gone again
+        client = Client(Connection(sock))
+        self._all.append(client)
+        self._selector.register(client.connection, selectors.EVENT_READ, client)
+
+    def read(self, client: Client) -> list[Frame]:
+        """The votes that came; marks the client as gone at its end, and drops whoever does not know the secret."""
+        try:
+            client.connection.pump()
+        except (PeerGone, CheckpointError):
+            self._drop(client)
+        frames = []
+        while (frame := client.connection.take()) is not None:
+            if client.member >= 0 and frame.kind is Kind.PAYLOAD:
+                frames.append(frame)
+            elif client.member < 0 and frame.kind is Kind.HELLO:
+                client.member = self._member(frame.data)
+                if client.member < 0:
+                    self._drop(client)
+        return frames
+
+    def send(self, client: Client, frame: Frame) -> None:
+        """Blocks at most `SEND_S`; drops a client that takes nothing."""
+        if client.gone:
+            return
+        try:
+            client.connection.send(frame, silence_s=SEND_S)
+        except Exception:  # whatever it is, the connection is of no use any more
+            self._drop(client)
+
+    def beat(self) -> None:
+        for client in self._all:
+            client.connection.beat(0)
+
+    def silent(self, now: float) -> list[Client]:
+        """Those that have something open and said nothing within the limit; they are dropped."""
+        limit = self._seat.limits.silence_s
+        found = [one for one in self._all if one.cases and now - one.connection.heard_at > limit]
+        for client in found:
+            self._drop(client)
+        return found
+
+    def excuse(self) -> None:
+        """This process stood still, not they."""
+        for client in self._all:
+            client.connection.heard_at = time.monotonic()
+
+    def that_spoke_of(self, key: str) -> Iterable[Client]:
+        """Those who wait for the verdict on the attempt; they are taken to have it."""
+        found = [client for client in self._all if key in client.cases]
+        for client in found:
+            del client.cases[key]
+        return found
+
+    def close(self) -> None:
+        for client in list(self._all):
+            self._drop(client)
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+
+    def _member(self, data: bytes) -> int:
+        try:
+            secret, member = msgpack.unpackb(data)
+            if secrets.compare_digest(secret, self._seat.secret) and 0 <= member < len(self._seat.ranks):
+                return int(member)
+        except (ValueError, TypeError):
+            pass
+        return -1
+
+    def _drop(self, client: Client) -> None:
+        if not client.gone:
+            client.gone = True
+            self._all.remove(client)
+            self._selector.unregister(client.connection)
+            client.connection.close()

@@ -1,0 +1,224 @@
+"""Writers that commit by themselves: threads of this process, and real writer processes that are killed and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ordered import Job, Writer, seats
+from staged import big_state
+from trainer import BOUND_S
+
+import elastickpt as ek
+from elastickpt.commit.draft import is_draft
+from elastickpt.commit.orders import Committed
+from elastickpt.commit.registers.epochs import claim, start
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Claimer
+from elastickpt.commit.registers.steps import complete
+from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
+from elastickpt.storage.local import LocalStore
+from elastickpt.testing.writer_hooks import hook
+from elastickpt.writer.child import WriterOptions
+from elastickpt.writer.submissions import Submission
+from elastickpt.writer.supervisor import Supervisor
+from elastickpt.writer.thread import ThreadWriter
+
+Start = Callable[..., list[Supervisor]]
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    return Job(big_state(1), 3)
+
+
+@pytest.fixture
+def processes() -> Iterator[Start]:
+    """A writer process for each member, with the hooks given for some of them."""
+    started: list[Supervisor] = []
+
+    def begin(world: int, silence_s: float = 1.5, **hooks: tuple[str, ...]) -> list[Supervisor]:
+        for seat, listener in seats(world):
+            told = hooks.get(f"member{seat.member}", ())
+            options = WriterOptions(beat_s=0.1, silence_s=silence_s, reap_s=5.0, hooks=told)
+            started.append(Supervisor(options, seat=seat, listener=listener))  # type: ignore[arg-type]
+        return started[-world:]
+
+    yield begin
+    for writer in started:
+        writer.close(limit_s=5.0)
+
+
+def outcome(submission: Submission) -> Committed:
+    """What became of the attempt, once its arena is free."""
+    submission.future.exception(BOUND_S)
+    return submission.decided.result(BOUND_S)
+
+
+def threads(store: LocalStore, world: int) -> list[Writer]:
+    return [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world)]  # type: ignore[arg-type]
+
+
+def demand_sound(path: Path, *, seed: int = 0) -> None:
+    assert ek.open(path).verify().problems == ()
+    state = big_state(1, seed=seed + 1)
+    ek.load(state, path)
+    expected = big_state(1, seed=seed)
+    for name, value in expected["m"].state_dict().items():  # type: ignore[attr-defined]
+        assert (state["m"].state_dict()[name] == value).all()  # type: ignore[attr-defined]
+
+
+def drafts(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if is_draft(entry.name)]
+
+
+def test_three_writers_commit_without_their_trainers(tmp_path: Path, job: Job) -> None:
+    attempt = job.attempt(tmp_path / "c")
+    submissions = job.submit(attempt, threads(LocalStore(tmp_path), 3))
+    found = [outcome(one) for one in submissions]
+    assert len(set(found)) == 1
+    assert found[0].arrays == len(job.merged.arrays)
+    demand_sound(tmp_path / "c")
+    assert drafts(tmp_path) == []
+
+
+def test_processes_commit_one_attempt_after_the_other(tmp_path: Path, job: Job, processes: Start) -> None:
+    writers = processes(3)
+    for step in range(3):
+        submissions = job.submit(job.attempt(tmp_path / f"c{step}", step=step), writers)
+        for one in submissions:
+            outcome(one)
+        assert ek.open(tmp_path / f"c{step}").step == step
+    demand_sound(tmp_path / "c2")
+
+
+def test_a_failure_of_one_is_the_same_report_for_all(tmp_path: Path, job: Job) -> None:
+    writers = threads(LocalStore(tmp_path), 3)
+    attempt = job.attempt(tmp_path / "c")
+    submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (0, 1)]
+    submissions.append(writers[2].withdraw(job.members[2].staged(attempt), NoSpace("no room here")))
+    errors = [one.decided.exception(BOUND_S) for one in submissions]
+    assert {type(error) for error in errors} == {NoSpace}
+    assert {str(error) for error in errors} == {"rank 2: no room here"}
+    assert not (tmp_path / "c").exists()
+    assert drafts(tmp_path) == []
+    again = job.submit(job.attempt(tmp_path / "c"), writers)  # the next one works
+    assert len({outcome(one) for one in again}) == 1
+    demand_sound(tmp_path / "c")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_writer_that_is_killed_at_work_is_revived_and_the_attempt_commits(
+    tmp_path: Path, job: Job, processes: Start, victim: int
+) -> None:
+    writers = processes(3, **{f"member{victim}": (hook("kill", 5),)})
+    submissions = job.submit(job.attempt(tmp_path / "c"), writers)
+    assert len({outcome(one) for one in submissions}) == 1
+    demand_sound(tmp_path / "c")
+
+
+@pytest.mark.parametrize("mode", ["", "/", "+"], ids=["before", "in", "after"])
+def test_a_committer_that_is_killed_at_each_change_in_turn_is_revived_until_the_attempt_commits(
+    tmp_path: Path, processes: Start, mode: str
+) -> None:
+    """Its first process is killed at its first change, the next one at its second, and so on, past its last change."""
+    small = Job({"t": {"a": torch.arange(9.0), "b": torch.arange(4)}, "n": 1}, 3)
+    writers = processes(3, member0=tuple(hook("kill", f"{at}{mode}") for at in range(1, 41)))
+    submissions = small.submit(small.attempt(tmp_path / "c"), writers)
+    assert len({outcome(one) for one in submissions}) == 1
+    assert writers[0].deaths > 15
+    state = {"t": {"a": torch.zeros(9), "b": torch.zeros(4, dtype=torch.int64)}, "n": 0}
+    ek.load(state, tmp_path / "c")
+    assert state["t"]["a"].tolist() == list(range(9))  # type: ignore[index]
+    assert ek.open(tmp_path / "c").verify().problems == ()
+
+
+def test_another_writer_commits_when_the_committer_and_its_trainer_are_gone(tmp_path: Path, job: Job, processes: Start) -> None:
+    writers = processes(3, silence_s=60.0)  # its trainer does not mind either
+    attempt = job.attempt(tmp_path / "c")
+    first = writers[0].submit(job.members[0].staged(attempt), job.members[0].arena)
+    first.result(BOUND_S)  # it has attested
+    pid = writers[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # neither revived nor heard
+    try:
+        others = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (1, 2)]
+        found = {outcome(one) for one in others}
+        assert len(found) == 1
+        demand_sound(tmp_path / "c")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert first.decided.result(BOUND_S) in found  # the old committer obeys what it finds
+    demand_sound(tmp_path / "c")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c"]
+
+
+def test_a_member_that_never_comes_is_lost_and_the_others_are_told(tmp_path: Path, job: Job, processes: Start) -> None:
+    writers = processes(3)
+    attempt = job.attempt(tmp_path / "c")
+    submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (0, 2)]
+    for one in submissions:
+        error = one.decided.exception(BOUND_S)
+        assert isinstance(error, RankLost)
+        assert [failure.rank for failure in error.report] == [1]
+    with pytest.raises(NotACheckpoint):
+        ek.open(tmp_path / "c")
+
+
+def test_nobody_commits_what_the_only_candidates_took_along(tmp_path: Path, job: Job) -> None:
+    """Member 0 gone before it attested: the next candidate aborts, and says who is lost."""
+    writers = threads(LocalStore(tmp_path), 3)
+    writers[0].close(limit_s=0)
+    attempt = job.attempt(tmp_path / "c")
+    submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (1, 2)]
+    errors = [one.decided.exception(BOUND_S) for one in submissions]
+    assert {type(error) for error in errors} <= {RankLost}
+    assert drafts(tmp_path) == []
+
+
+class TestInARun:
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> LocalStore:
+        return LocalStore(tmp_path)
+
+    def begun(self, store: LocalStore, token: str = "t") -> int:
+        holding = complete(claim(store, Claimer("unix:nobody", token, "host", 1, 1, 1.0)))
+        complete(start(store, holding, continued=None))
+        return holding.epoch
+
+    def test_an_attempt_is_committed_by_its_register(
+        self, store: LocalStore, tmp_path: Path, job: Job, processes: Start
+    ) -> None:
+        register = AttemptId(10, self.begun(store), 1)
+        submissions = job.submit(job.attempt_in_run(store, register), processes(3))
+        assert len({outcome(one) for one in submissions}) == 1
+        demand_sound(tmp_path / register.folder)
+        assert (tmp_path / "commits" / register.register).exists()
+
+    def test_what_a_superseded_job_commits_is_not_acknowledged(
+        self, store: LocalStore, tmp_path: Path, job: Job, processes: Start
+    ) -> None:
+        register = AttemptId(10, self.begun(store), 1)
+        attempt = job.attempt_in_run(store, register)
+        self.begun(store, "another")
+        errors = [one.decided.exception(BOUND_S) for one in job.submit(attempt, processes(3))]
+        assert {type(error) for error in errors} == {Superseded}
+
+    def test_a_failed_attempt_is_aborted_by_its_register(self, store: LocalStore, tmp_path: Path, job: Job) -> None:
+        register = AttemptId(10, self.begun(store), 1)
+        attempt = job.attempt_in_run(store, register)
+        writers = threads(store, 3)
+        submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (0, 1)]
+        submissions.append(writers[2].withdraw(job.members[2].staged(attempt), StorageFailed("no")))
+        for one in submissions:
+            assert isinstance(one.decided.exception(BOUND_S), CheckpointError)
+        assert b'"abort"' in (tmp_path / "commits" / register.register).read_bytes()
+        end = time.monotonic() + BOUND_S
+        while (tmp_path / register.folder).exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not (tmp_path / register.folder).exists()
