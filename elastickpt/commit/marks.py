@@ -1,12 +1,13 @@
-"""Marks of living writers: while a writer works on an attempt it holds a name that all processes of its host can list.
+"""Marks of attempts that are worked on: names that all processes of a host can list. [SAVE-86]
 
-A name in the abstract socket namespace goes with its process, however that ends: no file is left behind, no lock to break.
-[SAVE-86]
+A trainer makes the mark when it hands an attempt to its writer, and the writer gets it too, by descriptor. A name in the abstract
+socket namespace is there as long as anybody has it, or has been sent it, and goes with the last process, however that ends: no
+file is left behind, no lock to break.
 """
 
 from __future__ import annotations
 
-import os
+import secrets
 import socket
 from collections.abc import Collection
 from pathlib import Path
@@ -17,9 +18,9 @@ _PREFIX = "@elastickpt-work-"  # as /proc/net/unix shows it; the first byte of t
 
 
 def mark(store: str, attempt: str) -> socket.socket:
-    """Holds the mark of this process for the attempt below that store's root until it is closed."""
+    """The mark of a new attempt of this process, below that store's root; there until it is closed everywhere."""
     held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    held.bind(f"\0{_PREFIX[1:]}{_place(store)}-{attempt}-{os.getpid()}")
+    held.bind(f"\0{_PREFIX[1:]}{_place(store)}-{attempt}-{secrets.token_hex(4)}")
     return held
 
 

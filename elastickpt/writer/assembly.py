@@ -25,13 +25,11 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.handed import find_attestation
-from elastickpt.commit.marks import mark
 from elastickpt.commit.settle import Patience, give_up, settle
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.comms.frames import Frame, Kind
@@ -60,7 +58,6 @@ class _Open:
     case: Case
     contents: Read
     said: Said = None
-    held: socket.socket | None = field(default=None)
 
 
 class Assembly:
@@ -177,8 +174,6 @@ class Assembly:
         if not self._open:
             self._way.excuse(time.monotonic())
         entry = _Open(case, contents)
-        with suppress(OSError):  # another process of this host may hold the name for a moment yet
-            entry.held = mark(case.store, case.key)
         self._open[case.key] = entry
         self._speak(entry)
 
@@ -325,8 +320,6 @@ class Assembly:
             self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(key, verdict)))
         entry = self._open.pop(key, None)
         if entry is not None:
-            if entry.held is not None:
-                entry.held.close()
             self._tell(key, verdict)
 
 

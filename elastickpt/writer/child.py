@@ -20,6 +20,7 @@ from elastickpt.comms.frames import PeerGone
 from elastickpt.writer.messages import (
     ArenaHere,
     Hello,
+    MarkHere,
     Message,
     OutlineGone,
     OutlineHere,
@@ -111,6 +112,8 @@ class Child:
     def hand(self, submission: Submission) -> None:
         """It is told of the submission, and before of all that this names. Raises PeerGone."""
         staged, arena, order = submission.staged, submission.arena, submission.staged.order
+        if submission.mark is not None:
+            self.wire.send(MarkHere(staged.draft.attempt), descriptors=(submission.mark.fileno(),))
         if order is not None and order.outline:
             digest = outline_digest(order.outline)
             if not _touch(self._outlines, digest):

@@ -8,6 +8,8 @@
     PlanGone    no job will name it again                  Failed      the job ended; nothing more is done for it
     SeatHere    with a descriptor, if it listens: where
                 it sits among the job's writers            Decided     what became of the attempt of a job with an order
+    MarkHere    with a descriptor: the mark of an attempt,
+                to be held until that is decided
     OutlineHere what all saves of a structure share
     OutlineGone no job will name it again
     Write       a round of a job is staged: write it
@@ -84,6 +86,11 @@ class SeatHere:
     secret: bytes
     limits: tuple[float, ...]
     listening: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MarkHere:
+    attempt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,7 @@ Message = ToWriter | FromWriter
 _TYPES: dict[str, type[Message]] = {
     cls.__name__: cls
     for cls in (
-        Hello, ArenaHere, ArenaGone, PlanHere, PlanGone, SeatHere, OutlineHere, OutlineGone, Write, Say, Cancel, Quit,
+        Hello, ArenaHere, ArenaGone, PlanHere, PlanGone, SeatHere, MarkHere, OutlineHere, OutlineGone, Write, Say, Cancel, Quit,
         Ready, Beat, Progress, Done, Failed, Decided,
     )
 }  # fmt: skip

@@ -35,8 +35,15 @@ class Part:
         self._stores = stores
         self._tell_trainer = tell
         self._jobs: dict[str, int] = {}
+        self._marks: dict[str, socket.socket] = {}
         patience = Patience(limit_s=seat.limits.adopt_s)
         self._assembly = Assembly(seat, listener, stores, self._tell, patience=patience)
+
+    def hold(self, attempt: str, mark: socket.socket) -> None:
+        """Somebody works on the attempt as long as the mark is open: until it is decided."""
+        if attempt in self._marks:
+            self._marks.pop(attempt).close()
+        self._marks[attempt] = mark
 
     def begin(self, job: Write | Say, outline: bytes) -> None:
         """This writer takes part in the job's attempt from now on. Does not block."""
@@ -91,6 +98,9 @@ class Part:
         self._assembly.close()
 
     def _tell(self, key: str, verdict: Verdict) -> None:
+        held = self._marks.pop(key, None)
+        if held is not None:
+            held.close()
         job = self._jobs.pop(key, None)
         if job is not None:
             self._tell_trainer(job, verdict)

@@ -34,6 +34,7 @@ from elastickpt.writer.messages import (
     Done,
     Failed,
     Hello,
+    MarkHere,
     Message,
     OutlineGone,
     OutlineHere,
@@ -156,6 +157,8 @@ class _Process:
                 del self._plans[plan]
             case SeatHere():
                 self._sit(message, descriptor)
+            case MarkHere(attempt):
+                self._taking_part().hold(attempt, socket.socket(fileno=descriptor))
             case OutlineHere(digest, data):
                 self._outlines[digest] = data
             case OutlineGone(digest):

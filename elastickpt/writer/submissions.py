@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from elastickpt.commit.cases import Verdict
 from elastickpt.commit.contents import outline_digest
 from elastickpt.commit.draft import Draft
+from elastickpt.commit.marks import mark
 from elastickpt.commit.orders import Committed, Order
 from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, from_report, kinds
 from elastickpt.format.records import FileDigest
@@ -40,6 +42,12 @@ class Outcome:
     file: FileDigest | None
 
 
+def submission_of(number: int, staged: StagedRound, arena: Arena | None) -> Submission:
+    """A new one; with an order it is marked as being worked on from now on."""
+    marked = None if staged.order is None else mark(staged.store, staged.draft.attempt)
+    return Submission(number, staged, arena, mark=marked)
+
+
 @dataclass(slots=True, eq=False)
 class Submission:
     """A round on its way. The arena is the writer's until `result` returned or raised; there is none for what was withdrawn.
@@ -54,6 +62,7 @@ class Submission:
     future: Future[Outcome] = field(default_factory=Future)
     decided: Future[Committed] = field(default_factory=Future)
     said: FileDigest | CheckpointError | None = None
+    mark: socket.socket | None = None  # held as long as somebody may work on the attempt, here or by a writer that has it too
     written: int = 0  # bytes so far, roughly
     deaths: int = 0  # of writers that had it
     handed: bool = False  # to the writer of now
@@ -87,6 +96,7 @@ class Submission:
 
     def decide(self, verdict: Verdict) -> None:
         """What became of the attempt."""
+        self._unmark()
         if self.decided.done():
             return
         if isinstance(verdict, Committed):
@@ -97,8 +107,14 @@ class Submission:
     def give_up(self, error: CheckpointError) -> None:
         """Nobody will tell what becomes of it."""
         self.end(error)
+        self._unmark()
         if not self.decided.done():
             self.decided.set_exception(error)
+
+    def _unmark(self) -> None:
+        if self.mark is not None:
+            self.mark.close()
+            self.mark = None
 
     def write(self) -> Write:
         """What its writer is told."""

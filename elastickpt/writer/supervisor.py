@@ -41,7 +41,7 @@ from elastickpt.writer.messages import (
     Ready,
 )
 from elastickpt.writer.seats import ALONE, Seat
-from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of
+from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Supervisor:
         self._require_open()
         arena.require_free()
         self._count += 1
-        submission = Submission(self._count, staged, arena)
+        submission = submission_of(self._count, staged, arena)
         arena.lent = True
         self._leave(lambda: self._pending.__setitem__(submission.number, submission))
         return submission
@@ -96,7 +96,7 @@ class Supervisor:
         `close`."""
         self._require_open()
         self._count += 1
-        submission = Submission(self._count, staged, None)
+        submission = submission_of(self._count, staged, None)
         submission.end(failure)
         self._leave(lambda: self._awaiting.__setitem__(submission.number, submission))
         return submission

@@ -19,7 +19,7 @@ from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import Done, Failed
 from elastickpt.writer.parts import Part
 from elastickpt.writer.seats import ALONE, Seat
-from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of
+from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of
 
 
 class ThreadWriter:
@@ -40,7 +40,7 @@ class ThreadWriter:
         self._require_open()
         arena.require_free()
         self._count += 1
-        submission = Submission(self._count, staged, arena)
+        submission = submission_of(self._count, staged, arena)
         arena.lent = True
         if staged.order is not None:
             self._begin(submission)
@@ -52,7 +52,7 @@ class ThreadWriter:
         `close`."""
         self._require_open()
         self._count += 1
-        submission = Submission(self._count, staged, None)
+        submission = submission_of(self._count, staged, None)
         submission.end(failure)
         part = self._begin(submission)
         part.repeat(submission.say())

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from elastickpt.comms.frames import PeerGone
-from elastickpt.writer.messages import ArenaHere, Message, SeatHere, decode, encode
+from elastickpt.writer.messages import ArenaHere, MarkHere, Message, SeatHere, decode, encode
 
 _LENGTH = struct.Struct("<Q")
 _DESCRIPTORS = 16  # that may come with one read
@@ -47,7 +47,7 @@ class Wire:
                 self._sending.release()
 
     def receive(self) -> list[tuple[Message, int]]:
-        """What came, from one read; with the descriptor of an ArenaHere or SeatHere, else -1. Blocks until there is something;
+        """What came, from one read; with the descriptor that goes with it, else -1. Blocks until there is something;
         may return nothing. Raises PeerGone at the end, after everything before it was returned."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, _READ_NBYTES, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
@@ -65,7 +65,7 @@ class Wire:
             if len(self._buffer) < end:
                 break
             message = decode(bytes(self._buffer[at + _LENGTH.size : end]))
-            carries = isinstance(message, ArenaHere) or (isinstance(message, SeatHere) and message.listening)
+            carries = isinstance(message, ArenaHere | MarkHere) or (isinstance(message, SeatHere) and message.listening)
             found.append((message, self._descriptors.popleft() if carries else -1))
             at = end
         del self._buffer[:at]
