@@ -1,8 +1,8 @@
 """Marks of attempts that are worked on: names that all processes of a host can list. [SAVE-86]
 
-A trainer makes the mark when it hands an attempt to its writer, and the writer gets it too, by descriptor. A name in the abstract
-socket namespace is there as long as anybody has it, or has been sent it, and goes with the last process, however that ends: no
-file is left behind, no lock to break.
+A trainer makes the mark when it hands an attempt to its writer, and the writer gets it too, by descriptor. A name in the
+abstract socket namespace is there as long as anybody has it, or has been sent it, and goes with the last process, however that
+ends: no file is left behind, no lock to break.
 """
 
 from __future__ import annotations

@@ -186,9 +186,9 @@ class Decided:
     verdict: bytes
 
 
-ToWriter = (
-    Hello | ArenaHere | ArenaGone | PlanHere | PlanGone | SeatHere | OutlineHere | OutlineGone | Write | Say | Cancel | Quit
-)
+Here = ArenaHere | PlanHere | SeatHere | MarkHere | OutlineHere
+Gone = ArenaGone | PlanGone | OutlineGone
+ToWriter = Hello | Here | Gone | Write | Say | Cancel | Quit
 FromWriter = Ready | Beat | Progress | Done | Failed | Decided
 Message = ToWriter | FromWriter
 _TYPES: dict[str, type[Message]] = {
