@@ -1,6 +1,6 @@
 """When the job is going to be ended: what is noticed, and at which step everybody saves for the last time. [RUN-94..97]
 
-Each rank notices for itself: SIGTERM, which launchers send to all; SIGUSR1, which SLURM sends before the end of a job's time; or
+Each rank notices for itself: SIGTERM, which launchers send to all; SIGUSR1, which SLURM sends before a job's time is over; or
 what a watcher of spot notices gives. It reaches rank 0, which decides for a later step and publishes that before any rank can
 complete the step, as for saves by clock.
 """
