@@ -13,8 +13,8 @@ Process = Literal["trainer", "writer"]
 class SaveEvent:
     """One save of the run, over for good. `nbytes` are those of its arrays, of all ranks.
 
-    In seconds, on the rank that tells it, 0.0 for what was not reached: `stall_s`, how long training stood still; `write_s`, from
-    the first byte to the last one that is durable; `commit_s`, from there until it was acknowledged. `time`, when it ended, in
+    On the rank that tells it, in seconds, 0.0 for what was not reached: `stall_s`, how long training stood still; `write_s`,
+    from the first byte to the last durable one; `commit_s`, from there until it was acknowledged. `time`, when it ended, in
     seconds since 1970. `kind` and `reason` say why it failed or was skipped, in the words of the error.
     """
 
