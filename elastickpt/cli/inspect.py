@@ -15,6 +15,7 @@ from elastickpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from elastickpt.cli.facts import Facts
+    from elastickpt.load.checkpoint import Checkpoint
     from elastickpt.runs.opening import RunAt
 
 SCHEMA = "ckpt-convert.inspect/1"
@@ -67,16 +68,16 @@ def add(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the checkpoint or the run; the exit code."""
-    from elastickpt.runs.opening import run_at
+    from elastickpt.load.checkpoint import Checkpoint
+    from elastickpt.runs.opening import open_path
 
     try:
-        found = run_at(args.path)
-        wrong = _misplaced(args, _OF_RUNS if found is None else _OF_CHECKPOINTS)
+        found = open_path(args.path)
+        wrong = _misplaced(args, found)
         if wrong:
-            of = "a run, and this is none" if found is None else "a checkpoint, and this is a run: name one with RUN@STEP"
-            say(f"error: {printable(args.path)}: {', '.join(wrong)}: of {of}")
+            say(f"error: {printable(args.path)}: {wrong}")
             return USAGE
-        return _show_checkpoint(args) if found is None else _show_run(args, found)
+        return _show_checkpoint(args, found) if isinstance(found, Checkpoint) else _show_run(args, found)
     except CheckpointError as error:
         if args.json:
             show_json({"schema": SCHEMA, "path": args.path, "error": {"kind": error.kind, "message": error.message}})
@@ -84,9 +85,15 @@ def run(args: argparse.Namespace) -> int:
         return code_of(type(error))
 
 
-def _misplaced(args: argparse.Namespace, options: dict[str, object]) -> list[str]:
-    """Those of the options that were given."""
-    return [f"--{name}" for name, absent in options.items() if getattr(args, name) != absent]
+def _misplaced(args: argparse.Namespace, found: Checkpoint | RunAt) -> str:
+    """Options that were given and are of the other kind, and what they are of; "" for none. [CLI-28]"""
+    from elastickpt.load.checkpoint import Checkpoint
+
+    options, of = _OF_CHECKPOINTS, "of a checkpoint, and this is a run: name one with RUN@STEP"
+    if isinstance(found, Checkpoint):
+        options, of = _OF_RUNS, "of a run, and this is a checkpoint"
+    given = [f"--{name}" for name, absent in options.items() if getattr(args, name) != absent]
+    return f"{', '.join(given)}: {of}" if given else ""
 
 
 def _show_run(args: argparse.Namespace, found: RunAt) -> int:
@@ -102,11 +109,10 @@ def _show_run(args: argparse.Namespace, found: RunAt) -> int:
     return facts.code
 
 
-def _show_checkpoint(args: argparse.Namespace) -> int:
+def _show_checkpoint(args: argparse.Namespace, found: Checkpoint) -> int:
     from elastickpt.cli.facts import Facts
-    from elastickpt.runs.opening import open_checkpoint
 
-    facts = Facts(open_checkpoint(args.path), names=args.name)
+    facts = Facts(found, names=args.name)
     (_show_json if args.json else _show_text)(args, facts)
     if not facts.arrays and args.name:
         say(f"note: no array matches {printable(' or '.join(args.name))}")
@@ -116,7 +122,7 @@ def _show_checkpoint(args: argparse.Namespace) -> int:
 def _show_json(args: argparse.Namespace, facts: Facts) -> None:
     from elastickpt.cli import inspect_json
 
-    found = {"schema": SCHEMA, "path": args.path, **inspect_json.checkpoint_json(facts)}
+    found = {"schema": SCHEMA, "path": args.path, "place": facts.place, **inspect_json.checkpoint_json(facts)}
     if args.values:
         found |= inspect_json.values_json(facts)
     if args.writers:

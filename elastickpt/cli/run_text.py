@@ -15,10 +15,10 @@ _CHECKPOINTS = (
     Column("branch", style="green"),
     Column("age", "right"),
     Column("bytes", "right"),
-    Column("ranks", "right", optional=3),
+    Column("ranks", "right", optional=1),
     Column("layout", style="magenta", optional=2),
-    Column("metrics", style="cyan", flexible=True, optional=4),
-    Column("kept", flexible=True, optional=1),
+    Column("metrics", style="cyan", flexible=True, optional=3),
+    Column("kept", flexible=True),
     Column("problem", style="red", flexible=True),
 )
 _EPOCHS = (

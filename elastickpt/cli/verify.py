@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import DAMAGED, DONE, FAILED, UNSAFE, UNSUPPORTED, code_of, code_of_kind, gravest
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
-from elastickpt.cli.output import say_error, screen_width, show, show_json
+from elastickpt.cli.output import say, say_error, screen_width, show, show_json
 from elastickpt.cli.text import nbytes_text, plural, printable
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, NotACheckpoint
 
 if TYPE_CHECKING:
     from elastickpt.load.checkpoint import Checkpoint
@@ -63,10 +64,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A checkpoint to verify: what it is called, and how it is opened."""
+    """A checkpoint to verify: what it is called, how it is opened, whether what was asked for is still there."""
 
     path: str
     open: Callable[[], Checkpoint]
+    stands: Callable[[], bool] = lambda: True
 
 
 def add(subparsers: Subparsers) -> None:
@@ -85,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
     for target in (target for path in args.paths for target in _targets(path)):
         with _bar(target.path, shown=sys.stderr.isatty() and not args.quiet) as progress:
             outcome = _verified(target, progress)
+        if outcome.problems and not target.stands():
+            say(f"note: {printable(target.path)}: removed from its run meanwhile")
+            continue
         outcomes.append(outcome)
         if not args.json:
             show(_lines(outcome))
@@ -96,18 +101,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _targets(path: str) -> Iterator[_Target]:
     """What a PATH stands for: a checkpoint, or every one of a run that counts, live ones first. [CLI-33]"""
-    from elastickpt.runs.opening import open_checkpoint, run_at
+    from elastickpt.runs.opening import RunAt, open_path
 
     try:
-        found = run_at(path)
-    except CheckpointError as problem:
-        yield _Target(path, lambda problem=problem: _raise(problem))  # type: ignore[misc]
+        found = open_path(path)
+        if isinstance(found, RunAt) and not found.entries:
+            raise NotACheckpoint(f"{path}: a run without a checkpoint")
+    except CheckpointError as error:
+        problem = error  # `error` ends with this block, the target is opened later
+        yield _Target(path, lambda: _raise(problem))
         return
-    if found is None or not found.entries:
-        yield _Target(path, lambda: open_checkpoint(path))
+    if not isinstance(found, RunAt):
+        checkpoint = found
+        yield _Target(path, lambda: checkpoint)
         return
     for entry in found.entries:
-        yield _Target(f"{path}@{entry.step}.{entry.epoch}", lambda entry=entry: found.open(entry))  # type: ignore[misc]
+        yield _Target(f"{path}@{entry.step}.{entry.epoch}", partial(found.open, entry), partial(found.stands, entry))
 
 
 def _raise(problem: CheckpointError) -> Checkpoint:

@@ -124,4 +124,4 @@ def nearest_text(steps: Sequence[int], step: int) -> str:
     """The steps, falling; of many the nearest to `step`, and how many there are."""
     near = sorted(sorted(steps, key=lambda one: (abs(one - step), one))[:SHOWN_STEPS], reverse=True)
     shown = ", ".join(map(str, near)) or "none"
-    return shown if len(near) == len(steps) else f"{len(steps)} others, the nearest {shown}"
+    return shown if len(near) == len(steps) else f"{len(steps)} steps, the nearest {shown}"

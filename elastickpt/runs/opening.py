@@ -57,9 +57,13 @@ class RunAt:
         try:
             return Checkpoint(open_in(self.store, entry.folder, digest=entry.commit.digest))
         except MissingFile:
-            if self.store.exists(commits_path(entry.id.register)):
+            if self.stands(entry):
                 raise
             raise NotACheckpoint(f"{where}: removed since the run was read") from None
+
+    def stands(self, entry: CommitEntry) -> bool:
+        """Whether it is still one of the run: retention may have removed it since. Blocking."""
+        return self.store.exists(commits_path(entry.id.register))
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, step: int | None = None, epoch: int | None = None) -> Checkpoint:
@@ -69,6 +73,12 @@ def open_checkpoint(path: str | os.PathLike[str], *, step: int | None = None, ep
     are read. Raises NotACheckpoint, naming the nearest steps, Uncommitted, Unsupported, Refused for an epoch without a step,
     Damaged kinds for a broken checkpoint, a manifest, or objects of the run that are not what was written.
     """
+    found = open_path(path, step=step, epoch=epoch)
+    return found.open(_chosen(found, Choice(found.path))) if isinstance(found, RunAt) else found
+
+
+def open_path(path: str | os.PathLike[str], *, step: int | None = None, epoch: int | None = None) -> Checkpoint | RunAt:
+    """What `open_checkpoint` opens, but for a path that is a run's: then the run. Errors as there."""
     text = os.fspath(path)
     choice = choose(text, step=step, epoch=epoch)
     if choice is not None:
@@ -84,7 +94,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, step: int | None = None, ep
         run = run_at(text)
         if run is None:
             raise
-    return run.open(_chosen(run, Choice(text)))
+    return run
 
 
 def choose(path: str, *, step: int | None = None, epoch: int | None = None) -> Choice | None:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from elastickpt.cli.run_facts import layout_text
 from elastickpt.cli.text import age_text
 from elastickpt.commit.registers.steps import complete
 from elastickpt.format.arrays import Mesh
+from elastickpt.load.checkpoint import Checkpoint
+from elastickpt.load.verify import VerifyReport
 from elastickpt.runs.latest import point_latest
 from elastickpt.storage.local import LocalStore
 
@@ -153,12 +156,13 @@ def test_options_of_the_other_kind_are_bad_usage(of: str, option: list[str], who
     assert err.startswith(f"error: {path}: {option[0]}: ")
 
 
-def test_a_step_of_a_run_is_a_path(whole_run: Path, json_of: Answer) -> None:
+def test_a_step_of_a_run_is_a_path(whole_run: Path, json_of: Answer, capsys: Captured) -> None:
     for at, attempt in (("@10", (10, 1)), ("@30", (30, 2)), ("@30.1", (30, 1)), ("@latest", (40, 2))):
         code, answer = json_of("inspect", f"{whole_run}{at}")
         assert (code, answer["step"], answer["path"]) == (0, attempt[0], f"{whole_run}{at}")
         folder = whole_run / f"step-{attempt[0]:010d}.{attempt[1]}.1"
-        assert ek.open(f"{whole_run}{at}").path == str(folder)
+        assert ek.open(f"{whole_run}{at}").path == answer["place"] == str(folder)
+    assert ["folder", str(whole_run / "step-0000000030.1.1")] in rows(capsys, "inspect", f"{whole_run}@30.1")
     code, answer = json_of("inspect", f"{whole_run}@25")
     assert (code, answer["error"]["kind"]) == (1, "not-a-checkpoint")
     assert "has 40, 30, 20, 10" in answer["error"]["message"]
@@ -186,6 +190,27 @@ def test_verify_of_a_run_is_of_all_that_counts(llama: Path, json_of: Answer) -> 
     assert code == 3
     assert [one["status"] for one in answer["checkpoints"]] == ["sound", "sound", "damaged", "sound", "damaged"]
     assert "in its register" in answer["checkpoints"][2]["problems"][0]["message"]
+
+
+def test_what_retention_removes_meanwhile_is_no_damage(
+    llama: Path, json_of: Answer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[CLI-33]"""
+    verify = Checkpoint.verify
+
+    def slow(self: Checkpoint, **options: Any) -> VerifyReport:
+        if "step-0000000030.2.1" in self.path:
+            for name in ("commits/0000000030-2-1.json", "commits/0000000010-1-1.json"):
+                (llama / name).unlink()
+            for name in ("step-0000000030.2.1", "step-0000000010.1.1"):
+                shutil.rmtree(llama / name)
+        return verify(self, **options)
+
+    monkeypatch.setattr(Checkpoint, "verify", slow)
+    assert main(["verify", str(llama)]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0:2] for line in out.splitlines()] == [["sound", f"{llama}@{at}"] for at in ("40.2", "20.1", "30.1")]
+    assert err.splitlines() == [f"note: {llama}@{at}: removed from its run meanwhile" for at in ("30.2", "10.1")]
 
 
 def test_the_link_for_people_is_no_obstacle(llama: Path, json_of: Answer) -> None:

@@ -109,7 +109,7 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupted(path: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(OPENING, "open_checkpoint", interrupted)
+    monkeypatch.setattr(OPENING, "open_path", interrupted)
     assert main(["verify", "x"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
@@ -118,7 +118,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(OPENING, "open_checkpoint", broken)
+    monkeypatch.setattr(OPENING, "open_path", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "x"])
 

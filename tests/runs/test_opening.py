@@ -103,7 +103,7 @@ def test_a_step_that_is_not_there_names_the_nearest(root: Path) -> None:
         ek.open(f"{root}@25")
     with pytest.raises(NotACheckpoint, match=r"step 40: no commit in epoch 1; it has 30, 20, 10; epoch 2 has it"):
         ek.open(f"{root}@40.1")
-    assert nearest_text(range(0, 1000, 10), 503) == "100 others, the nearest 530, 520, 510, 500, 490, 480"
+    assert nearest_text(range(0, 1000, 10), 503) == "100 steps, the nearest 530, 520, 510, 500, 490, 480"
 
 
 def test_the_newest_is_never_an_older_one_in_silence(root: Path) -> None:
