@@ -4,7 +4,7 @@ import elastickpt as ek
 
 ek.save(state, path)    # blocking; whole or absent
 ek.load(state, path)    # in place, at whatever layout `state` has now
-ek.open(path)           # read only, without torch
+ek.open(path)           # read only, without torch; also RUN, RUN@STEP
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from elastickpt.format.release import RELEASE as __version__
 if TYPE_CHECKING:
     from elastickpt import errors as errors
     from elastickpt.load.checkpoint import Checkpoint as Checkpoint
-    from elastickpt.load.checkpoint import open_checkpoint as open
     from elastickpt.load.session import LoadReport as LoadReport
     from elastickpt.load.session import load as load
+    from elastickpt.runs.opening import open_checkpoint as open
     from elastickpt.save.session import CheckpointInfo as CheckpointInfo
     from elastickpt.save.session import save as save
     from elastickpt.training.perrank import PerRank as PerRank
@@ -36,7 +36,7 @@ _PUBLIC = {
     "PerRank": ("elastickpt.training.perrank", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
     "load": ("elastickpt.load.session", "load"),
-    "open": ("elastickpt.load.checkpoint", "open_checkpoint"),
+    "open": ("elastickpt.runs.opening", "open_checkpoint"),
     "save": ("elastickpt.save.session", "save"),
 }
 

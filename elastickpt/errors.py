@@ -31,6 +31,7 @@ CheckpointError
 ├── WriterLost              this rank's writer process ended, or was given up, before it had written
 ├── Cancelled               the caller took it back before it was done
 ├── NotAcknowledged         a commit of which it is not known whether it counts
+├── RunBusy                 the job that claimed the run last lives; it was not claimed anew
 ├── Superseded              a newer claim of the run exists; this job writes nothing more into it
 └── RanksFailed             other ranks of the job failed while this one worked
     ├── RankLost                a rank's process is gone
@@ -184,6 +185,10 @@ class Cancelled(CheckpointError):
 
 class NotAcknowledged(CheckpointError):
     kind = "not-acknowledged"
+
+
+class RunBusy(CheckpointError):
+    kind = "run-busy"
 
 
 class Superseded(CheckpointError):

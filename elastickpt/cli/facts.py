@@ -100,6 +100,11 @@ class Facts:
     def manifest(self) -> Manifest:
         return self._checkpoint.manifest
 
+    @property
+    def place(self) -> str:
+        """The checkpoint's folder, whatever named it: an absolute local path, else a URL."""
+        return self._checkpoint.path
+
     @cached_property
     def every(self) -> tuple[ArrayFact, ...]:
         """All arrays, in the order of their keys."""

@@ -44,6 +44,7 @@ def header(path: str, facts: Facts, *, width: int | None) -> Iterator[Line]:
     manifest = facts.manifest
     yield heading(printable(path))
     pairs = [
+        *((("folder", facts.place),) if "@" in path else ()),
         ("step", "not recorded" if manifest.step is None else f"{manifest.step:,}"),
         ("saved", time_text(manifest.time)),
         ("format", f"version {manifest.version}, placement {manifest.placement}"),

@@ -15,6 +15,7 @@ _EXAMPLES = """\
 examples:
   ckpt-convert inspect out/run/step-0000000100         what is in it
   ckpt-convert verify out/run/step-0000000100          whether it is whole
+  ckpt-convert inspect runs/llama                      the checkpoints of a run
   ckpt-convert inspect --help                          more about a command
 """
 

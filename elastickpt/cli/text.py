@@ -77,6 +77,17 @@ def time_text(seconds: float) -> str:
         return f"{seconds:g} s after 1970"
 
 
+def age_text(seconds: float) -> str:
+    """5400 -> "1.5 h"; a time to come is 0."""
+    seconds = max(seconds, 0.0)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    for unit, length, end in (("min", 60, 99.5), ("h", 3600, 47.95)):
+        if seconds / length < end:
+            return f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 86400:,.1f} d"
+
+
 def value_text(value: Value) -> str:
     """One line, as Python writes it; long text, containers and arrays are cut short."""
     if isinstance(value, str):

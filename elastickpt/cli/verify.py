@@ -7,16 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import DAMAGED, DONE, FAILED, UNSAFE, UNSUPPORTED, code_of, code_of_kind, gravest
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
-from elastickpt.cli.output import say_error, screen_width, show, show_json
+from elastickpt.cli.output import say, say_error, screen_width, show, show_json
 from elastickpt.cli.text import nbytes_text, plural, printable
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, NotACheckpoint
 
 if TYPE_CHECKING:
+    from elastickpt.load.checkpoint import Checkpoint
     from elastickpt.load.verify import Problem
 
 SCHEMA = "ckpt-convert.verify/1"
@@ -25,7 +27,8 @@ MAX_PROBLEMS = 1000  # of one checkpoint that are listed [CLI-30]
 _EXAMPLES = """\
 examples:
   ckpt-convert verify out/run/step-0000000100
-  ckpt-convert verify out/run/step-* --quiet && echo all sound
+  ckpt-convert verify runs/llama --quiet && echo all sound
+  ckpt-convert verify runs/llama@latest runs/llama@900
   ckpt-convert verify step-100 --json | jq '.checkpoints[].problems[].kind'
 
 exit codes:
@@ -59,10 +62,21 @@ class Outcome:
         return _STATUS[self.code]
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A checkpoint to verify: what it is called, how it is opened, whether what was asked for is still there."""
+
+    path: str
+    open: Callable[[], Checkpoint]
+    stands: Callable[[], bool] = lambda: True
+
+
 def add(subparsers: Subparsers) -> None:
     """Declares the command."""
-    parser = add_command(subparsers, "verify", help="check every byte of checkpoints", examples=_EXAMPLES, run=run)
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="folder or URL of a checkpoint")
+    parser = add_command(subparsers, "verify", help="check every byte of checkpoints and runs", examples=_EXAMPLES, run=run)
+    parser.add_argument(
+        "paths", metavar="PATH", nargs="+", help="folder or URL of a checkpoint, RUN@STEP, or a run with all its checkpoints"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for programs")
 
@@ -70,9 +84,12 @@ def add(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verifies one checkpoint after the other; the exit code."""
     outcomes = []
-    for path in args.paths:
-        with _bar(path, shown=sys.stderr.isatty() and not args.quiet) as progress:
-            outcome = _verified(path, progress)
+    for target in (target for path in args.paths for target in _targets(path)):
+        with _bar(target.path, shown=sys.stderr.isatty() and not args.quiet) as progress:
+            outcome = _verified(target, progress)
+        if outcome.problems and not target.stands():
+            say(f"note: {printable(target.path)}: removed from its run meanwhile")
+            continue
         outcomes.append(outcome)
         if not args.json:
             show(_lines(outcome))
@@ -82,19 +99,42 @@ def run(args: argparse.Namespace) -> int:
     return gravest(outcome.code for outcome in outcomes)
 
 
-def _verified(path: str, progress: Progress) -> Outcome:
-    from elastickpt.load.checkpoint import open_checkpoint
+def _targets(path: str) -> Iterator[_Target]:
+    """What a PATH stands for: a checkpoint, or every one of a run that counts, live ones first. [CLI-33]"""
+    from elastickpt.runs.opening import RunAt, open_path
+
+    try:
+        found = open_path(path)
+        if isinstance(found, RunAt) and not found.entries:
+            raise NotACheckpoint(f"{path}: a run without a checkpoint")
+    except CheckpointError as error:
+        problem = error  # `error` ends with this block, the target is opened later
+        yield _Target(path, lambda: _raise(problem))
+        return
+    if not isinstance(found, RunAt):
+        checkpoint = found
+        yield _Target(path, lambda: checkpoint)
+        return
+    for entry in found.entries:
+        yield _Target(f"{path}@{entry.step}.{entry.epoch}", partial(found.open, entry), partial(found.stands, entry))
+
+
+def _raise(problem: CheckpointError) -> Checkpoint:
+    raise problem
+
+
+def _verified(target: _Target, progress: Progress) -> Outcome:
     from elastickpt.load.verify import Problem
 
     step = None
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = target.open()
         step = checkpoint.step
         report = checkpoint.verify(progress=progress)
     except CheckpointError as error:
         reason = None if code_of(type(error)) == DAMAGED else error
-        return Outcome(path, step, 0, 0, 0, (Problem(error.kind, error.message),), reason)
-    return Outcome(path, step, report.arrays, report.files, report.nbytes, report.problems)
+        return Outcome(target.path, step, 0, 0, 0, (Problem(error.kind, error.message),), reason)
+    return Outcome(target.path, step, report.arrays, report.files, report.nbytes, report.problems)
 
 
 @contextmanager

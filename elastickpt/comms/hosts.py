@@ -9,6 +9,14 @@ from pathlib import Path
 
 def host_identity() -> str:
     """Equal for two processes if they share boot, process ids and abstract sockets: same machine, same namespaces."""
+    return _identity("net", "pid")
+
+
+def socket_identity() -> str:
+    """Equal for two processes if an abstract socket of one is reached by the other: process ids may be apart."""
+    return _identity("net")
+
+
+def _identity(*kinds: str) -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespaces = (os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))
-    return "/".join((socket.gethostname(), boot, *namespaces))
+    return "/".join((socket.gethostname(), boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in kinds)))

@@ -1,8 +1,7 @@
-"""`ek.open`: a checkpoint to read from. Imports no torch, writes nothing, runs no code of the checkpoint's."""
+"""A checkpoint to read from, as `ek.open` gives it. Imports no torch, writes nothing, runs no code of the checkpoint's."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Item, Manifest, OptimizerTable
 from elastickpt.format.values import Value
 from elastickpt.load.fetch import fetch
-from elastickpt.load.opened import Opened, open_records
+from elastickpt.load.opened import Opened
 from elastickpt.load.plan import Bytes, Wanted, require_stored
 from elastickpt.load.verify import VerifyReport, verify
 from elastickpt.storage.opening import place_in
@@ -138,14 +137,6 @@ class Checkpoint:
     def verify(self, *, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
         """Looks at every byte; damage is in the report. `progress(done, total)` counts bytes, from several threads."""
         return verify(self._opened, progress=progress)
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a folder or URL, for reading; only its manifest is read at once.
-
-    Raises NotACheckpoint, Uncommitted, Unsupported, or Damaged kinds if the manifest is not what was written.
-    """
-    return Checkpoint(open_records(path))
 
 
 def _numpy_type(name: str) -> np.dtype[Any]:

@@ -34,6 +34,7 @@ from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, StoredFile
 from elastickpt.format.values import Value
+from elastickpt.load.registered import registered_digest
 from elastickpt.storage.opening import locate
 from elastickpt.storage.store import Store
 
@@ -151,15 +152,29 @@ def open_records(path: str | os.PathLike[str]) -> Opened:
     Damaged kinds if the manifest is not what was written.
     """
     store, name = locate(path)
+    return open_in(store, name, digest=registered_digest(store, name))
+
+
+def open_in(store: Store, name: str, *, digest: str | None = None) -> Opened:
+    """The checkpoint in the folder `name` of a store; `digest`, where one is known, is that of its manifest.
+
+    Reads the manifest only; errors as those of `open_records`.
+    """
     if is_draft(name):  # whatever it holds: it may be whole, and its writer about to take it back [SAVE-23]
         raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint that was never committed")
     try:
         data = store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     except MissingFile:
+        if digest is not None:
+            raise MissingFile(f"{store.url}/{name}: {MANIFEST} is not there; the register of the checkpoint is") from None
         raise _absent(store, name) from None
     if store.exists(f"{name}/{TOKEN}"):
         raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint under another name ({TOKEN} is in it), never committed")
-    return Opened(store, name, decode_manifest(data, path=MANIFEST))
+    manifest = decode_manifest(data, path=MANIFEST)
+    found = file_digest(data)
+    if digest is not None and found != digest:  # whole, and another one than was committed here [RUN-56]
+        raise ChecksumMismatch(f"{name}/{MANIFEST}: expected digest {digest} (in its register), found {found}")
+    return Opened(store, name, manifest)
 
 
 def _absent(store: Store, name: str) -> CheckpointError:

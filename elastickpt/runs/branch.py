@@ -20,6 +20,7 @@ from elastickpt.errors import MissingFile, NotACheckpoint
 from elastickpt.storage.opening import open_store
 
 CommitState = Literal["live", "abandoned"]
+SHOWN_STEPS = 6  # of a branch, in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,16 @@ def at_step(entries: Sequence[CommitEntry], *, step: int, epoch: int | None = No
     found = [one for one in entries if one.step == step and (one.state == "live" if epoch is None else one.epoch == epoch)]
     if found:
         return found[0]
-    there = ", ".join(str(one.step) for one in entries if one.state == "live") or "none"
     off = [str(one.epoch) for one in entries if one.step == step]
     hint = f"; epoch {', '.join(off)} has it: name the epoch to take it" if off else ""
     where = "on the live branch" if epoch is None else f"in epoch {epoch}"
-    raise NotACheckpoint(f"step {step}: no commit {where}; the live branch has {there}{hint}")
+    near = [one.step for one in entries if (one.state == "live" if epoch is None else one.epoch == epoch)]
+    has = f"{'the live branch' if epoch is None else 'it'} has {nearest_text(near, step)}"
+    raise NotACheckpoint(f"step {step}: no commit {where}; {has}{hint}")
+
+
+def nearest_text(steps: Sequence[int], step: int) -> str:
+    """The steps, falling; of many the nearest to `step`, and how many there are."""
+    near = sorted(sorted(steps, key=lambda one: (abs(one - step), one))[:SHOWN_STEPS], reverse=True)
+    shown = ", ".join(map(str, near)) or "none"
+    return shown if len(near) == len(steps) else f"{len(steps)} steps, the nearest {shown}"

@@ -16,7 +16,7 @@ from elastickpt.cli.exitcodes import code_of
 from elastickpt.cli.main import main
 from elastickpt.errors import kinds
 
-CHECKPOINT = import_module("elastickpt.load.checkpoint")  # the attribute `load` of the package is the function
+OPENING = import_module("elastickpt.runs.opening")
 PROGRAM = [sys.executable, "-m", "elastickpt"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(elastickpt.__file__).parents[1]), "TERM": "xterm-256color"}
 
@@ -62,6 +62,13 @@ def test_commands_load_neither_torch_nor_zarr(argv: list[str], four_ranks: Path)
     assert not {"torch", "zarr", "rich"} & loaded_after(run)
 
 
+@pytest.mark.parametrize("argv", [["inspect", "--epochs", "--keep", "last=1"], ["inspect", "--json"], ["verify"]])
+def test_so_do_commands_on_a_run(argv: list[str], whole_run: Path) -> None:
+    """[CLI-8]"""
+    run = f"from elastickpt.cli.main import main; assert main({[*argv, str(whole_run)]!r}) == 0"
+    assert not {"torch", "zarr", "rich"} & loaded_after(run)
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["inspect", "--help"], ["verify", "--help"]])
 def test_help_goes_to_stdout_with_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
@@ -102,7 +109,7 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def interrupted(path: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CHECKPOINT, "open_checkpoint", interrupted)
+    monkeypatch.setattr(OPENING, "open_path", interrupted)
     assert main(["verify", "x"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
@@ -111,7 +118,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(CHECKPOINT, "open_checkpoint", broken)
+    monkeypatch.setattr(OPENING, "open_path", broken)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "x"])
 

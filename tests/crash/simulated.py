@@ -17,7 +17,7 @@ from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.load import opened as opening
 from elastickpt.load import session as loading
-from elastickpt.load.checkpoint import Checkpoint, open_checkpoint
+from elastickpt.load.checkpoint import Checkpoint
 from elastickpt.load.session import LoadReport, _Load
 from elastickpt.save import agree as agreeing
 from elastickpt.save.agree import Request
@@ -146,8 +146,7 @@ def load_on(stores: Sequence[Store], name: str, states: Sequence[State]) -> list
 
 def opened(store: Store, name: str) -> Checkpoint:
     """`ek.open`, from a store object."""
-    with replaced(opening, "locate", lambda path: (store, name)):
-        return open_checkpoint(name)
+    return Checkpoint(opening.open_in(store, name))
 
 
 @contextmanager

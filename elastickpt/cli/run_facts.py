@@ -1,0 +1,82 @@
+"""What `inspect` tells of a run, as values: its checkpoints and its epochs, before it is known how they will be shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastickpt.cli.exitcodes import code_of, gravest
+from elastickpt.commit.registers.steps import complete
+from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.records import Manifest
+from elastickpt.runs.branch import CommitEntry
+from elastickpt.runs.epoch_history import EpochEntry, epoch_history
+from elastickpt.runs.opening import RunAt
+from elastickpt.runs.retention import Keep, Verdict, judge
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFact:
+    """One checkpoint of a run. `manifest` is None where `problem` kept it from being read;
+    `verdict` is None where no rule was given."""
+
+    entry: CommitEntry
+    manifest: Manifest | None
+    problem: CheckpointError | None
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """A run at one moment. `epochs` is empty where nobody asked; `now` in seconds since 1970."""
+
+    path: str
+    now: float
+    checkpoints: tuple[CheckpointFact, ...]
+    epochs: tuple[EpochEntry, ...]
+
+    @property
+    def live(self) -> int:
+        return sum(fact.entry.state == "live" for fact in self.checkpoints)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays of all checkpoints."""
+        return sum(fact.entry.nbytes or 0 for fact in self.checkpoints)
+
+    @property
+    def code(self) -> int:
+        """The gravest of what is wrong with the checkpoints and epochs. [CLI-11]"""
+        problems = [code_of(type(fact.problem)) for fact in self.checkpoints if fact.problem is not None]
+        return gravest([*problems, *(code_of(Damaged) for epoch in self.epochs if epoch.problems)])
+
+
+def run_facts(run: RunAt, *, now: float, keep: Keep | None, epochs: bool) -> RunFacts:
+    """Reads every checkpoint's manifest, and every epoch's objects where they are asked for. Raises StorageFailed kinds."""
+    read = [(entry, *_manifest(run, entry)) for entry in run.entries]
+    read = [one for one in read if not isinstance(one[2], NotACheckpoint)]  # removed since the run was read
+    damaged = {entry.id: False for entry, _, problem in read if problem is not None}
+    verdicts = judge(keep, [one[0] for one in read], now=now, verified=damaged) if keep is not None else ()
+    by_id = {verdict.id: verdict for verdict in verdicts}
+    checkpoints = tuple(CheckpointFact(*one, by_id.get(one[0].id)) for one in read)
+    return RunFacts(run.path, now, checkpoints, complete(epoch_history(run.store)) if epochs else ())
+
+
+def _manifest(run: RunAt, entry: CommitEntry) -> tuple[Manifest | None, CheckpointError | None]:
+    try:
+        return run.open(entry).manifest, None
+    except CheckpointError as problem:
+        return None, problem
+
+
+def layout_text(meshes: Sequence[Mesh]) -> str:
+    """Meshes in short: "dp2×tp2"; those that are a part of another are left out, equal ones counted: "2 of dp2"."""
+    shapes = Counter(tuple(zip(mesh.axes, mesh.sizes, strict=True)) for mesh in meshes)
+    largest = [shape for shape in shapes if not any(set(shape) < set(other) for other in shapes)]
+    words = []
+    for shape in largest:
+        text = "×".join(f"{axis}{size}" for axis, size in shape)
+        words.append(text if shapes[shape] == 1 else f"{shapes[shape]} of {text}")
+    return ", ".join(words)
