@@ -3,6 +3,7 @@
 import elastickpt as ek
 
 ek.save(state, path)    # blocking; whole or absent
+ek.async_save(state, path).result()    # stages and returns; written beside training
 ek.load(state, path)    # in place, at whatever layout `state` has now
 ek.open(path)           # read only, without torch; also RUN, RUN@STEP
 """
@@ -21,8 +22,18 @@ if TYPE_CHECKING:
     from elastickpt.load.checkpoint import Checkpoint as Checkpoint
     from elastickpt.load.session import LoadReport as LoadReport
     from elastickpt.load.session import load as load
+    from elastickpt.runs.due import Every as Every
+    from elastickpt.runs.due import YoungDaly as YoungDaly
     from elastickpt.runs.opening import open_checkpoint as open
-    from elastickpt.save.session import CheckpointInfo as CheckpointInfo
+    from elastickpt.runs.options import RunOptions as RunOptions
+    from elastickpt.runs.restoring import Restored as Restored
+    from elastickpt.runs.retention import Best as Best
+    from elastickpt.runs.retention import Keep as Keep
+    from elastickpt.runs.run import Run as Run
+    from elastickpt.save.async_save import async_save as async_save
+    from elastickpt.save.handle import SaveHandle as SaveHandle
+    from elastickpt.save.info import CheckpointInfo as CheckpointInfo
+    from elastickpt.save.options import AsyncOptions as AsyncOptions
     from elastickpt.save.session import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
@@ -30,17 +41,41 @@ if TYPE_CHECKING:
 
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
+    "AsyncOptions": ("elastickpt.save.options", "AsyncOptions"),
     "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
-    "CheckpointInfo": ("elastickpt.save.session", "CheckpointInfo"),
+    "CheckpointInfo": ("elastickpt.save.info", "CheckpointInfo"),
+    "Best": ("elastickpt.runs.retention", "Best"),
+    "Every": ("elastickpt.runs.due", "Every"),
+    "Keep": ("elastickpt.runs.retention", "Keep"),
     "LoadReport": ("elastickpt.load.session", "LoadReport"),
     "PerRank": ("elastickpt.training.perrank", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
+    "Restored": ("elastickpt.runs.restoring", "Restored"),
+    "Run": ("elastickpt.runs.run", "Run"),
+    "RunOptions": ("elastickpt.runs.options", "RunOptions"),
+    "SaveHandle": ("elastickpt.save.handle", "SaveHandle"),
+    "YoungDaly": ("elastickpt.runs.due", "YoungDaly"),
+    "async_save": ("elastickpt.save.async_save", "async_save"),
     "load": ("elastickpt.load.session", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
     "save": ("elastickpt.save.session", "save"),
 }
 
-__all__ = ["RNG", "Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "__version__", "errors", "load", "open", "save"]
+__all__ = [
+    "RNG",
+    "AsyncOptions",
+    "Checkpoint",
+    "CheckpointInfo",
+    "LoadReport",
+    "PerRank",
+    "SaveHandle",
+    "__version__",
+    "async_save",
+    "errors",
+    "load",
+    "open",
+    "save",
+]
 
 
 def __getattr__(name: str) -> object:
