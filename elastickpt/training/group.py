@@ -30,6 +30,10 @@ class JobStore:
         except RuntimeError as error:
             raise DeadlineExceeded(f"the job's store has no key {key!r} after {timeout_s:g} s: {error}") from error
 
+    def has(self, key: str) -> bool:
+        """Whether the key is set by now; one question to the store, not blocking beyond its answer."""
+        return bool(self._store.check([key]))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:

@@ -1,0 +1,186 @@
+"""Taking a run over: wait for what earlier writers have staged, claim, load the newest checkpoint that verifies. [RUN-31..37]
+
+orphans   every rank: waits until no writer of an earlier job works on this run on its host
+claim     rank 0: no living trainer holds the run; claims it; reads what counts
+manifest  rank 0, for each candidate, newest first: its manifest is what its register says
+(load)    all ranks: a candidate that is damaged is passed over on all of them alike
+start     rank 0: the live branch goes on from there
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgpack
+
+from elastickpt.commit.draft import process_start
+from elastickpt.commit.marks import marked
+from elastickpt.commit.registers.epochs import Holding, claim, start
+from elastickpt.commit.registers.names import AttemptId, parse_id
+from elastickpt.commit.registers.records import Claimer
+from elastickpt.commit.registers.steps import complete
+from elastickpt.commit.registers.stored import read_view
+from elastickpt.comms.team import Team
+from elastickpt.errors import Damaged, NotACheckpoint, Refused, StorageFailed
+from elastickpt.load.session import LoadReport, Strict, load
+from elastickpt.runs.branch import CommitEntry, at_step, entries_of
+from elastickpt.runs.trainer_address import require_no_living_trainer
+from elastickpt.storage.opening import place_in
+from elastickpt.storage.store import Store
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A checkpoint that was newer than the one taken, and why it was not."""
+
+    step: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Where a job goes on: `step` completed steps, 0 from the beginning, with the checkpoint at `path`, None for none."""
+
+    step: int
+    path: str | None
+    epoch: int
+    skipped: tuple[Skipped, ...] = ()
+    report: LoadReport | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What of the run is wanted: the newest that verifies, or that of a `step`; of a named `epoch` abandoned ones too."""
+
+    step: int | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    id: AttemptId
+    path: str
+
+
+class Restoring:
+    """One call of `Run.restore` on one rank. All ranks go through the same rounds."""
+
+    def __init__(self, team: Team, store: Store, group: ProcessGroup | None) -> None:
+        self._team, self._store, self._group = team, store, group
+        self.holding: Holding | None = None  # of member 0, once it has claimed
+
+    def claim(
+        self, by: Claimer, *, orphans_s: float, own: bool, take_over: bool, choice: Choice
+    ) -> tuple[int, tuple[Candidate, ...], tuple[Skipped, ...], tuple[str, ...]]:
+        """The epoch, the candidates in the order in which they are to be tried, those that cannot be opened at all, notes.
+
+        `own`: this job holds the run, and rolls back. Raises, on all ranks alike, RunBusy, NotACheckpoint for a choice that is
+        not there, Superseded, StorageFailed kinds.
+        """
+        notes: list[str] = []
+
+        def wait() -> bytes:
+            left = _wait_for_orphans(self._store, limit_s=0.0 if own else orphans_s)
+            return bytes(msgpack.packb(left))
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            left = sum(int(msgpack.unpackb(payload)) for payload in payloads)
+            if left and not own:
+                notes.append(f"{left} writers of an earlier job still work on the run; what they commit from now on is inert")
+            if not own and not take_over:
+                complete(require_no_living_trainer(self._store))
+            self.holding = complete(claim(self._store, by))
+            entries = entries_of(complete(read_view(self._store)))
+            wanted = _chosen(entries, choice, where=self._store.url)
+            good = [(str(one.id), place_in(self._store, one.folder)) for one in wanted if one.commit]
+            broken = [(one.step, place_in(self._store, one.folder), one.problem) for one in wanted if one.commit is None]
+            reply = bytes(msgpack.packb((self.holding.epoch, good, broken, notes)))
+            return [reply] * len(payloads)
+
+        epoch, good, broken, told = msgpack.unpackb(self._team.round("claim", wait, decide), use_list=False)
+        candidates = tuple(Candidate(_id(text), path) for text, path in good)
+        return epoch, candidates, tuple(Skipped(*one) for one in broken), told
+
+    def load_first(
+        self, state: Mapping[str, object], mesh: DeviceMesh | None, candidates: Sequence[Candidate], *, strict: Strict
+    ) -> tuple[Candidate | None, LoadReport | None, tuple[Skipped, ...]]:
+        """The first candidate that loads whole, on all ranks the same; None if there are none. Raises Damaged if none loads,
+        StateMismatch kinds."""
+        skipped: list[Skipped] = []
+        first: Exception | None = None
+        for candidate in candidates:
+            try:
+                return (
+                    candidate,
+                    load(state, candidate.path, process_group=self._group, mesh=mesh, strict=strict),
+                    tuple(skipped),
+                )
+            except (Damaged, NotACheckpoint, StorageFailed) as problem:
+                first = first or problem
+                skipped.append(Skipped(candidate.id.step, candidate.path, str(problem)))
+                log.warning("%s: passed over: %s", candidate.path, problem)
+        if first is not None:
+            raise Damaged(f"{self._store.url}: none of {len(skipped)} checkpoints loads; the newest: {first}") from first
+        return None, None, ()
+
+    def start(self, continued: AttemptId | None) -> None:
+        """The live branch goes on from `continued`."""
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            if self.holding is None:
+                raise Refused("a run is started by whoever claimed it")
+            complete(start(self._store, self.holding, continued=continued))
+            return [b""] * len(payloads)
+
+        self._team.round("start", lambda: b"", decide)
+
+
+def claimer(address: str, token: str) -> Claimer:
+    """This process, now."""
+    return Claimer(address, token, socket.gethostname(), os.getpid(), process_start(os.getpid()) or 0, time.time())
+
+
+def _wait_for_orphans(store: Store, *, limit_s: float) -> int:
+    """How many writers of earlier jobs are left on this host, after waiting for them."""
+    until = time.monotonic() + limit_s
+    said = False
+    while True:
+        left = len(marked(store.url))
+        if not left or time.monotonic() >= until:
+            return left
+        if not said:
+            said = True
+            log.info("%s: waiting at most %g s for %d writers of an earlier job", store.url, limit_s, left)
+        time.sleep(POLL_S)
+
+
+def _chosen(entries: Sequence[CommitEntry], choice: Choice, *, where: str) -> list[CommitEntry]:
+    if choice.step is None:
+        return [one for one in entries if one.state == "live"]
+    try:
+        return [at_step(entries, step=choice.step, epoch=choice.epoch)]
+    except NotACheckpoint as problem:
+        raise NotACheckpoint(f"{where}: {problem.message}") from None
+
+
+def _id(text: str) -> AttemptId:
+    found = parse_id(text)
+    if found is None:
+        raise Refused(f"{text!r} is no attempt")
+    return found

@@ -1,0 +1,343 @@
+"""`Run`: a training job's checkpoints over its whole history, from one start to the next.
+
+run = ek.Run("runs/llama", state, keep=ek.Keep(last=3))
+start = run.restore()
+for step in range(start.step, n):
+    train_step(step)
+    if run.due(step + 1):
+        run.save(step + 1)
+    if run.ending:
+        break
+run.close()
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elastickpt.commit.registers.epochs import Holding
+from elastickpt.commit.registers.records import Metrics, metrics_of
+from elastickpt.commit.registers.steps import complete
+from elastickpt.commit.registers.stored import read_claim
+from elastickpt.commit.teams import team_of
+from elastickpt.errors import CheckpointError, Refused, SaveSkipped, Superseded
+from elastickpt.format.digest import file_digest
+from elastickpt.load.session import Strict
+from elastickpt.runs.answering import Answering
+from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
+from elastickpt.runs.due import Measured
+from elastickpt.runs.events import Phase, RestoreEvent, SaveEvent
+from elastickpt.runs.options import RunOptions
+from elastickpt.runs.preemption import Notices
+from elastickpt.runs.restoring import Choice, Restored, Restoring, claimer
+from elastickpt.runs.retention import Keep
+from elastickpt.runs.trace import TraceFile
+from elastickpt.runs.upkeep import Upkeep
+from elastickpt.save.destination import RunDestination
+from elastickpt.save.handle import SaveHandle
+from elastickpt.save.info import CheckpointInfo
+from elastickpt.save.saver import Saver
+from elastickpt.storage.opening import locate_for_saving, open_store, place_in
+from elastickpt.storage.store import Store
+from elastickpt.training.group import Group, job_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+_COUNTS: dict[str, count[int]] = {}  # by root: runs of one process at one root have teams of their own
+
+
+class Run:
+    """Saves of one job into the run at `root`, and where it goes on. All ranks make it, and call its methods in the same order.
+
+    `state` as `save` takes it; `keep` says what stays, without it everything. Nothing is written before `restore`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        state: Mapping[str, object] | None = None,
+        *,
+        keep: Keep | None = None,
+        process_group: ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        options: RunOptions | None = None,
+    ) -> None:
+        self._state, self._mesh, self._process_group = state, mesh, process_group
+        self._options = options or RunOptions()
+        self._group = job_group(process_group)
+        self._member = self._group.member
+        self._store = _root(root)
+        number = next(_COUNTS.setdefault(self._store.url, count()))
+        self._purpose = f"run-{file_digest(self._store.url.encode())[:16]}-{number}"
+        self._team = team_of(self._group, purpose=self._purpose)
+        self._saver = Saver(self._group, self._options.saving, purpose=f"{self._purpose}-saves")
+        self._upkeep = Upkeep(self._store, keep or Keep())
+        self._notices = _notices(self._options)
+        self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
+        self._calendar = Calendar(
+            _board(self._group, self._purpose), self._options.due, member=self._member, members=len(self._group.ranks)
+        )
+        self._trace = _trace(self._options.trace, self._group.rank)
+        self._holding: Holding | None = None
+        self._epoch = 0
+        self._began = time.time()
+        self._rollbacks = 0
+        self._under_way: set[SaveHandle] = set()
+        self._changing = threading.Lock()
+        self._superseded: Superseded | None = None
+        self._last: CheckpointInfo | None = None
+        self._ending = False
+        self._closed = False
+
+    @property
+    def root(self) -> str:
+        """Where the run is, as people write it."""
+        return place_in(self._store, "").rstrip("/")
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this job, 0 before `restore`."""
+        return self._epoch
+
+    @property
+    def ending(self) -> bool:
+        """Whether the job is to end now: a notice came, and `due` was asked about the last step. The same on all ranks."""
+        return self._ending
+
+    @property
+    def skipped(self) -> int:
+        """Saves that were left out, because some rank had no free memory for them in time."""
+        return self._saver.skipped
+
+    def restore(self, *, step: int | None = None, epoch: int | None = None, strict: Strict = "all") -> Restored:
+        """Takes the run over, and fills `state` with its newest checkpoint that verifies, the same one on all ranks. Blocking.
+
+        Called again it is a rollback: the live branch goes on from what is restored now. `step` takes that one instead of the
+        newest, `epoch` an abandoned one. What writers of an earlier job have staged is waited for, at most `orphans_s`.
+
+        Raises, on all ranks alike: RunBusy if another job lives and is not to be taken over, StateMismatch, NotACheckpoint for
+        a step that is not there, Damaged if there are checkpoints and none of them loads, Superseded, StorageFailed kinds.
+        """
+        state = self._require_open()
+        begun = time.monotonic()
+        own = self._epoch > 0
+        self._settle_own()
+        restoring = Restoring(self._team, self._store, self._process_group)
+        token = secrets.token_hex(16)
+        address = ""
+        if self._answering is not None:
+            self._answering.answer_for(token)
+            address = self._answering.address
+        by = claimer(address, token)
+        epoch_now, candidates, broken, notes = restoring.claim(
+            by, orphans_s=self._options.orphans_s, own=own, take_over=self._options.take_over, choice=Choice(step, epoch)
+        )
+        taken, report, skipped = restoring.load_first(state, self._mesh, candidates, strict=strict)
+        restoring.start(None if taken is None else taken.id)
+        self._holding, self._epoch = restoring.holding, epoch_now
+        self._rollbacks += own
+        self._superseded = None
+        found = Restored(
+            0 if taken is None else taken.id.step,
+            None if taken is None else taken.path,
+            epoch_now,
+            (*broken, *skipped),
+            report,
+            notes,
+        )
+        self._tell_restored(found, begun, verified={c.id: c is taken for c in candidates[: len(skipped) + (taken is not None)]})
+        return found
+
+    def due(self, step: int) -> bool:
+        """Whether a save is due now that `step` steps are completed; the same on all ranks, which call it once after each step.
+
+        Asks the job's store once; afterwards `ending` says whether the job should end.
+        """
+        self._require_open()
+        notice = None if self._notices is None else self._notices.notice
+        with self._changing:
+            last, under_way = self._last, len(self._under_way)
+        stall_s = 0.0 if last is None else last.stall_s
+        took_s = 0.0 if last is None else last.stall_s + last.plan_s + last.write_s + last.commit_s
+        measured = Measured(stall_s, max(0.0, time.time() - self._began), max(0, self._epoch - 1 - self._rollbacks))
+        day = self._calendar.day(step, notice=notice, measured=measured, saves=Saves(took_s, under_way))
+        if day.ends and not self._ending:
+            self._ending = True
+            why = self._calendar.ending
+            log.warning("%s: the job ends after step %d%s", self.root, step, f": {why.why}" if why else "")
+        return day.saves
+
+    def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+        """Saves `state` as the checkpoint of `step` completed steps; returns when it is staged. What is not kept any more goes
+        after the commit.
+
+        Blocks as `async_save` does. Raises Superseded after a save found that another job has the run, Refused before `restore`
+        and for metrics that are no numbers; all else is raised by the handle, on all ranks alike.
+        """
+        state = self._require_open()
+        if self._epoch == 0:
+            raise Refused(f"{self.root}: expected restore() before the first save, which says where the run goes on")
+        if self._superseded is not None:
+            raise self._superseded
+        known = metrics_of((metrics or {}).items())
+        begun = time.monotonic()
+        self._calendar.saved()
+        destination = RunDestination(self._store, self._holding, step, known)
+        handle = self._saver.save(state, destination, mesh=self._mesh, durability=self._options.durability)
+        with self._changing:
+            self._under_way.add(handle)
+        staged = time.monotonic()
+        handle.add_done_callback(lambda ended: self._ended(ended, step, begun, staged))
+        return handle
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The checkpoint of `step` gets these metrics, which `keep` may go by; of one name the last one holds. Does not block:
+        what goes wrong later is logged. Raises Refused for what is no number."""
+        self._require_open()
+        known: Metrics = metrics_of(metrics.items())
+        if self._member == 0:
+            self._upkeep.add_metrics(step, dict(known))
+
+    def close(self, *, limit_s: float | None = None) -> None:
+        """Ends the job's part in the run: saves under way are waited for at most `limit_s` (default: the option of saving, or
+        what a notice leaves), then left to their writers. Blocking."""
+        if self._closed:
+            return
+        self._closed = True
+        notice = None if self._notices is None else self._notices.notice
+        if limit_s is None:
+            limit_s = self._options.saving.exit_limit_s if notice is None else notice.left_s(time.monotonic())
+        until = time.monotonic() + limit_s
+        self._saver.close(limit_s=limit_s)
+        self._upkeep.close(limit_s=max(1.0, until - time.monotonic()))
+        if self._answering is not None:
+            self._answering.close()
+        if self._notices is not None:
+            self._notices.close()
+        if self._trace is not None:
+            self._trace.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- beside training -----------------------------------------------------------------------------------------------
+
+    def _require_open(self) -> Mapping[str, object]:
+        if self._closed:
+            raise Refused(f"{self.root}: this run was closed")
+        if self._state is None:
+            raise Refused(f"{self.root}: expected a state to save and restore, found none")
+        return self._state
+
+    def _settle_own(self) -> None:
+        """A rollback gives up what it does not wait for: saves under way count, if they commit before the claim."""
+        with self._changing:
+            open_now = list(self._under_way)
+        for handle in open_now:
+            try:
+                handle.exception(self._options.saving.exit_limit_s)
+            except CheckpointError:
+                log.warning("%s: still under way at a rollback, given up", handle.path)
+
+    def _ended(self, handle: SaveHandle, step: int, begun: float, staged: float) -> None:
+        ended = time.monotonic()
+        error = handle.exception()
+        info = handle.result() if error is None else None
+        with self._changing:
+            self._under_way.discard(handle)
+            self._last = info or self._last
+            if isinstance(error, Superseded):
+                self._superseded = error
+        if info is not None and self._member == 0:
+            self._upkeep.committed()
+        self._upkeep.call(lambda: self._tell_saved(step, info, error, (begun, staged, ended)))
+
+    def _tell_saved(
+        self, step: int, info: CheckpointInfo | None, error: BaseException | None, times: tuple[float, float, float]
+    ) -> None:
+        begun, staged, ended = times
+        event = SaveEvent(
+            step=step,
+            epoch=self._epoch,
+            outcome="committed" if info else "skipped" if isinstance(error, SaveSkipped) else "failed",
+            nbytes=info.nbytes if info else 0,
+            stall_s=staged - begun,
+            write_s=info.write_s if info else 0.0,
+            commit_s=info.commit_s if info else 0.0,
+            time=time.time(),
+            kind=error.kind if isinstance(error, CheckpointError) else "",
+            reason="" if error is None else str(error),
+        )
+        if self._trace is not None:
+            self._trace.add(Phase("stage", self._group.rank, "trainer", begun, staged, step))
+            if info is not None:
+                durable = ended - info.commit_s
+                self._trace.add(Phase("agree", self._group.rank, "trainer", staged, staged + info.plan_s, step))
+                self._trace.add(Phase("write", self._group.rank, "writer", durable - info.write_s, durable, step))
+                self._trace.add(Phase("commit", self._group.rank, "writer", durable, ended, step))
+        if self._member == 0:
+            for watcher in self._options.watchers:
+                watcher.saved(event)
+
+    def _tell_restored(self, found: Restored, begun: float, *, verified: Mapping[object, bool]) -> None:
+        ended = time.monotonic()
+        for one in found.skipped:
+            log.warning("%s: passed over: %s", one.path, one.reason)
+        log.info("%s: epoch %d goes on from step %d (%s)", self.root, found.epoch, found.step, found.path or "nothing")
+        if self._trace is not None:
+            self._trace.add(Phase("restore", self._group.rank, "trainer", begun, ended))
+        if self._holding is None:
+            return
+        holding = self._holding
+        self._began = complete(read_claim(self._store, 1)).by.time
+        self._upkeep.started(holding, verified=verified)  # type: ignore[arg-type]  # keys are ids
+        nbytes = 0 if found.report is None else found.report.nbytes
+        event = RestoreEvent(found.step, found.epoch, len(found.skipped), nbytes, ended - begun, time.time())
+        for watcher in self._options.watchers:
+            self._upkeep.call(lambda watcher=watcher: watcher.restored(event))  # type: ignore[misc]
+
+
+def _root(root: str | os.PathLike[str]) -> Store:
+    """The store of the run, made if need be."""
+    parent, name = locate_for_saving(root)
+    parent.make_directories(name)
+    if parent.capabilities.directory_sync:
+        parent.sync_directory("")
+    return open_store(place_in(parent, name))
+
+
+def _notices(options: RunOptions) -> Notices | None:
+    if not options.signals or threading.current_thread() is not threading.main_thread():
+        return None
+    return Notices(options.signals)
+
+
+def _reached_at(hosts: tuple[str, ...]) -> str | None:
+    """Where other hosts may ask whether this job lives; None for a job of one host."""
+    return os.uname().nodename if len(set(hosts)) > 1 else None
+
+
+def _board(group: Group, purpose: str) -> Board:
+    return LocalBoard() if group.handle is None else group.own_store(f"{purpose}/steps")
+
+
+def _trace(folder: str, rank: int) -> TraceFile | None:
+    if not folder:
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return TraceFile(Path(folder) / f"trace-{os.getpid()}-rank{rank:05d}.json")

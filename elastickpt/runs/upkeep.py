@@ -1,0 +1,112 @@
+"""What a run does beside training, on rank 0, in a thread of its own: retention, sweeping, the link for people, metrics."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from elastickpt.commit.registers.epochs import Holding
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.steps import complete
+from elastickpt.commit.registers.stored import read_view
+from elastickpt.errors import CheckpointError, NotACheckpoint, Superseded
+from elastickpt.runs.branch import at_step, entries_of
+from elastickpt.runs.latest import point_latest
+from elastickpt.runs.metrics import add_metrics
+from elastickpt.runs.removal import remove_commits
+from elastickpt.runs.retention import Keep, judge, removable
+from elastickpt.runs.sweep import sweep
+from elastickpt.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class _EpochsOwn(Collection[AttemptId]):
+    """The attempts of an epoch, whichever there will be: they may be under way."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __contains__(self, attempt: object) -> bool:
+        return isinstance(attempt, AttemptId) and attempt.epoch == self._epoch
+
+    def __iter__(self) -> Iterator[AttemptId]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+class Upkeep:
+    """Methods do not block but for `close`; what goes wrong is logged, and costs training nothing."""
+
+    def __init__(self, store: Store, keep: Keep) -> None:
+        self._store, self._keep = store, keep
+        self._holding: Holding | None = None
+        self._verified: dict[AttemptId, bool] = {}
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="elastickpt-upkeep", daemon=True)
+        self._thread.start()
+
+    def started(self, holding: Holding, *, verified: Mapping[AttemptId, bool]) -> None:
+        """A new epoch of this job: dead attempts of older ones go, and what was found about checkpoints is remembered."""
+
+        def work() -> None:
+            self._holding = holding
+            self._verified |= verified
+            swept = complete(sweep(self._store, holding, in_flight=_EpochsOwn(holding.epoch)))
+            for attempt, why in swept.left:
+                log.warning("%s/%s: left: %s", self._store.url, attempt.folder, why)
+            self._retain(holding)
+
+        self._work.put(work)
+
+    def committed(self) -> None:
+        """There is a new commit: what is not to be kept any more goes."""
+        self._work.put(lambda: self._retain(self._holding))
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The checkpoint of this step has these metrics from now on."""
+
+        def work() -> None:
+            holding = self._holding
+            if holding is None:
+                raise NotACheckpoint(f"{self._store.url}: no epoch was started")
+            entry = at_step(entries_of(complete(read_view(self._store))), step=step)
+            complete(add_metrics(self._store, holding, attempt=entry.id, metrics=metrics))
+            self._retain(holding)
+
+        self._work.put(work)
+
+    def call(self, tell: Callable[[], None]) -> None:
+        """Calls this here, and logs what it raises."""
+        self._work.put(tell)
+
+    def close(self, *, limit_s: float) -> None:
+        """What was begun is done, at most within the limit. Blocking."""
+        self._work.put(None)
+        self._thread.join(limit_s)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                work()
+            except Superseded as error:
+                log.warning("%s", error)
+            except CheckpointError as error:
+                log.warning("%s: %s", self._store.url, error)
+            except Exception:
+                log.exception("%s: upkeep of the run met a fault", self._store.url)
+
+    def _retain(self, holding: Holding | None) -> None:
+        if holding is None:
+            return
+        entries = entries_of(complete(read_view(self._store)))
+        going = removable(judge(self._keep, entries, now=time.time(), verified=self._verified))
+        complete(point_latest(self._store))
+        if going:
+            complete(remove_commits(self._store, holding, commits=going))
+            log.info("%s: removed %s", self._store.url, ", ".join(f"step {one.step}" for one in going))

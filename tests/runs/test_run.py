@@ -1,0 +1,242 @@
+"""`ek.Run` in one process: history, fallback, rollback, retention, metrics, who holds a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import elastickpt as ek
+from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, Superseded
+from elastickpt.runs.branch import history
+from elastickpt.runs.events import RestoreEvent, SaveEvent
+
+OPTIONS = ek.RunOptions(signals={})
+BOUND_S = 60.0
+
+
+class Training:
+    """A state whose contents follow from the step alone."""
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(300)
+        self.state: dict[str, object] = {"t": {"w": self.weight}, "n": ek.PerRank({"step": 0})}
+
+    def at(self, step: int) -> None:
+        self.weight.copy_(torch.arange(300.0) * step)
+
+    def demand(self, step: int) -> None:
+        assert torch.equal(self.weight, torch.arange(300.0) * step)
+
+
+@pytest.fixture
+def training() -> Training:
+    return Training()
+
+
+@pytest.fixture
+def open_run(tmp_path: Path, training: Training) -> Iterator[object]:
+    runs: list[ek.Run] = []
+
+    def make(root: str = "run", **changes: object) -> ek.Run:
+        keep = changes.pop("keep", None)
+        options = replace(OPTIONS, **changes)  # type: ignore[arg-type]
+        runs.append(ek.Run(tmp_path / root, training.state, keep=keep, options=options))  # type: ignore[arg-type]
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+
+
+def saved(run: ek.Run, training: Training, *steps: int, **about: object) -> None:
+    for step in steps:
+        training.at(step)
+        run.save(step, **about).result(BOUND_S)  # type: ignore[arg-type]
+
+
+def steps_of(root: Path, state: str = "live") -> list[int]:
+    return [entry.step for entry in history(root) if entry.state == state]
+
+
+def until(condition, what: str) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < end, f"not within {BOUND_S} s: {what}"
+        time.sleep(0.01)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    first = run.restore()
+    assert (first.step, first.path, first.skipped, first.epoch) == (0, None, (), 1)
+    saved(run, training, 1, 2, 3)
+    run.close()
+    training.at(0)
+    again = open_run().restore()
+    assert (again.step, again.epoch) == (3, 2)
+    training.demand(3)
+    assert ek.open(tmp_path / "run", step=2).step == 2
+    assert (tmp_path / "run" / "latest").resolve().name == Path(again.path).name
+
+
+def test_the_newest_that_verifies_is_taken_and_what_was_bad_is_named(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2)
+    run.close()
+    (chunk,) = (tmp_path / "run").glob("step-0000000002.*/extra/t/w/c.0")
+    data = bytearray(chunk.read_bytes())
+    data[700] ^= 1
+    chunk.write_bytes(data)
+    found = open_run().restore()
+    assert found.step == 1
+    training.demand(1)
+    (one,) = found.skipped
+    assert one.step == 2
+    assert all(word in one.reason for word in ("extra/t/w/c.0", "block 0", "t/w"))
+
+
+def test_a_run_whose_checkpoints_are_all_bad_is_not_begun_anew(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    saved(run, training, 1)
+    run.close()
+    (manifest,) = (tmp_path / "run").glob("step-*/checkpoint.json")
+    manifest.write_bytes(manifest.read_bytes()[:-3])
+    with pytest.raises(Damaged, match="none of 1 checkpoints loads"):
+        open_run().restore()
+
+
+def test_after_a_rollback_the_same_steps_commit_again(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2, 3)
+    assert run.restore(step=1).step == 1
+    training.demand(1)
+    training.at(20)
+    run.save(2).result(BOUND_S)
+    assert steps_of(tmp_path / "run") == [2, 1]
+    assert steps_of(tmp_path / "run", "abandoned") == [3, 2]
+    run.close()
+    assert open_run().restore().step == 2
+    training.demand(20)
+    with pytest.raises(NotACheckpoint, match="step 3"):
+        open_run(take_over=True).restore(step=3)
+    run = open_run(take_over=True)
+    assert run.restore(step=3, epoch=1).step == 3
+    training.demand(3)
+
+
+def test_what_is_not_kept_goes_after_the_commit(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run(keep=ek.Keep(last=2, every=4, best=ek.Best("loss", 1, mode="min")))
+    run.restore()
+    for step in range(1, 8):
+        saved(run, training, step, metrics={"loss": abs(step - 3)})
+    until(lambda: sorted(steps_of(tmp_path / "run")) == [3, 4, 6, 7], "steps 3, 4, 6 and 7 alone are left")
+    run.add_metrics(4, {"loss": -1.0})
+    until(lambda: sorted(steps_of(tmp_path / "run")) == [4, 6, 7], "step 4 is the best now")
+    folders = sorted(entry.name for entry in (tmp_path / "run").glob("step-*"))
+    until(lambda: len(list((tmp_path / "run").glob("step-*"))) == 3, f"folders go with their registers: {folders}")
+
+
+def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    first = open_run()
+    first.restore()
+    saved(first, training, 1)
+    with pytest.raises(RunBusy, match=f"process {os.getpid()} on host"):
+        open_run().restore()
+    second = open_run(take_over=True)
+    assert second.restore().step == 1
+    with pytest.raises(Superseded):
+        first.save(2).result(BOUND_S)
+    until(lambda: first._superseded is not None, "the first job knows")
+    with pytest.raises(Superseded, match=f"epoch 2.*process {os.getpid()}"):
+        first.save(3)
+    saved(second, training, 2)
+    assert steps_of(tmp_path / "run") == [2, 1]
+
+
+def test_nothing_is_written_before_restore(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    with pytest.raises(Refused, match="restore"):
+        run.save(1)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_state_that_does_not_fit_is_an_error_and_no_reason_to_go_further_back(
+    tmp_path: Path,
+    training: Training,
+    open_run,  # type: ignore[no-untyped-def]
+) -> None:
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2)
+    run.close()
+    other = ek.Run(tmp_path / "run", {"t": {"w": torch.zeros(7)}}, options=OPTIONS)
+    with pytest.raises(StateMismatch):
+        other.restore()
+    other.close()
+
+
+def test_watchers_are_told_and_a_trace_is_written(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    told: list[SaveEvent | RestoreEvent] = []
+
+    class Watching:
+        def saved(self, event: SaveEvent) -> None:
+            told.append(event)
+
+        def restored(self, event: RestoreEvent) -> None:
+            told.append(event)
+
+    run = open_run(watchers=(Watching(),), trace=str(tmp_path / "trace"))
+    run.restore()
+    saved(run, training, 1)
+    run.close()
+    assert [type(one) for one in told] == [RestoreEvent, SaveEvent]
+    assert told[1].outcome == "committed"  # type: ignore[union-attr]
+    (file,) = (tmp_path / "trace").iterdir()
+    names = {event["name"] for event in json.loads(file.read_text())}
+    assert {"restore", "stage", "agree", "write", "commit"} <= names
+
+
+def test_due_by_steps_and_by_a_notice(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run(due=ek.Every(steps=3), signals={signal.SIGUSR1: 30.0})
+    run.restore()
+    assert [step for step in range(1, 8) if run.due(step)] == [3, 6]
+    assert not run.ending
+    os.kill(os.getpid(), signal.SIGUSR1)
+    due = {step: run.due(step) for step in (8, 9, 10)}
+    assert run.ending
+    assert due[10]  # two steps after the one at which rank 0 saw it
+    saved(run, training, 10)
+
+
+def test_a_job_that_was_killed_leaves_what_it_staged_to_its_writer(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    """Killed when its save is written: its writer commits alone, and the next job, which waits for that, adopts it."""
+    script = f"""
+import os, signal, torch, elastickpt as ek
+from elastickpt.save.background import Background
+state = {{"t": {{"w": torch.arange(300.0) * 5}}, "n": ek.PerRank({{"step": 0}})}}
+run = ek.Run({str(tmp_path / "run")!r}, state, options=ek.RunOptions(signals={{}}))
+run.restore()
+def killed(background, task, ordered, submission):
+    submission.future.result(60)  # its writer has written and attested, and commits
+    os.kill(os.getpid(), signal.SIGKILL)
+Background.follow = killed
+run.save(5).result(60)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    found = open_run().restore()
+    assert found.step == 5
+    training.demand(5)

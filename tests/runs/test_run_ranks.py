@@ -1,0 +1,170 @@
+"""`ek.Run` on real gloo ranks: one history for all of them, at any layout; kills, preemption, restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import elastickpt as ek
+from elastickpt.errors import CheckpointError, RankLost
+from elastickpt.runs.branch import history
+from elastickpt.testing.ranks import run_ranks, spawn_ranks
+
+OPTIONS = ek.RunOptions(signals={}, orphans_s=20.0)
+BOUND_S = 60.0
+
+
+def model_of(step: int) -> torch.nn.Module:
+    """Sharded over all ranks; its contents follow from the step."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 33), torch.nn.Linear(33, 5))
+    if dist.get_world_size() > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    set_step(model, step)
+    return model
+
+
+def set_step(model: torch.nn.Module, step: int) -> None:
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.fill_(step * 10 + number)
+
+
+def demand_step(model: torch.nn.Module, step: int) -> None:
+    for number, parameter in enumerate(model.parameters()):
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        assert (local == step * 10 + number).all()
+
+
+def trains(rank: int, world_size: int, root: str, steps: int, expected: int) -> list[int]:
+    """Restores, goes on for some steps and saves each one; the steps that were restored and committed."""
+    model = model_of(0)
+    run = ek.Run(root, {"model": model}, keep=ek.Keep(last=2), options=OPTIONS)
+    start = run.restore()
+    assert start.step == expected
+    demand_step(model, expected)
+    for step in range(start.step + 1, start.step + steps + 1):
+        set_step(model, step)
+        run.save(step).result(BOUND_S)
+    run.close()
+    return [start.step, start.epoch]
+
+
+def test_jobs_of_other_sizes_go_on_with_each_others_history(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    assert run_ranks(trains, 2, root, 2, 0) == [[0, 1]] * 2
+    assert run_ranks(trains, 3, root, 1, 2) == [[2, 2]] * 3
+    assert [entry.step for entry in history(root)] == [3, 2]
+
+
+def saves_until_killed(rank: int, world_size: int, root: str) -> None:
+    model = model_of(0)
+    run = ek.Run(root, {"model": model}, options=OPTIONS)
+    run.restore()
+    for step in range(1, 10_000):
+        set_step(model, step)
+        try:
+            handle = run.save(step)
+            handle.wait_staged()
+            dist.barrier()
+        except (CheckpointError, RuntimeError):
+            time.sleep(BOUND_S)
+
+
+def restores(rank: int, world_size: int, root: str) -> int:
+    model = model_of(0)
+    run = ek.Run(root, {"model": model}, options=OPTIONS)
+    step = run.restore().step
+    demand_step(model, step)
+    run.close()
+    return step
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_after_a_rank_is_killed_the_next_job_finds_a_whole_step(tmp_path: Path, victim: int) -> None:
+    root = tmp_path / "run"
+    with spawn_ranks(saves_until_killed, 2, str(root)) as ranks:
+        end = time.monotonic() + BOUND_S
+        while len(list((root / "commits").glob("00*.json"))) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(ranks.pids[victim], signal.SIGKILL)
+        time.sleep(0.05)
+    steps = run_ranks(restores, 2, str(root))
+    assert steps[0] == steps[1] >= 3
+
+
+def is_preempted(rank: int, world_size: int, root: str) -> tuple[int, float]:
+    """SIGTERM comes to rank 1 only; all ranks end after the same step, which is committed."""
+    model = model_of(0)
+    options = ek.RunOptions(due=ek.Every(steps=1000), signals={signal.SIGTERM: 30.0})
+    run = ek.Run(root, {"model": model}, options=options)
+    run.restore()
+    told = 0.0
+    for step in range(1, 1000):
+        set_step(model, step)
+        dist.barrier()
+        if rank == 1 and step == 5:
+            told = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+        if run.due(step):
+            run.save(step).result(BOUND_S)
+        if run.ending:
+            break
+    run.close()
+    return step, time.monotonic() - told
+
+
+def test_a_notice_to_one_rank_ends_all_of_them_after_a_last_save(tmp_path: Path) -> None:
+    ended = run_ranks(is_preempted, 4, str(tmp_path / "run"))
+    (step,) = {one[0] for one in ended}
+    assert 5 < step < 12
+    assert [entry.step for entry in history(tmp_path / "run")] == [step]
+
+
+def by_clock(rank: int, world_size: int, root: str) -> list[int]:
+    model = model_of(0)
+    run = ek.Run(root, {"model": model}, options=ek.RunOptions(due=ek.Every(seconds=0.15), signals={}))
+    run.restore()
+    saved = []
+    for step in range(1, 40):
+        time.sleep(0.01 * (rank + 1))
+        dist.barrier()
+        if run.due(step):
+            saved.append(step)
+            run.save(step).result(BOUND_S)
+    run.close()
+    return saved
+
+
+def test_saves_by_clock_are_due_at_the_same_steps_everywhere(tmp_path: Path) -> None:
+    first, second = run_ranks(by_clock, 2, str(tmp_path / "run"))
+    assert first == second
+    assert len(first) >= 2
+
+
+def lost(rank: int, world_size: int, root: str) -> str:
+    model = model_of(0)
+    run = ek.Run(root, {"model": model}, options=OPTIONS)
+    run.restore()
+    run.save(1).result(BOUND_S)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    handle = run.save(2)  # does not wait for the dead rank
+    error = handle.exception(BOUND_S)
+    return type(error).__name__
+
+
+def test_a_dead_rank_keeps_no_other_from_training(tmp_path: Path) -> None:
+    with spawn_ranks(lost, 2, str(tmp_path / "run")) as ranks:
+        outcomes = ranks.wait()
+    assert outcomes[0].value == RankLost.__name__
