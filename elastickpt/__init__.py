@@ -6,6 +6,7 @@ ek.save(state, path)    # blocking; whole or absent
 ek.async_save(state, path).result()    # stages and returns; written beside training
 ek.load(state, path)    # in place, at whatever layout `state` has now
 ek.open(path)           # read only, without torch; also RUN, RUN@STEP
+ek.Run(root, state)     # a job's checkpoints over its whole history
 """
 
 from __future__ import annotations
@@ -64,11 +65,18 @@ _PUBLIC = {
 __all__ = [
     "RNG",
     "AsyncOptions",
+    "Best",
     "Checkpoint",
     "CheckpointInfo",
+    "Every",
+    "Keep",
     "LoadReport",
     "PerRank",
+    "Restored",
+    "Run",
+    "RunOptions",
     "SaveHandle",
+    "YoungDaly",
     "__version__",
     "async_save",
     "errors",

@@ -19,7 +19,7 @@ from tools import make_vectors
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"
-NORMATIVE = ("format-v1.md", "fragments-v1.md", "save-protocol.md", "runs-v1.md", "cli.md")
+NORMATIVE = ("format-v1.md", "fragments-v1.md", "save-protocol.md", "save-beside-training.md", "runs-v1.md", "cli.md")
 PREFIXES = "UCF|FRAG|SAVE|RUN|CLI"
 DEFINED = re.compile(rf"\[((?:{PREFIXES})-\d+)(?: ([a-z-]+))?\]")
 CITED = re.compile(rf"\[((?:(?:{PREFIXES})-\d+(?:\.\.\d+)?(?:, )?)+)\]")

@@ -121,7 +121,8 @@ def _record(
         created.append(index_file(number))
         entries.append(IndexEntry(FileDigest(index_file(number), len(data), file_digest(data)), first, last))
     for path, document in upper_documents(arrays):
-        store.make_directories(draft.path(path).rpartition("/")[0])
+        if "/" in path:  # the draft itself is there, or it was aborted, and nobody brings it back
+            store.make_directories(draft.path(path).rpartition("/")[0])
         create(draft.path(path), document)
         created.append(path)
     manifest = Manifest(

@@ -1,4 +1,4 @@
-"""What the committer of an attempt knows of its writers, and what it does next; clocks are given. [SAVE-80..84]
+"""What the committer of an attempt knows of its writers, and what it does next; clocks are given. [SAVE-81..83]
 
     writers                                                    next
     one failed, or was lost                                    Abort with all failures known

@@ -90,6 +90,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, training: Training, open
 
 
 def test_the_newest_that_verifies_is_taken_and_what_was_bad_is_named(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    """[SAVE-7]"""
     run = open_run()
     run.restore()
     saved(run, training, 1, 2)
@@ -222,7 +223,7 @@ def test_due_by_steps_and_by_a_notice(tmp_path: Path, training: Training, open_r
 
 
 def test_a_job_that_was_killed_leaves_what_it_staged_to_its_writer(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
-    """Killed when its save is written: its writer commits alone, and the next job, which waits for that, adopts it."""
+    """Killed when its save is written: its writer commits alone, and the next job, which waits, adopts it. [SAVE-97]"""
     script = f"""
 import os, signal, torch, elastickpt as ek
 from elastickpt.save.background import Background

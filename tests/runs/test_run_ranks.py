@@ -165,6 +165,7 @@ def lost(rank: int, world_size: int, root: str) -> str:
 
 
 def test_a_dead_rank_keeps_no_other_from_training(tmp_path: Path) -> None:
+    """[SAVE-91]"""
     with spawn_ranks(lost, 2, str(tmp_path / "run")) as ranks:
         outcomes = ranks.wait()
     assert outcomes[0].value == RankLost.__name__

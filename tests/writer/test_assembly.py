@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ordered import Job, Writer, seats
 from staged import big_state
 from trainer import BOUND_S
 
@@ -23,6 +22,7 @@ from elastickpt.commit.registers.records import Claimer
 from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
 from elastickpt.storage.local import LocalStore
+from elastickpt.testing.members import Job, Writer, seats
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.submissions import Submission
@@ -87,6 +87,24 @@ def test_three_writers_commit_without_their_trainers(tmp_path: Path, job: Job) -
     assert drafts(tmp_path) == []
 
 
+def test_two_attempts_under_way_are_decided_in_order(tmp_path: Path, job: Job, processes: Start) -> None:
+    """The second has attested everywhere long before the first, one member of which comes last. [SAVE-88]"""
+    writers = processes(3)
+    other = Job(big_state(1), 3)
+    order: list[str] = []
+    first = job.attempt(tmp_path / "first")
+    submissions = [writers[m].submit(job.members[m].staged(first), job.members[m].arena) for m in (0, 1)]
+    second = other.submit(other.attempt(tmp_path / "second"), writers)
+    submissions[0].decided.add_done_callback(lambda _: order.append("first"))
+    second[0].decided.add_done_callback(lambda _: order.append("second"))
+    for one in second:
+        one.result(BOUND_S)
+    submissions.append(writers[2].submit(job.members[2].staged(first), job.members[2].arena))
+    for one in (*submissions, *second):
+        outcome(one)
+    assert order == ["first", "second"]
+
+
 def test_processes_commit_one_attempt_after_the_other(tmp_path: Path, job: Job, processes: Start) -> None:
     writers = processes(3)
     for step in range(3):
@@ -98,6 +116,7 @@ def test_processes_commit_one_attempt_after_the_other(tmp_path: Path, job: Job, 
 
 
 def test_a_failure_of_one_is_the_same_report_for_all(tmp_path: Path, job: Job) -> None:
+    """[SAVE-81, SAVE-94]"""
     writers = threads(LocalStore(tmp_path), 3)
     attempt = job.attempt(tmp_path / "c")
     submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (0, 1)]
@@ -122,11 +141,18 @@ def test_a_writer_that_is_killed_at_work_is_revived_and_the_attempt_commits(
     demand_sound(tmp_path / "c")
 
 
-@pytest.mark.parametrize("mode", ["", "/", "+"], ids=["before", "in", "after"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("", id="before", marks=pytest.mark.long),
+        pytest.param("/", id="in"),
+        pytest.param("+", id="after", marks=pytest.mark.long),
+    ],
+)
 def test_a_committer_that_is_killed_at_each_change_in_turn_is_revived_until_the_attempt_commits(
     tmp_path: Path, processes: Start, mode: str
 ) -> None:
-    """Its first process is killed at its first change, the next one at its second, and so on, past its last change."""
+    """Its first process is killed at its first change, the next one at its second, and so on. [SAVE-89, SAVE-95]"""
     small = Job({"t": {"a": torch.arange(9.0), "b": torch.arange(4)}, "n": 1}, 3)
     writers = processes(3, member0=tuple(hook("kill", f"{at}{mode}") for at in range(1, 41)))
     submissions = small.submit(small.attempt(tmp_path / "c"), writers)
@@ -138,7 +164,8 @@ def test_a_committer_that_is_killed_at_each_change_in_turn_is_revived_until_the_
     assert ek.open(tmp_path / "c").verify().problems == ()
 
 
-def test_another_writer_commits_when_the_committer_and_its_trainer_are_gone(tmp_path: Path, job: Job, processes: Start) -> None:
+def test_another_writer_commits_when_the_committer_is_stopped(tmp_path: Path, job: Job, processes: Start) -> None:
+    """[SAVE-83]"""
     writers = processes(3, silence_s=60.0)  # its trainer does not mind either
     attempt = job.attempt(tmp_path / "c")
     first = writers[0].submit(job.members[0].staged(attempt), job.members[0].arena)

@@ -283,7 +283,7 @@ def test_a_stopped_writer_is_killed_and_reaped_before_its_arena_is_used_again(
 def test_an_arena_whose_writer_cannot_be_reaped_is_never_used_again(
     tmp_path: Path, start: Start, blocking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that waits for a device does not die."""
+    """A process that waits for a device does not die. [SAVE-92]"""
     supervisor = start(hooks=(hook("pause", 20),))
     rank = Rank.of(big_state())
     arena = rank.arena()

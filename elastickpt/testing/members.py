@@ -1,9 +1,10 @@
-"""Attempts of several members whose writers commit by themselves; all trainers are this process."""
+"""Attempts of several members whose trainers are all this process: for writers that commit by themselves."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.orders import Order
 from elastickpt.commit.registers.names import AttemptId
 from elastickpt.format.encode_fragments import encode_fragments
-from elastickpt.format.records import ArrayRecord, FragmentMap
+from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, OptimizerTable
 from elastickpt.save.fragments import own_tables
 from elastickpt.save.merge import MergedStructure, merge
 from elastickpt.save.plan import plan_writes
@@ -25,6 +26,8 @@ from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.carry import unwatched
+from elastickpt.writer.jobs import perform
 from elastickpt.writer.plans import documents_of
 from elastickpt.writer.prepared import Prepared, prepare
 from elastickpt.writer.rounds import BLOCK_NBYTES
@@ -37,7 +40,7 @@ Writer = Supervisor | ThreadWriter
 QUICK = Limits(succession_s=0.5, silence_s=1.5, missing_s=1.5, adopt_s=1.0)
 
 
-def seats(world: int, limits: Limits = QUICK) -> list[tuple[Seat, object]]:
+def seats(world: int, limits: Limits = QUICK) -> list[tuple[Seat, socket.socket | None]]:
     """A seat for each member, and its listener."""
     secret = new_secret()
     listening = [listen(host=None) for _ in range(min(world, CANDIDATES))]
@@ -53,14 +56,14 @@ class Member:
     number: int
     live: LiveState
     prepared: Prepared
-    tables: object
+    tables: tuple[OptimizerTable, ...]
     arena: Arena
 
     def staged(self, attempt: Attempt) -> StagedRound:
         """Its round of the attempt, staged."""
         stager = Stager(self.prepared, self.arena)
         stager.stage(0, [host_elements(held.tensor) for held in self.live.arrays])
-        template = FragmentMap(self.number, attempt.draft.attempt, BLOCK_NBYTES, (), (), self.tables, None)  # type: ignore[arg-type]
+        template = FragmentMap(self.number, attempt.draft.attempt, BLOCK_NBYTES, (), (), self.tables, None)
         order = Order(attempt.register, *(attempt.contents if self.number == 0 else (b"", b"")))
         store = attempt.store
         return StagedRound(self.prepared, 0, store.url, attempt.draft, "process", encode_fragments(template), order=order)
@@ -113,6 +116,15 @@ class Job:
         draft = Draft(register.folder, register.folder, secrets.token_hex(8))
         begin(store, draft)
         return Attempt(store, draft, register, self.contents(register.step))
+
+    def write(self, attempt: Attempt) -> tuple[FileDigest, ...]:
+        """Every member's share, written and attested here; the attestations."""
+        files = []
+        for member in self.members:
+            staged = member.staged(attempt)
+            job = Submission(1, staged, member.arena).write()
+            files.append(FileDigest(*perform(attempt.store, job, staged.prepared, member.arena.memory, watch=unwatched).file))
+        return tuple(files)
 
     def submit(self, attempt: Attempt, writers: Sequence[Writer]) -> list[Submission]:
         """Every member's share, staged and handed to its writer."""

@@ -1,0 +1,240 @@
+"""The ends of an attempt: one of them, whoever comes to it, wherever another committer stopped. [SAVE-80, SAVE-84, SAVE-85]"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+import elastickpt as ek
+from elastickpt.commit.cases import Case, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.contents import Contents, decode_outline, decode_rest
+from elastickpt.commit.draft import CONTENTS, sweep
+from elastickpt.commit.handed import find_attestation, leave_contents, left_contents
+from elastickpt.commit.marks import mark, marked
+from elastickpt.commit.orders import Committed
+from elastickpt.commit.registers.epochs import claim, start
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Claimer
+from elastickpt.commit.registers.steps import complete
+from elastickpt.commit.settle import Patience, Standing, give_up, look, settle
+from elastickpt.errors import CheckpointError, NotAcknowledged, NotDurable, RankFailure, StorageFailed, Superseded, Uncommitted
+from elastickpt.format.records import FileDigest
+from elastickpt.storage.local import LocalStore
+from elastickpt.storage.store import Store
+from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, RecordingStore
+from elastickpt.testing.members import Attempt, Job
+
+PATIENCE = Patience(poll_s=0.01, limit_s=0.05)
+REPORT = (RankFailure(1, "no-space", "no room"),)
+
+
+class Stop(BaseException):
+    """Where a committer stopped for good."""
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    return Job({"t": {"a": torch.arange(9.0), "b": torch.arange(4)}, "n": 1}, 2)
+
+
+class Written:
+    """An attempt whose members have all attested, and what its committers know."""
+
+    def __init__(self, job: Job, attempt: Attempt) -> None:
+        self.store, self.draft = attempt.store, attempt.draft
+        self.case = Case(attempt.store.url, attempt.draft, "power", attempt.register, ())
+        self.outline, self.rest = attempt.contents
+        self.contents = decode_rest(self.rest, decode_outline(self.outline))
+        self.files = job.write(attempt)
+
+    def settle(self, store: Store | None = None, contents: Contents | None = None) -> Committed:
+        return settle(store or self.store, self.case, contents or self.contents, self.files, patience=PATIENCE)
+
+
+def by_path(job: Job, folder: Path) -> Written:
+    folder.mkdir(exist_ok=True)
+    return Written(job, job.attempt(folder / "c", step=7))
+
+
+def in_a_run(job: Job, folder: Path) -> Written:
+    folder.mkdir(exist_ok=True)
+    store = LocalStore(folder)
+    claimed(store, "one")
+    return Written(job, job.attempt_in_run(store, AttemptId(7, 1, 1)))
+
+
+def claimed(store: Store, token: str) -> None:
+    complete(start(store, complete(claim(store, Claimer("nowhere", token, "h", 1, 1, 1.0))), continued=None))
+
+
+Make = Callable[[Job, Path], Written]
+both = pytest.mark.parametrize("make", [by_path, in_a_run])
+
+
+def place(written: Written) -> Path:
+    return Path(written.store._root) / written.draft.name  # type: ignore[attr-defined]
+
+
+def demand_committed(written: Written) -> None:
+    assert look(written.store, written.case) is Standing.COMMITTED
+    assert ek.open(place(written)).verify().problems == ()
+
+
+@both
+def test_it_is_committed_once_and_found_so_by_all_others(tmp_path: Path, job: Job, make: Make) -> None:
+    written = make(job, tmp_path)
+    assert look(written.store, written.case) is Standing.OPEN
+    first = written.settle()
+    assert first.arrays == 2
+    assert first.nbytes == 9 * 4 + 4 * 8
+    assert written.settle() == first
+    assert give_up(written.store, written.case, REPORT, patience=PATIENCE) == first
+    demand_committed(written)
+
+
+@both
+def test_what_was_aborted_is_never_committed(tmp_path: Path, job: Job, make: Make) -> None:
+    written = make(job, tmp_path)
+    assert give_up(written.store, written.case, REPORT, patience=PATIENCE) == REPORT
+    with pytest.raises(Uncommitted):
+        written.settle()
+    assert look(written.store, written.case) is Standing.ABORTED
+    assert not place(written).exists()
+
+
+def stopping_points(job: Job, folder: Path, make: Make) -> int:
+    written = make(job, folder)
+    recording = RecordingStore(written.store)
+    written.settle(recording)
+    return sum(one.name in CHANGING for one in recording.operations)
+
+
+@both
+@pytest.mark.parametrize("mode", ["before", "torn", "after"])
+def test_wherever_a_committer_stops_another_one_commits_the_same_bytes(tmp_path: Path, job: Job, make: Make, mode: str) -> None:
+    whole = make(job, tmp_path / "whole")
+    whole.settle()
+    count = stopping_points(job, tmp_path / "count", make)
+    assert count > 8
+
+    def stop(_: object) -> None:
+        raise Stop
+
+    for at in range(1, count + 1):
+        written = make(job, tmp_path / f"{at}")
+        leave_contents(written.store, written.case, written.outline, written.rest)
+        with pytest.raises(Stop):
+            written.settle(FaultyStore(written.store, CallAt(at, stop, mode=mode), counted=CHANGING))  # type: ignore[arg-type]
+        settle(written.store, written.case, None, written.files, patience=PATIENCE)
+        demand_committed(written)
+        assert not (place(written) / CONTENTS).exists()
+
+
+@both
+@pytest.mark.parametrize("mode", ["before", "torn", "after"])
+def test_wherever_a_committer_stops_another_one_may_give_up(tmp_path: Path, job: Job, make: Make, mode: str) -> None:
+    """Then nothing is committed, unless the one that stopped had done it; and when it goes on it obeys."""
+    count = stopping_points(job, tmp_path / "count", make)
+    seen = set()
+    for at in range(1, count + 1):
+        written = make(job, tmp_path / f"{at}")
+
+        def abort(_: object, written: Written = written) -> None:
+            verdict = give_up(written.store, written.case, REPORT, patience=PATIENCE)
+            seen.add(type(verdict))
+
+        late = FaultyStore(written.store, CallAt(at, abort, mode=mode), counted=CHANGING)  # type: ignore[arg-type]
+        with suppress(CheckpointError):
+            assert written.settle(late).arrays == 2
+            demand_committed(written)
+            continue
+        assert look(written.store, written.case) is Standing.ABORTED
+        assert not place(written).exists()
+    assert seen == {tuple, Committed} or mode != "after"
+
+
+def test_contents_that_were_cut_short_are_none(tmp_path: Path, job: Job) -> None:
+    written = by_path(job, tmp_path)
+    leave_contents(written.store, written.case, written.outline, written.rest)
+    found = left_contents(written.store, written.case)
+    assert found == written.contents
+    path = tmp_path / written.draft.path(CONTENTS)
+    data = path.read_bytes()
+    for cut in (0, 7, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:cut])
+        assert left_contents(written.store, written.case) is None
+
+
+def test_an_attestation_is_found_if_it_is_whole_and_of_this_attempt(tmp_path: Path, job: Job) -> None:
+    written = by_path(job, tmp_path)
+    assert find_attestation(written.store, written.case, 1) == written.files[1]
+    other = by_path(job, tmp_path / "other")
+    path = tmp_path / written.draft.path(written.files[1].path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    assert find_attestation(written.store, written.case, 1) is None
+    path.write_bytes((tmp_path / "other" / other.draft.path(other.files[1].path)).read_bytes())
+    assert find_attestation(written.store, written.case, 1) is None
+    path.unlink()
+    assert find_attestation(written.store, written.case, 1) is None
+
+
+def test_a_commit_that_a_newer_claim_left_out_is_superseded(tmp_path: Path, job: Job) -> None:
+    """[SAVE-90]"""
+    written = in_a_run(job, tmp_path)
+    claimed(written.store, "two")
+    with pytest.raises(Superseded):
+        written.settle()
+
+
+def test_a_commit_that_no_newer_claim_adopts_in_time_is_not_acknowledged(tmp_path: Path, job: Job) -> None:
+    """[SAVE-90]"""
+    written = in_a_run(job, tmp_path)
+    second = claim(written.store, Claimer("nowhere", "two", "h", 1, 1, 1.0))
+    while not (tmp_path / "commits" / "epoch-2.json").exists():
+        next(second)  # it stops before it has adopted anything
+    with pytest.raises(NotAcknowledged):
+        written.settle()
+
+
+@pytest.mark.parametrize("make", [by_path])
+def test_a_commit_whose_last_sync_fails_is_committed_and_said_not_to_be_durable(tmp_path: Path, job: Job, make: Make) -> None:
+    """[SAVE-96]"""
+    written = make(job, tmp_path)
+
+    def fail(_: object) -> None:
+        raise StorageFailed("input/output error")
+
+    count = stopping_points(job, tmp_path / "count", make)
+    with pytest.raises(NotDurable, match="committed and whole"):
+        written.settle(FaultyStore(written.store, CallAt(count, fail), counted=CHANGING))
+    demand_committed(written)
+
+
+def test_a_draft_is_not_swept_while_its_attempt_is_marked(tmp_path: Path, job: Job) -> None:
+    """[SAVE-86, SAVE-87]"""
+    written = by_path(job, tmp_path)
+    orphaned = written.draft.folder.replace(f"-{os.getpid()}-", "-4194305-")  # of a process that is gone
+    (tmp_path / written.draft.folder).rename(tmp_path / orphaned)
+    held = mark(written.store.url, written.draft.attempt)
+    assert written.draft.attempt in marked(written.store.url)
+    assert written.draft.attempt not in marked(written.store.url + "/elsewhere")
+    ((left, why),) = sweep(written.store, "c").left
+    assert left == orphaned
+    assert "writer" in why
+    held.close()
+    assert marked(written.store.url) == frozenset()
+    assert sweep(written.store, "c").removed == (orphaned,)
+
+
+def test_votes_and_verdicts_are_read_as_they_were_said(tmp_path: Path, job: Job) -> None:
+    for written in (by_path(job, tmp_path), in_a_run(job, tmp_path / "run")):
+        for said in (None, FileDigest("fragments/00001.msgpack", 3, "0" * 32), RankFailure(4, "no-space", "no room")):
+            assert decode_vote(encode_vote(written.case, said)) == (written.case, said)
+    for verdict in (Committed(5, 2, "f" * 32), REPORT):
+        assert decode_verdict(encode_verdict("key", verdict)) == ("key", verdict)
