@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from elastickpt.load.session import LoadReport as LoadReport
     from elastickpt.load.session import load as load
     from elastickpt.runs.opening import open_checkpoint as open
-    from elastickpt.save.session import CheckpointInfo as CheckpointInfo
+    from elastickpt.save.info import CheckpointInfo as CheckpointInfo
     from elastickpt.save.session import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
     "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
-    "CheckpointInfo": ("elastickpt.save.session", "CheckpointInfo"),
+    "CheckpointInfo": ("elastickpt.save.info", "CheckpointInfo"),
     "LoadReport": ("elastickpt.load.session", "LoadReport"),
     "PerRank": ("elastickpt.training.perrank", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),

@@ -28,6 +28,7 @@ CheckpointError
 │   ├── ReadOnly                the directory or file system cannot be written
 │   ├── CapabilityMissing       the store lacks an operation that was asked for
 │   └── NotDurable              a checkpoint that is committed and whole, and may not survive a power cut
+├── SaveSkipped             no staging arena was free within the stall limit: this save is left out, training goes on
 ├── WriterLost              this rank's writer process ended, or was given up, before it had written
 ├── Cancelled               the caller took it back before it was done
 ├── NotAcknowledged         a commit of which it is not known whether it counts
@@ -173,6 +174,10 @@ class CapabilityMissing(StorageFailed):
 
 class NotDurable(StorageFailed):
     kind = "not-durable"
+
+
+class SaveSkipped(CheckpointError):
+    kind = "save-skipped"
 
 
 class WriterLost(CheckpointError):

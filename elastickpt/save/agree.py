@@ -1,6 +1,7 @@
 """The rounds before a save begins: what each rank holds, what the others must know of it, and each rank's plan. [SAVE-30..32]
 
 prepare     every rank: hashes of its structure and of its values, where it means to save
+seats       only if a writer does not know yet where the others meet (saves beside training)
 structure   only if the job's structure is new: one rank for each distinct table sends it
 values      only if a dict of the state names other tensors on other ranks: the dicts
 compare     only if arrays have one name on ranks that nothing declares to be replicas: digests of their contents
@@ -8,69 +9,49 @@ compare     only if arrays have one name on ranks that nothing declares to be re
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import msgpack
 
 from elastickpt.commit.draft import require_free
 from elastickpt.comms.team import Team
-from elastickpt.errors import PlacementUnsupported, Refused
+from elastickpt.errors import PlacementUnsupported
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.values import Value, decode_text, encode_value, value_digest
+from elastickpt.format.values import Value, decode_text, encode_value
 from elastickpt.save.gather import content_digest
 from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
 from elastickpt.save.merge_values import merge_trees
 from elastickpt.save.messages import (
-    TABLE_PREFIX,
     ContentDigest,
     Intention,
+    Verdict,
     decode_digests,
     differing_values,
     encode_digests,
     require_equal_contents,
     require_same_intention,
+    require_staged_alike,
     structure_id,
 )
 from elastickpt.save.plan import plan_writes
-from elastickpt.save.structure import StructureTable, decode_table, encode_table, table_digest, table_of
+from elastickpt.save.propose import Proposal, propose
+from elastickpt.save.request import Request
+from elastickpt.save.structure import StructureTable, decode_table
 from elastickpt.storage.opening import locate_for_saving
-from elastickpt.storage.store import Durability, Store
-from elastickpt.training.capture import capture
+from elastickpt.storage.store import Store
 from elastickpt.training.group import Group
 from elastickpt.training.held import LiveState
 from elastickpt.training.memory import host_elements
-from elastickpt.training.meshes import mesh_of
 from elastickpt.writer.plans import WritePlan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-PlacementChoice = Literal["auto", "plain"]
 KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer state, model only, ...
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the caller asked for beside the state."""
-
-    path: str
-    step: int | None
-    placement: PlacementChoice
-    durability: Durability
-
-    def require_known(self) -> None:
-        """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
-        if not self.path:
-            raise Refused("path '': expected a folder to be made, found an empty text")
-        if self.placement not in get_args(PlacementChoice):
-            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
-        if self.durability not in get_args(Durability):
-            raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
-        if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
-            raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,22 +64,61 @@ class Structure:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Agreed:
-    """What the ranks agreed to save, as a folder `name` in the store's root.
+class Offer:
+    """What a rank comes with. `name` is the target in the store, as all ranks must say it; `require_free` raises on member 0
+    if something stands there. `staged` and `seated`: see `messages.Intention`."""
 
-    On the committer only: `intentions`, by member, and `merged`, values of which ranks hold different parts.
+    proposal: Proposal
+    store: Store
+    name: str
+    require_free: Callable[[], None]
+    staged: str = ""
+    seated: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Agreed:
+    """What the ranks agreed to save, as a folder `name` in the store's root. `id` identifies the structure.
+
+    On the committer only: `intentions`, by member, and `merged`, values of which ranks hold different parts. `opened`: see
+    `reach`.
     """
 
     store: Store
     name: str
     live: LiveState
+    id: str
     structure: Structure
     intentions: tuple[Intention, ...]
     merged: Mapping[str, Value]
+    opened: bytes = b""
 
+
+Open = Callable[[Sequence[Intention]], Sequence[bytes]]
+
+
+def _not_at_once(intentions: Sequence[Intention]) -> Sequence[bytes]:
+    return [b""] * len(intentions)
+
+
+def _no_seats() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What a save beside training does within the rounds. `open_at_once` runs on member 0 when nothing more has to be asked:
+    it returns each member's share of the attempt that it opened. `take_seats` is called on all members or on none."""
+
+    open_at_once: Open = _not_at_once
+    take_seats: Callable[[], None] = _no_seats
+
+
+BLOCKING = Steps()
 
 # What a structure hash says, plans included, is a function of the hash and the rank alone, so it may outlive any one save.
 _KNOWN: OrderedDict[tuple[int, str], Structure] = OrderedDict()
+_KNOWING = threading.Lock()
 
 
 def agree(group: Group, team: Team, request: Request, state: Mapping[str, object], mesh: DeviceMesh | None) -> Agreed:
@@ -106,60 +126,75 @@ def agree(group: Group, team: Team, request: Request, state: Mapping[str, object
 
     Raises, on every rank the same: Refused kinds for what cannot be saved, RanksFailed kinds.
     """
-    return _Agreement(group, team, request).reach(state, mesh)
+
+    def offer() -> Offer:
+        request.require_known()
+        proposal = propose(state, mesh, rank=group.rank, world_size=group.world_size)
+        store, name = locate_for_saving(request.path)  # last, as it makes missing parents
+        return Offer(proposal, store, name, lambda: require_free(store, name))
+
+    return reach(team, request, offer, BLOCKING)
+
+
+def reach(team: Team, request: Request, offer: Callable[[], Offer], steps: Steps) -> Agreed:
+    """The same for an offer that is made, or fails, within the first round."""
+    return _Agreement(team, request, steps).reach(offer)
 
 
 class _Agreement:
-    store: Store
-    name: str
+    offer: Offer  # these two from the first round on
+    known: Mapping[str, Structure]
 
-    def __init__(self, group: Group, team: Team, request: Request) -> None:
-        self.group, self.team, self.request = group, team, request
+    def __init__(self, team: Team, request: Request, steps: Steps) -> None:
+        self.team, self.request, self.steps = team, request, steps
+        self.rank = team.ranks[team.member]
+        self.intentions: list[Intention] = []
 
-    def reach(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> Agreed:
-        request = self.request
-        captured: list[tuple[LiveState, bytes]] = []
-        intentions: list[Intention] = []
-
-        def prepare() -> bytes:
-            request.require_known()
-            declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
-            live = capture(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
-            encoded = encode_table(table_of(live))
-            captured.append((live, encoded))
-            digest = table_digest(encoded)
-            values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
-            values.append((TABLE_PREFIX + digest, _tables_digest(live)))
-            known = tuple(structure for rank, structure in _KNOWN if rank == self.group.rank)
-            self.store, self.name = locate_for_saving(request.path)  # last, as it makes missing parents
-            here, options = (self.store.url, self.name), (request.placement, request.durability)
-            return Intention(here, request.step, options, digest, tuple(values), known).encode()
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            intentions.extend(Intention.decode(payload) for payload in payloads)
-            require_same_intention(intentions, self.team.ranks)
-            differing = differing_values(intentions, self.team.ranks)
-            require_plain(self.store, self.team)
-            require_free(self.store, self.name)
-            structure = structure_id(self.team.ranks, [intention.table for intention in intentions])
-            known = all(structure in intention.known for intention in intentions)
-            first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
-            return [
-                bytes(msgpack.packb((structure, known, first[intention.table] == member, differing)))
-                for member, intention in enumerate(intentions)
-            ]
-
-        structure_key, known, sends, differing = msgpack.unpackb(self.team.round("prepare", prepare, decide))
-        live, encoded = captured[0]
-        key = (self.group.rank, structure_key)
-        if known:
-            _KNOWN.move_to_end(key)
+    def reach(self, make: Callable[[], Offer]) -> Agreed:
+        verdict = Verdict.decode(self.team.round("prepare", lambda: self._prepare(make), self._decide))
+        offer = self.offer
+        live = offer.proposal.live
+        if verdict.seats:
+            self.steps.take_seats()
+        if verdict.known:
+            structure = self.known[verdict.structure]
         else:
-            _KNOWN[key] = self._exchange(live, encoded if sends else b"", intentions)
-            while len(_KNOWN) > KNOWN_STRUCTURES:
-                _KNOWN.popitem(last=False)
-        merged = self._merge_values(live, differing) if differing else {}
-        return Agreed(self.store, self.name, live, _KNOWN[key], tuple(intentions), merged)
+            structure = self._exchange(offer.proposal.table if verdict.sends else b"", live, compares=verdict.compares)
+        _remember(self.rank, verdict.structure, structure)
+        merged = self._merge_values(live, verdict.differing) if verdict.differing else {}
+        found = (offer.store, offer.name, live, verdict.structure, structure)
+        return Agreed(*found, tuple(self.intentions), merged, verdict.opened)
+
+    def _prepare(self, make: Callable[[], Offer]) -> bytes:
+        self.offer = offer = make()
+        values = offer.proposal.value_digests()
+        self.known = _known_to(self.rank)
+        here, options = (offer.store.url, offer.name), (self.request.placement, self.request.durability)
+        digest = offer.proposal.digest
+        return Intention(
+            here, self.request.step, options, digest, values, tuple(self.known), offer.staged, offer.seated
+        ).encode()
+
+    def _decide(self, payloads: Sequence[bytes]) -> Sequence[bytes]:
+        team, offer = self.team, self.offer
+        intentions = self.intentions
+        intentions.extend(Intention.decode(payload) for payload in payloads)
+        require_same_intention(intentions, team.ranks)
+        differing = differing_values(intentions, team.ranks)
+        require_plain(offer.store, team)
+        offer.require_free()
+        structure = structure_id(team.ranks, [intention.table for intention in intentions])
+        require_staged_alike(intentions, team.ranks, structure)
+        known = all(structure in intention.known for intention in intentions)
+        first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
+        seats = not all(intention.seated for intention in intentions)
+        at_once = known and not (differing or seats)
+        opened = self.steps.open_at_once(intentions) if at_once else [b""] * len(intentions)
+        compares = not any(intention.staged for intention in intentions)  # else they may have changed since
+        return [
+            Verdict(structure, known, first[one.table] == member, differing, seats, compares, opened[member]).encode()
+            for member, one in enumerate(intentions)
+        ]
 
     def _merge_values(self, live: LiveState, differing: Sequence[str]) -> Mapping[str, Value]:
         merged: dict[str, Value] = {}
@@ -179,13 +214,13 @@ class _Agreement:
         self.team.round("values", own, decide)
         return merged
 
-    def _exchange(self, live: LiveState, table: bytes, intentions: Sequence[Intention]) -> Structure:
+    def _exchange(self, table: bytes, live: LiveState, *, compares: bool) -> Structure:
         merged: list[MergedStructure] = []
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             tables: dict[str, StructureTable] = {}
             ranks: dict[str, list[int]] = {}
-            for rank, intention, payload in zip(self.team.ranks, intentions, payloads, strict=True):
+            for rank, intention, payload in zip(self.team.ranks, self.intentions, payloads, strict=True):
                 ranks.setdefault(intention.table, []).append(rank)
                 if payload:
                     tables[intention.table] = decode_table(payload)
@@ -193,16 +228,16 @@ class _Agreement:
             joined = merge([tables[d] for d in digests], [tuple(ranks[d]) for d in digests])
             merged.append(joined)
             replies = {
-                digest: bytes(msgpack.packb((joined.compares, encode_shared(shared))))
+                digest: bytes(msgpack.packb((joined.compares and compares, encode_shared(shared))))
                 for digest, shared in zip(digests, joined.shared, strict=True)
             }
-            return [replies[intention.table] for intention in intentions]
+            return [replies[intention.table] for intention in self.intentions]
 
         compares, encoded = msgpack.unpackb(self.team.round("structure", lambda: table, decide))
         shared = decode_shared(encoded)
         if compares:
             self._compare(live, shared)
-        plan = plan_writes(live.arrays, shared, rank=self.group.rank)
+        plan = plan_writes(live.arrays, shared, rank=self.rank)
         return Structure(shared, plan, merged[0] if merged else None)
 
     def _compare(self, live: LiveState, shared: Sequence[SharedArray]) -> None:
@@ -220,6 +255,20 @@ class _Agreement:
             return [b""] * len(payloads)
 
         self.team.round("compare", digests, decide)
+
+
+def _known_to(rank: int) -> dict[str, Structure]:
+    """As it is now: another thread may need the room for others before the ranks have agreed."""
+    with _KNOWING:
+        return {structure: found for (of, structure), found in _KNOWN.items() if of == rank}
+
+
+def _remember(rank: int, structure: str, found: Structure) -> None:
+    with _KNOWING:
+        _KNOWN[rank, structure] = found
+        _KNOWN.move_to_end((rank, structure))
+        while len(_KNOWN) > KNOWN_STRUCTURES:
+            _KNOWN.popitem(last=False)
 
 
 def require_plain(store: Store, team: Team) -> None:
@@ -241,13 +290,3 @@ def require_plain(store: Store, team: Team) -> None:
             f"{store.url} ({able.name}): expected a store with ranged writes and a rename that replaces nothing; "
             "this needs placement 'packed', which is not built yet"
         )
-
-
-def _tables_digest(live: LiveState) -> str:
-    return value_digest(
-        [
-            (table.item, list(table.parameters), [(f.kind, f.key, list(f.values), list(f.which)) for f in table.fields])
-            for table in live.tables
-        ],
-        where="optimizer settings",
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-from elastickpt.errors import Refused, ReplicaConflict
+from elastickpt.errors import Refused, ReplicaConflict, StructureConflict
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.format.digest import file_digest
@@ -18,7 +18,8 @@ from elastickpt.format.records import FileDigest
 class Intention:
     """What one rank is about to save: where, and digests of its structure and of each replicated value.
 
-    `known` are structures of whole jobs for which this rank still has its plan.
+    `known` are structures of whole jobs for which this rank still has its plan. `staged` is the one by whose plan it has
+    staged already, "" if it has not; `seated`: its writer knows where the others meet.
     """
 
     target: tuple[str, str]  # store URL, name
@@ -27,13 +28,39 @@ class Intention:
     table: str
     values: tuple[tuple[str, str], ...]  # JSON pointer, digest
     known: tuple[str, ...]
+    staged: str = ""
+    seated: bool = True
 
     def encode(self) -> bytes:
-        return bytes(msgpack.packb((self.target, self.step, self.options, self.table, self.values, self.known)))
+        head = (self.target, self.step, self.options, self.table, self.values, self.known)
+        return bytes(msgpack.packb((*head, self.staged, self.seated)))
 
     @classmethod
     def decode(cls, data: bytes) -> Intention:
         return cls(*msgpack.unpackb(data, use_list=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What member 0 says once it knows all intentions. `sends`: this member sends its table along; `differing` are pointers
+    of values of which members hold different parts; `opened` is what it opened at once, b"" if there is more to ask."""
+
+    structure: str
+    known: bool
+    sends: bool
+    differing: tuple[str, ...]
+    seats: bool
+    compares: bool
+    opened: bytes
+
+    def encode(self) -> bytes:
+        flags = (self.known, self.sends, self.seats, self.compares)
+        return bytes(msgpack.packb((self.structure, self.differing, flags, self.opened)))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Verdict:
+        structure, differing, (known, sends, seats, compares), opened = msgpack.unpackb(data, use_list=False)
+        return cls(structure, known, sends, differing, seats, compares, opened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +96,18 @@ def require_same_intention(intentions: Sequence[Intention], ranks: Sequence[int]
                     f"{what} of this save: expected the same on all ranks, "
                     f"found {mine} on rank {ranks[0]} and {theirs} on rank {rank}"
                 )
+
+
+def require_staged_alike(intentions: Sequence[Intention], ranks: Sequence[int], structure: str) -> None:
+    """Raises StructureConflict if a rank staged by the plan of another structure of the job than the one that it has now."""
+    stale = [rank for rank, one in zip(ranks, intentions, strict=True) if one.staged not in ("", structure)]
+    if stale:
+        changed = [rank for rank, one in zip(ranks, intentions, strict=True) if not one.staged]
+        who = f"that of ranks {changed} changed" if changed else "ranks do not go by the same one"
+        raise StructureConflict(
+            f"structure of the job: {who}, after ranks {stale} had staged by the one that they knew; "
+            "this save is given up, the next one goes by the new structure"
+        )
 
 
 def differing_values(intentions: Sequence[Intention], ranks: Sequence[int]) -> tuple[str, ...]:

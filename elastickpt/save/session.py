@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgpack
 
 from elastickpt.commit.attest import attest
-from elastickpt.commit.contents import Contents, Outline
+from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_token, sweep
 from elastickpt.commit.finish import finish
 from elastickpt.commit.states import Attempt, Event, State
@@ -21,21 +19,21 @@ from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, RanksFailed, Refused
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.records import ArrayRecord
-from elastickpt.format.release import RELEASE
 from elastickpt.format.values import decode_text, encode_value
-from elastickpt.save.agree import Agreed, PlacementChoice, Request, Structure, agree
+from elastickpt.save.agree import Agreed, Structure, agree
 from elastickpt.save.fragments import own_tables
+from elastickpt.save.info import CheckpointInfo
 from elastickpt.save.messages import (
     Attested,
     Intention,
     values_wanted,
 )
+from elastickpt.save.outline import outline_of, records_of
+from elastickpt.save.request import PlacementChoice, Request
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
-from elastickpt.training.group import Group, job_group, torch_version
-from elastickpt.training.held import LiveState
+from elastickpt.training.group import Group, job_group
 from elastickpt.training.memory import host_elements
 from elastickpt.writer.fragments import fragments_of
 from elastickpt.writer.plans import documents_of
@@ -45,25 +43,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """A committed checkpoint at `path`, absolute or a URL. `nbytes` counts array bytes of all ranks; times in seconds, of
-    this rank.
-
-    `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left).
-    """
-
-    path: str
-    step: int | None
-    attempt: str
-    nbytes: int
-    arrays: int
-    plan_s: float
-    write_s: float
-    commit_s: float
-    notes: tuple[str, ...] = ()
 
 
 def save(
@@ -133,6 +112,7 @@ class _Save:
             plan_s=planned - begun,
             write_s=written - planned,
             commit_s=ended - written,
+            stall_s=ended - begun,
             notes=tuple(self.notes),
         )
         rate = nbytes / 1e9 / max(ended - begun, 1e-9)
@@ -176,7 +156,7 @@ class _Save:
                 self.store,
                 draft.folder,
                 plan,
-                documents_of(plan, _records(live, structure)),
+                documents_of(plan, records_of(live.arrays, structure.shared)),
                 [host_elements(held.tensor) for held in live.arrays],
                 durability=self.durability,
             )
@@ -221,33 +201,5 @@ class _Save:
         merged = structure.merged
         if merged is None:
             raise Refused("the committer has no structure of the whole job")
-        outline = Outline(
-            world_size=len(self.team.ranks),
-            placement="plain",
-            versions=_versions(),
-            items=merged.items,
-            meshes=merged.meshes,
-            layouts=merged.layouts,
-            arrays=tuple(
-                ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
-                for a in sorted(merged.arrays.values(), key=lambda shared: shared.key)
-            ),
-            tied=merged.tied,
-        )
+        outline = outline_of(merged, world_size=len(self.team.ranks))
         return Contents(outline, self.request.step, time.time(), dict(values))
-
-
-def _records(live: LiveState, structure: Structure) -> tuple[ArrayRecord, ...]:
-    """The held arrays as the index will list them, as far as their documents need it (writers and layout are not in those)."""
-    return tuple(
-        ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), held.attributes)
-        for held, fact in zip(live.arrays, structure.shared, strict=True)
-    )
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    return (
-        ("elastickpt", RELEASE),
-        ("torch", torch_version()),
-        ("python", platform.python_version()),
-    )

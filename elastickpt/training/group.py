@@ -53,11 +53,20 @@ class Group:
 
     def store(self, generation: int) -> JobStore:
         """The store for one meeting of the members; each meeting has keys of its own."""
+        store, name = self._job_store()
+        return JobStore(store, f"elastickpt/{name}/{generation}")
+
+    def own_store(self, meeting: str) -> JobStore:
+        """The same over a connection of its own: a thread that waits in it keeps nobody else from the job's store."""
+        store, name = self._job_store()
+        own: Store = store.clone()  # type: ignore[attr-defined]  # the stub lacks it
+        return JobStore(own, f"elastickpt/{name}/{meeting}")
+
+    def _job_store(self) -> tuple[Store, str]:
         if self.handle is None:
             raise Refused("a process without a process group has no store")
         name = distributed_c10d._get_process_group_name(self.handle)
-        store = distributed_c10d._get_process_group_store(self.handle)
-        return JobStore(store, f"elastickpt/{name}/{generation}")
+        return distributed_c10d._get_process_group_store(self.handle), name
 
 
 def job_group(process_group: dist.ProcessGroup | None) -> Group:

@@ -20,6 +20,7 @@ from elastickpt.load import session as loading
 from elastickpt.load.checkpoint import Checkpoint
 from elastickpt.load.session import LoadReport, _Load
 from elastickpt.save import agree as agreeing
+from elastickpt.save import propose as proposing
 from elastickpt.save.agree import Request
 from elastickpt.save.session import CheckpointInfo, _Save
 from elastickpt.storage.store import Durability, Store
@@ -110,7 +111,7 @@ def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, dura
         return stores[int(member)], last
 
     try:
-        with replaced(agreeing, "locate_for_saving", located), replaced(agreeing, "mesh_of", lambda mesh, world_size: mesh):
+        with replaced(agreeing, "locate_for_saving", located), replaced(proposing, "mesh_of", lambda mesh, world_size: mesh):
             found.extend(everywhere(len(stores), one))  # type: ignore[arg-type]
     finally:
         for team in joined:

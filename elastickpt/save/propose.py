@@ -1,0 +1,51 @@
+"""What one rank proposes to save: its live state and its structure table. No I/O, nothing asked of other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elastickpt.format.values import value_digest
+from elastickpt.save.messages import TABLE_PREFIX
+from elastickpt.save.structure import encode_table, table_digest, table_of
+from elastickpt.training.capture import capture
+from elastickpt.training.held import LiveState
+from elastickpt.training.meshes import mesh_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """`live` shares memory with training in its arrays only: all else is a copy. `table` is the encoded structure table, and
+    `digest` identifies it."""
+
+    live: LiveState
+    table: bytes
+    digest: str
+
+    def value_digests(self) -> tuple[tuple[str, str], ...]:
+        """A digest of each replicated value, and one of the optimizer tables. Raises ValueNotCarried."""
+        live = self.live
+        values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
+        return (*values, (TABLE_PREFIX + self.digest, _tables_digest(live)))
+
+
+def propose(state: Mapping[str, object], mesh: DeviceMesh | None, *, rank: int, world_size: int) -> Proposal:
+    """Captures the state as it is now. Raises what `capture` raises, and ValueNotCarried for a name that cannot be carried."""
+    declared = None if mesh is None else mesh_of(mesh, world_size=world_size)
+    live = capture(state, rank=rank, world_size=world_size, declared=declared)
+    encoded = encode_table(table_of(live))
+    return Proposal(live, encoded, table_digest(encoded))
+
+
+def _tables_digest(live: LiveState) -> str:
+    return value_digest(
+        [
+            (table.item, list(table.parameters), [(f.kind, f.key, list(f.values), list(f.which)) for f in table.fields])
+            for table in live.tables
+        ],
+        where="optimizer settings",
+    )

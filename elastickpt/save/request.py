@@ -1,0 +1,32 @@
+"""What a caller asks for beside the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from elastickpt.errors import PlacementUnsupported, Refused
+from elastickpt.storage.store import Durability
+
+PlacementChoice = Literal["auto", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Where to save, as the caller says it, and how."""
+
+    path: str
+    step: int | None
+    placement: PlacementChoice
+    durability: Durability
+
+    def require_known(self) -> None:
+        """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
+        if not self.path:
+            raise Refused("path '': expected a folder to be made, found an empty text")
+        if self.placement not in get_args(PlacementChoice):
+            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
+        if self.durability not in get_args(Durability):
+            raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
+        if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
+            raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")
