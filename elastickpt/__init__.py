@@ -3,6 +3,7 @@
 import elastickpt as ek
 
 ek.save(state, path)    # blocking; whole or absent
+ek.async_save(state, path).result()    # stages and returns; written beside training
 ek.load(state, path)    # in place, at whatever layout `state` has now
 ek.open(path)           # read only, without torch; also RUN, RUN@STEP
 """
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from elastickpt.load.session import LoadReport as LoadReport
     from elastickpt.load.session import load as load
     from elastickpt.runs.opening import open_checkpoint as open
+    from elastickpt.save.async_save import async_save as async_save
+    from elastickpt.save.handle import SaveHandle as SaveHandle
     from elastickpt.save.info import CheckpointInfo as CheckpointInfo
+    from elastickpt.save.options import AsyncOptions as AsyncOptions
     from elastickpt.save.session import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
@@ -30,17 +34,34 @@ if TYPE_CHECKING:
 
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
+    "AsyncOptions": ("elastickpt.save.options", "AsyncOptions"),
     "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
     "CheckpointInfo": ("elastickpt.save.info", "CheckpointInfo"),
     "LoadReport": ("elastickpt.load.session", "LoadReport"),
     "PerRank": ("elastickpt.training.perrank", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
+    "SaveHandle": ("elastickpt.save.handle", "SaveHandle"),
+    "async_save": ("elastickpt.save.async_save", "async_save"),
     "load": ("elastickpt.load.session", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
     "save": ("elastickpt.save.session", "save"),
 }
 
-__all__ = ["RNG", "Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "__version__", "errors", "load", "open", "save"]
+__all__ = [
+    "RNG",
+    "AsyncOptions",
+    "Checkpoint",
+    "CheckpointInfo",
+    "LoadReport",
+    "PerRank",
+    "SaveHandle",
+    "__version__",
+    "async_save",
+    "errors",
+    "load",
+    "open",
+    "save",
+]
 
 
 def __getattr__(name: str) -> object:

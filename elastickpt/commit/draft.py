@@ -210,6 +210,11 @@ def _remove(store: Store, folder: str) -> CheckpointError | None:
     return None
 
 
+def ended(draft: Draft) -> None:
+    """This process has heard how the attempt ended, whoever ended it: what is left of the draft may be swept."""
+    _UNDER_WAY.discard(draft.attempt)
+
+
 def sweep(store: Store, name: str) -> SweepReport:
     """Removes drafts of `name` that nobody writes any more, as far as this host can prove it, and names the others. [SAVE-24]
 

@@ -1,21 +1,26 @@
 """Staging: from live tensors to an arena, and nothing else. This is what stalls training.
 
     stager = Stager(prepared, arena)           # once for a plan and an arena
-    stager.stage(0, sources)                   # each save: a copy of what this rank writes, laid out as it will be written
+    stager.stage_held(0, live.arrays, skip)    # each save: a copy of what this rank writes, laid out as it will be written
 
 Tensors on a device are not copied here but by `training.device_staging`, into the same places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from elastickpt.errors import LimitExceeded
+from elastickpt.format.box import Box
 from elastickpt.save.gather import Bytes, Elements, flat_bytes, gather, part_of
+from elastickpt.storage.direct import address_of
+from elastickpt.training.held import HeldArray
+from elastickpt.training.memory import host_address, host_elements
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.plans import PlannedPiece
 from elastickpt.writer.prepared import Prepared
@@ -46,6 +51,17 @@ def slices_of(prepared: Prepared, arena: Arena, number: int) -> tuple[StagedSlic
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A slice by addresses: `offset` of its first byte in a local tensor without gaps; None where it has no such place."""
+
+    one: StagedSlice
+    array: int
+    offset: int | None
+    target: int
+    nbytes: int
+
+
 class Stager:
     """Copies the rounds of one plan into one arena, again and again; keeps views of the arena, so drop it before the arena.
 
@@ -55,6 +71,7 @@ class Stager:
     def __init__(self, prepared: Prepared, arena: Arena, *, threads: int = 1) -> None:
         self._arena = arena
         self._rounds = [slices_of(prepared, arena, number) for number in range(len(prepared.rounds))]
+        self._moves: list[list[_Move]] = []
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="elastickpt-stage") if threads > 1 else None
         self._threads = threads
 
@@ -75,26 +92,59 @@ class Stager:
             for one in slices:
                 copy(one, sources)
             return nbytes
-        parts = iter([part for one in slices for part in _parts(one, sources)])
+        self._in_threads(self._pool, [part for one in slices for part in _parts(one, sources)])
+        return nbytes
+
+    def stage_held(self, number: int, held: Sequence[HeldArray], skip: Collection[int] = ()) -> int:
+        """The same from what this rank holds, by address where a tensor has no gaps: that costs 1 µs a slice, views 6 µs.
+
+        What the arrays of a plan have in common, and so where their slices lie, is found out once. The arrays in `skip` are
+        staged by somebody else.
+        """
+        self._arena.require_free()
+        if not self._moves:
+            self._moves = [[_move(one, held) for one in slices] for slices in self._rounds]
+        addresses = [None if array in skip else host_address(one.tensor) for array, one in enumerate(held)]
+        moves = [move for move in self._moves[number] if move.array not in skip] if skip else self._moves[number]
+        nbytes = sum(move.nbytes for move in moves)
+        if self._pool is None or nbytes < MIN_THREADED_NBYTES:
+            memmove = ctypes.memmove
+            for move in moves:
+                if (base := addresses[move.array]) is not None and move.offset is not None:
+                    memmove(move.target, base + move.offset, move.nbytes)
+                else:
+                    _copy_held(move, held)
+            return nbytes
+        parts: list[Callable[[], object]] = []
+        for move in moves:
+            parts += _parts_of_move(move, addresses[move.array], held)
+        self._in_threads(self._pool, parts)
+        return nbytes
+
+    def slices(self, number: int) -> Sequence[StagedSlice]:
+        """The slices of a round with their places."""
+        return self._rounds[number]
+
+    def _in_threads(self, pool: ThreadPoolExecutor, parts: Sequence[Callable[[], object]]) -> None:
+        left = iter(parts)
 
         def work() -> None:
-            for part in parts:  # a list's iterator gives each part to one thread
+            for part in left:  # a list's iterator gives each part to one thread
                 part()
 
-        others = [self._pool.submit(work) for _ in range(self._threads - 1)]
+        others = [pool.submit(work) for _ in range(self._threads - 1)]
         work()
         for other in others:
             other.result()
-        return nbytes
 
     def close(self) -> None:
         """Ends the threads and lets go of the arena."""
-        self._rounds = []
+        self._rounds, self._moves = [], []
         if self._pool is not None:
             self._pool.shutdown()
 
 
-def copy(one: StagedSlice, sources: Sequence[Elements]) -> None:
+def copy(one: StagedSlice, sources: Sequence[Elements] | Mapping[int, Elements]) -> None:
     """The slice of live elements, in C order of its piece, stands in its place."""
     part = part_of(sources[one.piece.array], one.piece.local)
     if one.into.size == one.piece.run.nbytes:
@@ -116,3 +166,38 @@ def _parts(one: StagedSlice, sources: Sequence[Elements]) -> list[Callable[[], N
         return lambda: np.copyto(one.into[begin : begin + PART_NBYTES], live[begin : begin + PART_NBYTES])
 
     return [part(begin) for begin in range(0, one.into.size, PART_NBYTES)]
+
+
+def _move(one: StagedSlice, held: Sequence[HeldArray]) -> _Move:
+    piece = one.piece
+    target = address_of(one.into.data) if one.into.size else 0
+    offset = _offset_of(piece.local, held[piece.array].box.shape, itemsize=held[piece.array].spec.type.itemsize)
+    at = None if offset is None else offset + one.at.start
+    return _Move(one, piece.array, at, target, one.into.size)
+
+
+def _offset_of(box: Box, shape: Sequence[int], *, itemsize: int) -> int | None:
+    """The first byte of the box in an array of this shape in C order; None unless its elements follow each other there."""
+    offset, stride, whole = 0, itemsize, True
+    for low, high, extent in zip(reversed(box.start), reversed(box.stop), reversed(shape), strict=True):
+        if not whole and high - low != 1:
+            return None
+        whole = whole and high - low == extent
+        offset += low * stride
+        stride *= extent
+    return offset
+
+
+def _copy_held(move: _Move, held: Sequence[HeldArray]) -> None:
+    copy(move.one, {move.array: host_elements(held[move.array].tensor)})
+
+
+def _parts_of_move(move: _Move, base: int | None, held: Sequence[HeldArray]) -> list[Callable[[], object]]:
+    if base is None or move.offset is None:
+        return [lambda: _copy_held(move, held)]
+    start = base + move.offset
+
+    def part(at: int) -> Callable[[], object]:
+        return lambda: ctypes.memmove(move.target + at, start + at, min(PART_NBYTES, move.nbytes - at))
+
+    return [part(at) for at in range(0, move.nbytes, PART_NBYTES)]

@@ -46,6 +46,10 @@ class DeviceStaging:
         for stream in streams:
             stream.wait_event(self._done)
 
+    def order_before_step(self) -> None:
+        """The same for the stream of the caller, on which an optimizer steps."""
+        self.order_before([torch.cuda.current_stream(self._stream.device)])
+
     def wait(self) -> None:
         """All copies are done: a writer may read them. Blocking."""
         self._done.synchronize()

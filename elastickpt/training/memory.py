@@ -40,6 +40,11 @@ def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
     )
 
 
+def host_address(tensor: torch.Tensor) -> int | None:
+    """Where its elements begin, if they lie in host memory without gaps, in C order; else None. Valid while it lives."""
+    return tensor.data_ptr() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+
+
 def fill_device(tensor: torch.Tensor, host: NDArray[np.generic]) -> None:
     """Copies bits that `host_elements` spells to a tensor on a device; blocking."""
     if tensor.numel():

@@ -1,0 +1,45 @@
+"""`async_save`: stage now, write and commit beside training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from elastickpt.save.destination import PathDestination
+from elastickpt.save.handle import SaveHandle
+from elastickpt.save.options import DEFAULT, AsyncOptions
+from elastickpt.save.request import PlacementChoice
+from elastickpt.save.savers import saver_of
+from elastickpt.storage.store import Durability
+from elastickpt.training.group import job_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def async_save(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    placement: PlacementChoice = "auto",
+    durability: Durability = "power",
+    options: AsyncOptions = DEFAULT,
+) -> SaveHandle:
+    """Takes a copy of `state` and returns; the checkpoint at `path` comes beside training. See `save` for the arguments.
+
+    On return host tensors may change; tensors of a GPU may be read but not changed before `SaveHandle.wait_staged`, for which
+    optimizers in `state` wait by themselves. The call blocks for the copy, and for at most `stall_limit_s` until there is
+    memory for it; the first save of a structure also until all ranks agreed on it.
+
+    Every rank of the process group (default: all) must call it with the same arguments, and in the same order as other saves.
+    Raises Refused for a process that is not in the group, and after the end of its savers; whatever else goes wrong, on any
+    rank, the handle says on all ranks.
+    """
+    saver = saver_of(job_group(process_group), options)
+    destination = PathDestination.of(path, step)
+    return saver.save(state, destination, mesh=mesh, placement=placement, durability=durability)

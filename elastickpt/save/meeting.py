@@ -1,0 +1,108 @@
+"""Where the writers of a job meet, and the writers themselves: one process for this rank, or a thread for each store."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgpack
+
+from elastickpt.comms.team import Team
+from elastickpt.errors import CheckpointError
+from elastickpt.save.options import AsyncOptions
+from elastickpt.storage.store import Store
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.child import WriterOptions
+from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, listen, new_secret
+from elastickpt.writer.submissions import StagedRound, Submission
+from elastickpt.writer.supervisor import Supervisor
+from elastickpt.writer.thread import ThreadWriter
+
+
+class Writer(Protocol):
+    """What `Supervisor` and `ThreadWriter` have in common."""
+
+    def submit(self, staged: StagedRound, arena: Arena) -> Submission: ...
+
+    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission: ...
+
+    def forget(self, arena: Arena) -> None: ...
+
+    def close(self, *, limit_s: float = 10.0) -> None: ...
+
+
+class Writers:
+    """This rank's writers. A writer is made once all members have said where theirs listen; all of it off the thread that
+    trains."""
+
+    def __init__(self, options: AsyncOptions) -> None:
+        self._options = options
+        self._writers: dict[str, Writer] = {}
+        self._listeners: list[socket.socket] = []
+
+    def seated(self, store: str) -> bool:
+        """Whether there is a writer for that store."""
+        return self._key(store) in self._writers
+
+    def of(self, store: str) -> Writer:
+        """The writer for that store."""
+        return self._writers[self._key(store)]
+
+    def take_seats(self, team: Team, store: Store) -> None:
+        """A round in which members tell each other where they listen; then the writer is there. Raises what a round raises."""
+        if len(team.ranks) == 1:
+            self._make(store, ALONE, None)
+            return
+        listener: socket.socket | None = None
+
+        def tell() -> bytes:
+            nonlocal listener
+            if team.member >= CANDIDATES:
+                return b""
+            one_host = len(set(team.hosts)) == 1
+            listener, address = listen(host=None if one_host else socket.gethostbyname(socket.gethostname()))
+            return address.encode()
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            seats = bytes(msgpack.packb(([payload.decode() for payload in payloads[:CANDIDATES]], new_secret())))
+            return [seats] * len(payloads)
+
+        try:
+            candidates, secret = msgpack.unpackb(team.round("seats", tell, decide), use_list=False)
+        except BaseException:
+            if listener is not None:
+                listener.close()
+            raise
+        self._make(store, Seat(team.member, team.ranks, candidates, secret), listener)
+
+    def _make(self, store: Store, seat: Seat, listener: socket.socket | None) -> None:
+        key, options = self._key(store.url), self._options
+        old = self._writers.pop(key, None)  # of before somebody lost his
+        if old is not None:
+            old.close(limit_s=0.0)
+        if options.executor == "thread":
+            self._writers[key] = ThreadWriter(store, seat=seat, listener=listener)
+        else:
+            wanted = WriterOptions(niceness=options.niceness, io=options.io)
+            self._writers[key] = Supervisor(wanted, seat=seat, listener=listener)
+        if listener is not None:
+            self._listeners.append(listener)
+
+    def _key(self, store: str) -> str:
+        return store if self._options.executor == "thread" else ""
+
+    def forget(self, arena: Arena) -> None:
+        for writer in self._writers.values():
+            writer.forget(arena)
+
+    def close(self, *, limit_s: float) -> None:
+        """Ends the writers; see `Supervisor.close`. Blocking."""
+        for writer in self._writers.values():
+            writer.close(limit_s=limit_s)
+        self.drop_listeners()
+
+    def drop_listeners(self) -> None:
+        """Nobody of this process listens any more; a writer process has descriptors of its own."""
+        while self._listeners:
+            self._listeners.pop().close()

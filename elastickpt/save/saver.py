@@ -1,0 +1,328 @@
+"""Saves beside training, as the thread that trains sees them: capture, stage, go on.
+
+    save() --> capture --> a free place --> known structure: stage ----------------------------------> handle
+                                |                 new one: wait for the other ranks, then stage -----> handle
+                                '-- none within `stall_limit_s`: this rank's failure, so nobody saves -> handle
+
+With a known structure nobody is asked anything here: a rank that is dead or hangs keeps no other one from training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar
+
+from elastickpt.commit.draft import ended
+from elastickpt.commit.orders import Committed
+from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Team
+from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped
+from elastickpt.save import under_way
+from elastickpt.save.arenas import Arenas
+from elastickpt.save.background import Background
+from elastickpt.save.destination import Destination
+from elastickpt.save.handle import SaveHandle
+from elastickpt.save.info import CheckpointInfo
+from elastickpt.save.meeting import Writers
+from elastickpt.save.options import AsyncOptions
+from elastickpt.save.plans import Known, Plans
+from elastickpt.save.propose import propose
+from elastickpt.save.request import PlacementChoice, Request
+from elastickpt.save.task import Ordered, Task, Times
+from elastickpt.storage.store import Durability
+from elastickpt.training.gates import Beside, Cuda, StepGate
+from elastickpt.training.group import Group
+from elastickpt.training.held import HeldArray
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.submissions import Submission
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SILENCE_S = 120.0  # ranks come to a save when their step is done, which may take longer than a round that all wait for
+
+
+class Saver:
+    """One rank's saves beside training, for one process group; `purpose` tells the savers of a group apart, and is the same on
+    all ranks. All ranks call `save` in the same order, from one thread.
+    """
+
+    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, beside: Beside | None = None) -> None:
+        self._owner = os.getpid()
+        self._rank, self._world_size = group.rank, group.world_size
+        self._meet = _meeting(group, purpose)  # holds no process group, so that one that is gone takes its savers along
+        self._options = options
+        self._beside = beside or Cuda()
+        self._gate = StepGate()
+        self._writers = Writers(options)
+        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._beside)
+        self._plans = Plans(world_size=len(group.ranks), arena_nbytes=options.arena_nbytes)
+        self._background = Background(self._meet, self._writers, self._plans, self._ended)
+        self._rounds = _Worker("elastickpt-rounds")
+        self._endings = _Worker("elastickpt-endings")
+        self._open: set[Task] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._skipped = 0
+
+    @property
+    def exit_limit_s(self) -> float:
+        return self._options.exit_limit_s
+
+    @property
+    def skipped(self) -> int:
+        """Saves that were left out, because some rank had no free arena."""
+        return self._skipped
+
+    def save(
+        self,
+        state: Mapping[str, object],
+        destination: Destination,
+        *,
+        mesh: DeviceMesh | None = None,
+        placement: PlacementChoice = "auto",
+        durability: Durability = "power",
+    ) -> SaveHandle:
+        """Stages the state and returns; what follows goes on beside training, and its outcome is the handle's.
+
+        Blocking for capture and copy; for a structure that this rank has not saved before, also until the ranks agreed on it.
+        Raises Refused after `close` and in a forked process; all else is raised by the handle.
+        """
+        if self._closed or os.getpid() != self._owner:
+            raise Refused("this saver was closed" if self._closed else "a saver belongs to the process that made it")
+        request = Request(destination.place, destination.step, placement, durability)
+        task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()))
+        with self._changed:
+            self._open.add(task)
+        alone = self._stage_alone(task, state, mesh)
+        arrays = () if task.proposal is None else task.proposal.live.arrays
+        self._rounds.put(lambda: self._background.carry_out(task))
+        if not alone:
+            self._stage_together(task, state, arrays)
+        task.times.staged = time.perf_counter()
+        return task.handle
+
+    def close(self, *, limit_s: float | None = None) -> None:
+        """Takes no more saves, waits for those under way at most `limit_s` (default: the option), and leaves the rest to the
+        writer process to finish. Blocking."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        limit_s = self._options.exit_limit_s if limit_s is None else limit_s
+        until = time.monotonic() + limit_s
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, limit_s)
+            left = sorted(task.handle.path for task in self._open)
+        if left:
+            log.warning("not waiting any longer for saves under way, which are left to their writers: %s", ", ".join(left))
+        self._writers.close(limit_s=max(0.0, until - time.monotonic()))
+        self._rounds.stop()
+        self._endings.stop()
+        self._gate.open()
+        self._arenas.close()
+
+    def drop(self) -> None:
+        """In a forked process, which has none of the threads: nothing of the parent's is kept open."""
+        self._writers.drop_listeners()
+
+    # -- on the thread that trains -------------------------------------------------------------------------------------
+
+    def _stage_alone(self, task: Task, state: Mapping[str, object], mesh: DeviceMesh | None) -> bool:
+        """Captures, and stages by a plan that is known. False if the other ranks must be asked first. What fails is left to
+        the rounds, in which all ranks learn of it."""
+        try:
+            under_way.begin(task.destination.place)
+            task.marked = True
+            task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
+            task.place = self._arenas.reserve(limit_s=self._options.stall_limit_s)
+            known = self._plans.of(task.proposal.digest)
+            if known is None or len(known.prepared.rounds) > 1:
+                return False
+            self._stage(task, known, state, task.proposal.live.arrays)
+            task.known = known
+            task.staged.set_result(None)
+        except Exception as error:
+            task.failure = error
+        return True
+
+    def _stage(self, task: Task, known: Known, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
+        if task.place is None:
+            raise Refused("no arena was reserved")
+        task.place.fit(known.prepared)
+        task.copies = copies = task.place.stage(0, arrays)
+        if copies is not None:
+            self._gate.watch(state)
+            self._gate.close_for(copies, until=task.handle.done)
+            task.handle.staging(copies.wait)
+
+    def _stage_together(self, task: Task, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
+        """Waits until the ranks have agreed; then stages, or all rounds but the last are also written before this returns."""
+        try:
+            known = _unless_failed(task.agreed)
+            if known is None:
+                return
+            if len(known.prepared.rounds) == 1:
+                self._stage(task, known, state, arrays)
+                task.staged.set_result(None)
+        except BaseException as error:
+            task.staged.set_exception(_as_exception(error))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if len(known.prepared.rounds) > 1 and (ordered := _unless_failed(task.ordered)) is not None:
+                self._stage_rounds(task, ordered, arrays)
+
+    def _stage_rounds(self, task: Task, ordered: Ordered, arrays: Sequence[HeldArray]) -> None:
+        prepared, place, checksums = ordered.known.prepared, task.place, b""
+        last = len(prepared.rounds) - 1
+        log.info(
+            "%s: in %d rounds of at most %d bytes, so training waits for all but one",
+            ordered.path,
+            last + 1,
+            prepared.arena_nbytes,
+        )
+        try:
+            for number in range(last + 1):
+                if place is None:
+                    raise Refused("no arena was reserved")
+                place.fit(prepared)
+                if (copies := place.stage(number, arrays)) is not None:
+                    copies.wait()
+                submission = self._background.submit(task, ordered, number, checksums)
+                if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
+                    self._background.follow(task, ordered, submission)
+                    return
+                checksums += submission.result().checksums
+        except BaseException as error:
+            self._background.withdraw(task, ordered, error)
+            if not isinstance(error, Exception):
+                raise
+
+    # -- on other threads ----------------------------------------------------------------------------------------------
+
+    def _forget(self, arena: Arena) -> None:
+        self._writers.forget(arena)
+
+    def _ended(self, task: Task, ordered: Ordered | None, outcome: Committed | BaseException) -> None:
+        at = time.perf_counter()
+        self._endings.put(lambda: self._end(task, ordered, outcome, at))
+
+    def _end(self, task: Task, ordered: Ordered | None, outcome: Committed | BaseException, at: float) -> None:
+        if ordered is not None:
+            ended(ordered.draft)
+        if task.marked:
+            under_way.end(task.destination.place)
+        if isinstance(outcome, SaveSkipped):
+            self._skipped += 1
+            log.warning("%s: skipped, the %d. time: %s", task.handle.path, self._skipped, outcome)
+        elif isinstance(outcome, BaseException):
+            log.error("%s: not saved: %s", task.handle.path, outcome)
+        if isinstance(outcome, Committed) and ordered is not None:
+            task.handle.end(_report(task, ordered, outcome, at))
+        else:
+            task.handle.end(outcome if isinstance(outcome, BaseException) else CheckpointError("ended without an attempt"))
+        with self._changed:
+            self._open.discard(task)
+            self._changed.notify_all()
+
+
+def _report(task: Task, ordered: Ordered, outcome: Committed, at: float) -> CheckpointInfo:
+    times = task.times
+    submitted, written = times.submitted or times.staged, times.written or at
+    stall = times.staged - times.begun
+    for note in ordered.notes:
+        log.warning("%s: %s", ordered.path, note)
+    log.info(
+        "saved %s: %d arrays, %.3f GB; staged in %.3f s, written at %.2f s, committed at %.2f s (%.2f GB/s), stall %.3f s",
+        *(ordered.path, outcome.arrays, outcome.nbytes / 1e9),
+        *(stall, written - times.begun, at - times.begun, outcome.nbytes / 1e9 / max(at - times.begun, 1e-9), stall),
+    )
+    return CheckpointInfo(
+        path=ordered.path,
+        step=task.request.step,
+        attempt=ordered.draft.attempt,
+        nbytes=outcome.nbytes,
+        arrays=outcome.arrays,
+        plan_s=max(0.0, submitted - times.staged),
+        write_s=max(0.0, written - submitted),
+        commit_s=max(0.0, at - written),
+        stall_s=stall,
+        notes=ordered.notes,
+    )
+
+
+def _meeting(group: Group, purpose: str) -> Callable[[], Team]:
+    """The team of these savers. It holds no process group, so that one that is gone takes its savers along."""
+    rank, ranks = group.rank, group.ranks
+    handle = None if group.handle is None else weakref.ref(group.handle)
+
+    def meet() -> Team:
+        live = None if handle is None else handle()
+        if handle is not None and live is None:
+            raise Refused("the process group of this save is gone")
+        return team_of(Group(rank, ranks, live), purpose=purpose, silence_s=SILENCE_S)
+
+    return meet
+
+
+def _unless_failed(future: Future[T]) -> T | None:
+    """What the other thread found; None if the save failed there, as its handle says."""
+    try:
+        return future.result()
+    except Exception:
+        return None
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else CheckpointError(f"interrupted: {type(error).__name__}")
+
+
+def _written(submission: Submission, *, limit_s: float) -> bool:
+    """Whether a round is written. Blocking as long as it gets on; False if it failed. Raises DeadlineExceeded where nothing
+    is written for `limit_s`: the storage must not keep training."""
+    seen, since = -1, time.monotonic()
+    while not submission.future.done():
+        wait((submission.future,), timeout=min(0.25, limit_s))
+        if submission.written != seen:
+            seen, since = submission.written, time.monotonic()
+        elif time.monotonic() - since > limit_s:
+            raise DeadlineExceeded(f"nothing was written for {limit_s:g} s while training waited for a round")
+    return submission.future.exception() is None
+
+
+class _Worker:
+    """A thread that carries out what is put, in order; started by the first, and never joined without a limit."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True)
+            self._thread.start()
+        self._work.put(work)
+
+    def stop(self) -> None:
+        """Ends after what was put; not blocking."""
+        self._work.put(None)
+
+
+def _work_off(items: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := items.get()) is not None:
+        try:
+            work()
+        except Exception:
+            log.exception("a save beside training met a fault of its own")
+        del work  # it holds a state

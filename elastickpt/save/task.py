@@ -1,0 +1,81 @@
+"""One save beside training, as the thread that trains and the one that works beside it both see it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastickpt.commit.draft import Draft
+from elastickpt.commit.orders import Order
+from elastickpt.save.arenas import Place
+from elastickpt.save.destination import Destination
+from elastickpt.save.handle import SaveHandle
+from elastickpt.save.plans import Known
+from elastickpt.save.propose import Proposal
+from elastickpt.save.request import Request
+from elastickpt.storage.store import Durability
+from elastickpt.training.gates import Copies
+from elastickpt.writer.submissions import StagedRound
+
+
+@dataclass(slots=True)
+class Times:
+    """Monotonic seconds, for the report."""
+
+    begun: float
+    staged: float = 0.0
+    submitted: float = 0.0
+    written: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ordered:
+    """An attempt that exists, with all that a writer needs to write and commit this rank's part."""
+
+    known: Known
+    store: str
+    draft: Draft
+    durability: Durability
+    template: bytes
+    order: Order
+    path: str
+    notes: tuple[str, ...]
+
+    def round(self, number: int, checksums: bytes) -> StagedRound:
+        """Round `number`, after rounds with these checksums."""
+        prepared = self.known.prepared
+        return StagedRound(prepared, number, self.store, self.draft, self.durability, self.template, checksums, self.order)
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """What the training thread leaves: a proposal, or the failure with which this rank takes part; and, if it knew the plan,
+    the place where it has staged by it. Else it waits for `agreed` and stages then: `staged` ends when it has."""
+
+    handle: SaveHandle
+    destination: Destination
+    request: Request
+    times: Times
+    proposal: Proposal | None = None
+    failure: Exception | None = None
+    place: Place | None = None
+    known: Known | None = None  # staged by it
+    marked: bool = False  # its destination is taken
+    copies: Copies | None = None
+    agreed: Future[Known] = field(default_factory=Future)
+    staged: Future[None] = field(default_factory=Future)
+    ordered: Future[Ordered] = field(default_factory=Future)  # for who stages in rounds, and so submits by himself
+
+    def give_up_place(self) -> None:
+        """Its arena is free again."""
+        place, self.place = self.place, None
+        if place is not None:
+            place.release()
+
+    def fail(self, error: BaseException) -> None:
+        """Whoever waits for this save waits no longer."""
+        waited_for: tuple[Future[Any], ...] = (self.agreed, self.ordered)
+        for future in waited_for:
+            if not future.done():
+                future.set_exception(error)
