@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from elastickpt.format.arrays import ArraySpec
+from elastickpt.format.records import Item
 from elastickpt.format.values import value_digest
 from elastickpt.save.messages import TABLE_PREFIX
 from elastickpt.save.structure import encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
-from elastickpt.training.held import LiveState
+from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.training.meshes import mesh_of
 
 if TYPE_CHECKING:
@@ -37,8 +40,32 @@ def propose(state: Mapping[str, object], mesh: DeviceMesh | None, *, rank: int, 
     """Captures the state as it is now. Raises what `capture` raises, and ValueNotCarried for a name that cannot be carried."""
     declared = None if mesh is None else mesh_of(mesh, world_size=world_size)
     live = capture(state, rank=rank, world_size=world_size, declared=declared)
-    encoded = encode_table(table_of(live))
-    return Proposal(live, encoded, table_digest(encoded))
+    encoded, digest = _TABLES.of(live)
+    return Proposal(live, encoded, digest)
+
+
+class _Tables:
+    """Encoded tables of the newest states. Arrays that a capture found as the one before have the same `spec` objects, each of
+    which was made for one array lying in one way: states that have them all, and the same items and ties, have one table."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[tuple[ArraySpec, ...], tuple[Item, ...], object, bytes, str]] = deque(maxlen=4)
+
+    def of(self, live: LiveState) -> tuple[bytes, str]:
+        for specs, items, tied, encoded, digest in tuple(self._known):
+            if (items, tied) == (live.items, live.tied) and _are_those(live.arrays, specs):
+                return encoded, digest
+        encoded = encode_table(table_of(live))
+        digest = table_digest(encoded)
+        self._known.append((tuple(held.spec for held in live.arrays), live.items, live.tied, encoded, digest))
+        return encoded, digest
+
+
+def _are_those(arrays: Sequence[HeldArray], specs: Sequence[ArraySpec]) -> bool:
+    return len(arrays) == len(specs) and all(held.spec is spec for held, spec in zip(arrays, specs, strict=True))
+
+
+_TABLES = _Tables()
 
 
 def _tables_digest(live: LiveState) -> str:

@@ -37,7 +37,7 @@ def saver_of(group: Group, options: AsyncOptions) -> Saver:
         found = _ALONE if group.handle is None else _GROUPS.get(group.handle)
         if found is None:
             found = _GROUPS[group.handle] = _Group()
-            last = weakref.finalize(group.handle, _close_beside, found)  # type: ignore[arg-type]  # not None here
+            last = weakref.finalize(group.handle, _close_beside, found)
             last.atexit = False
         if options not in found.savers:
             found.savers[options] = found.make(group, options)

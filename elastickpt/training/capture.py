@@ -18,6 +18,7 @@ from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import Kind, item_of, kinds_of
 from elastickpt.training.members import shared_parameters
+from elastickpt.training.memo import remembering
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer
 from elastickpt.training.perrank import PerRank
@@ -35,10 +36,12 @@ def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared
     no checkpoint can hold, StructureConflict where entries contradict each other, LayoutUnsupported for a placement
     without a box.
     """
-    gathering = _Gathering(state, kinds_of(state), Job(rank, world_size, declared))
-    gathering.models()
-    gathering.optimizers()
-    gathering.rest()
+    kinds = kinds_of(state)
+    with remembering((rank, world_size, declared, tuple(kinds.items()))) as memo:
+        gathering = _Gathering(state, kinds, Job(rank, world_size, declared, memo))
+        gathering.models()
+        gathering.optimizers()
+        gathering.rest()
     _require_distinct(gathering.arrays)
     return LiveState(
         tuple(gathering.arrays),

@@ -8,7 +8,8 @@ row on the wrong TP rank. A box whose shape is not its local tensor's is refused
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from elastickpt.layout.placement import physical_box
 from elastickpt.training.elements import Attributes, Elements, composition_of, elements_of, inner_tensors, settled
 from elastickpt.training.held import HeldArray, Role, Sharing
 from elastickpt.training.loaded import is_loaded_instance, loaded_type
+from elastickpt.training.memo import Memo, Seen
 from elastickpt.training.meshes import mesh_of, widened
 
 if TYPE_CHECKING:
@@ -31,11 +33,15 @@ _DTENSOR = ("torch.distributed.tensor", "DTensor")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """This process in its job: global rank, number of ranks, and the mesh, if any, that repeats plain tensors."""
+    """This process in its job: global rank, number of ranks, and the mesh, if any, that repeats plain tensors.
+
+    `memo` spares captures of one state after another most of their work; None does all of it.
+    """
 
     rank: int
     world_size: int
     declared: Mesh | None = None
+    memo: Memo | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,15 @@ def holders_of(job: Job, *, data_parallel: Sequence[int] = ()) -> Holders:
         ranks.update(job.declared.ranks)
     if job.world_size == 1:
         ranks = {job.rank}
-    return Holders("declared", tuple(sorted(ranks))) if ranks else Holders("undeclared", ())
+    return _declared(tuple(sorted(ranks))) if ranks else _UNDECLARED
+
+
+_UNDECLARED = Holders("undeclared", ())
+
+
+@lru_cache(maxsize=64)  # one object for all tensors that the same ranks hold, so that it is compared by identity
+def _declared(ranks: tuple[int, ...]) -> Holders:
+    return Holders("declared", ranks)
 
 
 def placed(tensor: torch.Tensor) -> Placed | None:
@@ -84,6 +98,45 @@ def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders:
     its root mesh along which those ranks repeat it. Raises LayoutUnsupported for a placement with no box,
     ValueNotCarried for contents that no array has.
     """
+    memo, plain = job.memo, None if job.memo is None else memorable(tensor)
+    if memo is None or plain is None:
+        return _hold(array, tensor, role=role, job=job, holders=holders)
+    local, spec = plain
+    cause = (holders, spec, *parts_of_spec(spec))
+    if (again := memo.find(tensor, local, array, role, cause)) is not None:
+        return (again,)
+    found = _hold(array, tensor, role=role, job=job, holders=holders)
+    if len(found) == 1:
+        memo.put(tensor, Seen.of(found[0], local, role=role, cause=cause))
+    return found
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def memorable(tensor: torch.Tensor) -> tuple[torch.Tensor, object] | None:
+    """The local tensor and the DTensor's spec (None for a plain tensor), if where it lies follows from those alone."""
+    spec, local = None, tensor
+    if type(tensor) not in _PLAIN:
+        cls = loaded_type(*_DTENSOR)
+        if cls is None or type(tensor) is not cls:
+            return None
+        spec, local = tensor._spec, tensor._local_tensor  # type: ignore[attr-defined]
+        if type(local) not in _PLAIN:
+            return None
+    elif getattr(tensor, "_st_info", None) is not None:
+        return None
+    if local.layout is not torch.strided or local.dtype.is_complex or local.is_meta or local.is_quantized:
+        return None
+    return local, spec
+
+
+def parts_of_spec(spec: object) -> tuple[object, ...]:
+    """What a DTensor's spec says, as the objects that it holds now; () for None."""
+    return () if spec is None else (spec.mesh, spec.placements, spec.tensor_meta)  # type: ignore[attr-defined]
+
+
+def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders: Holders) -> tuple[HeldArray, ...]:
     tensor = settled(tensor)
     parts = placed(tensor)
     if parts is None:

@@ -27,11 +27,12 @@ from elastickpt.errors import LayoutUnsupported, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Job, Placed, hold, placed
+from elastickpt.training.dtensors import Job, Placed, hold, memorable, parts_of_spec, placed
 from elastickpt.training.elements import composition_of, elements_of, settled
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
-from elastickpt.training.members import Member, members_of, states_of
+from elastickpt.training.members import Lying, Member, members_of, states_of
+from elastickpt.training.memo import Seen
 from elastickpt.training.stateful import hold_tree
 from elastickpt.training.tables import Name, TableBuilder
 from elastickpt.training.values import carried, place_of, scalar_values
@@ -174,6 +175,20 @@ def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) 
     lying = member.lying
     if lying is None:
         return ()
+    memo, plain = job.memo, None if job.memo is None else memorable(tensor)
+    if memo is None or plain is None:
+        return _hold_state(id_, tensor, member=member, job=job, lying=lying)
+    local, spec = plain
+    cause = (lying.held.spec, spec, *parts_of_spec(spec))  # the parameter's spec is an object of its own: it says how that lies
+    if (again := memo.find(tensor, local, id_, "parameter", cause)) is not None:
+        return (again,)
+    found = _hold_state(id_, tensor, member=member, job=job, lying=lying)
+    if found is not None and len(found) == 1:
+        memo.put(tensor, Seen.of(found[0], local, role="parameter", cause=cause))
+    return found
+
+
+def _hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job, lying: Lying) -> tuple[HeldArray, ...] | None:
     tensor = settled(tensor)
     parts = placed(tensor)
     local = tensor if parts is None else parts.local

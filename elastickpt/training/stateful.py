@@ -66,11 +66,12 @@ def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Ide
     Raises ValueNotCarried with the place.
     """
     arrays: list[HeldArray] = []
+    above = len(place_of(item)) + 1
 
     def leaf(one: object, where: str) -> Value:
         if not isinstance(one, torch.Tensor):
             return carried_leaf(one, where)
-        name = _below(item, where)
+        name = where[above:]
         arrays.extend(hold_tensor(item, name, one, job=job, identities=identities))
         return ArrayReference(item, name)
 
