@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import time
 import weakref
@@ -29,13 +28,14 @@ from elastickpt.save.arenas import Arenas
 from elastickpt.save.background import Background
 from elastickpt.save.destination import Destination
 from elastickpt.save.handle import SaveHandle
-from elastickpt.save.info import CheckpointInfo
 from elastickpt.save.meeting import Writers
 from elastickpt.save.options import AsyncOptions
 from elastickpt.save.plans import Known, Plans
 from elastickpt.save.propose import propose
+from elastickpt.save.report import report
 from elastickpt.save.request import PlacementChoice, Request
 from elastickpt.save.task import Ordered, Task, Times
+from elastickpt.save.workers import Worker
 from elastickpt.storage.store import Durability
 from elastickpt.training.gates import Beside, Cuda, StepGate
 from elastickpt.training.group import Group
@@ -68,8 +68,8 @@ class Saver:
         self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._beside)
         self._plans = Plans(world_size=len(group.ranks), arena_nbytes=options.arena_nbytes)
         self._background = Background(self._meet, self._writers, self._plans, self._ended)
-        self._rounds = _Worker("elastickpt-rounds")
-        self._endings = _Worker("elastickpt-endings")
+        self._rounds = Worker("elastickpt-rounds")
+        self._endings = Worker("elastickpt-endings")
         self._open: set[Task] = set()
         self._changed = threading.Condition()
         self._closed = False
@@ -228,37 +228,12 @@ class Saver:
         elif isinstance(outcome, BaseException):
             log.error("%s: not saved: %s", task.handle.path, outcome)
         if isinstance(outcome, Committed) and ordered is not None:
-            task.handle.end(_report(task, ordered, outcome, at))
+            task.handle.end(report(task, ordered, outcome, at))
         else:
             task.handle.end(outcome if isinstance(outcome, BaseException) else CheckpointError("ended without an attempt"))
         with self._changed:
             self._open.discard(task)
             self._changed.notify_all()
-
-
-def _report(task: Task, ordered: Ordered, outcome: Committed, at: float) -> CheckpointInfo:
-    times = task.times
-    submitted, written = times.submitted or times.staged, times.written or at
-    stall = times.staged - times.begun
-    for note in ordered.notes:
-        log.warning("%s: %s", ordered.path, note)
-    log.info(
-        "saved %s: %d arrays, %.3f GB; staged in %.3f s, written at %.2f s, committed at %.2f s (%.2f GB/s), stall %.3f s",
-        *(ordered.path, outcome.arrays, outcome.nbytes / 1e9),
-        *(stall, written - times.begun, at - times.begun, outcome.nbytes / 1e9 / max(at - times.begun, 1e-9), stall),
-    )
-    return CheckpointInfo(
-        path=ordered.path,
-        step=task.request.step,
-        attempt=ordered.draft.attempt,
-        nbytes=outcome.nbytes,
-        arrays=outcome.arrays,
-        plan_s=max(0.0, submitted - times.staged),
-        write_s=max(0.0, written - submitted),
-        commit_s=max(0.0, at - written),
-        stall_s=stall,
-        notes=ordered.notes,
-    )
 
 
 def _meeting(group: Group, purpose: str) -> Callable[[], Team]:
@@ -298,31 +273,3 @@ def _written(submission: Submission, *, limit_s: float) -> bool:
         elif time.monotonic() - since > limit_s:
             raise DeadlineExceeded(f"nothing was written for {limit_s:g} s while training waited for a round")
     return submission.future.exception() is None
-
-
-class _Worker:
-    """A thread that carries out what is put, in order; started by the first, and never joined without a limit."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def put(self, work: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True)
-            self._thread.start()
-        self._work.put(work)
-
-    def stop(self) -> None:
-        """Ends after what was put; not blocking."""
-        self._work.put(None)
-
-
-def _work_off(items: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (work := items.get()) is not None:
-        try:
-            work()
-        except Exception:
-            log.exception("a save beside training met a fault of its own")
-        del work  # it holds a state

@@ -1,0 +1,38 @@
+"""Threads that carry out what they are given, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A thread that carries out what is put, in order; started by the first, and never joined without a limit."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True)
+            self._thread.start()
+        self._work.put(work)
+
+    def stop(self) -> None:
+        """Ends after what was put; not blocking."""
+        self._work.put(None)
+
+
+def _work_off(items: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := items.get()) is not None:
+        try:
+            work()
+        except Exception:
+            log.exception("a save beside training met a fault of its own")
+        del work  # it holds a state
