@@ -41,7 +41,8 @@ from elastickpt.save.plan import plan_writes
 from elastickpt.save.propose import Proposal, propose
 from elastickpt.save.request import Request
 from elastickpt.save.structure import StructureTable, decode_table
-from elastickpt.storage.opening import locate_for_saving
+from elastickpt.save.under_way import require_idle
+from elastickpt.storage.opening import locate_for_saving, place_in
 from elastickpt.storage.store import Store
 from elastickpt.training.group import Group
 from elastickpt.training.held import LiveState
@@ -131,6 +132,7 @@ def agree(group: Group, team: Team, request: Request, state: Mapping[str, object
         request.require_known()
         proposal = propose(state, mesh, rank=group.rank, world_size=group.world_size)
         store, name = locate_for_saving(request.path)  # last, as it makes missing parents
+        require_idle(place_in(store, name))
         return Offer(proposal, store, name, lambda: require_free(store, name))
 
     return reach(team, request, offer, BLOCKING)

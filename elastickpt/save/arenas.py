@@ -108,6 +108,7 @@ class Arenas:
 
     def __init__(self, count: int, *, threads: int, forget: Forget, beside: Beside) -> None:
         self._changed = threading.Condition()
+        self._closed = False
         self._places = [Place(self, threads=threads, forget=forget, beside=beside) for _ in range(count)]
 
     def reserve(self, *, limit_s: float) -> Place:
@@ -123,13 +124,17 @@ class Arenas:
             return place
 
     def release(self, place: Place) -> None:
+        """Free for the next save; after `close` its memory goes."""
         with self._changed:
             place.taken = False
+            if self._closed:
+                place.drop()
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Gives up the memory of all places that no save has."""
+        """Gives up the memory of all places, of those that a save has when it gives them back."""
         with self._changed:
+            self._closed = True
             for place in self._places:
                 if not place.taken:
                     place.drop()

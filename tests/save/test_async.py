@@ -1,0 +1,266 @@
+"""Saves beside training in one process: what a handle says, limits, growth, forks, and the end of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import elastickpt as ek
+from elastickpt.errors import DeadlineExceeded, PathOccupied, Refused, SaveSkipped, Superseded
+from elastickpt.save import savers
+from elastickpt.save.destination import RunDestination
+from elastickpt.save.savers import close_all, saver_of
+from elastickpt.storage.local import LocalStore
+from elastickpt.storage.memory import MemoryStore
+from elastickpt.training.group import job_group
+
+LIMIT_S = 60.0
+THREAD = ek.AsyncOptions(executor="thread")
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    yield
+    close_all()
+
+
+def state(value: float = 1.0, *, numbers: int = 5000) -> dict[str, Any]:
+    return {"t": torch.full((numbers,), value), "strided": torch.arange(24.0).reshape(4, 6).t(), "note": {"value": value}}
+
+
+def loaded(path: str | Path) -> float:
+    live = state(0.0)
+    ek.load(live, path)
+    assert float(live["t"][-1]) == live["note"]["value"]
+    return float(live["t"][0])
+
+
+@pytest.mark.parametrize("options", [ek.AsyncOptions(), THREAD])
+def test_what_changes_after_the_call_is_not_in_the_checkpoint(tmp_path: Path, options: ek.AsyncOptions) -> None:
+    live = state(1.0)
+    handles = []
+    for number in range(3):
+        live["t"].fill_(number)
+        live["note"]["value"] = number
+        handles.append(ek.async_save(live, tmp_path / str(number), step=number, options=options))
+        handles[-1].wait_staged()
+        live["t"].fill_(-1)
+        live["note"]["value"] = -1
+    for number, handle in enumerate(handles):
+        info = handle.result(LIMIT_S)
+        assert (info.step, info.path, loaded(info.path)) == (number, str(tmp_path / str(number)), number)
+        assert (handle.done(), handle.exception(0)) == (True, None)
+        assert ek.open(info.path).verify().sound
+    assert sorted(os.listdir(tmp_path)) == ["0", "1", "2"]
+
+
+def test_a_relative_path_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    handle = ek.async_save(state(), "c", options=THREAD)
+    os.chdir("/")
+    assert handle.result(LIMIT_S).path == str(tmp_path / "c")
+
+
+def test_what_cannot_be_saved_is_said_by_the_handle(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x").write_text("x")
+    for path, more, error in ((tmp_path / "c", {}, PathOccupied), (tmp_path / "d", {"f": print}, Refused), ("", {}, Refused)):
+        handle = ek.async_save({**state(), **more}, path, options=THREAD)
+        with pytest.raises(error):
+            handle.result(LIMIT_S)
+        assert isinstance(handle.exception(), error)
+    assert ek.async_save(state(), tmp_path / "d", options=THREAD).result(LIMIT_S).path == str(tmp_path / "d")
+
+
+def test_a_callback_is_called_once_however_late_it_comes(tmp_path: Path) -> None:
+    called: list[str] = []
+    handle = ek.async_save(state(), tmp_path / "c", options=THREAD)
+    handle.add_done_callback(lambda h: called.append(h.path))
+    handle.add_done_callback(lambda h: called.append(1 / 0))  # type: ignore[arg-type]  # is logged, and hurts nobody
+    handle.result(LIMIT_S)
+    handle.add_done_callback(lambda h: called.append("late"))
+    close_all()
+    assert called == [str(tmp_path / "c"), "late"]
+
+
+class Slow:
+    """Storage on which reads of the token wait until they are let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from elastickpt.save import background
+
+        self.let, real = threading.Event(), background.require_token
+
+        def waiting(*args: Any) -> None:
+            self.let.wait(LIMIT_S)
+            real(*args)
+
+        monkeypatch.setattr(background, "require_token", waiting)
+
+
+def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ek.AsyncOptions(executor="thread", stall_limit_s=0.05)
+    ek.async_save(state(), tmp_path / "known", options=options).result(LIMIT_S)
+    slow = Slow(monkeypatch)
+    first = ek.async_save(state(1.0), tmp_path / "first", options=options)
+    second = ek.async_save(state(2.0), tmp_path / "second", options=options)
+    with pytest.raises(DeadlineExceeded, match="first: the save is still under way after 0 s"):
+        first.result(0)
+    slow.let.set()
+    with pytest.raises(SaveSkipped, match=r"none of the 1 staging arenas of this rank became free within 0.05 s"):
+        second.result(LIMIT_S)
+    assert loaded(first.result(LIMIT_S).path) == 1.0
+    assert loaded(ek.async_save(state(3.0), tmp_path / "second", options=options).result(LIMIT_S).path) == 3.0
+    assert saver_of(job_group(None), options).skipped == 1
+
+
+def test_a_blocking_save_to_a_path_under_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ek.async_save(state(), tmp_path / "known", options=THREAD).result(LIMIT_S)
+    slow = Slow(monkeypatch)
+    handle = ek.async_save(state(), tmp_path / "c", options=THREAD)
+    with pytest.raises(Refused, match="c: a save to it is still under way"):
+        ek.save(state(), tmp_path / "c")
+    ek.save(state(), tmp_path / "other")
+    slow.let.set()
+    handle.result(LIMIT_S)
+
+
+def resources() -> dict[str, int]:
+    gc.collect()
+    memfds = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            memfds += "memfd:elastickpt" in os.readlink(f"/proc/self/fd/{name}")
+    rss = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return {"fds": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(), "memfds": memfds, "rss": rss}
+
+
+def test_nothing_grows_over_fifty_saves(tmp_path: Path) -> None:
+    live = state(numbers=1 << 20)  # 4 MiB: a copy kept each time would show
+    other = {"small": torch.ones(3)}  # a second structure in turn
+
+    def save(number: int) -> None:
+        for name, one in (("a", live), ("b", other)):
+            ek.async_save(one, tmp_path / f"{name}{number}", durability="process").result(LIMIT_S)
+
+    for number in range(5):
+        save(number)
+    before = resources()
+    for number in range(5, 30):
+        save(number)
+    after = resources()
+    assert {key: after[key] for key in ("fds", "threads", "memfds")} == {
+        key: before[key] for key in ("fds", "threads", "memfds")
+    }
+    assert before["memfds"] == 2 + 1  # an arena and its mapping, and what the writer says on stderr
+    assert after["rss"] - before["rss"] < 16 << 20
+
+
+def test_a_state_that_grows_gets_a_larger_arena_and_frees_the_old_one(tmp_path: Path) -> None:
+    for number, numbers in enumerate((1000, 5000, 300_000, 1000)):
+        path = ek.async_save(state(3.0, numbers=numbers), tmp_path / str(number), options=THREAD).result(LIMIT_S).path
+        assert ek.open(path).verify().sound
+    assert resources()["memfds"] == 2
+    close_all()
+    assert resources()["memfds"] == 0
+
+
+def test_a_forked_child_saves_by_itself(tmp_path: Path) -> None:
+    saver = saver_of(job_group(None), THREAD)
+    ek.async_save(state(), tmp_path / "parent", options=THREAD).result(LIMIT_S)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            with pytest.raises(Refused, match="belongs to the process that made it"):
+                saver.save(state(), RunDestination(MemoryStore("never"), None, 1))
+            assert saver_of(job_group(None), THREAD) is not saver
+            saver.close()
+            status = 0
+        os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert ek.async_save(state(), tmp_path / "again", options=THREAD).result(LIMIT_S).path
+
+
+def test_a_closed_saver_takes_nothing_more(tmp_path: Path) -> None:
+    saver = saver_of(job_group(None), THREAD)
+    handle = ek.async_save(state(), tmp_path / "c", options=THREAD)
+    saver.close()
+    assert handle.done()  # closing waited for it
+    with pytest.raises(Refused, match="was closed"):
+        ek.async_save(state(), tmp_path / "d", options=THREAD)
+    savers.close_all()
+    ek.async_save(state(), tmp_path / "d", options=THREAD).result(LIMIT_S)
+
+
+def test_a_save_that_is_under_way_when_the_process_ends_is_finished_by_its_writer(tmp_path: Path) -> None:
+    code = (
+        "import logging, sys, torch, elastickpt as ek\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "options = ek.AsyncOptions(exit_limit_s=0.0)\n"
+        "ek.async_save({'t': torch.ones(1000)}, sys.argv[1] + '/first', options=options).result(60)\n"
+        "handle = ek.async_save({'t': torch.ones(4 << 20)}, sys.argv[1] + '/second', options=options)\n"
+        "from elastickpt.save.savers import _ALONE\n"
+        "saver = _ALONE.savers[options]\n"
+        "while not any(task.times.submitted for task in list(saver._open)): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"not waiting any longer for saves under way, which are left to their writers: {tmp_path}/second" in done.stderr
+    for _ in range(300):
+        if (tmp_path / "second").exists():
+            break
+        time.sleep(0.1)
+    assert ek.open(tmp_path / "second").verify().sound
+    assert sorted(os.listdir(tmp_path)) == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"arenas": 0},
+        {"arenas": True},
+        {"arena_nbytes": 100},
+        {"stall_limit_s": -1.0},
+        {"stall_limit_s": float("nan")},
+        {"exit_limit_s": "soon"},
+        {"executor": "fibre"},
+        {"copy_threads": 0},
+        {"niceness": 20},
+        {"io": "loud"},
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(Refused, match=f"AsyncOptions: {name} "):
+        ek.AsyncOptions(**wrong)
+
+
+def test_memory_beside_the_state_is_one_arena(tmp_path: Path) -> None:
+    numbers = 8 << 20
+    live = {"t": torch.ones(numbers)}
+    options = ek.AsyncOptions(executor="thread")
+    ek.async_save({"t": torch.ones(3)}, tmp_path / "warm", options=options).result(LIMIT_S)
+    before = resources()["rss"]
+    for number in range(3):
+        ek.async_save(live, tmp_path / str(number), options=options, durability="process").result(LIMIT_S)
+    assert resources()["rss"] - before <= 4 * numbers + (32 << 20)
+
+
+def test_a_run_that_was_not_claimed_here_is_said_on_all(tmp_path: Path) -> None:
+    saver = saver_of(job_group(None), THREAD)
+    handle = saver.save(state(), RunDestination(LocalStore(tmp_path), None, 1))
+    with pytest.raises(Refused, match="expected the run's claim"):
+        handle.result(LIMIT_S)
+    assert not issubclass(Superseded, Refused)
