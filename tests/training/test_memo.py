@@ -91,11 +91,9 @@ def test_whatever_else_changes_is_found_anew(change: str) -> None:
     elif change == "mesh":
         declared = Mesh("all", ("replica",), (2,), (0, 1))
     elif change == "tie":
-        state["model"][2].bias = nn.Parameter(torch.ones(3))
         loose["v"] = state["model"][2].bias
     else:
         state["model"][0], state["model"][2] = state["model"][2], state["model"][0]
-        state["model"][1] = nn.Identity()
     again = captured(state, declared)
     fresh = afresh(state, declared)
     assert every(again) == every(fresh)
