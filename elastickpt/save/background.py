@@ -70,8 +70,6 @@ class Background:
             else:
                 self._submit(task, ordered)
         except BaseException as error:
-            if isinstance(error, CheckpointError) and error.report:
-                team.close()
             task.fail(error)
             self.withdraw(task, opened, error)
 
@@ -194,8 +192,7 @@ class _Rounds:
     def complete(self, opened: Ordered) -> Ordered:
         """The attempt with all that this rank's writer has to know."""
         live, known, draft, order = self.agreed.live, opened.known, opened.draft, opened.order
-        require_token(self.agreed.store, draft)
-        values = self._values()
+        values = self._values(draft)  # what fails from here on need not be told in a round
         if known.outline is not None:
             rest = encode_rest(Contents(known.outline, self.task.request.step, self.time, values))
             order = Order(order.register, known.encoded_outline, rest, order.metrics)
@@ -204,15 +201,13 @@ class _Rounds:
         template = encode_fragments(FragmentMap(self.team.member, draft.attempt, BLOCK_NBYTES, (), (), tables, per_rank))
         return Ordered(known, opened.store, draft, opened.durability, template, order, opened.path, opened.notes)
 
-    def _values(self) -> dict[str, Value]:
-        """Member 0: all replicated values. A round, if others have some of them."""
-        live = self.agreed.live
+    def _values(self, draft: Draft) -> dict[str, Value]:
+        """This rank sees the draft. Member 0: all replicated values. A round, if others have some of them."""
+        live, store = self.agreed.live, self.agreed.store
         found: dict[str, Value] = {}
-        if not self.gathers:
-            found = {pointer: live.values[pointer] for pointer in self.wanted}
-            return found | dict(self.agreed.merged)
 
         def own() -> bytes:
+            require_token(store, draft)
             return bytes(msgpack.packb({p: dump(encode_value(live.values[p], where=p)) for p in self.wanted}))
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
@@ -221,7 +216,11 @@ class _Rounds:
                     found[pointer] = decode_text(text, where=pointer)
             return [b""] * len(payloads)
 
-        self.team.round("contents", own, decide)
+        if self.gathers:
+            self.team.round("contents", own, decide)
+        else:
+            require_token(store, draft)
+            found = {pointer: live.values[pointer] for pointer in self.wanted}
         return found | dict(self.agreed.merged)
 
 

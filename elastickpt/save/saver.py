@@ -104,12 +104,17 @@ class Saver:
         task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()))
         with self._changed:
             self._open.add(task)
-        alone = self._stage_alone(task, state, mesh)
+        try:
+            alone = self._stage_alone(task, state, mesh)
+        except BaseException as error:  # an interrupt: the other ranks find out by silence
+            task.give_up_place()
+            self._end(task, None, error, time.perf_counter())
+            raise
         arrays = () if task.proposal is None else task.proposal.live.arrays
+        task.times.staged = time.perf_counter()
         self._rounds.put(lambda: self._background.carry_out(task))
         if not alone:
             self._stage_together(task, state, arrays)
-        task.times.staged = time.perf_counter()
         return task.handle
 
     def close(self, *, limit_s: float | None = None) -> None:
@@ -173,6 +178,7 @@ class Saver:
                 return
             if len(known.prepared.rounds) == 1:
                 self._stage(task, known, state, arrays)
+                task.times.staged = time.perf_counter()
                 task.staged.set_result(None)
         except BaseException as error:
             task.staged.set_exception(_as_exception(error))
@@ -198,6 +204,7 @@ class Saver:
                 place.fit(prepared)
                 if (copies := place.stage(number, arrays)) is not None:
                     copies.wait()
+                task.times.staged = time.perf_counter()
                 submission = self._background.submit(task, ordered, number, checksums)
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
                     self._background.follow(task, ordered, submission)

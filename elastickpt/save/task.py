@@ -24,7 +24,7 @@ class Times:
     """Monotonic seconds, for the report."""
 
     begun: float
-    staged: float = 0.0
+    staged: float = 0.0  # also the end of the stall
     submitted: float = 0.0
     written: float = 0.0
 
@@ -68,10 +68,14 @@ class Task:
     ordered: Future[Ordered] = field(default_factory=Future)  # for who stages in rounds, and so submits by himself
 
     def give_up_place(self) -> None:
-        """Its arena is free again."""
+        """Its arena is free again, once no copies into it are on their way. Blocking until then."""
         place, self.place = self.place, None
         if place is not None:
-            place.release()
+            try:
+                if self.copies is not None:
+                    self.copies.wait()
+            finally:
+                place.release()
 
     def fail(self, error: BaseException) -> None:
         """Whoever waits for this save waits no longer."""

@@ -16,13 +16,16 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._started = False
 
     def put(self, work: Callable[[], None]) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True)
-            self._thread.start()
+        """Carried out after what was put before; not blocking. From any thread."""
         self._work.put(work)
+        with self._starting:
+            if not self._started:
+                threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True).start()
+                self._started = True
 
     def stop(self) -> None:
         """Ends after what was put; not blocking."""

@@ -5,8 +5,10 @@ All of it runs in one launch of three ranks; the tests look at what each of them
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,7 +205,13 @@ def _structures(job: Job) -> None:
     job.seen["alternating"] = {"rounds": job.rounds[before:]}
     stage = {f"stage_{job.rank}": {"w": torch.full((3,), float(job.rank)), "n": job.rank}}
     pieces = [outcome(ek.async_save(stage, job.path(f"alternating/p{number}"))) for number in range(2)]
+    real = background.require_token
+    if job.rank == 2:
+        background.require_token = _raising(NoSpace("write /x: No space left on device"))
+    failed = outcome(ek.async_save(stage, job.path("alternating/failed")))
+    background.require_token = real
     dist.barrier()
+    job.seen["alternating"] |= {"failed": (failed["error"], os.path.exists(job.path("alternating/failed")))}
     opened = ek.open(pieces[1]["path"])
     job.seen["alternating"] |= {"stages": sorted(opened.values), "sound": opened.verify().sound}
 
@@ -249,14 +257,20 @@ def _groups(job: Job) -> None:
     pair = dist.new_group([1, 2])
     if job.rank:
         mine = outcome(ek.async_save({"t": torch.ones(3)}, job.path("pair"), process_group=pair))
-        job.seen["pair"] = {"error": mine["error"], "threads": _threads()}
+        before = _savers()
     dist.destroy_process_group(pair)
     del pair
+    if job.rank:
+        gc.collect()
+        until = time.monotonic() + LIMIT_S
+        while _savers() == before and time.monotonic() < until:
+            time.sleep(0.02)
+        job.seen["pair"] = {"error": mine["error"], "ended": before - _savers()}
     dist.barrier()
 
 
-def _threads() -> int:
-    return sum(thread.name.startswith("elastickpt-rounds") for thread in threading.enumerate())
+def _savers() -> int:
+    return sum(thread.name == "elastickpt-rounds" for thread in threading.enumerate())
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +316,6 @@ def test_a_rank_that_fails_after_the_draft_ends_the_attempt_on_all(ranks: list[d
 
 
 def test_a_rank_without_an_arena_skips_the_save_on_all(ranks: list[dict[str, Seen]]) -> None:
-    """[SAVE-93]"""
     seen = of(ranks, "skip")
     assert (seen["error"], seen["report"]) == ("SaveSkipped", [(2, "save-skipped")])
     assert (seen["left"], seen["next"], seen["count"]) == (["warm"], True, 1)
@@ -322,6 +335,7 @@ def test_a_structure_that_changed_on_one_rank_fails_once(ranks: list[dict[str, S
 def test_structures_that_are_known_alternate_without_asking(ranks: list[dict[str, Seen]]) -> None:
     seen = of(ranks, "alternating")
     assert seen["rounds"] == ["prepare", "prepare"]
+    assert seen["failed"] == ("NoSpace", False)
     assert (seen["stages"], seen["sound"]) == (["/stage_0", "/stage_1", "/stage_2"], True)
 
 
@@ -341,8 +355,8 @@ def test_a_blocking_save_may_go_on_beside(ranks: list[dict[str, Seen]]) -> None:
     assert of(ranks, "mixed") == {"equal": True}
 
 
-def test_a_group_of_some_ranks_saves_by_itself(ranks: list[dict[str, Seen]]) -> None:
-    assert ranks[1]["pair"]["error"] == ""
+def test_a_group_of_some_ranks_saves_by_itself_and_takes_its_saver_along(ranks: list[dict[str, Seen]]) -> None:
+    assert ranks[1]["pair"] == ranks[2]["pair"] == {"error": "", "ended": 1}
 
 
 def test_public_errors_of_this_module_are_of_one_tree() -> None:

@@ -53,7 +53,9 @@ def rows(measures: Sequence[Measure]) -> tuple[Row, ...]:
 
 
 def floor_s(setting: Setting, medians: Mapping[tuple[Setting, str], float]) -> float | None:
-    """The fastest raw median of the setting, or None where no floor was measured."""
+    """The fastest raw median of the setting, for a stall that of a copy in memory; None where no floor was measured."""
+    if setting.case == "stall":
+        return medians.get((setting, "memcpy"))
     raw = [medians[setting, name] for name in FLOORS if name != "memcpy" and (setting, name) in medians]
     return min(raw, default=None)
 

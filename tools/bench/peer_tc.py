@@ -22,18 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch_checkpointing.builder import make_sync_checkpoint_saver
+from torch_checkpointing.builder import make_async_checkpoint_saver, make_sync_checkpoint_saver
 from torch_checkpointing.checkpoint_base import CheckpointBase, CheckpointItem
 from torch_checkpointing.checkpoint_loader import CheckpointLoader
 from torch_checkpointing.checkpoint_reader import CheckpointReader
 from torch_checkpointing.checkpoint_writer import CallbackArgs, CheckpointWriterConfig
-from torch_checkpointing.config import SyncCheckpointSaverConfig
+from torch_checkpointing.config import AsyncCheckpointSaverConfig, SyncCheckpointSaverConfig
 from torch_checkpointing.default_resharder import DefaultResharder
 from torch_checkpointing.dtensor_metadata import DTensorShardingMetadata, ReplicateSpec, get_device_mesh_spec
 from torch_checkpointing.metadata_manager import DefaultMetadataManager
+from torch_checkpointing.staging import CheckpointStagerConfig
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 from torch_checkpointing.types import RankInfo
 
+from .beside import Finish
 from .records import Durability
 from .state import State
 
@@ -94,6 +96,41 @@ class TorchCheckpointing:
     def _sync_parent(self, arguments: CallbackArgs) -> None:
         if self._rank == 0:
             _sync(Path(arguments.path).parent)
+
+
+class BesideTorchCheckpointing:
+    """Its saver beside training, with a writer process; staged within the call, as nothing else is right for host tensors."""
+
+    durability: Durability = "none"
+
+    def __init__(self, threads: int = USUAL_THREADS) -> None:
+        logging.getLogger("torch_checkpointing").setLevel(logging.ERROR)
+        self.name = "tc"
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._resharder = OwnRankResharder(rank)
+        info = RankInfo(global_world_size=ranks, global_rank=rank, role_rank=rank, role_world_size=ranks)
+        self._metadata = GatheringMetadata(info, should_cache_metadata=False, enable_serialization=False)
+        staging = CheckpointStagerConfig(use_pinned_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+        writer = CheckpointWriterConfig(checkpoint_write_barrier_timeout_sec=BARRIER_LIMIT_S, file_write_max_threads=threads)
+        self._saver = make_async_checkpoint_saver(
+            config=AsyncCheckpointSaverConfig(writer_config=writer, staging_config=staging),
+            rank_info=info,
+            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+            checkpoint_metadata_manager=self._metadata,
+        )
+
+    def begin(self, state: State, path: Path) -> Finish:
+        staged, written = self._saver.save(str(path), Items(state, self._resharder))
+        staged.result()
+
+        def finish() -> None:
+            written.result(300.0)
+
+        return finish
+
+    def close(self) -> None:
+        self._saver.close()
+        self._metadata.close()
 
 
 class Items(CheckpointBase):

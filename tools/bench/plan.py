@@ -8,9 +8,9 @@ from typing import Literal
 
 from .state import SMALL_ELEMENTS, SMALL_TENSORS
 
-Topic = Literal["save", "load", "reshard", "small", "memory"]
-Kind = Literal["same", "prepare", "reshard", "small", "memory"]
-TOPICS: tuple[Topic, ...] = ("save", "load", "reshard", "small", "memory")
+Topic = Literal["save", "load", "reshard", "small", "async", "memory"]
+Kind = Literal["same", "prepare", "reshard", "small", "async", "memory"]
+TOPICS: tuple[Topic, ...] = ("save", "load", "reshard", "small", "async", "memory")
 RESHARDS = ((2, 4), (4, 2))
 QUICK_SIZES, FULL_SIZES = (100_000_000,), (100_000_000, 1_800_000_000)
 QUICK_SMALL_RANKS, QUICK_SMALL_PLACES = (2,), 1
@@ -63,6 +63,7 @@ class Job:
             return f"{SMALL_TENSORS:,} small tensors, {layout}, {self.place.name}"
         who = f" of {self.contestants[0]}" if self.kind == "memory" else ""
         what = {"same": "save and load", "prepare": "save to reshard", "reshard": "resharding load", "memory": "memory"}
+        what["async"] = "saves beside training"
         return f"{what[self.kind]}{who}, {self.nbytes / 1e9:g} GB, {layout}, {self.place.name}"
 
 
@@ -80,6 +81,9 @@ def jobs(options: Options, places: Sequence[Place]) -> tuple[Job, ...]:
             if "save" in options.topics or "load" in options.topics:
                 for ranks in options.ranks:
                     add("same", place, ranks=ranks, nbytes=nbytes)
+            if "async" in options.topics:
+                for ranks in options.ranks:
+                    add("async", place, ranks=ranks, nbytes=nbytes)
             if "reshard" in options.topics:
                 for before, after in RESHARDS:
                     add("prepare", place, ranks=before, nbytes=nbytes)
@@ -102,4 +106,5 @@ def disk_nbytes(job: Job) -> int:
 
 def memory_nbytes(job: Job) -> int:
     """What the job's processes need at most: state, floor buffer, two copies inside a library, interpreters."""
-    return job.nbytes * 4 + job.ranks * (500 << 20)
+    copies = 4 + (len(job.contestants) if job.kind == "async" else 0)  # each keeps its copy from save to save
+    return job.nbytes * copies + job.ranks * (500 << 20)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch.distributed as dist
 
 from . import caches
+from .beside import Finish, make_beside
 from .plan import Job, Kind
 from .records import Cache, Case, Memory, Setting
 from .session import Progress, Session, trim_memory
@@ -51,6 +52,37 @@ def _save_and_load(session: Session) -> None:
             continue
         copy = _setting(session, "copy", "none")
         session.timed(copy, "memcpy", lambda: session.memory_copy.save(session.state, session.folder))
+
+
+def _async(session: Session) -> None:
+    """Beside training: how long the call takes, and in a save of its own how long until it is saved. One after the other."""
+    stall, whole = _setting(session, "stall", "none"), _setting(session, "async save", "none")
+    beside = {each.name: each for name in session.job.contestants for each in make_beside(name)}
+    session.enter_floors()
+    floors = dict(session.contestants)
+    path = session.folder / "beside"
+    for repeat in _rounds(session):
+        names = list(beside)
+        for name in names[repeat % max(len(names), 1) :] + names[: repeat % max(len(names), 1)]:
+            finish: list[Finish] = []
+
+            def begin(name: str = name, finish: list[Finish] = finish) -> None:
+                finish.append(beside[name].begin(session.state, path))
+
+            session.make_room(path)
+            done = session.timed(stall, name, begin)
+            if done:
+                done = session.timed(None, name, finish.pop())
+            session.make_room(path)
+            if not (done and session.timed(whole, name, lambda begin=begin, finish=finish: (begin(), finish.pop()())[1])):  # type: ignore[misc]
+                beside.pop(name)
+        for name, floor in floors.items():
+            session.make_room(path)
+            session.timed(whole, name, lambda floor=floor: floor.save(session.state, path))  # type: ignore[misc]
+        session.timed(stall, "memcpy", lambda: session.memory_copy.save(session.state, path))
+    session.remove(path)
+    for each in beside.values():
+        each.close()
 
 
 def _prepare(session: Session) -> None:
@@ -163,5 +195,12 @@ def _setting(session: Session, case: Case, cache: Cache) -> Setting:
 
 
 _KINDS: Mapping[Kind, Callable[[Session], None]] = MappingProxyType(
-    {"same": _save_and_load, "small": _save_and_load, "prepare": _prepare, "reshard": _reshard, "memory": _memory}
+    {
+        "same": _save_and_load,
+        "small": _save_and_load,
+        "async": _async,
+        "prepare": _prepare,
+        "reshard": _reshard,
+        "memory": _memory,
+    }
 )

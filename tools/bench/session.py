@@ -98,10 +98,11 @@ class Session:
         turn = repeat % len(names) if names else 0
         return names[turn:] + names[:turn]
 
-    def timed(self, setting: Setting, name: str, action: Callable[[], None]) -> bool:
+    def timed(self, setting: Setting | None, name: str, action: Callable[[], None]) -> bool:
         """Time `action` from the first rank's start to the last one's end; False if it failed on any rank.
 
-        A failing contestant is withdrawn on all ranks. Nothing is reported while `silent` (warm-up), except errors.
+        A failing contestant is withdrawn on all ranks. Nothing is reported while `silent` (warm-up), except errors, nor without
+        a setting.
         """
         gc.collect()
         error = None
@@ -120,10 +121,11 @@ class Session:
         dist.all_gather_object(spans, span)
         return self._report(setting, name, spans)
 
-    def withdraw(self, setting: Setting, name: str, why: str) -> None:
+    def withdraw(self, setting: Setting | None, name: str, why: str) -> None:
         """Take the contestant out on this rank and say why; called by all ranks with the same arguments."""
-        self.contestants.pop(name)
-        self.send(Sample(setting, name, 0.0, 0, 0, why))
+        self.contestants.pop(name, None)
+        if setting is not None:
+            self.send(Sample(setting, name, 0.0, 0, 0, why))
 
     def on_first_rank(self, action: Callable[[], None]) -> None:
         """Run `action` on rank 0 while the others wait."""
@@ -160,12 +162,12 @@ class Session:
         for contestant in self.contestants.values():
             contestant.close()
 
-    def _report(self, setting: Setting, name: str, spans: list[_Span]) -> bool:
+    def _report(self, setting: Setting | None, name: str, spans: list[_Span]) -> bool:
         errors = [f"rank {rank}: {span.error}" for rank, span in enumerate(spans) if span.error]
         if errors:
             self.withdraw(setting, name, errors[0])
             return False
-        if not self.silent:
+        if setting is not None and not self.silent:
             seconds = max(span.ended for span in spans) - min(span.begun for span in spans)
             requested = sum(span.requested_nbytes for span in spans)
             device = sum(span.device_nbytes for span in spans)

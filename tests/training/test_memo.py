@@ -1,0 +1,131 @@
+"""A capture that remembers the one before finds what a first one would have found, and keeps nothing alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from elastickpt.format.arrays import Mesh
+from elastickpt.save.propose import propose
+from elastickpt.training import memo
+from elastickpt.training.capture import capture
+from elastickpt.training.held import HeldArray, LiveState
+
+
+@pytest.fixture(autouse=True)
+def _forgetful() -> Iterator[None]:
+    memo._MEMOS.clear()
+    yield
+    memo._MEMOS.clear()
+
+
+def captured(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
+    return capture(state, rank=0, world_size=2, declared=declared)
+
+
+def afresh(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
+    memo._MEMOS.clear()
+    return captured(state, declared)
+
+
+def facts(held: HeldArray) -> tuple[object, ...]:
+    return (
+        *(getattr(held, field.name) for field in fields(held) if field.name != "tensor"),
+        (held.tensor.data_ptr(), held.tensor.shape, held.tensor.stride(), held.tensor.dtype, held.tensor.requires_grad),
+    )
+
+
+def every(live: LiveState) -> list[tuple[object, ...]]:
+    return [facts(held) for held in live.arrays]
+
+
+def trained() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "loose": {"t": torch.arange(6).reshape(2, 3).t(), "n": 1}}
+
+
+def test_a_second_capture_finds_the_same_and_knows_it() -> None:
+    state = trained()
+    first, second = captured(state), captured(state)
+    assert every(first) == every(second) == every(afresh(state))
+    assert all(one.spec is other.spec for one, other in zip(first.arrays, second.arrays, strict=True))
+
+
+def test_new_memory_under_an_old_tensor_is_what_is_captured() -> None:
+    state = trained()
+    captured(state)
+    weight = state["model"][0].weight
+    weight.data = torch.full((4, 5), 7.0)
+    moment = state["optimizer"].state[weight]
+    moment["exp_avg"] = torch.full((4, 5), 8.0)
+    state["loose"]["t"].set_(torch.arange(6).reshape(3, 2))
+    found = {str(held.spec.id): held.tensor for held in captured(state).arrays}
+    assert found["params/model/0.weight/value"].data_ptr() == weight.data_ptr()
+    assert found["params/model/0.weight/exp_avg"].unique().tolist() == [8.0]
+    assert found["extra/loose/t"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "name", "mesh", "tie", "swap"])
+def test_whatever_else_changes_is_found_anew(change: str) -> None:
+    state, declared = trained(), None
+    captured(state)
+    loose = state["loose"]
+    if change == "shape":
+        loose["t"].resize_(3, 4)
+    elif change == "dtype":
+        loose["t"].data = torch.ones(3, 2, dtype=torch.bfloat16)
+    elif change == "name":
+        loose["u"] = loose.pop("t")
+    elif change == "mesh":
+        declared = Mesh("all", ("replica",), (2,), (0, 1))
+    elif change == "tie":
+        loose["v"] = state["model"][2].bias
+    else:
+        state["model"][0], state["model"][2] = state["model"][2], state["model"][0]
+    again = captured(state, declared)
+    fresh = afresh(state, declared)
+    assert every(again) == every(fresh)
+    assert (again.items, again.tied) == (fresh.items, fresh.tied)
+
+
+def test_a_table_is_encoded_again_when_anything_in_it_changed() -> None:
+    state = trained()
+    first = propose(state, None, rank=0, world_size=2)
+    assert propose(state, None, rank=0, world_size=2).table is first.table
+    state["loose"]["t"].resize_(3, 4)
+    second = propose(state, None, rank=0, world_size=2)
+    assert second.digest != first.digest
+    memo._MEMOS.clear()
+    assert propose(state, None, rank=0, world_size=2).digest == second.digest
+
+
+def test_nothing_is_kept_alive() -> None:
+    state = trained()
+    captured(state)
+    captured(state)
+    gone = weakref.ref(state["model"][0].weight), weakref.ref(state["loose"]["t"])
+    state.clear()
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_what_was_not_asked_for_again_is_forgotten() -> None:
+    state = trained()
+    captured(state)
+    (kept,) = memo._MEMOS.values()
+    assert len(kept._last) == len(captured(state).arrays)
+    state["loose"].pop("t")
+    captured(state)
+    assert len(kept._last) == len(captured(state).arrays)

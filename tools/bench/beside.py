@@ -1,0 +1,62 @@
+"""Who saves beside training: a call that returns once the state may change, and a wait until the checkpoint is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from .records import Durability
+from .state import State
+
+Finish = Callable[[], None]
+
+
+class BesideTraining(Protocol):
+    """Saves of one rank that go on after the call; all ranks call them together."""
+
+    name: str
+    durability: Durability
+
+    def begin(self, state: State, path: Path) -> Finish:
+        """Save to `path`, which does not exist yet; on return the state may change. The result waits until it is saved."""
+
+    def close(self) -> None:
+        """Release what is kept between calls."""
+
+
+class BesideElastickpt:
+    """`ek.async_save` with its defaults."""
+
+    name = "elastickpt"
+    durability: Durability = "power"
+
+    def begin(self, state: State, path: Path) -> Finish:
+        import elastickpt as ek
+
+        handle = ek.async_save(state, path)
+        handle.wait_staged()
+        return lambda: _ended(handle.result(300.0))
+
+    def close(self) -> None:
+        """Its savers end with the process."""
+
+
+def _ended(result: object) -> None:
+    """A wait gives nothing back."""
+
+
+def make_beside(name: str) -> tuple[BesideTraining, ...]:
+    """The ways in which the library of that contestant saves beside training. Imports it."""
+    library, _, threads = name.partition(":")
+    if library == "elastickpt":
+        return (BesideElastickpt(),)
+    if library == "dcp":
+        from .peer_dcp_beside import BesideDcp
+
+        return tuple(BesideDcp(executor, *([int(threads)] if threads else [])) for executor in ("thread", "process"))
+    if library == "tc":
+        from .peer_tc import BesideTorchCheckpointing
+
+        return (BesideTorchCheckpointing(*([int(threads)] if threads else [])),)
+    return ()  # syncing is done by callbacks here, which its writer process cannot be given
