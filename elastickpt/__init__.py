@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from elastickpt.runs.due import Every as Every
     from elastickpt.runs.due import YoungDaly as YoungDaly
     from elastickpt.runs.opening import open_checkpoint as open
+    from elastickpt.runs.options import RunOptions as RunOptions
+    from elastickpt.runs.restoring import Restored as Restored
+    from elastickpt.runs.retention import Best as Best
+    from elastickpt.runs.retention import Keep as Keep
+    from elastickpt.runs.run import Run as Run
     from elastickpt.save.async_save import async_save as async_save
     from elastickpt.save.handle import SaveHandle as SaveHandle
     from elastickpt.save.info import CheckpointInfo as CheckpointInfo
@@ -40,10 +45,17 @@ _PUBLIC = {
     "AsyncOptions": ("elastickpt.save.options", "AsyncOptions"),
     "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
     "CheckpointInfo": ("elastickpt.save.info", "CheckpointInfo"),
+    "Best": ("elastickpt.runs.retention", "Best"),
+    "Every": ("elastickpt.runs.due", "Every"),
+    "Keep": ("elastickpt.runs.retention", "Keep"),
     "LoadReport": ("elastickpt.load.session", "LoadReport"),
     "PerRank": ("elastickpt.training.perrank", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
+    "Restored": ("elastickpt.runs.restoring", "Restored"),
+    "Run": ("elastickpt.runs.run", "Run"),
+    "RunOptions": ("elastickpt.runs.options", "RunOptions"),
     "SaveHandle": ("elastickpt.save.handle", "SaveHandle"),
+    "YoungDaly": ("elastickpt.runs.due", "YoungDaly"),
     "async_save": ("elastickpt.save.async_save", "async_save"),
     "load": ("elastickpt.load.session", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
@@ -53,11 +65,18 @@ _PUBLIC = {
 __all__ = [
     "RNG",
     "AsyncOptions",
+    "Best",
     "Checkpoint",
     "CheckpointInfo",
+    "Every",
+    "Keep",
     "LoadReport",
     "PerRank",
+    "Restored",
+    "Run",
+    "RunOptions",
     "SaveHandle",
+    "YoungDaly",
     "__version__",
     "async_save",
     "errors",

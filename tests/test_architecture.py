@@ -63,16 +63,9 @@ def imports_torch_for_types_only(tree: ast.Module) -> bool:
 
 def test_torch_is_imported_only_where_live_state_is() -> None:
     layers = {name.partition("/")[0] for name in importers("torch")}
-    typing_only = {
-        "save/agree.py",
-        "save/async_save.py",
-        "save/propose.py",
-        "save/saver.py",
-        "save/session.py",
-        "load/session.py",
-    }
-    assert layers <= {"training", "testing", "save", "load"}
-    assert {name for name in importers("torch") if name.startswith(("save/", "load/"))} == typing_only
+    typing_only = {where(path) for path, tree in TREES.items() if imports_torch_for_types_only(tree)}
+    assert layers <= {"training", "testing", "save", "load", "runs"}
+    assert {name for name in importers("torch") if name.startswith(("save/", "load/", "runs/"))} <= typing_only
 
 
 def test_names_that_torch_keeps_private_are_used_in_training_only() -> None:
@@ -167,6 +160,7 @@ def test_public_names_are_these() -> None:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    types = {"AsyncOptions", "Checkpoint", "CheckpointInfo", "LoadReport", "PerRank", "RNG", "SaveHandle"}
+    types = {"AsyncOptions", "Best", "Checkpoint", "CheckpointInfo", "Every", "Keep", "LoadReport", "PerRank", "RNG"}
+    types |= {"Restored", "Run", "RunOptions", "SaveHandle", "YoungDaly"}
     assert set(names) == types | {"__version__", "async_save", "errors", "load", "open", "save"}
     assert len(names) == len(set(names))

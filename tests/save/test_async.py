@@ -48,6 +48,7 @@ def loaded(path: str | Path) -> float:
 
 @pytest.mark.parametrize("options", [ek.AsyncOptions(), THREAD])
 def test_what_changes_after_the_call_is_not_in_the_checkpoint(tmp_path: Path, options: ek.AsyncOptions) -> None:
+    """[SAVE-35]"""
     live = state(1.0)
     handles = []
     for number in range(3):
@@ -110,6 +111,7 @@ class Slow:
 
 
 def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[SAVE-9]"""
     options = ek.AsyncOptions(executor="thread", stall_limit_s=0.05)
     ek.async_save(state(), tmp_path / "known", options=options).result(LIMIT_S)
     slow = Slow(monkeypatch)
@@ -147,6 +149,7 @@ def resources() -> dict[str, int]:
 
 
 def test_nothing_grows_over_fifty_saves(tmp_path: Path) -> None:
+    others = resources()["memfds"]
     live = state(numbers=1 << 20)  # 4 MiB: a copy kept each time would show
     other = {"small": torch.ones(3)}  # a second structure in turn
 
@@ -163,17 +166,18 @@ def test_nothing_grows_over_fifty_saves(tmp_path: Path) -> None:
     assert {key: after[key] for key in ("fds", "threads", "memfds")} == {
         key: before[key] for key in ("fds", "threads", "memfds")
     }
-    assert before["memfds"] == 2 + 1  # an arena and its mapping, and what the writer says on stderr
+    assert before["memfds"] == others + 2 + 1  # an arena and its mapping, and what the writer says on stderr
     assert after["rss"] - before["rss"] < 16 << 20
 
 
 def test_a_state_that_grows_gets_a_larger_arena_and_frees_the_old_one(tmp_path: Path) -> None:
+    others = resources()["memfds"]
     for number, numbers in enumerate((1000, 5000, 300_000, 1000)):
         path = ek.async_save(state(3.0, numbers=numbers), tmp_path / str(number), options=THREAD).result(LIMIT_S).path
         assert ek.open(path).verify().sound
-    assert resources()["memfds"] == 2
+    assert resources()["memfds"] == others + 2
     close_all()
-    assert resources()["memfds"] == 0
+    assert resources()["memfds"] <= others
 
 
 def test_a_forked_child_saves_by_itself(tmp_path: Path) -> None:

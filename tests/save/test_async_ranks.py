@@ -316,6 +316,7 @@ def test_a_rank_that_fails_after_the_draft_ends_the_attempt_on_all(ranks: list[d
 
 
 def test_a_rank_without_an_arena_skips_the_save_on_all(ranks: list[dict[str, Seen]]) -> None:
+    """[SAVE-93]"""
     seen = of(ranks, "skip")
     assert (seen["error"], seen["report"]) == ("SaveSkipped", [(2, "save-skipped")])
     assert (seen["left"], seen["next"], seen["count"]) == (["warm"], True, 1)
