@@ -40,8 +40,10 @@ class Phase:
     until: int
     first: int = 0  # the step whose checkpoint it loaded
     losses: dict[int, float] = field(default_factory=dict)
+    stalls: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
     load: float | None = None
+    loaded: str = ""
     took: float = 0.0
     killed: bool = False
     seam: Comparison | None = None
@@ -102,8 +104,7 @@ def run(number: int, phase: Phase, reference: Reference) -> None:
         job.stop()
     phase.took = time.time() - job.launched
     if phase.killed:
-        newest = max(RUN.glob("step-????"), default=None)
-        console.print(f"   torchrun ended the other ranks; the newest checkpoint is {newest}")
+        console.print(f"   torchrun ended the other ranks; the newest checkpoint is {(RUN / 'latest').resolve().name}")
     if (job.process.returncode != 0) != phase.killed:
         raise SystemExit(f"{phase.title} ended with exit code {job.process.returncode}:\n{job.tail()}")
 
@@ -112,12 +113,13 @@ def note(phase: Phase, event: Event, reference: Reference) -> None:
     """Keep what rank 0 logged, and print what is worth it: a seam, the first step after it, and every fifth step."""
     match event.event:
         case "load":
-            phase.first, phase.load = event.step, event.seconds
-        case "save" if event.folder == str(SEAMS):
-            phase.seam = compare(RUN / f"step-{event.step:04d}", SEAMS / f"step-{event.step:04d}")
+            phase.first, phase.load, phase.loaded = event.step, event.seconds, event.folder
+        case "seam":
+            phase.seam = compare(Path(phase.loaded), SEAMS / f"step-{event.step:04d}")
             console.print(f"   {verdict_on(phase.seam)} the checkpoint of step {event.step}")
         case "save":
-            phase.saves.append(event.seconds)
+            phase.stalls.append(event.seconds)
+            phase.saves.append(event.durable)
         case "step":
             phase.losses[event.step] = event.loss
             if event.step % 5 == 0 or event.step == phase.first + 1:
@@ -140,7 +142,7 @@ def table(phases: list[Phase], reference: Reference) -> Table:
     result = Table(
         box=box.SIMPLE_HEAD, title=f"\nOne run of {STEPS} steps, {nbytes / 1e6:.1f} MB of state", title_justify="left"
     )
-    for name in ("layout", "ranks", "steps", "loss", "reference", "max. apart", "seam", "save", "load", "in all"):
+    for name in ("layout", "ranks", "steps", "loss", "reference", "apart", "seam", "stall", "durable", "load", "in all"):
         result.add_column(name, justify="left" if name in ("layout", "seam") else "right", no_wrap=True)
     for phase in phases:
         last = max(phase.losses)
@@ -148,10 +150,11 @@ def table(phases: list[Phase], reference: Reference) -> Table:
             phase.title,
             str(phase.ranks),
             f"{phase.first + 1}–{last}" + (" [red]✗[/]" if phase.killed else ""),
-            f"{phase.losses[last]:.6f}",
-            f"{reference.losses[last]:.6f}",
+            f"{phase.losses[last]:.4f}",
+            f"{reference.losses[last]:.4f}",
             f"{worst(phase, reference):.1e}",
             "–" if phase.seam is None else "[red]differs[/]" if phase.seam.differences else "[green]bitwise[/]",
+            f"{statistics.median(phase.stalls) * 1000:.0f} ms",
             rate(nbytes, statistics.median(phase.saves)),
             "–" if phase.load is None else rate(nbytes, phase.load),
             f"{phase.took:.0f} s",

@@ -19,7 +19,8 @@ SCRIPT = Path(__file__).with_name("train.py")
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a rank's log: `start`, `load`, `step` or `save`. `seconds` of a load or a save, `loss` of a step."""
+    """One line of a rank's log: `start`, `load`, `seam`, `step` or `save`. `seconds` that training stood still for a load or a
+    save, `durable` until the checkpoint existed; `loss` of a step."""
 
     event: str
     layout: str
@@ -27,6 +28,7 @@ class Event:
     step: int = 0
     loss: float = 0.0
     seconds: float = 0.0
+    durable: float = 0.0
     folder: str = ""
     pid: int = 0
 

@@ -131,21 +131,22 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=args.steps + 1, pct_start=0.1)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": ek.RNG()}
 
-    def save(step: int, folder: Path) -> None:
-        begin = time.perf_counter()
-        ek.save(state, folder / f"step-{step:04d}", step=step)
-        log("save", step=step, folder=str(folder), seconds=time.perf_counter() - begin)
-
-    start, until = 0, args.until or args.steps
-    newest = max(args.root.glob("step-????"), default=None)  # a save that was not committed has no such name
-    if newest:
-        begin = time.perf_counter()
-        start = ek.load(state, newest).step or 0
-        log("load", step=start, seconds=time.perf_counter() - begin)
+    run = ek.Run(args.root, state, options=ek.RunOptions(due=ek.Every(steps=args.save_every)))
+    begin = time.perf_counter()
+    start, until = run.restore(), args.until or args.steps
+    if start.path:
+        log("load", step=start.step, folder=start.path, seconds=time.perf_counter() - begin)
         if args.seam:
-            save(start, args.seam)
+            ek.save(state, args.seam / f"step-{start.step:04d}", step=start.step)
+            log("seam", step=start.step, folder=str(args.seam))
 
-    for step in range(start, until):
+    def saved(handle: ek.SaveHandle) -> None:  # on another thread, when the checkpoint exists
+        if handle.exception() is None:
+            info = handle.result()
+            durable = info.stall_s + info.plan_s + info.write_s + info.commit_s
+            log("save", step=info.step, folder=info.path, seconds=info.stall_s, durable=durable)
+
+    for step in range(start.step, until):
         inputs, targets = corpus.batch(step, context=c.context, rank=share, ranks=shares)
         losses: list[Tensor] = []  # of the microbatches; none but on the last stage
         if schedule:
@@ -161,8 +162,11 @@ def main() -> None:
         if axes:
             dist.all_reduce(loss)
         log("step", step=step + 1, loss=loss.item() * stages / ranks)
-        if (step + 1) % args.save_every == 0 or step + 1 == until:
-            save(step + 1, args.root)
+        if run.due(step + 1) or step + 1 == until:
+            run.save(step + 1, metrics={"loss": loss.item() * stages / ranks}).add_done_callback(saved)
+        if run.ending:  # a notice came, as before the end of a spot instance: what is saved is the last
+            break
+    run.close()
     if axes:
         dist.destroy_process_group()
 
