@@ -103,6 +103,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=80, help="steps of the whole run, which the learning rate spans")
     parser.add_argument("--until", type=int, help="stop after this step of the run (default: the last one)")
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--take-over", action="store_true", help="also from a job that lives")
     parser.add_argument("--seam", type=Path, help="save what was loaded again, at once, in this folder, to compare them")
     return parser.parse_args()
 
@@ -131,7 +132,8 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=args.steps + 1, pct_start=0.1)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": ek.RNG()}
 
-    run = ek.Run(args.root, state, options=ek.RunOptions(due=ek.Every(steps=args.save_every)))
+    options = ek.RunOptions(due=ek.Every(steps=args.save_every), take_over=args.take_over)
+    run = ek.Run(args.root, state, options=options)
     begin = time.perf_counter()
     start, until = run.restore(), args.until or args.steps
     if start.path:

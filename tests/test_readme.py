@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import elastickpt as ek
+from elastickpt.runs.branch import history
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As printed, with a model whose parameters have the name that it reads."""
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, with a model whose parameters have the name that they read; the two ways to save get a path each."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = torch.nn.Module()
     model.add_module("layers", torch.nn.ModuleList([torch.nn.Module()]))
     model.layers[0].add_module("attn", torch.nn.Module())  # type: ignore[index,union-attr]
@@ -22,14 +25,20 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
     names: dict[str, object] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    exec(code, names)
+    exec(first, names | {"steps": 5, "train_step": lambda step: 1.0 / (step + 1)})
+    assert [entry.step for entry in history("runs/llama")] != []
+    names["state"] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rng": ek.RNG()}
+    exec(
+        "import elastickpt as ek\n" + second.replace('async_save(state, "out/step-1000"', 'async_save(state, "out/again"'),
+        names,
+    )
     assert names["report"].step == 1000  # type: ignore[attr-defined]
     assert names["ckpt"].verify().problems == ()  # type: ignore[attr-defined]
 
 
 def test_the_first_forty_lines_say_it_all() -> None:
     head = "\n".join(README.splitlines()[:40])
-    for wanted in ("Atomic and durable", "ek.save(", "ek.load(", "layout | storage", "spec/README.md"):
+    for wanted in ("Atomic and durable", "ek.Run(", "run.restore()", "run.save(", "layout | storage", "spec/README.md"):
         assert wanted in head
 
 
