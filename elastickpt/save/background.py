@@ -98,11 +98,17 @@ class Background:
         submission.future.add_done_callback(written)
         self._follow_decision(task, ordered, submission.decided)
 
-    def withdraw(self, task: Task, ordered: Ordered, error: BaseException) -> None:
-        """This rank takes no part in the open attempt any more: it fails on all ranks."""
-        task.give_up_place()
+    def withdraw(self, task: Task, ordered: Ordered, error: BaseException, *, writing: Submission | None = None) -> None:
+        """This rank takes no part in the open attempt any more: it fails on all ranks. `writing` still reads the arena."""
+        place, writer = task.place, self._writers.of(ordered.store)
+        if writing is None or place is None:
+            task.give_up_place()
+        else:
+            task.place = None
+            writer.cancel(writing)
+            writing.future.add_done_callback(lambda _: place.release())
         try:
-            submission = self._writers.of(ordered.store).withdraw(ordered.round(0, b""), _plain(error))
+            submission = writer.withdraw(ordered.round(0, b""), _plain(error))
         except BaseException as problem:
             error.add_note(f"and the other ranks could not be told: {problem}")
             self._ended(task, ordered, error)

@@ -190,20 +190,17 @@ class Saver:
 
     def _stage_rounds(self, task: Task, ordered: Ordered, arrays: Sequence[HeldArray]) -> None:
         prepared, place, checksums = ordered.known.prepared, task.place, b""
-        last = len(prepared.rounds) - 1
-        log.info(
-            "%s: in %d rounds of at most %d bytes, so training waits for all but one",
-            ordered.path,
-            last + 1,
-            prepared.arena_nbytes,
-        )
+        last, submission = len(prepared.rounds) - 1, None
+        words = (ordered.path, last + 1, prepared.arena_nbytes)
+        log.info("%s: in %d rounds of at most %d bytes, so training waits for all but one", *words)
         try:
             for number in range(last + 1):
                 if place is None:
                     raise Refused("no arena was reserved")
                 place.fit(prepared)
-                if (copies := place.stage(number, arrays)) is not None:
-                    copies.wait()
+                task.copies = place.stage(number, arrays)
+                if task.copies is not None:
+                    task.copies.wait()
                 task.times.staged = time.perf_counter()
                 submission = self._background.submit(task, ordered, number, checksums)
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
@@ -211,7 +208,7 @@ class Saver:
                     return
                 checksums += submission.result().checksums
         except BaseException as error:
-            self._background.withdraw(task, ordered, error)
+            self._background.withdraw(task, ordered, error, writing=submission)
             if not isinstance(error, Exception):
                 raise
 
@@ -231,7 +228,7 @@ class Saver:
             under_way.end(task.destination.place)
         if isinstance(outcome, SaveSkipped):
             self._skipped += 1
-            log.warning("%s: skipped, the %d. time: %s", task.handle.path, self._skipped, outcome)
+            log.warning("%s: skipped (%d so far): %s", task.handle.path, self._skipped, outcome)
         elif isinstance(outcome, BaseException):
             log.error("%s: not saved: %s", task.handle.path, outcome)
         if isinstance(outcome, Committed) and ordered is not None:

@@ -116,6 +116,7 @@ def weights(path: Path) -> torch.Tensor:
 
 
 def test_an_optimizer_steps_after_the_copies_and_not_before(tmp_path: Path, late: Late) -> None:
+    """[SAVE-98]"""
     job = Job(late)
     first = job.saver.save(job.state(), PathDestination.of(tmp_path / "first", None))
     expected = copy.deepcopy(job.model.state_dict())
@@ -145,6 +146,7 @@ def test_a_writer_gets_the_arena_when_the_copies_are_done_and_not_before(tmp_pat
 
 
 def test_buffers_and_random_streams_are_staged_before_the_call_returns(tmp_path: Path, late: Late) -> None:
+    """[SAVE-98]"""
     job = Job(late)
     torch.manual_seed(7)
     handle = job.save(tmp_path / "c")
