@@ -75,10 +75,10 @@ class Late:
     def __init__(self) -> None:
         self.made: list[LateCopies] = []
 
-    def place(self, held: HeldArray) -> str | None:
+    def device(self, held: HeldArray) -> str | None:
         return "late" if held.role == "parameter" else None
 
-    def copies(self, memory: NDArray[np.uint8], place: str) -> LateCopies:
+    def copies(self, memory: NDArray[np.uint8], device: str) -> LateCopies:
         self.made.append(LateCopies(memory))
         return self.made[-1]
 
@@ -166,7 +166,7 @@ def test_buffers_and_random_streams_are_staged_before_the_call_returns(tmp_path:
 def test_rounds_wait_for_their_copies(tmp_path: Path, late: Late) -> None:
     job = Job(late, arena_nbytes=(1 << 20) + 4096)
     real = late.copies
-    late.copies = lambda memory, place: _let(real(memory, place))  # type: ignore[method-assign]
+    late.copies = lambda memory, device: _let(real(memory, device))  # type: ignore[method-assign]
     job.save(tmp_path / "c").result(LIMIT_S)
     assert torch.equal(weights(tmp_path / "c"), job.model[0].weight.detach())
     assert ek.open(tmp_path / "c").verify().sound

@@ -171,10 +171,10 @@ def _skip(job: Job) -> None:
     options = ek.AsyncOptions(stall_limit_s=0.1)
     saver = saver_of(job_group(None), options)
     outcome(job.asked(job.state(), "skip/warm", options=options))
-    place = saver._arenas.reserve(limit_s=1.0) if job.rank == 2 else None
+    slot = saver._arenas.reserve(limit_s=1.0) if job.rank == 2 else None
     job.seen["skip"] = outcome(job.asked(job.state(), "skip/c", options=options))
-    if place is not None:
-        place.release()
+    if slot is not None:
+        slot.release()
     dist.barrier()
     left = sorted(os.listdir(job.path("skip")))
     again = outcome(job.asked(job.state(), "skip/c", options=options))
@@ -240,8 +240,8 @@ def _rounds(job: Job) -> None:
     ek.load(live, job.path("rounds"))
     dist.barrier()
     job.seen["rounds"] = {"sound": sound, "equal": torch.equal(live["big"].to_local(), big.to_local())}
-    places = saver_of(job_group(None), options)._arenas._places
-    job.seen["rounds"]["arena"] = places[0].arena.nbytes
+    slots = saver_of(job_group(None), options)._arenas._slots
+    job.seen["rounds"]["arena"] = slots[0].arena.nbytes
 
 
 def _stages(job: Job) -> None:
