@@ -1,4 +1,4 @@
-"""The arenas of one rank: each save takes a place, fills its arena, and gives it back when its writer has written.
+"""The arenas of one rank: each save takes a slot, fills its arena, and gives it back when its writer has written.
 
 free --reserve--> taken --stage--> filled --submitted, written, or given up--> free
                                              a writer that could not be reaped: a new arena with the next save
@@ -22,7 +22,7 @@ KNOWN_PLANS = 4  # as many as structures
 Forget = Callable[[Arena], None]
 
 
-class Place:
+class Slot:
     """Room for one save. Its arena is kept from save to save, and made anew only for a plan that needs a larger one.
 
     `forget` tells the writer of an arena that is given up.
@@ -66,12 +66,12 @@ class Place:
         stager = self._fitted
         if stager is None:
             raise ValueError("no plan was fitted to this arena")
-        places = [self._beside.place(one) for one in held]
-        first = next((place for place in places if place is not None), None)
+        devices = [self._beside.device(one) for one in held]
+        first = next((device for device in devices if device is not None), None)
         if first is None:
             stager.stage_held(number, held)
             return None
-        skip = frozenset(array for array, place in enumerate(places) if place == first)
+        skip = frozenset(array for array, device in enumerate(devices) if device == first)
         if first not in self._copies:
             self._copies[first] = self._beside.copies(self.arena.memory, first)
         copies = self._copies[first]
@@ -104,37 +104,37 @@ class Place:
 
 
 class Arenas:
-    """As many places as saves may be under way at once."""
+    """As many slots as saves may be under way at once."""
 
     def __init__(self, count: int, *, threads: int, forget: Forget, beside: Beside) -> None:
         self._changed = threading.Condition()
         self._closed = False
-        self._places = [Place(self, threads=threads, forget=forget, beside=beside) for _ in range(count)]
+        self._slots = [Slot(self, threads=threads, forget=forget, beside=beside) for _ in range(count)]
 
-    def reserve(self, *, limit_s: float) -> Place:
-        """A free place. Blocking, at most `limit_s`; then raises SaveSkipped."""
+    def reserve(self, *, limit_s: float) -> Slot:
+        """A free slot. Blocking, at most `limit_s`; then raises SaveSkipped."""
         with self._changed:
-            if not self._changed.wait_for(lambda: not all(place.taken for place in self._places), limit_s):
+            if not self._changed.wait_for(lambda: not all(slot.taken for slot in self._slots), limit_s):
                 raise SaveSkipped(
-                    f"none of the {len(self._places)} staging arenas of this rank became free within {limit_s:g} s: "
+                    f"none of the {len(self._slots)} staging arenas of this rank became free within {limit_s:g} s: "
                     "earlier saves are still being written; save less often, or allow more arenas"
                 )
-            place = next(one for one in self._places if not one.taken)
-            place.taken = True
-            return place
+            slot = next(one for one in self._slots if not one.taken)
+            slot.taken = True
+            return slot
 
-    def release(self, place: Place) -> None:
+    def release(self, slot: Slot) -> None:
         """Free for the next save; after `close` its memory goes."""
         with self._changed:
-            place.taken = False
+            slot.taken = False
             if self._closed:
-                place.drop()
+                slot.drop()
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Gives up the memory of all places, of those that a save has when it gives them back."""
+        """Gives up the memory of all slots, of those that a save has when it gives them back."""
         with self._changed:
             self._closed = True
-            for place in self._places:
-                if not place.taken:
-                    place.drop()
+            for slot in self._slots:
+                if not slot.taken:
+                    slot.drop()

@@ -59,7 +59,7 @@ class Background:
             if isinstance(error, StructureConflict) and task.proposal is not None:
                 self._plans.forget(task.proposal.digest)
             task.fail(error)
-            task.give_up_place()
+            task.give_up_slot()
             self._ended(task, None, error)
             return
         try:
@@ -76,33 +76,39 @@ class Background:
     def _submit(self, task: Task, ordered: Ordered) -> None:
         if task.copies is not None:
             task.copies.wait()
-        if task.place is None:
+        if task.slot is None:
             raise Refused("nothing was staged")
-        submission = self._writers.of(ordered.store).submit(ordered.round(0, b""), task.place.arena)
+        submission = self._writers.of(ordered.store).submit(ordered.round(0, b""), task.slot.arena)
         task.times.submitted = time.perf_counter()
         self.follow(task, ordered, submission)
 
     def submit(self, task: Task, ordered: Ordered, number: int, checksums: bytes) -> Submission:
         """Has one of several rounds written, on the thread that stages them."""
-        if task.place is None:
+        if task.slot is None:
             raise Refused("nothing was staged")
-        return self._writers.of(ordered.store).submit(ordered.round(number, checksums), task.place.arena)
+        return self._writers.of(ordered.store).submit(ordered.round(number, checksums), task.slot.arena)
 
     def follow(self, task: Task, ordered: Ordered, submission: Submission) -> None:
         """The save ends as this round does, which is its last, or failed."""
 
         def written(_: object) -> None:
             task.times.written = time.perf_counter()
-            task.give_up_place()
+            task.give_up_slot()
 
         submission.future.add_done_callback(written)
         self._follow_decision(task, ordered, submission.decided)
 
-    def withdraw(self, task: Task, ordered: Ordered, error: BaseException) -> None:
-        """This rank takes no part in the open attempt any more: it fails on all ranks."""
-        task.give_up_place()
+    def withdraw(self, task: Task, ordered: Ordered, error: BaseException, *, writing: Submission | None = None) -> None:
+        """This rank takes no part in the open attempt any more: it fails on all ranks. `writing` still reads the arena."""
+        slot, writer = task.slot, self._writers.of(ordered.store)
+        if writing is None or slot is None:
+            task.give_up_slot()
+        else:
+            task.slot = None
+            writer.cancel(writing)
+            writing.future.add_done_callback(lambda _: slot.release())
         try:
-            submission = self._writers.of(ordered.store).withdraw(ordered.round(0, b""), _plain(error))
+            submission = writer.withdraw(ordered.round(0, b""), _plain(error))
         except BaseException as problem:
             error.add_note(f"and the other ranks could not be told: {problem}")
             self._ended(task, ordered, error)

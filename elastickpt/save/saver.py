@@ -1,6 +1,6 @@
 """Saves beside training, as the thread that trains sees them: capture, stage, go on.
 
-    save() --> capture --> a free place --> known structure: stage ----------------------------------> handle
+    save() --> capture --> a free slot  --> known structure: stage ----------------------------------> handle
                                 |                 new one: wait for the other ranks, then stage -----> handle
                                 '-- none within `stall_limit_s`: this rank's failure, so nobody saves -> handle
 
@@ -30,9 +30,9 @@ from elastickpt.save.destination import Destination
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.meeting import Writers
 from elastickpt.save.options import AsyncOptions
+from elastickpt.save.outcome import info_of
 from elastickpt.save.plans import Known, Plans
 from elastickpt.save.propose import propose
-from elastickpt.save.report import report
 from elastickpt.save.request import PlacementChoice, Request
 from elastickpt.save.task import Ordered, Task, Times
 from elastickpt.save.workers import Worker
@@ -107,7 +107,7 @@ class Saver:
         try:
             alone = self._stage_alone(task, state, mesh)
         except BaseException as error:  # an interrupt: the other ranks find out by silence
-            task.give_up_place()
+            task.give_up_slot()
             self._end(task, None, error, time.perf_counter())
             raise
         arrays = () if task.proposal is None else task.proposal.live.arrays
@@ -149,7 +149,7 @@ class Saver:
             under_way.begin(task.destination.place)
             task.marked = True
             task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
-            task.place = self._arenas.reserve(limit_s=self._options.stall_limit_s)
+            task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
             known = self._plans.of(task.proposal.digest)
             if known is None or len(known.prepared.rounds) > 1:
                 return False
@@ -161,10 +161,10 @@ class Saver:
         return True
 
     def _stage(self, task: Task, known: Known, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
-        if task.place is None:
+        if task.slot is None:
             raise Refused("no arena was reserved")
-        task.place.fit(known.prepared)
-        task.copies = copies = task.place.stage(0, arrays)
+        task.slot.fit(known.prepared)
+        task.copies = copies = task.slot.stage(0, arrays)
         if copies is not None:
             self._gate.watch(state)
             self._gate.close_for(copies, until=task.handle.done)
@@ -189,21 +189,18 @@ class Saver:
                 self._stage_rounds(task, ordered, arrays)
 
     def _stage_rounds(self, task: Task, ordered: Ordered, arrays: Sequence[HeldArray]) -> None:
-        prepared, place, checksums = ordered.known.prepared, task.place, b""
-        last = len(prepared.rounds) - 1
-        log.info(
-            "%s: in %d rounds of at most %d bytes, so training waits for all but one",
-            ordered.path,
-            last + 1,
-            prepared.arena_nbytes,
-        )
+        prepared, slot, checksums = ordered.known.prepared, task.slot, b""
+        last, submission = len(prepared.rounds) - 1, None
+        words = (ordered.path, last + 1, prepared.arena_nbytes)
+        log.info("%s: in %d rounds of at most %d bytes, so training waits for all but one", *words)
         try:
             for number in range(last + 1):
-                if place is None:
+                if slot is None:
                     raise Refused("no arena was reserved")
-                place.fit(prepared)
-                if (copies := place.stage(number, arrays)) is not None:
-                    copies.wait()
+                slot.fit(prepared)
+                task.copies = slot.stage(number, arrays)
+                if task.copies is not None:
+                    task.copies.wait()
                 task.times.staged = time.perf_counter()
                 submission = self._background.submit(task, ordered, number, checksums)
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
@@ -211,7 +208,7 @@ class Saver:
                     return
                 checksums += submission.result().checksums
         except BaseException as error:
-            self._background.withdraw(task, ordered, error)
+            self._background.withdraw(task, ordered, error, writing=submission)
             if not isinstance(error, Exception):
                 raise
 
@@ -231,11 +228,11 @@ class Saver:
             under_way.end(task.destination.place)
         if isinstance(outcome, SaveSkipped):
             self._skipped += 1
-            log.warning("%s: skipped, the %d. time: %s", task.handle.path, self._skipped, outcome)
+            log.warning("%s: skipped (%d so far): %s", task.handle.path, self._skipped, outcome)
         elif isinstance(outcome, BaseException):
             log.error("%s: not saved: %s", task.handle.path, outcome)
         if isinstance(outcome, Committed) and ordered is not None:
-            task.handle.end(report(task, ordered, outcome, at))
+            task.handle.end(info_of(task, ordered, outcome, at))
         else:
             task.handle.end(outcome if isinstance(outcome, BaseException) else CheckpointError("ended without an attempt"))
         with self._changed:

@@ -8,7 +8,7 @@ from typing import Any
 
 from elastickpt.commit.draft import Draft
 from elastickpt.commit.orders import Order
-from elastickpt.save.arenas import Place
+from elastickpt.save.arenas import Slot
 from elastickpt.save.destination import Destination
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.plans import Known
@@ -51,7 +51,7 @@ class Ordered:
 @dataclass(slots=True, eq=False)
 class Task:
     """What the training thread leaves: a proposal, or the failure with which this rank takes part; and, if it knew the plan,
-    the place where it has staged by it. Else it waits for `agreed` and stages then: `staged` ends when it has."""
+    the slot where it has staged by it. Else it waits for `agreed` and stages then: `staged` ends when it has."""
 
     handle: SaveHandle
     destination: Destination
@@ -59,7 +59,7 @@ class Task:
     times: Times
     proposal: Proposal | None = None
     failure: Exception | None = None
-    place: Place | None = None
+    slot: Slot | None = None
     known: Known | None = None  # staged by it
     marked: bool = False  # its destination is taken
     copies: Copies | None = None
@@ -67,15 +67,15 @@ class Task:
     staged: Future[None] = field(default_factory=Future)
     ordered: Future[Ordered] = field(default_factory=Future)  # for who stages in rounds, and so submits by himself
 
-    def give_up_place(self) -> None:
+    def give_up_slot(self) -> None:
         """Its arena is free again, once no copies into it are on their way. Blocking until then."""
-        place, self.place = self.place, None
-        if place is not None:
+        slot, self.slot = self.slot, None
+        if slot is not None:
             try:
                 if self.copies is not None:
                     self.copies.wait()
             finally:
-                place.release()
+                slot.release()
 
     def fail(self, error: BaseException) -> None:
         """Whoever waits for this save waits no longer."""

@@ -38,11 +38,11 @@ class Copies(Protocol):
 class Beside(Protocol):
     """Which arrays are copied beside training, and by whom."""
 
-    def place(self, held: HeldArray) -> str | None:
+    def device(self, held: HeldArray) -> str | None:
         """The device whose stream copies the array; None: it is staged before the call returns."""
         ...
 
-    def copies(self, memory: NDArray[np.uint8], place: str) -> Copies:
+    def copies(self, memory: NDArray[np.uint8], device: str) -> Copies:
         """For an arena, for good."""
         ...
 
@@ -51,14 +51,14 @@ class Cuda:
     """Parameters and their optimizer state on the current CUDA device. Buffers are changed by the next forward, and all else
     by whoever likes: they are staged at once, as are tensors on other devices."""
 
-    def place(self, held: HeldArray) -> str | None:
+    def device(self, held: HeldArray) -> str | None:
         device = held.tensor.device
         if held.role != "parameter" or device.type != "cuda" or device.index != torch.cuda.current_device():
             return None
         return str(device)
 
-    def copies(self, memory: NDArray[np.uint8], place: str) -> Copies:
-        return DeviceStaging(memory, torch.device(place))
+    def copies(self, memory: NDArray[np.uint8], device: str) -> Copies:
+        return DeviceStaging(memory, torch.device(device))
 
 
 class StepGate:

@@ -262,6 +262,32 @@ def test_memory_beside_the_state_is_one_arena(tmp_path: Path) -> None:
     assert resources()["rss"] - before <= 4 * numbers + (32 << 20)
 
 
+def test_a_storage_that_hangs_within_a_round_keeps_training_no_longer_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[SAVE-9]"""
+    from elastickpt.writer import jobs
+
+    options = ek.AsyncOptions(executor="thread", stall_limit_s=0.1, arena_nbytes=(1 << 20) + 4096)
+    live = state(numbers=1 << 20)
+    ek.async_save(live, tmp_path / "known", options=options).result(LIMIT_S)
+    let, real = threading.Event(), jobs.write_slices
+
+    def hanging(*args: Any) -> Any:
+        let.wait(LIMIT_S)
+        return real(*args)
+
+    monkeypatch.setattr(jobs, "write_slices", hanging)
+    handle = ek.async_save(live, tmp_path / "c", options=options)
+    with pytest.raises(SaveSkipped):  # its arena is free only when nobody reads it any more
+        ek.async_save(live, tmp_path / "d", options=options).result(LIMIT_S)
+    let.set()
+    with pytest.raises(DeadlineExceeded, match=r"nothing was written for 0.1 s while training waited for a round"):
+        handle.result(LIMIT_S)
+    ek.async_save(live, tmp_path / "d", options=options).result(LIMIT_S)
+    assert sorted(os.listdir(tmp_path)) == ["d", "known"]
+
+
 def test_a_run_that_was_not_claimed_here_is_said_on_all(tmp_path: Path) -> None:
     saver = saver_of(job_group(None), THREAD)
     handle = saver.save(state(), RunDestination(LocalStore(tmp_path), None, 1))

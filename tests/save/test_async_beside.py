@@ -75,10 +75,10 @@ class Late:
     def __init__(self) -> None:
         self.made: list[LateCopies] = []
 
-    def place(self, held: HeldArray) -> str | None:
+    def device(self, held: HeldArray) -> str | None:
         return "late" if held.role == "parameter" else None
 
-    def copies(self, memory: NDArray[np.uint8], place: str) -> LateCopies:
+    def copies(self, memory: NDArray[np.uint8], device: str) -> LateCopies:
         self.made.append(LateCopies(memory))
         return self.made[-1]
 
@@ -116,6 +116,7 @@ def weights(path: Path) -> torch.Tensor:
 
 
 def test_an_optimizer_steps_after_the_copies_and_not_before(tmp_path: Path, late: Late) -> None:
+    """[SAVE-98]"""
     job = Job(late)
     first = job.saver.save(job.state(), PathDestination.of(tmp_path / "first", None))
     expected = copy.deepcopy(job.model.state_dict())
@@ -145,6 +146,7 @@ def test_a_writer_gets_the_arena_when_the_copies_are_done_and_not_before(tmp_pat
 
 
 def test_buffers_and_random_streams_are_staged_before_the_call_returns(tmp_path: Path, late: Late) -> None:
+    """[SAVE-98]"""
     job = Job(late)
     torch.manual_seed(7)
     handle = job.save(tmp_path / "c")
@@ -164,7 +166,7 @@ def test_buffers_and_random_streams_are_staged_before_the_call_returns(tmp_path:
 def test_rounds_wait_for_their_copies(tmp_path: Path, late: Late) -> None:
     job = Job(late, arena_nbytes=(1 << 20) + 4096)
     real = late.copies
-    late.copies = lambda memory, place: _let(real(memory, place))  # type: ignore[method-assign]
+    late.copies = lambda memory, device: _let(real(memory, device))  # type: ignore[method-assign]
     job.save(tmp_path / "c").result(LIMIT_S)
     assert torch.equal(weights(tmp_path / "c"), job.model[0].weight.detach())
     assert ek.open(tmp_path / "c").verify().sound

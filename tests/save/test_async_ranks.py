@@ -171,10 +171,10 @@ def _skip(job: Job) -> None:
     options = ek.AsyncOptions(stall_limit_s=0.1)
     saver = saver_of(job_group(None), options)
     outcome(job.asked(job.state(), "skip/warm", options=options))
-    place = saver._arenas.reserve(limit_s=1.0) if job.rank == 2 else None
+    slot = saver._arenas.reserve(limit_s=1.0) if job.rank == 2 else None
     job.seen["skip"] = outcome(job.asked(job.state(), "skip/c", options=options))
-    if place is not None:
-        place.release()
+    if slot is not None:
+        slot.release()
     dist.barrier()
     left = sorted(os.listdir(job.path("skip")))
     again = outcome(job.asked(job.state(), "skip/c", options=options))
@@ -240,8 +240,8 @@ def _rounds(job: Job) -> None:
     ek.load(live, job.path("rounds"))
     dist.barrier()
     job.seen["rounds"] = {"sound": sound, "equal": torch.equal(live["big"].to_local(), big.to_local())}
-    places = saver_of(job_group(None), options)._arenas._places
-    job.seen["rounds"]["arena"] = places[0].arena.nbytes
+    slots = saver_of(job_group(None), options)._arenas._slots
+    job.seen["rounds"]["arena"] = slots[0].arena.nbytes
 
 
 def _stages(job: Job) -> None:
@@ -294,6 +294,7 @@ def test_the_checkpoint_is_that_of_a_blocking_save_at_the_moment_of_the_call(ran
 
 
 def test_a_known_structure_needs_one_round(ranks: list[dict[str, Seen]]) -> None:
+    """[SAVE-91]"""
     assert of(ranks, "same")["rounds"] == ["prepare", "prepare"]  # the second one is of the save that is refused
 
 
@@ -310,6 +311,7 @@ def test_what_one_rank_cannot_save_is_reported_on_all(ranks: list[dict[str, Seen
 
 
 def test_a_rank_that_fails_after_the_draft_ends_the_attempt_on_all(ranks: list[dict[str, Seen]]) -> None:
+    """[SAVE-54, SAVE-57, SAVE-94]"""
     seen = of(ranks, "token")
     assert (seen["error"], seen["report"]) == ("NoSpace", [(1, "no-space")])
     assert (seen["left"], seen["next"]) == (["c"], True)
@@ -327,6 +329,7 @@ def test_a_structure_that_changed_on_all_ranks_is_saved_at_once(ranks: list[dict
 
 
 def test_a_structure_that_changed_on_one_rank_fails_once(ranks: list[dict[str, Seen]]) -> None:
+    """[SAVE-99]"""
     seen = of(ranks, "grown")
     assert seen["one"]["error"] == "StructureConflict"
     assert "that of ranks [1] changed, after ranks [0, 2] had staged" in seen["one"]["message"]

@@ -31,6 +31,12 @@ def test_memory_is_measured_with_one_contestant_per_process() -> None:
     assert [job.contestants for job in jobs(ALL, [DISK, TMPFS]) if job.kind == "memory"] == [("dcp",), ("tc",)]
 
 
+def test_saves_beside_training_have_jobs_of_their_own_with_room_for_everyones_copy() -> None:
+    beside = [job for job in jobs(ALL, [DISK]) if job.kind == "async"]
+    assert [job.ranks for job in beside] == [1, 2, 4]
+    assert memory_nbytes(beside[0]) >= (4 + len(ALL.contestants)) * beside[0].nbytes
+
+
 def test_saves_alone_do_not_load() -> None:
     only = Options(("save",), (100_000_000,), (2,), (2,), 1, 5, ("dcp",))
     assert [(job.kind, job.loads) for job in jobs(only, [DISK])] == [("same", False)]

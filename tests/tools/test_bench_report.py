@@ -57,6 +57,15 @@ def test_the_floor_is_the_better_raw_median_not_the_better_single_repeat() -> No
     ]
 
 
+def test_the_floor_of_a_stall_is_a_copy_in_memory_and_that_of_the_whole_save_is_raw() -> None:
+    stall, whole = replace(SAVE, case="stall"), replace(SAVE, case="async save")
+    measures = [Measure(stall, "elastickpt", (0.5,)), Measure(stall, "memcpy", (0.4,)), Measure(stall, "raw direct", (0.1,))]
+    measures += [Measure(whole, "elastickpt", (2.0,)), Measure(whole, "raw direct", (1.0,)), Measure(whole, "memcpy", (0.4,))]
+    found = {(each.setting.case, each.contestant): each.of_floor for each in rows(measures)}
+    assert found["stall", "elastickpt"] == pytest.approx(0.8)
+    assert found["async save", "elastickpt"] == pytest.approx(0.5)
+
+
 def test_a_setting_without_a_floor_has_no_ratio() -> None:
     found = rows(report().measures)
     assert [each.of_floor for each in found if each.setting == COLD] == [None]

@@ -11,7 +11,7 @@ from elastickpt.save.task import Ordered, Task
 log = logging.getLogger(__name__)
 
 
-def report(task: Task, ordered: Ordered, outcome: Committed, at: float) -> CheckpointInfo:
+def info_of(task: Task, ordered: Ordered, outcome: Committed, at: float) -> CheckpointInfo:
     """Its one line in the log, and what its handle returns; `at` is when it was known to be committed."""
     times = task.times
     submitted, written = times.submitted or times.staged, times.written or at
