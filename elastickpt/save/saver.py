@@ -35,13 +35,13 @@ from elastickpt.save.plans import Known, Plans
 from elastickpt.save.propose import propose
 from elastickpt.save.request import PlacementChoice, Request
 from elastickpt.save.task import Ordered, Task, Times
-from elastickpt.save.workers import Worker
 from elastickpt.storage.store import Durability
 from elastickpt.training.gates import Beside, Cuda, StepGate
 from elastickpt.training.group import Group
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.submissions import Submission
+from elastickpt.writer.workers import Worker
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -24,7 +24,6 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
@@ -40,6 +39,7 @@ from elastickpt.storage.store import Store
 from elastickpt.writer.clients import Client, Clients
 from elastickpt.writer.seats import Seat
 from elastickpt.writer.way import Step, Way
+from elastickpt.writer.workers import Worker
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class Assembly:
         self._turned_at = time.monotonic()
         self._way = Way(seat, self._selector)
         self._beaten_at = 0.0
-        self._work: Future[None] | None = None
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="elastickpt-commit")
+        self._worker = Worker("elastickpt-commit")
+        self._at_work = 0
         self._idle = threading.Event()
         self._idle.set()
         self._closed = False
@@ -131,7 +131,7 @@ class Assembly:
                 time.sleep(RECOVER_S)
         self._clients.close()
         self._way.close()
-        self._worker.shutdown(wait=False)
+        self._worker.stop()
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(TURN_S if self._open or self._tallies else None):
@@ -250,9 +250,7 @@ class Assembly:
             for key in client.cases:
                 if key in self._tallies:
                     self._tallies[key].lost(client.member, now=now)
-        if self._work is not None and not self._work.done():
-            return
-        if not self._way.ends_here or not self._open:
+        if self._at_work or not self._way.ends_here or not self._open:
             return
         entry = next(iter(self._open.values()))
         tally = self._tallies.get(entry.case.key)
@@ -298,6 +296,9 @@ class Assembly:
     def _do(self, entry: _Open, act: Callable[[Store], None]) -> None:
         """In the commit thread, one after the other."""
 
+        def done() -> None:
+            self._at_work -= 1
+
         def work() -> None:
             try:
                 act(self._stores(entry.case.store))
@@ -305,8 +306,11 @@ class Assembly:
                 report = (failure_of(error, self._seat.ranks[self._seat.member]),)
                 log.warning("%s: %s", entry.case.where, report[0].message)
                 self._leave(lambda: self._decided(entry.case.key, report))
+            finally:
+                self._leave(done)
 
-        self._work = self._worker.submit(work)
+        self._at_work += 1
+        self._worker.put(work)
 
     def _decided(self, key: str, verdict: Verdict) -> None:
         if key in self._verdicts:

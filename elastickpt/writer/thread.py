@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 from elastickpt.commit.cases import Verdict
 from elastickpt.comms.team import failure_of
@@ -20,6 +19,7 @@ from elastickpt.writer.messages import Done, Failed
 from elastickpt.writer.parts import Part
 from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of
+from elastickpt.writer.workers import Worker
 
 
 class ThreadWriter:
@@ -27,7 +27,7 @@ class ThreadWriter:
 
     def __init__(self, store: Store, *, seat: Seat = ALONE, listener: socket.socket | None = None) -> None:
         self._store = store
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="elastickpt-writer")
+        self._worker = Worker("elastickpt-writer")
         self._seat, self._listener = seat, listener
         self._part: Part | None = None
         self._ordered: dict[int, Submission] = {}
@@ -44,7 +44,7 @@ class ThreadWriter:
         arena.lent = True
         if staged.order is not None:
             self._begin(submission)
-        self._pool.submit(self._perform, submission, arena)
+        self._worker.put(lambda: self._perform(submission, arena))
         return submission
 
     def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission:
@@ -68,7 +68,7 @@ class ThreadWriter:
     def close(self, *, limit_s: float = 10.0) -> None:
         """Takes nothing more; what was submitted is finished within the limit, or as long as this process lives. Blocking."""
         self._closed = True
-        self._pool.shutdown(wait=False)
+        self._worker.stop()
         if self._part is not None:
             self._part.join(limit_s)
             self._part.close()

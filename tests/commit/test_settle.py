@@ -22,7 +22,16 @@ from elastickpt.commit.registers.names import AttemptId
 from elastickpt.commit.registers.records import Claimer
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.settle import Patience, Standing, give_up, look, settle
-from elastickpt.errors import CheckpointError, NotAcknowledged, NotDurable, RankFailure, StorageFailed, Superseded, Uncommitted
+from elastickpt.errors import (
+    CheckpointError,
+    NoSpace,
+    NotAcknowledged,
+    NotDurable,
+    RankFailure,
+    StorageFailed,
+    Superseded,
+    Uncommitted,
+)
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
@@ -238,3 +247,36 @@ def test_votes_and_verdicts_are_read_as_they_were_said(tmp_path: Path, job: Job)
             assert decode_vote(encode_vote(written.case, said)) == (written.case, said)
     for verdict in (Committed(5, 2, "f" * 32), REPORT):
         assert decode_verdict(encode_verdict("key", verdict)) == ("key", verdict)
+
+
+@both
+@pytest.mark.parametrize(
+    "error", [StorageFailed("input/output error"), NoSpace("no space left on device")], ids=["eio", "enospc"]
+)
+def test_whatever_operation_fails_it_is_committed_and_whole_or_absent(
+    tmp_path: Path, job: Job, make: Make, error: CheckpointError
+) -> None:
+    """As a committer goes on after an error: it gives up, and obeys what it finds."""
+    count = stopping_points(job, tmp_path / "count", make)
+    seen = set()
+    for at in range(1, count + 1):
+        written = make(job, tmp_path / f"{at}")
+
+        def fail(_: object) -> None:
+            raise error
+
+        faulty = FaultyStore(written.store, CallAt(at, fail), counted=CHANGING)
+        try:
+            verdict: object = written.settle(faulty)
+        except NotDurable:
+            seen.add("not durable")
+            demand_committed(written)
+            continue
+        except CheckpointError:
+            verdict = give_up(written.store, written.case, REPORT, patience=PATIENCE)
+        seen.add(type(verdict).__name__)
+        if isinstance(verdict, Committed):
+            demand_committed(written)
+        else:
+            assert not place(written).exists()
+    assert "tuple" in seen

@@ -37,5 +37,5 @@ def _work_off(items: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         try:
             work()
         except Exception:
-            log.exception("a save beside training met a fault of its own")
+            log.exception("work beside training met a fault of its own")
         del work  # it holds a state
