@@ -18,7 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from .blocklog import flush_record, write_record
-from .mounts import mount, unmount
+from .mounts import end_with_parent, mount, unmount
 
 MAX_WRITE = 128 << 10
 _BUFFER_NBYTES = MAX_WRITE + 8192
@@ -78,6 +78,7 @@ def logged_file(path: Path, log: Path, nbytes: int) -> Iterator[None]:
 
 def serve(descriptor: int, log: str, nbytes: int) -> None:
     """Answers the kernel until the mount ends. What is logged is in the log before it is answered."""
+    end_with_parent()
     content = bytearray(nbytes)
     log_descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     while True:

@@ -18,7 +18,7 @@ from tools.bench import machine
 
 from . import conduct
 from .entrants import KILLED, POWER, is_known
-from .mounts import lacking
+from .mounts import lacking, private_mounts
 from .records import Report, from_json, to_json
 from .table import render
 
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "power" and (why := lacking()):
         talk.print(f"power cuts cannot be replayed here: {why}", markup=False)
         return 4
+    if parsed.command == "power":
+        private_mounts()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _progress(talk) as advance:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import cast
 
 from elastickpt.errors import CheckpointError
@@ -77,46 +78,66 @@ def kill_once(entrant: Entrant, setting: Setting, kill: Draw) -> Case | None:
 
     Raises RuntimeError where the contestant cannot save at all.
     """
-    with _Job(entrant, setting, f"kill-{kill.number}", STEPS) as job:
-        with orphans_ended(setting.settle_s):
-            struck = _strike(job, kill)
-            late = job.await_survivors(kill, setting.limit_s)
-            ended = job.ranks.wait()
+    with tempfile.TemporaryDirectory(dir=setting.folder, prefix=f"kill-{kill.number}-") as top:
+        place = Place(Path(top), entrant, setting)
+        with _Job(place, STEPS) as job:
+            with orphans_ended(setting.settle_s):
+                struck = _strike(job, kill)
+                late = job.await_survivors(kill, setting.limit_s)
+                ended = job.ranks.wait()
+            begun, acknowledged = job.steps()
         if not struck or (kill.role != "helper" and ended[kill.rank].status != -signal.SIGKILL):
             return None
-        found = _look(entrant, setting, job.folder)
-        begun, acknowledged = job.steps()
+        found = place.look()
         judgement = judge(found, promised(begun, acknowledged, entrant.keeps))
         if late and judgement.outcome not in ("silently wrong", "lost"):
             judgement = Judgement(
                 "hang", f"{_ranks(late)} had not returned {setting.limit_s:g} s after: {_stack(ended[late[0]])}"
             )
         newest = max((seen.step or 0 for seen in found or () if seen.verdict == "whole"), default=0)
-        next_save = _next_save(entrant, setting, job.folder, newest + 1)
-    return Case(kill.number, kill.role, str(kill), judgement.outcome, judgement.detail, next_save)
+        return Case(kill.number, kill.role, str(kill), judgement.outcome, judgement.detail, _next_save(place, newest + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one kill takes place: a folder of its own."""
+
+    top: Path
+    entrant: Entrant
+    setting: Setting
+
+    @property
+    def folder(self) -> str:
+        """Where the contestant saves."""
+        found = self.top / "checkpoints"
+        found.mkdir(exist_ok=True)
+        return str(found)
+
+    def look(self) -> tuple[Seen, ...] | None:
+        """What a fresh process finds; None if it hangs or dies."""
+        try:
+            (seen,) = run_ranks(look, 1, self.entrant.name, self.folder, self.setting.scale, timeout_s=READER_LIMIT_S)
+        except CheckpointError:
+            return None
+        return cast("tuple[Seen, ...]", seen)
 
 
 class _Job:
-    """Ranks that save in a folder of their own, watched. Removed with all that it left."""
+    """Ranks that save, watched; `number`: 0, or 1 for those that go on after it. As a context it ends with the ranks."""
 
-    def __init__(self, entrant: Entrant, setting: Setting, name: str, steps: tuple[int, ...], job: int = 0) -> None:
-        self._top = setting.folder / f"{entrant.name.replace(':', '-')}-{name}"
-        self._next = job
-        self.folder = self._top / "checkpoints"
-        self.folder.mkdir(parents=True, exist_ok=bool(job))
-        pipe = self._top / f"pipe-{job}"
+    def __init__(self, place: Place, steps: tuple[int, ...], number: int = 0) -> None:
+        pipe = place.top / f"pipe-{number}"
         self.watcher = Watcher(pipe)
-        plan = Saves(entrant.name, str(self.folder), steps, str(pipe), job=job, scale=setting.scale)
+        setting = place.setting
+        plan = Saves(place.entrant.name, place.folder, steps, str(pipe), job=number, scale=setting.scale)
         self.ranks: Ranks = spawn_ranks(train_and_save, setting.ranks, plan, timeout_s=START_LIMIT_S + setting.limit_s)
 
     def __enter__(self) -> _Job:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.ranks.__exit__(None, None, None)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.ranks.__exit__(kind, error, trace)
         self.watcher.close()
-        if not self._next:
-            shutil.rmtree(self._top, ignore_errors=True)
 
     def at(self, kind: str, step: int) -> float:
         """When rank 0 told of it."""
@@ -159,23 +180,13 @@ def _strike(job: _Job, kill: Draw) -> bool:
     return bool(helpers)
 
 
-def _look(entrant: Entrant, setting: Setting, folder: Path) -> tuple[Seen, ...] | None:
-    """What a fresh process finds; None if it hangs or dies."""
-    try:
-        (seen,) = run_ranks(look, 1, entrant.name, str(folder), setting.scale, timeout_s=READER_LIMIT_S)
-    except CheckpointError:
-        return None
-    return cast("tuple[Seen, ...]", seen)
-
-
-def _next_save(entrant: Entrant, setting: Setting, folder: Path, step: int) -> str:
+def _next_save(place: Place, step: int) -> str:
     """Why a new job cannot save this step where the killed one stood, "" if it can and what it saved loads."""
-    job = _Job(entrant, setting, folder.parent.name.removeprefix(f"{entrant.name.replace(':', '-')}-"), (step,), job=1)
-    with job, orphans_ended(setting.settle_s):
-        job.watcher.wait("ended", frozenset(range(setting.ranks)), None, time.monotonic() + START_LIMIT_S)
+    with _Job(place, (step,), number=1) as job, orphans_ended(place.setting.settle_s):
+        job.watcher.wait("ended", frozenset(range(place.setting.ranks)), None, time.monotonic() + START_LIMIT_S)
         if text := _failure(job.ranks.wait()):
             return text
-    found = _look(entrant, setting, folder) or ()
+    found = place.look() or ()
     if any((seen.verdict, seen.step, seen.job) == ("whole", step, 1) for seen in found):
         return ""
     return f"step {step} was acknowledged; found: {'; '.join(f'{one.place} {one.verdict} {one.detail}' for one in found)}"[:400]

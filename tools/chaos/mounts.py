@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from pathlib import Path
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _DETACH = 2
 MKFS = ("-q", "-F", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0")  # nothing of it is written later
+
+
+_NEW_NAMESPACE, _PRIVATE = 0x20000, 1 << 18 | 1 << 14
+_PR_SET_PDEATHSIG = 1
 
 
 class CannotMount(Exception):
@@ -32,9 +37,25 @@ def lacking() -> str | None:
     return _refused()
 
 
-def mount(source: str, target: Path, kind: str, options: str = "") -> None:
+def private_mounts() -> None:
+    """From now on what this process and those below it mount is theirs, and goes with the last of them, however that ends.
+
+    Raises OSError where the kernel refuses it.
+    """
+    if _LIBC.unshare(_NEW_NAMESPACE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "mount namespace")
+    mount("none", Path("/"), "", flags=_PRIVATE)
+
+
+def end_with_parent() -> None:
+    """This process is killed when the thread that started it ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def mount(source: str, target: Path, kind: str, options: str = "", flags: int = 0) -> None:
     """mount(2). Raises OSError."""
-    if _LIBC.mount(source.encode(), os.fsencode(target), kind.encode(), 0, options.encode()) != 0:
+    if _LIBC.mount(source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(target))
 
