@@ -16,6 +16,7 @@ _DETACH = 2
 MKFS = ("-q", "-F", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0")  # nothing of it is written later
 
 
+SCRATCH = "elastickpt-chaos-"  # what names of folders begin with in which there are mounts
 _NEW_NAMESPACE, _PRIVATE = 0x20000, 1 << 18 | 1 << 14
 _PR_SET_PDEATHSIG = 1
 
@@ -46,6 +47,10 @@ def private_mounts() -> None:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "mount namespace")
     mount("none", Path("/"), "", flags=_PRIVATE)
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        target = line.split()[1]
+        if SCRATCH in target:  # of another one that runs now: its own unmounting must be the last
+            unmount(Path(target), _DETACH)
 
 
 def end_with_parent() -> None:

@@ -18,7 +18,7 @@ from .entrants import Entrant
 from .events import Event, Watcher
 from .job import Saves, look, train_and_save
 from .judge import Judgement, Promised, judge, promised
-from .mounts import CannotMount, make_file_system, mounted
+from .mounts import SCRATCH, CannotMount, make_file_system, mounted
 from .records import Case
 
 DISK_NBYTES = 32 << 20
@@ -89,6 +89,7 @@ def replay(
             if number not in wanted:
                 continue
             advance(number)
+            image.unlink(missing_ok=True)  # a loop device that lingers keeps the old one
             image.write_bytes(content)
             judgement = _judge(entrant, recording.promise(state.position, entrant.keeps), image, point)
             found.append(Case(number, state.loss, _how(log, state), judgement.outcome, judgement.detail))
@@ -135,5 +136,5 @@ def _how(log: Sequence[Request], state: CrashState) -> str:
 def _scratch() -> Iterator[Path]:
     """A folder in memory where the machine has such a place: nothing here needs to last."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="elastickpt-chaos-") as folder:
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix=SCRATCH) as folder:
         yield Path(folder)
