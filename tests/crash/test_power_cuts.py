@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_what_the_log_says_is_what_the_disk_holds(tmp_path: Path) -> None:
             start = log.stat().st_size
             for name in ("first", "second"):
                 (folder / name).write_bytes(name.encode() * 5000)
-                power_synced(folder / name)
-                power_synced(folder)
+                sync(folder / name)
+                sync(folder)
             synced = log.stat().st_size
     written = requests(log.read_bytes())
     states = crash_states(written, start, 30, seed=3)
@@ -96,9 +97,7 @@ def test_what_the_log_says_is_what_the_disk_holds(tmp_path: Path) -> None:
     assert seen == {(), ("first",), ("first", "second")}
 
 
-def power_synced(path: Path) -> None:
-    import os
-
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -27,7 +27,8 @@ OUTPUT = machine.REPOSITORY / "out" / "chaos"
 EPILOG = """examples:
   python -m tools.chaos power                            500 states each of ours and two peers' disks, a quarter of an hour
   python -m tools.chaos power --contestant elastickpt --states 5000 --seed 7
-  python -m tools.chaos save --kills 40 --contestant elastickpt,dcp,dcp-overwrite
+  python -m tools.chaos save                             20 kills each; those that start processes take half a minute a kill
+  python -m tools.chaos save --kills 100 --contestant elastickpt,dcp,dcp-overwrite
   python -m tools.chaos save --contestant tc --seed 1 --only 3
   python -m tools.chaos show tools/chaos/results/FILE.json
 
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     power.add_argument("--recording", metavar="FOLDER", help="use the recordings there; those that lack are left there")
     save = commands.add_parser("save", help="one of several processes is killed in a save")
     _common(save, KILLED)
-    save.add_argument("--kills", type=int, default=40, metavar="N", help="kills of each contestant; default 40")
+    save.add_argument("--kills", type=int, default=20, metavar="N", help="kills of each contestant; default 20")
     save.add_argument("--limit", type=float, default=20.0, metavar="S", help="in which survivors must return; default 20")
     save.add_argument("--scale", type=int, default=8, metavar="N", help="size of the state in units of 1.1 MB; default 8")
     save.add_argument("--where", metavar="FOLDER", help="save there; default: on the disk that holds the repository")

@@ -1,6 +1,13 @@
-"""Who takes part, and what is asked of a contestant. A new one is a class of a few lines and a name here.
+"""Who takes part, and what is asked of a contestant. A new one is a few lines beside its library's, and a name here.
 
-A contestant is made inside each rank, after the process group. All ranks call its methods together.
+    def asynchronous(folder: Path) -> Contestant:                          # in ours.py
+        def saving(state: State, path: Path) -> Finish:
+            return ek.async_save(state, path).result
+        return StepFolders(folder, saving, loading)
+
+One with retention says in `keeps` how many of the newest acknowledged steps must load at any moment, and one that starts
+processes has the role "helper". A contestant is made inside each rank, after the process group. All ranks call its methods
+together.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from .contents import State
 
-Finish = Callable[[], None]
+Finish = Callable[[], object]
 Role = Literal["committer", "trainer", "helper"]  # rank 0, another rank, a process that a rank has started
 ALL_STEPS = 1 << 30
 

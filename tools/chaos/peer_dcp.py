@@ -51,7 +51,8 @@ class _Asynchronous:
             process_group=self._group,
             async_checkpointer_type=self._kind,
         )
-        return lambda: cast("None", future.result())
+        finish: Finish = future.result
+        return finish
 
 
 def _make(how: AsyncCheckpointerType | None, where: Where, folder: Path) -> Contestant:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import distributed
 from torch_checkpointing.builder import make_async_checkpoint_saver
@@ -57,7 +57,8 @@ class _Asynchronous:
     def save(self, state: State, path: Path) -> Finish:
         staged, written = self._saver.save(str(path), Items(state, self._resharder))
         staged.result()
-        return lambda: cast("None", written.result())
+        finish: Finish = written.result
+        return finish
 
 
 class _LoadedByBlocking(StepFolders):
