@@ -30,7 +30,7 @@ pytestmark = [
 def cut(who: Entrant, *, ranks: int, saves: int, states: int) -> list[Case]:
     recording = power.record(who, ranks=ranks, saves=saves)
     drawn = power.drawn_states(recording, states, seed=1)
-    return power.replay(who, recording, drawn, range(states))
+    return power.replay(who, recording, drawn, range(len(drawn)))
 
 
 def require_whole_or_absent(cases: Sequence[Case], states: int) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SECTOR = 512
+TRIES = 20  # for each state, to draw one that was not drawn before
 _RECORD = struct.Struct("<cQI")  # kind, offset, nbytes
 
 Kind = Literal["write", "flush"]
@@ -65,7 +66,8 @@ def requests(log: bytes) -> list[Request]:
 
 
 def crash_states(log: Sequence[Request], after: int, count: int, seed: int) -> list[CrashState]:
-    """`count` states at moments from `after` on, in their order; the same for the same seed.
+    """`count` different states at moments from `after` on, in their order, fewer where a short log has fewer; the same for the
+    same seed.
 
     Every moment with nothing lost and every flush just missed with all unflushed lost come first; a half at most of `count` is
     for them, drawn where there are more. The others are drawn: a moment, a subset of what was unflushed then, tears.
@@ -74,9 +76,14 @@ def crash_states(log: Sequence[Request], after: int, count: int, seed: int) -> l
     regular = list(_regular(log, after))
     if len(regular) > count // 2:
         regular = chance.sample(regular, count // 2)
+    found = {(state.position, state.kept): state for state in regular}
     moments = [number for number, request in enumerate(log) if request.end > after and request.kind == "write"]
-    drawn = [_drawn(log, chance.choice(moments), chance) for _ in range(count - len(regular))] if moments else []
-    return sorted([*regular, *drawn], key=lambda state: state.position)
+    for _ in range(TRIES * count if moments else 0):
+        if len(found) == count:
+            break
+        state = _drawn(log, chance.choice(moments), chance)
+        found.setdefault((state.position, state.kept), state)
+    return sorted(found.values(), key=lambda state: state.position)
 
 
 def images(log: Sequence[Request], states: Sequence[CrashState], nbytes: int) -> Iterator[bytearray]:
