@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -66,15 +68,20 @@ def held(state: State) -> tuple[int, int] | None:
 
 
 def mixture(state: State) -> str:
-    """In words: which tensors have which step's values, and which have those of none."""
-    found: dict[str, list[str]] = {}
-    for item in ITEMS:
-        for name in SHAPES:
-            one = {item: {name: state[item][name]}}
-            whose = held(one)
-            told = f"step {whose[0]} of job {whose[1]}" if whose else "no step"
-            found.setdefault(told, []).append(f"{item}/{name}")
-    return "; ".join(f"{told}: {', '.join(names)}" for told, names in sorted(found.items()))
+    """In words: which share of this rank's elements has the value of which step and job."""
+    found: Counter[int] = Counter()
+    for local, expected in _pieces(state, 0):
+        ahead = (local.to(torch.int64) - expected.to(torch.int64)) % _MODULUS
+        numbers = torch.where((ahead % _PER_STEP == 0) & (ahead < STEPS * JOBS * _PER_STEP), ahead // _PER_STEP, -1)
+        for number, count in zip(*numpy.unique(numbers.numpy(), return_counts=True), strict=True):
+            found[int(number)] += int(count)
+    total = sum(found.values())
+    words = [f"{count / total:.1%} {_whose(number)}" for number, count in found.most_common(4)]
+    return "of the elements " + ", ".join(words)
+
+
+def _whose(number: int) -> str:
+    return "no step" if number < 0 else f"step {number % STEPS} of job {number // STEPS}"
 
 
 def _pieces(state: State, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
