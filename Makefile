@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint types imports spec bench clean
+.PHONY: setup demo test test-all lint types imports spec bench chaos-save chaos-power clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,11 @@ test-all: lint types imports spec
 bench: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	$(BIN)/python -m tools.bench
+
+# The longer forms of tests/crash, peers beside us: make chaos-power ARGS="--states 5000 --seed 7"
+chaos-save chaos-power: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	$(BIN)/python -m tools.chaos $(@:chaos-%=%) $(ARGS)
 
 clean:
 	rm -rf out .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,89 @@
+"""One of several processes killed at a random moment of a save: what is left is loaded, and the next save works.
+
+[SAVE-3, SAVE-57, SAVE-60, SAVE-62]
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bad_contestants import HANGING, TEARING
+
+from tools.chaos.cli import main
+from tools.chaos.entrants import entrant
+from tools.chaos.kills import Draw, Setting, draw, kill_once
+from tools.chaos.records import Case, from_json
+
+pytestmark = pytest.mark.ranks
+
+OURS = entrant("elastickpt")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory if the machine has such a directory: what is lost with a process does not depend on the disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as found:
+        yield Path(found)
+
+
+def killed(setting: Setting, count: int) -> list[Case]:
+    found = [kill_once(OURS, setting, draw(OURS, setting, number)) for number in range(count)]
+    return [case for case in found if case is not None]
+
+
+def test_a_random_kill_leaves_the_old_or_the_new_checkpoint_and_the_next_save_works(folder: Path) -> None:
+    cases = killed(Setting(folder, ranks=2, seed=1, scale=1), 6)
+    assert [case for case in cases if case.is_bad] == []
+    assert len(cases) >= 4, "most kills strike"
+    assert {case.group for case in cases} == {"committer", "trainer"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_many_random_kills(folder: Path, ranks: int) -> None:
+    cases = killed(Setting(folder, ranks=ranks, seed=2), 60)
+    assert [case for case in cases if case.is_bad] == []
+    assert {case.outcome for case in cases} == {"old", "new"}
+
+
+def test_the_same_number_draws_the_same_kill(folder: Path) -> None:
+    one, other = Setting(folder, 4, seed=1), Setting(folder, 4, seed=2)
+    assert [draw(OURS, one, n) for n in range(20)] == [draw(OURS, one, n) for n in range(20)]
+    assert [draw(OURS, one, n) for n in range(20)] != [draw(OURS, other, n) for n in range(20)]
+    assert {draw(OURS, one, n).rank for n in range(40)} == {0, 1, 2, 3}
+    assert {draw(OURS, one, n).role for n in range(40)} == set(OURS.roles)
+
+
+# -- what does it wrong is found -----------------------------------------------------------------------------------------
+
+
+def test_a_library_that_tears_is_found_silently_wrong(folder: Path) -> None:
+    case = kill_once(TEARING, Setting(folder, ranks=1, seed=1, scale=1), Draw(0, "committer", 0, 3, 0.5))
+    assert case is not None
+    assert case.outcome == "silently wrong"
+    assert "step 2 of job 0" in case.detail
+    assert "step 3 of job 0" in case.detail
+
+
+def test_a_library_that_waits_for_the_dead_is_found_hanging(folder: Path) -> None:
+    setting = Setting(folder, ranks=2, seed=1, scale=1, limit_s=2.0)
+    case = kill_once(HANGING, setting, Draw(0, "trainer", 1, 3, 0.4))
+    assert case is not None
+    assert (case.outcome, case.next_save) == ("hang", "")
+    assert "rank 0 had not returned 2 s after" in case.detail
+    assert "in _without_limit" in case.detail
+
+
+def test_one_kill_is_repeated_alone_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "save --contestant bad_contestants:TEARING,no_such_module:X --ranks 1 --scale 1 --only 3 --json --where"
+    assert main([*line.split(), str(folder)]) == 0, "what is found bad is not ours"
+    report = from_json(capsys.readouterr().out)
+    (one,) = report.tallies
+    assert (one.contestant, sum(one.counts.values())) == ("bad_contestants:TEARING", 1)
+    assert [case.number for case in one.bad] in ([], [3])
+    assert report.absent == {"no_such_module:X": "No module named 'no_such_module'"}
+    assert list(folder.iterdir()) == []

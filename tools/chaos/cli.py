@@ -1,0 +1,154 @@
+"""`python -m tools.chaos power|save`: options in, tables on stdout, talk and progress on stderr, a record beside."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tools.bench import machine
+
+from . import conduct
+from .entrants import KILLED, POWER, is_known
+from .mounts import lacking, private_mounts
+from .records import Report, from_json, to_json
+from .table import render
+
+RESULTS = Path(__file__).with_name("results")
+OUTPUT = machine.REPOSITORY / "out" / "chaos"
+EPILOG = """examples:
+  python -m tools.chaos power                            500 states each of ours and two peers' disks, a quarter of an hour
+  python -m tools.chaos power --contestant elastickpt --states 5000 --seed 7
+  python -m tools.chaos save                             20 kills each; those that start processes take half a minute a kill
+  python -m tools.chaos save --kills 100 --contestant elastickpt,dcp,dcp-overwrite
+  python -m tools.chaos save --contestant tc --seed 1 --only 3
+  python -m tools.chaos show tools/chaos/results/FILE.json
+
+A contestant is one of those listed, or module:attribute, where an Entrant stands. Exit codes: 0 nothing of ours was found
+bad, 1 something was, 2 wrong usage, 4 not possible here, 130 interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: nothing of elastickpt's was found bad; 1: something was; 2, 4, 130: see `EPILOG`."""
+    parsed = parser().parse_args(arguments)
+    console, talk = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
+    if parsed.command == "show":
+        console.print(render(from_json(Path(parsed.file).read_text())))
+        return 0
+    if parsed.command == "power" and (why := lacking()):
+        talk.print(f"power cuts cannot be replayed here: {why}", markup=False)
+        return 4
+    if parsed.command == "power":
+        private_mounts()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _progress(talk) as advance:
+            report = _run(parsed, advance)
+    except KeyboardInterrupt:
+        talk.print("interrupted: nothing was left")
+        return 130
+    if parsed.json:
+        print(to_json(report), end="")
+    else:
+        console.print(render(report))
+    if parsed.only is None:
+        _leave(report, talk)
+    clean = all(one.is_clean for one in report.tallies if one.contestant.startswith("elastickpt"))
+    return 0 if clean else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(
+        prog="python -m tools.chaos",
+        description="Cut saves off, ours and the peers', and load what is left.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = found.add_subparsers(dest="command", required=True, metavar="power|save|show")
+    power = commands.add_parser("power", help="power cuts on a real ext4, every block write logged")
+    _common(power, POWER)
+    power.add_argument("--states", type=int, default=500, metavar="N", help="states of each contestant's disk; default 500")
+    power.add_argument("--saves", type=int, default=3, metavar="N", help="saves after a first one; default 3")
+    power.add_argument("--pause", type=float, default=0.0, metavar="S", help="between saves; ext4 syncs by itself every 5 s")
+    power.add_argument("--recording", metavar="FOLDER", help="use the recordings there; those that lack are left there")
+    save = commands.add_parser("save", help="one of several processes is killed in a save")
+    _common(save, KILLED)
+    save.add_argument("--kills", type=int, default=20, metavar="N", help="kills of each contestant; default 20")
+    save.add_argument("--limit", type=float, default=20.0, metavar="S", help="in which survivors must return; default 20")
+    save.add_argument("--scale", type=int, default=8, metavar="N", help="size of the state in units of 1.1 MB; default 8")
+    save.add_argument("--where", metavar="FOLDER", help="save there; default: on the disk that holds the repository")
+    show = commands.add_parser("show", help="print the tables of an earlier run")
+    show.add_argument("file")
+    return found
+
+
+def _common(found: argparse.ArgumentParser, contestants: Sequence[str]) -> None:
+    found.add_argument("--seed", type=int, default=1, metavar="S", help="of all that is drawn; default 1")
+    found.add_argument("--ranks", type=int, default=2, metavar="R", help="that save together; default 2")
+    found.add_argument(
+        "--contestant", type=_contestants, default=tuple(contestants), metavar="LIST", help=f"default: {','.join(contestants)}"
+    )
+    found.add_argument("--only", type=int, metavar="K", help="this state or kill alone; leaves no record")
+    found.add_argument("--json", action="store_true", help="the record on stdout instead of tables")
+
+
+def _contestants(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    for name in found:
+        if not is_known(name):
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(dict.fromkeys((*POWER, *KILLED)))}")
+    return found
+
+
+def _run(parsed: argparse.Namespace, advance: conduct.Advance) -> Report:
+    names: tuple[str, ...] = parsed.contestant
+    if parsed.command == "power":
+        recordings = Path(parsed.recording) if parsed.recording else None
+        cuts = conduct.Cuts(
+            parsed.states, parsed.seed, parsed.ranks, parsed.saves, parsed.pause, only=parsed.only, recordings=recordings
+        )
+        return _report("power", str(cuts), conduct.power_cuts(names, cuts, advance))
+    top = Path(parsed.where) if parsed.where else OUTPUT
+    top.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=top, prefix="kills-") as folder:
+        setting = conduct.Setting(Path(folder), parsed.ranks, parsed.seed, parsed.scale, parsed.limit)
+        numbers = range(parsed.kills) if parsed.only is None else (parsed.only,)
+        return _report("save", f"{len(numbers)} kills, {setting}", conduct.kill_matrix(names, setting, numbers, advance), top)
+
+
+def _report(kind: conduct.Kind, options: str, found: conduct.Found, place: Path | None = None) -> Report:
+    where = (machine.place_at(place),) if place else ()
+    today = datetime.date.today().isoformat()
+    return Report(kind, today, options, machine.describe(where), found.tallies, found.absent)
+
+
+def _leave(report: Report, talk: Console) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    record = RESULTS / f"{machine.free_stem(RESULTS, f'{report.date}-{report.kind}')}.json"
+    record.write_text(to_json(report))
+    talk.print(f"record: {record.relative_to(machine.REPOSITORY)}")
+
+
+@contextmanager
+def _progress(talk: Console) -> Iterator[conduct.Advance]:
+    """A bar on a terminal, else a line at each tenth."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, console=talk, disable=not talk.is_terminal) as bar:
+        task = bar.add_task("", total=1)
+
+        def advance(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+            if not talk.is_terminal and done % max(1, total // 10) == 0:
+                talk.print(f"{text}: {done} of {total}", markup=False, highlight=False)
+
+        yield advance

@@ -1,0 +1,109 @@
+"""What the ranks of a job do: train and save, over and over; and what a reader does: look at all that is there."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from . import ours as ours  # what readers are forked from has it then; the peers below, where they are installed
+from .contents import State, clear, empty_state, fill, held, mixture
+from .entrants import entrant
+from .events import Teller
+from .judge import Seen
+
+for _peer in ("peer_dcp", "peer_tc"):
+    with suppress(ImportError):
+        import_module(f"{__package__}.{_peer}")
+
+
+@dataclass(frozen=True, slots=True)
+class Saves:
+    """Which steps a job saves, in which folder, by whom.
+
+    `job`: 0, or 1 for the one that goes on after it; `pipe`: where it tells of it; `log`: the block log, "" without one;
+    `pause_s`: what training takes between two saves; `scale`: of the state.
+    """
+
+    contestant: str
+    folder: str
+    steps: tuple[int, ...]
+    pipe: str
+    log: str = ""
+    job: int = 0
+    pause_s: float = 0.0
+    scale: int = 1
+
+
+def train_and_save(rank: int, world_size: int, plan: Saves) -> str:
+    """Save each step and tell of it; an error of a save ends it, and is returned."""
+    teller = Teller(Path(plan.pipe), rank, Path(plan.log) if plan.log else None)
+    state = _state(rank, world_size, plan.scale)
+    contestant = entrant(plan.contestant).make(Path(plan.folder))
+    step = 0
+    try:
+        for step in plan.steps:
+            _train(state, step, plan.job)
+            teller.tell("begun", step)
+            finish = contestant.save(state, step)
+            fill(state, step + 1, plan.job)  # training goes on: nothing of it belongs to this step's checkpoint
+            finish()
+            teller.tell("acknowledged", step)
+            time.sleep(plan.pause_s)
+    except BaseException:  # a CheckpointException of torch is no Exception
+        teller.tell("failed", step)
+        return traceback.format_exc(limit=-3)
+    finally:
+        teller.tell("ended", step)
+    return ""
+
+
+def look(rank: int, world_size: int, contestant_name: str, folder: str, scale: int) -> tuple[Seen, ...]:
+    """Load everything that a user would take for a checkpoint; never raises what a load raises."""
+    state = _state(rank, world_size, scale)
+    contestant = entrant(contestant_name).make(Path(folder))
+    found = []
+    for place, said in contestant.places():
+        clear(state)
+        try:
+            contestant.load(state, place)
+        except BaseException as error:
+            found.append(Seen(place, "error", detail=_told(error)))
+            continue
+        whose = held(state)
+        if whose is None:
+            found.append(Seen(place, "wrong", detail=mixture(state)))
+        elif said not in (None, whose[0]):
+            found.append(Seen(place, "wrong", *whose, detail=f"said to be step {said}, holds step {whose[0]}"))
+        else:
+            found.append(Seen(place, "whole", *whose))
+    return tuple(found)
+
+
+def _train(state: State, step: int, job: int) -> None:
+    """One step of what any data-parallel job does: all ranks meet, then all hold the step's values."""
+    loss = torch.tensor(float(step))
+    distributed.all_reduce(loss)
+    fill(state, step, job)
+
+
+def _state(rank: int, world_size: int, scale: int) -> State:
+    """Also what torchrun sets, for libraries that ask for it."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return empty_state(init_device_mesh("cpu", (world_size,)), scale)
+
+
+def _told(error: BaseException) -> str:
+    """Its type and what it says, of several lines the last one: some errors carry whole tracebacks of others."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:300]

@@ -1,0 +1,208 @@
+"""One process of a job that saves over and over is killed at a random moment of a save; what is left is judged by loading it.
+
+A kill is drawn from (seed, contestant, number): whom, in which save, at which share of the time that the save before it took.
+The same number draws the same kill again; where in the save it strikes is up to the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+from elastickpt.errors import CheckpointError
+from elastickpt.testing.ranks import Outcome as Ended
+from elastickpt.testing.ranks import Ranks, run_ranks, spawn_ranks
+
+from .entrants import Entrant, Role
+from .events import Event, Watcher
+from .job import Saves, look, train_and_save
+from .judge import Judgement, Seen, judge, promised
+from .processes import helpers_of, orphans_ended
+from .records import Case
+
+STEPS = (1, 2, 3, 4, 5)
+STRUCK = (3, 4)  # the saves in which kills fall: some stand before them, and training goes on behind
+LATEST = 1.1  # of a save's time: a tenth of the kills comes after it
+START_LIMIT_S = 90.0  # for a job to come to the save that it is killed in; some start a process for each rank first
+READER_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`folder` on the file system that is saved to; `limit_s`: how long after the kill survivors have to return."""
+
+    folder: Path
+    ranks: int
+    seed: int
+    scale: int = 8
+    limit_s: float = 20.0
+    settle_s: float = 3.0
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, {self.ranks} ranks, {self.scale * 1.1:.1f} MB, survivors have {self.limit_s:g} s to return"
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One kill. `share`: of the save's usual time, after it has begun."""
+
+    number: int
+    role: Role
+    rank: int
+    step: int
+    share: float
+
+    def __str__(self) -> str:
+        whom = f"a helper of rank {self.rank}" if self.role == "helper" else f"rank {self.rank}"
+        return f"{whom} killed at {self.share:.0%} of the save of step {self.step}"
+
+
+def draw(entrant: Entrant, setting: Setting, number: int) -> Draw:
+    """The kill of that number."""
+    chance = random.Random(f"{setting.seed}/{entrant.name}/{number}")
+    role = chance.choice([role for role in entrant.roles if role != "trainer" or setting.ranks > 1])
+    rank = {"committer": 0, "trainer": chance.randrange(1, max(2, setting.ranks))}.get(role, chance.randrange(setting.ranks))
+    return Draw(number, role, rank, chance.choice(STRUCK), chance.uniform(0, LATEST))
+
+
+def kill_once(entrant: Entrant, setting: Setting, kill: Draw) -> Case | None:
+    """The kill, its judgement, and the next save; None where it came too late to strike. Blocks: 1 s to a minute.
+
+    Raises RuntimeError where the contestant cannot save at all.
+    """
+    with tempfile.TemporaryDirectory(dir=setting.folder, prefix=f"kill-{kill.number}-") as top:
+        place = Place(Path(top), entrant, setting)
+        with _Job(place, STEPS) as job:
+            with orphans_ended(setting.settle_s):
+                struck = _strike(job, kill)
+                late = job.await_survivors(kill, setting.limit_s)
+                ended = job.ranks.wait()
+            begun, acknowledged = job.steps()
+        if not struck or (kill.role != "helper" and ended[kill.rank].status != -signal.SIGKILL):
+            return None
+        found = place.look()
+        judgement = judge(found, promised(begun, acknowledged, entrant.keeps))
+        if late and judgement.outcome not in ("silently wrong", "lost"):
+            judgement = Judgement(
+                "hang", f"{_ranks(late)} had not returned {setting.limit_s:g} s after: {_stack(ended[late[0]])}"
+            )
+        newest = max((seen.step or 0 for seen in found or () if seen.verdict == "whole"), default=0)
+        return Case(kill.number, kill.role, str(kill), judgement.outcome, judgement.detail, _next_save(place, newest + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one kill takes place: a folder of its own."""
+
+    top: Path
+    entrant: Entrant
+    setting: Setting
+
+    @property
+    def folder(self) -> str:
+        """Where the contestant saves."""
+        found = self.top / "checkpoints"
+        found.mkdir(exist_ok=True)
+        return str(found)
+
+    def look(self) -> tuple[Seen, ...] | None:
+        """What a fresh process finds; None if it hangs or dies."""
+        try:
+            (seen,) = run_ranks(look, 1, self.entrant.name, self.folder, self.setting.scale, timeout_s=READER_LIMIT_S)
+        except CheckpointError:
+            return None
+        return cast("tuple[Seen, ...]", seen)
+
+
+class _Job:
+    """Ranks that save, watched; `number`: 0, or 1 for those that go on after it. As a context it ends with the ranks."""
+
+    def __init__(self, place: Place, steps: tuple[int, ...], number: int = 0) -> None:
+        pipe = place.top / f"pipe-{number}"
+        self.watcher = Watcher(pipe)
+        setting = place.setting
+        plan = Saves(place.entrant.name, place.folder, steps, str(pipe), job=number, scale=setting.scale)
+        self.ranks: Ranks = spawn_ranks(train_and_save, setting.ranks, plan, timeout_s=START_LIMIT_S + setting.limit_s)
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.ranks.__exit__(kind, error, trace)
+        self.watcher.close()
+
+    def at(self, kind: str, step: int) -> float:
+        """When rank 0 told of it."""
+        self.watcher.take()
+        return next(event.at for event in self.watcher.seen if (event.rank, event.kind, event.step) == (0, kind, step))
+
+    def steps(self) -> tuple[list[int], list[int]]:
+        """The steps whose saves have begun on any rank, and those that rank 0 was told are saved."""
+        self.watcher.take()
+        seen: list[Event] = self.watcher.seen
+        begun = [event.step for event in seen if event.kind == "begun"]
+        return begun, [event.step for event in seen if event.kind == "acknowledged" and event.rank == 0]
+
+    def await_survivors(self, kill: Draw, limit_s: float) -> list[int]:
+        """Those that did not return; they have been told to dump their stacks and end."""
+        dead = set() if kill.role == "helper" else {kill.rank}
+        survivors = frozenset(set(range(len(self.ranks.pids))) - dead)
+        if self.watcher.wait("ended", survivors, None, time.monotonic() + limit_s):
+            return []
+        ended = {event.rank for event in self.watcher.seen if event.kind == "ended"}
+        late = sorted(survivors - ended)
+        for rank in late:
+            self.ranks.send_signal(rank, signal.SIGABRT)
+        return late
+
+
+def _strike(job: _Job, kill: Draw) -> bool:
+    """Waits for the moment and kills; whether there was somebody to kill."""
+    if not job.watcher.wait("begun", frozenset({0}), kill.step, time.monotonic() + START_LIMIT_S):
+        raise RuntimeError(f"no save of step {kill.step} has begun: {_failure(job.ranks.wait())}")
+    usual_s = job.at("acknowledged", kill.step - 1) - job.at("begun", kill.step - 1)
+    helpers = helpers_of(job.ranks.pids[kill.rank]) if kill.role == "helper" else []
+    time.sleep(max(0.0, job.at("begun", kill.step) + kill.share * usual_s - time.monotonic()))
+    if kill.role != "helper":
+        job.ranks.kill(kill.rank)
+        return True
+    for pid in helpers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(helpers)
+
+
+def _next_save(place: Place, step: int) -> str:
+    """Why a new job cannot save this step where the killed one stood, "" if it can and what it saved loads."""
+    with _Job(place, (step,), number=1) as job, orphans_ended(place.setting.settle_s):
+        job.watcher.wait("ended", frozenset(range(place.setting.ranks)), None, time.monotonic() + START_LIMIT_S)
+        if text := _failure(job.ranks.wait()):
+            return text
+    found = place.look() or ()
+    if any((seen.verdict, seen.step, seen.job) == ("whole", step, 1) for seen in found):
+        return ""
+    return f"step {step} was acknowledged; found: {'; '.join(f'{one.place} {one.verdict} {one.detail}' for one in found)}"[:400]
+
+
+def _failure(ended: tuple[Ended, ...]) -> str:
+    texts = [str(one.error) if one.error else str(one.value) for one in ended if one.error or one.value]
+    return texts[0].strip()[-400:] if texts else ""
+
+
+def _ranks(late: list[int]) -> str:
+    return f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
+
+
+def _stack(ended: Ended) -> str:
+    """Where it stood: the innermost lines of the thread that saves."""
+    threads = [text for text in ended.output.split("\n\n") if "in train_and_save" in text]
+    lines = [line.strip() for text in threads for line in text.splitlines() if line.lstrip().startswith("File ")]
+    return " < ".join(line.rpartition("/")[2] for line in lines[:4]) or "no stack"

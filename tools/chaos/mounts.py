@@ -1,0 +1,113 @@
+"""Loop devices and mounts, and why this machine cannot have them. Whoever mounts here unmounts before it goes on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_DETACH = 2
+MKFS = ("-q", "-F", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0")  # nothing of it is written later
+
+
+SCRATCH = "elastickpt-chaos-"  # what names of folders begin with in which there are mounts
+_NEW_NAMESPACE, _PRIVATE = 0x20000, 1 << 18 | 1 << 14
+_PR_SET_PDEATHSIG = 1
+
+
+class CannotMount(Exception):
+    """A file system that the kernel refuses: for a replayed image a finding."""
+
+
+def lacking() -> str | None:
+    """Why power cuts cannot be replayed here, or None."""
+    if os.geteuid() != 0:
+        return "not root"
+    for device in ("/dev/fuse", "/dev/loop-control"):
+        if not os.access(device, os.R_OK | os.W_OK):
+            return f"no {device}"
+    for tool in ("mkfs.ext4", "losetup"):
+        if shutil.which(tool) is None:
+            return f"no {tool}"
+    return _refused()
+
+
+def private_mounts() -> None:
+    """From now on what this process and those below it mount is theirs, and goes with the last of them, however that ends.
+
+    Raises OSError where the kernel refuses it.
+    """
+    if _LIBC.unshare(_NEW_NAMESPACE) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "mount namespace")
+    mount("none", Path("/"), "", flags=_PRIVATE)
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        target = line.split()[1]
+        if SCRATCH in target:  # of another one that runs now: its own unmounting must be the last
+            unmount(Path(target), _DETACH)
+
+
+def end_with_parent() -> None:
+    """This process is killed when the thread that started it ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def mount(source: str, target: Path, kind: str, options: str = "", flags: int = 0) -> None:
+    """mount(2). Raises OSError."""
+    if _LIBC.mount(source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def unmount(target: Path, flags: int = 0) -> None:
+    """umount(2): waits until what was written is on the device. Raises OSError."""
+    if _LIBC.umount2(os.fsencode(target), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def make_file_system(device: Path) -> None:
+    """An empty ext4 with a journal on the whole of `device`, a file or a block device."""
+    subprocess.run(["mkfs.ext4", *MKFS, str(device)], check=True, capture_output=True)
+
+
+@contextmanager
+def mounted(image: Path, folder: Path) -> Iterator[None]:
+    """`folder` is the ext4 in `image`, through a loop device that goes with the mount; its journal is replayed.
+
+    Raises CannotMount where the kernel refuses it.
+    """
+    device = _attach(image)
+    try:
+        mount(device, folder, "ext4")
+    except OSError as error:
+        raise CannotMount(f"{image.name}: {error.strerror}") from error
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)  # the kernel keeps it while it is mounted
+    try:
+        yield
+    finally:
+        try:
+            unmount(folder)
+        except OSError:
+            unmount(folder, _DETACH)  # somebody stands in it: it goes when they do
+
+
+def _attach(image: Path) -> str:
+    found = subprocess.run(["losetup", "-f", "--show", str(image)], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def _refused() -> str | None:
+    """Whether loop devices can be had: in containers the nodes exist and the kernel still says no."""
+    try:
+        subprocess.run(["losetup", "-f"], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        return f"no loop device: {error.stderr.strip()}"
+    return None
