@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy.ma  # noqa: F401 (numpy.unique imports it at its first use, in every fork anew)
 
 import elastickpt as ek
+from elastickpt.runs.branch import history
 
 from .contents import State
 from .entrants import Contestant, Entrant, Finish
 from .step_folders import StepFolders, nothing_left_to_wait_for
 
-SAVE, LOAD = ek.save, ek.load  # looked up here once, so that forks of this process need not import what is behind them
+SAVE, ASYNC_SAVE, LOAD, RUN = ek.save, ek.async_save, ek.load, ek.Run  # looked up here once, so that forks need not import them
+KEPT = 3
+RUN_OPTIONS = ek.RunOptions(signals={}, orphans_s=30.0, take_over=True)
+
+
+def loading(state: State, path: Path) -> None:
+    LOAD(state, path)
 
 
 def blocking(folder: Path) -> Contestant:
@@ -22,12 +29,59 @@ def blocking(folder: Path) -> Contestant:
         SAVE(state, path)
         return nothing_left_to_wait_for
 
-    def loading(state: State, path: Path) -> None:
-        LOAD(state, path)
+    return StepFolders(folder, saving, loading)
+
+
+def asynchronous(folder: Path) -> Contestant:
+    """`ek.async_save` into a folder for each step."""
+
+    def saving(state: State, path: Path) -> Finish:
+        return ASYNC_SAVE(state, path).result
 
     return StepFolders(folder, saving, loading)
 
 
+class InARun:
+    """`ek.Run`, with retention. What a user takes for checkpoints is what the run lists."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = folder / "run"
+        self._run: ek.Run | None = None
+
+    def save(self, state: State, step: int) -> Finish:
+        if self._run is None:
+            self._run = RUN(self._root, state, keep=ek.Keep(last=KEPT), options=RUN_OPTIONS)
+            held = {item: {name: tensor.clone() for name, tensor in part.items()} for item, part in state.items()}
+            self._run.restore()
+            for item, part in held.items():  # what is to be saved is what training has got to, not what was there
+                for name, tensor in part.items():
+                    state[item][name].copy_(tensor)
+        return self._run.save(step).result
+
+    def places(self) -> list[tuple[str, int | None]]:
+        if not (self._root / "commits").exists():
+            return []
+        return [(entry.folder, entry.step) for entry in reversed(history(self._root)) if entry.state == "live"]
+
+    def load(self, state: State, place: str) -> None:
+        LOAD(state, self._root / place)
+
+
 ENTRANTS = {
     "elastickpt": Entrant("elastickpt", ek.__version__, "ek.save, durability='power'; a folder for each step", blocking),
+    "elastickpt-async": Entrant(
+        "elastickpt-async",
+        ek.__version__,
+        "ek.async_save, durability='power'; a folder for each step",
+        asynchronous,
+        roles=("committer", "trainer", "helper"),
+    ),
+    "elastickpt-run": Entrant(
+        "elastickpt-run",
+        ek.__version__,
+        f"ek.Run, Keep(last={KEPT}), durability='power'",
+        InARun,
+        keeps=KEPT,
+        roles=("committer", "trainer", "helper"),
+    ),
 }
