@@ -20,6 +20,7 @@ from elastickpt.layout.algebra import intersect
 from elastickpt.layout.coverage import prove_box_coverage
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.load.opened import Opened
+from elastickpt.storage.store import Caching
 
 UNIT_NBYTES = 1 << 20
 
@@ -29,11 +30,15 @@ Elements = NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides."""
+    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides.
+
+    `cache`: "spare" where nobody else on this host is known to want these bytes.
+    """
 
     record: ArrayRecord
     box: Box
     into: Elements
+    cache: Caching = "fill"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -169,7 +169,7 @@ class _Load:
         def plan() -> bytes:
             hosts = [host_elements(target.tensor) for target in binding.targets]
             wanted = [
-                Wanted(opened.records[target.spec.id], target.box, host)
+                Wanted(opened.records[target.spec.id], target.box, host, "spare" if target.held_alone else "fill")
                 for target, host in zip(binding.targets, hosts, strict=True)
             ]
             planned.append((hosts, plan_fetch(opened, wanted)))
