@@ -125,9 +125,9 @@ def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[Fr
         number = bisect_left(pieces.arrays, record.key)  # keys are sorted
         if number == len(pieces.arrays) or pieces.arrays[number] != record.key:
             raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
-        for place in pieces.of_array(number):
-            if intersect(box := pieces.box(place), within) is not None:
-                found.append((columns, pieces.piece_of(place, box)))
+        boxes = ((place, pieces.box(place)) for place in pieces.of_array(number))
+        hit = ((place, box) for place, box in boxes if intersect(box, within) is not None)
+        found.extend((columns, pieces.piece_of(place, box)) for place, box in hit)
     return found
 
 
