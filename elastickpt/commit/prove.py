@@ -25,12 +25,12 @@ def prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> t
     boxes: dict[str, list[Box]] = {record.key: [] for record in expected}
     owners: dict[str, list[int]] = {record.key: [] for record in expected}
     for columns in maps:
-        pieces = columns.pieces
+        pieces, stored = columns.pieces, columns.pieces.boxes()
         ends = np.searchsorted(pieces.array, np.arange(len(pieces.arrays) + 1)).tolist()
         for number, key in enumerate(pieces.arrays):
             if key not in boxes:
                 raise StructureConflict(f"writer {columns.writer} stored array {key}, which no rank announced")
-            boxes[key].extend(pieces.box(piece) for piece in range(ends[number], ends[number + 1]))
+            boxes[key].extend(stored[ends[number] : ends[number + 1]])
             owners[key].extend([columns.writer] * (ends[number + 1] - ends[number]))
     proven = []
     for record in sorted(expected, key=lambda record: record.key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import gt, sub
 
 from elastickpt.errors import Malformed
 
@@ -22,9 +23,8 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.stop):
             raise Malformed(f"box start has {len(self.start)} axes, its stop {len(self.stop)}")
-        for low, high in zip(self.start, self.stop, strict=True):
-            if not 0 <= low <= high:
-                raise Malformed(f"box [{self.start}, {self.stop}): expected 0 <= start <= stop on every axis")
+        if any(map(gt, self.start, self.stop)) or min(self.start, default=0) < 0:
+            raise Malformed(f"box [{self.start}, {self.stop}): expected 0 <= start <= stop on every axis")
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
@@ -37,7 +37,7 @@ class Box:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(high - low for low, high in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def count(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import add
 
 import numpy as np
@@ -53,10 +54,14 @@ class PieceColumns:
 
     def piece(self, piece: int) -> StoredPiece:
         """One piece as an object of its own."""
+        return self.piece_of(piece, self.box(piece))
+
+    def piece_of(self, piece: int, box: Box) -> StoredPiece:
+        """The same for who has its box already."""
         blocks = slice(int(self.checksum_start[piece]), int(self.checksum_start[piece + 1]))
         return StoredPiece(
             self.arrays[int(self.array[piece])],
-            self.box(piece),
+            box,
             int(self.file[piece]),
             int(self.offset[piece]),
             int(self.nbytes[piece]),
@@ -64,6 +69,13 @@ class PieceColumns:
             int(self.row_stride[piece]),
             tuple(self.checksums[blocks].tolist()),
         )
+
+    def boxes(self) -> list[Box]:
+        """The boxes of all pieces."""
+        start, shape, ends = self.start.tolist(), self.shape.tolist(), self.axis_start.tolist()
+        lows = [tuple(start[first:stop]) for first, stop in pairwise(ends)]
+        extents = [shape[first:stop] for first, stop in pairwise(ends)]
+        return [Box(low, tuple(map(add, low, extent))) for low, extent in zip(lows, extents, strict=True)]
 
     def objects(self) -> tuple[StoredPiece, ...]:
         """All pieces as objects: about 4 µs and 600 bytes each."""

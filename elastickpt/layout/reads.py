@@ -108,6 +108,10 @@ def plan_reads(
         if part is None:
             continue
         _check(piece, itemsize)
+        if part == piece.box == wanted:  # the usual case, at a fifth of the cost of finding the same out
+            blocks = (0, -(-piece.nbytes // block_nbytes))
+            reads.append(Read(number, blocks, 0, piece.nbytes, (Direct(part, 0, 0, piece.nbytes),)))
+            continue
         strides = c_strides(piece.box.shape, itemsize), c_strides(wanted.shape, itemsize)
         frames = _Frames(piece.box, wanted, itemsize, *strides)
         for first, stop, only in _ranges(frames, part, block_nbytes):

@@ -136,7 +136,7 @@ class _Fetching:
         file = self._files[unit.file]
         with file.lock:
             if file.reader is None:
-                file.reader = self._opened.store.open_reader(self._opened.where(unit.file))
+                file.reader = self._opened.store.open_reader(self._opened.where(unit.file), cache=unit.target.wanted.cache)
                 require_length(unit, file.reader.nbytes)
             return file.reader
 

@@ -20,6 +20,7 @@ from elastickpt.layout.algebra import intersect
 from elastickpt.layout.coverage import prove_box_coverage
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.load.opened import Opened
+from elastickpt.storage.store import Caching
 
 UNIT_NBYTES = 1 << 20
 
@@ -29,11 +30,15 @@ Elements = NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides."""
+    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides.
+
+    `cache`: "spare" where nobody else on this host is known to want these bytes.
+    """
 
     record: ArrayRecord
     box: Box
     into: Elements
+    cache: Caching = "fill"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,8 +125,9 @@ def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[Fr
         number = bisect_left(pieces.arrays, record.key)  # keys are sorted
         if number == len(pieces.arrays) or pieces.arrays[number] != record.key:
             raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
-        hit = (place for place in pieces.of_array(number) if intersect(pieces.box(place), within) is not None)
-        found.extend((columns, pieces.piece(place)) for place in hit)
+        boxes = ((place, pieces.box(place)) for place in pieces.of_array(number))
+        hit = ((place, box) for place, box in boxes if intersect(box, within) is not None)
+        found.extend((columns, pieces.piece_of(place, box)) for place, box in hit)
     return found
 
 

@@ -20,6 +20,7 @@ from elastickpt.load.agreement import encode_findings, joint_mismatches, mismatc
 from elastickpt.load.fetch import FetchReport, Verify, carry_out
 from elastickpt.load.opened import Opened, open_records
 from elastickpt.load.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
+from elastickpt.training.collection import collection_paused
 from elastickpt.training.group import Group, job_group
 from elastickpt.training.held import HeldArray
 from elastickpt.training.layouts import held_by_models
@@ -74,9 +75,10 @@ def load(
     NotACheckpoint, Unsupported, Damaged kinds, StorageFailed kinds, RankLost. An error while tensors are being filled says
     that the content of `state` is now undefined.
     """
-    group = job_group(process_group)
-    loading = _Load(group, team_of(group), path, strict, verify)
-    return loading.run(state, mesh)
+    with collection_paused():
+        group = job_group(process_group)
+        loading = _Load(group, team_of(group), path, strict, verify)
+        return loading.run(state, mesh)
 
 
 class _Load:
@@ -169,7 +171,7 @@ class _Load:
         def plan() -> bytes:
             hosts = [host_elements(target.tensor) for target in binding.targets]
             wanted = [
-                Wanted(opened.records[target.spec.id], target.box, host)
+                Wanted(opened.records[target.spec.id], target.box, host, "spare" if target.held_alone else "fill")
                 for target, host in zip(binding.targets, hosts, strict=True)
             ]
             planned.append((hosts, plan_fetch(opened, wanted)))

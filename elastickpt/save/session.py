@@ -33,6 +33,7 @@ from elastickpt.save.request import PlacementChoice, Request
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
+from elastickpt.training.collection import collection_paused
 from elastickpt.training.group import Group, job_group
 from elastickpt.training.memory import host_elements
 from elastickpt.writer.fragments import fragments_of
@@ -66,10 +67,11 @@ def save(
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
     StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
     """
-    group = job_group(process_group)
-    team = team_of(group)
-    request = Request(os.fspath(path), step, placement, durability)
-    return _Save(group, team, request).run(state, mesh)
+    with collection_paused():
+        group = job_group(process_group)
+        team = team_of(group)
+        request = Request(os.fspath(path), step, placement, durability)
+        return _Save(group, team, request).run(state, mesh)
 
 
 class _Save:

@@ -1,7 +1,7 @@
 """A blocking write of one rank's plan straight from its local tensors: nothing is staged.
 
-A unit is gathered into a cache-sized, page-congruent buffer, or taken in place where the memory already is fit. Memory beside
-the state: threads × UNIT_NBYTES.
+A unit that goes past the page cache is gathered into a cache-sized, page-congruent buffer, unless the memory is fit as it is;
+what is contiguous and goes through the cache is taken in place. Memory beside the state: threads × UNIT_NBYTES.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from elastickpt.save.gather import Bytes, Elements, flat_bytes, gather, part_of
-from elastickpt.storage.direct import address_of, aligned_buffer
+from elastickpt.storage.direct import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.store import Durability, Store
 from elastickpt.writer.carry import (
-    UNIT_NBYTES,
     Checksums,
     Target,
     make_durable,
@@ -84,14 +83,20 @@ class _Live:
         offset = piece.run.offset + start
         if flat is not None:
             data = flat[start:stop]
-            if stop - start < PAGE or (address_of(data.data) - offset) % PAGE == 0:
+            if stop - start < MIN_DIRECT_NBYTES or (address_of(data.data) - offset) % PAGE == 0:
                 return data
-        if not hasattr(self._buffers, "unit"):
-            self._buffers.unit = aligned_buffer(UNIT_NBYTES + PAGE)
         shift = offset % PAGE
-        into: Bytes = self._buffers.unit[shift : shift + stop - start]
+        into = self._buffer(shift + stop - start)[shift:]
         if flat is not None:
             np.copyto(into, flat[start:stop])
         else:
             gather(part, start, into)
         return into
+
+    def _buffer(self, nbytes: int) -> Bytes:
+        """This thread's page-aligned memory, so many bytes of it."""
+        found: Bytes | None = getattr(self._buffers, "unit", None)
+        if found is None or found.size < nbytes:
+            found = aligned_buffer(nbytes)
+            self._buffers.unit = found
+        return found[:nbytes]

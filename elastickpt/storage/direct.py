@@ -12,6 +12,7 @@ import numpy.typing as npt
 from elastickpt.storage.kernel import direct_alignment
 
 MIN_DIRECT_NBYTES = 1 << 20  # below this the edges and the extra call cost more than the copy into the page cache
+MIN_DIRECT_READ_NBYTES = 64 << 10  # of one read in a file of MIN_DIRECT_NBYTES; small files are read ahead whole
 
 
 def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:

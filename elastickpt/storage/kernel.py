@@ -83,6 +83,18 @@ def spread_below(path: str) -> None:
             os.close(descriptor)
 
 
+_CACHESTAT = 451  # the same number everywhere but on alpha
+_RANGE, _CACHED = ctypes.c_uint64 * 2, ctypes.c_uint64 * 5
+
+
+def cached_pages(descriptor: int, offset: int, nbytes: int) -> int | None:
+    """How many pages of a range of the file the page cache holds; None where the kernel does not say (before 6.5)."""
+    found = _CACHED()
+    if _libc().syscall(_CACHESTAT, descriptor, ctypes.byref(_RANGE(offset, nbytes)), ctypes.byref(found), 0) != 0:
+        return None
+    return int(found[0])
+
+
 @cache
 def syncfs_reports() -> bool:
     """Whether syncfs reports failed write-back: since Linux 5.8."""

@@ -15,7 +15,7 @@ from elastickpt.storage.failures import naming
 from elastickpt.storage.kernel import IN_MEMORY, file_system, spread_below, sync_file_system, syncfs_reports
 from elastickpt.storage.paths import ancestors_of, checked, checked_directory
 from elastickpt.storage.ranges import LocalReader, LocalWriter, demand_file, write_whole
-from elastickpt.storage.store import Capabilities, Entry, EntryKind
+from elastickpt.storage.store import Caching, Capabilities, Entry, EntryKind
 
 _SHARED_BY_HOSTS = frozenset({"lustre", "gpfs"})  # coherent for disjoint byte ranges; NFS and FUSE are not
 _TREE_SYNC = frozenset({"ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs"})  # where syncfs reports failed write-back
@@ -85,8 +85,9 @@ class LocalStore:
         self._anchor()
         return LocalWriter(self._full(path), nbytes, may_bypass_cache=self._file_system not in IN_MEMORY)
 
-    def open_reader(self, path: str) -> LocalReader:
-        return LocalReader(self._full(path))
+    def open_reader(self, path: str, *, cache: Caching = "fill") -> LocalReader:
+        bypass = cache == "spare" and self._file_system not in IN_MEMORY
+        return LocalReader(self._full(path), may_bypass_cache=bypass)
 
     def read(self, path: str, limit: int) -> bytes:
         reader = self.open_reader(path)
@@ -100,7 +101,12 @@ class LocalStore:
             reader.close()
 
     def size(self, path: str) -> int:
-        reader = self.open_reader(path)
+        full = self._full(path)
+        with naming("open to read", full):
+            found = os.lstat(full)
+            if stat.S_ISREG(found.st_mode):
+                return found.st_size
+        reader = self.open_reader(path)  # no file: opening it says what it is
         reader.close()
         return reader.nbytes
 

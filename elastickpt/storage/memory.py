@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from elastickpt.errors import CapabilityMissing, LimitExceeded, MissingFile, PathOccupied, WrongLength
 from elastickpt.storage.paths import ancestors_of, checked, checked_directory, parent_of
 from elastickpt.storage.ranges import as_bytes
-from elastickpt.storage.store import Capabilities, Entry
+from elastickpt.storage.store import Caching, Capabilities, Entry
 
 _CAPABILITIES = Capabilities(
     exclusive_create=True,
@@ -135,7 +135,7 @@ class MemoryStore:
         file.resize(nbytes)
         return MemoryWriter(file)
 
-    def open_reader(self, path: str) -> MemoryReader:
+    def open_reader(self, path: str, *, cache: Caching = "fill") -> MemoryReader:
         return MemoryReader(self._file(path), self._show(path))
 
     def read(self, path: str, limit: int) -> bytes:

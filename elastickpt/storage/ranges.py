@@ -8,8 +8,16 @@ import stat
 import threading
 
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed, Unsafe, WrongLength
-from elastickpt.storage.direct import MIN_DIRECT_NBYTES, DirectDescriptor, aligned_inside, open_direct
+from elastickpt.storage.direct import (
+    MIN_DIRECT_NBYTES,
+    MIN_DIRECT_READ_NBYTES,
+    DirectDescriptor,
+    aligned_buffer,
+    aligned_inside,
+    open_direct,
+)
 from elastickpt.storage.failures import naming
+from elastickpt.storage.kernel import cached_pages
 
 _LARGEST_CALL = 64 << 20  # bytes of one system call: a failing or killed writer stops within so much
 _NOT_DIRECT = (
@@ -128,13 +136,17 @@ class LocalWriter:
 
 
 class LocalReader:
-    """Reads ranges of one file, through the page cache.
+    """Reads ranges of one file, through the page cache; with `may_bypass_cache` past it what it does not hold.
 
-    O_DIRECT was measured not to pay for cold files (1.2-1.4 GB/s against 1.5-1.8 on ext4), and loses a warm cache.
+    1.8 GB on ext4 by two processes: as fast as the device both ways, with 0.65 s of CPU past the cache, 0.99 s through it,
+    and more where the cache must drop other pages first.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, may_bypass_cache: bool = False) -> None:
         self._path = path
+        self._lock = threading.Lock()
+        self._may_bypass_cache = may_bypass_cache
+        self._direct: DirectDescriptor | None = None
         with naming("open to read", path):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -149,8 +161,8 @@ class LocalReader:
 
     def read_into(self, offset: int, into: memoryview) -> None:
         into = as_bytes(into)
-        done = 0
         with naming("read", self._path):
+            done = self._read_direct(offset, into)
             while done < into.nbytes:
                 got = os.preadv(self._descriptor, [into[done:]], offset + done)
                 if got == 0:
@@ -159,7 +171,67 @@ class LocalReader:
                 done += got
 
     def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+            direct, self._direct = self._direct, None
         if descriptor >= 0:
             with naming("close", self._path):
                 os.close(descriptor)
+        if direct is not None:
+            with naming("close", self._path):
+                os.close(direct.descriptor)
+
+    def _direct_for(self, offset: int, nbytes: int) -> DirectDescriptor | None:
+        if nbytes < MIN_DIRECT_READ_NBYTES or self._nbytes < MIN_DIRECT_NBYTES or not self._may_bypass_cache:
+            return None
+        if cached_pages(self._descriptor, offset, nbytes) != 0:
+            return None
+        with self._lock:
+            if self._direct is None:
+                self._direct = open_direct(self._path, os.O_RDONLY, beside=self._descriptor)
+                self._may_bypass_cache = self._direct is not None
+            return self._direct
+
+    def _read_direct(self, offset: int, into: memoryview) -> int:
+        """Fills `into` from its start past the page cache, through aligned memory; how many bytes, perhaps none.
+
+        The page at either end is read whole, whoever wrote the rest of it.
+        """
+        direct = self._direct_for(offset, into.nbytes)
+        if direct is None:
+            return 0
+        buffer, done = _bounce(), 0
+        while done < into.nbytes:
+            shift = (offset + done) % direct.alignment
+            wanted = min(into.nbytes - done, buffer.nbytes - shift)
+            length = -(-(shift + wanted) // direct.alignment) * direct.alignment
+            try:
+                got = os.preadv(direct.descriptor, [buffer[:length]], offset + done - shift) - shift
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                self._may_bypass_cache = False
+                return done
+            if got <= 0:
+                return done
+            got = min(got, wanted)
+            into[done : done + got] = buffer[shift : shift + got]
+            done += got
+        return done
+
+
+_BOUNCE_NBYTES = (1 << 20) + (64 << 10)  # a unit of a load, wherever it begins in its first block of the device
+
+
+class _Bounce(threading.local):
+    buffer: memoryview | None = None
+
+
+_OF_THREAD = _Bounce()
+
+
+def _bounce() -> memoryview:
+    """This thread's aligned memory, which lives as long as the thread."""
+    if _OF_THREAD.buffer is None:
+        _OF_THREAD.buffer = aligned_buffer(_BOUNCE_NBYTES).data
+    return _OF_THREAD.buffer

@@ -12,7 +12,7 @@ from elastickpt.errors import CapabilityMissing, CheckpointError, LimitExceeded,
 from elastickpt.storage.failures import naming
 from elastickpt.storage.paths import checked, checked_directory
 from elastickpt.storage.ranges import as_bytes
-from elastickpt.storage.store import Capabilities, Entry, RangeWriter
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeWriter
 
 # How a protocol creates exclusively, by name: of the others some only look before they write, which is no promise.
 _CONDITIONAL_PUT = frozenset({"s3", "s3a", "gs", "gcs"})  # pipe_file(mode="create") is one conditional request
@@ -114,7 +114,7 @@ class FsspecStore:
         checked(path)
         raise self._missing("ranged_writes")
 
-    def open_reader(self, path: str) -> FsspecReader:
+    def open_reader(self, path: str, *, cache: Caching = "fill") -> FsspecReader:
         full = self._prefix + checked(path)
         with _naming("open to read", full):
             self._filesystem.invalidate_cache()

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 Durability = Literal["power", "process"]
 EntryKind = Literal["file", "directory", "other"]
+Caching = Literal["fill", "spare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,12 @@ class Store(Protocol):
     def open_writer(self, path: str, nbytes: int) -> RangeWriter:
         """A writer of the file, created if need be; it has `nbytes` bytes from now on, unwritten ones read as zero."""
 
-    def open_reader(self, path: str) -> RangeReader:
-        """A reader of an existing file, else MissingFile."""
+    def open_reader(self, path: str, *, cache: Caching = "fill") -> RangeReader:
+        """A reader of an existing file, else MissingFile.
+
+        `cache` is a hint to stores below which the system keeps what was read: "spare" for bytes that nobody on this host
+        is known to want again soon. What is kept already is taken from there in both cases.
+        """
 
     def read(self, path: str, limit: int) -> bytes:
         """The whole file. LimitExceeded, before anything is allocated, if it has more than `limit` bytes."""

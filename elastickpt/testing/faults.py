@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from elastickpt.storage.failures import storage_failure
-from elastickpt.storage.store import Capabilities, Entry, RangeReader, RangeWriter, Store
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store
 
 T = TypeVar("T")
 Mode = Literal["before", "after", "torn"]
@@ -150,8 +150,9 @@ class _Intercepted(ABC):
         act = _Act("open_writer", path, f"{nbytes} bytes", 0, lambda _: self._create_only(path))
         return _Writer(self, path, self._do(act, lambda: self._inner.open_writer(path, nbytes)))
 
-    def open_reader(self, path: str) -> RangeReader:
-        return _Reader(self, path, self._do(_Act("open_reader", path), lambda: self._inner.open_reader(path)))
+    def open_reader(self, path: str, *, cache: Caching = "fill") -> RangeReader:
+        act = _Act("open_reader", path)
+        return _Reader(self, path, self._do(act, lambda: self._inner.open_reader(path, cache=cache)))
 
     def read(self, path: str, limit: int) -> bytes:
         return self._do(_Act("read", path), lambda: self._inner.read(path, limit))

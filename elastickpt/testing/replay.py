@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.storage.store import Capabilities, Entry, RangeReader, RangeWriter
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter
 
 T = TypeVar("T")
 Verb = Literal["directory", "create", "size", "write", "sync", "sync tree", "rename", "remove"]
@@ -64,8 +64,8 @@ class JournalStore:
         opened = self._do(Change("size", path, offset=nbytes), lambda: self._inner.open_writer(path, nbytes))
         return _Writer(self, opened, path)
 
-    def open_reader(self, path: str) -> RangeReader:
-        return self._inner.open_reader(path)
+    def open_reader(self, path: str, *, cache: Caching = "fill") -> RangeReader:
+        return self._inner.open_reader(path, cache=cache)
 
     def read(self, path: str, limit: int) -> bytes:
         return self._inner.read(path, limit)

@@ -50,6 +50,14 @@ class HeldArray:
                 f"this rank's local tensor has shape {tuple(self.tensor.shape)}"
             )
 
+    @property
+    def held_alone(self) -> bool:
+        """Whether no other rank is known to hold the same elements."""
+        if self.sharing == "placed":
+            axes = self.mesh.sizes if self.mesh is not None else ()
+            return not any(size > 1 and placement == "R" for size, placement in zip(axes, self.placements, strict=True))
+        return self.sharing == "declared" and len(self.replicas) == 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveState:

@@ -146,4 +146,4 @@ def test_a_name_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as stopped:
         main(["save", "--contestant", "elastickpt,dpc"])
     assert stopped.value.code == 2
-    assert "'dpc' is none of elastickpt, dcp" in capsys.readouterr().err
+    assert "'dpc' is none of elastickpt, elastickpt-async" in capsys.readouterr().err

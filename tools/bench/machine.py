@@ -52,10 +52,14 @@ def place_at(folder: Path) -> Place:
     return Place(kind, str(folder / f"elastickpt-bench-{os.getpid()}"), kind)
 
 
+def free_nbytes(job: Job) -> int:
+    """What is free now where the job's folder will be."""
+    return shutil.disk_usage(Path(job.place.folder).parent).free
+
+
 def lacking_space(job: Job) -> str | None:
     """Why the job does not fit into this machine now, or None."""
-    folder = Path(job.place.folder).parent
-    needed, free = disk_nbytes(job), shutil.disk_usage(folder).free
+    needed, free = disk_nbytes(job), free_nbytes(job)
     if needed > free:
         return f"needs {needed / 1e9:.1f} GB in {job.place.name}, {free / 1e9:.1f} GB are free"
     memory = memory_nbytes(job) + (0 if job.place.has_device else needed)

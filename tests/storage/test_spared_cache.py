@@ -1,0 +1,145 @@
+"""Reads that spare the page cache: the same bytes, from where they are, whatever part of them the cache holds."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from elastickpt.errors import StorageFailed, WrongLength
+from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
+from elastickpt.format.box import Box
+from elastickpt.storage import kernel, ranges
+from elastickpt.storage.local import LocalStore
+from elastickpt.training.held import HeldArray
+
+MIB = 1 << 20
+NBYTES = 3 * MIB + 1000
+DATA = np.random.default_rng(7).integers(0, 256, NBYTES, dtype=np.uint8).tobytes()
+
+
+class Calls:
+    """`os.preadv` that records which descriptors were direct, may take fewer bytes, or fail on the direct ones."""
+
+    def __init__(self, *, error: int = 0, at_most: int = NBYTES) -> None:
+        self.error, self.at_most = error, at_most
+        self.directs: list[bool] = []
+
+    def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        with open(f"/proc/self/fdinfo/{descriptor}") as said:
+            direct = bool(int(said.read().split("flags:")[1].split()[0], 8) & os.O_DIRECT)
+        self.directs.append(direct)
+        if direct and self.error:
+            raise OSError(self.error, os.strerror(self.error))
+        return REAL_PREADV(descriptor, [buffers[0][: self.at_most]], offset)
+
+
+REAL_PREADV = os.preadv
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Holds `file`, of which nothing is in the page cache."""
+    (tmp_path / "file").write_bytes(DATA)
+    with open(tmp_path / "file", "rb") as file:
+        if kernel.file_system(str(tmp_path)) in kernel.IN_MEMORY or not kernel.direct_alignment(file.fileno()):
+            pytest.skip("needs O_DIRECT at the temporary folder")
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if kernel.cached_pages(file.fileno(), 0, NBYTES) != 0:
+            pytest.skip("needs a kernel that says what its page cache holds, and lets go of it")
+    return LocalStore(tmp_path)
+
+
+def read(store, monkeypatch, calls, *reads):
+    monkeypatch.setattr(ranges.os, "preadv", calls)
+    with closing(store.open_reader("file", cache="spare")) as reader:
+        for start, stop in reads:
+            into = bytearray(stop - start)
+            reader.read_into(start, memoryview(into))
+            assert into == DATA[start:stop]
+    return calls.directs
+
+
+@pytest.mark.parametrize("start", [0, 1, 511, 4096, 5000, MIB - 1])
+@pytest.mark.parametrize("stop", [MIB + 64 * 1024, 2 * MIB, 2 * MIB + 4097, NBYTES - 1, NBYTES])
+def test_any_range_arrives_whole_and_stays_out_of_the_cache(store, tmp_path, monkeypatch, start, stop):
+    assert set(read(store, monkeypatch, Calls(), (start, stop))) == {True}
+    with open(tmp_path / "file", "rb") as file:
+        assert kernel.cached_pages(file.fileno(), 0, NBYTES) == 0
+
+
+def test_what_the_cache_holds_is_taken_from_there(store, tmp_path, monkeypatch):
+    with open(tmp_path / "file", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+        os.pread(file.fileno(), 4096, 2 * MIB)
+    assert set(read(store, monkeypatch, Calls(), (MIB, 3 * MIB))) == {False}
+
+
+def test_bytes_not_yet_on_the_device_are_read(store, tmp_path, monkeypatch):
+    with open(tmp_path / "file", "r+b") as file:
+        file.seek(MIB)
+        file.write(DATA[MIB : 2 * MIB][::-1])
+    monkeypatch.setattr(ranges.os, "preadv", Calls())
+    with closing(store.open_reader("file", cache="spare")) as reader:
+        into = bytearray(NBYTES)
+        reader.read_into(0, memoryview(into))
+    assert into == DATA[:MIB] + DATA[MIB : 2 * MIB][::-1] + DATA[2 * MIB :]
+
+
+def test_small_ranges_go_through_the_cache(store, monkeypatch):
+    assert set(read(store, monkeypatch, Calls(), (0, ranges.MIN_DIRECT_READ_NBYTES - 1))) == {False}
+
+
+def test_a_reader_that_is_asked_for_nothing_special_fills_the_cache(store, monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(ranges.os, "preadv", calls)
+    assert store.read("file", NBYTES) == DATA
+    assert set(calls.directs) == {False}
+
+
+@pytest.mark.parametrize("at_most", [700, 4096 * 3, MIB // 2 + 512, 700_001])
+def test_short_reads_are_continued(store, monkeypatch, at_most):
+    assert True in read(store, monkeypatch, Calls(at_most=at_most), (1, NBYTES - 1))
+
+
+def test_a_refused_direct_read_is_done_through_the_cache_and_not_tried_again(store, monkeypatch):
+    assert read(store, monkeypatch, Calls(error=errno.EINVAL), (0, MIB), (MIB, 2 * MIB)) == [True, False, False]
+
+
+def test_a_direct_read_that_fails_otherwise_is_an_error(store, monkeypatch):
+    monkeypatch.setattr(ranges.os, "preadv", Calls(error=errno.EIO))
+    with closing(store.open_reader("file", cache="spare")) as reader, pytest.raises(StorageFailed, match=r"read .*file"):
+        reader.read_into(0, memoryview(bytearray(2 * MIB)))
+
+
+def test_a_range_beyond_the_end_says_what_it_expected_and_found(store):
+    said = pytest.raises(WrongLength, match=rf"file: expected at least {NBYTES + 1} bytes, found {NBYTES}")
+    with closing(store.open_reader("file", cache="spare")) as reader, said:
+        reader.read_into(MIB, memoryview(bytearray(NBYTES + 1 - MIB)))
+
+
+# Who wants bytes once
+
+
+MESH = Mesh("mesh", ("replica", "shard"), (2, 2), (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("alone", "held"),
+    [
+        (False, {"sharing": "placed", "mesh": MESH, "placements": ("R", "S(0)")}),
+        (True, {"sharing": "placed", "mesh": MESH, "placements": ("S(0)", "_S(0)")}),
+        (True, {"sharing": "placed", "mesh": Mesh("m", ("a", "b"), (1, 4), (0, 1, 2, 3)), "placements": ("R", "S(0)")}),
+        (True, {"sharing": "declared", "replicas": (3,)}),
+        (False, {"sharing": "declared", "replicas": (0, 3)}),
+        (False, {"sharing": "undeclared"}),
+    ],
+)
+def test_an_array_is_held_alone_where_no_replica_of_it_is_known(alone, held):
+    spec = ArraySpec(ArrayId("params", "model", "w", "value"), (4,), "float32")
+    assert HeldArray(spec, Box((0,), (2,)), torch.zeros(2), "parameter", **held).held_alone is alone
