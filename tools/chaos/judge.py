@@ -8,7 +8,7 @@
 | error | something stands where checkpoints stand, was never acknowledged, and does not load |
 | new | the save that was cut off is there, whole |
 | old | it is absent, and what was there before is whole |
-| does not mount | the file system itself is gone |
+| does not mount | the file system itself is gone, after e2fsck too |
 
 The first that applies, in this order, is the outcome.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _DETACH = 2
+_TORN = (errno.EBADMSG, errno.EUCLEAN)
 MKFS = ("-q", "-F", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0")  # nothing of it is written later
 
 
@@ -32,7 +34,7 @@ def lacking() -> str | None:
     for device in ("/dev/fuse", "/dev/loop-control"):
         if not os.access(device, os.R_OK | os.W_OK):
             return f"no {device}"
-    for tool in ("mkfs.ext4", "losetup"):
+    for tool in ("mkfs.ext4", "e2fsck", "losetup"):
         if shutil.which(tool) is None:
             return f"no {tool}"
     return _refused()
@@ -81,11 +83,18 @@ def make_file_system(device: Path) -> None:
 def mounted(image: Path, folder: Path) -> Iterator[None]:
     """`folder` is the ext4 in `image`, through a loop device that goes with the mount; its journal is replayed.
 
-    Raises CannotMount where the kernel refuses it.
+    A file system whose superblock was torn is repaired first, as whoever starts that machine would. Raises CannotMount where
+    the kernel refuses it all the same.
     """
     device = _attach(image)
     try:
-        mount(device, folder, "ext4")
+        try:
+            mount(device, folder, "ext4")
+        except OSError as error:
+            if error.errno not in _TORN:
+                raise
+            subprocess.run(["e2fsck", "-f", "-y", device], check=False, capture_output=True)
+            mount(device, folder, "ext4")
     except OSError as error:
         raise CannotMount(f"{image.name}: {error.strerror}") from error
     finally:
