@@ -6,6 +6,7 @@ ends when told, or after the trainer by the rule of `messages` (5).
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import queue
@@ -62,6 +63,7 @@ def main(descriptor: int) -> None:
     for number in _DEAF:
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")  # holds no folder of the job's
+    gc.disable()  # a plan is many objects that all live to its end: looked through between two tasks, not again and again
     _Process(Wire(socket.socket(fileno=descriptor))).run()
     os._exit(0)  # without joining threads that wait for a device
 
@@ -217,6 +219,7 @@ class _Process:
             del task  # its arena may be given up before the next one comes
             with suppress(PeerGone):
                 self._wire.send(answer)
+            gc.collect()
 
     def _answer(self, task: _Task) -> Done | Failed:
         job = task.write.job
