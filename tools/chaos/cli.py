@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _progress(talk) as advance:
             report = _run(parsed, advance)
-    except KeyboardInterrupt:
-        talk.print("interrupted: nothing was left")
+    except (KeyboardInterrupt, OSError, EOFError) as error:
+        if not (isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)):
+            raise
+        talk.print("interrupted: nothing was left")  # what it was waiting for may have been interrupted too
         return 130
     if parsed.json:
         print(to_json(report), end="")
