@@ -17,17 +17,27 @@ from enum import StrEnum
 from elastickpt.commit.cases import Case, Verdict
 from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.draft import abort
+from elastickpt.commit.draft import CONTENTS, TOKEN, abort
 from elastickpt.commit.finish import publish, record, sync_name, sync_records
 from elastickpt.commit.handed import left_contents
 from elastickpt.commit.orders import Committed
 from elastickpt.commit.registers.epochs import Outcome, acknowledge, decide, superseded
 from elastickpt.commit.registers.folders import remove_folder
+from elastickpt.commit.registers.names import AttemptId
 from elastickpt.commit.registers.records import Abort, Commit
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_register
 from elastickpt.commit.states import Attempt, Event
-from elastickpt.errors import CheckpointError, MissingFile, NotAcknowledged, NotDurable, RankFailure, StorageFailed, Uncommitted
+from elastickpt.errors import (
+    CheckpointError,
+    MissingFile,
+    NoSpace,
+    NotAcknowledged,
+    NotDurable,
+    RankFailure,
+    StorageFailed,
+    Uncommitted,
+)
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
@@ -93,19 +103,37 @@ def settle(
 
 def give_up(store: Store, case: Case, report: tuple[RankFailure, ...], *, patience: Patience) -> Verdict:
     """Aborts the attempt for good, unless it is committed: what became of it. Blocking. Raises StorageFailed kinds: then it is
-    open, and nobody may rely on either."""
+    open, and nobody may rely on either; NotDurable and for a run what `settle` raises of a commit."""
     if case.register is None:
         abort(store, case.draft)
-        if look(store, case) is Standing.COMMITTED:
-            return _confirm(store, case, patience)
-        return report
-    reason = "; ".join(f"rank {one.rank} ({one.kind}): {one.message}" for one in report)
-    said = complete(decide(store, Abort(case.register, reason[:2000])))
-    if isinstance(said, Commit):
+        standing = look(store, case)
+    else:
+        standing = _abort_register(store, case, case.register, report)
+    if standing is Standing.COMMITTED:
         return _confirm(store, case, patience)
-    with suppress(CheckpointError):  # the next sweep removes what is left
-        complete(remove_folder(store, case.register))
+    if standing is Standing.OPEN:
+        raise StorageFailed(f"{case.where}: its draft {case.draft.folder} cannot be aborted: a committer may still commit it")
+    if case.register is not None:
+        with suppress(CheckpointError):  # the next sweep removes what is left
+            complete(remove_folder(store, case.register))
     return report
+
+
+def _abort_register(store: Store, case: Case, register: AttemptId, report: tuple[RankFailure, ...]) -> Standing:
+    """The register says abort, or what another said before. On a full disk the draft first gives up what no checkpoint holds:
+    room for a register, as its folder may go only behind that. [RUN-76]"""
+    reason = "; ".join(f"rank {one.rank} ({one.kind}): {one.message}" for one in report)[:2000]
+    try:
+        said = complete(decide(store, Abort(register, reason)))
+    except StorageFailed as error:
+        if (standing := look(store, case)) is not Standing.OPEN:
+            return standing  # it has its name, which alone failed to be synced
+        if not isinstance(error, NoSpace):
+            raise
+        for leftover in (TOKEN, CONTENTS):
+            store.remove(case.draft.path(leftover))
+        said = complete(decide(store, Abort(register, reason)))
+    return Standing.COMMITTED if isinstance(said, Commit) else Standing.ABORTED
 
 
 def _commit(
