@@ -9,8 +9,9 @@ import torch
 from trainer import BOUND_S
 
 from elastickpt.commit.cases import Case
+from elastickpt.commit.marks import marked
 from elastickpt.commit.settle import Standing, look
-from elastickpt.errors import StorageFailed
+from elastickpt.errors import StorageFailed, WriterLost
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import QUICK, Attempt, Job, Writer, seats
@@ -58,7 +59,7 @@ def test_a_committer_that_cannot_look_for_an_attestation_gives_the_attempt_up(tm
 def test_members_that_are_no_candidates_give_up_when_no_candidate_is_reached(tmp_path: Path, job: Job) -> None:
     """[SAVE-83]"""
     attempt = job.attempt(tmp_path / "c")
-    writers = threads(LocalStore(tmp_path), 5, Limits(succession_s=0.1))
+    writers = threads(LocalStore(tmp_path), 5, Limits(succession_s=0.1, silence_s=1.0))
     for writer in writers[:3]:
         writer.close(limit_s=0)
     submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (3, 4)]
@@ -70,3 +71,15 @@ def test_members_that_are_no_candidates_give_up_when_no_candidate_is_reached(tmp
 def test_members_that_are_no_candidates_hear_the_verdict(tmp_path: Path, job: Job) -> None:
     submissions = job.submit(job.attempt(tmp_path / "c"), threads(LocalStore(tmp_path), 5))
     assert len({one.decided.result(BOUND_S) for one in submissions}) == 1
+
+
+def test_closing_a_thread_that_writes_leaves_nobody_waiting(tmp_path: Path, job: Job) -> None:
+    attempt = job.attempt(tmp_path / "c")
+    writer, *others = threads(LocalStore(tmp_path), 5)
+    submission = writer.submit(job.members[0].staged(attempt), job.members[0].arena)
+    submission.result(BOUND_S)
+    writer.close(limit_s=0)  # no other member has come
+    assert isinstance(submission.decided.exception(BOUND_S), WriterLost)
+    assert attempt.draft.attempt not in marked(attempt.store.url)
+    for one in others:
+        one.close()
