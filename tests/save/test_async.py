@@ -234,6 +234,17 @@ def test_a_closed_saver_takes_nothing_more(tmp_path: Path) -> None:
     ek.async_save(state(), tmp_path / "d", options=THREAD).result(LIMIT_S)
 
 
+def test_the_end_of_a_process_waits_for_its_thread_that_writes(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, elastickpt as ek\n"
+        "options = ek.AsyncOptions(executor='thread')\n"
+        "ek.async_save({'t': torch.ones(8 << 20)}, sys.argv[1] + '/c', options=options)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ek.open(tmp_path / "c").verify().sound
+
+
 def test_a_save_that_is_under_way_when_the_process_ends_is_finished_by_its_writer(tmp_path: Path) -> None:
     code = (
         "import logging, sys, torch, elastickpt as ek\n"
