@@ -36,6 +36,7 @@ from elastickpt.errors import (
     NotDurable,
     RankFailure,
     StorageFailed,
+    Superseded,
     Uncommitted,
 )
 from elastickpt.format.digest import file_digest
@@ -59,6 +60,10 @@ class Patience:
 
     poll_s: float = 0.2
     limit_s: float = 60.0
+
+
+# Raised of an attempt that stands committed: it cannot be given up, and its sync is not repeated.
+STANDS = (NotAcknowledged, NotDurable, Superseded)
 
 
 def look(store: Store, case: Case) -> Standing:
@@ -90,8 +95,8 @@ def settle(
     if standing is Standing.OPEN:
         try:
             return _commit(store, case, contents, files, patience)
-        except NotDurable:
-            raise  # it is committed, and looking again makes it no more durable
+        except STANDS:
+            raise  # looking again makes it no more durable, and finds no other claim
         except CheckpointError:
             standing = look(store, case)  # another may have been first, which shows in any operation
             if standing is Standing.OPEN:
@@ -194,8 +199,12 @@ def _nbytes(arrays: tuple[ArrayRecord, ...]) -> int:
 
 def _confirm(store: Store, case: Case, patience: Patience) -> Committed:
     """What was committed by another committer, or by this one before it lost its memory; made durable, and acknowledged."""
-    data = store.read(f"{case.draft.name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
-    arrays = _indexed(store, case.draft.name, decode_manifest(data, path=MANIFEST))
+    try:
+        data = store.read(f"{case.draft.name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+        arrays = _indexed(store, case.draft.name, decode_manifest(data, path=MANIFEST))
+    except MissingFile:
+        _acknowledge(store, case, patience)  # swept by a newer claim, or removed since
+        raise
     committed = Committed(_nbytes(arrays), len(arrays), file_digest(data))
     if case.register is None:
         if case.durability == "power":

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.handed import find_attestation
-from elastickpt.commit.settle import Patience, give_up, settle
+from elastickpt.commit.settle import STANDS, Patience, give_up, settle
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.comms.frames import Frame, Kind
 from elastickpt.comms.team import BEAT_S, failure_of
-from elastickpt.errors import NotAcknowledged, NotDurable, RankFailure, RankLost, Superseded
+from elastickpt.errors import RankFailure, RankLost
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Store
 from elastickpt.writer.clients import Client, Clients
@@ -275,7 +275,8 @@ class Assembly:
         try:
             verdict = give_up(store, entry.case, report, patience=self._patience)
         except Exception as error:  # it is open still, unless it is committed: all are told what is known
-            verdict = self._report(error) if _is_final(error) else (*report, *self._report(error))
+            more = self._report(error)
+            verdict = more if isinstance(error, STANDS) else tuple(dict.fromkeys((*report, *more)))
             log.warning("%s: %s", entry.case.where, error)
         self._leave(lambda: self._decided(entry.case.key, verdict))
 
@@ -283,9 +284,7 @@ class Assembly:
         verdict: Verdict
         try:
             verdict = settle(store, entry.case, entry.contents(), files, patience=self._patience)
-        except Exception as error:
-            if not _is_final(error):
-                raise
+        except STANDS as error:
             verdict = self._report(error)
         self._leave(lambda: self._decided(entry.case.key, verdict))
 
@@ -337,8 +336,3 @@ class Assembly:
         entry = self._open.pop(key, None)
         if entry is not None:
             self._tell(key, verdict)
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the attempt stands committed although this was raised: it cannot be given up, and its sync is not repeated."""
-    return isinstance(error, NotAcknowledged | Superseded | NotDurable)
