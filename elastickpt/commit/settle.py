@@ -17,17 +17,28 @@ from enum import StrEnum
 from elastickpt.commit.cases import Case, Verdict
 from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.draft import abort
+from elastickpt.commit.draft import CONTENTS, TOKEN, abort
 from elastickpt.commit.finish import publish, record, sync_name, sync_records
 from elastickpt.commit.handed import left_contents
 from elastickpt.commit.orders import Committed
 from elastickpt.commit.registers.epochs import Outcome, acknowledge, decide, superseded
 from elastickpt.commit.registers.folders import remove_folder
+from elastickpt.commit.registers.names import AttemptId
 from elastickpt.commit.registers.records import Abort, Commit
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_register
 from elastickpt.commit.states import Attempt, Event
-from elastickpt.errors import CheckpointError, MissingFile, NotAcknowledged, NotDurable, RankFailure, StorageFailed, Uncommitted
+from elastickpt.errors import (
+    CheckpointError,
+    MissingFile,
+    NoSpace,
+    NotAcknowledged,
+    NotDurable,
+    RankFailure,
+    StorageFailed,
+    Superseded,
+    Uncommitted,
+)
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
@@ -49,6 +60,10 @@ class Patience:
 
     poll_s: float = 0.2
     limit_s: float = 60.0
+
+
+# Raised of an attempt that stands committed: it cannot be given up, and its sync is not repeated.
+STANDS = (NotAcknowledged, NotDurable, Superseded)
 
 
 def look(store: Store, case: Case) -> Standing:
@@ -80,8 +95,8 @@ def settle(
     if standing is Standing.OPEN:
         try:
             return _commit(store, case, contents, files, patience)
-        except NotDurable:
-            raise  # it is committed, and looking again makes it no more durable
+        except STANDS:
+            raise  # looking again makes it no more durable, and finds no other claim
         except CheckpointError:
             standing = look(store, case)  # another may have been first, which shows in any operation
             if standing is Standing.OPEN:
@@ -93,19 +108,37 @@ def settle(
 
 def give_up(store: Store, case: Case, report: tuple[RankFailure, ...], *, patience: Patience) -> Verdict:
     """Aborts the attempt for good, unless it is committed: what became of it. Blocking. Raises StorageFailed kinds: then it is
-    open, and nobody may rely on either."""
+    open, and nobody may rely on either; NotDurable and for a run what `settle` raises of a commit."""
     if case.register is None:
         abort(store, case.draft)
-        if look(store, case) is Standing.COMMITTED:
-            return _confirm(store, case, patience)
-        return report
-    reason = "; ".join(f"rank {one.rank} ({one.kind}): {one.message}" for one in report)
-    said = complete(decide(store, Abort(case.register, reason[:2000])))
-    if isinstance(said, Commit):
+        standing = look(store, case)
+    else:
+        standing = _abort_register(store, case, case.register, report)
+    if standing is Standing.COMMITTED:
         return _confirm(store, case, patience)
-    with suppress(CheckpointError):  # the next sweep removes what is left
-        complete(remove_folder(store, case.register))
+    if standing is Standing.OPEN:
+        raise StorageFailed(f"{case.where}: its draft {case.draft.folder} cannot be aborted: a committer may still commit it")
+    if case.register is not None:
+        with suppress(CheckpointError):  # the next sweep removes what is left
+            complete(remove_folder(store, case.register))
     return report
+
+
+def _abort_register(store: Store, case: Case, register: AttemptId, report: tuple[RankFailure, ...]) -> Standing:
+    """The register says abort, or what another said before. On a full disk the draft first gives up what no checkpoint holds:
+    room for a register, as its folder may go only behind that. [RUN-76]"""
+    reason = "; ".join(f"rank {one.rank} ({one.kind}): {one.message}" for one in report)[:2000]
+    try:
+        said = complete(decide(store, Abort(register, reason)))
+    except StorageFailed as error:
+        if (standing := look(store, case)) is not Standing.OPEN:
+            return standing  # it has its name, which alone failed to be synced
+        if not isinstance(error, NoSpace):
+            raise
+        for leftover in (TOKEN, CONTENTS):
+            store.remove(case.draft.path(leftover))
+        said = complete(decide(store, Abort(register, reason)))
+    return Standing.COMMITTED if isinstance(said, Commit) else Standing.ABORTED
 
 
 def _commit(
@@ -166,8 +199,12 @@ def _nbytes(arrays: tuple[ArrayRecord, ...]) -> int:
 
 def _confirm(store: Store, case: Case, patience: Patience) -> Committed:
     """What was committed by another committer, or by this one before it lost its memory; made durable, and acknowledged."""
-    data = store.read(f"{case.draft.name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
-    arrays = _indexed(store, case.draft.name, decode_manifest(data, path=MANIFEST))
+    try:
+        data = store.read(f"{case.draft.name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
+        arrays = _indexed(store, case.draft.name, decode_manifest(data, path=MANIFEST))
+    except MissingFile:
+        _acknowledge(store, case, patience)  # swept by a newer claim, or removed since
+        raise
     committed = Committed(_nbytes(arrays), len(arrays), file_digest(data))
     if case.register is None:
         if case.durability == "power":

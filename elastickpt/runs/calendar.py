@@ -97,9 +97,9 @@ class Calendar:
     def _pass_on(self, notice: Notice | None, now: float) -> None:
         """What this rank noticed reaches rank 0."""
         if notice is not None and self._member != 0 and not self._told_notice:
-            self._told_notice = True
             self._board.set(f"notice/{self._member}", str(notice.left_s(now)).encode())
             self._board.set("noticed", b"")
+            self._told_notice = True
 
     def _left_s(self, notice: Notice | None, now: float) -> dict[int, float]:
         left = {} if notice is None else {0: notice.left_s(now)}
@@ -112,11 +112,12 @@ class Calendar:
     def _decide(self, step: int, now: float, notice: Notice | None, measured: Measured, saves: Saves) -> None:
         if self._ending is not None:
             return
-        self._ending = decide_ending(
+        ending = decide_ending(
             self._left_s(notice, now), step=step, step_s=self._step_s, save_s=saves.took_s, due=self._published
         )
-        if self._ending is not None:
-            self._board.set(f"step/{self._ending.step}", b"last" if self._ending.saves else b"end")
+        if ending is not None:
+            self._board.set(f"step/{ending.step}", b"last" if ending.saves else b"end")
+            self._ending = ending  # it holds once it is published
             return
         interval = interval_s(self._rule, measured)
         if interval is None or saves.under_way:
@@ -129,8 +130,8 @@ class Calendar:
             published=self._published,
         )
         if later is not None:
-            self._published.add(later)
             self._board.set(f"step/{later}", b"save")
+            self._published.add(later)
 
     @property
     def ending(self) -> Ending | None:

@@ -13,8 +13,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -25,7 +25,7 @@ from elastickpt.commit.registers.epochs import Holding, claim, start
 from elastickpt.commit.registers.names import AttemptId, parse_id
 from elastickpt.commit.registers.records import Claimer
 from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_view
+from elastickpt.commit.registers.stored import list_commits, read_claim, read_view
 from elastickpt.comms.team import Team
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, StorageFailed
 from elastickpt.load.session import LoadReport, Strict, load
@@ -78,6 +78,17 @@ class Candidate:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What became of the candidates: the one that was taken, None where there were none; newer ones that were not; which of
+    them are known to be whole, or not. One that the store could not read now is known to be neither."""
+
+    taken: Candidate | None
+    report: LoadReport | None = None
+    skipped: tuple[Skipped, ...] = ()
+    verified: Mapping[AttemptId, bool] = field(default_factory=dict)
+
+
 class Restoring:
     """One call of `Run.restore` on one rank. All ranks go through the same rounds."""
 
@@ -86,21 +97,23 @@ class Restoring:
         self.holding: Holding | None = None  # of member 0, once it has claimed
 
     def claim(
-        self, by: Claimer, *, orphans_s: float, own: bool, take_over: bool, choice: Choice
+        self, by: Claimer, *, orphans_s: float, tokens: Collection[str], take_over: bool, choice: Choice
     ) -> tuple[int, tuple[Candidate, ...], tuple[Skipped, ...], tuple[str, ...]]:
         """The epoch, the candidates in the order in which they are to be tried, those that cannot be opened at all, notes.
 
-        `own`: this job holds the run, and rolls back. Raises, on all ranks alike, RunBusy, NotACheckpoint for a choice that is
-        not there, Superseded, StorageFailed kinds.
+        `tokens`, on member 0: of this job's earlier claims; if the newest claim is one of them nobody is asked: a rollback,
+        or a claim that came to no start. Raises, on all ranks alike, RunBusy, NotACheckpoint for a choice that is not there,
+        Superseded, StorageFailed kinds.
         """
         notes: list[str] = []
 
         def wait() -> bytes:
-            left = _wait_for_orphans(self._store, limit_s=0.0 if own else orphans_s)
+            left = _wait_for_orphans(self._store, limit_s=orphans_s)
             return bytes(msgpack.packb(left))
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             left = sum(int(msgpack.unpackb(payload)) for payload in payloads)
+            own = _is_held_by(self._store, tokens)
             if left and not own:
                 notes.append(f"{left} writers of an earlier job still work on the run; what they commit from now on is inert")
             if not own and not take_over:
@@ -118,26 +131,35 @@ class Restoring:
         return epoch, candidates, tuple(Skipped(*one) for one in broken), told
 
     def load_first(
-        self, state: Mapping[str, object], mesh: DeviceMesh | None, candidates: Sequence[Candidate], *, strict: Strict
-    ) -> tuple[Candidate | None, LoadReport | None, tuple[Skipped, ...]]:
-        """The first candidate that loads whole, on all ranks the same; None if there are none. Raises Damaged if none loads,
-        StateMismatch kinds."""
+        self,
+        state: Mapping[str, object],
+        mesh: DeviceMesh | None,
+        candidates: Sequence[Candidate],
+        broken: Sequence[Skipped],
+        *,
+        strict: Strict,
+    ) -> Loaded:
+        """The first candidate that loads whole, on all ranks the same; none if the run has no checkpoint. Raises Damaged if it
+        has some, `broken` ones that cannot be opened among them, and none loads; StateMismatch kinds."""
         skipped: list[Skipped] = []
-        first: Exception | None = None
+        verified: dict[AttemptId, bool] = {}
         for candidate in candidates:
             try:
-                return (
-                    candidate,
-                    load(state, candidate.path, process_group=self._group, mesh=mesh, strict=strict),
-                    tuple(skipped),
-                )
+                report = load(state, candidate.path, process_group=self._group, mesh=mesh, strict=strict)
             except (Damaged, NotACheckpoint, StorageFailed) as problem:
-                first = first or problem
                 skipped.append(Skipped(candidate.id.step, candidate.path, str(problem)))
+                if not isinstance(problem, StorageFailed):
+                    verified[candidate.id] = False
                 log.warning("%s: passed over: %s", candidate.path, problem)
-        if first is not None:
-            raise Damaged(f"{self._store.url}: none of {len(skipped)} checkpoints loads; the newest: {first}") from first
-        return None, None, ()
+            else:
+                newer = [one for one in broken if one.step > candidate.id.step]
+                return Loaded(candidate, report, _by_step([*newer, *skipped]), verified | {candidate.id: True})
+        bad = _by_step([*broken, *skipped])
+        if bad:
+            raise Damaged(
+                f"{self._store.url}: none of {len(bad)} checkpoints loads; the newest: {bad[0].path}: {bad[0].reason}"
+            )
+        return Loaded(None)
 
     def start(self, continued: AttemptId | None) -> None:
         """The live branch goes on from `continued`."""
@@ -168,6 +190,19 @@ def _wait_for_orphans(store: Store, *, limit_s: float) -> int:
             said = True
             log.info("%s: waiting at most %g s for %d writers of an earlier job", store.url, limit_s, left)
         time.sleep(POLL_S)
+
+
+def _is_held_by(store: Store, tokens: Collection[str]) -> bool:
+    """Whether the newest claim has one of these tokens."""
+    newest = complete(list_commits(store)).newest
+    try:
+        return newest > 0 and complete(read_claim(store, newest)).by.token in tokens
+    except Damaged:
+        return False
+
+
+def _by_step(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
+    return tuple(sorted(skipped, key=lambda one: -one.step))
 
 
 def _chosen(entries: Sequence[CommitEntry], choice: Choice, *, where: str) -> list[CommitEntry]:

@@ -13,28 +13,33 @@ run.close()
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastickpt.commit.registers.epochs import Holding
+from elastickpt.commit.registers.names import AttemptId
 from elastickpt.commit.registers.records import Metrics, metrics_of
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_claim
 from elastickpt.commit.teams import team_of
-from elastickpt.errors import CheckpointError, Refused, SaveSkipped, Superseded
+from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.format.digest import file_digest
 from elastickpt.load.session import Strict
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Measured
-from elastickpt.runs.events import Phase, RestoreEvent, SaveEvent
+from elastickpt.runs.ended import Ended
+from elastickpt.runs.events import Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices
 from elastickpt.runs.restoring import Choice, Restored, Restoring, claimer
@@ -47,7 +52,7 @@ from elastickpt.save.info import CheckpointInfo
 from elastickpt.save.saver import Saver
 from elastickpt.storage.opening import locate_for_saving, open_store, place_in
 from elastickpt.storage.store import Store
-from elastickpt.training.group import Group, job_group
+from elastickpt.training.group import job_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,10 +91,9 @@ class Run:
         self._upkeep = Upkeep(self._store, keep or Keep())
         self._notices = _notices(self._options)
         self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
-        self._calendar = Calendar(
-            _board(self._group, self._purpose), self._options.due, member=self._member, members=len(self._group.ranks)
-        )
+        self._calendar = self._calendar_of(epoch=0)
         self._trace = _trace(self._options.trace, self._group.rank)
+        self._tokens: tuple[str, ...] = ()  # of all claims of this job
         self._holding: Holding | None = None
         self._epoch = 0
         self._began = time.time()
@@ -100,6 +104,8 @@ class Run:
         self._last: CheckpointInfo | None = None
         self._ending = False
         self._closed = False
+        self._owner = os.getpid()
+        _OPEN.add(self)
 
     @property
     def root(self) -> str:
@@ -128,7 +134,8 @@ class Run:
         newest, `epoch` an abandoned one. What writers of an earlier job have staged is waited for, at most `orphans_s`.
 
         Raises, on all ranks alike: RunBusy if another job lives and is not to be taken over, StateMismatch, NotACheckpoint for
-        a step that is not there, Damaged if there are checkpoints and none of them loads, Superseded, StorageFailed kinds.
+        a step that is not there, Damaged if there are checkpoints and none of them loads, Superseded, StorageFailed kinds. Then
+        nothing can be saved before it was called again.
         """
         state = self._require_open()
         begun = time.monotonic()
@@ -140,24 +147,24 @@ class Run:
         if self._answering is not None:
             self._answering.answer_for(token)
             address = self._answering.address
-        by = claimer(address, token)
+        tokens, self._tokens = self._tokens, (*self._tokens, token)
         epoch_now, candidates, broken, notes = restoring.claim(
-            by, orphans_s=self._options.orphans_s, own=own, take_over=self._options.take_over, choice=Choice(step, epoch)
+            claimer(address, token),
+            orphans_s=0.0 if own else self._options.orphans_s,
+            tokens=tokens,
+            take_over=self._options.take_over,
+            choice=Choice(step, epoch),
         )
-        taken, report, skipped = restoring.load_first(state, self._mesh, candidates, strict=strict)
+        loaded = restoring.load_first(state, self._mesh, candidates, broken, strict=strict)
+        taken = loaded.taken
         restoring.start(None if taken is None else taken.id)
-        self._holding, self._epoch = restoring.holding, epoch_now
+        with self._changing:
+            self._holding, self._epoch, self._superseded = restoring.holding, epoch_now, None
         self._rollbacks += own
-        self._superseded = None
-        found = Restored(
-            0 if taken is None else taken.id.step,
-            None if taken is None else taken.path,
-            epoch_now,
-            (*broken, *skipped),
-            report,
-            notes,
-        )
-        self._tell_restored(found, begun, verified={c.id: c is taken for c in candidates[: len(skipped) + (taken is not None)]})
+        self._calendar = self._calendar_of(epoch=epoch_now)
+        at, path = (0, None) if taken is None else (taken.id.step, taken.path)
+        found = Restored(at, path, epoch_now, loaded.skipped, loaded.report, notes)
+        self._tell_restored(found, begun, verified=loaded.verified)
         return found
 
     def due(self, step: int) -> bool:
@@ -198,8 +205,8 @@ class Run:
         handle = self._saver.save(state, destination, mesh=self._mesh, durability=self._options.durability)
         with self._changing:
             self._under_way.add(handle)
-        staged = time.monotonic()
-        handle.add_done_callback(lambda ended: self._ended(ended, step, begun, staged))
+        staged, epoch = time.monotonic(), self._epoch
+        handle.add_done_callback(lambda ended: self._ended(ended, (step, epoch), begun, staged))
         return handle
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -238,8 +245,9 @@ class Run:
     # -- beside training -----------------------------------------------------------------------------------------------
 
     def _require_open(self) -> Mapping[str, object]:
-        if self._closed:
-            raise Refused(f"{self.root}: this run was closed")
+        if self._closed or os.getpid() != self._owner:
+            why = "this run was closed" if self._closed else "a run belongs to the process that made it"
+            raise Refused(f"{self.root}: {why}")
         if self._state is None:
             raise Refused(f"{self.root}: expected a state to save and restore, found none")
         return self._state
@@ -254,47 +262,36 @@ class Run:
             except CheckpointError:
                 log.warning("%s: still under way at a rollback, given up", handle.path)
 
-    def _ended(self, handle: SaveHandle, step: int, begun: float, staged: float) -> None:
-        ended = time.monotonic()
+    def _calendar_of(self, *, epoch: int) -> Calendar:
+        """A new one for each epoch: after a rollback what was published for later steps is out of date."""
+        board: Board = LocalBoard()
+        if self._group.handle is not None:
+            board = self._group.own_store(f"{self._purpose}/steps-{epoch}")
+        return Calendar(board, self._options.due, member=self._member, members=len(self._group.ranks))
+
+    def _ended(self, handle: SaveHandle, about: tuple[int, int], begun: float, staged: float) -> None:
         error = handle.exception()
         info = handle.result() if error is None else None
+        ended = Ended(*about, info, error, begun, staged, time.monotonic())
         with self._changing:
             self._under_way.discard(handle)
             self._last = info or self._last
-            if isinstance(error, Superseded):
+            if isinstance(error, Superseded) and ended.epoch == self._epoch:  # a rollback supersedes saves that it gave up
                 self._superseded = error
         if info is not None and self._member == 0:
             self._upkeep.committed()
-        self._upkeep.call(lambda: self._tell_saved(step, info, error, (begun, staged, ended)))
+        self._upkeep.call(lambda: self._tell_saved(ended))
 
-    def _tell_saved(
-        self, step: int, info: CheckpointInfo | None, error: BaseException | None, times: tuple[float, float, float]
-    ) -> None:
-        begun, staged, ended = times
-        event = SaveEvent(
-            step=step,
-            epoch=self._epoch,
-            outcome="committed" if info else "skipped" if isinstance(error, SaveSkipped) else "failed",
-            nbytes=info.nbytes if info else 0,
-            stall_s=staged - begun,
-            write_s=info.write_s if info else 0.0,
-            commit_s=info.commit_s if info else 0.0,
-            time=time.time(),
-            kind=error.kind if isinstance(error, CheckpointError) else "",
-            reason="" if error is None else str(error),
-        )
+    def _tell_saved(self, ended: Ended) -> None:
         if self._trace is not None:
-            self._trace.add(Phase("stage", self._group.rank, "trainer", begun, staged, step))
-            if info is not None:
-                durable = ended - info.commit_s
-                self._trace.add(Phase("agree", self._group.rank, "trainer", staged, staged + info.plan_s, step))
-                self._trace.add(Phase("write", self._group.rank, "writer", durable - info.write_s, durable, step))
-                self._trace.add(Phase("commit", self._group.rank, "writer", durable, ended, step))
+            for phase in ended.phases(self._group.rank):
+                self._trace.add(phase)
         if self._member == 0:
+            event = ended.event()
             for watcher in self._options.watchers:
                 watcher.saved(event)
 
-    def _tell_restored(self, found: Restored, begun: float, *, verified: Mapping[object, bool]) -> None:
+    def _tell_restored(self, found: Restored, begun: float, *, verified: Mapping[AttemptId, bool]) -> None:
         ended = time.monotonic()
         for one in found.skipped:
             log.warning("%s: passed over: %s", one.path, one.reason)
@@ -304,8 +301,9 @@ class Run:
         if self._holding is None:
             return
         holding = self._holding
-        self._began = complete(read_claim(self._store, 1)).by.time
-        self._upkeep.started(holding, verified=verified)  # type: ignore[arg-type]  # keys are ids
+        with suppress(CheckpointError):  # it says only how long the run has been going, and to this rank alone
+            self._began = complete(read_claim(self._store, 1)).by.time
+        self._upkeep.started(holding, verified=verified)
         nbytes = 0 if found.report is None else found.report.nbytes
         event = RestoreEvent(found.step, found.epoch, len(found.skipped), nbytes, ended - begun, time.time())
         for watcher in self._options.watchers:
@@ -332,12 +330,21 @@ def _reached_at(hosts: tuple[str, ...]) -> str | None:
     return os.uname().nodename if len(set(hosts)) > 1 else None
 
 
-def _board(group: Group, purpose: str) -> Board:
-    return LocalBoard() if group.handle is None else group.own_store(f"{purpose}/steps")
-
-
 def _trace(folder: str, rank: int) -> TraceFile | None:
     if not folder:
         return None
     Path(folder).mkdir(parents=True, exist_ok=True)
     return TraceFile(Path(folder) / f"trace-{os.getpid()}-rank{rank:05d}.json")
+
+
+_OPEN: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """The end of a process is the end of its runs: what was staged last is handed over as it is by `close`."""
+    for run in list(_OPEN):
+        if run._owner == os.getpid():
+            run.close()
+
+
+atexit.register(_close_all)

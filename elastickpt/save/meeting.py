@@ -9,7 +9,7 @@ from typing import Protocol
 import msgpack
 
 from elastickpt.comms.team import Team
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, Refused
 from elastickpt.save.options import AsyncOptions
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
@@ -33,6 +33,9 @@ class Writer(Protocol):
 
     def close(self, *, limit_s: float = 10.0) -> None: ...
 
+    @property
+    def closed(self) -> bool: ...
+
 
 class Writers:
     """This rank's writers. A writer is made once all members have said where theirs listen; all of it off the thread that
@@ -42,10 +45,12 @@ class Writers:
         self._options = options
         self._writers: dict[str, Writer] = {}
         self._listeners: list[socket.socket] = []
+        self._closed = False
 
     def seated(self, store: str) -> bool:
-        """Whether there is a writer for that store."""
-        return self._key(store) in self._writers
+        """Whether there is a writer for that store. One that ended by a fault of its own is none: all meet again."""
+        writer = self._writers.get(self._key(store))
+        return writer is not None and (self._closed or not writer.closed)
 
     def of(self, store: str) -> Writer:
         """The writer for that store."""
@@ -79,6 +84,10 @@ class Writers:
         self._make(store, Seat(team.member, team.ranks, candidates, secret), listener)
 
     def _make(self, store: Store, seat: Seat, listener: socket.socket | None) -> None:
+        if self._closed:
+            if listener is not None:
+                listener.close()
+            raise Refused("these writers were closed")
         key, options = self._key(store.url), self._options
         old = self._writers.pop(key, None)  # of before somebody lost his
         if old is not None:
@@ -100,6 +109,7 @@ class Writers:
 
     def close(self, *, limit_s: float) -> None:
         """Ends the writers; see `Supervisor.close`. Blocking."""
+        self._closed = True
         for writer in self._writers.values():
             writer.close(limit_s=limit_s)
         self.drop_listeners()

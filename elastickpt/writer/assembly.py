@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.handed import find_attestation
-from elastickpt.commit.settle import Patience, give_up, settle
+from elastickpt.commit.settle import STANDS, Patience, give_up, settle
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.comms.frames import Frame, Kind
 from elastickpt.comms.team import BEAT_S, failure_of
-from elastickpt.errors import NotAcknowledged, NotDurable, RankFailure, RankLost, Superseded
+from elastickpt.errors import RankFailure, RankLost
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Store
 from elastickpt.writer.clients import Client, Clients
@@ -268,20 +268,28 @@ class Assembly:
                 pass
 
     def _give_up(self, entry: _Open, report: tuple[RankFailure, ...]) -> None:
-        def act(store: Store) -> None:
-            verdict = give_up(store, entry.case, report, patience=self._patience)
-            self._leave(lambda: self._decided(entry.case.key, verdict))
+        self._do(entry, lambda store: self._abort(store, entry, report))
 
-        self._do(entry, act)
+    def _abort(self, store: Store, entry: _Open, report: tuple[RankFailure, ...]) -> None:
+        verdict: Verdict
+        try:
+            verdict = give_up(store, entry.case, report, patience=self._patience)
+        except Exception as error:  # it is open still, unless it is committed: all are told what is known
+            more = self._report(error)
+            verdict = more if isinstance(error, STANDS) else tuple(dict.fromkeys((*report, *more)))
+            log.warning("%s: %s", entry.case.where, error)
+        self._leave(lambda: self._decided(entry.case.key, verdict))
 
     def _settle(self, store: Store, entry: _Open, files: tuple[FileDigest, ...]) -> None:
         verdict: Verdict
         try:
             verdict = settle(store, entry.case, entry.contents(), files, patience=self._patience)
-        except Exception as error:
-            report = (failure_of(error, self._seat.ranks[self._seat.member]),)
-            verdict = report if _is_final(error) else give_up(store, entry.case, report, patience=self._patience)
+        except STANDS as error:
+            verdict = self._report(error)
         self._leave(lambda: self._decided(entry.case.key, verdict))
+
+    def _report(self, error: Exception) -> tuple[RankFailure, ...]:
+        return (failure_of(error, self._seat.ranks[self._seat.member]),)
 
     def _look_for(self, store: Store, entry: _Open, members: tuple[int, ...]) -> None:
         found = {member: find_attestation(store, entry.case, member) for member in members}
@@ -294,17 +302,20 @@ class Assembly:
         self._leave(tell)
 
     def _do(self, entry: _Open, act: Callable[[Store], None]) -> None:
-        """In the commit thread, one after the other."""
+        """In the commit thread, one after the other. What goes wrong ends the attempt."""
 
         def done() -> None:
             self._at_work -= 1
 
         def work() -> None:
             try:
-                act(self._stores(entry.case.store))
-            except Exception as error:
-                report = (failure_of(error, self._seat.ranks[self._seat.member]),)
-                log.warning("%s: %s", entry.case.where, report[0].message)
+                store = self._stores(entry.case.store)
+                try:
+                    act(store)
+                except Exception as error:
+                    self._abort(store, entry, self._report(error))
+            except Exception as error:  # nothing can be done there
+                report = self._report(error)
                 self._leave(lambda: self._decided(entry.case.key, report))
             finally:
                 self._leave(done)
@@ -325,8 +336,3 @@ class Assembly:
         entry = self._open.pop(key, None)
         if entry is not None:
             self._tell(key, verdict)
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether the attempt stands committed although this was raised: it cannot be given up, and its sync is not repeated."""
-    return isinstance(error, NotAcknowledged | Superseded | NotDurable)

@@ -220,7 +220,12 @@ def _in_threads(carry_out: Callable[[_Unit], None], units: Sequence[_Unit]) -> N
                 raise
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-write") as pool:
-        futures: list[Future[None]] = [pool.submit(work) for _ in range(min(THREADS, len(units)))]
+        futures: list[Future[None]] = []
+        with suppress(RuntimeError):  # a process at its end begins no more threads, and waits for what is still written
+            for _ in range(min(THREADS, len(units))):
+                futures.append(pool.submit(work))  # noqa: PERF401  # those before an error count
+        if not futures:
+            work()
         wait(futures, return_when=FIRST_EXCEPTION)
         failed_first = [future for future in futures if future.done() and future.exception() is not None]
         for future in (*failed_first, *futures):

@@ -96,7 +96,7 @@ class Submission:
 
     def decide(self, verdict: Verdict) -> None:
         """What became of the attempt."""
-        self._unmark()
+        self.unmark()
         if self.decided.done():
             return
         if isinstance(verdict, Committed):
@@ -107,11 +107,12 @@ class Submission:
     def give_up(self, error: CheckpointError) -> None:
         """Nobody will tell what becomes of it."""
         self.end(error)
-        self._unmark()
+        self.unmark()
         if not self.decided.done():
             self.decided.set_exception(error)
 
-    def _unmark(self) -> None:
+    def unmark(self) -> None:
+        """Nobody here works on the attempt by this submission any more."""
         if self.mark is not None:
             self.mark.close()
             self.mark = None

@@ -71,6 +71,7 @@ class Supervisor:
         self._stillborn = 0
         self._leave_at: float | None = None
         self._closed = False
+        self._over = False  # nobody carries out what is left from now on
         self._waking = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="elastickpt-supervisor", daemon=True)
         self._thread.start()
@@ -88,7 +89,11 @@ class Supervisor:
         self._count += 1
         submission = submission_of(self._count, staged, arena)
         arena.lent = True
-        self._leave(lambda: self._pending.__setitem__(submission.number, submission))
+        try:
+            self._leave(lambda: self._pending.__setitem__(submission.number, submission))
+        except Refused as closed:
+            submission.give_up(closed)
+            raise
         return submission
 
     def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission:
@@ -103,7 +108,13 @@ class Supervisor:
 
     def cancel(self, submission: Submission) -> None:
         """Ends it as soon as may be; its result says which came first."""
-        self._leave(lambda: self._cancel(submission))
+        with suppress(Refused):
+            self._leave(lambda: self._cancel(submission))
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes nothing more: after `close`, and after a fault of its own."""
+        return self._closed
 
     def _require_open(self) -> None:
         if self._closed or os.getpid() != self._owner:
@@ -111,7 +122,8 @@ class Supervisor:
 
     def forget(self, arena: Arena) -> None:
         """No submission will name this arena again: the writer gives it up."""
-        self._leave(lambda: self._forget(arena.number))
+        with suppress(Refused):
+            self._leave(lambda: self._forget(arena.number))
 
     def close(self, *, limit_s: float = 10.0) -> None:
         """Ends the writer once everything is written, at most after `limit_s`: then it is left to finish by itself, and the
@@ -124,7 +136,8 @@ class Supervisor:
         def leave() -> None:
             self._leave_at = until
 
-        self._leave(leave)
+        with suppress(Refused):
+            self._leave(leave)
         self._thread.join(limit_s + QUIT_S + self._options.reap_s + 1)
         if not self._thread.is_alive():
             with self._waking:
@@ -134,22 +147,25 @@ class Supervisor:
     # -- everything below runs in the supervisor's thread --------------------------------------------------------------
 
     def _leave(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
+        """From any thread. Raises Refused where nobody carries it out any more."""
         with self._waking:
-            if self._woken >= 0:
-                os.eventfd_write(self._woken, 1)
+            if self._over:
+                raise Refused("this writer was closed")
+            self._commands.append(command)
+            os.eventfd_write(self._woken, 1)
 
     def _run(self) -> None:
+        why = "not written when it was closed; what was handed to the writer process is left to it to finish"
         try:
             self._start()
             while self._leave_at is None or (self._open_work and time.monotonic() < self._leave_at):
                 self._turn()
         except BaseException as error:
             log.exception("the supervisor of the writer process failed")
-            self._fail_all(f"its supervisor failed: {type(error).__name__}: {error}")
+            why = f"its supervisor failed: {type(error).__name__}: {error}"
         finally:
             self._closed = True
-            self._end()
+            self._end(why)
 
     @property
     def _open_work(self) -> bool:
@@ -196,7 +212,7 @@ class Supervisor:
         child = self._child
         if child is None:
             return
-        for submission in (*self._pending.values(), *self._awaiting.values()):
+        for _, submission in sorted({**self._pending, **self._awaiting}.items()):  # a writer decides them in this order
             if submission.handed:
                 continue
             submission.handed = True
@@ -223,6 +239,8 @@ class Supervisor:
     def _await(self, submission: Submission) -> None:
         if submission.awaits_decision:
             self._awaiting[submission.number] = submission
+        else:
+            submission.unmark()  # its writer has a mark of its own until the attempt is decided
 
     def _cancel(self, submission: Submission) -> None:
         submission.cancelled = True
@@ -290,16 +308,20 @@ class Supervisor:
         for submission in failed:
             submission.give_up(WriterLost(f"{submission.staged.draft.folder}: {why}"))
 
-    def _end(self) -> None:
+    def _end(self, why: str) -> None:
         child, self._child = self._child, None
-        with suppress(PeerGone):
-            while self._commands:
-                self._commands.popleft()()
+        with self._waking:
+            self._over = True
+        for command in self._commands:
+            with suppress(PeerGone):
+                command()
         at_work = [one for one in (*self._pending.values(), *self._awaiting.values()) if one.handed]
         for submission in at_work:
             if submission.arena is not None and not submission.future.done():
                 submission.arena.retire()
-        self._fail_all("not written when it was closed; what was handed to the writer process is left to it to finish")
+        self._fail_all(why)
+        if self._listener is not None:
+            self._listener.close()
         if child is None:
             return
         if not at_work:
@@ -308,5 +330,3 @@ class Supervisor:
             if not child.wait(QUIT_S):
                 child.put_down(self._options.reap_s)
         child.close()
-        if self._listener is not None:
-            self._listener.close()

@@ -10,7 +10,7 @@ import threading
 
 from elastickpt.commit.cases import Verdict
 from elastickpt.comms.team import failure_of
-from elastickpt.errors import Cancelled, CheckpointError, Refused
+from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch
@@ -30,7 +30,7 @@ class ThreadWriter:
         self._worker = Worker("elastickpt-writer")
         self._seat, self._listener = seat, listener
         self._part: Part | None = None
-        self._ordered: dict[int, Submission] = {}
+        self._ordered: dict[str, Submission] = {}  # by attempt: the newest of those that are not decided
         self._count = 0
         self._closed = False
         self._taking_part = threading.Lock()
@@ -41,9 +41,9 @@ class ThreadWriter:
         arena.require_free()
         self._count += 1
         submission = submission_of(self._count, staged, arena)
-        arena.lent = True
         if staged.order is not None:
             self._begin(submission)
+        arena.lent = True
         self._worker.put(lambda: self._perform(submission, arena))
         return submission
 
@@ -66,12 +66,27 @@ class ThreadWriter:
         """Nothing is kept of an arena."""
 
     def close(self, *, limit_s: float = 10.0) -> None:
-        """Takes nothing more; what was submitted is finished within the limit, or as long as this process lives. Blocking."""
+        """Takes nothing more, and waits at most `limit_s` until all is decided; then results still open raise WriterLost, and
+        rounds are written to their end as long as this process lives. Blocking."""
+        if self._closed:
+            return
         self._closed = True
         self._worker.stop()
         if self._part is not None:
             self._part.join(limit_s)
             self._part.close()
+        elif self._listener is not None:
+            self._listener.close()
+        while self._ordered:
+            _, submission = self._ordered.popitem()
+            if submission.arena is not None and not submission.future.done():
+                submission.arena.retire()
+            submission.give_up(WriterLost(f"{submission.staged.draft.folder}: not decided when its writer was closed"))
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._closed
 
     def _require_open(self) -> None:
         if self._closed:
@@ -82,14 +97,17 @@ class ThreadWriter:
         with self._taking_part:
             if self._part is None:
                 self._part = Part(self._seat, self._listener, lambda _: self._store, self._tell)
-        self._ordered[submission.number] = submission
+        earlier = self._ordered.get(submission.staged.draft.attempt)
+        self._ordered[submission.staged.draft.attempt] = submission
+        if earlier is not None:
+            earlier.unmark()
         job = submission.say() if submission.arena is None else submission.write()
         self._part.begin(job, b"" if order is None else order.outline)
         return self._part
 
     def _tell(self, job: int, verdict: Verdict) -> None:
-        submission = self._ordered.pop(job, None)
-        if submission is not None:
+        submission = next((one for one in list(self._ordered.values()) if one.number == job), None)
+        if submission is not None and self._ordered.pop(submission.staged.draft.attempt, None) is submission:
             submission.decide(verdict)
 
     def _perform(self, submission: Submission, arena: Arena) -> None:

@@ -13,7 +13,7 @@ import torch
 import elastickpt as ek
 from elastickpt.commit.cases import Case, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents, decode_outline, decode_rest
-from elastickpt.commit.draft import CONTENTS, sweep
+from elastickpt.commit.draft import CONTENTS, TOKEN, sweep
 from elastickpt.commit.handed import find_attestation, leave_contents, left_contents
 from elastickpt.commit.marks import mark, marked
 from elastickpt.commit.orders import Committed
@@ -280,3 +280,54 @@ def test_whatever_operation_fails_it_is_committed_and_whole_or_absent(
         else:
             assert not place(written).exists()
     assert "tuple" in seen
+
+
+@both
+def test_what_cannot_be_aborted_is_not_said_to_be(tmp_path: Path, job: Job, make: Make) -> None:
+    """A committer that was stopped before its last operation would commit it afterwards. [SAVE-80]"""
+    written = make(job, tmp_path)
+
+    def fail(_: object) -> None:
+        raise StorageFailed("input/output error")
+
+    faulty = FaultyStore(written.store, CallAt(1, fail, lasting="from then on"), counted=CHANGING)
+    with pytest.raises(StorageFailed):
+        give_up(faulty, written.case, REPORT, patience=PATIENCE)
+    assert look(written.store, written.case) is Standing.OPEN
+    written.settle()
+    demand_committed(written)
+
+
+def test_an_abort_whose_sync_fails_is_one(tmp_path: Path, job: Job) -> None:
+    written = in_a_run(job, tmp_path)
+
+    def fail(_: object) -> None:
+        raise StorageFailed("input/output error")
+
+    faulty = FaultyStore(written.store, CallAt(1, fail), counted=frozenset({"sync_directory"}))
+    assert give_up(faulty, written.case, REPORT, patience=PATIENCE) == REPORT
+    assert look(written.store, written.case) is Standing.ABORTED
+
+
+class Full:
+    """A disk on which nothing can be created while the draft's token takes the last block."""
+
+    def __init__(self, inner: Store, token: str) -> None:
+        self._inner, self._token = inner, token
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def create(self, path: str, data: bytes) -> None:
+        if self._inner.exists(self._token):
+            raise NoSpace(f"create {path}: no space left on device")
+        self._inner.create(path, data)
+
+
+def test_on_a_full_disk_an_attempt_gives_its_room_back(tmp_path: Path, job: Job) -> None:
+    """Else the disk stays full: the folder goes only behind a register that says abort."""
+    written = in_a_run(job, tmp_path)
+    full = Full(written.store, written.draft.path(TOKEN))
+    assert give_up(full, written.case, REPORT, patience=PATIENCE) == REPORT  # type: ignore[arg-type]
+    assert look(written.store, written.case) is Standing.ABORTED
+    assert not place(written).exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +18,10 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, Superseded
+from elastickpt.commit import settle as settle_module
+from elastickpt.commit.registers.names import parse_id
+from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, StorageFailed, Superseded
+from elastickpt.runs import restoring as restoring_module
 from elastickpt.runs.branch import history
 from elastickpt.runs.events import RestoreEvent, SaveEvent
 
@@ -116,6 +121,158 @@ def test_a_run_whose_checkpoints_are_all_bad_is_not_begun_anew(tmp_path: Path, t
     manifest.write_bytes(manifest.read_bytes()[:-3])
     with pytest.raises(Damaged, match="none of 1 checkpoints loads"):
         open_run().restore()
+
+
+def test_a_run_whose_only_checkpoint_is_gone_is_not_begun_anew(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2)
+    run.close()
+    (newer,) = (tmp_path / "run").glob("step-0000000002.*")
+    shutil.rmtree(newer)
+    with pytest.raises(Damaged, match=r"none of 1 checkpoints loads; .*the folder is gone"):
+        open_run(take_over=True).restore(step=2)
+    found = open_run(take_over=True).restore()
+    assert (found.step, [one.step for one in found.skipped]) == (1, [2])
+    (older,) = (tmp_path / "run").glob("step-0000000001.*")
+    shutil.rmtree(older)
+    with pytest.raises(Damaged, match="none of 1 checkpoints loads"):
+        open_run(take_over=True).restore()
+
+
+def test_a_broken_checkpoint_that_is_older_is_not_passed_over(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2)
+    run.close()
+    (older,) = (tmp_path / "run").glob("step-0000000001.*")
+    shutil.rmtree(older)
+    found = open_run().restore()
+    assert (found.step, found.skipped) == (2, ())
+
+
+def test_a_restore_that_failed_may_be_called_again(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    """It has claimed the run: whoever answers for the newest claim is this job itself."""
+    run = open_run()
+    run.restore()
+    saved(run, training, 1)
+    run.close()
+    again = open_run()
+    with pytest.raises(NotACheckpoint):
+        again.restore(step=7)
+    with pytest.raises(Refused, match="restore"):
+        again.save(2)
+    assert again.restore().step == 1
+    saved(again, training, 2)
+    with pytest.raises(NotACheckpoint):
+        again.restore(step=7)
+    with pytest.raises(Superseded):
+        again.save(3).result(BOUND_S)
+    assert again.restore(step=1).step == 1
+    saved(again, training, 2)
+
+
+def test_a_job_that_was_superseded_does_not_take_the_run_back_unasked(training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    """[RUN-46]"""
+    first = open_run()
+    first.restore()
+    saved(first, training, 1)
+    second = open_run(take_over=True)
+    second.restore()
+    with pytest.raises(RunBusy):
+        first.restore()
+    second.close()
+    assert first.restore().epoch == 3
+
+
+def test_a_save_that_a_rollback_gave_up_does_not_stop_the_job(
+    training: Training,
+    open_run,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = open_run(saving=ek.AsyncOptions(executor="thread", exit_limit_s=0.01))
+    run.restore()
+    saved(run, training, 1)
+    committing, let, real = threading.Event(), threading.Event(), settle_module.decide
+
+    def late(*about: object) -> object:
+        committing.set()
+        let.wait(BOUND_S)
+        return real(*about)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(settle_module, "decide", late)
+        left = run.save(2)
+        assert committing.wait(BOUND_S)
+        assert run.restore().step == 1
+        let.set()
+        assert isinstance(left.exception(BOUND_S), Superseded)
+    until(lambda: not run._under_way, "its end is known")
+    saved(run, training, 3)
+
+
+def test_a_first_claim_that_cannot_be_read_ends_no_restore(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    """Member 0 alone reads it, when all ranks have restored."""
+    for _ in range(2):
+        run = open_run()
+        run.restore()
+        run.close()
+    (tmp_path / "run" / "commits" / "epoch-1.json").write_bytes(b"{}")
+    assert open_run().restore().epoch == 3
+
+
+def test_what_the_store_cannot_read_now_is_not_taken_for_damaged(
+    tmp_path: Path,
+    training: Training,
+    open_run,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else retention would remove what it is told to keep."""
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2)
+    run.close()
+    real = restoring_module.load
+
+    def load(state: object, path: str, **about: object) -> object:
+        if "0002" in path:
+            raise StorageFailed("stale handle")
+        return real(state, path, **about)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(restoring_module, "load", load)
+    again = open_run(keep=ek.Keep(last=1, every=2))
+    assert again.restore().step == 1
+    saved(again, training, 3)
+    again.close()
+    assert again._upkeep._verified == {parse_id("0000000001-1-1"): True}
+
+
+def test_after_a_rollback_saves_by_clock_are_due_again(training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    """What was published for a later step before is out of date. [RUN-91]"""
+    run = open_run()
+    run.restore()
+    saved(run, training, 1)
+    run.close()
+    run = open_run(due=ek.Every(seconds=1e-6))
+    run.restore()
+    assert [step for step in range(2, 9) if run.due(step)] == [4, 7]
+    run.restore(step=1)
+    assert [step for step in range(2, 6) if run.due(step)] == [4]
+
+
+def test_a_run_that_nobody_closes_saves_what_was_staged_last(tmp_path: Path) -> None:
+    script = f"""
+import time, torch, elastickpt as ek
+from elastickpt.save import background
+real = background.require_token
+background.require_token = lambda *args: (time.sleep(0.5), real(*args))  # it is handed over behind the end of the program
+run = ek.Run({str(tmp_path / "run")!r}, {{"t": torch.ones(1 << 20)}}, options=ek.RunOptions(signals={{}}))
+run.restore()
+run.save(1)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ek.open(tmp_path / "run").step == 1
 
 
 def test_after_a_rollback_the_same_steps_commit_again(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]

@@ -17,13 +17,15 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.errors import DeadlineExceeded, PathOccupied, Refused, SaveSkipped, Superseded
+from elastickpt.commit.marks import marked
+from elastickpt.errors import DeadlineExceeded, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
 from elastickpt.save import savers
 from elastickpt.save.destination import RunDestination
 from elastickpt.save.savers import close_all, saver_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.training.group import job_group
+from elastickpt.writer.supervisor import Supervisor
 
 LIMIT_S = 60.0
 THREAD = ek.AsyncOptions(executor="thread")
@@ -180,6 +182,30 @@ def test_a_state_that_grows_gets_a_larger_arena_and_frees_the_old_one(tmp_path: 
     assert resources()["memfds"] <= others
 
 
+@pytest.mark.parametrize("executor", ["process", "thread"])
+def test_saves_in_rounds_leave_no_marks(tmp_path: Path, executor: Any) -> None:
+    """[SAVE-86] A mark that stays keeps drafts from being swept, and the next job waiting."""
+    options = ek.AsyncOptions(executor=executor, arena_nbytes=(1 << 20) + 4096)
+    ek.async_save(state(numbers=1 << 20), tmp_path / "c", options=options).result(LIMIT_S)
+    assert marked(LocalStore(tmp_path).url) == frozenset()
+
+
+def test_a_saver_whose_writer_failed_by_a_fault_of_its_own_gets_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ek.async_save(state(), tmp_path / "a").result(LIMIT_S)
+
+    def fail(self: Supervisor, message: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervisor, "_heard", fail)
+        with pytest.raises(WriterLost):
+            ek.async_save(state(), tmp_path / "b").result(LIMIT_S)
+    ek.async_save(state(3.0), tmp_path / "c").result(LIMIT_S)
+    assert loaded(tmp_path / "c") == 3.0
+
+
 def test_a_forked_child_saves_by_itself(tmp_path: Path) -> None:
     saver = saver_of(job_group(None), THREAD)
     ek.async_save(state(), tmp_path / "parent", options=THREAD).result(LIMIT_S)
@@ -206,6 +232,17 @@ def test_a_closed_saver_takes_nothing_more(tmp_path: Path) -> None:
         ek.async_save(state(), tmp_path / "d", options=THREAD)
     savers.close_all()
     ek.async_save(state(), tmp_path / "d", options=THREAD).result(LIMIT_S)
+
+
+def test_the_end_of_a_process_waits_for_its_thread_that_writes(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, elastickpt as ek\n"
+        "options = ek.AsyncOptions(executor='thread')\n"
+        "ek.async_save({'t': torch.ones(8 << 20)}, sys.argv[1] + '/c', options=options)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ek.open(tmp_path / "c").verify().sound
 
 
 def test_a_save_that_is_under_way_when_the_process_ends_is_finished_by_its_writer(tmp_path: Path) -> None:

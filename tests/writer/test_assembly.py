@@ -105,6 +105,29 @@ def test_two_attempts_under_way_are_decided_in_order(tmp_path: Path, job: Job, p
     assert order == ["first", "second"]
 
 
+def test_a_committer_that_is_revived_decides_in_the_order_of_its_trainer(tmp_path: Path, job: Job, processes: Start) -> None:
+    """Killed when it has attested the first attempt and writes the second one. [SAVE-88]"""
+    writers = processes(3)
+    other = Job(big_state(1), 3)
+    order: list[str] = []
+    first = job.attempt(tmp_path / "first")
+    submissions = [writers[m].submit(job.members[m].staged(first), job.members[m].arena) for m in (0, 1)]
+    for one in submissions:
+        one.result(BOUND_S)
+    pid = writers[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # so that the second one is not written when it is found silent, and killed
+    second = other.submit(other.attempt(tmp_path / "second"), writers)
+    submissions[0].decided.add_done_callback(lambda _: order.append("first"))
+    second[0].decided.add_done_callback(lambda _: order.append("second"))
+    for one in second:
+        one.result(BOUND_S)
+    submissions.append(writers[2].submit(job.members[2].staged(first), job.members[2].arena))
+    for one in (*submissions, *second):
+        one.decided.exception(BOUND_S)
+    assert order == ["first", "second"]
+
+
 def test_processes_commit_one_attempt_after_the_other(tmp_path: Path, job: Job, processes: Start) -> None:
     writers = processes(3)
     for step in range(3):

@@ -31,6 +31,7 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.training.memory import host_elements
 from elastickpt.writer import child as child_module
+from elastickpt.writer import supervisor as supervisor_module
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.submissions import Submission
@@ -397,6 +398,45 @@ def test_closing_with_a_save_under_way_leaves_it_to_the_writer(tmp_path: Path, s
     assert arena.retired
     until(lambda: gone(pid), "the writer's end")
     assert list(tmp_path.glob(".c.draft*/fragments/00000.msgpack")) != []
+
+
+def test_what_is_submitted_while_the_writer_is_closed_is_refused_and_not_forgotten(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = start()
+    rank = Rank.of(big_state(1))
+    arena = rank.arena()
+    real = supervisor_module.submission_of
+
+    def closing(*args: object) -> Submission:
+        supervisor.close()  # by another thread, when `submit` has found it open
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(supervisor_module, "submission_of", closing)
+    with pytest.raises(Refused, match="closed"):
+        submit(supervisor, rank, arena, tmp_path / "c")
+    arena.require_free()
+
+
+def test_a_supervisor_that_fails_gives_no_arena_away_that_a_writer_reads(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[SAVE-92]"""
+    supervisor = start(hooks=(hook("slow", 0.05),))
+    rank = Rank.of(big_state(1))
+    arena = rank.arena()
+
+    def fail(self: Supervisor, message: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Supervisor, "_heard", fail)
+    submission, _ = submit(supervisor, rank, arena, tmp_path / "c")
+    with pytest.raises(WriterLost, match="its supervisor failed: RuntimeError: a fault of ours"):
+        submission.result(BOUND_S)
+    assert arena.retired
+    until(lambda: supervisor.closed, "its end")
+    with pytest.raises(Refused, match="closed"):
+        submit(supervisor, rank, rank.arena(), tmp_path / "d")
 
 
 def test_a_forked_child_cannot_use_its_parents_writer(tmp_path: Path, start: Start) -> None:
