@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.handed import find_attestation
-from elastickpt.commit.settle import STANDS, Patience, give_up, settle
+from elastickpt.commit.settle import STANDS, Patience, Standing, give_up, look, settle
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.comms.frames import Frame, Kind
 from elastickpt.comms.team import BEAT_S, failure_of
-from elastickpt.errors import RankFailure, RankLost
+from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Store
 from elastickpt.writer.clients import Client, Clients
@@ -102,6 +102,10 @@ class Assembly:
     def say(self, key: str, what: FileDigest | RankFailure) -> None:
         """This writer's last word on an attempt that it enrolled."""
         self._leave(lambda: self._say(key, what))
+
+    def find_out(self, key: str) -> None:
+        """Looks whether an attempt that it enrolled is decided already: the others need not say anything of it again."""
+        self._leave(lambda: self._find_out(key))
 
     def settled(self, key: str) -> bool:
         """Whether the attempt is decided, as far as is known here: nothing needs to be written for it any more."""
@@ -183,6 +187,18 @@ class Assembly:
             entry.said = what
             self._speak(entry)
 
+    def _find_out(self, key: str) -> None:
+        entry = self._open.get(key)
+        if entry is None or not self._way.ends_here:  # the committer answers the others
+            return
+        lost = RankFailure(self._seat.ranks[self._seat.member], WriterLost.kind, "ended with why the attempt was aborted")
+
+        def act(store: Store) -> None:
+            if look(store, entry.case) is not Standing.OPEN:
+                self._abort(store, entry, (lost,))
+
+        self._do(entry, act)
+
     def _speak(self, entry: _Open) -> None:
         """Says to the committer of now what is to be said of the attempt."""
         if self._way.ends_here:
@@ -256,7 +272,7 @@ class Assembly:
         tally = self._tallies.get(entry.case.key)
         if tally is None:
             return
-        tally.passed_over(range(self._seat.member))
+        tally.passed_over([*range(self._seat.member), *self._clients.departed])
         match tally.next(now=now, missing_s=self._seat.limits.missing_s):
             case Finish(files):
                 self._do(entry, lambda store: self._settle(store, entry, files))

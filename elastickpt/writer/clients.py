@@ -35,6 +35,7 @@ class Clients:
     def __init__(self, seat: Seat, listener: socket.socket | None, selector: selectors.BaseSelector) -> None:
         self._seat, self._listener, self._selector = seat, listener, selector
         self._all: list[Client] = []
+        self.departed: set[int] = set()  # members that said farewell
         if listener is not None:
             listener.setblocking(False)
             selector.register(listener, selectors.EVENT_READ)
@@ -60,6 +61,8 @@ class Clients:
         while (frame := client.connection.take()) is not None:
             if client.member >= 0 and frame.kind is Kind.PAYLOAD:
                 frames.append(frame)
+            elif client.member >= 0 and frame.kind is Kind.FAILURE:
+                self.departed.add(client.member)
             elif client.member < 0 and frame.kind is Kind.HELLO:
                 client.member = self._member(frame.data)
                 if client.member < 0:

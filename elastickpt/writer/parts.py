@@ -22,6 +22,7 @@ from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import Done, Say, Write
 from elastickpt.writer.prepared import Prepared
 from elastickpt.writer.seats import Seat
+from elastickpt.writer.way import say_farewell
 
 Tell = Callable[[int, Verdict], None]
 
@@ -30,6 +31,7 @@ class Part:
     """`stores` opens a store by its URL; `tell` is told of every decided job, from another thread."""
 
     def __init__(self, seat: Seat, listener: socket.socket | None, stores: Callable[[str], Store], tell: Tell) -> None:
+        self._seat = seat
         self._rank = seat.ranks[seat.member]
         self._leaves_contents = seat.member == 0 and len(seat.candidates) > 1
         self._stores = stores
@@ -89,10 +91,15 @@ class Part:
         said = say.said
         what = FileDigest(*said) if len(said) == 3 else RankFailure(self._rank, *said)
         self._assembly.say(case_of(say).key, what)
+        self._assembly.find_out(case_of(say).key)
 
     def join(self, limit_s: float) -> bool:
         """Whether all attempts were decided within the limit. Blocking."""
         return self._assembly.join(limit_s)
+
+    def depart(self) -> None:
+        """The trainer is gone and all that it gave is decided: the others need not wait for what it had not given. Blocking."""
+        say_farewell(self._seat)
 
     def close(self) -> None:
         self._assembly.close()

@@ -126,6 +126,7 @@ class _Process:
             worker.join()
             if self._part is not None:
                 self._part.join(self._hello.lease_s)
+                self._part.depart()
 
     # -- the listening thread ------------------------------------------------------------------------------------------
 

@@ -204,6 +204,9 @@ class Supervisor:
     def _start(self) -> None:
         try:
             self._child = Child.spawn(self._options, wrap=next(self._hooks, ""))
+            if self._seat.candidates:  # at once, so that it can say farewell if nothing ever comes
+                with suppress(PeerGone):  # whoever listens next finds out
+                    self._child.seat(self._seat, self._listener)
         except OSError as error:
             self._not_born(f"it could not be started: {error}")
             time.sleep(self._options.beat_s)

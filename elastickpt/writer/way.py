@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import logging
 import selectors
+from contextlib import suppress
 from enum import Enum, auto
 
 import msgpack
 
-from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone
+from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone, PeerSilent
 from elastickpt.writer.seats import Seat, dial
 
 log = logging.getLogger(__name__)
 
 REDIAL_S = 0.1
 DIAL_S = 2.0
+FAREWELL_S = 1.0
 
 
 class Step(Enum):
     STAYED = auto()  # as before
     ARRIVED = auto()  # at another candidate, or at the same by a new connection: all that is open must be said again
     ENDED = auto()  # all candidates were passed over; it begins anew
+
+
+def say_farewell(seat: Seat) -> None:
+    """Tells all candidates that this member's trainer is gone and its writer has nothing left: nothing comes of it any more.
+    Blocking, for moments; whom it does not reach waits for the limit."""
+    for member, address in enumerate(seat.candidates):
+        if member != seat.member:
+            with suppress(OSError, PeerGone, PeerSilent):
+                link = Connection(dial(address, timeout_s=FAREWELL_S))
+                link.send(Frame(Kind.HELLO, 0, hello(seat)), silence_s=FAREWELL_S)
+                link.send(Frame(Kind.FAILURE, 0, b""), silence_s=FAREWELL_S)
+                link.close()
+
+
+def hello(seat: Seat) -> bytes:
+    """What a member says first on each connection."""
+    return bytes(msgpack.packb((seat.secret, seat.member)))
 
 
 class Way:
@@ -117,9 +136,8 @@ class Way:
             link = Connection(dial(self._seat.candidates[self._at], timeout_s=DIAL_S))
         except OSError:
             return False
-        hello = bytes(msgpack.packb((self._seat.secret, self._seat.member)))
         try:
-            link.send(Frame(Kind.HELLO, 0, hello), silence_s=DIAL_S)
+            link.send(Frame(Kind.HELLO, 0, hello(self._seat)), silence_s=DIAL_S)
         except Exception:  # as good as not reached
             link.close()
             return False

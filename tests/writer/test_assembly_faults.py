@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
 from trainer import BOUND_S
 
-from elastickpt.commit.cases import Case
+from elastickpt.commit.cases import Case, Verdict
+from elastickpt.commit.contents import decode_outline, decode_rest
 from elastickpt.commit.marks import marked
-from elastickpt.commit.settle import Standing, look
-from elastickpt.errors import StorageFailed, WriterLost
+from elastickpt.commit.settle import Patience, Standing, look, settle
+from elastickpt.errors import RankLost, StorageFailed, WriterLost
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import QUICK, Attempt, Job, Writer, seats
+from elastickpt.writer.parts import Part
 from elastickpt.writer.seats import Limits
+from elastickpt.writer.submissions import Submission
 from elastickpt.writer.thread import ThreadWriter
+from elastickpt.writer.way import say_farewell
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +88,38 @@ def test_closing_a_thread_that_writes_leaves_nobody_waiting(tmp_path: Path, job:
     assert attempt.draft.attempt not in marked(attempt.store.url)
     for one in others:
         one.close()
+
+
+def test_who_said_farewell_is_not_waited_for(tmp_path: Path, job: Job) -> None:
+    """Its trainer died before it handed anything over. [SAVE-100]"""
+    small = Job({"t": {"a": torch.arange(9.0)}}, 3)
+    patient = Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0)
+    sat = seats(3, patient)
+    store = LocalStore(tmp_path)
+    writers = [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in sat]
+    attempt = small.attempt(tmp_path / "c")
+    submissions = [writers[m].submit(small.members[m].staged(attempt), small.members[m].arena) for m in (0, 1)]
+    say_farewell(sat[2][0])
+    for one in submissions:
+        error = one.decided.exception(BOUND_S)
+        assert isinstance(error, RankLost)
+        assert [failure.rank for failure in error.report] == [2]
+
+
+def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) -> None:
+    """The others have heard the verdict, and say nothing any more. [SAVE-89]"""
+    small = Job({"t": {"a": torch.arange(9.0)}}, 2)
+    attempt = small.attempt(tmp_path / "c")
+    case = case_of(attempt)
+    contents = decode_rest(attempt.contents[1], decode_outline(attempt.contents[0]))
+    files = small.write(attempt)
+    committed = settle(attempt.store, case, contents, files, patience=Patience())
+    (seat, listener), _ = seats(2, Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
+    told: SimpleQueue[Verdict] = SimpleQueue()
+    part = Part(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
+    submission = Submission(1, small.members[0].staged(attempt), None)
+    submission.said = files[0]
+    part.begin(submission.say(), attempt.contents[0])
+    part.repeat(submission.say())
+    assert told.get(timeout=BOUND_S) == committed
+    part.close()
