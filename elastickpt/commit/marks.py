@@ -12,6 +12,7 @@ import socket
 from collections.abc import Collection
 from pathlib import Path
 
+from elastickpt.comms.forks import not_in_forks
 from elastickpt.format.digest import block_checksum
 
 _PREFIX = "@elastickpt-work-"  # as /proc/net/unix shows it; the first byte of the name is zero
@@ -19,7 +20,7 @@ _PREFIX = "@elastickpt-work-"  # as /proc/net/unix shows it; the first byte of t
 
 def mark(store: str, attempt: str) -> socket.socket:
     """The mark of a new attempt of this process, below that store's root; there until it is closed everywhere."""
-    held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    held = not_in_forks(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     held.bind(f"\0{_PREFIX[1:]}{_place(store)}-{attempt}-{secrets.token_hex(4)}")
     return held
 

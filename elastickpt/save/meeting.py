@@ -112,9 +112,5 @@ class Writers:
         self._closed = True
         for writer in self._writers.values():
             writer.close(limit_s=limit_s)
-        self.drop_listeners()
-
-    def drop_listeners(self) -> None:
-        """Nobody of this process listens any more; a writer process has descriptors of its own."""
         while self._listeners:
             self._listeners.pop().close()

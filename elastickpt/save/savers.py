@@ -73,9 +73,6 @@ def _close_beside(group: _Group) -> None:
 def _forked() -> None:
     """A child process has no threads of its parent's savers, and makes savers of its own if it saves."""
     global _ALONE, _CHANGING
-    for group in (_ALONE, *_GROUPS.values()):
-        for saver in group.savers.values():
-            saver.drop()
     _GROUPS.clear()
     _ALONE, _CHANGING = _Group(), threading.Lock()
 

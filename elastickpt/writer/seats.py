@@ -6,6 +6,8 @@ import secrets
 import socket
 from dataclasses import dataclass
 
+from elastickpt.comms.forks import not_in_forks
+
 CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
 
 
@@ -41,7 +43,8 @@ def new_secret() -> bytes:
 
 
 def listen(*, host: str | None) -> tuple[socket.socket, str]:
-    """A listening socket and its address; it belongs to the trainer, so that a revived writer keeps the address.
+    """A listening socket and its address; it belongs to the trainer, so that a revived writer keeps the address, and
+    no process forked from that keeps it longer.
 
     `host` None: on this host only (an abstract Unix socket); else by TCP at that address.
     """
@@ -54,7 +57,7 @@ def listen(*, host: str | None) -> tuple[socket.socket, str]:
         listener.bind((host, 0))
         address = f"tcp:{host}:{listener.getsockname()[1]}"
     listener.listen(128)
-    return listener, address
+    return not_in_forks(listener), address
 
 
 def dial(address: str, *, timeout_s: float) -> socket.socket:
