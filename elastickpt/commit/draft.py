@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,11 +141,21 @@ def _token(draft: Draft) -> bytes:
 
 
 def begin(store: Store, draft: Draft) -> None:
-    """Creates the draft folder with its token file, by which other writers see that they share the file system."""
+    """Creates the draft folder with its token file, by which other writers see that they share the file system.
+
+    After an error nothing of it is left, as far as the store can remove it. Raises StorageFailed kinds.
+    """
     _UNDER_WAY.add(draft.attempt)
-    store.make_directories(draft.folder)
-    store.create(draft.path(TOKEN), _token(draft))
-    store.make_directories(draft.path("fragments"))
+    try:
+        store.make_directories(draft.folder)
+        store.create(draft.path(TOKEN), _token(draft))
+        store.make_directories(draft.path("fragments"))
+    except CheckpointError as error:
+        _UNDER_WAY.discard(draft.attempt)
+        if not isinstance(error, PathOccupied):  # else it is not ours
+            with suppress(CheckpointError):
+                store.remove_tree(draft.folder)
+        raise
 
 
 def require_token(store: Store, draft: Draft) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from elastickpt.errors import CheckpointError, DeadlineExceeded
 from elastickpt.save.info import CheckpointInfo
+
+log = logging.getLogger(__name__)
 
 
 class SaveHandle:
@@ -50,7 +53,14 @@ class SaveHandle:
 
     def add_done_callback(self, call: Callable[[SaveHandle], object]) -> None:
         """Calls `call(handle)` once it has ended, on a thread that does nothing else; at once if it has. Errors are logged."""
-        self._ended.add_done_callback(lambda _: call(self))
+
+        def told(_: object) -> None:
+            try:
+                call(self)
+            except BaseException:  # an exit included: other saves are waiting for this thread
+                log.exception("%s: a callback failed", self.path)
+
+        self._ended.add_done_callback(told)
 
     # -- for whoever carries the save out ------------------------------------------------------------------------------
 

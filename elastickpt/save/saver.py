@@ -131,14 +131,10 @@ class Saver:
         if left:
             log.warning("not waiting any longer for saves under way, which are left to their writers: %s", ", ".join(left))
         self._writers.close(limit_s=max(0.0, until - time.monotonic()))
+        self._rounds.put(self._endings.stop)  # not before: saves that are in their rounds still end
         self._rounds.stop()
-        self._endings.stop()
         self._gate.open()
         self._arenas.close()
-
-    def drop(self) -> None:
-        """In a forked process, which has none of the threads: nothing of the parent's is kept open."""
-        self._writers.drop_listeners()
 
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
@@ -185,8 +181,23 @@ class Saver:
             if not isinstance(error, Exception):
                 raise
         else:
-            if len(known.prepared.rounds) > 1 and (ordered := _unless_failed(task.ordered)) is not None:
-                self._stage_rounds(task, ordered, arrays)
+            if len(known.prepared.rounds) > 1:
+                self._stage_ordered(task, arrays)
+
+    def _stage_ordered(self, task: Task, arrays: Sequence[HeldArray]) -> None:
+        """Stages all rounds once the attempt is open, which nobody else hands to the writer."""
+        try:
+            ordered = _unless_failed(task.ordered)
+        except BaseException as error:
+            interrupt = _as_exception(error)
+            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, interrupt))
+            raise
+        if ordered is not None:
+            self._stage_rounds(task, ordered, arrays)
+
+    def _withdraw(self, task: Task, opened: Future[Ordered], error: BaseException) -> None:
+        if opened.exception() is None:
+            self._background.withdraw(task, opened.result(), error)
 
     def _stage_rounds(self, task: Task, ordered: Ordered, arrays: Sequence[HeldArray]) -> None:
         prepared, slot, checksums = ordered.known.prepared, task.slot, b""

@@ -17,14 +17,19 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.commit.marks import marked
-from elastickpt.errors import DeadlineExceeded, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
+from elastickpt.commit.draft import begin, new_draft
+from elastickpt.commit.marks import mark, marked
+from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
+from elastickpt.save import saver as saver_module
 from elastickpt.save import savers
 from elastickpt.save.destination import RunDestination
 from elastickpt.save.savers import close_all, saver_of
+from elastickpt.save.task import Ordered
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
+from elastickpt.testing.faults import CallAt, FaultyStore
 from elastickpt.training.group import job_group
+from elastickpt.writer.seats import listen
 from elastickpt.writer.supervisor import Supervisor
 
 LIMIT_S = 60.0
@@ -204,6 +209,84 @@ def test_a_saver_whose_writer_failed_by_a_fault_of_its_own_gets_another_one(
             ek.async_save(state(), tmp_path / "b").result(LIMIT_S)
     ek.async_save(state(3.0), tmp_path / "c").result(LIMIT_S)
     assert loaded(tmp_path / "c") == 3.0
+
+
+def test_saves_that_are_agreed_on_behind_the_close_end_too(tmp_path: Path) -> None:
+    saver = saver_of(job_group(None), THREAD)
+    ek.async_save(state(), tmp_path / "a", options=THREAD).result(LIMIT_S)
+    let = threading.Event()
+    saver._rounds.put(lambda: let.wait(LIMIT_S) and None)
+    handle = ek.async_save(state(), tmp_path / "b", options=THREAD)
+    saver.close(limit_s=0)
+    let.set()
+    assert isinstance(handle.exception(LIMIT_S), Refused)
+    close_all()
+
+
+def test_a_callback_that_exits_keeps_no_later_save_from_its_end(tmp_path: Path) -> None:
+    handle = ek.async_save(state(), tmp_path / "a", options=THREAD)
+    handle.add_done_callback(lambda _: sys.exit(1))
+    handle.result(LIMIT_S)
+    ek.async_save(state(), tmp_path / "b", options=THREAD).result(LIMIT_S)
+
+
+def test_an_interrupt_while_rounds_are_awaited_ends_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ek.AsyncOptions(executor="thread", arena_nbytes=(1 << 20) + 4096)
+    live = state(numbers=1 << 20)
+    ek.async_save(live, tmp_path / "a", options=options).result(LIMIT_S)
+    real, handles = saver_module._unless_failed, []
+
+    def interrupted(future: Any) -> Any:
+        found = real(future)
+        if isinstance(found, Ordered):
+            handles.extend(task.handle for task in saver_of(job_group(None), options)._open)
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver_module, "_unless_failed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ek.async_save(live, tmp_path / "b", options=options)
+    assert "interrupted: KeyboardInterrupt" in str(handles[0].exception(LIMIT_S))
+    ek.async_save(live, tmp_path / "b", options=options).result(LIMIT_S)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_a_draft_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    draft = new_draft("c", pid=os.getpid())
+
+    def full(_: object) -> None:
+        raise NoSpace("no space left on device")
+
+    with pytest.raises(NoSpace):
+        begin(FaultyStore(store, CallAt(2, full)), draft)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_child_keeps_no_mark_and_no_address_of_its_parents(tmp_path: Path) -> None:
+    """[SAVE-86] A data loader's worker works on no attempt."""
+    held = mark("file:///x", "0123456789abcdef")
+    listener, address = listen(host=None)
+    read, write = os.pipe()
+    begun, beginning = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(beginning, b"x")
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        os.read(begun, 1)
+        held.close()
+        listener.close()
+        names = Path("/proc/net/unix").read_text()
+        assert "0123456789abcdef" not in names
+        assert address.removeprefix("unix:") not in names
+    finally:
+        os.write(write, b"x")
+        os.waitpid(pid, 0)
+        for descriptor in (read, write, begun, beginning):
+            os.close(descriptor)
 
 
 def test_a_forked_child_saves_by_itself(tmp_path: Path) -> None:
