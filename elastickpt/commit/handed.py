@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elastickpt.commit.cases import Case
+from elastickpt.commit.completing import Create
 from elastickpt.commit.contents import Contents, decode_outline, decode_rest
 from elastickpt.commit.draft import CONTENTS
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed
@@ -37,10 +38,13 @@ def find_attestation(store: Store, case: Case, member: int) -> FileDigest | None
     return FileDigest(path, len(data), file_digest(data))
 
 
-def leave_contents(store: Store, case: Case, outline: bytes, rest: bytes) -> None:
-    """Puts into the draft what another committer would need. Not durable: after a crash of the host nobody commits it."""
+def leave_contents(store: Store, case: Case, outline: bytes, rest: bytes, *, create: Create | None = None) -> None:
+    """Puts into the draft what another committer would need. Not durable: after a crash of the host nobody commits it.
+
+    `create`: in place of `store.create`, for a writer that takes over from one that died meanwhile.
+    """
     body = len(outline).to_bytes(_LENGTH_NBYTES, "big") + outline + rest
-    store.create(case.draft.path(CONTENTS), body + file_digest(body).encode())
+    (create or store.create)(case.draft.path(CONTENTS), body + file_digest(body).encode())
 
 
 def left_contents(store: Store, case: Case) -> Contents | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 
 from elastickpt.commit.cases import Case, Verdict
+from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents, decode_outline, decode_rest
 from elastickpt.commit.draft import Draft
-from elastickpt.commit.handed import leave_contents
+from elastickpt.commit.handed import find_attestation, leave_contents
 from elastickpt.commit.registers.names import parse_id
 from elastickpt.commit.settle import Patience, Standing, look
 from elastickpt.comms.team import failure_of
-from elastickpt.errors import CheckpointError, Malformed, PathOccupied, RankFailure, Refused, WriterLost
+from elastickpt.errors import CheckpointError, Malformed, RankFailure, Refused, WriterLost
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Store
 from elastickpt.writer.assembly import Assembly
@@ -43,9 +43,9 @@ class Part:
 
     def hold(self, attempt: str, mark: socket.socket) -> None:
         """Somebody works on the attempt as long as the mark is open: until it is decided."""
-        if attempt in self._marks:
-            self._marks.pop(attempt).close()
-        self._marks[attempt] = mark
+        earlier, self._marks[attempt] = self._marks.get(attempt), mark
+        if earlier is not None:
+            earlier.close()
 
     def begin(self, job: Write | Say, outline: bytes) -> None:
         """This writer takes part in the job's attempt from now on. Does not block."""
@@ -72,8 +72,7 @@ class Part:
             if job.repeated and look(store, case) is not Standing.OPEN:
                 raise WriterLost(f"{case.draft.folder}: the attempt was decided before this writer process began")
             if self._leaves_contents and job.round == 0:
-                with suppress(PathOccupied):  # an earlier writer process left them, or a part: they are checked when read
-                    leave_contents(store, case, outline, _order(job)[2])
+                self._leave_contents(store, case, job, outline)
             done = perform(store, job, prepared, memory, watch=watch_both)
         except Exception as error:
             self._assembly.say(case.key, failure_of(error, self._rank))
@@ -81,6 +80,14 @@ class Part:
         if done.file:
             self._assembly.say(case.key, FileDigest(*done.file))
         return done
+
+    def _leave_contents(self, store: Store, case: Case, job: Write, outline: bytes) -> None:
+        """Before this member attests, so that its attestation says that they are whole. Not behind that: another committer may
+        have removed them, as it is about to commit. [SAVE-85]"""
+        if not job.repeated:
+            leave_contents(store, case, outline, _order(job)[2])
+        elif find_attestation(store, case, 0) is None:
+            leave_contents(store, case, outline, _order(job)[2], create=completing(store))
 
     def fail(self, job: Write, error: CheckpointError) -> None:
         """The round cannot be written."""
