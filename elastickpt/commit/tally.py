@@ -79,7 +79,9 @@ class Tally:
             self._failures[member] = what
 
     def not_found(self, member: int) -> None:
-        """It is missing, and the draft does not hold its attestation."""
+        """It was missing, and the draft did not hold its attestation: it is lost, unless it has come meanwhile."""
+        if member not in self._missing_since:
+            return
         rank = self._ranks[member]
         self.said(member, RankFailure(rank, RankLost.kind, "its writer is gone, and had not attested"))
 

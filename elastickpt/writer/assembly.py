@@ -90,13 +90,13 @@ class Assembly:
         self._at_work = 0
         self._idle = threading.Event()
         self._idle.set()
+        self._leaving = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="elastickpt-assembly", daemon=True)
         self._thread.start()
 
     def enroll(self, case: Case, contents: Read) -> None:
         """This writer takes part in the attempt from now on. `contents` is called if it commits, by another thread."""
-        self._idle.clear()
         self._leave(lambda: self._enroll(case, contents))
 
     def say(self, key: str, what: FileDigest | RankFailure) -> None:
@@ -123,8 +123,12 @@ class Assembly:
     # -- everything below runs in the assembly's thread ----------------------------------------------------------------
 
     def _leave(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        os.eventfd_write(self._woken, 1)
+        with self._leaving:
+            if self._woken < 0:
+                return  # closed: nobody takes part any more
+            self._idle.clear()
+            self._commands.append(command)
+            os.eventfd_write(self._woken, 1)
 
     def _run(self) -> None:
         while not self._closed:
@@ -136,6 +140,10 @@ class Assembly:
         self._clients.close()
         self._way.close()
         self._worker.stop()
+        self._selector.close()
+        with self._leaving:
+            descriptor, self._woken = self._woken, -1
+        os.close(descriptor)
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(TURN_S if self._open or self._tallies else None):
@@ -158,7 +166,9 @@ class Assembly:
         self._act(now)
         if not self._open:
             self._way.begin_anew()
-            self._idle.set()
+            with self._leaving:
+                if not self._commands:
+                    self._idle.set()
 
     def _excuse(self, now: float) -> None:
         """Silence counts only while this process was listening and had something open, so that the others beat."""
@@ -231,15 +241,19 @@ class Assembly:
     def _hear_client(self, client: Client) -> None:
         for frame in self._clients.read(client):
             case, said = decode_vote(frame.data)
-            client.cases[case.key] = case
             if (known := self._verdicts.get(case.key)) is not None:
                 self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(case.key, known)))
             else:
+                client.cases[case.key] = case
                 self._count(client.member, case, said)
         if client.gone:
-            for key in client.cases:
-                if key in self._tallies:
-                    self._tallies[key].lost(client.member, now=time.monotonic())
+            self._lost(client, time.monotonic())
+
+    def _lost(self, client: Client, now: float) -> None:
+        """Nothing is heard by this connection any more; its member may have another one by now."""
+        for key in client.cases:
+            if key in self._tallies and not self._clients.has(client.member, key):
+                self._tallies[key].lost(client.member, now=now)
 
     def _count(self, member: int, case: Case, said: Said) -> None:
         tally = self._tallies.get(case.key)
@@ -263,9 +277,7 @@ class Assembly:
     def _act(self, now: float) -> None:
         """The next thing for the first attempt that this member enrolled, if it is the committer."""
         for client in self._clients.silent(now):
-            for key in client.cases:
-                if key in self._tallies:
-                    self._tallies[key].lost(client.member, now=now)
+            self._lost(client, now)
         if self._at_work or not self._way.ends_here or not self._open:
             return
         entry = next(iter(self._open.values()))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import msgpack
 
 from elastickpt.commit.cases import Case
-from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone
-from elastickpt.errors import CheckpointError
+from elastickpt.comms.frames import Connection, Frame, Kind
 from elastickpt.writer.seats import Seat
 
+PAUSE_S = 0.05
 SEND_S = 5.0  # what a client that takes nothing is waited for; it comes back by itself
 
 
@@ -46,7 +46,8 @@ class Clients:
         try:
             sock, _ = self._listener.accept()
         except OSError:
-            return  # it is gone again
+            time.sleep(PAUSE_S)  # it is gone again; or there are no descriptors, and it would be asked at once, and for ever
+            return
         client = Client(Connection(sock))
         self._all.append(client)
         self._selector.register(client.connection, selectors.EVENT_READ, client)
@@ -55,7 +56,7 @@ class Clients:
         """The votes that came; marks the client as gone at its end, and drops whoever does not know the secret."""
         try:
             client.connection.pump()
-        except (PeerGone, CheckpointError):
+        except Exception:  # gone, or none of ours, whatever it sent
             self._drop(client)
         frames = []
         while (frame := client.connection.take()) is not None:
@@ -94,6 +95,10 @@ class Clients:
         """This process stood still, not they."""
         for client in self._all:
             client.connection.heard_at = time.monotonic()
+
+    def has(self, member: int, key: str) -> bool:
+        """Whether a connection of that member is there by which it spoke of the attempt."""
+        return any(client.member == member and key in client.cases for client in self._all)
 
     def that_spoke_of(self, key: str) -> Iterable[Client]:
         """Those who wait for the verdict on the attempt; they are taken to have it."""

@@ -97,7 +97,7 @@ class Way:
             return frames
         try:
             link.pump()
-        except PeerGone:
+        except Exception:  # gone, or not to be understood: the next step finds another way
             self._unlink()
         while (frame := link.take()) is not None:
             if frame.kind is Kind.VERDICT:

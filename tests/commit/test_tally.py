@@ -96,3 +96,12 @@ def test_candidates_that_were_passed_over_are_looked_for_at_once() -> None:
     assert next_of(one, now=100.0) == LookFor((0,))
     one.present(0)  # it speaks after all
     assert next_of(one, now=100.0) == Wait()
+
+
+def test_who_comes_while_its_attestation_is_looked_for_is_not_lost() -> None:
+    one = tally()
+    assert next_of(one, now=160.0) == LookFor((0, 1, 2))
+    for member in range(3):
+        one.present(member)
+        one.not_found(member)
+    assert next_of(one, now=161.0) == Wait()

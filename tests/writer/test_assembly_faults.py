@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
+import msgpack
 import pytest
 import torch
 from trainer import BOUND_S
 
-from elastickpt.commit.cases import Case, Verdict
+from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, encode_vote
 from elastickpt.commit.contents import decode_outline, decode_rest
+from elastickpt.commit.draft import CONTENTS
 from elastickpt.commit.marks import marked
 from elastickpt.commit.settle import Patience, Standing, look, settle
-from elastickpt.errors import RankLost, StorageFailed, WriterLost
+from elastickpt.comms.frames import Connection, Frame, Kind
+from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import QUICK, Attempt, Job, Writer, seats
+from elastickpt.writer.assembly import Assembly
+from elastickpt.writer.carry import unwatched
+from elastickpt.writer.messages import Write
 from elastickpt.writer.parts import Part
-from elastickpt.writer.seats import Limits
+from elastickpt.writer.seats import Limits, Seat, dial
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.thread import ThreadWriter
 from elastickpt.writer.way import say_farewell
@@ -31,6 +42,13 @@ def job() -> Job:
 
 def threads(store: Store, world: int, limits: Limits = QUICK) -> list[Writer]:
     return [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world, limits)]
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def case_of(attempt: Attempt) -> Case:
@@ -71,6 +89,123 @@ def test_members_that_are_no_candidates_give_up_when_no_candidate_is_reached(tmp
     kinds = {type(one.decided.exception(BOUND_S)).__name__ for one in submissions}
     assert kinds <= {"RankLost"}
     assert look(attempt.store, case_of(attempt)) is Standing.ABORTED
+
+
+class Fake:
+    """A member whose writer this test plays."""
+
+    def __init__(self, seat: Seat, case: Case) -> None:
+        self._case = case
+        self._link = Connection(dial(seat.candidates[0], timeout_s=BOUND_S))
+        self._send(Kind.HELLO, msgpack.packb((seat.secret, seat.member)))
+
+    def _send(self, kind: Kind, data: bytes) -> None:
+        self._link.send(Frame(kind, 0, data), silence_s=BOUND_S)
+
+    def vote(self, said: Said) -> None:
+        self._send(Kind.PAYLOAD, encode_vote(self._case, said))
+
+    def verdict(self) -> Verdict:
+        while (frame := self._link.take()) is None:
+            self._link.pump()
+        return decode_verdict(frame.data)[1]
+
+    def close(self) -> None:
+        self._link.close()
+
+
+class TestOneAssembly:
+    """Member 0 of two."""
+
+    @pytest.fixture
+    def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[Assembly, Seat, Case]]:
+        (first, listener), (second, unused) = seats(2, Limits(missing_s=0.3))
+        attempt = job.attempt(tmp_path / "c")
+        assembly = Assembly(first, listener, lambda _: attempt.store, lambda key, verdict: None)
+        yield assembly, second, case_of(attempt)
+        assembly.close()
+        assert unused is not None
+        unused.close()
+
+    def test_a_member_with_a_newer_connection_is_not_missing(self, played: tuple[Assembly, Seat, Case]) -> None:
+        """The older one may be found gone long afterwards. [SAVE-82]"""
+        assembly, seat, case = played
+        older, newer = Fake(seat, case), Fake(seat, case)
+        assembly.enroll(case, lambda: None)
+        older.vote(None)
+        newer.vote(None)
+        until(lambda: len([one for one in assembly._clients._all if one.cases]) == 2)
+        older.close()
+        until(lambda: len(assembly._clients._all) == 1)
+        turned = threading.Event()
+        assembly._leave(turned.set)
+        assert turned.wait(BOUND_S)
+        assert 1 not in assembly._tallies[case.key]._missing_since
+        newer.vote(RankFailure(1, "no-space", "no room"))
+        assert newer.verdict() == (RankFailure(1, "no-space", "no room"),)
+
+    def test_one_that_asks_again_is_told_and_forgotten(self, played: tuple[Assembly, Seat, Case]) -> None:
+        """[SAVE-89]"""
+        assembly, seat, case = played
+        member = Fake(seat, case)
+        assembly.enroll(case, lambda: None)
+        for _ in range(3):
+            member.vote(RankFailure(1, "no-space", "no room"))
+            assert member.verdict() == (RankFailure(1, "no-space", "no room"),)
+        assert [one.cases for one in assembly._clients._all] == [{}]
+
+    def test_who_talks_nonsense_is_hung_up_on(self, played: tuple[Assembly, Seat, Case]) -> None:
+        assembly, seat, _ = played
+        stranger = dial(seat.candidates[0], timeout_s=BOUND_S)
+        stranger.sendall(struct.pack("<QBI", 0, 200, 0))
+        while stranger.recv(64):  # beats
+            pass
+        stranger.close()
+        assert assembly._clients._all == []
+
+    def test_it_is_not_idle_when_an_attempt_comes_at_the_end_of_a_turn(self, played: tuple[Assembly, Seat, Case]) -> None:
+        """Else an orphan would end before its attempt is decided. [SAVE-97]"""
+        assembly, _, case = played
+        real, enrolled = assembly._way.begin_anew, threading.Event()
+
+        def begin_anew() -> None:
+            real()
+            if not enrolled.is_set():
+                assembly.enroll(case, lambda: None)  # by another thread
+                enrolled.set()
+
+        assembly._way.begin_anew = begin_anew  # type: ignore[method-assign]
+        assembly._leave(lambda: None)
+        assert enrolled.wait(BOUND_S)
+        until(lambda: assembly._open)
+        assert not assembly.join(0)
+
+
+def test_a_revived_writer_completes_what_other_committers_need_before_it_attests_and_not_afterwards(
+    tmp_path: Path, job: Job
+) -> None:
+    """[SAVE-85] Behind the attestation another one may be about to commit, and have removed it."""
+    attempt, member = job.attempt(tmp_path / "c"), job.members[0]
+    ((seat, listener), *_) = seats(5)
+    part = Part(seat, listener, lambda _: attempt.store, lambda number, verdict: None)
+    submission = Submission(1, member.staged(attempt), member.arena)
+    again = replace(submission.write(), repeated=True)
+    left = tmp_path / attempt.draft.path(CONTENTS)
+    attested = tmp_path / attempt.draft.path("fragments/00000.msgpack")
+
+    def carry_out(write: Write) -> None:
+        part.carry_out(write, member.prepared, member.arena.memory, attempt.contents[0], watch=unwatched)
+
+    carry_out(submission.write())
+    whole = left.read_bytes()
+    left.unlink()
+    carry_out(again)
+    assert not left.exists()
+    attested.unlink()
+    left.write_bytes(whole[: len(whole) // 2])
+    carry_out(again)
+    assert left.read_bytes() == whole
+    part.close()
 
 
 def test_members_that_are_no_candidates_hear_the_verdict(tmp_path: Path, job: Job) -> None:
