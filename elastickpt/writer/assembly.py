@@ -23,23 +23,22 @@ import socket
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.handed import find_attestation
-from elastickpt.commit.settle import STANDS, Patience, Standing, give_up, look, settle
+from elastickpt.commit.settle import Patience
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.comms.frames import Frame, Kind
-from elastickpt.comms.team import BEAT_S, failure_of
+from elastickpt.comms.team import BEAT_S
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Store
 from elastickpt.writer.clients import Client, Clients
+from elastickpt.writer.endings import Endings
 from elastickpt.writer.seats import Seat
 from elastickpt.writer.way import Step, Way
-from elastickpt.writer.workers import Worker
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +71,7 @@ class Assembly:
         *,
         patience: Patience | None = None,
     ) -> None:
-        self._seat, self._stores, self._tell = seat, stores, tell
-        self._patience = patience or Patience()
+        self._seat, self._tell = seat, tell
         self._commands: deque[Callable[[], None]] = deque()
         self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector = selectors.DefaultSelector()
@@ -86,8 +84,8 @@ class Assembly:
         self._turned_at = time.monotonic()
         self._way = Way(seat, self._selector)
         self._beaten_at = 0.0
-        self._worker = Worker("elastickpt-commit")
-        self._at_work = 0
+        rank = seat.ranks[seat.member]
+        self._endings = Endings(rank, stores, patience or Patience(), self._leave, self._decided)
         self._idle = threading.Event()
         self._idle.set()
         self._leaving = threading.Lock()
@@ -139,7 +137,7 @@ class Assembly:
                 time.sleep(RECOVER_S)
         self._clients.close()
         self._way.close()
-        self._worker.stop()
+        self._endings.stop()
         self._selector.close()
         with self._leaving:
             descriptor, self._woken = self._woken, -1
@@ -202,12 +200,7 @@ class Assembly:
         if entry is None or not self._way.ends_here:  # the committer answers the others
             return
         lost = RankFailure(self._seat.ranks[self._seat.member], WriterLost.kind, "ended with why the attempt was aborted")
-
-        def act(store: Store) -> None:
-            if look(store, entry.case) is not Standing.OPEN:
-                self._abort(store, entry, (lost,))
-
-        self._do(entry, act)
+        self._endings.find_out(entry.case, (lost,))
 
     def _speak(self, entry: _Open) -> None:
         """Says to the committer of now what is to be said of the attempt."""
@@ -226,7 +219,7 @@ class Assembly:
             case Step.ENDED:
                 report = (RankFailure(self._seat.ranks[0], RankLost.kind, "no writer that could commit was reached"),)
                 for entry in list(self._open.values()):
-                    self._give_up(entry, report)
+                    self._endings.give_up(entry.case, report)
             case _:
                 pass
 
@@ -278,7 +271,7 @@ class Assembly:
         """The next thing for the first attempt that this member enrolled, if it is the committer."""
         for client in self._clients.silent(now):
             self._lost(client, now)
-        if self._at_work or not self._way.ends_here or not self._open:
+        if self._endings.at_work or not self._way.ends_here or not self._open:
             return
         entry = next(iter(self._open.values()))
         tally = self._tallies.get(entry.case.key)
@@ -287,69 +280,18 @@ class Assembly:
         tally.passed_over([*range(self._seat.member), *self._clients.departed])
         match tally.next(now=now, missing_s=self._seat.limits.missing_s):
             case Finish(files):
-                self._do(entry, lambda store: self._settle(store, entry, files))
+                self._endings.settle(entry.case, entry.contents, files)
             case Abort(report):
-                self._give_up(entry, report)
+                self._endings.give_up(entry.case, report)
             case LookFor(members):
-                self._do(entry, lambda store: self._look_for(store, entry, members))
+                self._endings.look_for(entry.case, members, lambda found: self._looked_for(entry.case.key, found))
             case _:
                 pass
 
-    def _give_up(self, entry: _Open, report: tuple[RankFailure, ...]) -> None:
-        self._do(entry, lambda store: self._abort(store, entry, report))
-
-    def _abort(self, store: Store, entry: _Open, report: tuple[RankFailure, ...]) -> None:
-        verdict: Verdict
-        try:
-            verdict = give_up(store, entry.case, report, patience=self._patience)
-        except Exception as error:  # it is open still, unless it is committed: all are told what is known
-            more = self._report(error)
-            verdict = more if isinstance(error, STANDS) else tuple(dict.fromkeys((*report, *more)))
-            log.warning("%s: %s", entry.case.where, error)
-        self._leave(lambda: self._decided(entry.case.key, verdict))
-
-    def _settle(self, store: Store, entry: _Open, files: tuple[FileDigest, ...]) -> None:
-        verdict: Verdict
-        try:
-            verdict = settle(store, entry.case, entry.contents(), files, patience=self._patience)
-        except STANDS as error:
-            verdict = self._report(error)
-        self._leave(lambda: self._decided(entry.case.key, verdict))
-
-    def _report(self, error: Exception) -> tuple[RankFailure, ...]:
-        return (failure_of(error, self._seat.ranks[self._seat.member]),)
-
-    def _look_for(self, store: Store, entry: _Open, members: tuple[int, ...]) -> None:
-        found = {member: find_attestation(store, entry.case, member) for member in members}
-
-        def tell() -> None:
-            if (tally := self._tallies.get(entry.case.key)) is not None:
-                for member, file in found.items():
-                    tally.said(member, file) if file is not None else tally.not_found(member)
-
-        self._leave(tell)
-
-    def _do(self, entry: _Open, act: Callable[[Store], None]) -> None:
-        """In the commit thread, one after the other. What goes wrong ends the attempt."""
-
-        def done() -> None:
-            self._at_work -= 1
-
-        def work() -> None:
-            try:
-                store = self._stores(entry.case.store)
-                try:
-                    act(store)
-                except Exception as error:
-                    self._abort(store, entry, self._report(error))
-            except Exception as error:  # nothing can be done there
-                report = self._report(error)
-                self._leave(lambda: self._decided(entry.case.key, report))
-            finally:
-                self._leave(done)
-
-        self._at_work += 1
-        self._worker.put(work)
+    def _looked_for(self, key: str, found: Mapping[int, FileDigest | None]) -> None:
+        if (tally := self._tallies.get(key)) is not None:
+            for member, file in found.items():
+                tally.said(member, file) if file is not None else tally.not_found(member)
 
     def _decided(self, key: str, verdict: Verdict) -> None:
         if key in self._verdicts:
