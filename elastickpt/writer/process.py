@@ -10,6 +10,7 @@ import gc
 import importlib
 import os
 import queue
+import resource
 import select
 import signal
 import socket
@@ -62,6 +63,9 @@ def main(descriptor: int) -> None:
     """Serves the trainer at the other end of the socket `descriptor`; does not return."""
     for number in _DEAF:
         signal.signal(number, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a committer has a connection to each member
     os.chdir("/")  # holds no folder of the job's
     gc.disable()  # a plan is many objects that all live to its end: looked through between two tasks, not again and again
     _Process(Wire(socket.socket(fileno=descriptor))).run()

@@ -170,6 +170,8 @@ def test_the_process_has_a_session_of_its_own_and_ignores_what_ends_a_job(tmp_pa
     assert pid is not None
     assert os.getsid(pid) == pid
     process = psutil.Process(pid)
+    soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == hard  # a committer has a connection to each member
     assert process.nice() == psutil.Process().nice() + 3
     assert {psutil.Process(thread.id).ionice().ioclass for thread in process.threads()} == {psutil.IOPRIO_CLASS_IDLE}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
