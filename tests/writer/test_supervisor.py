@@ -513,6 +513,8 @@ def held_by(pid: int) -> tuple[int, int, int]:
 
 
 def test_fifty_saves_keep_no_more_than_three(quick_path: Path, start: Start) -> None:
+    gc.collect()
+    others = {"trainer": held_by(os.getpid())[1], "writer": 0}  # arenas that tests before have left in this process
     supervisor = start()
     rank = Rank.of(big_state(1))
     arena = rank.arena()
@@ -525,11 +527,13 @@ def test_fifty_saves_keep_no_more_than_three(quick_path: Path, start: Start) -> 
             seen.append({"trainer": held_by(os.getpid()), "writer": held_by(supervisor.pid)})
     for who in ("trainer", "writer"):
         early, late = seen[0][who], seen[1][who]
-        assert (late[0], late[1]) == (early[0], 1), who
+        assert (late[0], late[1]) == (early[0], others[who] + 1), who
         assert late[2] - early[2] < 8 << 20, who
 
 
 def test_an_arena_that_is_given_up_is_freed_in_both_processes(quick_path: Path, start: Start) -> None:
+    gc.collect()
+    others = held_by(os.getpid())[1]
     supervisor = start()
     rank = Rank.of(big_state(1))
     seen = []
@@ -542,6 +546,6 @@ def test_an_arena_that_is_given_up_is_freed_in_both_processes(quick_path: Path, 
         pid = supervisor.pid
         assert pid is not None
         until(lambda pid=pid: held_by(pid)[1] == 0, "the writer to give the arena up")  # type: ignore[misc]
-        assert held_by(os.getpid())[1] == 0
+        assert held_by(os.getpid())[1] == others
         seen.append((held_by(pid)[0], held_by(os.getpid())[0]))
     assert len(set(seen[1:])) == 1
