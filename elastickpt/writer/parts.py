@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from elastickpt.commit.cases import Case, Verdict
 from elastickpt.commit.completing import completing
-from elastickpt.commit.contents import Contents, decode_outline, decode_rest
+from elastickpt.commit.contents import Contents, Outline, decode_outline, decode_rest
 from elastickpt.commit.draft import Draft
 from elastickpt.commit.handed import find_attestation, leave_contents
 from elastickpt.commit.registers.names import parse_id
@@ -37,6 +37,7 @@ class Part:
         self._stores = stores
         self._tell_trainer = tell
         self._jobs: dict[str, int] = {}
+        self._decoded: tuple[str, Outline] | None = None
         self._marks: dict[str, socket.socket] = {}
         patience = Patience(limit_s=seat.limits.adopt_s)
         self._assembly = Assembly(seat, listener, stores, self._tell, patience=patience)
@@ -54,9 +55,15 @@ class Part:
         self._jobs[case.key] = job.job
 
         def contents() -> Contents | None:
-            return decode_rest(rest, decode_outline(outline)) if digest else None
+            return decode_rest(rest, self._outline(digest, outline)) if digest else None
 
         self._assembly.enroll(case, contents)
+
+    def _outline(self, digest: str, encoded: bytes) -> Outline:
+        """Decoded, and kept for the next save of the structure. By the thread that commits alone."""
+        if self._decoded is None or self._decoded[0] != digest:
+            self._decoded = (digest, decode_outline(encoded))
+        return self._decoded[1]
 
     def carry_out(self, job: Write, prepared: Prepared, memory: Bytes, outline: bytes, *, watch: Watch) -> Done:
         """Writes the round, and says so or why not. Blocking. Raises what `perform` and `watch` raise."""
