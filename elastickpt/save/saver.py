@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+UNDECIDED = 4  # saves that were written and are not committed, beside those that have an arena
 SILENCE_S = 120.0  # ranks come to a save when their step is done, which may take longer than a round that all wait for
 
 
@@ -145,6 +146,7 @@ class Saver:
             under_way.begin(task.destination.place)
             task.marked = True
             task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
+            self._require_decisions(task)
             task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
             known = self._plans.of(task.proposal.digest)
             if known is None or len(known.prepared.rounds) > 1:
@@ -155,6 +157,15 @@ class Saver:
         except Exception as error:
             task.failure = error
         return True
+
+    def _require_decisions(self, task: Task) -> None:
+        """Storage that takes bytes and decides nothing must not be filled with drafts. Raises SaveSkipped. [SAVE-101]"""
+        with self._changed:
+            waiting = len(self._open - {task})
+        if waiting >= self._options.arenas + UNDECIDED:
+            raise SaveSkipped(
+                f"{waiting} earlier saves are under way and not decided yet; save less often, or look at the storage"
+            )
 
     def _stage(self, task: Task, known: Known, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
         if task.slot is None:

@@ -29,6 +29,7 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
 from elastickpt.training.group import job_group
+from elastickpt.writer import endings
 from elastickpt.writer.seats import listen
 from elastickpt.writer.supervisor import Supervisor
 
@@ -132,6 +133,25 @@ def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path
     assert loaded(first.result(LIMIT_S).path) == 1.0
     assert loaded(ek.async_save(state(3.0), tmp_path / "second", options=options).result(LIMIT_S).path) == 3.0
     assert saver_of(job_group(None), options).skipped == 1
+
+
+def test_storage_that_decides_nothing_is_not_filled_with_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[SAVE-101]"""
+    ek.async_save(state(), tmp_path / "known", options=THREAD).result(LIMIT_S)
+    let, real = threading.Event(), endings.settle
+
+    def waiting(*args: Any, **options: Any) -> Any:
+        let.wait(LIMIT_S)
+        return real(*args, **options)
+
+    monkeypatch.setattr(endings, "settle", waiting)
+    handles = [ek.async_save(state(), tmp_path / f"{number}", options=THREAD) for number in range(6)]
+    with pytest.raises(SaveSkipped, match="5 earlier saves are under way and not decided yet"):
+        handles[5].result(LIMIT_S)
+    let.set()
+    for handle in handles[:5]:
+        handle.result(LIMIT_S)
+    ek.async_save(state(), tmp_path / "next", options=THREAD).result(LIMIT_S)
 
 
 def test_a_blocking_save_to_a_path_under_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
