@@ -69,7 +69,7 @@ class Slot:
         devices = [self._beside.device(one) for one in held]
         first = next((device for device in devices if device is not None), None)
         if first is None:
-            stager.stage_held(number, held)
+            stager.stage(number, held)
             return None
         skip = frozenset(array for array, device in enumerate(devices) if device == first)
         if first not in self._copies:
@@ -81,7 +81,7 @@ class Slot:
                 local = tuple(slice(low, high) for low, high in zip(one.piece.local.start, one.piece.local.stop, strict=True))
                 copies.copy(held[one.piece.array].tensor[local], one.at.start, one.into)
         copies.end()
-        stager.stage_held(number, held, skip)
+        stager.stage(number, held, skip)
         return copies
 
     def release(self) -> None:

@@ -1,7 +1,7 @@
 """Staging: from live tensors to an arena, and nothing else. This is what stalls training.
 
     stager = Stager(prepared, arena)           # once for a plan and an arena
-    stager.stage_held(0, live.arrays, skip)    # each save: a copy of what this rank writes, laid out as it will be written
+    stager.stage(0, live.arrays, skip)    # each save: a copy of what this rank writes, laid out as it will be written
 
 Tensors on a device are not copied here but by `training.device_staging`, into the same places.
 """
@@ -9,7 +9,7 @@ Tensors on a device are not copied here but by `training.device_staging`, into t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from elastickpt.errors import LimitExceeded
 from elastickpt.format.box import Box
-from elastickpt.save.gather import Bytes, Elements, flat_bytes, gather, part_of
+from elastickpt.save.gather import Bytes, flat_bytes, gather, part_of
 from elastickpt.storage.direct import address_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.memory import host_address, host_elements
@@ -80,26 +80,12 @@ class Stager:
         """More than one: the arena is smaller than what is saved, and all but the last must be written before it returns."""
         return len(self._rounds)
 
-    def stage(self, number: int, sources: Sequence[Elements]) -> int:
-        """Copies round `number`; returns its bytes. Blocking. `sources[i]` are the elements of held array i, on the host.
+    def stage(self, number: int, held: Sequence[HeldArray], skip: Collection[int] = ()) -> int:
+        """Copies round `number` from what this rank holds; returns its bytes. Blocking.
 
-        On return the live tensors may change. Raises Refused as long as a writer has the arena.
-        """
-        self._arena.require_free()
-        slices = self._rounds[number]
-        nbytes = sum(one.at.stop - one.at.start for one in slices)
-        if self._pool is None or nbytes < MIN_THREADED_NBYTES:
-            for one in slices:
-                copy(one, sources)
-            return nbytes
-        self._in_threads(self._pool, [part for one in slices for part in _parts(one, sources)])
-        return nbytes
-
-    def stage_held(self, number: int, held: Sequence[HeldArray], skip: Collection[int] = ()) -> int:
-        """The same from what this rank holds, by address where a tensor has no gaps: that costs 1 µs a slice, views 6 µs.
-
-        What the arrays of a plan have in common, and so where their slices lie, is found out once. The arrays in `skip` are
-        staged by somebody else.
+        On return those tensors may change. The arrays in `skip` are staged by somebody else. By address where a tensor has no
+        gaps, which costs 1 µs a slice, views 6 µs; what the arrays of a plan have in common, and so where their slices lie, is
+        found out once. Raises Refused as long as a writer has the arena.
         """
         self._arena.require_free()
         if not self._moves:
@@ -144,30 +130,6 @@ class Stager:
             self._pool.shutdown()
 
 
-def copy(one: StagedSlice, sources: Sequence[Elements] | Mapping[int, Elements]) -> None:
-    """The slice of live elements, in C order of its piece, stands in its place."""
-    part = part_of(sources[one.piece.array], one.piece.local)
-    if one.into.size == one.piece.run.nbytes:
-        np.copyto(one.into.view(part.dtype).reshape(part.shape), part)
-    elif (flat := flat_bytes(part)) is not None:
-        np.copyto(one.into, flat[one.at.start : one.at.stop])
-    else:
-        gather(part, one.at.start, one.into)
-
-
-def _parts(one: StagedSlice, sources: Sequence[Elements]) -> list[Callable[[], None]]:
-    """The same work in parts that threads can share."""
-    flat = flat_bytes(part_of(sources[one.piece.array], one.piece.local)) if one.into.size > PART_NBYTES else None
-    if flat is None:
-        return [lambda: copy(one, sources)]
-    live = flat[one.at.start : one.at.stop]
-
-    def part(begin: int) -> Callable[[], None]:
-        return lambda: np.copyto(one.into[begin : begin + PART_NBYTES], live[begin : begin + PART_NBYTES])
-
-    return [part(begin) for begin in range(0, one.into.size, PART_NBYTES)]
-
-
 def _move(one: StagedSlice, held: Sequence[HeldArray]) -> _Move:
     piece = one.piece
     target = address_of(one.into.data) if one.into.size else 0
@@ -189,7 +151,15 @@ def _offset_of(box: Box, shape: Sequence[int], *, itemsize: int) -> int | None:
 
 
 def _copy_held(move: _Move, held: Sequence[HeldArray]) -> None:
-    copy(move.one, {move.array: host_elements(held[move.array].tensor)})
+    """A slice of a tensor with gaps, or on a device, in C order of its piece."""
+    one = move.one
+    part = part_of(host_elements(held[move.array].tensor), one.piece.local)
+    if one.into.size == one.piece.run.nbytes:
+        np.copyto(one.into.view(part.dtype).reshape(part.shape), part)
+    elif (flat := flat_bytes(part)) is not None:
+        np.copyto(one.into, flat[one.at.start : one.at.stop])
+    else:
+        gather(part, one.at.start, one.into)
 
 
 def _parts_of_move(move: _Move, base: int | None, held: Sequence[HeldArray]) -> list[Callable[[], object]]:

@@ -24,7 +24,6 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
-from elastickpt.training.memory import host_elements
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import unwatched
 from elastickpt.writer.jobs import perform
@@ -62,7 +61,7 @@ class Member:
     def staged(self, attempt: Attempt) -> StagedRound:
         """Its round of the attempt, staged."""
         stager = Stager(self.prepared, self.arena)
-        stager.stage(0, [host_elements(held.tensor) for held in self.live.arrays])
+        stager.stage(0, self.live.arrays)
         template = FragmentMap(self.number, attempt.draft.attempt, BLOCK_NBYTES, (), (), self.tables, None)
         order = Order(attempt.register, *(attempt.contents if self.number == 0 else (b"", b"")))
         store = attempt.store

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import LimitExceeded, NoSpace
+from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.layout.grid import Run, runs_of
 from elastickpt.save.gather import gather, part_of
 from elastickpt.save.staging import MIN_THREADED_NBYTES, Stager, slices_of
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES
+from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
 from elastickpt.writer.prepared import Prepared, decode_prepared, prepare
@@ -164,14 +167,22 @@ def test_small_pieces_do_not_take_a_page_each() -> None:
 # -- staging -----------------------------------------------------------------------------------------------------------
 
 
+def held_of(source: np.ndarray) -> HeldArray:
+    """The array as a whole that this rank alone holds; its bits as integers of their size, which torch has."""
+    tensor = torch.from_numpy(source.view(f"i{source.itemsize}"))
+    spec = ArraySpec(ArrayId("extra", "t", "x", ""), source.shape, f"int{8 * source.itemsize}")
+    return HeldArray(spec, Box.whole(source.shape), tensor, "other", "declared", replicas=(0,))
+
+
 def staged(prepared: Prepared, sources: Sequence[np.ndarray], *, threads: int = 1) -> bytes:
     """All bytes in the order of the plan, through one arena."""
     arena = Arena.create(prepared.arena_nbytes)
     stager = Stager(prepared, arena, threads=threads)
+    held = [held_of(source) for source in sources]
     found = b""
     for number in range(stager.rounds):
         arena.memory[:] = 0xEE
-        assert stager.stage(number, sources) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
+        assert stager.stage(number, held) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
         found += b"".join(one.into.tobytes() for one in slices_of(prepared, arena, number))
     stager.close()
     arena.close()

@@ -24,7 +24,6 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Durability
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
-from elastickpt.training.memory import host_elements
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.plans import documents_of
 from elastickpt.writer.prepared import Prepared, prepare
@@ -114,7 +113,7 @@ def save_through(
     known = b""
     file = None
     for number in range(stager.rounds):
-        stager.stage(number, [host_elements(held.tensor) for held in rank.live.arrays])
+        stager.stage(number, rank.live.arrays)
         outcome = writer.submit(rank.staged(draft, store, number, known, durability), arena).result(timeout_s)
         known += outcome.checksums
         file = outcome.file

@@ -17,7 +17,6 @@ from elastickpt.format.records import FileDigest
 from elastickpt.save.staging import Stager
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, Crash, CrashAt, FaultyStore, Mode
-from elastickpt.training.memory import host_elements
 from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import Done, Write
 
@@ -38,7 +37,7 @@ class Job:
         self.known = b""
 
     def stage(self, number: int) -> None:
-        self.stager.stage(number, [host_elements(held.tensor) for held in self.rank.live.arrays])
+        self.stager.stage(number, self.rank.live.arrays)
 
     def perform(self, store: Store, number: int, *, repeated: bool) -> Done:
         draft = (self.draft.name, self.draft.folder, self.draft.attempt)

@@ -29,7 +29,6 @@ from elastickpt.format.records import FileDigest
 from elastickpt.save.staging import Stager
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
-from elastickpt.training.memory import host_elements
 from elastickpt.writer import child as child_module
 from elastickpt.writer import supervisor as supervisor_module
 from elastickpt.writer.arena import Arena
@@ -88,7 +87,7 @@ def demand_equal(path: Path, blocking: Path) -> None:
 def submit(supervisor: Supervisor, rank: Rank, arena: Arena, path: Path) -> tuple[Submission, Callable[[], None]]:
     """A staged save on its way, and what commits it."""
     store, draft = begun(path.parent, path.name)
-    Stager(rank.prepared, arena).stage(0, [host_elements(held.tensor) for held in rank.live.arrays])
+    Stager(rank.prepared, arena).stage(0, rank.live.arrays)
     submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
 
     def finish() -> None:

@@ -25,7 +25,6 @@ def main() -> None:
 
     from elastickpt.save.staging import Stager
     from elastickpt.testing.writer_hooks import hook
-    from elastickpt.training.memory import host_elements
     from elastickpt.writer.child import WriterOptions
     from elastickpt.writer.supervisor import Supervisor
 
@@ -36,7 +35,7 @@ def main() -> None:
         rank = Rank.of(state_of(1))
         arena = rank.arena()
         store, draft = begun(Path(folder), "c")
-        Stager(rank.prepared, arena).stage(0, [host_elements(held.tensor) for held in rank.live.arrays])
+        Stager(rank.prepared, arena).stage(0, rank.live.arrays)
         submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
         while not submission.handed:
             time.sleep(0.01)
