@@ -16,6 +16,7 @@ from typing import Protocol
 
 import msgpack
 
+from elastickpt.comms.addresses import dial, listen
 from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone, PeerSilent
 from elastickpt.comms.hosts import host_identity
 from elastickpt.comms.team import BEAT_S, Contribute, Decide, failure_of
@@ -249,18 +250,12 @@ def connect(store: KeyValue, member: int, ranks: tuple[int, ...], *, timeout_s: 
 
 def _gather_members(store: KeyValue, hosts: tuple[str, ...], ranks: tuple[int, ...], timeout_s: float) -> dict[int, Connection]:
     secret = secrets.token_bytes(16)
-    if len(set(hosts)) == 1:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        address: str | list[object] = f"elastickpt-{secrets.token_hex(16)}"
-        listener.bind("\0" + str(address))
-    else:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.bind((socket.gethostbyname(socket.gethostname()), 0))
-        address = list(listener.getsockname())
+    one_host = len(set(hosts)) == 1
+    host = None if one_host else socket.gethostbyname(socket.gethostname())
+    listener, address = listen(host=host, backlog=len(ranks))
     peers: dict[int, Connection] = {}
     deadline = time.monotonic() + timeout_s
     with listener:
-        listener.listen(len(ranks))
         store.set("hosts", bytes(msgpack.packb(list(hosts))))
         store.set("hub", bytes(msgpack.packb([address, secret])))
         while len(peers) < len(ranks) - 1:
@@ -299,7 +294,7 @@ def _join_hub(store: KeyValue, member: int, timeout_s: float) -> Connection:
     while True:
         address, secret = msgpack.unpackb(store.get("hub", timeout_s=timeout_s))
         try:
-            sock = _dial(address, timeout_s)
+            sock = dial(address, timeout_s=timeout_s)
         except OSError as error:
             # the address may be that of an earlier life of this job, which the hub is about to overwrite
             if time.monotonic() > deadline:
@@ -312,19 +307,3 @@ def _join_hub(store: KeyValue, member: int, timeout_s: float) -> Connection:
         except (PeerGone, PeerSilent) as gone:
             raise RankLost(f"member 0 of the group closed the connection at once ({gone})") from gone
         return connection
-
-
-def _dial(address: str | list[object], timeout_s: float) -> socket.socket:
-    if isinstance(address, str):
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        where: object = "\0" + address
-    else:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        where = tuple(address)
-    sock.settimeout(timeout_s)
-    try:
-        sock.connect(where)  # type: ignore[arg-type]  # a path or a (host, port) pair, as the family wants it
-    except OSError:
-        sock.close()
-        raise
-    return sock

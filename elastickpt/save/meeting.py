@@ -8,13 +8,14 @@ from typing import Protocol
 
 import msgpack
 
+from elastickpt.comms.addresses import listen
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.save.options import AsyncOptions
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import WriterOptions
-from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, listen, new_secret
+from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, new_secret
 from elastickpt.writer.submissions import StagedRound, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter

@@ -13,6 +13,7 @@ from elastickpt.commit.contents import Contents, Outline, encode_outline, encode
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.orders import Order
 from elastickpt.commit.registers.names import AttemptId
+from elastickpt.comms.addresses import listen
 from elastickpt.format.encode_fragments import encode_fragments
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, OptimizerTable
 from elastickpt.save.fragments import own_tables
@@ -30,7 +31,7 @@ from elastickpt.writer.jobs import perform
 from elastickpt.writer.plans import documents_of
 from elastickpt.writer.prepared import Prepared, prepare
 from elastickpt.writer.rounds import BLOCK_NBYTES
-from elastickpt.writer.seats import CANDIDATES, Limits, Seat, listen, new_secret
+from elastickpt.writer.seats import CANDIDATES, Limits, Seat, new_secret
 from elastickpt.writer.submissions import StagedRound, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter

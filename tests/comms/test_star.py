@@ -195,7 +195,7 @@ def test_a_stranger_without_the_secret_is_turned_away() -> None:
     """Somebody else on the machine who finds the socket cannot join, nor disturb who may. [SAVE-65]"""
     import msgpack
 
-    from elastickpt.comms import star as module
+    from elastickpt.comms.addresses import dial
     from elastickpt.comms.frames import Connection as Peer
     from elastickpt.comms.frames import Frame, Kind
 
@@ -204,7 +204,7 @@ def test_a_stranger_without_the_secret_is_turned_away() -> None:
         hub = pool.submit(connect, store, 0, (0, 1), timeout_s=10)
         store.set("host/1", store.get("host/0", timeout_s=5))
         address, secret = msgpack.unpackb(store.get("hub", timeout_s=5))
-        stranger = Peer(module._dial(address, 5.0))
+        stranger = Peer(dial(address, timeout_s=5.0))
         stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * len(secret), 1])), silence_s=5.0)
         member = pool.submit(connect, store, 1, (0, 1), timeout_s=10)
         stars = [hub.result(), member.result()]

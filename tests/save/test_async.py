@@ -19,6 +19,7 @@ import torch
 import elastickpt as ek
 from elastickpt.commit.draft import begin, new_draft
 from elastickpt.commit.marks import mark, marked
+from elastickpt.comms.addresses import listen
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
 from elastickpt.save import saver as saver_module
 from elastickpt.save import savers
@@ -30,7 +31,6 @@ from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
 from elastickpt.training.group import job_group
 from elastickpt.writer import endings
-from elastickpt.writer.seats import listen
 from elastickpt.writer.supervisor import Supervisor
 
 LIMIT_S = 60.0

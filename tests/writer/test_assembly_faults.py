@@ -20,6 +20,7 @@ from elastickpt.commit.contents import decode_outline, decode_rest
 from elastickpt.commit.draft import CONTENTS
 from elastickpt.commit.marks import marked
 from elastickpt.commit.settle import Patience, Standing, look, settle
+from elastickpt.comms.addresses import dial
 from elastickpt.comms.frames import Connection, Frame, Kind
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.storage.local import LocalStore
@@ -29,7 +30,7 @@ from elastickpt.writer.assembly import Assembly
 from elastickpt.writer.carry import unwatched
 from elastickpt.writer.messages import Write
 from elastickpt.writer.parts import Part
-from elastickpt.writer.seats import Limits, Seat, dial
+from elastickpt.writer.seats import Limits, Seat
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.thread import ThreadWriter
 from elastickpt.writer.way import say_farewell
