@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from elastickpt.errors import (
     Refused,
     StorageFailed,
 )
+from elastickpt.format.arrays import Section
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.encode_manifest import decode_manifest
@@ -140,8 +142,11 @@ def _token(draft: Draft) -> bytes:
     return dump({"format": "elastickpt-draft", "version": 1, "attempt": draft.attempt, **owner}).encode()
 
 
-def begin(store: Store, draft: Draft) -> None:
+def begin(store: Store, draft: Draft, *, sections: Iterable[Section] = ()) -> None:
     """Creates the draft folder with its token file, by which other writers see that they share the file system.
+
+    `sections`: some that will hold arrays. Whoever makes the draft makes their folders best, as nobody else knows of them yet
+    (`storage.kernel.make_spread`).
 
     After an error nothing of it is left, as far as the store can remove it. Raises StorageFailed kinds.
     """
@@ -149,7 +154,8 @@ def begin(store: Store, draft: Draft) -> None:
     try:
         store.make_directories(draft.folder)
         store.create(draft.path(TOKEN), _token(draft))
-        store.make_directories(draft.path("fragments"))
+        for folder in ("fragments", *sorted(sections)):
+            store.make_directories(draft.path(folder))
     except CheckpointError as error:
         _UNDER_WAY.discard(draft.attempt)
         if not isinstance(error, PathOccupied):  # else it is not ours

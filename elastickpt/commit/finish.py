@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,7 +126,7 @@ def _record(
         first, last = (part.arrays[0].key, part.arrays[-1].key) if part.arrays else ("", "")
         created.append(index_file(number))
         entries.append(IndexEntry(FileDigest(index_file(number), len(data), file_digest(data)), first, last))
-    for path, document in upper_documents(arrays):
+    for path, document in _documents_of(arrays):
         if "/" in path:  # the draft itself is there, or it was aborted, and nobody brings it back
             store.make_directories(draft.path(path).rpartition("/")[0])
         create(draft.path(path), document)
@@ -150,6 +151,19 @@ def _record(
     for leftover in (TOKEN, CONTENTS):
         store.remove(draft.path(leftover))
     return Recorded(manifest, file_digest(data)), created
+
+
+_DOCUMENTS: deque[tuple[tuple[ArrayRecord, ...], tuple[tuple[str, bytes], ...]]] = deque(maxlen=2)
+
+
+def _documents_of(arrays: tuple[ArrayRecord, ...]) -> tuple[tuple[str, bytes], ...]:
+    """The committer's documents; those of the same arrays as a save before are not made again."""
+    for known, documents in tuple(_DOCUMENTS):
+        if known is arrays:
+            return documents
+    documents = tuple(upper_documents(arrays))
+    _DOCUMENTS.append((arrays, documents))
+    return documents
 
 
 def sync_records(store: Store, draft: Draft, created: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -10,18 +11,41 @@ import numpy as np
 
 from elastickpt.errors import CoverageOverlap, StructureConflict
 from elastickpt.format.box import Box
-from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.columns import IntColumn
+from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
 from elastickpt.format.records import ArrayRecord, Field, FieldKind, OptimizerTable
 from elastickpt.format.values import Value, value_digest
 from elastickpt.layout.coverage import require_coverage
 
 
-def prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
+def prove(expected: tuple[ArrayRecord, ...], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
     """The expected arrays with their writers, in the order of their keys.
 
-    Raises CoverageGap or CoverageOverlap naming array, box and writers; StructureConflict for a piece of an array that
-    nobody announced.
+    What was proven of the very same boxes of the same arrays, a save before, is not proven again. Raises CoverageGap or
+    CoverageOverlap naming array, box and writers; StructureConflict for a piece of an array that nobody announced.
     """
+    boxes = tuple((columns.writer, *_boxes_of(columns.pieces)) for columns in maps)
+    for known, proven_boxes, proven in tuple(_PROVEN):
+        if known is expected and len(boxes) == len(proven_boxes) and all(map(_same, boxes, proven_boxes)):
+            return proven
+    proven = _prove(expected, maps)
+    _PROVEN.append((expected, boxes, proven))
+    return proven
+
+
+_Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
+_PROVEN: deque[tuple[tuple[ArrayRecord, ...], tuple[_Boxes, ...], tuple[ArrayRecord, ...]]] = deque(maxlen=2)
+
+
+def _boxes_of(pieces: PieceColumns) -> tuple[tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]:
+    return pieces.arrays, pieces.ndims, pieces.array, pieces.start, pieces.shape
+
+
+def _same(one: _Boxes, other: _Boxes) -> bool:
+    return one[:2] == other[:2] and all(np.array_equal(a, b) for a, b in zip(one[2:], other[2:], strict=True))
+
+
+def _prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
     boxes: dict[str, list[Box]] = {record.key: [] for record in expected}
     owners: dict[str, list[int]] = {record.key: [] for record in expected}
     for columns in maps:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
+from elastickpt.commit.contents import Outline
 from elastickpt.commit.draft import require_free
 from elastickpt.comms.team import Team
 from elastickpt.errors import PlacementUnsupported
@@ -37,6 +38,7 @@ from elastickpt.save.messages import (
     require_staged_alike,
     structure_id,
 )
+from elastickpt.save.outline import outline_of
 from elastickpt.save.plan import plan_writes
 from elastickpt.save.propose import Proposal, propose
 from elastickpt.save.request import Request
@@ -57,11 +59,12 @@ KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
-    """A job's structure as one rank knows it; `merged` on the committer only."""
+    """A job's structure as one rank knows it; `outline` on the committer only, one object for all saves: what was
+    proven of its arrays is known again."""
 
     shared: tuple[SharedArray, ...]
     plan: WritePlan
-    merged: MergedStructure | None
+    outline: Outline | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -240,7 +243,7 @@ class _Agreement:
         if compares:
             self._compare(live, shared)
         plan = plan_writes(live.arrays, shared, rank=self.rank)
-        return Structure(shared, plan, merged[0] if merged else None)
+        return Structure(shared, plan, outline_of(merged[0], world_size=len(self.team.ranks)) if merged else None)
 
     def _compare(self, live: LiveState, shared: Sequence[SharedArray]) -> None:
         def digests() -> bytes:

@@ -179,7 +179,8 @@ class _Rounds:
 
     def _open(self, intentions: Sequence[Intention]) -> Sequence[bytes]:
         """Member 0: what each member is told of the attempt."""
-        opened = self.located.open()
+        proposal = self.task.proposal
+        opened = self.located.open(frozenset() if proposal is None else proposal.live.sections)
         self.notes += opened.notes
         draft, wanted = opened.draft, values_wanted(intentions)
         register = "" if opened.register is None else str(opened.register)
@@ -199,8 +200,8 @@ class _Rounds:
         """The attempt with all that this rank's writer has to know."""
         live, known, draft, order = self.agreed.live, opened.known, opened.draft, opened.order
         values = self._values(draft)  # what fails from here on need not be told in a round
-        if known.outline is not None:
-            rest = encode_rest(Contents(known.outline, self.task.request.step, self.time, values))
+        if (outline := known.structure.outline) is not None:
+            rest = encode_rest(Contents(outline, self.task.request.step, self.time, values))
             order = Order(order.register, known.encoded_outline, rest, order.metrics)
         tables = own_tables(live, known.structure.shared, rank=self.team.ranks[self.team.member])
         per_rank = dict(live.per_rank) or None

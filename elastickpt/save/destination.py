@@ -1,13 +1,14 @@
 """Where the attempts of saves beside training go: a path of its own, or a step of a run.
 
 destination.locate()  on every rank, before anything is asked of the others      -> Located
-located.open()        on member 0: the attempt exists, and writers may write      -> Opened
+located.open(...)     on member 0: the attempt exists, and writers may write      -> Opened
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from elastickpt.commit.registers.names import AttemptId
 from elastickpt.commit.registers.records import Metrics
 from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import Refused
+from elastickpt.format.arrays import Section
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Store
 
@@ -45,8 +47,8 @@ class Located(Protocol):
         """Raises on member 0 if nothing can be committed there."""
         ...
 
-    def open(self) -> Opened:
-        """Member 0 only. Raises StorageFailed kinds, Superseded."""
+    def open(self, sections: Collection[Section]) -> Opened:
+        """Member 0 only, which holds arrays of these sections. Raises StorageFailed kinds, Superseded."""
         ...
 
 
@@ -95,12 +97,12 @@ class _Path:
     def require_free(self) -> None:
         require_free(self.store, self.name)
 
-    def open(self) -> Opened:
+    def open(self, sections: Collection[Section]) -> Opened:
         swept = sweep(self.store, self.name)
         notes = [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
         notes += [f"left {folder}: {why}" for folder, why in swept.left]
         draft = new_draft(self.name, pid=os.getpid())
-        begin(self.store, draft)
+        begin(self.store, draft, sections=sections)
         return Opened(draft, None, tuple(notes))
 
 
@@ -134,10 +136,10 @@ class _Step:
     def require_free(self) -> None:
         """Opening the attempt finds out."""
 
-    def open(self) -> Opened:
+    def open(self, sections: Collection[Section]) -> Opened:
         if self.holding is None:
             raise Refused(f"{self.store.url}: expected the run's claim on member 0, found none")
         register = complete(open_attempt(self.store, self.holding, step=self.step))
         draft = Draft(register.folder, register.folder, secrets.token_hex(8))
-        begin(self.store, draft)
+        begin(self.store, draft, sections=sections)
         return Opened(draft, register)

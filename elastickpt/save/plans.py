@@ -6,29 +6,27 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from elastickpt.commit.contents import Outline, encode_outline
+from elastickpt.commit.contents import encode_outline
 from elastickpt.save.agree import KNOWN_STRUCTURES, Agreed, Structure
-from elastickpt.save.outline import outline_of, records_of
+from elastickpt.save.outline import records_of
 from elastickpt.writer.plans import documents_of
 from elastickpt.writer.prepared import Prepared, prepare
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """A structure of the job, `id`, and what this rank makes of it. The outline, as a value and as bytes, on the committer."""
+    """A structure of the job, `id`, and what this rank makes of it. The encoded outline on the committer, else empty."""
 
     id: str
     structure: Structure
     prepared: Prepared
-    outline: Outline | None
     encoded_outline: bytes
 
 
 class Plans:
     """Of this rank's tables the newest ones, each with the job's structure of which it was a part last."""
 
-    def __init__(self, *, world_size: int, arena_nbytes: int | None) -> None:
-        self._world_size = world_size
+    def __init__(self, *, arena_nbytes: int | None) -> None:
         self._arena_nbytes = arena_nbytes
         self._known: OrderedDict[str, Known] = OrderedDict()
         self._changing = threading.Lock()
@@ -45,9 +43,8 @@ class Plans:
             structure = agreed.structure
             records = records_of(agreed.live.arrays, structure.shared)
             prepared = prepare(structure.plan, documents_of(structure.plan, records), arena_nbytes=self._arena_nbytes)
-            merged = structure.merged
-            outline = None if merged is None else outline_of(merged, world_size=self._world_size)
-            known = Known(agreed.id, structure, prepared, outline, b"" if outline is None else encode_outline(outline))
+            outline = structure.outline
+            known = Known(agreed.id, structure, prepared, b"" if outline is None else encode_outline(outline))
         with self._changing:
             self._known[table] = known
             self._known.move_to_end(table)

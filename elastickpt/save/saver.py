@@ -67,7 +67,7 @@ class Saver:
         self._gate = StepGate()
         self._writers = Writers(options)
         self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._beside)
-        self._plans = Plans(world_size=len(group.ranks), arena_nbytes=options.arena_nbytes)
+        self._plans = Plans(arena_nbytes=options.arena_nbytes)
         self._background = Background(self._meet, self._writers, self._plans, self._ended)
         self._rounds = Worker("elastickpt-rounds")
         self._endings = Worker("elastickpt-endings")

@@ -25,10 +25,9 @@ from elastickpt.save.fragments import own_tables
 from elastickpt.save.info import CheckpointInfo
 from elastickpt.save.messages import (
     Attested,
-    Intention,
     values_wanted,
 )
-from elastickpt.save.outline import outline_of, records_of
+from elastickpt.save.outline import records_of
 from elastickpt.save.request import PlacementChoice, Request
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import place_in
@@ -93,7 +92,7 @@ class _Save:
             agreed = agree(self.group, self.team, self.request, state, mesh)
             self.store, self.name = agreed.store, agreed.name
             self.durability = self._promised()
-            draft, wanted = self._draft(agreed.intentions)
+            draft, wanted = self._draft(agreed)
             planned = time.perf_counter()
             manifest_bytes, written = self._write(agreed, draft, wanted)
         except BaseException as error:
@@ -131,7 +130,7 @@ class _Save:
 
     # -- writing and committing ----------------------------------------------------------------------------------------
 
-    def _draft(self, intentions: Sequence[Intention]) -> tuple[Draft, tuple[str, ...]]:
+    def _draft(self, agreed: Agreed) -> tuple[Draft, tuple[str, ...]]:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             swept = sweep(self.store, self.name)
             self.notes += [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
@@ -139,9 +138,9 @@ class _Save:
             for note in self.notes:
                 log.warning("%s: %s", place_in(self.store, self.name), note)
             self.draft = new_draft(self.name, pid=os.getpid())
-            begin(self.store, self.draft)
+            begin(self.store, self.draft, sections=agreed.live.sections)
             self.attempt.advance(Event.DRAFT)
-            wanted = values_wanted(intentions)
+            wanted = values_wanted(agreed.intentions)
             return [bytes(msgpack.packb((self.draft.folder, self.draft.attempt, mine))) for mine in wanted]
 
         folder, attempt, wanted = msgpack.unpackb(self.team.round("draft", lambda: b"", decide), use_list=False)
@@ -200,8 +199,6 @@ class _Save:
         return reply, times[0]
 
     def _contents(self, structure: Structure, values: Mapping[str, object]) -> Contents:
-        merged = structure.merged
-        if merged is None:
+        if structure.outline is None:
             raise Refused("the committer has no structure of the whole job")
-        outline = outline_of(merged, world_size=len(self.team.ranks))
-        return Contents(outline, self.request.step, time.time(), dict(values))
+        return Contents(structure.outline, self.request.step, time.time(), dict(values))

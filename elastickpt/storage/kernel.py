@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import re
+import secrets
 import struct
 from functools import cache
 
@@ -81,6 +82,28 @@ def spread_below(path: str) -> None:
             fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, _LONG.pack(flags | _FS_TOPDIR_FL))
         finally:
             os.close(descriptor)
+
+
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+
+def make_spread(path: str) -> bool:
+    """Makes a folder in one that `spread_below` was asked for, wherever chance puts it. False where it must be made as usual.
+
+    ext4 chooses the block group by the folder's name as it is made: folders of one name, as every checkpoint has them, would
+    all come to stand among the deleted ones of those before. So it is made by a name of its own and renamed. Left behind
+    after a crash between the two is an empty folder. Raises OSError.
+    """
+    rename = getattr(_libc(), "renameat2", None)
+    if rename is None:
+        return False
+    made = f"{path}.{secrets.token_hex(4)}"
+    os.mkdir(made)
+    if rename(_AT_FDCWD, os.fsencode(made), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) != 0:
+        os.rmdir(made)
+        return False
+    return True
 
 
 _CACHESTAT = 451  # the same number everywhere but on alpha

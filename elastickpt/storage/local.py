@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elastickpt.errors import CapabilityMissing, LimitExceeded, MissingFile, PathOccupied
 from elastickpt.storage.failures import naming
-from elastickpt.storage.kernel import IN_MEMORY, file_system, spread_below, sync_file_system, syncfs_reports
+from elastickpt.storage.kernel import IN_MEMORY, file_system, make_spread, spread_below, sync_file_system, syncfs_reports
 from elastickpt.storage.paths import ancestors_of, checked, checked_directory
 from elastickpt.storage.ranges import LocalReader, LocalWriter, demand_file, write_whole
 from elastickpt.storage.store import Caching, Capabilities, Entry, EntryKind
@@ -34,6 +34,7 @@ class LocalStore:
             if not os.path.isdir(self._root):
                 raise MissingFile(f"{self._root}: expected a directory, found a file")
         self._opening = threading.Lock()
+        self._spread = ""  # the top folder that this object made last: there it makes folders wherever chance puts them
         self._anchor_of = (0, -1)  # (process id, descriptor of the root opened by it)
         self.capabilities = Capabilities(
             exclusive_create=True,
@@ -44,6 +45,7 @@ class LocalStore:
             ranged_writes=True,
             sequential_only=False,
             shared_by_hosts=self._file_system in _SHARED_BY_HOSTS,
+            past_cache=self._file_system not in IN_MEMORY,
             directories=True,
             name=self._file_system,
         )
@@ -64,6 +66,9 @@ class LocalStore:
                 made = _make_directory(top)
                 if made and self._file_system == "ext4":
                     spread_below(top)
+                    self._spread = first
+            elif len(below) == 1 and first == self._spread and not os.path.lexists(full) and make_spread(full):
+                pass
             elif not _made_below(full):
                 if not _is_directory(top):
                     cls, found = (PathOccupied, "no directory") if os.path.lexists(top) else (MissingFile, "not there")

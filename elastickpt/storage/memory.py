@@ -19,6 +19,7 @@ _CAPABILITIES = Capabilities(
     ranged_writes=True,
     sequential_only=False,
     shared_by_hosts=False,
+    past_cache=False,
     directories=True,
     name="memory",
 )

@@ -87,6 +87,7 @@ class FsspecStore:
             ranged_writes=False,
             sequential_only=True,
             shared_by_hosts=False,
+            past_cache=False,
             directories=False,
             name=protocols[0],
         )

@@ -31,6 +31,7 @@ class Capabilities:
     ranged_writes       several writers fill disjoint ranges of one file
     sequential_only     a file is written front to back, by one writer
     shared_by_hosts     ranges of one file may be written from several hosts at once; an allow-list of file systems
+    past_cache          large ranges of memory that lies like the file, modulo the page, are written without a copy
     directories         they exist by themselves; else names of files imply them, and `make_directories` does nothing
     name                of the file system or protocol: "ext4", "tmpfs", "memory", "s3", ...
     """
@@ -43,6 +44,7 @@ class Capabilities:
     ranged_writes: bool
     sequential_only: bool
     shared_by_hosts: bool
+    past_cache: bool
     directories: bool
     name: str
 

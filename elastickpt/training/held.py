@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import ArraySpec, Mesh
+from elastickpt.format.arrays import ArraySpec, Mesh, Section
 from elastickpt.format.box import Box
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
@@ -74,3 +74,8 @@ class LiveState:
     values: Mapping[str, Value] = field(default_factory=dict)
     per_rank: Mapping[str, Value] = field(default_factory=dict)
     tied: tuple[tuple[tuple[str, str], ...], ...] = ()
+
+    @property
+    def sections(self) -> frozenset[Section]:
+        """Of the arrays."""
+        return frozenset(held.spec.id.section for held in self.arrays)

@@ -23,7 +23,11 @@ from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePl
 from elastickpt.writer.rounds import BLOCK_NBYTES, Slice
 
 UNIT_NBYTES = 8 << 20
-THREADS = 3
+THREADS = 3  # what goes through the cache alone is CPU's work, and one more is of use from IN_MEMORY_NBYTES on
+IN_MEMORY_NBYTES = 128 << 20
+# Making files costs CPU and writing bytes waits for the device: from here on the two are done side by side. 1 GB in 333 arrays
+# on ext4: 0.95 s one after the other, 0.63 s side by side.
+SIDE_BY_SIDE_NBYTES = 8 << 20
 SYNC_TREE_FILES = 64  # beyond this many files one syncfs is cheaper than an fsync each (0.9 ms a file, 0.02 ms with syncfs)
 
 Bytes = NDArray[np.uint8]
@@ -62,6 +66,44 @@ def sync_way(store: Store, files: int, *, durability: Durability) -> Sync:
     if durability == "process":
         return "none"
     return "tree" if store.capabilities.tree_sync and files > SYNC_TREE_FILES else "file"
+
+
+def write_round(
+    target: Target,
+    plan: WritePlan,
+    documents: Sequence[Document],
+    slices: Sequence[Slice],
+    source: Source,
+    *,
+    create: Callable[[str, bytes], None],
+) -> Checksums:
+    """Writes the slices and makes the documents, by `create`, with all folders; returns the checksums of the slices' blocks, in
+    order. Blocking. Raises as `write_slices`, and what `create` raises; what is durable on return is said there.
+    """
+
+    def make_rest() -> None:
+        make_folders(target, plan)
+        for document in documents:
+            create(target.path(document.path), document.content)
+
+    if sum(at.stop - at.start for at in slices) < SIDE_BY_SIDE_NBYTES:
+        make_rest()
+        return write_slices(target, plan.files, slices, source)
+
+    def make_rest_beside() -> None:
+        make_rest()
+        if target.sync == "tree":  # names reach the device while bytes are written, and the last sync finds less to do
+            target.store.sync_tree()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="elastickpt-documents") as side:
+        try:
+            made = side.submit(make_rest_beside)
+        except RuntimeError:  # a process at its end begins no more threads, and waits for what is still written
+            make_rest()
+            return write_slices(target, plan.files, slices, source)
+        checksums = write_slices(target, plan.files, slices, source)
+        made.result()
+    return checksums
 
 
 def make_folders(target: Target, plan: WritePlan) -> None:
@@ -163,7 +205,7 @@ def write_slices(target: Target, files: Sequence[PlannedFile], slices: Sequence[
         target.watch(data.size)
 
     try:
-        _in_threads(carry_out, units)
+        _in_threads(carry_out, units, _threads_for(target, slices))
     except BaseException:
         for file in opened.values():
             file.abandon()
@@ -198,8 +240,15 @@ def _units(slices: Sequence[Slice]) -> Iterator[_Unit]:
             block += blocks_of(stop - start)
 
 
-def _in_threads(carry_out: Callable[[_Unit], None], units: Sequence[_Unit]) -> None:
-    if len(units) <= 1:
+def _threads_for(target: Target, slices: Sequence[Slice]) -> int:
+    """1.8 GB of 2 ranks on 2 cores into tmpfs takes as long with one thread as with three; 0.1 GB 79 ms with one, 92 with 3."""
+    if target.store.capabilities.past_cache:
+        return THREADS
+    return min(THREADS, 1 + sum(at.stop - at.start for at in slices) // IN_MEMORY_NBYTES)
+
+
+def _in_threads(carry_out: Callable[[_Unit], None], units: Sequence[_Unit], threads: int) -> None:
+    if min(len(units), threads) <= 1:
         for unit in units:
             carry_out(unit)
         return
@@ -219,10 +268,10 @@ def _in_threads(carry_out: Callable[[_Unit], None], units: Sequence[_Unit]) -> N
                 failed.set()
                 raise
 
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-write") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="elastickpt-write") as pool:
         futures: list[Future[None]] = []
         with suppress(RuntimeError):  # a process at its end begins no more threads, and waits for what is still written
-            for _ in range(min(THREADS, len(units))):
+            for _ in range(min(threads, len(units))):
                 futures.append(pool.submit(work))  # noqa: PERF401  # those before an error count
         if not futures:
             work()

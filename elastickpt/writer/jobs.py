@@ -17,9 +17,8 @@ from elastickpt.writer.carry import (
     Target,
     Watch,
     make_durable,
-    make_folders,
     sync_way,
-    write_slices,
+    write_round,
 )
 from elastickpt.writer.fragments import fragments_of
 from elastickpt.writer.messages import Done, Write
@@ -49,11 +48,8 @@ def perform(store: Store, job: Write, prepared: Prepared, memory: Bytes, *, watc
     staged = prepared.rounds[job.round]
     nbytes = sum(at.stop - at.start for at in staged.slices)
     last = job.round == len(prepared.rounds) - 1
-    make_folders(target, plan)
-    if last:
-        for document in prepared.documents:
-            create(target.path(document.path), document.content)
-    checksums = write_slices(target, plan.files, staged.slices, Staged(memory))
+    documents = prepared.documents if last else ()
+    checksums = write_round(target, plan, documents, staged.slices, Staged(memory), create=create)
     if not last:
         if way == "tree":
             store.sync_tree()

@@ -190,6 +190,7 @@ class _Process:
         def tell(job: int, verdict: Verdict) -> None:
             with suppress(PeerGone):
                 self._wire.send(Decided(job, encode_verdict("", verdict)))
+            gc.collect()  # not before: 20 ms for all to wait that the commit is waiting for
 
         self._part = Part(seat, listener, self._store, tell)
 
@@ -224,7 +225,8 @@ class _Process:
             del task  # its arena may be given up before the next one comes
             with suppress(PeerGone):
                 self._wire.send(answer)
-            gc.collect()
+            if self._part is None:
+                gc.collect()
 
     def _answer(self, task: _Task) -> Done | Failed:
         job = task.write.job

@@ -406,18 +406,18 @@ def test_a_storage_that_hangs_within_a_round_keeps_training_no_longer_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[SAVE-9]"""
-    from elastickpt.writer import jobs
+    from elastickpt.writer import carry
 
     options = ek.AsyncOptions(executor="thread", stall_limit_s=0.1, arena_nbytes=(1 << 20) + 4096)
     live = state(numbers=1 << 20)
     ek.async_save(live, tmp_path / "known", options=options).result(LIMIT_S)
-    let, real = threading.Event(), jobs.write_slices
+    let, real = threading.Event(), carry.write_slices
 
     def hanging(*args: Any) -> Any:
         let.wait(LIMIT_S)
         return real(*args)
 
-    monkeypatch.setattr(jobs, "write_slices", hanging)
+    monkeypatch.setattr(carry, "write_slices", hanging)
     handle = ek.async_save(live, tmp_path / "c", options=options)
     with pytest.raises(SaveSkipped):  # its arena is free only when nobody reads it any more
         ek.async_save(live, tmp_path / "d", options=options).result(LIMIT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -155,6 +156,27 @@ def test_a_missing_rank_is_a_gap_and_a_doubled_one_an_overlap() -> None:
         prove(records(merged), maps[:1] + maps[2:])
     with pytest.raises(CoverageOverlap, match="writer 1"):
         prove(records(merged), [*maps, maps[1]])
+
+
+def test_what_was_proven_is_not_proven_again_and_nothing_else_is_taken_for_it() -> None:
+    """The next save's maps have other checksums and the same boxes; a box too few, or one at another place, is seen."""
+    mesh = Mesh("fsdp", ("fsdp",), (4,), tuple(range(4)))
+    merged, maps = job([live(held("w", (10, 6), rank, mesh, ("S(0)",))) for rank in range(4)])
+    expected = tuple(records(merged))
+    proven = prove(expected, maps)
+    again = [replace(m, pieces=replace(m.pieces, checksums=m.pieces.checksums + np.uint64(1))) for m in maps]
+    assert prove(expected, again) is proven
+    assert prove(tuple(records(merged)), maps) == proven
+    with pytest.raises(CoverageGap):
+        prove(expected, maps[:3])
+    moved = replace(maps[0], pieces=replace(maps[0].pieces, start=maps[0].pieces.start + np.array([1, 0])))
+    with pytest.raises(CoverageOverlap):
+        prove(expected, [moved, *maps[1:]])
+    with pytest.raises(CoverageOverlap):
+        prove(expected, [*maps, maps[0]])
+    other = replace(maps[0], pieces=replace(maps[0].pieces, arrays=("params/model/v/value",)))
+    with pytest.raises(StructureConflict, match="which no rank announced"):
+        prove(expected, [other, *maps[1:]])
 
 
 # -- contradictions between ranks --------------------------------------------------------------------------------------

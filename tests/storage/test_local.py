@@ -326,3 +326,33 @@ def test_only_listed_file_systems_are_shared_by_hosts(tmp_path, monkeypatch, nam
     monkeypatch.setattr(local, "file_system", lambda path: name)
     capabilities = LocalStore(tmp_path).capabilities
     assert (capabilities.name, capabilities.shared_by_hosts, capabilities.tree_sync) == (name, shared, False)
+
+
+def test_a_folder_made_by_chance_has_its_name_and_replaces_nothing(tmp_path):
+    made = str(tmp_path / "params")
+    assert kernel.make_spread(made)
+    (tmp_path / "params" / "file").write_bytes(b"x")
+    assert not kernel.make_spread(made)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["params", "params/file"]
+
+
+def test_only_who_made_the_top_folder_makes_folders_in_it_by_chance(tmp_path, monkeypatch):
+    """Whoever dies between the two calls leaves a folder behind: so it must not be a writer of a draft that lives on."""
+    monkeypatch.setattr(local, "file_system", lambda path: "ext4")
+    monkeypatch.setattr(local, "spread_below", lambda path: None)
+    asked = []
+    monkeypatch.setattr(local, "make_spread", lambda path: bool(asked.append(Path(path).name)))
+    maker, other = LocalStore(tmp_path), LocalStore(tmp_path)
+    maker.make_directories("draft")
+    for store in (other, maker):
+        for path in ("draft", f"draft/{id(store)}", f"draft/{id(store)}", "draft/params/deep"):
+            store.make_directories(path)
+    assert asked == [str(id(maker))]
+    assert sorted(os.listdir(tmp_path / "draft")) == sorted(["params", str(id(maker)), str(id(other))])
+
+
+@pytest.mark.skipif(
+    not SHARED_MEMORY.is_dir() or kernel.file_system(str(SHARED_MEMORY)) != "tmpfs", reason="needs a tmpfs at /dev/shm"
+)
+def test_memory_is_not_past_the_cache():
+    assert not LocalStore(SHARED_MEMORY).capabilities.past_cache
