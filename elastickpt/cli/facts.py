@@ -218,10 +218,10 @@ def _writer(columns: FragmentColumns, path: str, file_nbytes: int) -> WriterFact
 
 
 def _pieces(columns: FragmentColumns, wanted: Mapping[str, ArrayId]) -> Iterable[PieceFact]:
-    for place, key in enumerate(columns.pieces.arrays):
+    for key, places in columns.pieces.by_array().items():
         if key not in wanted:
             continue
-        for number in columns.pieces.of_array(place):
+        for number in places:
             piece = columns.pieces.piece(number)
             yield PieceFact(
                 wanted[key],

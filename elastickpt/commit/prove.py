@@ -50,12 +50,11 @@ def _prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> 
     owners: dict[str, list[int]] = {record.key: [] for record in expected}
     for columns in maps:
         pieces, stored = columns.pieces, columns.pieces.boxes()
-        ends = np.searchsorted(pieces.array, np.arange(len(pieces.arrays) + 1)).tolist()
-        for number, key in enumerate(pieces.arrays):
+        for key, places in pieces.by_array().items():
             if key not in boxes:
                 raise StructureConflict(f"writer {columns.writer} stored array {key}, which no rank announced")
-            boxes[key].extend(stored[ends[number] : ends[number + 1]])
-            owners[key].extend([columns.writer] * (ends[number + 1] - ends[number]))
+            boxes[key].extend(stored[places.start : places.stop])
+            owners[key].extend([columns.writer] * len(places))
     proven = []
     for record in sorted(expected, key=lambda record: record.key):
         found, by = boxes[record.key], owners[record.key]

@@ -41,10 +41,10 @@ class PieceColumns:
     def __len__(self) -> int:
         return len(self.array)
 
-    def of_array(self, array: int) -> range:
-        """The pieces of one array, by its place in `arrays`."""
-        first, stop = np.searchsorted(self.array, (array, array + 1))
-        return range(int(first), int(stop))
+    def by_array(self) -> dict[str, range]:
+        """The pieces of each array, by its key."""
+        ends = np.searchsorted(self.array, np.arange(len(self.arrays) + 1)).tolist()
+        return {key: range(first, stop) for key, (first, stop) in zip(self.arrays, pairwise(ends), strict=True)}
 
     def box(self, piece: int) -> Box:
         """A piece's box in global coordinates of its array."""

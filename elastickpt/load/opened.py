@@ -45,6 +45,7 @@ class _Cache:
 
     lock: threading.Lock
     maps: dict[int, FragmentColumns]
+    places: dict[int, Mapping[str, range]]
 
 
 class Opened:
@@ -54,7 +55,7 @@ class Opened:
         self.store = store
         self.name = name
         self.manifest = manifest
-        self._fragments = _Cache(threading.Lock(), {})
+        self._fragments = _Cache(threading.Lock(), {}, {})
         self._bases: dict[int, str] = {}
 
     def path(self, relative: str) -> str:
@@ -98,6 +99,13 @@ class Opened:
         check_fragments(columns, self.by_key, manifest=self.manifest, writer=writer)
         with self._fragments.lock:
             return self._fragments.maps.setdefault(writer, columns)
+
+    def places(self, writer: int) -> Mapping[str, range]:
+        """Where the pieces of each array stand in the map of one writer that holds any; errors as `fragments`."""
+        known = self._fragments.places.get(writer)
+        if known is None:
+            known = self._fragments.places[writer] = self.fragments(writer).pieces.by_array()
+        return known
 
     def stored_by(self, writer: int) -> Iterator[ArrayRecord]:
         """The arrays that a writer stored pieces of."""

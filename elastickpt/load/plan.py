@@ -5,7 +5,6 @@ wanted boxes --> pieces of the fragment maps --> reads (layout.reads) --> units,
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,14 +119,13 @@ def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[Fr
     """The stored pieces of an array that hold any of `within`, with their fragment maps."""
     found: list[tuple[FragmentColumns, StoredPiece]] = []
     for writer in record.writers:
-        columns = opened.fragments(writer)
-        pieces = columns.pieces
-        number = bisect_left(pieces.arrays, record.key)  # keys are sorted
-        if number == len(pieces.arrays) or pieces.arrays[number] != record.key:
+        columns, places = opened.fragments(writer), opened.places(writer)
+        if record.key not in places:
             raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
-        boxes = ((place, pieces.box(place)) for place in pieces.of_array(number))
-        hit = ((place, box) for place, box in boxes if intersect(box, within) is not None)
-        found.extend((columns, pieces.piece_of(place, box)) for place, box in hit)
+        for place in places[record.key]:
+            box = columns.pieces.box(place)
+            if box == within or intersect(box, within) is not None:
+                found.append((columns, columns.pieces.piece_of(place, box)))
     return found
 
 
@@ -153,13 +151,14 @@ def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[
     """The pieces that hold a box of an array. Raises CoverageGap or CoverageOverlap unless they hold every element of it
     exactly once. [FRAG-30, FRAG-31]"""
     found = pieces_of(opened, record, box)
+    if len(found) == 1 and found[0][1].box == box:  # the usual case
+        return found
     parts = [part for _, piece in found if (part := intersect(piece.box, box)) is not None]
-    if not (len(parts) == 1 and parts[0] == box):
-        report = prove_box_coverage(box, parts)
-        if report.overlaps:
-            raise CoverageOverlap(f"array {record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
-        if report.gaps:
-            raise CoverageGap(f"array {record.spec.id}: elements {report.gaps[0]} are stored nowhere")
+    report = prove_box_coverage(box, parts)
+    if report.overlaps:
+        raise CoverageOverlap(f"array {record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
+    if report.gaps:
+        raise CoverageGap(f"array {record.spec.id}: elements {report.gaps[0]} are stored nowhere")
     return found
 
 

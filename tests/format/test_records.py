@@ -66,8 +66,9 @@ def test_a_fragment_map_comes_back(found: list[StoredPiece], values: Any) -> Non
     assert decode_fragments(data, path="f") == fragments
     columns = decode_columns(data, path="f")
     assert encode_fragments(columns) == data
-    for k, key in enumerate(columns.pieces.arrays):
-        assert [columns.pieces.piece(p) for p in columns.pieces.of_array(k)] == [p for p in ordered if p.array == key]
+    assert tuple(columns.pieces.by_array()) == columns.pieces.arrays
+    for key, places in columns.pieces.by_array().items():
+        assert [columns.pieces.piece(p) for p in places] == [p for p in ordered if p.array == key]
 
 
 def test_columns_are_read_only() -> None:
