@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, cast
 
-Case = Literal["save", "load", "reshard", "small save", "small load", "stall", "async save", "copy"]
+Case = Literal["save", "load", "reshard", "small save", "small load", "stall", "async save", "slow-down", "copy"]
 Cache = Literal["cold", "warm", "none"]
 Durability = Literal["power", "files", "none", "floor"]
 
 SCHEMA_VERSION = 1
-CASES: tuple[Case, ...] = ("save", "load", "reshard", "small save", "small load", "stall", "async save", "copy")
+CASES: tuple[Case, ...] = ("save", "load", "reshard", "small save", "small load", "stall", "async save", "slow-down", "copy")
 FLOORS = ("raw buffered", "raw direct", "memcpy")
 
 

@@ -7,6 +7,7 @@ The first round is a warm-up for everyone: untimed, and its loads are checked el
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,11 +15,12 @@ from types import MappingProxyType
 import torch.distributed as dist
 
 from . import caches
-from .beside import Finish, make_beside
+from .beside import BesideTraining, Finish, make_beside
 from .plan import Job, Kind
 from .records import Cache, Case, Memory, Setting
-from .session import Progress, Session, trim_memory
+from .session import Progress, Sample, Session, trim_memory
 from .state import clear, fill, local_nbytes, wrong_pieces
+from .training import Training
 
 _SAVE_LOAD: Mapping[Kind, tuple[Case, Case]] = MappingProxyType(
     {"same": ("save", "load"), "small": ("small save", "small load")}
@@ -60,12 +62,13 @@ def _save_and_load(session: Session) -> None:
 
 
 def _async(session: Session) -> None:
-    """Beside training: how long the call takes, and in a save of its own how long until it is saved. One after the other."""
+    """Beside training, each in a save of its own: how long the call takes, how long until it is saved, and how far steps are
+    slowed down until then. One after the other."""
     stall, whole = _setting(session, "stall", "none"), _setting(session, "async save", "none")
     beside = {each.name: each for name in session.job.contestants for each in make_beside(name)}
     session.enter_floors()
     floors = dict(session.contestants)
-    path = session.folder / "beside"
+    path, training = session.folder / "beside", Training()
     for repeat in _rounds(session):
         names = list(beside)
         for name in names[repeat % max(len(names), 1) :] + names[: repeat % max(len(names), 1)]:
@@ -79,6 +82,8 @@ def _async(session: Session) -> None:
             if done:
                 done = session.timed(None, name, finish.pop())
             session.make_room(path)
+            done = done and _slow_down(session, name, beside[name], path, training)
+            session.make_room(path)
             if not (done and session.timed(whole, name, lambda begin=begin, finish=finish: (begin(), finish.pop()())[1])):  # type: ignore[misc]
                 beside.pop(name)
         for name, floor in floors.items():
@@ -88,6 +93,23 @@ def _async(session: Session) -> None:
     session.remove(path)
     for each in beside.values():
         each.close()
+
+
+def _slow_down(session: Session, name: str, beside: BesideTraining, path: Path, training: Training) -> bool:
+    """What a save takes from training in all, the call included; False if it failed on any rank."""
+    session.make_room(path)
+    lost_s: list[float] = []
+
+    def train() -> None:
+        usual_s = training.usual_s()
+        begun = time.perf_counter()
+        finish = beside.begin(session.state, path)
+        lost_s.append(training.slowed_s(finish, begun=begun, usual_s=usual_s))
+
+    done = session.timed(None, name, train)
+    if done and not session.silent:
+        session.send(Sample(_setting(session, "slow-down", "none"), name, lost_s[0], 0, 0, None))
+    return done
 
 
 def _prepare(session: Session) -> None:

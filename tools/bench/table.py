@@ -81,7 +81,7 @@ def _cells(row: Row, unsynced: frozenset[str]) -> tuple[str | Text, ...]:
         name,
         f"{spread.median:.3f}",
         f"{spread.low:.3f}..{spread.high:.3f}",
-        "" if small else _number(row.gigabytes_per_s),
+        "" if small or row.setting.case == "slow-down" else _number(row.gigabytes_per_s),
         _number(row.ms_per_tensor, digits=3) if small else "",
         _number(row.of_floor),
         _number(row.read_share),
