@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import secrets
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import ip_address
 
 from elastickpt.comms.forks import not_in_forks
+
+_FAR_AWAY = "192.0.2.1"  # of a network for documentation (RFC 5737): nobody's, and beyond every route but the default one
 
 
 def listen(*, host: str | None, backlog: int = 128) -> tuple[socket.socket, str]:
@@ -24,6 +29,29 @@ def listen(*, host: str | None, backlog: int = 128) -> tuple[socket.socket, str]
         address = f"tcp:{host}:{listener.getsockname()[1]}"
     listener.listen(backlog)
     return not_in_forks(listener), address
+
+
+def own_address() -> str:
+    """The address by which other hosts reach this one, an IPv4 address in digits.
+
+    That of the interface with the route to the rest of the world; else what the host's own name says; else that of the first
+    interface that is up. A loopback address, as which many hosts know their own name, only where there is nothing else.
+    """
+    return next((found for found in _own_addresses() if not ip_address(found).is_loopback), "127.0.0.1")
+
+
+def _own_addresses() -> Iterator[str]:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as routed:
+        routed.connect((_FAR_AWAY, 9))  # of a datagram socket: nothing is sent
+        yield str(routed.getsockname()[0])
+    with suppress(OSError):
+        yield socket.gethostbyname(socket.gethostname())
+    import psutil  # not for a writer, which only dials
+
+    states = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        if name in states and states[name].isup:
+            yield from (found.address for found in addresses if found.family == socket.AF_INET)
 
 
 def dial(address: str, *, timeout_s: float) -> socket.socket:

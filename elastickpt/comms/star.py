@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgpack
 
-from elastickpt.comms.addresses import dial, listen
+from elastickpt.comms.addresses import dial, listen, own_address
 from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone, PeerSilent
 from elastickpt.comms.hosts import host_identity
 from elastickpt.comms.team import BEAT_S, Contribute, Decide, failure_of
@@ -251,7 +251,7 @@ def connect(store: KeyValue, member: int, ranks: tuple[int, ...], *, timeout_s: 
 def _gather_members(store: KeyValue, hosts: tuple[str, ...], ranks: tuple[int, ...], timeout_s: float) -> dict[int, Connection]:
     secret = secrets.token_bytes(16)
     one_host = len(set(hosts)) == 1
-    host = None if one_host else socket.gethostbyname(socket.gethostname())
+    host = None if one_host else own_address()
     listener, address = listen(host=host, backlog=len(ranks))
     peers: dict[int, Connection] = {}
     deadline = time.monotonic() + timeout_s

@@ -73,7 +73,7 @@ def require_coverage(spec: ArraySpec, boxes: Sequence[Box], names: Sequence[str]
 
 
 def _prove(region: Box, boxes: Sequence[Box], label: Callable[[int], str]) -> CoverageReport:
-    if len(boxes) == 1 and boxes[0] == region:
+    if _stacked(region, boxes):
         return CoverageReport()
     work: list[Part] = [(region.start, region.stop, _items(region, boxes, label))] if region.count else []
     gaps: list[Box] = []
@@ -92,6 +92,20 @@ def _prove(region: Box, boxes: Sequence[Box], label: Callable[[int], str]) -> Co
                 overlaps[i, j] = _common(boxes[i], boxes[j])
     listed = sorted(overlaps.items())[:LISTED]
     return CoverageReport(tuple(gaps[:LISTED]), tuple((i, j, box) for (i, j), box in listed))
+
+
+def _stacked(region: Box, boxes: Sequence[Box]) -> bool:
+    """Whether the boxes are slabs of the region that follow each other along the first axis, as most layouts have them; found
+    out at a tenth of the cost of the proof. False says nothing."""
+    if not region.start:
+        return len(boxes) == 1 and boxes[0] == region
+    across = region.start[1:], region.stop[1:]
+    edge = region.start[0]
+    for box in sorted(boxes):
+        if not box.start or box.start[0] != edge or (box.start[1:], box.stop[1:]) != across or box.stop[0] == edge:
+            return False
+        edge = box.stop[0]
+    return edge == region.stop[0]
 
 
 def _items(region: Box, boxes: Sequence[Box], label: Callable[[int], str]) -> list[Item]:

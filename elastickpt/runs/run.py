@@ -32,6 +32,7 @@ from elastickpt.commit.registers.records import Metrics, metrics_of
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_claim
 from elastickpt.commit.teams import team_of
+from elastickpt.comms.addresses import own_address
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.format.digest import file_digest
 from elastickpt.load.session import Strict
@@ -327,7 +328,7 @@ def _notices(options: RunOptions) -> Notices | None:
 
 def _reached_at(hosts: tuple[str, ...]) -> str | None:
     """Where other hosts may ask whether this job lives; None for a job of one host."""
-    return os.uname().nodename if len(set(hosts)) > 1 else None
+    return own_address() if len(set(hosts)) > 1 else None
 
 
 def _trace(folder: str, rank: int) -> TraceFile | None:

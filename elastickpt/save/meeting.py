@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgpack
 
-from elastickpt.comms.addresses import listen
+from elastickpt.comms.addresses import listen, own_address
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.save.options import AsyncOptions
@@ -69,7 +69,7 @@ class Writers:
             if team.member >= CANDIDATES:
                 return b""
             one_host = len(set(team.hosts)) == 1
-            listener, address = listen(host=None if one_host else socket.gethostbyname(socket.gethostname()))
+            listener, address = listen(host=None if one_host else own_address())
             return address.encode()
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
