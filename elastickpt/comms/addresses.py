@@ -37,7 +37,20 @@ def own_address() -> str:
     That of the interface with the route to the rest of the world; else what the host's own name says; else that of the first
     interface that is up. A loopback address, as which many hosts know their own name, only where there is nothing else.
     """
-    return next((found for found in _own_addresses() if not ip_address(found).is_loopback), "127.0.0.1")
+    for found in _own_addresses():
+        if _is_ours(found) and not ip_address(found).is_loopback:
+            return found
+    return "127.0.0.1"
+
+
+def _is_ours(address: str) -> bool:
+    """Whether an interface has it: what a name service says of this host need not hold in its container."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
+        try:
+            bound.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def _own_addresses() -> Iterator[str]:

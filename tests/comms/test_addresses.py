@@ -24,6 +24,7 @@ def interface(address: str, *, up: bool = True) -> tuple[dict[str, object], dict
         ("127.0.0.1", "127.0.1.1", True, FAR),  # a host that knows its own name as a loopback address
         ("127.0.0.1", FAR, False, FAR),
         (FAR, "127.0.1.1", False, FAR),
+        ("127.0.0.1", "198.51.100.8", True, FAR),  # what the name service says is another network's
         ("127.0.0.1", "127.0.1.1", False, "127.0.0.1"),  # nothing else is there
     ],
 )
@@ -38,6 +39,10 @@ def test_other_hosts_are_told_a_loopback_address_only_where_there_is_no_other(
     class Routed(socket.socket):
         def connect(self, address: object) -> None:
             assert address == (addresses._FAR_AWAY, 9)
+
+        def bind(self, address: object) -> None:
+            if address != (FAR, 0):
+                raise OSError("not an address of this host")
 
         def getsockname(self) -> tuple[str, int]:
             return routed, 0
