@@ -16,11 +16,14 @@ import torch.distributed as dist
 
 from . import caches
 from .beside import BesideTraining, Finish, make_beside
+from .family import Peak, family_nbytes
 from .plan import Job, Kind
 from .records import Cache, Case, Memory, Setting
 from .session import Progress, Sample, Session, trim_memory
 from .state import clear, fill, local_nbytes, wrong_pieces
 from .training import Training
+
+SAVES_OF_MEMORY = 3
 
 _SAVE_LOAD: Mapping[Kind, tuple[Case, Case]] = MappingProxyType(
     {"same": ("save", "load"), "small": ("small save", "small load")}
@@ -148,7 +151,7 @@ def _memory(session: Session) -> None:
     baseline = caches.resident_nbytes()
     growth: list[int] = []
     measurable = session.any_rank(int(not caches.reset_peak_memory())) == 0
-    for turn in range(3):
+    for turn in range(SAVES_OF_MEMORY):
         session.make_room(path)
         trim_memory()
         caches.reset_peak_memory()
@@ -158,12 +161,40 @@ def _memory(session: Session) -> None:
         ):
             break
         growth.append(session.any_rank(max(0, caches.peak_resident_nbytes() - baseline)))
-        session.send(Progress(turn + 1, 3))
+        session.send(Progress(turn + 1, SAVES_OF_MEMORY))
     trim_memory()
     kept = session.any_rank(max(0, caches.resident_nbytes() - baseline))
     session.remove(path)
     own = session.any_rank(local_nbytes(session.state))
     if growth and measurable:
+        session.send(Memory(name, job.place.name, job.ranks, own, growth[0], max(growth[1:], default=growth[0]), kept))
+    for beside in make_beside(name):
+        _memory_beside(session, beside, own)
+
+
+def _memory_beside(session: Session, beside: BesideTraining, own: int) -> None:
+    """The same of saves beside training, with the processes that write them; each ends before the next begins."""
+    job, path = session.job, session.folder / "beside"
+    trim_memory()
+    baseline = family_nbytes()
+    growth: list[int] = []
+    for _ in range(SAVES_OF_MEMORY):
+        session.make_room(path)
+
+        def save(peak: Peak) -> None:
+            with peak:
+                beside.begin(session.state, path)()
+
+        peak = Peak()
+        if not session.timed(None, beside.name, lambda save=save, peak=peak: save(peak)):  # type: ignore[misc]
+            break
+        growth.append(session.any_rank(max(0, peak.nbytes - baseline)))
+    trim_memory()
+    kept = session.any_rank(max(0, family_nbytes() - baseline))
+    session.remove(path)
+    beside.close()
+    if growth:
+        name = f"{beside.name}, beside"
         session.send(Memory(name, job.place.name, job.ranks, own, growth[0], max(growth[1:], default=growth[0]), kept))
 
 

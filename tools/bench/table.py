@@ -90,7 +90,9 @@ def _cells(row: Row, unsynced: frozenset[str]) -> tuple[str | Text, ...]:
 
 
 def _memories(report: Report) -> Table:
-    table = Table(title="growth of a rank's resident memory in a save, of its own state", title_justify="left")
+    table = Table(
+        title="growth of a rank's memory in a save (beside: with its writers), of its own state", title_justify="left"
+    )
     for column in ("contestant", "ranks", "state MB", "first save MB", "later saves MB", "kept MB", "× state"):
         table.add_column(column, justify="left" if column == "contestant" else "right")
     for memory in report.memories:
