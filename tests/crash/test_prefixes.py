@@ -69,7 +69,10 @@ def test_a_power_cut_after_every_change_leaves_what_was_acknowledged(top: str, w
     assert judge(journal, acknowledged, [*FATES, *map(drawn, range(3))], top) > 400
 
 
-def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["one", "another while data is written"])
+def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
+    if beside:
+        monkeypatch.setattr("elastickpt.writer.carry.SIDE_BY_SIDE_NBYTES", 0)
     monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
     monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=True)
