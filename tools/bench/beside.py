@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from .records import Durability
+from .records import Durability, Finish
 from .state import State
-
-Finish = Callable[[], None]
 
 
 class BesideTraining(Protocol):

@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
-from .beside import Finish
 from .peer_dcp import USUAL_THREADS
-from .records import Durability
+from .records import Durability, Finish
 from .state import State
 
 Executor = Literal["thread", "process"]

@@ -35,8 +35,7 @@ from torch_checkpointing.staging import CheckpointStagerConfig
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 from torch_checkpointing.types import RankInfo
 
-from .beside import Finish
-from .records import Durability
+from .records import Durability, Finish
 from .state import State
 
 USUAL_THREADS = 2  # 1, 2 and 4 were tried: 2 is best at 1.8 GB on two cores, at 0.1 GB they are alike

@@ -6,12 +6,13 @@ A measure is (case, cache, place, ranks, from_ranks, nbytes) x contestant. Floor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, cast
 
 Case = Literal["save", "load", "reshard", "small save", "small load", "stall", "async save", "slow-down", "copy"]
 Cache = Literal["cold", "warm", "none"]
+Finish = Callable[[], None]  # waits until what was begun has ended
 Durability = Literal["power", "files", "none", "floor"]
 
 SCHEMA_VERSION = 1

@@ -15,10 +15,10 @@ from types import MappingProxyType
 import torch.distributed as dist
 
 from . import caches
-from .beside import BesideTraining, Finish, make_beside
+from .beside import BesideTraining, make_beside
 from .family import Peak, family_nbytes
 from .plan import Job, Kind
-from .records import Cache, Case, Memory, Setting
+from .records import Cache, Case, Finish, Memory, Setting
 from .session import Progress, Sample, Session, trim_memory
 from .state import clear, fill, local_nbytes, wrong_pieces
 from .training import Training

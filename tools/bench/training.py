@@ -9,7 +9,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from .beside import Finish
+from .records import Finish
 
 WIDTH = 512
 PRODUCTS = 4
