@@ -18,7 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from .blocklog import flush_record, write_record
-from .mounts import end_with_parent, mount, unmount
+from .mounts import end_with_parent, mount, unmount_when_free
 
 MAX_WRITE = 128 << 10
 _BUFFER_NBYTES = MAX_WRITE + 8192
@@ -72,7 +72,7 @@ def logged_file(path: Path, log: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        unmount(path)
+        unmount_when_free(path)
         server.wait(timeout=30)
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,18 @@ def unmount(target: Path, flags: int = 0) -> None:
     if _LIBC.umount2(os.fsencode(target), flags) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(target))
+
+
+def unmount_when_free(target: Path, *, limit_s: float = 10.0) -> None:
+    """The same, once a loop device that was detached has let go of it, which the kernel does a little later. Raises OSError."""
+    until = time.monotonic() + limit_s
+    while True:
+        try:
+            return unmount(target)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def make_file_system(device: Path) -> None:
