@@ -36,6 +36,7 @@ def own_address() -> str:
 
     That of the interface with the route to the rest of the world; else what the host's own name says; else that of the first
     interface that is up. A loopback address, as which many hosts know their own name, only where there is nothing else.
+    Blocking: it may ask the name service.
     """
     for found in _own_addresses():
         if _is_ours(found) and not ip_address(found).is_loopback:

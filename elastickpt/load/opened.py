@@ -41,7 +41,7 @@ from elastickpt.storage.store import Store
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cache:
-    """Fragment maps read so far; several threads may ask."""
+    """Fragment maps read so far, and where each array's pieces stand in them; several threads may ask."""
 
     lock: threading.Lock
     maps: dict[int, FragmentColumns]

@@ -43,14 +43,14 @@ def write_plan(
     """
     way = sync_way(store, len(plan.files) + len(plan.documents), durability=durability)
     target = Target(store, root, way, unwatched)
-    live = _Live(plan, sources, past_cache_nbytes(store))
+    live = _Live(plan, sources, _congruent_nbytes(store))
     checksums = write_round(target, plan, documents, whole_pieces(plan.files), live, create=store.create)
     make_durable(target, plan, documents)
     return checksums
 
 
-def past_cache_nbytes(store: Store) -> float:
-    """How long a range must be to go past the page cache of this store."""
+def _congruent_nbytes(store: Store) -> float:
+    """From how many bytes on a range goes past the page cache of this store, and memory has to lie like the file."""
     return MIN_DIRECT_NBYTES if store.capabilities.past_cache else math.inf
 
 

@@ -23,8 +23,8 @@ from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePl
 from elastickpt.writer.rounds import BLOCK_NBYTES, Slice
 
 UNIT_NBYTES = 8 << 20
-THREADS = 3  # what goes through the cache alone is CPU's work, and one more is of use from IN_MEMORY_NBYTES on
-IN_MEMORY_NBYTES = 128 << 20
+THREADS = 3
+IN_MEMORY_NBYTES = 128 << 20  # bytes per thread where nothing waits for a device: copying them outweighs a thread's start
 # Making files costs CPU and writing bytes waits for the device: from here on the two are done side by side. 1 GB in 333 arrays
 # on ext4: 0.95 s one after the other, 0.63 s side by side.
 SIDE_BY_SIDE_NBYTES = 8 << 20
