@@ -35,9 +35,7 @@ def draw(report: Report, path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(ticks, labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(
-        "share of the floor's speed (raw files from warm memory, of a stall a copy in memory; same bytes and run)"
-    )
+    axes.set_xlabel("share of the floor's speed (raw files from warm memory, of a stall a copy in memory; same bytes and run)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
