@@ -46,7 +46,7 @@ class Slot:
         return self._arena
 
     def fit(self, prepared: Prepared) -> None:
-        """The arena is there, and as large as the plan needs. Raises NoSpace."""
+        """The arena is there, empty, and as large as the plan needs. Raises NoSpace, and Refused while a writer reads it."""
         arena = self._arena
         if arena is not None and (arena.retired or arena.nbytes < prepared.arena_nbytes):
             self.drop()
@@ -57,6 +57,7 @@ class Slot:
             self._stagers[prepared.digest] = Stager(prepared, arena, threads=self._threads)
             while len(self._stagers) > KNOWN_PLANS:
                 self._stagers.popitem(last=False)[1].close()
+        arena.empty()
         self._stagers.move_to_end(prepared.digest)
         self._fitted = self._stagers[prepared.digest]
 
@@ -67,7 +68,7 @@ class Slot:
         if stager is None:
             raise ValueError("no plan was fitted to this arena")
         devices = [self._beside.device(one) for one in held]
-        first = next((device for device in devices if device is not None), None)
+        first = next(filter(None, devices), None)
         if first is None:
             stager.stage(number, held)
             return None
@@ -83,6 +84,10 @@ class Slot:
         copies.end()
         stager.stage(number, held, skip)
         return copies
+
+    def copies_nothing_beside(self, held: Sequence[HeldArray]) -> bool:
+        """Whether all of it is copied by `stage` itself, which then says on the way how far the arena is filled."""
+        return not any(self._beside.device(one) for one in held)
 
     def release(self) -> None:
         """Free for the next save."""

@@ -1,7 +1,8 @@
 """Saves beside training, on a thread of their own, one after the other: the rounds with the other ranks, then the writer.
 
-prepare     as in `agree`; if all have staged and nothing else has to be asked, member 0 opens the attempt at its end
-draft       else: every rank has staged, member 0 opens the attempt
+prepare     as in `agree`; if all stage by a plan that they know and nothing else has to be asked, member 0 opens the attempt at
+            its end
+draft       else: every rank has staged or does so by a plan that it knew, member 0 opens the attempt
 contents    only if a member has replicated values that member 0 lacks: those values
 
 From the moment the attempt is open, a rank that cannot go on withdraws by its writer: so it ends alike on all ranks.
@@ -30,7 +31,7 @@ from elastickpt.save.destination import Located
 from elastickpt.save.fragments import own_tables
 from elastickpt.save.meeting import Writers
 from elastickpt.save.messages import Intention, values_wanted
-from elastickpt.save.plans import Plans
+from elastickpt.save.plans import Known, Plans
 from elastickpt.save.task import Ordered, Task
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability
@@ -74,19 +75,28 @@ class Background:
             self.withdraw(task, opened, error)
 
     def _submit(self, task: Task, ordered: Ordered) -> None:
-        if task.copies is not None:
-            task.copies.wait()
-        if task.slot is None:
-            raise Refused("nothing was staged")
-        submission = self._writers.of(ordered.store).submit(ordered.round(0, b""), task.slot.arena)
+        if task.staged.done():
+            task.staged.result()
+        submission = self.submit(task, ordered, 0, b"")
         task.times.submitted = time.perf_counter()
-        self.follow(task, ordered, submission)
+
+        def staged(future: Future[None]) -> None:
+            if (error := future.exception()) is None:
+                self.follow(task, ordered, submission)
+            else:
+                self.withdraw(task, ordered, error, writing=submission)
+
+        task.staged.add_done_callback(staged)
 
     def submit(self, task: Task, ordered: Ordered, number: int, checksums: bytes) -> Submission:
-        """Has one of several rounds written, on the thread that stages them."""
-        if task.slot is None:
+        """Has a round written that is staged, or will be by the thread that trains. Blocking while a device copies."""
+        slot = task.slot
+        if slot is None:
             raise Refused("nothing was staged")
-        return self._writers.of(ordered.store).submit(ordered.round(number, checksums), task.slot.arena)
+        if task.copies is not None:
+            task.copies.wait()
+            slot.arena.fill_to(ordered.known.prepared.rounds[number].nbytes)
+        return self._writers.of(ordered.store).submit(ordered.round(number, checksums), slot.arena)
 
     def follow(self, task: Task, ordered: Ordered, submission: Submission) -> None:
         """The save ends as this round does, which is its last, or failed."""
@@ -100,13 +110,7 @@ class Background:
 
     def withdraw(self, task: Task, ordered: Ordered, error: BaseException, *, writing: Submission | None = None) -> None:
         """This rank takes no part in the open attempt any more: it fails on all ranks. `writing` still reads the arena."""
-        slot, writer = task.slot, self._writers.of(ordered.store)
-        if writing is None or slot is None:
-            task.give_up_slot()
-        else:
-            task.slot = None
-            writer.cancel(writing)
-            writing.future.add_done_callback(lambda _: slot.release())
+        writer = self._writers.of(ordered.store)
         try:
             submission = writer.withdraw(ordered.round(0, b""), _plain(error))
         except BaseException as problem:
@@ -114,6 +118,13 @@ class Background:
             self._ended(task, ordered, error)
         else:
             self._follow_decision(task, ordered, submission.decided)
+        slot = task.slot
+        if writing is None or slot is None:
+            task.give_up_slot()
+        else:
+            task.slot = None
+            writer.cancel(writing)  # behind the withdrawal, which says why
+            writing.future.add_done_callback(lambda _: slot.release())
 
     def _follow_decision(self, task: Task, ordered: Ordered, decided: Future[Committed]) -> None:
         def end(future: Future[Committed]) -> None:
@@ -142,13 +153,11 @@ class _Rounds:
         steps = Steps(self._open_at_once, lambda: self.writers.take_seats(team, self.located.store))
         self.agreed = agreed = reach(team, task.request, self._offer, steps)
         reply = agreed.opened or team.round("draft", self._stage, lambda _: self._open(agreed.intentions))
-        if agreed.opened:
-            self._stage()
         folder, register, metrics, self.wanted, self.gathers = msgpack.unpackb(reply, use_list=False)
         order = Order(parse_id(register) if register else None, metrics=metrics)
         draft, store = Draft(*folder), agreed.store
         path = place_in(store, draft.name)
-        return Ordered(task.agreed.result(), store.url, draft, self._promised(), b"", order, path, self.notes)
+        return Ordered(self._learn(), store.url, draft, self._promised(), b"", order, path, self.notes)
 
     def _offer(self) -> Offer:
         task = self.task
@@ -163,14 +172,19 @@ class _Rounds:
         return Offer(task.proposal, located.store, located.name, located.require_free, staged, seated)
 
     def _stage(self) -> bytes:
-        """What this rank has to do before the attempt is opened."""
-        task, agreed = self.task, self.agreed
-        if not task.agreed.done():
-            known = task.known or self.plans.learn(_digest(task), agreed)
-            task.agreed.set_result(known)
-            if len(known.prepared.rounds) == 1:
-                task.staged.result()
+        """What this rank has to do before the attempt is opened. One that stages by a plan that it knew may still do so after
+        it: should that fail, it withdraws."""
+        task, known = self.task, self._learn()
+        if len(known.prepared.rounds) == 1 and (task.known is None or task.staged.done()):
+            task.staged.result()
         return b""
+
+    def _learn(self) -> Known:
+        """The plan by which this rank stages, for which the thread that trains may be waiting."""
+        task = self.task
+        if not task.agreed.done():
+            task.agreed.set_result(task.known or self.plans.learn(_digest(task), self.agreed))
+        return task.agreed.result()
 
     def _open_at_once(self, intentions: Sequence[Intention]) -> Sequence[bytes]:
         if not all(intention.staged for intention in intentions):

@@ -11,7 +11,8 @@ class CheckpointInfo:
     this rank.
 
     `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left). `stall_s` is how
-    long the call kept its caller: of a save that blocks all of it, of one beside training what staging took.
+    long the call kept its caller: of a save that blocks all of it, of one beside training what staging took. A large state is
+    written while it is staged: `write_s` then begins within `stall_s`.
     """
 
     path: str

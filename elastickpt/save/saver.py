@@ -1,6 +1,7 @@
 """Saves beside training, as the thread that trains sees them: capture, stage, go on.
 
     save() --> capture --> a free slot  --> known structure: stage ----------------------------------> handle
+                                |             much of it: meanwhile the ranks agree and writers begin
                                 |                 new one: wait for the other ranks, then stage -----> handle
                                 '-- none within `stall_limit_s`: this rank's failure, so nobody saves -> handle
 
@@ -24,7 +25,7 @@ from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped
 from elastickpt.save import under_way
-from elastickpt.save.arenas import Arenas
+from elastickpt.save.arenas import Arenas, Slot
 from elastickpt.save.background import Background
 from elastickpt.save.destination import Destination
 from elastickpt.save.handle import SaveHandle
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 UNDECIDED = 4  # saves that were written and are not committed, beside those that have an arena
+MEANWHILE_NBYTES = 128 << 20
 SILENCE_S = 120.0  # ranks come to a save when their step is done, which may take longer than a round that all wait for
 
 
@@ -105,17 +107,19 @@ class Saver:
         task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()))
         with self._changed:
             self._open.add(task)
+        left = False
         try:
-            alone = self._stage_alone(task, state, mesh)
-        except BaseException as error:  # an interrupt: the other ranks find out by silence
-            task.give_up_slot()
-            self._end(task, None, error, time.perf_counter())
+            then = self._prepare(task, state, mesh)
+            task.times.staged = time.perf_counter()
+            self._rounds.put(lambda: self._background.carry_out(task))
+            left = True
+            then()
+        except BaseException as error:  # an interrupt
+            task.interrupt(_as_exception(error))
+            if not left:  # the other ranks find out by silence
+                task.give_up_slot()
+                self._end(task, None, error, time.perf_counter())
             raise
-        arrays = () if task.proposal is None else task.proposal.live.arrays
-        task.times.staged = time.perf_counter()
-        self._rounds.put(lambda: self._background.carry_out(task))
-        if not alone:
-            self._stage_together(task, state, arrays)
         return task.handle
 
     def close(self, *, limit_s: float | None = None) -> None:
@@ -139,24 +143,45 @@ class Saver:
 
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
-    def _stage_alone(self, task: Task, state: Mapping[str, object], mesh: DeviceMesh | None) -> bool:
-        """Captures, and stages by a plan that is known. False if the other ranks must be asked first. What fails is left to
-        the rounds, in which all ranks learn of it."""
+    def _prepare(self, task: Task, state: Mapping[str, object], mesh: DeviceMesh | None) -> Callable[[], None]:
+        """Captures, and stages by a plan that is known; returns what is left to do once the rounds have begun. What fails is
+        left to the rounds, in which all ranks learn of it."""
         try:
             under_way.begin(task.destination.place)
             task.marked = True
             task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
             self._require_decisions(task)
             task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
+            arrays = task.proposal.live.arrays
             known = self._plans.of(task.proposal.digest)
             if known is None or len(known.prepared.rounds) > 1:
-                return False
-            self._stage(task, known, state, task.proposal.live.arrays)
+                return lambda: self._stage_together(task, state, arrays)
+            slot = task.slot
+            slot.fit(known.prepared)
             task.known = known
+            if self._writes_meanwhile(known) and slot.copies_nothing_beside(arrays):
+                task.staged.set_running_or_notify_cancel()
+                return lambda: self._stage_meanwhile(task, slot, arrays)
+            self._stage(task, slot, state, arrays)
             task.staged.set_result(None)
         except Exception as error:
             task.failure = error
-        return True
+        return _nothing
+
+    def _writes_meanwhile(self, known: Known) -> bool:
+        """Whether what is staged is written while the rest is: by a process, as a thread would wait for this one, and of what
+        takes longer to copy than the ranks to agree."""
+        return self._options.executor == "process" and known.prepared.arena_nbytes >= MEANWHILE_NBYTES
+
+    def _stage_meanwhile(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+        """Copies, and says on the way how far. What fails is said by the writer, as the attempt may be open by now."""
+        try:
+            slot.stage(0, arrays)
+        except Exception as error:
+            task.staged.set_exception(error)
+        else:
+            task.times.staged = time.perf_counter()
+            task.staged.set_result(None)
 
     def _require_decisions(self, task: Task) -> None:
         """Storage that takes bytes and decides nothing must not be filled with drafts. Raises SaveSkipped. [SAVE-101]"""
@@ -167,11 +192,8 @@ class Saver:
                 f"{waiting} earlier saves are under way and not decided yet; save less often, or look at the storage"
             )
 
-    def _stage(self, task: Task, known: Known, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
-        if task.slot is None:
-            raise Refused("no arena was reserved")
-        task.slot.fit(known.prepared)
-        task.copies = copies = task.slot.stage(0, arrays)
+    def _stage(self, task: Task, slot: Slot, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
+        task.copies = copies = slot.stage(0, arrays)
         if copies is not None:
             self._gate.watch(state)
             self._gate.close_for(copies, until=task.handle.done)
@@ -184,7 +206,10 @@ class Saver:
             if known is None:
                 return
             if len(known.prepared.rounds) == 1:
-                self._stage(task, known, state, arrays)
+                if task.slot is None:
+                    raise Refused("no arena was reserved")
+                task.slot.fit(known.prepared)
+                self._stage(task, task.slot, state, arrays)
                 task.times.staged = time.perf_counter()
                 task.staged.set_result(None)
         except BaseException as error:
@@ -221,8 +246,6 @@ class Saver:
                     raise Refused("no arena was reserved")
                 slot.fit(prepared)
                 task.copies = slot.stage(number, arrays)
-                if task.copies is not None:
-                    task.copies.wait()
                 task.times.staged = time.perf_counter()
                 submission = self._background.submit(task, ordered, number, checksums)
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
@@ -274,6 +297,10 @@ def _meeting(group: Group, purpose: str) -> Callable[[], Team]:
         return team_of(Group(rank, ranks, live), purpose=purpose, silence_s=SILENCE_S)
 
     return meet
+
+
+def _nothing() -> None:
+    return None
 
 
 def _unless_failed(future: Future[T]) -> T | None:

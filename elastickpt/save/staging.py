@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastickpt.errors import LimitExceeded
+from elastickpt.errors import LimitExceeded, Refused
 from elastickpt.format.box import Box
 from elastickpt.save.gather import Bytes, flat_bytes, gather, part_of
 from elastickpt.storage.direct import address_of
@@ -71,6 +71,7 @@ class Stager:
     def __init__(self, prepared: Prepared, arena: Arena, *, threads: int = 1) -> None:
         self._arena = arena
         self._rounds = [slices_of(prepared, arena, number) for number in range(len(prepared.rounds))]
+        self._needs = [one.nbytes for one in prepared.rounds]
         self._moves: list[list[_Move]] = []
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="elastickpt-stage") if threads > 1 else None
         self._threads = threads
@@ -83,28 +84,27 @@ class Stager:
     def stage(self, number: int, held: Sequence[HeldArray], skip: Collection[int] = ()) -> int:
         """Copies round `number` from what this rank holds; returns its bytes. Blocking.
 
-        On return those tensors may change. The arrays in `skip` are staged by somebody else. By address where a tensor has no
-        gaps, which costs 1 µs a slice, views 6 µs; what the arrays of a plan have in common, and so where their slices lie, is
-        found out once. Raises Refused as long as a writer has the arena.
+        On return those tensors may change. The arena, emptied before, says on the way how far it is filled. The arrays
+        in `skip` are staged by somebody else, who then also says that. By address where a tensor has no gaps, which costs 1 µs
+        a slice, views 6 µs; what the arrays of a plan have in common, and so where their slices lie, is found out once. Raises
+        Refused for an arena that was not emptied: a writer would take what lies there for what is to come.
         """
-        self._arena.require_free()
+        if self._arena.filled:
+            raise Refused("this arena is full: it is emptied before it is filled again")
         if not self._moves:
             self._moves = [[_move(one, held) for one in slices] for slices in self._rounds]
         addresses = [None if array in skip else host_address(one.tensor) for array, one in enumerate(held)]
         moves = [move for move in self._moves[number] if move.array not in skip] if skip else self._moves[number]
         nbytes = sum(move.nbytes for move in moves)
+        fill_to = _nobody if skip else self._arena.fill_to
         if self._pool is None or nbytes < MIN_THREADED_NBYTES:
-            memmove = ctypes.memmove
+            _copy(moves, addresses, held, fill_to)
+        else:
+            parts: list[Callable[[], object]] = []
             for move in moves:
-                if (base := addresses[move.array]) is not None and move.offset is not None:
-                    memmove(move.target, base + move.offset, move.nbytes)
-                else:
-                    _copy_held(move, held)
-            return nbytes
-        parts: list[Callable[[], object]] = []
-        for move in moves:
-            parts += _parts_of_move(move, addresses[move.array], held)
-        self._in_threads(self._pool, parts)
+                parts += _parts_of_move(move, addresses[move.array], held)
+            self._in_threads(self._pool, parts)
+        fill_to(self._needs[number])
         return nbytes
 
     def slices(self, number: int) -> Sequence[StagedSlice]:
@@ -128,6 +128,29 @@ class Stager:
         self._rounds, self._moves = [], []
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _nobody(filled: int) -> None:
+    """Somebody else says how far the arena is filled."""
+
+
+def _copy(
+    moves: Sequence[_Move], addresses: Sequence[int | None], held: Sequence[HeldArray], fill_to: Callable[[int], None]
+) -> None:
+    """Copies in the order of the arena, and says how far after each part."""
+    memmove = ctypes.memmove
+    said = 0
+    for move in moves:
+        first, base, start = move.one.at.offset, addresses[move.array], 0
+        if base is None or move.offset is None:
+            _copy_held(move, held)  # said with what follows
+            continue
+        while start < move.nbytes:
+            nbytes = min(PART_NBYTES, move.nbytes - start)
+            memmove(move.target + start, base + move.offset + start, nbytes)
+            start += nbytes
+            if first + start - said >= PART_NBYTES:
+                fill_to(said := first + start)
 
 
 def _move(one: StagedSlice, held: Sequence[HeldArray]) -> _Move:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,8 @@ class Ordered:
 @dataclass(slots=True, eq=False)
 class Task:
     """What the training thread leaves: a proposal, or the failure with which this rank takes part; and, if it knew the plan,
-    the slot where it has staged by it. Else it waits for `agreed` and stages then: `staged` ends when it has."""
+    the slot where it has staged by it, or is just doing so. Else it waits for `agreed` and stages then: `staged` runs while
+    it copies, and ends when it has."""
 
     handle: SaveHandle
     destination: Destination
@@ -60,7 +61,7 @@ class Task:
     proposal: Proposal | None = None
     failure: Exception | None = None
     slot: Slot | None = None
-    known: Known | None = None  # staged by it
+    known: Known | None = None  # staged by it, or being staged
     marked: bool = False  # its destination is taken
     copies: Copies | None = None
     agreed: Future[Known] = field(default_factory=Future)
@@ -72,10 +73,17 @@ class Task:
         slot, self.slot = self.slot, None
         if slot is not None:
             try:
+                if self.staged.running():
+                    wait((self.staged,))
                 if self.copies is not None:
                     self.copies.wait()
             finally:
                 slot.release()
+
+    def interrupt(self, error: Exception) -> None:
+        """The thread that trains copies no further."""
+        if self.staged.running():
+            self.staged.set_exception(error)
 
     def fail(self, error: BaseException) -> None:
         """Whoever waits for this save waits no longer."""

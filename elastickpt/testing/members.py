@@ -62,6 +62,7 @@ class Member:
     def staged(self, attempt: Attempt) -> StagedRound:
         """Its round of the attempt, staged."""
         stager = Stager(self.prepared, self.arena)
+        self.arena.empty()
         stager.stage(0, self.live.arrays)
         template = FragmentMap(self.number, attempt.draft.attempt, BLOCK_NBYTES, (), (), self.tables, None)
         order = Order(attempt.register, *(attempt.contents if self.number == 0 else (b"", b"")))
@@ -123,7 +124,7 @@ class Job:
         for member in self.members:
             staged = member.staged(attempt)
             job = Submission(1, staged, member.arena).write()
-            files.append(FileDigest(*perform(attempt.store, job, staged.prepared, member.arena.memory, watch=unwatched).file))
+            files.append(FileDigest(*perform(attempt.store, job, staged.prepared, member.arena, watch=unwatched).file))
         return tuple(files)
 
     def submit(self, attempt: Attempt, writers: Sequence[Writer]) -> list[Submission]:

@@ -2,6 +2,9 @@
 
 A memfd is bound by no mount's size (containers give /dev/shm 64 MB). It is allocated and mapped page by page when it is made,
 so that staging is a copy into warm memory, and sealed, so that no process can cut it short under another one.
+
+Behind its memory stands its mark: how much of it is filled. It is written and read by system calls, so that whoever sees the
+mark sees the bytes before it, on any processor.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import fcntl
 import itertools
 import mmap
 import os
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -21,6 +25,7 @@ from elastickpt.storage.failures import naming
 from elastickpt.writer.carry import Bytes
 
 _numbers = itertools.count()
+_MARK = struct.Struct("<q")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -33,6 +38,7 @@ class Arena:
         self.descriptor = descriptor
         self.lent = False  # a writer reads it
         self.retired = False
+        self.abandoned = False  # whoever filled it is gone: what is not filled now never will be
         self._memory: Bytes | None = np.frombuffer(mapping, dtype=np.uint8, count=nbytes)
 
     @classmethod
@@ -44,7 +50,7 @@ class Arena:
         with naming("create", f"arena of {nbytes} bytes"):
             descriptor = os.memfd_create("elastickpt-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
-                os.posix_fallocate(descriptor, 0, max(nbytes, 1))  # fails here, not by a signal at the first touch
+                os.posix_fallocate(descriptor, 0, _mark_of(nbytes) + _MARK.size)  # fails here, not at a touch
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
                 mapping = mmap.mmap(descriptor, max(nbytes, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             except BaseException:
@@ -72,6 +78,21 @@ class Arena:
             raise ValueError("this arena is closed")
         return self._memory
 
+    @property
+    def filled(self) -> int:
+        """Bytes from its beginning on that lie there as they are to be written: no reader may look at more. [SAVE-92]"""
+        found: tuple[int] = _MARK.unpack(os.pread(self.descriptor, _MARK.size, _mark_of(self.nbytes)))
+        return found[0]
+
+    def fill_to(self, nbytes: int) -> None:
+        """So many bytes lie there by now; they stay as they are until it is emptied."""
+        os.pwrite(self.descriptor, _MARK.pack(nbytes), _mark_of(self.nbytes))
+
+    def empty(self) -> None:
+        """To be filled again. Raises Refused while a writer reads it."""
+        self.require_free()
+        self.fill_to(0)
+
     def require_free(self) -> None:
         """Raises Refused while a writer reads it, or may still read it."""
         if self.retired:
@@ -89,6 +110,11 @@ class Arena:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _mark_of(nbytes: int) -> int:
+    """Where the mark of an arena stands: on a page of its own."""
+    return -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _available() -> int:

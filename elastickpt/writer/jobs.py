@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from elastickpt.commit.attest import attest
@@ -11,35 +9,18 @@ from elastickpt.commit.completing import completing
 from elastickpt.commit.draft import Draft
 from elastickpt.format.encode_fragments import decode_fragments
 from elastickpt.storage.store import Store
-from elastickpt.writer.carry import (
-    Bytes,
-    Checksums,
-    Target,
-    Watch,
-    make_durable,
-    sync_way,
-    write_round,
-)
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.carry import Checksums, Target, Watch, make_durable, sync_way, write_round
 from elastickpt.writer.fragments import fragments_of
 from elastickpt.writer.messages import Done, Write
 from elastickpt.writer.prepared import Prepared
-from elastickpt.writer.rounds import Slice
+from elastickpt.writer.staged import Staged
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """The bytes of slices where they were staged."""
+def perform(store: Store, job: Write, prepared: Prepared, arena: Arena, *, watch: Watch) -> Done:
+    """Writes the round that is, or is being, staged in the arena; the last one also makes documents and names, and attests.
 
-    memory: Bytes
-
-    def take(self, at: Slice, start: int, stop: int) -> Bytes:
-        return self.memory[at.offset + start - at.start : at.offset + stop - at.start]
-
-
-def perform(store: Store, job: Write, prepared: Prepared, memory: Bytes, *, watch: Watch) -> Done:
-    """Writes the round that is staged in `memory`; the last one also makes documents and names, and attests.
-
-    Raises StorageFailed kinds, and whatever `watch` raises.
+    Raises StorageFailed kinds, what `Staged.take` raises, and whatever `watch` raises.
     """
     plan = prepared.plan
     way = sync_way(store, len(plan.files) + len(plan.documents), durability=job.durability)
@@ -49,7 +30,7 @@ def perform(store: Store, job: Write, prepared: Prepared, memory: Bytes, *, watc
     nbytes = sum(at.stop - at.start for at in staged.slices)
     last = job.round == len(prepared.rounds) - 1
     documents = prepared.documents if last else ()
-    checksums = write_round(target, plan, documents, staged.slices, Staged(memory), create=create)
+    checksums = write_round(target, plan, documents, staged.slices, Staged(arena, watch), create=create)
     if not last:
         if way == "tree":
             store.sync_tree()

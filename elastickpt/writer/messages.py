@@ -12,13 +12,15 @@
                 to be held until that is decided
     OutlineHere what all saves of a structure share
     OutlineGone no job will name it again
-    Write       a round of a job is staged: write it
+    Write       a round of a job is staged, or begins to be:
+                write it
     Say         a job's attempt is attested, or failed
     Cancel      end the job as soon as may be
     Quit        end now, whatever is left
 
 1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives.
-2. A Write names only arenas and plans that came before it. The arena is the writer's from Write to its answer.
+2. A Write names only arenas and plans that came before it. From Write to its answer the writer reads of the arena what this
+   says is filled, and waits for more: the trainer may still be filling it.
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
@@ -26,7 +28,8 @@
 5. After the last round of a job with an order, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
 6. When the connection or the trainer's process ends, the writer finishes the last rounds it was given, then ends; at the latest
-   `lease_s` later. It ends no attempt before it is decided. Earlier rounds are dropped: nobody is left to stage what follows.
+   `lease_s` later. It ends no attempt before it is decided. Earlier rounds are dropped, and a round that was not staged to its
+   end fails: nobody is left to stage what follows.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ from elastickpt.comms.team import failure_of
 from elastickpt.errors import CheckpointError, Malformed, RankFailure, Refused, WriterLost
 from elastickpt.format.records import FileDigest
 from elastickpt.storage.store import Store
+from elastickpt.writer.arena import Arena
 from elastickpt.writer.assembly import Assembly
-from elastickpt.writer.carry import Bytes, Watch
+from elastickpt.writer.carry import Watch
 from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import Done, Say, Write
 from elastickpt.writer.prepared import Prepared
@@ -36,7 +37,7 @@ class Part:
         self._leaves_contents = seat.member == 0 and len(seat.candidates) > 1
         self._stores = stores
         self._tell_trainer = tell
-        self._jobs: dict[str, int] = {}
+        self._jobs: dict[str, list[int]] = {}  # of an attempt: what is written of it, and its withdrawal
         self._decoded: tuple[str, Outline] | None = None
         self._marks: dict[str, socket.socket] = {}
         patience = Patience(limit_s=seat.limits.adopt_s)
@@ -52,7 +53,7 @@ class Part:
         """This writer takes part in the job's attempt from now on. Does not block."""
         case = case_of(job)
         _, digest, rest, _ = _order(job)
-        self._jobs[case.key] = job.job
+        self._jobs.setdefault(case.key, []).append(job.job)
 
         def contents() -> Contents | None:
             return decode_rest(rest, self._outline(digest, outline)) if digest else None
@@ -65,7 +66,7 @@ class Part:
             self._decoded = (digest, decode_outline(encoded))
         return self._decoded[1]
 
-    def carry_out(self, job: Write, prepared: Prepared, memory: Bytes, outline: bytes, *, watch: Watch) -> Done:
+    def carry_out(self, job: Write, prepared: Prepared, arena: Arena, outline: bytes, *, watch: Watch) -> Done:
         """Writes the round, and says so or why not. Blocking. Raises what `perform` and `watch` raise."""
         case = case_of(job)
 
@@ -80,7 +81,7 @@ class Part:
                 raise WriterLost(f"{case.draft.folder}: the attempt was decided before this writer process began")
             if self._leaves_contents and job.round == 0:
                 self._leave_contents(store, case, job, outline)
-            done = perform(store, job, prepared, memory, watch=watch_both)
+            done = perform(store, job, prepared, arena, watch=watch_both)
         except Exception as error:
             self._assembly.say(case.key, failure_of(error, self._rank))
             raise
@@ -122,8 +123,7 @@ class Part:
         held = self._marks.pop(key, None)
         if held is not None:
             held.close()
-        job = self._jobs.pop(key, None)
-        if job is not None:
+        for job in self._jobs.pop(key, ()):
             self._tell_trainer(job, verdict)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from elastickpt.commit.cases import Verdict, encode_verdict
 from elastickpt.comms.frames import PeerGone
 from elastickpt.comms.team import failure_of
-from elastickpt.errors import Cancelled, WriterLost
+from elastickpt.errors import Cancelled, RankLost
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch
@@ -215,6 +215,8 @@ class _Process:
             while True:  # what was sent before the end
                 for message, descriptor in self._wire.receive():
                     self._heard(message, descriptor)
+        for arena in self._arenas.values():
+            arena.abandoned = True
         self._tasks.put(None)
 
     # -- the writing thread --------------------------------------------------------------------------------------------
@@ -255,14 +257,14 @@ class _Process:
         write = task.write
         prepared = task.plan.prepared()
         if self._orphaned and write.round < len(prepared.rounds) - 1:
-            lost = WriterLost("the trainer ended before it had staged the rest")
+            lost = RankLost("the trainer ended before it had staged the rest")
             if write.order:
                 self._taking_part().fail(write, lost)
             raise lost
         watch(0)
         if write.order:
-            return self._taking_part().carry_out(write, prepared, task.arena.memory, task.outline, watch=watch)
-        return perform(self._store(write.store), write, prepared, task.arena.memory, watch=watch)
+            return self._taking_part().carry_out(write, prepared, task.arena, task.outline, watch=watch)
+        return perform(self._store(write.store), write, prepared, task.arena, watch=watch)
 
     def _store(self, url: str) -> Store:
         with self._opening:

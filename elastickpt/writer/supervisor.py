@@ -247,6 +247,7 @@ class Supervisor:
 
     def _cancel(self, submission: Submission) -> None:
         submission.cancelled = True
+        self._hand_over()  # what was withdrawn before it is said before it
         if submission.handed and self._child is not None:
             self._child.wire.send(Cancel(submission.number))
         elif self._pending.pop(submission.number, None) is not None:

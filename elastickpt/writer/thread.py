@@ -128,5 +128,5 @@ class ThreadWriter:
         staged, write = submission.staged, submission.write()
         if staged.order is None or self._part is None:
             watch(0)
-            return perform(self._store, write, staged.prepared, arena.memory, watch=watch)
-        return self._part.carry_out(write, staged.prepared, arena.memory, staged.order.outline, watch=watch)
+            return perform(self._store, write, staged.prepared, arena, watch=watch)
+        return self._part.carry_out(write, staged.prepared, arena, staged.order.outline, watch=watch)

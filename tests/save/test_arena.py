@@ -182,6 +182,7 @@ def staged(prepared: Prepared, sources: Sequence[np.ndarray], *, threads: int = 
     found = b""
     for number in range(stager.rounds):
         arena.memory[:] = 0xEE
+        arena.empty()
         assert stager.stage(number, held) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
         found += b"".join(one.into.tobytes() for one in slices_of(prepared, arena, number))
     stager.close()

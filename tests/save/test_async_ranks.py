@@ -25,6 +25,7 @@ from elastickpt import errors
 from elastickpt.comms import star
 from elastickpt.errors import NoSpace
 from elastickpt.save import background
+from elastickpt.save import saver as saver_module
 from elastickpt.save.savers import saver_of
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.group import job_group
@@ -93,7 +94,8 @@ class Job:
         dist.barrier()
 
 
-def go_through(rank: int, world_size: int, root: str) -> dict[str, Seen]:
+def go_through(rank: int, world_size: int, root: str, meanwhile_nbytes: int) -> dict[str, Seen]:
+    saver_module.MEANWHILE_NBYTES = meanwhile_nbytes
     job = Job(rank, root)
     for name in ("value", "skip", "token", "grown", "alternating"):
         os.makedirs(job.path(name), exist_ok=True)
@@ -273,9 +275,10 @@ def _savers() -> int:
     return sum(thread.name == "elastickpt-rounds" for thread in threading.enumerate())
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Seen]]:
-    return run_ranks(go_through, WORLD, str(tmp_path_factory.mktemp("async")), timeout_s=120.0)
+@pytest.fixture(scope="module", params=[saver_module.MEANWHILE_NBYTES, 0], ids=["staged", "being staged"])
+def ranks(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, Seen]]:
+    """Written once it is staged, and written while it is."""
+    return run_ranks(go_through, WORLD, str(tmp_path_factory.mktemp("async")), request.param, timeout_s=120.0)
 
 
 def of(ranks: list[dict[str, Seen]], name: str) -> Seen:

@@ -113,6 +113,7 @@ def save_through(
     known = b""
     file = None
     for number in range(stager.rounds):
+        arena.empty()
         stager.stage(number, rank.live.arrays)
         outcome = writer.submit(rank.staged(draft, store, number, known, durability), arena).result(timeout_s)
         known += outcome.checksums

@@ -195,7 +195,7 @@ def test_a_revived_writer_completes_what_other_committers_need_before_it_attests
     attested = tmp_path / attempt.draft.path("fragments/00000.msgpack")
 
     def carry_out(write: Write) -> None:
-        part.carry_out(write, member.prepared, member.arena.memory, attempt.contents[0], watch=unwatched)
+        part.carry_out(write, member.prepared, member.arena, attempt.contents[0], watch=unwatched)
 
     carry_out(submission.write())
     whole = left.read_bytes()

@@ -37,6 +37,7 @@ class Job:
         self.known = b""
 
     def stage(self, number: int) -> None:
+        self.arena.empty()
         self.stager.stage(number, self.rank.live.arrays)
 
     def perform(self, store: Store, number: int, *, repeated: bool) -> Done:
@@ -44,7 +45,7 @@ class Job:
         template = self.rank.template(self.draft)
         digest = self.rank.prepared.digest
         write = Write(1, digest, number, 0, store.url, draft, "power", template, self.known, repeated)
-        return perform(store, write, self.rank.prepared, self.arena.memory, watch=lambda _: None)
+        return perform(store, write, self.rank.prepared, self.arena, watch=lambda _: None)
 
     def finish(self, done: Done) -> dict[str, bytes]:
         """Commits and returns the tree but for the fragment file, which names the attempt."""

@@ -87,6 +87,7 @@ def demand_equal(path: Path, blocking: Path) -> None:
 def submit(supervisor: Supervisor, rank: Rank, arena: Arena, path: Path) -> tuple[Submission, Callable[[], None]]:
     """A staged save on its way, and what commits it."""
     store, draft = begun(path.parent, path.name)
+    arena.empty()
     Stager(rank.prepared, arena).stage(0, rank.live.arrays)
     submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
 

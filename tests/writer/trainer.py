@@ -35,6 +35,7 @@ def main() -> None:
         rank = Rank.of(state_of(1))
         arena = rank.arena()
         store, draft = begun(Path(folder), "c")
+        arena.empty()
         Stager(rank.prepared, arena).stage(0, rank.live.arrays)
         submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
         while not submission.handed:

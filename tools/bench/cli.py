@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+
+from tools.interrupts import sigterm_interrupts
 
 from . import chart, machine, plan
 from .caches import COLD_BY
@@ -57,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _carry_out(conductor: Conductor, jobs: Sequence[plan.Job], places: Sequence[plan.Place]) -> bool:
     """Run the jobs and remove what they left; whether SIGINT or SIGTERM ended them early."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        conductor.carry_out(jobs)
+        with sigterm_interrupts():
+            conductor.carry_out(jobs)
     except KeyboardInterrupt:
         return True
     finally:

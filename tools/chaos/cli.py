@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tools.bench import machine
+from tools.interrupts import sigterm_interrupts
 
 from . import conduct
 from .entrants import KILLED, POWER, is_known
@@ -49,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 4
     if parsed.command == "power":
         private_mounts()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _progress(talk) as advance:
+        with sigterm_interrupts(), _progress(talk) as advance:
             report = _run(parsed, advance)
     except (KeyboardInterrupt, OSError, EOFError) as error:
         if not (isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)):

@@ -25,10 +25,11 @@ Finish = Callable[[], object]
 Role = Literal["committer", "trainer", "helper"]  # rank 0, another rank, a process that a rank has started
 ALL_STEPS = 1 << 30
 
-POWER = ("elastickpt", "elastickpt-async", "elastickpt-run", "dcp", "tc+fsync")
+POWER = ("elastickpt", "elastickpt-async", "elastickpt-large", "elastickpt-run", "dcp", "tc+fsync")
 KILLED = (
     "elastickpt",
     "elastickpt-async",
+    "elastickpt-large",
     "elastickpt-run",
     "dcp",
     "dcp-overwrite",

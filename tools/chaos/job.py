@@ -7,6 +7,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from .judge import Seen
 for _peer in ("peer_dcp", "peer_tc"):
     with suppress(ImportError):
         import_module(f"{__package__}.{_peer}")
+
+
+MEETING_LIMIT_S = 5.0  # of ranks that train; what survivors of a kill have to return is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,9 @@ def look(rank: int, world_size: int, contestant_name: str, folder: str, scale: i
 def _train(state: State, step: int, job: int) -> None:
     """One step of what any data-parallel job does: all ranks meet, then all hold the step's values."""
     loss = torch.tensor(float(step))
-    distributed.all_reduce(loss)
+    meeting = distributed.all_reduce(loss, async_op=True)
+    assert meeting is not None
+    meeting.wait(timedelta(seconds=MEETING_LIMIT_S))  # gloo does not always notice a peer that was killed between two saves
     fill(state, step, job)
 
 

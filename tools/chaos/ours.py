@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy.ma  # noqa: F401 (numpy.unique imports it at its first use, in every fork anew)
 
 import elastickpt as ek
 from elastickpt.runs.branch import history
+from elastickpt.save import saver, staging
+from elastickpt.writer.arena import Arena
 
 from .contents import State
 from .entrants import Contestant, Entrant, Finish
@@ -15,6 +18,7 @@ from .step_folders import StepFolders, nothing_left_to_wait_for
 
 SAVE, ASYNC_SAVE, LOAD, RUN = ek.save, ek.async_save, ek.load, ek.Run  # looked up here once, so that forks need not import them
 KEPT = 3
+PART_NBYTES, PART_S = 16 << 10, 0.002  # of what is staged slowly
 RUN_OPTIONS = ek.RunOptions(signals={}, orphans_s=30.0, take_over=True)
 
 
@@ -39,6 +43,19 @@ def asynchronous(folder: Path) -> Contestant:
         return ASYNC_SAVE(state, path).result
 
     return StepFolders(folder, saving, loading)
+
+
+def large(folder: Path) -> Contestant:
+    """The same as it is of a large state: written while it is staged, which takes its time."""
+    copied = Arena.fill_to
+
+    def slowly(arena: Arena, nbytes: int) -> None:
+        copied(arena, nbytes)
+        time.sleep(PART_S)
+
+    saver.MEANWHILE_NBYTES, staging.PART_NBYTES = 0, PART_NBYTES
+    Arena.fill_to = slowly  # type: ignore[assignment, method-assign]
+    return asynchronous(folder)
 
 
 class InARun:
@@ -74,6 +91,13 @@ ENTRANTS = {
         ek.__version__,
         "ek.async_save, durability='power'; a folder for each step",
         asynchronous,
+        roles=("committer", "trainer", "helper"),
+    ),
+    "elastickpt-large": Entrant(
+        "elastickpt-large",
+        ek.__version__,
+        f"ek.async_save, written while it is staged: {PART_NBYTES >> 10} KiB each {PART_S * 1e3:g} ms; a folder for each step",
+        large,
         roles=("committer", "trainer", "helper"),
     ),
     "elastickpt-run": Entrant(

@@ -1,0 +1,114 @@
+"""Bytes are taken from an arena once its trainer has copied them, and not before. [SAVE-92, SAVE-102, SAVE-103]"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from elastickpt.errors import Cancelled, DeadlineExceeded, RankLost, Refused
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.carry import unwatched
+from elastickpt.writer.rounds import Slice
+from elastickpt.writer.staged import Staged
+
+NBYTES = 10_000
+WHOLE = Slice(0, 0, 0, NBYTES, 0)
+BOUND_S = 30.0
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    found = Arena.create(NBYTES)
+    yield found
+    found.close()
+
+
+def test_the_mark_is_seen_by_who_has_the_descriptor_and_is_no_part_of_the_memory(arena: Arena) -> None:
+    other = Arena.attach(os.dup(arena.descriptor), NBYTES)
+    arena.memory[:] = 7
+    for filled in (0, 1, NBYTES, (1 << 40) + 3):
+        arena.fill_to(filled)
+        assert (arena.filled, other.filled) == (filled, filled)
+    assert (arena.memory == 7).all()
+    arena.empty()
+    assert other.filled == 0
+    arena.lent = True
+    with pytest.raises(Refused, match="still being written"):
+        arena.empty()
+    other.close()
+
+
+@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097])
+def test_an_arena_of_any_size_has_a_mark(nbytes: int) -> None:
+    arena = Arena.create(nbytes)
+    arena.fill_to(nbytes)
+    arena.memory[:] = 0xFF
+    assert arena.filled == nbytes
+    arena.close()
+
+
+def test_what_is_there_is_taken_at_once_and_in_place(arena: Arena) -> None:
+    arena.memory[:] = np.arange(NBYTES, dtype=np.uint64).astype(np.uint8)
+    arena.fill_to(600)
+    taken = Staged(arena, unwatched).take(Slice(3, 1, 256, 1024, 100), 300, 756)
+    assert taken.tobytes() == arena.memory[144:600].tobytes()
+    assert np.shares_memory(taken, arena.memory)
+
+
+def test_what_is_not_there_is_waited_for_by_all_threads(arena: Arena) -> None:
+    staged = Staged(arena, unwatched)
+    taken: dict[int, bytes] = {}
+
+    def take(start: int) -> None:
+        taken[start] = staged.take(WHOLE, start, start + 1000).tobytes()
+
+    threads = [threading.Thread(target=take, args=(start,)) for start in range(0, NBYTES, 1000)]
+    for thread in threads:
+        thread.start()
+    for filled in range(500, NBYTES + 1, 500):
+        time.sleep(0.003)
+        assert all(start + 1000 < filled for start in taken)
+        arena.memory[filled - 500 : filled] = filled // 500
+        arena.fill_to(filled)
+    for thread in threads:
+        thread.join(BOUND_S)
+    assert b"".join(taken[start] for start in range(0, NBYTES, 1000)) == arena.memory.tobytes()
+    assert set(arena.memory.tolist()) == set(range(1, 21))
+
+
+def test_what_a_trainer_that_ended_had_copied_is_taken_and_no_more(arena: Arena) -> None:
+    staged = Staged(arena, unwatched)
+    arena.fill_to(4000)
+    arena.abandoned = True
+    assert staged.take(WHOLE, 3000, 4000).size == 1000
+    with pytest.raises(RankLost, match="before it had staged the rest"):
+        staged.take(WHOLE, 3001, 4001)
+
+
+def test_a_trainer_that_stands_still_is_not_waited_for_for_ever(arena: Arena) -> None:
+    staged = Staged(arena, unwatched, still_s=0.2)
+    filling = threading.Timer(0.1, arena.fill_to, (4000,))
+    filling.start()
+    begun = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"nothing was staged for 0.2 s: 4000 bytes are, 5000 are needed"):
+        staged.take(WHOLE, 4000, 5000)
+    assert time.monotonic() - begun >= 0.3  # it counts from the last that was copied
+    filling.join()
+
+
+def test_who_cancels_ends_the_wait(arena: Arena) -> None:
+    asked: list[int] = []
+
+    def watch(nbytes: int) -> None:
+        asked.append(nbytes)
+        if len(asked) == 3:
+            raise Cancelled("cancelled")
+
+    with pytest.raises(Cancelled):
+        Staged(arena, watch).take(WHOLE, 0, 1)
+    assert asked == [0, 0, 0]
