@@ -85,6 +85,12 @@ def until(true: Callable[[], object], what: str) -> None:
         time.sleep(0.005)
 
 
+def writers() -> set[int]:
+    """This process's writer processes."""
+    children = psutil.Process().children()
+    return {child.pid for child in children if child.is_running() and "elastickpt/writer" in " ".join(child.cmdline())}
+
+
 class Saving:
     """A save on a thread of its own, as it does not return before it has staged."""
 
@@ -223,10 +229,10 @@ def test_a_writer_that_is_killed_while_the_trainer_copies_is_replaced(known: Pat
     filling = Filling(monkeypatch, reached=HALF)
     saving = Saving(state(2.0), known / "c")
     assert filling.reached.wait(BOUND_S)
-    (writer,) = psutil.Process().children()
+    (writer,) = writers()
     time.sleep(0.1)
-    writer.kill()
-    until(lambda: [child for child in psutil.Process().children() if child.pid != writer.pid], "another one")
+    os.kill(writer, signal.SIGKILL)
+    until(lambda: writers() - {writer}, "another one")
     filling.let.set()
     saving.result()
     demand(known / "c", 2.0)
