@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -83,12 +82,6 @@ def until(true: Callable[[], object], what: str) -> None:
     while not true():
         assert time.monotonic() < limit, what
         time.sleep(0.005)
-
-
-def writers() -> set[int]:
-    """This process's writer processes."""
-    children = psutil.Process().children()
-    return {child.pid for child in children if child.is_running() and "elastickpt/writer" in " ".join(child.cmdline())}
 
 
 class Saving:
@@ -229,10 +222,12 @@ def test_a_writer_that_is_killed_while_the_trainer_copies_is_replaced(known: Pat
     filling = Filling(monkeypatch, reached=HALF)
     saving = Saving(state(2.0), known / "c")
     assert filling.reached.wait(BOUND_S)
-    (writer,) = writers()
+    (writer,) = saver_of(job_group(None), ek.AsyncOptions())._writers._writers.values()
+    assert isinstance(writer, Supervisor)
     time.sleep(0.1)
-    os.kill(writer, signal.SIGKILL)
-    until(lambda: writers() - {writer}, "another one")
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    until(lambda: writer.deaths, "its death was noticed")
     filling.let.set()
     saving.result()
     demand(known / "c", 2.0)
