@@ -10,7 +10,7 @@ tp=2): tp=0 has 25,129 of them, in chunks of 6,283, so that 6,280 are left for f
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -42,6 +42,35 @@ def physical_box(shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequ
         start[dim] = min(low + coordinate[axis] * size, high)
         stop[dim] = min(start[dim] + size, high)
     return Box(tuple(start), tuple(stop))
+
+
+@lru_cache(maxsize=4096)
+def places_that_hold(
+    within: Box, *, shape: tuple[int, ...], sizes: tuple[int, ...], placements: tuple[str, ...]
+) -> tuple[int, ...]:
+    """The places in a mesh, rising, in the order of its ranks, whose `physical_box` has an element in common with `within`.
+
+    Looks at those alone, however large the mesh is. Raises LayoutUnsupported as `physical_box`.
+    """
+    if len(sizes) != len(placements) or within.ndim != len(shape):
+        raise LayoutUnsupported(f"{within} of an array of shape {shape} under {placements} on a mesh of sizes {sizes}")
+    parts: list[tuple[Box, dict[int, int]]] = [(Box.whole(shape), {})] if within.count else []
+    for axis, dim in _splits(placements, len(shape)):
+        parts = [(cut, {**at, axis: index}) for box, at in parts for index, cut in _cuts(box, within, dim, sizes[axis])]
+    places = (product(*([at[a]] if a in at else range(size) for a, size in enumerate(sizes))) for _, at in parts)
+    return tuple(sorted(_flat(coordinate, sizes) for some in places for coordinate in some))
+
+
+def _cuts(box: Box, within: Box, dim: int, count: int) -> Iterator[tuple[int, Box]]:
+    """Of `count` chunks of the box along a dimension those that reach into `within`, with their numbers."""
+    low, high = box.start[dim], box.stop[dim]
+    first, stop = max(low, within.start[dim]), min(high, within.stop[dim])
+    if first < stop:
+        size = -(-(high - low) // count)
+        for index in range((first - low) // size, (stop - 1 - low) // size + 1):
+            start = low + index * size
+            stops = (*box.stop[:dim], min(start + size, high), *box.stop[dim + 1 :])
+            yield index, Box((*box.start[:dim], start, *box.start[dim + 1 :]), stops)
 
 
 def cuts_of(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str]) -> tuple[int, ...]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, Malformed, WrongLength
+from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, WrongLength
 from elastickpt.format.box import Box
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.layout.algebra import intersect
-from elastickpt.layout.coverage import prove_box_coverage
+from elastickpt.layout.coverage import CoverageReport, prove_box_coverage
+from elastickpt.layout.placement import places_that_hold
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.load.opened import Opened
 from elastickpt.storage.store import Caching
@@ -115,10 +116,12 @@ def _target(wanted: Wanted) -> Target:
     return Target(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
 
 
-def pieces_of(opened: Opened, record: ArrayRecord, within: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
-    """The stored pieces of an array that hold any of `within`, with their fragment maps."""
+def _pieces_by(
+    writers: Sequence[int], opened: Opened, record: ArrayRecord, within: Box
+) -> list[tuple[FragmentColumns, StoredPiece]]:
+    """The pieces that these writers stored of an array and that hold any of `within`, with their fragment maps."""
     found: list[tuple[FragmentColumns, StoredPiece]] = []
-    for writer in record.writers:
+    for writer in writers:
         columns, places = opened.fragments(writer), opened.places(writer)
         if record.key not in places:
             raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
@@ -149,17 +152,42 @@ def _units_of(opened: Opened, target: Target) -> list[Unit]:
 
 def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
     """The pieces that hold a box of an array. Raises CoverageGap or CoverageOverlap unless they hold every element of it
-    exactly once. [FRAG-30, FRAG-31]"""
-    found = pieces_of(opened, record, box)
+    exactly once. [FRAG-30, FRAG-31]
+
+    Maps of writers that by the layout held nothing of it are not read, unless the others leave a gap. [FRAG-35]
+    """
+    holders = _holders(opened, record, box)
+    found = _pieces_by(holders, opened, record, box)
     if len(found) == 1 and found[0][1].box == box:  # the usual case
         return found
-    parts = [part for _, piece in found if (part := intersect(piece.box, box)) is not None]
-    report = prove_box_coverage(box, parts)
+    report = _proof(found, box)
+    if report.gaps and holders != record.writers:
+        found = _pieces_by(record.writers, opened, record, box)
+        report = _proof(found, box)
     if report.overlaps:
         raise CoverageOverlap(f"array {record.spec.id}: elements {report.overlaps[0][2]} are stored twice")
     if report.gaps:
         raise CoverageGap(f"array {record.spec.id}: elements {report.gaps[0]} are stored nowhere")
     return found
+
+
+def _proof(found: Sequence[tuple[FragmentColumns, StoredPiece]], box: Box) -> CoverageReport:
+    return prove_box_coverage(box, [part for _, piece in found if (part := intersect(piece.box, box)) is not None])
+
+
+def _holders(opened: Opened, record: ArrayRecord, box: Box) -> tuple[int, ...]:
+    """Of an array's writers those that held any of the box, as far as the layout says. A layout that says nothing of writers
+    (of a group of some ranks, which counts them anew) leaves gaps, and so does no harm."""
+    if record.layout is None or len(record.writers) == 1:
+        return record.writers
+    layout = opened.manifest.layouts[record.layout]
+    mesh = opened.manifest.meshes[layout.mesh]
+    try:
+        places = places_that_hold(box, shape=record.spec.shape, sizes=mesh.sizes, placements=layout.placements)
+    except LayoutUnsupported:
+        return record.writers
+    held = {mesh.ranks[place] for place in places}
+    return tuple(writer for writer in record.writers if writer in held) or record.writers
 
 
 def _reads_of(want: Wanted, piece: StoredPiece, *, block_nbytes: int) -> tuple[Read, ...]:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from elastickpt.errors import LayoutUnsupported, Malformed
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.box import Box
+from elastickpt.layout.algebra import intersect
 from elastickpt.layout.coverage import prove_coverage
-from elastickpt.layout.placement import cuts_of, physical_box, replica_ranks
+from elastickpt.layout.placement import cuts_of, physical_box, places_that_hold, replica_ranks
 from elastickpt.layout.replicas import share_of
 
 law = settings(max_examples=150, deadline=None)
@@ -52,6 +53,33 @@ def sharded_arrays(draw: st.DrawFn) -> tuple[Shape, Shape, Placements]:
     sizes = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     splits = [f"{kind}({dim})" for kind in ("S", "_S") for dim in range(len(shape))]
     return shape, sizes, tuple(draw(st.sampled_from(["R", *splits])) for _ in sizes)
+
+
+@law
+@given(sharded_arrays(), st.data())
+def test_who_holds_any_of_a_box_is_found_without_asking_everybody(
+    case: tuple[Shape, Shape, Placements], data: st.DataObject
+) -> None:
+    shape, sizes, placements = case
+    ends = [sorted(data.draw(st.tuples(st.integers(0, extent), st.integers(0, extent)))) for extent in shape]
+    within = Box(tuple(low for low, _ in ends), tuple(high for _, high in ends))
+    boxes = [
+        physical_box(shape, sizes=sizes, coordinate=coordinate, placements=placements)
+        for coordinate in product(*(range(size) for size in sizes))
+    ]
+    expected = tuple(place for place, box in enumerate(boxes) if intersect(box, within) is not None)
+    assert places_that_hold(within, shape=shape, sizes=sizes, placements=placements) == expected
+
+
+def test_who_holds_a_row_of_a_large_mesh_is_found_at_once() -> None:
+    row = Box((123_456, 0), (123_457, 8))
+    mesh = {"shape": (1 << 20, 8), "sizes": (1 << 14, 1 << 10), "placements": ("S(0)", "S(0)")}
+    assert places_that_hold(row, **mesh) == (123_456 // 64 << 10 | 123_456 % 64,)  # type: ignore[arg-type]
+
+
+def test_who_holds_what_is_refused_for_a_mesh_of_other_axes() -> None:
+    with pytest.raises(LayoutUnsupported, match="on a mesh of sizes"):
+        places_that_hold(Box((0,), (1,)), shape=(4,), sizes=(2, 2), placements=("R",))
 
 
 @law
