@@ -6,8 +6,9 @@ Threads take the units of a plan in order, so that files are read front to back,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, segments
+from elastickpt.load.join import joined, span_of
 from elastickpt.load.opened import Opened
 from elastickpt.load.plan import UNIT_NBYTES, Bytes, Elements, FetchPlan, Target, Unit, Wanted, plan_fetch, require_length
 from elastickpt.storage.store import RangeReader
@@ -49,13 +51,14 @@ def carry_out(
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
     be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
-    _Fetching(opened, plan.units, verify, progress).run()
+    reads = joined(plan.units)
+    _Fetching(opened, reads, verify, progress).run()
     for target in plan.targets:
         _settle(target)
     return FetchReport(
         sum(unit.end - unit.start for unit in plan.units),
         sum(target.data.size for target in plan.targets),
-        len(plan.units),
+        len(reads),
     )
 
 
@@ -87,19 +90,21 @@ class _Open:
 
 
 class _Fetching:
-    """One call of `fetch` under way: threads take units in order."""
+    """One call of `fetch` under way: threads take what is read at once, in order."""
 
-    def __init__(self, opened: Opened, units: Sequence[Unit], verify: Verify, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, opened: Opened, reads: Sequence[tuple[Unit, ...]], verify: Verify, progress: Callable[[int], None]
+    ) -> None:
         self._opened = opened
-        self._pending = iter(units)
-        self._count = len(units)
+        self._pending = iter(reads)
+        self._count = len(reads)
         self._verify = verify
         self._progress = progress
         self._taking = threading.Lock()
         self._failed = threading.Event()
         self._scratch = threading.local()
         self._files: dict[StoredFile, _Open] = {}
-        for unit in units:
+        for unit, *_ in reads:
             if unit.file in self._files:
                 self._files[unit.file].left += 1
             else:
@@ -123,11 +128,11 @@ class _Fetching:
     def _work(self) -> None:
         while not self._failed.is_set():
             with self._taking:
-                unit = next(self._pending, None)
-            if unit is None:
+                units = next(self._pending, None)
+            if units is None:
                 return
             try:
-                self._carry_out(unit)
+                self._carry_out(units)
             except BaseException:
                 self._failed.set()
                 raise
@@ -155,8 +160,24 @@ class _Fetching:
             self._scratch.data = found
         return found[:nbytes]
 
-    def _carry_out(self, unit: Unit) -> None:
-        reader = self._reader(unit)
+    def _carry_out(self, units: tuple[Unit, ...]) -> None:
+        reader = self._reader(units[0])
+        if len(units) == 1:
+            self._one(reader, units[0])
+        else:
+            self._in_a_row(reader, units)
+        self._done(units[0])
+        self._progress(sum(unit.end - unit.start for unit in units))
+
+    def _in_a_row(self, reader: RangeReader, units: tuple[Unit, ...]) -> None:
+        spans = [span for unit in units if (span := span_of(unit)) is not None]
+        target, first, last = units[0].target, spans[0], spans[-1]
+        with _naming(units[0]):
+            reader.read_into(first.offset, target.data[first.at : last.at + last.nbytes].data)
+        for unit, span in zip(units, spans, strict=True):
+            self._verify_blocks(unit, unit.start, target.data[span.at : span.at + span.nbytes])
+
+    def _one(self, reader: RangeReader, unit: Unit) -> None:
         step = unit.read.steps[0] if len(unit.read.steps) == 1 else None
         if isinstance(step, Direct):
             self._direct(reader, unit, step)
@@ -172,8 +193,6 @@ class _Fetching:
                 source: Elements = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
                 into: Elements = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
                 np.copyto(into, source)
-        self._done(unit)
-        self._progress(unit.end - unit.start)
 
     def _direct(self, reader: RangeReader, unit: Unit, step: Direct) -> None:
         """Blocks wholly inside go straight to the destination; one that only partly belongs there goes through a buffer."""
@@ -195,7 +214,12 @@ class _Fetching:
 
     def _read_blocks(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
         """Fills `into` with the piece's bytes from `start`, a multiple of the block size, and verifies them."""
-        self._read(reader, unit, start, into)
+        with _naming(unit):
+            _read(reader, unit.piece, start, into)
+        self._verify_blocks(unit, start, into)
+
+    def _verify_blocks(self, unit: Unit, start: int, into: Bytes) -> None:
+        """Raises ChecksumMismatch unless `into` are the piece's bytes from `start`. [FRAG-32]"""
         if self._verify == "off":
             return
         block = unit.block_nbytes
@@ -210,20 +234,26 @@ class _Fetching:
                     f"{unit.piece.checksums[number]:016x} (in the fragment map), found {found:016x}"
                 )
 
-    def _read(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
-        piece = unit.piece
-        try:
-            if piece.row_nbytes == piece.row_stride or piece.row_nbytes == piece.nbytes:
-                reader.read_into(piece.offset + start, into.data)
-            elif piece.row_stride <= SPAN_RATIO * piece.row_nbytes or piece.row_stride <= 4096:
-                _read_span(reader, piece, start, into)
-            else:
-                done = 0
-                for segment in segments(piece, start, start + into.size):
-                    reader.read_into(segment.offset, into[done : done + segment.nbytes].data)
-                    done += segment.nbytes
-        except WrongLength as error:
-            raise WrongLength(f"{error.message}; it holds array {unit.target.wanted.record.spec.id}") from error
+
+@contextmanager
+def _naming(unit: Unit) -> Iterator[None]:
+    """Says in an error of its file what the file holds."""
+    try:
+        yield
+    except WrongLength as error:
+        raise WrongLength(f"{error.message}; it holds array {unit.target.wanted.record.spec.id}") from error
+
+
+def _read(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:
+    if piece.row_nbytes in (piece.row_stride, piece.nbytes):
+        reader.read_into(piece.offset + start, into.data)
+    elif piece.row_stride <= SPAN_RATIO * piece.row_nbytes or piece.row_stride <= 4096:
+        _read_span(reader, piece, start, into)
+    else:
+        done = 0
+        for segment in segments(piece, start, start + into.size):
+            reader.read_into(segment.offset, into[done : done + segment.nbytes].data)
+            done += segment.nbytes
 
 
 def _read_span(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:

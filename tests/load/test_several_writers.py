@@ -1,21 +1,25 @@
-"""Which fragment maps a load reads: those of writers that by the layout held any of it. [FRAG-35]"""
+"""An array of several writers: which maps a load reads, those of writers that by the layout held any of it [FRAG-35]; and what
+it reads at once, pieces in a row."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import elastickpt as ek
-from elastickpt.errors import CoverageGap
+from elastickpt.errors import ChecksumMismatch, CoverageGap, WrongLength
 from elastickpt.format.box import Box
 from elastickpt.format.records import ArrayRecord
+from elastickpt.load.fetch import FetchReport, fetch
 from elastickpt.load.opened import Opened, open_records
-from elastickpt.load.plan import require_stored
+from elastickpt.load.plan import Wanted, require_stored
 from elastickpt.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -71,3 +75,50 @@ def test_what_nobody_stored_is_a_gap_after_all_maps_were_read(path: Path) -> Non
     with pytest.raises(CoverageGap, match="stored nowhere"):
         require_stored(opened, replace(record, writers=(0, 2, 3)), Box((4, 0), (7, 2)))
     assert set(opened._fragments.maps) == {0, 2, 3}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def fetched(path: Path, rows: tuple[int, int]) -> tuple[np.ndarray, FetchReport]:
+    opened = open_records(path)
+    into = np.full((rows[1] - rows[0], 2), 0xEE, dtype=np.uint32)
+    report = fetch(opened, [Wanted(record_of(opened), Box((rows[0], 0), (rows[1], 2)), into)])
+    return into.view(np.float32), report
+
+
+@pytest.mark.parametrize(("rows", "reads"), [((0, 10), 1), ((3, 9), 1), ((3, 6), 1), ((4, 7), 2), ((2, 9), 2), ((0, 8), 2)])
+def test_whole_pieces_in_a_row_are_read_at_once(path: Path, rows: tuple[int, int], reads: int) -> None:
+    """A piece of which a part is needed is read whole, and into a buffer: by itself."""
+    found, report = fetched(path, rows)
+    assert found.tolist() == [[2.0 * row, 2.0 * row + 1] for row in range(*rows)]
+    assert report.reads == reads
+    assert report.wanted_nbytes == 8 * (rows[1] - rows[0])
+
+
+@pytest.fixture
+def chunk(path: Path) -> Iterator[Path]:
+    """The one chunk file; as it was afterwards."""
+    (found,) = (one for one in path.rglob("c*") if one.is_file() and one.stat().st_size == 8 * ROWS)
+    data = found.read_bytes()
+    yield found
+    found.write_bytes(data)
+
+
+@pytest.mark.parametrize("row", range(ROWS))
+def test_a_flipped_bit_is_found_in_the_piece_that_it_is_in(path: Path, chunk: Path, row: int) -> None:
+    data = bytearray(chunk.read_bytes())
+    data[8 * row] ^= 1
+    chunk.write_bytes(data)
+    writer = row // 3
+    box = f"[{3 * writer}:{min(3 * writer + 3, ROWS)}, 0:2]"
+    with pytest.raises(ChecksumMismatch) as raised:
+        fetched(path, (0, ROWS))
+    assert f"block 0 of piece {box} of array" in raised.value.message
+    assert f"file offset {24 * writer}" in raised.value.message
+
+
+def test_a_file_that_was_cut_is_named_with_its_array(path: Path, chunk: Path) -> None:
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(WrongLength, match=r"expected 80 bytes .* found 79; it holds array"):
+        fetched(path, (0, ROWS))
