@@ -11,9 +11,13 @@ import time
 from elastickpt.errors import DeadlineExceeded, RankLost
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Bytes, Watch
+from elastickpt.writer.priority import lower
 from elastickpt.writer.rounds import Slice
 
 LOOK_S = 0.001  # what is copied meanwhile is a part of a unit
+# What is hashed and written while the trainer copies slows that copy, which training waits for. 1.8 GB of 2 ranks on 2 cores, of
+# the time of a memcpy: 1.25 without, 1.03 to 1.12 with it; until durable, of raw files: 0.90 both, 0.83 with 19.
+GIVE_WAY = 5
 STILL_S = 120.0  # a trainer that fills nothing for so long was stopped; its save must not keep the others for ever
 
 
@@ -24,15 +28,24 @@ class Staged:
         self._arena, self._watch, self._still_s = arena, watch, still_s
         self._filled = 0
         self._looking = threading.Lock()
+        self._maker = threading.get_ident()
+        self._of_thread = threading.local()
 
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """The bytes in place. Blocking until the trainer has copied them. Raises RankLost if it ended before,
         DeadlineExceeded if it stands still, and what `watch` raises."""
         first, end = at.offset + start - at.start, at.offset + stop - at.start
         if self._filled < end:
+            self._give_way()
             with self._looking:
                 self._wait(end)
         return self._arena.memory[first:end]
+
+    def _give_way(self) -> None:
+        """Threads that write for this save alone leave the processor to the trainer; what is lowered cannot be raised again."""
+        if threading.get_ident() != self._maker and not hasattr(self._of_thread, "gave_way"):
+            self._of_thread.gave_way = True
+            lower(GIVE_WAY, "normal")
 
     def _wait(self, end: int) -> None:
         since = time.monotonic()

@@ -14,7 +14,7 @@ from elastickpt.errors import Cancelled, DeadlineExceeded, RankLost, Refused
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import unwatched
 from elastickpt.writer.rounds import Slice
-from elastickpt.writer.staged import Staged
+from elastickpt.writer.staged import GIVE_WAY, Staged
 
 NBYTES = 10_000
 WHOLE = Slice(0, 0, 0, NBYTES, 0)
@@ -79,6 +79,27 @@ def test_what_is_not_there_is_waited_for_by_all_threads(arena: Arena) -> None:
         thread.join(BOUND_S)
     assert b"".join(taken[start] for start in range(0, NBYTES, 1000)) == arena.memory.tobytes()
     assert set(arena.memory.tolist()) == set(range(1, 21))
+
+
+def test_threads_that_wait_give_way_to_who_copies_but_not_the_writers_own(arena: Arena) -> None:
+    own, usual = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0)
+    staged = Staged(arena, unwatched)
+    arena.fill_to(10)
+    niceness: dict[str, int] = {}
+
+    def take(name: str, start: int) -> None:
+        staged.take(WHOLE, start, start + 10)
+        niceness[name] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    threads = [threading.Thread(target=take, args=one) for one in (("at once", 0), ("waited", 90))]
+    for thread in threads:
+        thread.start()
+    threads[0].join(BOUND_S)
+    threading.Timer(0.05, arena.fill_to, (100,)).start()
+    staged.take(WHOLE, 90, 100)
+    threads[1].join(BOUND_S)
+    assert niceness == {"at once": usual, "waited": usual + GIVE_WAY}
+    assert os.getpriority(os.PRIO_PROCESS, own) == usual
 
 
 def test_what_a_trainer_that_ended_had_copied_is_taken_and_no_more(arena: Arena) -> None:
