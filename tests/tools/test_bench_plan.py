@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from tools.bench.contestants import LIBRARIES, is_known
-from tools.bench.plan import RESHARDS, TOPICS, Options, Place, disk_nbytes, jobs, memory_nbytes, trees_of
+from tools.bench.plan import RESHARDS, TOPICS, Options, Place, disk_nbytes, jobs, memory_nbytes
 from tools.bench.state import ITEMS, clear, fill, local_nbytes, rows_of, shapes_for, small_state, wrong_pieces
 
 DISK, TMPFS = Place("disk", "/a", "ext4"), Place("tmpfs", "/b", "tmpfs")
@@ -46,14 +46,6 @@ def test_a_resharding_job_has_room_for_everyones_files_at_once() -> None:
     (reshard, *_) = (job for job in jobs(ALL, [DISK]) if job.kind == "reshard")
     assert disk_nbytes(reshard) > (len(reshard.contestants) + 2) * reshard.nbytes
     assert memory_nbytes(reshard) > 2 * reshard.nbytes
-
-
-def test_trees_stand_until_the_end_where_a_device_has_room_for_all_of_them() -> None:
-    on_disk, in_memory = (next(job for job in jobs(ALL, [place]) if job.kind == "same") for place in (DISK, TMPFS))
-    everything = (len(on_disk.contestants) + 2) * (on_disk.repeats + 1) * on_disk.nbytes  # two floors and a warm-up
-    assert trees_of(on_disk, free_nbytes=2 * everything) == "removed"
-    assert trees_of(on_disk, free_nbytes=4 * everything) == "kept"
-    assert trees_of(in_memory, free_nbytes=4 * everything) == "removed"
 
 
 def test_only_tmpfs_has_no_device_below_it() -> None:

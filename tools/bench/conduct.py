@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import session
 from .compare import gather, title
-from .machine import free_nbytes, lacking_space
-from .plan import Job, trees_of
+from .machine import lacking_space
+from .plan import Job
 from .ranks import JobFailed, Launcher
 from .records import Measure, Memory
 
@@ -25,7 +25,6 @@ class Conductor:
         self._samples: list[session.Sample] = []
         self.memories: list[Memory] = []
         self.notes: list[str] = []
-        self._kept: list[str] = []  # jobs whose trees stand until the end
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -58,20 +57,12 @@ class Conductor:
 
                 withdrawn = self._carry_out_one(job, advance)
                 bar.update(task, completed=at + 1)
-        if self._kept:
-            self._note(
-                f"trees stood until the end of the run, so that no file was made among deleted ones: {'; '.join(self._kept)}"
-            )
 
     def _carry_out_one(self, job: Job, advance: Callable[[float], None]) -> set[str]:
         """Names of contestants that failed in this job."""
         if (lack := lacking_space(job)) is not None:
             self._note(f"left out: {job.title}: {lack}")
             return set(job.contestants)
-        job = replace(job, trees=trees_of(job, free_nbytes=free_nbytes(job)))
-        if job.trees == "kept":
-            job = replace(job, place=replace(job.place, folder=f"{job.place.folder}/{len(self._kept)}"))
-            self._kept.append(job.title)
         failed: set[str] = set()
 
         def on_message(message: session.Message) -> None:

@@ -10,7 +10,6 @@ from .state import SMALL_ELEMENTS, SMALL_TENSORS
 
 Topic = Literal["save", "load", "reshard", "small", "async", "memory"]
 Kind = Literal["same", "prepare", "reshard", "small", "async", "memory"]
-Trees = Literal["removed", "kept"]  # each tree once it was measured, or all together at the run's end
 TOPICS: tuple[Topic, ...] = ("save", "load", "reshard", "small", "async", "memory")
 RESHARDS = ((2, 4), (4, 2))
 QUICK_SIZES, FULL_SIZES = (100_000_000,), (100_000_000, 1_800_000_000)
@@ -55,7 +54,6 @@ class Job:
     repeats: int
     contestants: tuple[str, ...]
     loads: bool = True
-    trees: Trees = "removed"
 
     @property
     def title(self) -> str:
@@ -100,25 +98,12 @@ def jobs(options: Options, places: Sequence[Place]) -> tuple[Job, ...]:
     return tuple(found)
 
 
-def trees_of(job: Job, *, free_nbytes: int) -> Trees:
-    """Whether a job's trees stand until the end of the run: where they fit into half of what is free, of a device.
-
-    ext4 does not hand out an inode again for some minutes after its deletion, and passes over each such one at every file
-    that it makes: where trees are removed between measures, everyone's files cost up to ten times the CPU.
-    """
-    if job.kind not in ("same", "small") or not job.place.has_device:
-        return "removed"
-    floors = 2
-    needed = _tree_nbytes(job) * (len(job.contestants) + floors) * (job.repeats + 1)
-    return "kept" if needed <= free_nbytes // 2 else "removed"
-
-
 def _tree_nbytes(job: Job) -> int:
     return int(job.nbytes * 1.1) + (64 << 20)
 
 
 def disk_nbytes(job: Job) -> int:
-    """An upper bound of what a job that removes its trees keeps in its folder at one time, metadata included."""
+    """An upper bound of what a job keeps in its folder at one time, metadata included."""
     per_tree = _tree_nbytes(job)
     return per_tree * (len(job.contestants) + 2 if job.kind in ("prepare", "reshard") else 2)
 

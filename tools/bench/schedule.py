@@ -1,7 +1,7 @@
 """What the ranks of each kind of job do, in which order. Every function here runs on all ranks in lock step.
 
 Within a repeat the contestants take turns (round robin), each with a fresh path, and the disk comes to rest between
-them. Trees of earlier repeats are removed, or stand until the end of the run, out of the page cache (`plan.trees_of`).
+them. Trees of earlier repeats are emptied, and go at the end of the run (`session.discard`).
 The first round is a warm-up for everyone: untimed, and its loads are checked element by element.
 """
 
@@ -43,8 +43,7 @@ def _save_and_load(session: Session) -> None:
     session.enter_floors()
     for repeat in _rounds(session):
         for name in session.order(repeat):
-            kept = job.trees == "kept"
-            path = session.folder / f"{name.replace(' ', '-')}{f'-{repeat}' if kept else ''}"
+            path = session.folder / name.replace(" ", "-")
             contestant = session.contestants[name]
             session.make_room(path)
             saved = session.timed(
@@ -54,10 +53,7 @@ def _save_and_load(session: Session) -> None:
             )
             if saved and job.loads:
                 _load(session, load_case, name, path)
-            if kept:
-                session.on_first_rank(lambda p=path: caches.evict(p))  # type: ignore[misc]
-            else:
-                session.remove(path)
+            session.remove(path)
         if job.kind == "small":
             continue
         copy = _setting(session, "copy", "none")
