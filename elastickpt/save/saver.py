@@ -246,8 +246,8 @@ class Saver:
                     raise Refused("no arena was reserved")
                 slot.fit(prepared)
                 task.copies = slot.stage(number, arrays)
-                task.times.staged = time.perf_counter()
                 submission = self._background.submit(task, ordered, number, checksums)
+                task.times.staged = time.perf_counter()
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
                     self._background.follow(task, ordered, submission)
                     return

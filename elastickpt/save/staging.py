@@ -85,7 +85,7 @@ class Stager:
         """Copies round `number` from what this rank holds; returns its bytes. Blocking.
 
         On return those tensors may change. The arena, emptied before, says on the way how far it is filled. The arrays
-        in `skip` are staged by somebody else, who then also says that. By address where a tensor has no gaps, which costs 1 µs
+        in `skip` are staged by somebody else, who then also says that; several threads say it at the end. By address where a tensor has no gaps, which costs 1 µs
         a slice, views 6 µs; what the arrays of a plan have in common, and so where their slices lie, is found out once. Raises
         Refused for an arena that was not emptied: a writer would take what lies there for what is to come.
         """
@@ -142,12 +142,13 @@ def _copy(
     said = 0
     for move in moves:
         first, base, start = move.one.at.offset, addresses[move.array], 0
-        if base is None or move.offset is None:
-            _copy_held(move, held)  # said with what follows
-            continue
         while start < move.nbytes:
-            nbytes = min(PART_NBYTES, move.nbytes - start)
-            memmove(move.target + start, base + move.offset + start, nbytes)
+            if base is None or move.offset is None:
+                nbytes = move.nbytes
+                _copy_held(move, held)
+            else:
+                nbytes = min(PART_NBYTES, move.nbytes - start)
+                memmove(move.target + start, base + move.offset + start, nbytes)
             start += nbytes
             if first + start - said >= PART_NBYTES:
                 fill_to(said := first + start)
