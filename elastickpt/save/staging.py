@@ -84,10 +84,10 @@ class Stager:
     def stage(self, number: int, held: Sequence[HeldArray], skip: Collection[int] = ()) -> int:
         """Copies round `number` from what this rank holds; returns its bytes. Blocking.
 
-        On return those tensors may change. The arena, emptied before, says on the way how far it is filled. The arrays
-        in `skip` are staged by somebody else, who then also says that; several threads say it at the end. By address where a tensor has no gaps, which costs 1 µs
-        a slice, views 6 µs; what the arrays of a plan have in common, and so where their slices lie, is found out once. Raises
-        Refused for an arena that was not emptied: a writer would take what lies there for what is to come.
+        On return those tensors may change. The arena, emptied before, says on the way how far it is filled; of several threads
+        at the end. The arrays in `skip` are staged by somebody else, who then says it. By address where a tensor has no gaps,
+        which costs 1 µs a slice, views 6 µs; what the arrays of a plan have in common, and so where their slices lie, is found
+        out once. Raises Refused for an arena that was not emptied: a writer would take what lies there for what is to come.
         """
         if self._arena.filled:
             raise Refused("this arena is full: it is emptied before it is filled again")

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickpt.errors import LimitExceeded, NoSpace
+from elastickpt.errors import LimitExceeded, NoSpace, Refused
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.layout.grid import Run, runs_of
+from elastickpt.save import staging
 from elastickpt.save.gather import gather, part_of
 from elastickpt.save.staging import MIN_THREADED_NBYTES, Stager, slices_of
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES
@@ -213,6 +214,39 @@ def test_rounds_of_a_small_arena_carry_the_same_bytes(threads: int, order: str) 
     small = prepare(plan, (), arena_nbytes=2 * MIB)
     assert len(small.rounds) == 5
     assert staged(small, [source], threads=threads) == staged(prepare(plan, ()), [source], threads=threads) == source.tobytes()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_the_mark_says_is_staged_lies_there(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[SAVE-92]"""
+    source = np.asarray(np.random.default_rng(2).integers(1, 255, (3000, 1000), dtype=np.uint8), order=order)
+    whole = Box((0, 0), source.shape)
+    parts = [Box((row, 0), (row + 100, 1000)) for row in range(0, 3000, 100)]
+    pieces = tuple(plan_of(part, shape=source.shape, itemsize=1, held=whole).files[0].pieces[0] for part in parts)
+    prepared = prepare(WritePlan(("p",), (PlannedFile("p/c.0.0", source.size, pieces),), (PlannedDocument(0, True),)), ())
+    arena = Arena.create(prepared.arena_nbytes)
+    marks: list[int] = []
+    real = Arena.fill_to
+
+    def fill_to(self: Arena, nbytes: int) -> None:
+        real(self, nbytes)
+        marks.append(nbytes)
+        for one in slices_of(prepared, arena, 0):
+            if one.at.offset + one.at.stop - one.at.start <= nbytes:
+                assert one.into.tobytes() == source[one.at.piece * 100 : one.at.piece * 100 + 100].tobytes()
+
+    monkeypatch.setattr(staging, "PART_NBYTES", 250_000)
+    monkeypatch.setattr(Arena, "fill_to", fill_to)
+    Stager(prepared, arena).stage(0, [held_of(source)])
+    assert marks == sorted(marks)
+    assert len(marks) >= 10
+    assert marks[-1] == arena.filled == prepared.rounds[0].nbytes
+    with pytest.raises(Refused, match="emptied before it is filled again"):
+        Stager(prepared, arena).stage(0, [held_of(source)])
+    arena.empty()
+    Stager(prepared, arena).stage(0, [held_of(source)], skip={0})
+    assert arena.filled == 0, "whoever stages what was skipped says it"
+    arena.close()
 
 
 def test_several_threads_stage_what_one_does() -> None:
