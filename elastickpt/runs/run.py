@@ -203,7 +203,8 @@ class Run:
         begun = time.monotonic()
         self._calendar.saved()
         destination = RunDestination(self._store, self._holding, step, known)
-        handle = self._saver.save(state, destination, mesh=self._mesh, durability=self._options.durability)
+        request = self._options.request(destination.place, step)
+        handle = self._saver.save(state, destination, request, mesh=self._mesh)
         with self._changing:
             self._under_way.add(handle)
         staged, epoch = time.monotonic(), self._epoch

@@ -5,6 +5,7 @@ seats       only if a writer does not know yet where the others meet (saves besi
 structure   only if the job's structure is new: one rank for each distinct table sends it
 values      only if a dict of the state names other tensors on other ranks: the dicts
 compare     only if arrays have one name on ranks that nothing declares to be replicas: digests of their contents
+replicas    only if replicas are to be sampled or verified, as `drift` has it
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from elastickpt.comms.team import Team
 from elastickpt.errors import PlacementUnsupported
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.save.drift import ReplicaSet, replica_sets, require_alike
 from elastickpt.save.gather import content_digest
 from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
 from elastickpt.save.merge_values import merge_trees
@@ -70,7 +72,8 @@ class Structure:
 @dataclass(frozen=True, slots=True, eq=False)
 class Offer:
     """What a rank comes with. `name` is the target in the store, as all ranks must say it; `require_free` raises on member 0
-    if something stands there. `staged` and `seated`: see `messages.Intention`."""
+    if something stands there. `staged` and `seated`: see `messages.Intention`. `replicas`: what it hashed of its replicas
+    before it staged; None if they are as they were."""
 
     proposal: Proposal
     store: Store
@@ -78,14 +81,15 @@ class Offer:
     require_free: Callable[[], None]
     staged: str = ""
     seated: bool = True
+    replicas: tuple[ReplicaSet, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
     """What the ranks agreed to save, as a folder `name` in the store's root. `id` identifies the structure.
 
-    On the committer only: `intentions`, by member, and `merged`, values of which ranks hold different parts. `opened`: see
-    `reach`.
+    On the committer only: `intentions`, by member, `merged`, values of which ranks hold different parts, and `notes`, what is
+    to be said of this save. `opened`: see `reach`.
     """
 
     store: Store
@@ -95,6 +99,7 @@ class Agreed:
     structure: Structure
     intentions: tuple[Intention, ...]
     merged: Mapping[str, Value]
+    notes: tuple[str, ...] = ()
     opened: bytes = b""
 
 
@@ -167,18 +172,22 @@ class _Agreement:
             structure = self._exchange(offer.proposal.table if verdict.sends else b"", live, compares=verdict.compares)
         _remember(self.rank, verdict.structure, structure)
         merged = self._merge_values(live, verdict.differing) if verdict.differing else {}
+        notes = self._compare_replicas(live, structure) if self._looks_at_replicas else ()
         found = (offer.store, offer.name, live, verdict.structure, structure)
-        return Agreed(*found, tuple(self.intentions), merged, verdict.opened)
+        return Agreed(*found, tuple(self.intentions), merged, notes, verdict.opened)
+
+    @property
+    def _looks_at_replicas(self) -> bool:
+        return self.request.compares_replicas and len(self.team.ranks) > 1
 
     def _prepare(self, make: Callable[[], Offer]) -> bytes:
         self.offer = offer = make()
         values = offer.proposal.value_digests()
         self.known = _known_to(self.rank)
-        here, options = (offer.store.url, offer.name), (self.request.placement, self.request.durability)
-        digest = offer.proposal.digest
-        return Intention(
-            here, self.request.step, options, digest, values, tuple(self.known), offer.staged, offer.seated
-        ).encode()
+        request, digest = self.request, offer.proposal.digest
+        looks = f"replicas {request.replicas}" + (f", share {request.share}" if request.replicas == "sample" else "")
+        here, options = (offer.store.url, offer.name), (request.placement, request.durability, looks)
+        return Intention(here, request.step, options, digest, values, tuple(self.known), offer.staged, offer.seated).encode()
 
     def _decide(self, payloads: Sequence[bytes]) -> Sequence[bytes]:
         team, offer = self.team, self.offer
@@ -193,7 +202,7 @@ class _Agreement:
         known = all(structure in intention.known for intention in intentions)
         first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
         seats = not all(intention.seated for intention in intentions)
-        at_once = known and not (differing or seats)
+        at_once = known and not (differing or seats or self._looks_at_replicas)
         opened = self.steps.open_at_once(intentions) if at_once else [b""] * len(intentions)
         compares = not any(intention.staged for intention in intentions)  # else they may have changed since
         return [
@@ -244,6 +253,13 @@ class _Agreement:
             self._compare(live, shared)
         plan = plan_writes(live.arrays, shared, rank=self.rank)
         return Structure(shared, plan, outline_of(merged[0], world_size=len(self.team.ranks)) if merged else None)
+
+    def _compare_replicas(self, live: LiveState, structure: Structure) -> tuple[str, ...]:
+        def sets() -> Sequence[ReplicaSet]:
+            hashed = self.offer.replicas
+            return replica_sets(live.arrays, structure.shared, self.request, rank=self.rank) if hashed is None else hashed
+
+        return require_alike(self.team, self.request, sets)
 
     def _compare(self, live: LiveState, shared: Sequence[SharedArray]) -> None:
         def digests() -> bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from elastickpt.save.destination import PathDestination
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.options import DEFAULT, AsyncOptions
-from elastickpt.save.request import PlacementChoice
+from elastickpt.save.request import PlacementChoice, Replicas, Request
 from elastickpt.save.savers import saver_of
 from elastickpt.storage.store import Durability
 from elastickpt.training.group import job_group
@@ -28,13 +28,15 @@ def async_save(
     mesh: DeviceMesh | None = None,
     placement: PlacementChoice = "auto",
     durability: Durability = "power",
+    replicas: Replicas = "owner",
     options: AsyncOptions = DEFAULT,
 ) -> SaveHandle:
     """Takes a copy of `state` and returns; the checkpoint at `path` comes beside training. See `save` for the arguments.
 
     On return host tensors may change; tensors of a GPU may be read but not changed before `SaveHandle.wait_staged`, for which
     optimizers in `state` wait by themselves. The call blocks for the copy, and for at most `stall_limit_s` until there is
-    memory for it; the first save of a structure also until all ranks agreed on it.
+    memory for it; the first save of a structure also until all ranks agreed on it; and for a pass over replicas that are to be
+    compared.
 
     Every rank of the process group (default: all) must call it with the same arguments, and in the same order as other saves.
     Raises Refused for a process that is not in the group, and after the end of its savers; whatever else goes wrong, on any
@@ -42,4 +44,5 @@ def async_save(
     """
     saver = saver_of(job_group(process_group), options)
     destination = PathDestination.of(path, step)
-    return saver.save(state, destination, mesh=mesh, placement=placement, durability=durability)
+    request = Request(destination.place, destination.step, placement, durability, replicas)
+    return saver.save(state, destination, request, mesh=mesh)

@@ -152,6 +152,7 @@ class _Rounds:
         task, team = self.task, self.team
         steps = Steps(self._open_at_once, lambda: self.writers.take_seats(team, self.located.store))
         self.agreed = agreed = reach(team, task.request, self._offer, steps)
+        self.notes += agreed.notes
         reply = agreed.opened or team.round("draft", self._stage, lambda _: self._open(agreed.intentions))
         folder, register, metrics, self.wanted, self.gathers = msgpack.unpackb(reply, use_list=False)
         order = Order(parse_id(register) if register else None, metrics=metrics)
@@ -169,7 +170,7 @@ class _Rounds:
             raise Refused("nothing was captured")
         staged = "" if task.known is None else task.known.id
         seated = self.writers.seated(located.store.url)
-        return Offer(task.proposal, located.store, located.name, located.require_free, staged, seated)
+        return Offer(task.proposal, located.store, located.name, located.require_free, staged, seated, task.replicas)
 
     def _stage(self) -> bytes:
         """What this rank has to do before the attempt is opened. One that stages by a plan that it knew may still do so after

@@ -61,15 +61,24 @@ def _gather(elements: Elements, start: int, into: Elements) -> None:
 
 def content_digest(elements: Elements) -> str:
     """xxh3-128 of the element type, the shape and the bytes in C order, whatever the strides."""
-    hasher = xxh3_128(f"{elements.dtype.itemsize} {elements.shape}".encode())
+    return _digest(elements, 0, elements.size, xxh3_128(f"{elements.dtype.itemsize} {elements.shape}".encode()))
+
+
+def range_digest(elements: Elements, first: int, last: int) -> str:
+    """xxh3-128 of the bytes of elements [first, last) in C order, whatever the strides."""
+    return _digest(elements, first, last, xxh3_128())
+
+
+def _digest(elements: Elements, first: int, last: int, hasher: xxh3_128) -> str:
+    itemsize = elements.dtype.itemsize
+    begin, end = first * itemsize, last * itemsize
     flat = flat_bytes(elements)
     if flat is not None:
-        hasher.update(flat.data)
+        hasher.update(flat[begin:end].data)
         return hasher.hexdigest()
-    total = elements.size * elements.dtype.itemsize
-    buffer = np.empty(min(total, DIGEST_NBYTES), dtype=np.uint8)
-    for start in range(0, total, DIGEST_NBYTES):
-        part = buffer[: min(DIGEST_NBYTES, total - start)]
+    buffer = np.empty(min(end - begin, DIGEST_NBYTES), dtype=np.uint8)
+    for start in range(begin, end, DIGEST_NBYTES):
+        part = buffer[: min(DIGEST_NBYTES, end - start)]
         gather(elements, start, part)
         hasher.update(part.data)
     return hasher.hexdigest()

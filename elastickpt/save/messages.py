@@ -24,7 +24,7 @@ class Intention:
 
     target: tuple[str, str]  # store URL, name
     step: int | None
-    options: tuple[str, str]  # placement, durability
+    options: tuple[str, ...]  # placement, durability, what is looked at of replicas
     table: str
     values: tuple[tuple[str, str], ...]  # JSON pointer, digest
     known: tuple[str, ...]

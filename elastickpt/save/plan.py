@@ -27,20 +27,28 @@ def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, ran
     """The plan of `rank`; `shared[i]` belongs to `held[i]`. Every element of every array is in exactly one rank's plan."""
     files: list[PlannedFile] = []
     documents: list[PlannedDocument] = []
-    groups: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
-    for number, (array, fact) in enumerate(zip(held, shared, strict=True)):
+    groups = replicas_of(held, shared, rank=rank)
+    for number, (array, fact, group) in enumerate(zip(held, shared, groups, strict=True)):
         if fact.documents == rank:
             documents.append(PlannedDocument(number, fact.heads_group))
-        if not fact.writes:
-            continue
+        if fact.writes:
+            files.extend(_files_of(number, array, fact, own_boxes(array, group, rank=rank)))
+    return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
+
+
+def replicas_of(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[tuple[int, ...], ...]:
+    """For each array the ranks that hold the same box of it as `rank`, itself among them, as it is known on all of them."""
+    ways: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
+    groups = []
+    for array, fact in zip(held, shared, strict=True):
         group = fact.group
         if array.mesh is not None:
             way = (array.mesh, array.placements)
-            if way not in groups:
-                groups[way] = replica_ranks(array.mesh, array.placements, rank)
-            group = groups[way]
-        files.extend(_files_of(number, array, fact, own_boxes(array, group, rank=rank)))
-    return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
+            if way not in ways:
+                ways[way] = replica_ranks(array.mesh, array.placements, rank)
+            group = ways[way]
+        groups.append(group)
+    return tuple(groups)
 
 
 def own_boxes(array: HeldArray, group: tuple[int, ...], *, rank: int) -> tuple[Box, ...]:

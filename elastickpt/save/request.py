@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from elastickpt.errors import PlacementUnsupported, Refused
+from elastickpt.format.digest import block_checksum
 from elastickpt.storage.store import Durability
 
 PlacementChoice = Literal["auto", "plain"]
+Replicas = Literal["owner", "sample", "verify"]
+SHARES = 16  # into so many what a sample looks at is divided
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +20,20 @@ class Request:
 
     path: str
     step: int | None
-    placement: PlacementChoice
-    durability: Durability
+    placement: PlacementChoice = "auto"
+    durability: Durability = "power"
+    replicas: Replicas = "owner"
+
+    @property
+    def compares_replicas(self) -> bool:
+        """Whether contents of replicas are looked at."""
+        return self.replicas != "owner"
+
+    @property
+    def share(self) -> int:
+        """Which share of the replicas a sample looks at, in [0, SHARES): another one for another step or name, the same on all
+        ranks, and not always the first ones in a job that is often restarted."""
+        return block_checksum(f"{self.step} {self.path.rstrip('/').rpartition('/')[2]}".encode()) % SHARES
 
     def require_known(self) -> None:
         """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
@@ -28,5 +43,7 @@ class Request:
             raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
         if self.durability not in get_args(Durability):
             raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
+        if self.replicas not in get_args(Replicas):
+            raise Refused(f"replicas {self.replicas!r}: expected one of {', '.join(get_args(Replicas))}")
         if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
             raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")

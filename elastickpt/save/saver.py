@@ -28,15 +28,15 @@ from elastickpt.save import under_way
 from elastickpt.save.arenas import Arenas, Slot
 from elastickpt.save.background import Background
 from elastickpt.save.destination import Destination
+from elastickpt.save.drift import replica_sets
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.meeting import Writers
 from elastickpt.save.options import AsyncOptions
 from elastickpt.save.outcome import info_of
 from elastickpt.save.plans import Known, Plans
 from elastickpt.save.propose import propose
-from elastickpt.save.request import PlacementChoice, Request
+from elastickpt.save.request import Request
 from elastickpt.save.task import Ordered, Task, Times
-from elastickpt.storage.store import Durability
 from elastickpt.training.gates import Beside, Cuda, StepGate
 from elastickpt.training.group import Group
 from elastickpt.training.held import HeldArray
@@ -91,10 +91,9 @@ class Saver:
         self,
         state: Mapping[str, object],
         destination: Destination,
+        request: Request,
         *,
         mesh: DeviceMesh | None = None,
-        placement: PlacementChoice = "auto",
-        durability: Durability = "power",
     ) -> SaveHandle:
         """Stages the state and returns; what follows goes on beside training, and its outcome is the handle's.
 
@@ -103,7 +102,6 @@ class Saver:
         """
         if self._closed or os.getpid() != self._owner:
             raise Refused("this saver was closed" if self._closed else "a saver belongs to the process that made it")
-        request = Request(destination.place, destination.step, placement, durability)
         task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()))
         with self._changed:
             self._open.add(task)
@@ -158,6 +156,8 @@ class Saver:
                 return lambda: self._stage_together(task, state, arrays)
             slot = task.slot
             slot.fit(known.prepared)
+            if task.request.compares_replicas:
+                task.replicas = replica_sets(arrays, known.structure.shared, task.request, rank=self._rank)
             task.known = known
             if self._writes_meanwhile(known) and slot.copies_nothing_beside(arrays):
                 task.staged.set_running_or_notify_cancel()

@@ -28,7 +28,7 @@ from elastickpt.save.messages import (
     values_wanted,
 )
 from elastickpt.save.outline import records_of
-from elastickpt.save.request import PlacementChoice, Request
+from elastickpt.save.request import PlacementChoice, Replicas, Request
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
@@ -54,6 +54,7 @@ def save(
     mesh: DeviceMesh | None = None,
     placement: PlacementChoice = "auto",
     durability: Durability = "power",
+    replicas: Replicas = "owner",
 ) -> CheckpointInfo:
     """Saves `state` at `path`; on return the checkpoint exists there, whole and as durable as asked. Blocking.
 
@@ -61,7 +62,9 @@ def save(
     modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
     runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
     `durability`: "power" survives a power cut, "process" only the end of processes; a store that cannot promise "power" gives
-    "process", and a note says so.
+    "process", and a note says so. `replicas`: of parameters that several ranks hold alike, and of their optimizer state, each
+    byte is written by one of them, "owner"; "verify" first compares all of them and refuses the save if some differ; "sample"
+    compares another sixteenth in each save, and a note names what differs. Buffers may differ: the first rank's are saved.
 
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
     StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
@@ -69,7 +72,7 @@ def save(
     with collection_paused():
         group = job_group(process_group)
         team = team_of(group)
-        request = Request(os.fspath(path), step, placement, durability)
+        request = Request(os.fspath(path), step, placement, durability, replicas)
         return _Save(group, team, request).run(state, mesh)
 
 
@@ -91,6 +94,7 @@ class _Save:
         try:
             agreed = agree(self.group, self.team, self.request, state, mesh)
             self.store, self.name = agreed.store, agreed.name
+            self.notes += agreed.notes
             self.durability = self._promised()
             draft, wanted = self._draft(agreed)
             planned = time.perf_counter()

@@ -40,6 +40,13 @@ def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
     )
 
 
+def host_range(tensor: torch.Tensor, first: int, last: int) -> tuple[NDArray[np.generic], int, int]:
+    """Elements, and which of them in C order are the tensor's [first, last): of a device only those are copied."""
+    if tensor.device.type == "cpu":
+        return host_elements(tensor), first, last
+    return host_elements(tensor.reshape(-1)[first:last]), 0, last - first
+
+
 def host_address(tensor: torch.Tensor) -> int | None:
     """Where its elements begin, if they lie in host memory without gaps, in C order; else None. Valid while it lives."""
     return tensor.data_ptr() if tensor.device.type == "cpu" and tensor.is_contiguous() else None

@@ -18,6 +18,7 @@ import elastickpt as ek
 from elastickpt.save.destination import PathDestination
 from elastickpt.save.gather import Bytes
 from elastickpt.save.options import AsyncOptions
+from elastickpt.save.request import Request
 from elastickpt.save.saver import Saver
 from elastickpt.save.savers import close_all
 from elastickpt.training.gates import StepGate
@@ -102,7 +103,8 @@ class Job:
         return {"model": self.model, "optimizer": self.optimizer, "rng": ek.RNG()}
 
     def save(self, path: Path) -> ek.SaveHandle:
-        return self.saver.save(self.state(), PathDestination.of(path, None))
+        destination = PathDestination.of(path, None)
+        return self.saver.save(self.state(), destination, Request(destination.place, None))
 
 
 @pytest.fixture
@@ -118,7 +120,7 @@ def weights(path: Path) -> torch.Tensor:
 def test_an_optimizer_steps_after_the_copies_and_not_before(tmp_path: Path, late: Late) -> None:
     """[SAVE-98]"""
     job = Job(late)
-    first = job.saver.save(job.state(), PathDestination.of(tmp_path / "first", None))
+    first = job.save(tmp_path / "first")
     expected = copy.deepcopy(job.model.state_dict())
     job.step()  # its pre-hook waits for the copies
     first.result(LIMIT_S)

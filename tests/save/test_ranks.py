@@ -98,6 +98,8 @@ def _disagreements(job: _Job) -> None:
     job.save("paths", {"t": same}, file=f"c{rank // 2}")
     job.save("steps", {"t": same}, step=rank // 2)
     job.save("durability", {"t": same}, durability="process" if rank == 1 else "power")
+    job.save("replicas", {"t": same}, replicas="verify" if rank == 1 else "owner")
+    job.save("replicas of another kind", {"t": same}, replicas="all" if rank == 1 else "owner")
     job.save("option", {"t": same}, placement="packed" if rank == 1 else "auto")
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("dp",))
     held = {"t": same} if rank < 2 else {}
@@ -219,6 +221,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "paths": ("Refused", ("'c0'", "'c1'", "rank 0", "rank 2"), (0,)),
     "steps": ("Refused", ("step", "0 on rank 0", "1 on rank 2"), (0,)),
     "durability": ("Refused", ("power", "process", "rank 1"), (0,)),
+    "replicas": ("Refused", ("'replicas owner') on rank 0", "'replicas verify') on rank 1"), (0,)),
+    "replicas of another kind": ("Refused", ("rank 1", "'all'", "owner, sample, verify"), (1,)),
     "option": ("PlacementUnsupported", ("rank 1", "packed"), (1,)),
     "absent": ("StructureConflict", ("extra/t", "[0, 1]", "[2]"), (0,)),
     "capture": ("ValueNotCarried", ("rank 1", "/v/0"), (1,)),
