@@ -9,8 +9,9 @@ Tensors on a device are not copied here but by `training.device_staging`, into t
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,11 @@ class Stager:
                 part()
 
         others = [pool.submit(work) for _ in range(self._threads - 1)]
-        work()
+        try:
+            work()
+        finally:  # whatever fails or interrupts it: nobody may copy into an arena that was given back
+            deque(left, maxlen=0)
+            wait(others)
         for other in others:
             other.result()
 

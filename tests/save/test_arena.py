@@ -6,8 +6,12 @@ import contextlib
 import fcntl
 import mmap
 import os
+import threading
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from elastickpt.format.box import Box
 from elastickpt.layout.grid import Run, runs_of
 from elastickpt.save import staging
 from elastickpt.save.gather import gather, part_of
-from elastickpt.save.staging import MIN_THREADED_NBYTES, Stager, slices_of
+from elastickpt.save.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
@@ -254,6 +258,38 @@ def test_several_threads_stage_what_one_does() -> None:
     whole = Box((0,), source.shape)
     plan = plan_of(whole, shape=source.shape, itemsize=1, held=whole)
     assert staged(prepare(plan, ()), [source], threads=3) == source.tobytes()
+
+
+@pytest.mark.parametrize("failing", ["MainThread", "elastickpt-stage"])
+def test_nobody_copies_any_more_once_one_thread_failed(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arena is somebody else's then."""
+    source = np.zeros((MIN_THREADED_NBYTES + PART_NBYTES,), dtype=np.uint8)
+    whole = Box((0,), source.shape)
+    prepared = prepare(plan_of(whole, shape=source.shape, itemsize=1, held=whole), ())
+    arena = Arena.create(prepared.arena_nbytes)
+    stager = Stager(prepared, arena, threads=3)
+    together, failed, copying = threading.Barrier(3), threading.Event(), Counter[str]()
+
+    def copy(target: int, start: int, nbytes: int) -> None:
+        name = threading.current_thread().name.partition("_")[0]
+        copying["begun"] += 1
+        if copying["begun"] <= 3:
+            together.wait(10)
+        if name == failing and not failed.is_set():
+            failed.set()
+            copying["ended"] += 1
+            raise OSError("no such page")
+        assert failed.wait(10)
+        time.sleep(0.05)  # the others are at it while it fails
+        copying["ended"] += 1
+
+    monkeypatch.setattr(staging, "ctypes", SimpleNamespace(memmove=copy))
+    with pytest.raises(OSError, match="no such page"):
+        stager.stage(0, [held_of(source)])
+    assert copying["ended"] == copying["begun"] >= 3
+    assert arena.filled == 0
+    stager.close()
+    arena.close()
 
 
 def test_a_partial_slice_of_a_strided_piece() -> None:
