@@ -15,11 +15,12 @@ from bad_contestants import LOSING, TEARING
 
 from tools.chaos import power
 from tools.chaos.blockfile import logged_file
-from tools.chaos.blocklog import crash_states, images, requests
+from tools.chaos.blocklog import SECTOR, CrashState, crash_states, images, requests
 from tools.chaos.entrants import Entrant, entrant
 from tools.chaos.mounts import lacking, make_file_system, mounted
 from tools.chaos.records import Case
 
+SUPERBLOCK = 1024  # its offset; it has two sectors
 WHY_NOT = lacking()
 pytestmark = [
     pytest.mark.ranks,
@@ -95,6 +96,30 @@ def test_what_the_log_says_is_what_the_disk_holds(tmp_path: Path) -> None:
                 assert [(folder / name).read_bytes() for name in there] == [b"first" * 5000, b"second" * 5000]
             seen.add(there)
     assert seen == {(), ("first",), ("first", "second")}
+
+
+def test_a_superblock_torn_before_its_checksum_is_repaired_and_the_journal_replayed(tmp_path: Path) -> None:
+    """Its second sector holds the checksum of both: the kernel refuses such a disk, and whoever owns it has it repaired."""
+    disk, log, folder, image = (tmp_path / name for name in ("disk", "log", "mount", "image"))
+    disk.touch()
+    folder.mkdir()
+    with logged_file(disk, log, 16 << 20):
+        make_file_system(disk)
+        with mounted(disk, folder):
+            (folder / "first").write_bytes(b"first" * 5000)
+            sync(folder / "first")
+            sync(folder)
+            synced = log.stat().st_size
+            (folder / "second").mkdir()
+    written = requests(log.read_bytes())
+    torn = SUPERBLOCK + SECTOR
+    there = [n for n, one in enumerate(written) if one.offset < torn < one.offset + len(one.data) and one.end > synced]
+    states = [CrashState(written[n].end, n, ((n, torn - written[n].offset),), "a subset, torn") for n in there]
+    assert states
+    for content in images(written, states, 16 << 20):
+        image.write_bytes(content)
+        with mounted(image, folder):
+            assert (folder / "first").read_bytes() == b"first" * 5000
 
 
 def sync(path: Path) -> None:

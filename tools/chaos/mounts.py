@@ -16,9 +16,13 @@ from pathlib import Path
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _DETACH = 2
 _TORN = (errno.EBADMSG, errno.EUCLEAN)
-MKFS = ("-q", "-F", "-b", "4096", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0")  # nothing of it is written later
-
-
+_UNREPAIRED = 4 | 8  # of e2fsck's exit status
+_BLOCK_NBYTES = 4096
+_GROUP_BLOCKS = 2048  # so that a small disk, too, has a second superblock
+MKFS = (
+    *("-q", "-F", "-b", str(_BLOCK_NBYTES), "-g", str(_GROUP_BLOCKS)),
+    *("-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"),  # nothing of it is written later
+)
 SCRATCH = "elastickpt-chaos-"  # what names of folders begin with in which there are mounts
 _NEW_NAMESPACE, _PRIVATE = 0x20000, 1 << 18 | 1 << 14
 _PR_SET_PDEATHSIG = 1
@@ -106,7 +110,7 @@ def mounted(image: Path, folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _TORN:
                 raise
-            subprocess.run(["e2fsck", "-f", "-y", device], check=False, capture_output=True)
+            _repair(device)
             mount(device, folder, "ext4")
     except OSError as error:
         raise CannotMount(f"{image.name}: {error.strerror}") from error
@@ -119,6 +123,16 @@ def mounted(image: Path, folder: Path) -> Iterator[None]:
             unmount(folder)
         except OSError:
             unmount(folder, _DETACH)  # somebody stands in it: it goes when they do
+
+
+def _repair(device: str) -> None:
+    """By the second superblock where the first one's checksum, in the second of its sectors, is another one's. That one says
+    nothing of a journal to be replayed; e2fsck looks, and replays it."""
+    second = ("-b", str(_GROUP_BLOCKS), "-B", str(_BLOCK_NBYTES))
+    for superblock in ((), second):
+        done = subprocess.run(["e2fsck", "-f", "-y", *superblock, device], check=False, capture_output=True)
+        if done.returncode & _UNREPAIRED == 0:
+            return
 
 
 def _attach(image: Path) -> str:
