@@ -25,7 +25,7 @@ class SaveHandle:
 
     def wait_staged(self) -> None:
         """On return the tensors of the state may change: nothing reads them for this save any more. Blocking only where
-        copies from a device go on after the call; optimizers of the state wait by themselves, captured steps must call this.
+        copies from a device go on after the call; `torch.optim` optimizers wait by themselves, captured steps must call this.
         """
         self._wait_staged()
 

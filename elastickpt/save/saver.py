@@ -153,7 +153,7 @@ class Saver:
             arrays = task.proposal.live.arrays
             known = self._plans.of(task.proposal.digest)
             if known is None or len(known.prepared.rounds) > 1:
-                return lambda: self._stage_together(task, state, arrays)
+                return lambda: self._stage_together(task, arrays)
             slot = task.slot
             slot.fit(known.prepared)
             if task.request.compares_replicas:
@@ -162,7 +162,7 @@ class Saver:
             if self._writes_meanwhile(known) and slot.copies_nothing_beside(arrays):
                 task.staged.set_running_or_notify_cancel()
                 return lambda: self._stage_meanwhile(task, slot, arrays)
-            self._stage(task, slot, state, arrays)
+            self._stage(task, slot, arrays)
             task.staged.set_result(None)
         except Exception as error:
             task.failure = error
@@ -192,14 +192,13 @@ class Saver:
                 f"{waiting} earlier saves are under way and not decided yet; save less often, or look at the storage"
             )
 
-    def _stage(self, task: Task, slot: Slot, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
+    def _stage(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
         task.copies = copies = slot.stage(0, arrays)
         if copies is not None:
-            self._gate.watch(state)
             self._gate.close_for(copies, until=task.handle.done)
             task.handle.staging(copies.wait)
 
-    def _stage_together(self, task: Task, state: Mapping[str, object], arrays: Sequence[HeldArray]) -> None:
+    def _stage_together(self, task: Task, arrays: Sequence[HeldArray]) -> None:
         """Waits until the ranks have agreed; then stages, or all rounds but the last are also written before this returns."""
         try:
             known = _unless_failed(task.agreed)
@@ -209,7 +208,7 @@ class Saver:
                 if task.slot is None:
                     raise Refused("no arena was reserved")
                 task.slot.fit(known.prepared)
-                self._stage(task, task.slot, state, arrays)
+                self._stage(task, task.slot, arrays)
                 task.times.staged = time.perf_counter()
                 task.staged.set_result(None)
         except BaseException as error:

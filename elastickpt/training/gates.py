@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from elastickpt.training.device_staging import DeviceStaging
@@ -62,25 +63,21 @@ class Cuda:
 
 
 class StepGate:
-    """Steps of the optimizers that it watches come after the copies under way: by an order on the device where that can be,
-    else by waiting."""
+    """Steps of all optimizers of this process come after the copies under way: by an order on the device where that can be,
+    else by waiting. Of all, as those that change what is copied need not be in the state that is saved."""
 
     def __init__(self) -> None:
         self._under_way: list[tuple[Copies, Callable[[], bool]]] = []
         self._changing = threading.Lock()
-        # Hooks stay once they are there: removing one from another thread could meet a step that goes through them.
-        self._hooks: weakref.WeakKeyDictionary[Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
-
-    def watch(self, state: Mapping[str, object]) -> None:
-        """Every optimizer among the entries of `state`."""
-        for value in state.values():
-            if isinstance(value, Optimizer) and value not in self._hooks:
-                self._hooks[value] = value.register_step_pre_hook(_Hook(self))
+        # It stays once it is there: removing it from another thread could meet a step that goes through it.
+        self._hook: RemovableHandle | None = None
 
     def close_for(self, copies: Copies, *, until: Callable[[], bool]) -> None:
-        """The copies count from now on, until `until` says that they are done."""
+        """The copies count from now on, until `until` says that they are done. On the thread that trains."""
         with self._changing:
             self._under_way.append((copies, until))
+        if self._hook is None:
+            self._hook = register_optimizer_step_pre_hook(_passing(weakref.ref(self)))
 
     def pass_through(self) -> None:
         """Called before a step."""
@@ -91,28 +88,17 @@ class StepGate:
             copies.order_before_step()
 
     def open(self) -> None:
-        """Takes the hooks away again; on the thread that trains."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        """Takes the hook away again; on the thread that trains."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
 
-class _Hook:
-    """A pre-hook of an optimizer, which it does not take along when it is copied or pickled."""
+def _passing(gate: weakref.ref[StepGate]) -> Callable[[Optimizer, Any, Any], None]:
+    """A hook that does not keep the gate."""
 
-    def __init__(self, gate: StepGate) -> None:
-        self._gate = weakref.ref(gate)
+    def pass_through(optimizer: Optimizer, arguments: Any, options: Any) -> None:
+        if (live := gate()) is not None:
+            live.pass_through()
 
-    def __call__(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
-        if (gate := self._gate()) is not None:
-            gate.pass_through()
-
-    def __reduce__(self) -> tuple[type[_Passed], tuple[()]]:
-        return _Passed, ()
-
-
-class _Passed:
-    """What a copy of an optimizer has in a hook's place."""
-
-    def __call__(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
-        return None
+    return pass_through

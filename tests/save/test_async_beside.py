@@ -102,9 +102,9 @@ class Job:
     def state(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "rng": ek.RNG()}
 
-    def save(self, path: Path) -> ek.SaveHandle:
+    def save(self, path: Path, state: dict[str, Any] | None = None) -> ek.SaveHandle:
         destination = PathDestination.of(path, None)
-        return self.saver.save(self.state(), destination, Request(destination.place, None))
+        return self.saver.save(state or self.state(), destination, Request(destination.place, None))
 
 
 @pytest.fixture
@@ -117,10 +117,11 @@ def weights(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(ek.open(path).arrays["params/model/0.weight/value"][:]))
 
 
-def test_an_optimizer_steps_after_the_copies_and_not_before(tmp_path: Path, late: Late) -> None:
-    """[SAVE-98]"""
+@pytest.mark.parametrize("items", [("model", "optimizer"), ("model",)])
+def test_an_optimizer_steps_after_the_copies_and_not_before(tmp_path: Path, late: Late, items: tuple[str, ...]) -> None:
+    """Whether it is in the state or not. [SAVE-98]"""
     job = Job(late)
-    first = job.save(tmp_path / "first")
+    first = job.save(tmp_path / "first", {item: job.state()[item] for item in items})
     expected = copy.deepcopy(job.model.state_dict())
     job.step()  # its pre-hook waits for the copies
     first.result(LIMIT_S)
@@ -180,23 +181,29 @@ def _let(copies: LateCopies) -> LateCopies:
     return copies
 
 
-def test_a_copy_of_an_optimizer_has_no_gate() -> None:
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gate = StepGate()
-    gate.watch({"optimizer": optimizer, "model": model})
-    gate.watch({"optimizer": optimizer})
-    copies = LateCopies(np.zeros(8, np.uint8))
-    copies.begin()
-    copies.end()
-    gate.close_for(copies, until=lambda: False)
-    twin = copy.deepcopy(optimizer)
-    twin.step()
-    assert not copies.let.is_set()
+def test_a_gate_lets_steps_pass_once_it_is_open_or_gone() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+
+    def closed() -> tuple[StepGate, LateCopies]:
+        gate, copies = StepGate(), LateCopies(np.zeros(8, np.uint8))
+        copies.begin()
+        copies.end()
+        gate.close_for(copies, until=lambda: False)
+        return gate, copies
+
+    gate, copies = closed()
     optimizer.step()
     assert copies.let.is_set()
+    gate, copies = closed()
     gate.open()
-    assert not optimizer._optimizer_step_pre_hooks
+    optimizer.step()
+    assert not copies.let.is_set()
+    gate, forgotten = closed()
+    del gate
+    optimizer.step()
+    assert not forgotten.let.is_set()
+    for late in (copies, forgotten):
+        late.let.set()
 
 
 @pytest.mark.gpu
