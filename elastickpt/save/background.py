@@ -176,7 +176,7 @@ class _Rounds:
         """What this rank has to do before the attempt is opened. One that stages by a plan that it knew may still do so after
         it: should that fail, it withdraws."""
         task, known = self.task, self._learn()
-        if len(known.prepared.rounds) == 1 and (task.known is None or task.staged.done()):
+        if task.staged.done() or (len(known.prepared.rounds) == 1 and task.known is None):
             task.staged.result()
         return b""
 

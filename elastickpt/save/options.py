@@ -19,7 +19,8 @@ class AsyncOptions:
 
     `arenas`: how many saves of a rank can be under way, each in host memory of its own. `arena_nbytes`: at most so much
     memory each; what does not fit goes in rounds, of which all but the last keep the caller until they are written.
-    `stall_limit_s`: how long a call waits for a free arena; in vain, the save is skipped on all ranks. `executor`: "process"
+    `stall_limit_s`: how long a call waits for a free arena, and for other ranks where it must; in vain, the save is skipped on
+    all ranks. `executor`: "process"
     writes in a process of its own, which finishes what was staged even when this one ends; "thread" for stores that only this
     process reaches. `copy_threads` stage. `niceness` and `io` lower the writer process's priority. `exit_limit_s`: how long
     the end of this process waits for saves under way; then they are left to their writers.

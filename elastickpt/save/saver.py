@@ -199,9 +199,12 @@ class Saver:
             task.handle.staging(copies.wait)
 
     def _stage_together(self, task: Task, arrays: Sequence[HeldArray]) -> None:
-        """Waits until the ranks have agreed; then stages, or all rounds but the last are also written before this returns."""
+        """Waits until the ranks have agreed; then stages, or all rounds but the last are also written before this returns.
+
+        Where they take longer than training may wait, this rank gives the save up, and all ranks skip it. [SAVE-104]
+        """
         try:
-            known = _unless_failed(task.agreed)
+            known = self._of_the_rounds(task.agreed)
             if known is None:
                 return
             if len(known.prepared.rounds) == 1:
@@ -212,7 +215,8 @@ class Saver:
                 task.times.staged = time.perf_counter()
                 task.staged.set_result(None)
         except BaseException as error:
-            task.staged.set_exception(_as_exception(error))
+            task.staged.set_exception(failure := _as_exception(error))
+            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, failure))
             if not isinstance(error, Exception):
                 raise
         else:
@@ -222,13 +226,23 @@ class Saver:
     def _stage_ordered(self, task: Task, arrays: Sequence[HeldArray]) -> None:
         """Stages all rounds once the attempt is open, which nobody else hands to the writer."""
         try:
-            ordered = _unless_failed(task.ordered)
+            ordered = self._of_the_rounds(task.ordered)
         except BaseException as error:
-            interrupt = _as_exception(error)
-            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, interrupt))
-            raise
-        if ordered is not None:
-            self._stage_rounds(task, ordered, arrays)
+            failure = _as_exception(error)
+            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, failure))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if ordered is not None:
+                self._stage_rounds(task, ordered, arrays)
+
+    def _of_the_rounds(self, found: Future[T]) -> T | None:
+        """What came of them; None if the save failed there, as its handle says. Blocking, at most `stall_limit_s`; then raises
+        SaveSkipped."""
+        limit_s = self._options.stall_limit_s
+        if not wait((found,), timeout=limit_s).done:
+            raise SaveSkipped(f"the ranks did not agree within {limit_s:g} s, for which training would have had to wait")
+        return None if found.exception() is not None else found.result()
 
     def _withdraw(self, task: Task, opened: Future[Ordered], error: BaseException) -> None:
         if opened.exception() is None:
@@ -300,14 +314,6 @@ def _meeting(group: Group, purpose: str) -> Callable[[], Team]:
 
 def _nothing() -> None:
     return None
-
-
-def _unless_failed(future: Future[T]) -> T | None:
-    """What the other thread found; None if the save failed there, as its handle says."""
-    try:
-        return future.result()
-    except Exception:
-        return None
 
 
 def _as_exception(error: BaseException) -> Exception:

@@ -170,7 +170,7 @@ def _raising(error: Exception) -> Callable[..., Any]:
 
 
 def _skip(job: Job) -> None:
-    options = ek.AsyncOptions(stall_limit_s=0.1)
+    options = ek.AsyncOptions(stall_limit_s=2.0)
     saver = saver_of(job_group(None), options)
     outcome(job.asked(job.state(), "skip/warm", options=options))
     slot = saver._arenas.reserve(limit_s=1.0) if job.rank == 2 else None
