@@ -40,8 +40,8 @@ def importers(prefix: str) -> set[str]:
 
 
 def test_zarr_is_imported_in_one_module() -> None:
-    """Its surface moves; the read-only view of a checkpoint asks that module for everything but the group itself."""
-    assert importers("zarr") == {"storage/arrays.py", "load/checkpoint.py"}
+    """Its surface moves."""
+    assert importers("zarr") == {"storage/arrays.py"}
 
 
 def imports_torch_for_types_only(tree: ast.Module) -> bool:

@@ -26,4 +26,4 @@ def check_seal(data: bytes, *, where: str) -> None:
     found = file_digest(memoryview(data)[:-_TAIL_NBYTES])
     recorded = tail[1].decode("ascii")
     if found != recorded:
-        raise ChecksumMismatch(f"{where}: its bytes have xxh3-128 {found}, it records {recorded}")
+        raise ChecksumMismatch(f"{where}: expected xxh3-128 {recorded} (its last member), found {found}")

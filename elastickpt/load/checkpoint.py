@@ -26,7 +26,7 @@ from elastickpt.load.verify import VerifyReport, verify
 from elastickpt.storage.opening import place_in
 
 if TYPE_CHECKING:
-    from zarr import Group
+    from elastickpt.storage.arrays import Group
 
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 
@@ -127,12 +127,10 @@ class Checkpoint:
     @cached_property
     def arrays(self) -> Group:
         """The tree as a `zarr.Group`; chunks are served through stored pieces, their blocks verified, and never filled."""
-        import zarr
-
-        from elastickpt.storage.arrays import read_only_store
+        from elastickpt.storage.arrays import open_group
 
         tree = _Tree(self._opened)
-        return zarr.open_group(read_only_store(tree.document, tree.chunk, names=tree.names), mode="r", zarr_format=3)
+        return open_group(tree.document, tree.chunk, names=tree.names)
 
     def verify(self, *, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
         """Looks at every byte; damage is in the report. `progress(done, total)` counts bytes, from several threads."""

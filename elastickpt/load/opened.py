@@ -144,7 +144,10 @@ class Opened:
 
     def record(self, file: FileDigest, limit: int) -> bytes:
         """The bytes of a record file named by the manifest, checked against it."""
-        data = self.store.read(self.path(file.path), limit)
+        try:
+            data = self.store.read(self.path(file.path), limit)
+        except MissingFile:
+            raise MissingFile(f"{file.path}: expected {file.nbytes} bytes (in the manifest), found no such file") from None
         if len(data) != file.nbytes:
             raise WrongLength(f"{file.path}: expected {file.nbytes} bytes (in the manifest), found {len(data)}")
         found = file_digest(data)
@@ -169,7 +172,7 @@ def open_in(store: Store, name: str, *, digest: str | None = None) -> Opened:
     Reads the manifest only; errors as those of `open_records`.
     """
     if is_draft(name):  # whatever it holds: it may be whole, and its writer about to take it back [SAVE-23]
-        raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint that was never committed")
+        raise Uncommitted(f"{store.url}/{name}: expected a checkpoint, found a draft of one that was never committed")
     try:
         data = store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_NBYTES)
     except MissingFile:
@@ -177,7 +180,9 @@ def open_in(store: Store, name: str, *, digest: str | None = None) -> Opened:
             raise MissingFile(f"{store.url}/{name}: {MANIFEST} is not there; the register of the checkpoint is") from None
         raise _absent(store, name) from None
     if store.exists(f"{name}/{TOKEN}"):
-        raise Uncommitted(f"{store.url}/{name}: a draft of a checkpoint under another name ({TOKEN} is in it), never committed")
+        raise Uncommitted(
+            f"{store.url}/{name}: expected a checkpoint, found a draft of one ({TOKEN} is in it), never committed"
+        )
     manifest = decode_manifest(data, path=MANIFEST)
     found = file_digest(data)
     if digest is not None and found != digest:  # whole, and another one than was committed here [RUN-56]
@@ -189,12 +194,12 @@ def _absent(store: Store, name: str) -> CheckpointError:
     """What a folder without a manifest is. [UCF-1, UCF-9, SAVE-23]"""
     where = f"{store.url}/{name}"
     if ".draft-" in name:
-        return Uncommitted(f"{where}: by its name a draft of a checkpoint, never committed")
+        return Uncommitted(f"{where}: expected a checkpoint, found by its name a draft of one, never committed")
     try:
         names = {entry.name for entry in store.entries(name)}
     except CheckpointError:
         return NotACheckpoint(f"{where}: expected the folder of a checkpoint, found nothing that can be opened")
     if TOKEN in names or ("fragments" in names and "params" in names):
-        return Uncommitted(f"{where}: an attempt to write a checkpoint, never committed ({MANIFEST} is missing)")
+        return Uncommitted(f"{where}: expected {MANIFEST}, found an attempt to write a checkpoint that was never committed")
     found = ", ".join(sorted(names)[:5]) or "an empty folder"
     return NotACheckpoint(f"{where}: expected {MANIFEST}, found {found}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, WrongLength
+from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, MissingFile, WrongLength
 from elastickpt.format.box import Box
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
@@ -94,6 +94,11 @@ def require_files(opened: Opened, plan: FetchPlan) -> None:
             require_length(unit, opened.store.size(opened.where(file)))
         except WrongLength:
             raise
+        except MissingFile:
+            raise MissingFile(
+                f"{opened.where(file)}: expected {file.nbytes} bytes (in the fragment map), found no such file; "
+                f"it holds array {unit.target.wanted.record.spec.id}"
+            ) from None
         except Damaged as error:
             raise type(error)(f"{error.message}; it holds array {unit.target.wanted.record.spec.id}") from error
 

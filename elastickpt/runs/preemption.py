@@ -43,15 +43,15 @@ class Notices:
 
     `signals` maps each one to the seconds between it and the end (SLURM's `--signal=USR1@60` means 60).
     Handlers of the signals only note it, and call the handler that was there before if that was a function. A process forked
-    from this one has the signals as they were. Made and closed by the main thread, else Refused; so is a signal whose handler
-    Python does not know.
+    from this one has the signals as they were. With signals made and closed by the main thread, else Refused; so is a signal
+    whose handler Python does not know.
     """
 
     def __init__(self, signals: Mapping[signal.Signals, float] = SIGNALS) -> None:
         for one, deadline_s in signals.items():
             if not (isfinite(deadline_s) and deadline_s > 0):
                 raise Refused(f"{one.name}: {deadline_s!r}: expected seconds above 0")
-        if threading.current_thread() is not threading.main_thread():
+        if signals and threading.current_thread() is not threading.main_thread():
             raise Refused("handlers of signals can only be set by the main thread")
         unknown = [one.name for one in signals if signal.getsignal(one) is None]
         if unknown:

@@ -1,7 +1,8 @@
 """Taking a run over: wait for what earlier writers have staged, claim, load the newest checkpoint that verifies. [RUN-31..37]
 
+ask       rank 0: no living trainer holds the run
 orphans   every rank: waits until no writer of an earlier job works on this run on its host
-claim     rank 0: no living trainer holds the run; claims it; reads what counts
+claim     rank 0: still none does; claims it; reads what counts
 manifest  rank 0, for each candidate, newest first: its manifest is what its register says
 (load)    all ranks: a candidate that is damaged is passed over on all of them alike
 start     rank 0: the live branch goes on from there
@@ -107,6 +108,11 @@ class Restoring:
         """
         notes: list[str] = []
 
+        def ask(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            if not take_over and not _is_held_by(self._store, tokens):
+                complete(require_no_living_trainer(self._store))
+            return [b""] * len(payloads)
+
         def wait() -> bytes:
             left = _wait_for_orphans(self._store, limit_s=orphans_s)
             return bytes(msgpack.packb(left))
@@ -126,6 +132,8 @@ class Restoring:
             reply = bytes(msgpack.packb((self.holding.epoch, good, broken, notes)))
             return [reply] * len(payloads)
 
+        if orphans_s:  # a job that lives has writers, too: nobody waits for those
+            self._team.round("ask", lambda: b"", ask)
         epoch, good, broken, told = msgpack.unpackb(self._team.round("claim", wait, decide), use_list=False)
         candidates = tuple(Candidate(_id(text), path) for text, path in good)
         return epoch, candidates, tuple(Skipped(*one) for one in broken), told

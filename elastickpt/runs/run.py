@@ -90,7 +90,7 @@ class Run:
         self._team = team_of(self._group, purpose=self._purpose)
         self._saver = Saver(self._group, self._options.saving, purpose=f"{self._purpose}-saves")
         self._upkeep = Upkeep(self._store, keep or Keep())
-        self._notices = _notices(self._options)
+        self._notices = Notices(self._options.signals if threading.current_thread() is threading.main_thread() else {})
         self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
         self._calendar = self._calendar_of(epoch=0)
         self._trace = _trace(self._options.trace, self._group.rank)
@@ -174,7 +174,7 @@ class Run:
         Asks the job's store once; afterwards `ending` says whether the job should end.
         """
         self._require_open()
-        notice = None if self._notices is None else self._notices.notice
+        notice = self._notices.notice
         with self._changing:
             last, under_way = self._last, len(self._under_way)
         stall_s = 0.0 if last is None else last.stall_s
@@ -186,6 +186,11 @@ class Run:
             why = self._calendar.ending
             log.warning("%s: the job ends after step %d%s", self.root, step, f": {why.why}" if why else "")
         return day.saves
+
+    def notify(self, why: str, *, left_s: float) -> None:
+        """This process is going to be ended in `left_s` seconds, as somebody has learnt who asks for spot notices; `due` and
+        `ending` go by it as by a signal. From any thread, on any rank; of one `why` the first call holds."""
+        self._notices.give(why, left_s=left_s)
 
     def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
         """Saves `state` as the checkpoint of `step` completed steps; returns when it is staged. What is not kept any more goes
@@ -225,7 +230,7 @@ class Run:
         if self._closed:
             return
         self._closed = True
-        notice = None if self._notices is None else self._notices.notice
+        notice = self._notices.notice
         if limit_s is None:
             limit_s = self._options.saving.exit_limit_s if notice is None else notice.left_s(time.monotonic())
         until = time.monotonic() + limit_s
@@ -233,8 +238,7 @@ class Run:
         self._upkeep.close(limit_s=max(1.0, until - time.monotonic()))
         if self._answering is not None:
             self._answering.close()
-        if self._notices is not None:
-            self._notices.close()
+        self._notices.close()
         if self._trace is not None:
             self._trace.close()
 
@@ -319,12 +323,6 @@ def _root(root: str | os.PathLike[str]) -> Store:
     if parent.capabilities.directory_sync:
         parent.sync_directory("")
     return open_store(place_in(parent, name))
-
-
-def _notices(options: RunOptions) -> Notices | None:
-    if not options.signals or threading.current_thread() is not threading.main_thread():
-        return None
-    return Notices(options.signals)
 
 
 def _reached_at(hosts: tuple[str, ...]) -> str | None:

@@ -166,6 +166,7 @@ class _Rounds:
             raise task.failure
         task.request.require_known()
         self.located = located = task.destination.locate()
+        self.writers.require_reachable(located.store)
         if task.proposal is None:
             raise Refused("nothing was captured")
         staged = "" if task.known is None else task.known.id

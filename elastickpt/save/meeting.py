@@ -12,6 +12,7 @@ from elastickpt.comms.addresses import listen, own_address
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.save.options import AsyncOptions
+from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import WriterOptions
@@ -52,6 +53,14 @@ class Writers:
         """Whether there is a writer for that store. One that ended by a fault of its own is none: all meet again."""
         writer = self._writers.get(self._key(store))
         return writer is not None and (self._closed or not writer.closed)
+
+    def require_reachable(self, store: Store) -> None:
+        """Raises Refused for a store that is in this process, where another one is to write."""
+        if self._options.executor == "process" and isinstance(store, MemoryStore):
+            raise Refused(
+                f"{store.url}: expected a store that a writer process reaches, found this process's own memory; "
+                "save with AsyncOptions(executor='thread')"
+            )
 
     def of(self, store: str) -> Writer:
         """The writer for that store."""

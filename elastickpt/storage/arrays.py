@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, Self, overload
 
 import ml_dtypes
 import numpy as np
+import zarr
+from zarr import Group as Group
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import DataTypeValidationError, ZDType, data_type_registry
@@ -173,6 +175,16 @@ def register_data_types() -> None:
 Bytes = bytes | bytearray | memoryview
 _DOCUMENT = "zarr.json"
 _OTHER_FORMATS = frozenset({".zarray", ".zattrs", ".zgroup", ".zmetadata"})  # what zarr-python asks for to find a v2 tree
+
+
+def open_group(
+    documents: Callable[[str], bytes | None],
+    chunk: Callable[[str], Bytes],
+    *,
+    names: Callable[[str], Iterable[str]],
+) -> Group:
+    """The group at the top of `read_only_store`, which see."""
+    return zarr.open_group(read_only_store(documents, chunk, names=names), mode="r", zarr_format=3)
 
 
 def read_only_store(

@@ -91,6 +91,9 @@ def _parent_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
     scheme, rest = _split(os.fspath(path))
     if scheme == "file":
         return os.path.split(os.path.abspath(rest))
+    if scheme != "memory" and rest.startswith("/"):  # a URL without a host: what follows is a path from the root
+        parent, name = os.path.split(rest.rstrip("/"))
+        return f"{scheme}://{parent}", name
     parent, _, name = rest.strip("/").rpartition("/")
     if not parent and scheme != "memory":
         return f"{scheme}://{name}", ""  # a bucket or host is no folder that a checkpoint could be renamed in
@@ -99,6 +102,6 @@ def _parent_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def place_in(store: Store, name: str) -> str:
     """Where `name` is in a store, as people write it: an absolute local path, else a URL; `locate` understands both."""
-    url = f"{store.url}/{name}"
+    url = f"{store.url}{name}" if store.url.endswith("/") else f"{store.url}/{name}"
     scheme, rest = _split(url)
     return rest if scheme == "file" else url

@@ -228,7 +228,7 @@ def test_a_damaged_register_is_adopted_and_shown_and_nothing_else_is_lost() -> N
     begun(store, job=2, continued=other)
     entries = history(store.url)
     assert [(one.id, one.commit is None) for one in entries] == [(other, False), (W, True)]
-    assert "records" in entries[1].problem
+    assert "expected xxh3-128" in entries[1].problem
 
 
 def test_a_damaged_adopted_object_is_said_and_nothing_is_guessed() -> None:

@@ -307,12 +307,18 @@ def test_what_is_not_kept_goes_after_the_commit(tmp_path: Path, training: Traini
     until(lambda: len(list((tmp_path / "run").glob("step-*"))) == 3, f"folders go with their registers: {folders}")
 
 
-def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_job_is_refused_while_the_first_one_lives(  # type: ignore[no-untyped-def]
+    tmp_path: Path, training: Training, open_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = open_run()
     first.restore()
     saved(first, training, 1)
-    with pytest.raises(RunBusy, match=f"process {os.getpid()} on host"):
-        open_run().restore()
+    waited: list[float] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(restoring_module, "_wait_for_orphans", lambda store, limit_s: waited.append(limit_s) or 0)
+        with pytest.raises(RunBusy, match=f"process {os.getpid()} on host"):
+            open_run(orphans_s=60.0).restore()
+    assert waited == []  # for writers of a job that lives
     second = open_run(take_over=True)
     assert second.restore().step == 1
     with pytest.raises(Superseded):
@@ -377,6 +383,16 @@ def test_due_by_steps_and_by_a_notice(tmp_path: Path, training: Training, open_r
     assert run.ending
     assert due[10]  # two steps after the one at which rank 0 saw it
     saved(run, training, 10)
+
+
+def test_a_job_ends_by_what_a_poller_of_notices_says(training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run(due=ek.Every(steps=100))
+    run.restore()
+    assert not run.due(1)
+    run.notify("spot", left_s=60.0)
+    assert [run.due(step) for step in (2, 3, 4)] == [False, False, True]
+    assert run.ending
+    saved(run, training, 4)
 
 
 def test_a_job_that_was_killed_leaves_what_it_staged_to_its_writer(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]

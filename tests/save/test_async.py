@@ -472,3 +472,9 @@ def test_ranks_that_do_not_agree_keep_training_no_longer_than_the_limit(
     ek.async_save(live, tmp_path / "next", options=options).result(LIMIT_S)
     assert ek.open(tmp_path / "next").verify().sound
     assert [name for name in os.listdir(tmp_path) if name.startswith(".")] == []
+
+
+def test_a_store_in_this_process_is_not_given_to_another_one() -> None:
+    with pytest.raises(Refused, match=r"memory://apart: .* found this process's own memory; .*executor='thread'"):
+        ek.async_save(state(), "memory://apart/c").result(LIMIT_S)
+    ek.async_save(state(), "memory://apart/c", options=THREAD).result(LIMIT_S)

@@ -6,11 +6,14 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
+import elastickpt as ek
+from elastickpt.cli.main import main
 from elastickpt.errors import MissingFile, NotACheckpoint, PathOccupied, Refused
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.storage.opening import locate, locate_for_saving, open_store
+from elastickpt.storage.opening import _parent_and_name, locate, locate_for_saving, open_store, place_in
 from elastickpt.storage.remote import FsspecStore
 
 
@@ -85,3 +88,24 @@ def test_the_top_of_a_store_is_no_checkpoint(path):
         locate(path)
     with pytest.raises(PathOccupied):
         locate_for_saving(path)
+
+
+@pytest.mark.parametrize("scheme", ["local", "hdfs"])
+def test_a_url_without_a_host_is_a_path_from_the_root(scheme):
+    assert _parent_and_name(f"{scheme}:///data/runs/c") == (f"{scheme}:///data/runs", "c")
+    assert _parent_and_name(f"{scheme}:///c") == (f"{scheme}:///", "c")
+
+
+def test_a_checkpoint_is_read_through_fsspec_from_any_folder(tmp_path, monkeypatch):
+    """[UCF-1] `local` is fsspec's name for the files of this machine."""
+    ek.save({"t": torch.arange(5.0)}, tmp_path / "c")
+    monkeypatch.chdir(tmp_path)
+    url = f"local://{tmp_path}/c"
+    assert ek.open(url).arrays["extra/t"][:].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert ek.open(url).verify().sound
+    live = {"t": torch.zeros(5)}
+    ek.load(live, url)
+    assert live["t"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert main(["verify", url]) == 0
+    assert place_in(*locate(url)) == url
+    assert place_in(*locate("/c")) == "/c"
