@@ -13,7 +13,7 @@ from elastickpt.runs.due import Every, YoungDaly
 from elastickpt.runs.events import RestoreEvent, SaveEvent
 from elastickpt.runs.preemption import SIGNALS
 from elastickpt.save.options import DEFAULT, AsyncOptions
-from elastickpt.save.request import Replicas, Request
+from elastickpt.save.request import PlacementChoice, Replicas, Request
 from elastickpt.storage.store import Durability
 
 _LEAST_LOSS = YoungDaly(6 * 3600.0)
@@ -32,16 +32,17 @@ class RunOptions:
     """Options of a `Run`; the same on all ranks. Raises Refused for values that mean nothing.
 
     `due`: when `Run.due` says so; the default is the interval that loses least, from what saves are measured to cost and a mean
-    time between failures of 6 hours, corrected by the failures seen. `saving`: of saves beside training. `take_over`: also from
-    a job that lives. `durability`, `replicas`: as `save` takes them. `orphans_s`: how long `restore` waits for what writers of
-    an earlier job of this run have staged. `signals`: those that announce the end of the process, and how many seconds later it
-    comes. `watchers` are told on rank 0. `trace`: a folder for a trace of every rank, "" for none.
+    time between failures of 6 hours, corrected by the failures seen. `saving`: of saves beside training. `durability`,
+    `replicas`, `placement`: as `save` takes them. `take_over`: also from a job that lives. `orphans_s`: how long `restore`
+    waits for what writers of an earlier job of this run have staged. `signals`: those that announce the end of the process,
+    and how many seconds later it comes. `watchers` are told on rank 0. `trace`: a folder for traces of all ranks, "" for none.
     """
 
     due: Every | YoungDaly = _LEAST_LOSS
     saving: AsyncOptions = DEFAULT
     durability: Durability = "power"
     replicas: Replicas = "owner"
+    placement: PlacementChoice = "auto"
     take_over: bool = False
     orphans_s: float = 60.0
     signals: Mapping[signal.Signals, float] = field(default_factory=lambda: dict(SIGNALS))
@@ -54,4 +55,4 @@ class RunOptions:
 
     def request(self, place: str, step: int) -> Request:
         """What a run asks of a save at `place`."""
-        return Request(place, step, durability=self.durability, replicas=self.replicas)
+        return Request(place, step, self.placement, self.durability, self.replicas)

@@ -56,17 +56,19 @@ from elastickpt.writer.plans import WritePlan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+MAX_AUTO_PARTS = 50_000
 KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer state, model only, ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
     """A job's structure as one rank knows it; `outline` on the committer only, one object for all saves: what was
-    proven of its arrays is known again."""
+    proven of its arrays is known again; `file_parts`, there too, as in `MergedStructure`."""
 
     shared: tuple[SharedArray, ...]
     plan: WritePlan
     outline: Outline | None
+    file_parts: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,6 +202,8 @@ class _Agreement:
         structure = structure_id(team.ranks, [intention.table for intention in intentions])
         require_staged_alike(intentions, team.ranks, structure)
         known = all(structure in intention.known for intention in intentions)
+        if known:
+            require_few_parts(self.request, self.known[structure].file_parts)
         first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
         seats = not all(intention.seated for intention in intentions)
         at_once = known and not (differing or seats or self._looks_at_replicas)
@@ -240,6 +244,7 @@ class _Agreement:
                     tables[intention.table] = decode_table(payload)
             digests = list(tables)
             joined = merge([tables[d] for d in digests], [tuple(ranks[d]) for d in digests])
+            require_few_parts(self.request, joined.file_parts)
             merged.append(joined)
             replies = {
                 digest: bytes(msgpack.packb((joined.compares and compares, encode_shared(shared))))
@@ -252,7 +257,9 @@ class _Agreement:
         if compares:
             self._compare(live, shared)
         plan = plan_writes(live.arrays, shared, rank=self.rank)
-        return Structure(shared, plan, outline_of(merged[0], world_size=len(self.team.ranks)) if merged else None)
+        if not merged:
+            return Structure(shared, plan, None)
+        return Structure(shared, plan, outline_of(merged[0], world_size=len(self.team.ranks)), merged[0].file_parts)
 
     def _compare_replicas(self, live: LiveState, structure: Structure) -> tuple[str, ...]:
         def sets() -> Sequence[ReplicaSet]:
@@ -290,6 +297,15 @@ def _remember(rank: int, structure: str, found: Structure) -> None:
         _KNOWN.move_to_end((rank, structure))
         while len(_KNOWN) > KNOWN_STRUCTURES:
             _KNOWN.popitem(last=False)
+
+
+def require_few_parts(request: Request, file_parts: int) -> None:
+    """Raises PlacementUnsupported where `auto` would choose packed placement for the number of files that writers open."""
+    if request.placement == "auto" and file_parts > MAX_AUTO_PARTS:
+        raise PlacementUnsupported(
+            f"placement 'auto': expected at most {MAX_AUTO_PARTS} pairs of a writer and a file, found {file_parts}, for which "
+            "it means 'packed', which is not built yet; placement='plain' saves them all the same"
+        )
 
 
 def require_plain(store: Store, team: Team) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import msgpack
 
@@ -16,6 +17,7 @@ from elastickpt.format.keys import array_keys
 from elastickpt.format.records import Item, Layout
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.placement import cuts_of
+from elastickpt.layout.replicas import MIN_SPLIT_NBYTES
 from elastickpt.save.structure import HeldEntry, StructureTable
 
 
@@ -50,7 +52,8 @@ class MergedArray:
 
 @dataclass(frozen=True, slots=True)
 class MergedStructure:
-    """The whole job's structure; `shared` are what the ranks of each table learn, by table."""
+    """The whole job's structure; `shared` are what the ranks of each table learn, by table. `file_parts`: of how many pairs of
+    a chunk file and a rank that writes into it a save consists, at most."""
 
     arrays: Mapping[ArrayId, MergedArray]
     meshes: tuple[Mesh, ...]
@@ -58,6 +61,7 @@ class MergedStructure:
     items: tuple[Item, ...]
     tied: tuple[tuple[tuple[str, str], ...], ...]
     shared: tuple[tuple[SharedArray, ...], ...]
+    file_parts: int
 
     @property
     def compares(self) -> bool:
@@ -92,6 +96,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
     layouts: dict[Layout, int] = {}
     arrays: dict[ArrayId, MergedArray] = {}
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
+    file_parts = 0
     for identity, found in holdings.items():
         _require_agreement(identity, found)
         first = found[0]
@@ -104,6 +109,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
         groups = _groups(identity, found)
         several = len(groups) > 1
         primary = groups[0]
+        file_parts += _file_parts(first, grid, replicas=len(primary.ranks))
         writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
         for group in groups:
             for holding in group.holdings:
@@ -123,6 +129,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
         _items(tables, ranks, order),
         _ties(tables, order),
         tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True)),
+        file_parts,
     )
 
 
@@ -198,6 +205,17 @@ def _grid(holding: _Holding) -> tuple[int, ...]:
     if holding.mesh is not None:
         cuts = cuts_of(spec.shape, holding.mesh.sizes, holding.entry.placements)
     return chunk_shape(spec.shape, itemsize=spec.type.itemsize, cuts=cuts)
+
+
+def _file_parts(holding: _Holding, grid: Sequence[int], *, replicas: int) -> int:
+    """The most pairs of a chunk file of an array and a rank that writes into it."""
+    spec, shards = holding.entry.spec, 1
+    if holding.mesh is not None:
+        split = [size for size, way in zip(holding.mesh.sizes, holding.entry.placements, strict=True) if way != "R"]
+        shards, replicas = prod(split), prod(holding.mesh.sizes) // max(1, prod(split))
+    shared_out = holding.entry.role == "parameter" and spec.nbytes >= shards * MIN_SPLIT_NBYTES
+    chunks = prod(-(-extent // cut) for extent, cut in zip(spec.shape, grid, strict=True) if cut)
+    return chunks + shards * (replicas if shared_out else 1) - 1
 
 
 def _group_heads(holdings: Mapping[ArrayId, object]) -> set[ArrayId]:

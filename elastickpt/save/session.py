@@ -65,6 +65,8 @@ def save(
     "process", and a note says so. `replicas`: of parameters that several ranks hold alike, and of their optimizer state, each
     byte is written by one of them, "owner"; "verify" first compares all of them and refuses the save if some differ; "sample"
     compares another sixteenth in each save, and a note names what differs. Buffers may differ: the first rank's are saved.
+    `placement`: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else it refuses the
+    save by name, as "packed" is not built yet.
 
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
     StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.

@@ -322,3 +322,17 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(KeyboardInterrupt):
             ek.save(STATE, tmp_path / "c")
     _require_nothing_left(tmp_path)
+
+
+def test_more_files_than_auto_opens_are_refused_unless_plain_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"t{n}": torch.ones(4) for n in range(5)}
+    monkeypatch.setattr(agree, "MAX_AUTO_PARTS", 4)
+    for number in range(2):  # once the structure is known, too
+        with pytest.raises(errors.PlacementUnsupported, match=r"at most 4 pairs .* found 5, .*placement='plain'"):
+            ek.save(state, tmp_path / "c")
+        assert os.listdir(tmp_path) == []
+        ek.save(state, tmp_path / "c", placement="plain")
+        assert ek.open(tmp_path / "c").verify().sound
+        (tmp_path / "c").rename(tmp_path.with_name(f"{tmp_path.name}-moved-{number}"))

@@ -107,6 +107,19 @@ def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements:
     assert stored == sum(record.spec.nbytes for record in proven)
 
 
+@pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
+def test_files_that_writers_open_are_counted_before_they_plan(name: str, mesh: Mesh, placements: tuple[str, ...]) -> None:
+    """No fewer than there are, and not many more."""
+    shapes = {"large": (3001, 1024), "small": (40, 30), "scalar": (), "vector": (700_000,)}
+    axes = [int(p[-2]) for p in placements if p != "R"]
+    shapes = {n: s for n, s in shapes.items() if not axes or len(s) > max(axes)}
+    states = [live(*(held(n, s, rank, mesh, placements) for n, s in shapes.items())) for rank in mesh.ranks]
+    merged = merge([table_of(states[0])], [mesh.ranks])
+    plans = [plan_writes(state.arrays, merged.shared[0], rank=rank) for rank, state in enumerate(states)]
+    opened = sum(len(plan.files) for plan in plans)
+    assert opened <= merged.file_parts <= 1.3 * opened + 8
+
+
 def test_pipeline_stages_with_their_own_meshes_are_one_checkpoint() -> None:
     """Four stages of FSDP2(2): eight ranks, four tables, every array written by its own stage only."""
     states = []
