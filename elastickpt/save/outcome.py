@@ -18,7 +18,8 @@ def info_of(task: Task, ordered: Ordered, outcome: Committed, at: float) -> Chec
     stall = times.staged - times.begun
     for note in ordered.notes:
         log.warning("%s: %s", ordered.path, note)
-    log.info(
+    log.log(
+        logging.INFO if ordered.known.encoded_outline else logging.DEBUG,  # member 0 says it for all
         "saved %s: %d arrays, %.3f GB; staged in %.3f s, written at %.2f s, committed at %.2f s (%.2f GB/s), stall %.3f s",
         *(ordered.path, outcome.arrays, outcome.nbytes / 1e9),
         *(stall, written - times.begun, at - times.begun, outcome.nbytes / 1e9 / max(at - times.begun, 1e-9), stall),

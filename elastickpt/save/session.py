@@ -123,7 +123,10 @@ class _Save:
             notes=tuple(self.notes),
         )
         rate = nbytes / 1e9 / max(ended - begun, 1e-9)
-        log.info("saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", info.path, arrays, nbytes / 1e9, ended - begun, rate)
+        level = logging.INFO if self.team.member == 0 else logging.DEBUG
+        log.log(
+            level, "saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", info.path, arrays, nbytes / 1e9, ended - begun, rate
+        )
         return info
 
     def _promised(self) -> Durability:

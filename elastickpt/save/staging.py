@@ -66,7 +66,8 @@ class _Move:
 class Stager:
     """Copies the rounds of one plan into one arena, again and again; keeps views of the arena, so drop it before the arena.
 
-    `threads`: how many copy; see `tools/bench` for what it brings, which is nothing where one core fills the memory bus.
+    `threads`: how many copy; `python -m tools.bench.copies` shows what it brings, which is nothing where one core fills the
+    memory bus, or ranks keep all cores busy.
     """
 
     def __init__(self, prepared: Prepared, arena: Arena, *, threads: int = 1) -> None:
