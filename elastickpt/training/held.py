@@ -24,7 +24,7 @@ Role = Literal["parameter", "buffer", "other"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldArray:
-    """This rank's part of one array.
+    """This rank's part of one array: a held piece, whose offset and strides are those of `tensor`.
 
     `sharing` says who else holds the same elements:
     `placed`: decided by `mesh` and `placements` (a DTensor): ranks that differ only along replicated axes hold the same box.

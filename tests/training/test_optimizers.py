@@ -544,3 +544,9 @@ def test_one_optimizer_under_two_keys_is_refused() -> None:
     state = make_state(sgd, 0)
     with pytest.raises(StructureConflict, match="'optimizer' and 'again'"):
         saved({**state, "again": state["optimizer"]})
+
+
+def test_an_optimizer_of_another_class_is_said() -> None:
+    original, other = make_state(OPTIMIZERS["adamw"], 0), make_state(OPTIMIZERS["sgd"], 1)
+    train(original, 1)
+    assert any(note.startswith("/optimizer: saved by AdamW, now a SGD") for note in load(saved(original), other))
