@@ -79,7 +79,9 @@ def bind_optimizer(draft: Draft, item: str, optimizer: Optimizer) -> BoundOptimi
         return bound
     saved, now = next((one.type for one in draft.listing.items if one.name == item), ""), type(optimizer).__name__
     if saved not in ("", now):
-        draft.note(f"{place}: saved by {saved}, now a {now}, which gets the states of the other: it may know them by other names")
+        draft.note(
+            f"{place}: saved by {saved}, now a {now}, which gets the states of the other: it may know them by other names"
+        )
     for member in bound.members:
         name = bound.saved_name(member)
         if name is None:

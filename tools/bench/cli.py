@@ -23,7 +23,7 @@ from .table import print_report
 
 RESULTS = Path(__file__).with_name("results")
 EXAMPLES = """examples:
-  python -m tools.bench                                  the quick set, about ten minutes
+  python -m tools.bench                                  the quick set, about twenty minutes
   python -m tools.bench --full                           0.1 and 1.8 GB, everything
   python -m tools.bench --only save,load --ranks 2 --sizes 1.8 --where disk
   python -m tools.bench --show tools/bench/results/FILE.json
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     talk.print("importing torch and the libraries ...")
     entrants = tuple(entrant(name) for name in parsed.contestants)
     present = tuple(entry.name for entry in entrants if entry.absent_because is None)
-    options = _options(parsed, present, places)
+    options = _options(parsed, present)
     conductor = Conductor(ForkedRanks(), talk)
     interrupted = _carry_out(conductor, plan.jobs(options, places), places)
     if conductor.measures or conductor.memories:
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--full", action="store_true", help="all sizes and ranks (also with --sizes: all ranks)")
+    found.add_argument("--full", action="store_true", help="0.1 and 1.8 GB")
     found.add_argument("--only", type=_words(plan.TOPICS), default=plan.TOPICS, metavar="LIST", help=",".join(plan.TOPICS))
     found.add_argument("--sizes", type=_sizes, metavar="GB,GB", help="state sizes over all ranks; default 0.1")
     found.add_argument("--ranks", type=_counts, default=(1, 2, 4), metavar="N,N", help="default 1,2,4")
@@ -95,14 +95,11 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def _options(parsed: argparse.Namespace, contestants: tuple[str, ...], places: Sequence[plan.Place]) -> plan.Options:
-    quick = tuple(number for number in plan.QUICK_SMALL_RANKS if number in parsed.ranks)
+def _options(parsed: argparse.Namespace, contestants: tuple[str, ...]) -> plan.Options:
     return plan.Options(
         topics=parsed.only,
         sizes=parsed.sizes or (plan.FULL_SIZES if parsed.full else plan.QUICK_SIZES),
         ranks=parsed.ranks,
-        small_ranks=parsed.ranks if parsed.full else quick or parsed.ranks,
-        small_places=len(places) if parsed.full or parsed.only == ("small",) else plan.QUICK_SMALL_PLACES,
         repeats=parsed.repeats,
         contestants=contestants,
     )

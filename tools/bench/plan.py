@@ -13,8 +13,6 @@ Kind = Literal["same", "prepare", "reshard", "small", "async", "memory"]
 TOPICS: tuple[Topic, ...] = ("save", "load", "reshard", "small", "async", "memory")
 RESHARDS = ((2, 4), (4, 2))
 QUICK_SIZES, FULL_SIZES = (100_000_000,), (100_000_000, 1_800_000_000)
-QUICK_SMALL_RANKS, QUICK_SMALL_PLACES = (2,), 1
-MEMORY_RANKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +34,6 @@ class Options:
     topics: tuple[Topic, ...]
     sizes: tuple[int, ...]  # bytes of the whole state
     ranks: tuple[int, ...]
-    small_ranks: tuple[int, ...]
-    small_places: int  # how many of the places, from the first, measure many small tensors: they take longest
     repeats: int
     contestants: tuple[str, ...]
 
@@ -88,13 +84,14 @@ def jobs(options: Options, places: Sequence[Place]) -> tuple[Job, ...]:
                 for before, after in RESHARDS:
                     add("prepare", place, ranks=before, nbytes=nbytes)
                     add("reshard", place, ranks=after, from_ranks=before, nbytes=nbytes)
-    for place in places[: options.small_places]:
+    for place in places:
         if "small" in options.topics:
-            for ranks in options.small_ranks:
+            for ranks in options.ranks:
                 add("small", place, ranks=ranks, nbytes=SMALL_TENSORS * SMALL_ELEMENTS * 4)
     if "memory" in options.topics and places:
-        for name in options.contestants:
-            add("memory", places[0], ranks=MEMORY_RANKS, nbytes=max(options.sizes), who=(name,))
+        for ranks in options.ranks:
+            for name in options.contestants:
+                add("memory", places[0], ranks=ranks, nbytes=max(options.sizes), who=(name,))
     return tuple(found)
 
 
