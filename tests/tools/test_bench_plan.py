@@ -12,7 +12,7 @@ from tools.bench.plan import RESHARDS, TOPICS, Options, Place, disk_nbytes, jobs
 from tools.bench.state import ITEMS, clear, fill, local_nbytes, rows_of, shapes_for, small_state, wrong_pieces
 
 DISK, TMPFS = Place("disk", "/a", "ext4"), Place("tmpfs", "/b", "tmpfs")
-ALL = Options(TOPICS, (100_000_000,), (1, 2, 4), (2,), 1, 5, ("dcp", "tc"))
+ALL = Options(TOPICS, (100_000_000,), (1, 2, 4), 5, ("dcp", "tc"))
 
 
 def test_every_place_and_rank_count_is_measured_once() -> None:
@@ -28,7 +28,13 @@ def test_each_resharding_load_follows_the_save_it_needs() -> None:
 
 
 def test_memory_is_measured_with_one_contestant_per_process() -> None:
-    assert [job.contestants for job in jobs(ALL, [DISK, TMPFS]) if job.kind == "memory"] == [("dcp",), ("tc",)]
+    found = [(job.ranks, job.contestants) for job in jobs(ALL, [DISK, TMPFS]) if job.kind == "memory"]
+    assert found == [(ranks, (name,)) for ranks in (1, 2, 4) for name in ("dcp", "tc")]
+
+
+def test_many_small_tensors_are_measured_at_all_ranks_in_all_places() -> None:
+    found = [(job.place.name, job.ranks) for job in jobs(ALL, [DISK, TMPFS]) if job.kind == "small"]
+    assert found == [(place, ranks) for place in ("disk", "tmpfs") for ranks in (1, 2, 4)]
 
 
 def test_saves_beside_training_have_jobs_of_their_own_with_room_for_everyones_copy() -> None:
@@ -38,7 +44,7 @@ def test_saves_beside_training_have_jobs_of_their_own_with_room_for_everyones_co
 
 
 def test_saves_alone_do_not_load() -> None:
-    only = Options(("save",), (100_000_000,), (2,), (2,), 1, 5, ("dcp",))
+    only = Options(("save",), (100_000_000,), (2,), 5, ("dcp",))
     assert [(job.kind, job.loads) for job in jobs(only, [DISK])] == [("same", False)]
 
 
