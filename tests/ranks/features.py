@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from layouts import CASES, Block, Model, build, dense, hand_sharded, local, named
+from layouts import CASES, Block, Model, _fsdp, _tp, build, dense, hand_sharded, local, named
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
@@ -161,7 +162,15 @@ def load_optimizers(rank: int, world_size: int, layout: str, folder: str) -> lis
 
 BLOCKS = 4
 RATES = {"embed": 0.1, "head": 0.2, "bias": 0.3, "matrix": 0.4}
-PLACES = {"single": [[0, 1, 2, 3]], "pp2": [[0, 1], [2, 3]], "interleaved2": [[0, 2], [1, 3]], "pp4": [[0], [1], [2], [3]]}
+ALL = [0, 1, 2, 3]
+PLACES = {  # the blocks of each rank
+    "single": [ALL],
+    "pp2": [[0, 1], [2, 3]],
+    "interleaved2": [[0, 2], [1, 3]],  # two stages on each
+    "pp4": [[0], [1], [2], [3]],
+    "fsdp3": [ALL, ALL, ALL],
+    "tp2": [ALL, ALL],
+}
 
 
 def group_of(name: str) -> str:
@@ -179,6 +188,10 @@ def _parts(layout: str, rank: int) -> list[Model]:
         model = Model(blocks, first=0 in blocks, last=BLOCKS - 1 in blocks)
         for number in blocks:
             model.blocks[str(number)] = Scaled()
+        if layout == "fsdp3":
+            _fsdp(model, init_device_mesh("cpu", (3,)))
+        elif layout == "tp2":
+            _tp(model, init_device_mesh("cpu", (2,)))
         models.append(model)
     return models
 
