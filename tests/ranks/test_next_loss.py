@@ -12,6 +12,7 @@ from elastickpt.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
+LIMIT_S = 300.0  # of one launch, which may resume twelve checkpoints twice on a busy machine
 SAME_ARITHMETIC = ({"ddp2", "fsdp2"},)  # the same rows on each rank, and a mean over two
 
 
@@ -19,13 +20,14 @@ def _next_losses(root: Path, sources: tuple[str, ...], targets: tuple[str, ...])
     """Three losses after the save, in float32 and float64, with every target that resumes every source."""
     expected = {}
     for source in sources:
-        every = run_ranks(train_and_save, CASES[source].world, source, str(root / source))
+        every = run_ranks(train_and_save, CASES[source].world, source, str(root / source), timeout_s=LIMIT_S)
         assert every == every[:1] * len(every)
         expected[source] = every[0]
         for losses in expected[source].values():
             assert len(set(losses)) == 3  # the steps do change the model
     for target in targets:
-        every = run_ranks(resume, CASES[target].world, target, [str(root / source) for source in sources])
+        folders = [str(root / source) for source in sources]
+        every = run_ranks(resume, CASES[target].world, target, folders, timeout_s=LIMIT_S)
         assert every == every[:1] * len(every)
         for source in sources:
             found = every[0][str(root / source)]
