@@ -7,3 +7,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "ranks"))
 sys.path.insert(0, str(Path(__file__).parent / "runs"))
+sys.path.insert(0, str(Path(__file__).parent / "save"))

@@ -1,6 +1,7 @@
 """Holds spec/, its vectors and the code against each other: `python -m tools.check_spec`. Exit code 1: problems.
 
-Identifiers are unique; every MUST has one; each is exercised by a vector, cited by a test, or listed in coverage.md;
+Identifiers are unique; every MUST has one; each is exercised by a vector (one that names a kind of error: by an invalid vector
+of that kind), cited by a test, or listed in coverage.md;
 what code and tests cite exists; kinds exist in errors.py; vectors follow their schema and are what generators make.
 """
 
@@ -130,11 +131,16 @@ class Check:
         for first, last, _ in LISTED.findall((SPEC / "coverage.md").read_text()):
             prefix, number = first.split("-")
             listed |= {f"{prefix}-{k}" for k in range(int(number), int(last or number) + 1)} & set(self.kind_of)
-        covered = exercised | tested
+        refused = {name for vector in self.vectors.values() for name in vector["requires"] if self._refuses(vector, name)}
+        covered = {name for name in exercised if not self.kind_of.get(name)} | refused | tested
         for name in sorted(set(self.kind_of) - covered - listed):
-            self.say(f"{name}: no vector, no test cites it, and coverage.md does not list it")
+            missing = f"no invalid vector of kind {self.kind_of[name]}" if name in exercised else "no vector"
+            self.say(f"{name}: {missing}, no test cites it, and coverage.md does not list it")
         for name in sorted(listed & covered):
             self.say(f"{name}: coverage.md lists it, but it is covered")
+
+    def _refuses(self, vector: dict[str, Any], name: str) -> bool:
+        return "error" in vector and vector["error"] == self.kind_of.get(name)
 
     def _text(self, path: str) -> str:
         return (ROOT / path).read_text()

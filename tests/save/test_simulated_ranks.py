@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
-import torch
+from simulated import held, job, live, plain, records
 
 from elastickpt.commit.prove import prove, require_distinct_ranges
 from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.encode_fragments import decode_columns, encode_fragments
-from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.records import ArrayRecord, Item
-from elastickpt.layout.placement import physical_box
-from elastickpt.save.merge import MergedStructure, merge
+from elastickpt.format.arrays import Mesh
+from elastickpt.save.merge import merge
 from elastickpt.save.plan import plan_writes
-from elastickpt.save.structure import StructureTable, table_of
-from elastickpt.training.held import HeldArray, LiveState, Sharing
-from elastickpt.writer.carry import blocks_of
-from elastickpt.writer.fragments import fragments_of
-
-
-def held(name: str, shape: tuple[int, ...], rank: int, mesh: Mesh, placements: tuple[str, ...]) -> HeldArray:
-    """What a rank of a mesh holds of one array, without memory for it."""
-    box = physical_box(shape, sizes=mesh.sizes, coordinate=mesh.coordinate(rank), placements=placements)
-    spec = ArraySpec(ArrayId("params", "model", name, "value"), shape, "float32")
-    return HeldArray(spec, box, torch.empty(box.shape, device="meta"), "parameter", "placed", mesh, placements)
-
-
-def plain(name: str, shape: tuple[int, ...], sharing: Sharing, ranks: tuple[int, ...] = ()) -> HeldArray:
-    """An unsharded array."""
-    spec = ArraySpec(ArrayId("params", "model", name, "value"), shape, "float32")
-    tensor = torch.empty(shape, device="meta")
-    whole = physical_box(shape, sizes=(), coordinate=(), placements=())
-    return HeldArray(spec, whole, tensor, "parameter", sharing, replicas=ranks)
-
-
-def live(*arrays: HeldArray) -> LiveState:
-    return LiveState(arrays, (Item("model", "module", "Model"),))
-
-
-def job(states: Sequence[LiveState]) -> tuple[MergedStructure, list[FragmentColumns]]:
-    """The merged structure of these ranks, and the fragment map that each would write."""
-    tables: dict[StructureTable, list[int]] = {}
-    for rank, state in enumerate(states):
-        tables.setdefault(table_of(state), []).append(rank)
-    merged = merge(list(tables), [tuple(ranks) for ranks in tables.values()])
-    place = {rank: t for t, ranks in enumerate(tables.values()) for rank in ranks}
-    maps = []
-    for rank, state in enumerate(states):
-        plan = plan_writes(state.arrays, merged.shared[place[rank]], rank=rank)
-        written = np.zeros(sum(blocks_of(p.run.nbytes) for file in plan.files for p in file.pieces), dtype=np.uint64)
-        data = encode_fragments(fragments_of(plan, written, writer=rank, attempt="00" * 8, tables=(), values={}))
-        maps.append(decode_columns(data, path=f"writer {rank}"))
-    return merged, maps
-
-
-def records(merged: MergedStructure) -> list[ArrayRecord]:
-    return [ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), ()) for a in merged.arrays.values()]
-
+from elastickpt.save.structure import table_of
 
 SHAPES = {
     "even": (64, 32),

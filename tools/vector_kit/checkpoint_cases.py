@@ -150,6 +150,17 @@ def _moved(old: str, new: str) -> Edit:
     return edit
 
 
+def _renamed(old: str, new: str) -> Edit:
+    """A file under another path, in the tree and in all records that name it."""
+
+    def edit(parts: Parts) -> None:
+        parts.files[new] = parts.files.pop(old)
+        for one in (one for pieces in parts.pieces for one in pieces if one.file == old):
+            one.file = new
+
+    return edit
+
+
 def _nested(parts: Parts) -> None:
     """An extra at t/u beside the extra at t."""
     data = bytes([1, 2])
@@ -170,6 +181,13 @@ _EDITS: tuple[tuple[str, str, str, str, Edit], ...] = (
     ("other-file", "The first rows of w in a file of their own.", "FRAG-43", "malformed",
      lambda parts: (parts.files.update({W + "/c.1.0": parts.files[W + "/c.0.0"]}),
                     piece(0, 3, file=W + "/c.1.0")(parts))),
+    ("chunk-separator", "A chunk in folders, as other trees have it.", "UCF-14", "malformed",
+     _renamed(W + "/c.0.0", W + "/c/0/0")),
+    ("chunk-zeros", "A chunk's number with a zero before it.", "UCF-14", "malformed", _renamed("extra/t/c.1", "extra/t/c.01")),
+    ("chunk-prefix", "A chunk's file without its c.", "UCF-14", "malformed", _renamed(V + "/c.0.0", V + "/0.0")),
+    ("chunk-no-axes", "The chunk of an array without axes, numbered.", "UCF-14", "malformed",
+     _renamed("params/model/s/value/c", "params/model/s/value/c.0")),
+    ("chunk-case", "A capital C.", "UCF-14", "malformed", _renamed("extra/t/c.0", "extra/t/C.0")),
     ("other-offset", "The second rows at the first rows' place, and they at theirs.", "FRAG-44", "malformed",
      lambda parts: (piece(1, 2, offset=0)(parts), piece(0, 3, offset=120)(parts))),
     ("other-stride", "Columns stored one after the other.", "FRAG-44", "malformed",
