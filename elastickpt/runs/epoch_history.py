@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from elastickpt.commit.registers.names import AttemptId, commits_path, start_name
-from elastickpt.commit.registers.records import MAX_OBJECT_NBYTES, Claimer, Void, decode_start
-from elastickpt.commit.registers.steps import NOW, Steps
-from elastickpt.commit.registers.stored import list_commits, read_adopted, read_claim
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Claimer, Void
+from elastickpt.commit.registers.steps import Steps
+from elastickpt.commit.registers.stored import list_commits, read_adopted, read_claim, read_start
 from elastickpt.errors import Damaged
 from elastickpt.storage.store import Store
 
@@ -49,9 +49,7 @@ def epoch_history(store: Store) -> Steps[tuple[EpochEntry, ...]]:
             if epoch in listing.adopted:
                 state = "void" if isinstance((yield from read_adopted(store, epoch)), Void) else "adopted"
             if epoch in listing.starts:
-                yield NOW
-                data = store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES)
-                continued, state = decode_start(data, epoch=epoch).continued, "started"
+                continued, state = (yield from read_start(store, epoch)).continued, "started"
         except Damaged as problem:
             problems.append(str(problem))
         found.append(EpochEntry(epoch, state, by, continued, tuple(problems)))
