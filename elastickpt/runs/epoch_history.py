@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,3 +55,12 @@ def epoch_history(store: Store) -> Steps[tuple[EpochEntry, ...]]:
             problems.append(str(problem))
         found.append(EpochEntry(epoch, state, by, continued, tuple(problems)))
     return tuple(found)
+
+
+def is_claimed_by(store: Store, tokens: Collection[str]) -> Steps[bool]:
+    """Whether the newest claim has one of these tokens; one that cannot be read has none. Raises StorageFailed kinds."""
+    newest = (yield from list_commits(store)).newest
+    try:
+        return newest > 0 and (yield from read_claim(store, newest)).by.token in tokens
+    except Damaged:
+        return False

@@ -25,11 +25,12 @@ from elastickpt.commit.registers.epochs import Holding, claim, start
 from elastickpt.commit.registers.names import AttemptId, parse_id
 from elastickpt.commit.registers.records import Claimer, Found, PassedOver
 from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import list_commits, read_claim, read_view
+from elastickpt.commit.registers.stored import read_view
 from elastickpt.comms.team import Team
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, StorageFailed
 from elastickpt.load.session import UNDEFINED, LoadReport, Strict, load
 from elastickpt.runs.branch import CommitEntry, at_step, entries_of
+from elastickpt.runs.epoch_history import is_claimed_by
 from elastickpt.runs.keep_words import words_of
 from elastickpt.runs.retention import Keep
 from elastickpt.runs.trainer_address import require_no_living_trainer
@@ -128,7 +129,7 @@ class Restoring:
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             left = sum(int(msgpack.unpackb(payload)) for payload in payloads)
-            own = _is_held_by(self._store, tokens)
+            own = complete(is_claimed_by(self._store, tokens))
             if left and not own:
                 notes.append(f"{left} writers of an earlier job still work on the run; what they commit from now on is inert")
             if not own and not take_over:
@@ -211,15 +212,6 @@ def _wait_for_orphans(store: Store, *, limit_s: float) -> int:
             said = True
             log.info("%s: waiting at most %g s for %d writers of an earlier job", store.url, limit_s, left)
         time.sleep(POLL_S)
-
-
-def _is_held_by(store: Store, tokens: Collection[str]) -> bool:
-    """Whether the newest claim has one of these tokens."""
-    newest = complete(list_commits(store)).newest
-    try:
-        return newest > 0 and complete(read_claim(store, newest)).by.token in tokens
-    except Damaged:
-        return False
 
 
 def _tell_passed(skipped: Iterable[Skipped]) -> None:

@@ -145,6 +145,7 @@ class Run:
         self._settle_own()
         restoring = Restoring(self._team, self._store, self._process_group)
         token = secrets.token_hex(16)
+        self._upkeep.claiming(token)
         address = ""
         if self._answering is not None:
             self._answering.answer_for(token)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from run_actors import W, X, begun, by, committed, memory_store
 
 import elastickpt as ek
+from elastickpt.commit.registers.epochs import claim
 from elastickpt.commit.registers.names import AttemptId
 from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import Damaged, StorageFailed
 from elastickpt.load.session import UNDEFINED
 from elastickpt.runs import restoring as restoring_module
+from elastickpt.runs.branch import history
 from elastickpt.runs.findings import Rules, Told, read_told
 from elastickpt.runs.retention import Keep
+from elastickpt.runs.upkeep import Upkeep
 from elastickpt.storage.local import LocalStore
 
 BOUND_S = 60.0
@@ -171,3 +176,54 @@ def test_one_checkpoint_passed_over_is_one_warning(three_steps: Path, open_run: 
     told = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(told) == 2
     assert [sum(f"step-000000000{step}.1.1: passed over" in one for one in told) for step in (2, 3)] == [1, 1]
+
+
+# -- a job's own rollback --------------------------------------------------------------------------------------------------
+
+
+def upkeep_behind_a_claim(*tokens: str) -> None:
+    """The upkeep of a job of epoch 1 comes behind the claim of epoch 2, of token-2; the job's own tokens are `tokens`."""
+    store = memory_store()
+    holding = begun(store, job=1)
+    assert [committed(store, holding, step=step) for step in (10, 20)] == [W, X]
+    upkeep = Upkeep(store, Keep(last=1))
+    for token in tokens:
+        upkeep.claiming(token)
+    complete(claim(store, by(2)))
+    upkeep.started(holding, verified={})
+    upkeep.committed()
+    upkeep.add_metrics(20, {"loss": 1.0})
+    done = threading.Event()
+    upkeep.call(done.set)
+    assert done.wait(BOUND_S)
+    upkeep.close(limit_s=BOUND_S)
+    assert store.exists(f"commits/{W.register}")  # nothing was removed
+
+
+def test_that_another_job_has_the_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    upkeep_behind_a_claim("token-1")
+    assert sum("epoch 1 of this job was superseded by epoch 2 (host host2" in text for text in caplog.messages) == 3
+
+
+def test_that_a_job_rolled_back_itself_is_no_news_but_what_it_lost_is(caplog: pytest.LogCaptureFixture) -> None:
+    upkeep_behind_a_claim("token-1", "token-2")
+    assert [text.partition(": ")[2] for text in caplog.messages] == ["a rollback came before the metrics of step 20 were added"]
+
+
+def test_a_rollback_warns_of_nothing(root: Path, open_run: Open, caplog: pytest.LogCaptureFixture) -> None:
+    """Its upkeep of the epoch before is held up until the claim has come."""
+    run = open_run(ek.Keep(last=1))
+    run.restore()
+    let = threading.Event()
+
+    def held_up() -> None:
+        assert let.wait(BOUND_S)
+
+    run._upkeep.call(held_up)
+    for step in (1, 2, 3):
+        run.save(step).result(BOUND_S)
+    run.restore(step=2)
+    let.set()
+    run.close()
+    assert caplog.messages == []
+    assert [(entry.step, entry.state) for entry in history(root)] == [(2, "live"), (3, "abandoned")]
