@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import DONE, USAGE, code_of
-from elastickpt.cli.keep_words import EXPECTED, keep_of
+from elastickpt.cli.keep_words import keep_argument
 from elastickpt.cli.output import say, say_error, screen_width, show, show_json
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError
@@ -61,7 +61,7 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--values", action="store_true", help="also show plain values, each rank's own too")
     parser.add_argument("--writers", action="store_true", help="also show what each rank wrote")
     parser.add_argument("--fragments", action="store_true", help="also show every stored piece: who, which box, where")
-    parser.add_argument("--keep", type=keep_of, metavar="RULES", help=f"of a run: say what these would keep; {EXPECTED}")
+    parser.add_argument("--keep", type=keep_argument, metavar="RULES", help="of a run: say what these rules would keep")
     parser.add_argument("--epochs", action="store_true", help="of a run: also show who claimed it, and when")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for programs")
 

@@ -8,38 +8,61 @@ from dataclasses import dataclass
 
 from elastickpt.cli.exitcodes import code_of, gravest
 from elastickpt.commit.registers.steps import complete
-from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint
+from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.records import Manifest
 from elastickpt.runs.branch import CommitEntry
 from elastickpt.runs.epoch_history import EpochEntry, epoch_history
+from elastickpt.runs.findings import Finding, Rules, read_told
+from elastickpt.runs.keep_words import keep_of, words_of
 from elastickpt.runs.opening import RunAt
 from elastickpt.runs.retention import Keep, Verdict, judge
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFact:
-    """One checkpoint of a run. `manifest` is None where `problem` kept it from being read;
-    `verdict` is None where no rule was given."""
+    """One checkpoint of a run. `manifest` is None where `problem` kept it from being read; `found` where no restore that is
+    remembered looked at it; `verdict` where no rules are known."""
 
     entry: CommitEntry
     manifest: Manifest | None
     problem: CheckpointError | None
+    found: Finding | None
     verdict: Verdict | None
+
+    @property
+    def damaged(self) -> bool:
+        return self.problem is not None or (self.found is not None and self.found.outcome == "damaged")
+
+
+@dataclass(frozen=True, slots=True)
+class KeepFact:
+    """The rules that verdicts go by, in words: those of the job of `epoch`, None for those that were asked about. `keep` is
+    None where this release does not understand the words."""
+
+    words: str
+    epoch: int | None
+    keep: Keep | None
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """A run at one moment. `epochs` is empty where nobody asked; `now` in seconds since 1970."""
+    """A run at one moment. `epochs` is empty where nobody asked, `keep` None where no rules are known; `now` in seconds since
+    1970."""
 
     path: str
     now: float
     checkpoints: tuple[CheckpointFact, ...]
+    keep: KeepFact | None
     epochs: tuple[EpochEntry, ...]
 
     @property
     def live(self) -> int:
         return sum(fact.entry.state == "live" for fact in self.checkpoints)
+
+    @property
+    def damaged(self) -> int:
+        return sum(fact.damaged for fact in self.checkpoints)
 
     @property
     def nbytes(self) -> int:
@@ -48,20 +71,37 @@ class RunFacts:
 
     @property
     def code(self) -> int:
-        """The gravest of what is wrong with the checkpoints and epochs. [CLI-11]"""
+        """The gravest of what is wrong now with the checkpoints and epochs, whatever restores found. [CLI-11, CLI-29]"""
         problems = [code_of(type(fact.problem)) for fact in self.checkpoints if fact.problem is not None]
         return gravest([*problems, *(code_of(Damaged) for epoch in self.epochs if epoch.problems)])
 
 
 def run_facts(run: RunAt, *, now: float, keep: Keep | None, epochs: bool) -> RunFacts:
-    """Reads every checkpoint's manifest, and every epoch's objects where they are asked for. Raises StorageFailed kinds."""
+    """Reads every checkpoint's manifest, every start object, and all of every epoch where it is asked for; `keep` None means
+    the rules of the newest job. Raises StorageFailed kinds."""
     read = [(entry, *_manifest(run, entry)) for entry in run.entries]
     read = [one for one in read if not isinstance(one[2], NotACheckpoint)]  # removed since the run was read
-    damaged = {entry.id: False for entry, _, problem in read if problem is not None}
-    verdicts = judge(keep, [one[0] for one in read], now=now, verified=damaged) if keep is not None else ()
+    told = complete(read_told(run.store))
+    rules = _rules(keep, told.rules)
+    verdicts: tuple[Verdict, ...] = ()
+    if rules is not None and rules.keep is not None:
+        verified = told.verified() | {entry.id: False for entry, _, problem in read if problem is not None}
+        verdicts = judge(rules.keep, [one[0] for one in read], now=now, verified=verified)
     by_id = {verdict.id: verdict for verdict in verdicts}
-    checkpoints = tuple(CheckpointFact(*one, by_id.get(one[0].id)) for one in read)
-    return RunFacts(run.path, now, checkpoints, complete(epoch_history(run.store)) if epochs else ())
+    checkpoints = tuple(CheckpointFact(*one, told.findings.get(one[0].id), by_id.get(one[0].id)) for one in read)
+    return RunFacts(run.path, now, checkpoints, rules, complete(epoch_history(run.store)) if epochs else ())
+
+
+def _rules(asked: Keep | None, own: Rules | None) -> KeepFact | None:
+    """What was asked about goes before what the run's newest job said. [CLI-34]"""
+    if asked is not None:
+        return KeepFact(words_of(asked), None, asked)
+    if own is None:
+        return None
+    try:
+        return KeepFact(own.words, own.epoch, keep_of(own.words))
+    except Refused:
+        return KeepFact(own.words, own.epoch, None)
 
 
 def _manifest(run: RunAt, entry: CommitEntry) -> tuple[Manifest | None, CheckpointError | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from elastickpt.cli.run_facts import CheckpointFact, RunFacts
 from elastickpt.format.values import encode_value
 from elastickpt.runs.epoch_history import EpochEntry
+from elastickpt.runs.findings import Finding
 
 Json = dict[str, object]
 SCHEMA = "ckpt-convert.inspect-run/1"
@@ -19,8 +20,10 @@ def run_json(facts: RunFacts) -> Json:
             "checkpoints": len(facts.checkpoints),
             "live": facts.live,
             "abandoned": len(facts.checkpoints) - facts.live,
+            "damaged": facts.damaged,
             "nbytes": facts.nbytes,
         },
+        "keep": None if facts.keep is None else {"rules": facts.keep.words, "epoch": facts.keep.epoch},
         "checkpoints": [_checkpoint(fact) for fact in facts.checkpoints],
     }
     if facts.epochs:
@@ -43,10 +46,16 @@ def _checkpoint(fact: CheckpointFact) -> Json:
         "world_size": None if manifest is None else manifest.world_size,
         "meshes": [{"name": mesh.name, "axes": list(mesh.axes), "sizes": list(mesh.sizes)} for mesh in meshes],
         "problem": None if fact.problem is None else {"kind": fact.problem.kind, "message": fact.problem.message},
+        "found": None if fact.found is None else _found(fact.found),
     }
     if fact.verdict is not None:
         about |= {"kept": fact.verdict.kept, "reasons": list(fact.verdict.reasons)}
     return about
+
+
+def _found(found: Finding) -> Json:
+    about: Json = {"outcome": found.outcome, "epoch": found.epoch, "time": found.time}
+    return about | {"kind": found.kind or None, "message": found.message if found.kind else None}
 
 
 def _epoch(epoch: EpochEntry) -> Json:

@@ -75,6 +75,10 @@ class Members:
         except KeyError:
             raise Malformed(f"{self.where}: member {name!r} is missing") from None
 
+    def has(self, name: str) -> bool:
+        """Whether nobody took it yet: for members that older writers left out."""
+        return name in self._left
+
     def text(self, name: str) -> str:
         return text(self.take(name), where=f"{self.where}/{name}")
 

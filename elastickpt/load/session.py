@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNDEFINED = "; the content of `state` is now undefined: load another checkpoint before going on"  # at the end of a message
+
 Strict = Literal["all", "missing", "unexpected", "none"]
 
 
@@ -248,8 +250,7 @@ def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
 
 def _undefined(error: CheckpointError) -> CheckpointError:
     """The same error, saying what it means now that tensors were being filled."""
-    suffix = "; the content of `state` is now undefined: load another checkpoint before going on"
-    return type(error)(error.message + suffix, report=error.report)
+    return type(error)(error.message + UNDEFINED, report=error.report)
 
 
 def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[Elements]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from elastickpt.commit.registers.names import AttemptId, commits_path, start_name
-from elastickpt.commit.registers.records import MAX_OBJECT_NBYTES, Claimer, Void, decode_start
-from elastickpt.commit.registers.steps import NOW, Steps
-from elastickpt.commit.registers.stored import list_commits, read_adopted, read_claim
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Claimer, Void
+from elastickpt.commit.registers.steps import Steps
+from elastickpt.commit.registers.stored import list_commits, read_adopted, read_claim, read_start
 from elastickpt.errors import Damaged
 from elastickpt.storage.store import Store
 
@@ -49,10 +50,17 @@ def epoch_history(store: Store) -> Steps[tuple[EpochEntry, ...]]:
             if epoch in listing.adopted:
                 state = "void" if isinstance((yield from read_adopted(store, epoch)), Void) else "adopted"
             if epoch in listing.starts:
-                yield NOW
-                data = store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES)
-                continued, state = decode_start(data, epoch=epoch).continued, "started"
+                continued, state = (yield from read_start(store, epoch)).continued, "started"
         except Damaged as problem:
             problems.append(str(problem))
         found.append(EpochEntry(epoch, state, by, continued, tuple(problems)))
     return tuple(found)
+
+
+def is_claimed_by(store: Store, tokens: Collection[str]) -> Steps[bool]:
+    """Whether the newest claim has one of these tokens; one that cannot be read has none. Raises StorageFailed kinds."""
+    newest = (yield from list_commits(store)).newest
+    try:
+        return newest > 0 and (yield from read_claim(store, newest)).by.token in tokens
+    except Damaged:
+        return False

@@ -24,13 +24,16 @@ from elastickpt.commit.draft import process_start
 from elastickpt.commit.marks import marked
 from elastickpt.commit.registers.epochs import Holding, claim, start
 from elastickpt.commit.registers.names import AttemptId, parse_id
-from elastickpt.commit.registers.records import Claimer
+from elastickpt.commit.registers.records import Claimer, Found, PassedOver
 from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import list_commits, read_claim, read_view
+from elastickpt.commit.registers.stored import read_view
 from elastickpt.comms.team import Team
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, StorageFailed
-from elastickpt.load.session import LoadReport, Strict, load
+from elastickpt.load.session import UNDEFINED, LoadReport, Strict, load
 from elastickpt.runs.branch import CommitEntry, at_step, entries_of
+from elastickpt.runs.epoch_history import is_claimed_by
+from elastickpt.runs.keep_words import words_of
+from elastickpt.runs.retention import Keep
 from elastickpt.runs.trainer_address import require_no_living_trainer
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Store
@@ -42,15 +45,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+MAX_PASSED = 1000  # commits of which the run remembers that they were passed over, the newest ones
+MAX_MESSAGE = 500  # characters of what is remembered of each
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A checkpoint that was newer than the one taken, and why it was not."""
+    """A checkpoint that was newer than the one taken, and the error for which it was not: its kind and message."""
 
-    step: int
+    id: AttemptId
     path: str
+    kind: str
     reason: str
+
+    @property
+    def step(self) -> int:
+        return self.id.step
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,12 @@ class Loaded:
     skipped: tuple[Skipped, ...] = ()
     verified: Mapping[AttemptId, bool] = field(default_factory=dict)
 
+    def found(self, now: float) -> Found:
+        """This, as the run remembers it."""
+        verified = self.taken is not None and self.verified.get(self.taken.id, False)
+        passed = (PassedOver(one.id, one.kind, _excerpt(one.reason)) for one in self.skipped[:MAX_PASSED])
+        return Found(now, verified, tuple(passed))
+
 
 class Restoring:
     """One call of `Run.restore` on one rank. All ranks go through the same rounds."""
@@ -109,7 +125,7 @@ class Restoring:
         notes: list[str] = []
 
         def ask(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            if not take_over and not _is_held_by(self._store, tokens):
+            if not take_over and not complete(is_claimed_by(self._store, tokens)):
                 complete(require_no_living_trainer(self._store))
             return [b""] * len(payloads)
 
@@ -119,7 +135,7 @@ class Restoring:
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             left = sum(int(msgpack.unpackb(payload)) for payload in payloads)
-            own = _is_held_by(self._store, tokens)
+            own = complete(is_claimed_by(self._store, tokens))
             if left and not own:
                 notes.append(f"{left} writers of an earlier job still work on the run; what they commit from now on is inert")
             if not own and not take_over:
@@ -128,7 +144,7 @@ class Restoring:
             entries = entries_of(complete(read_view(self._store)))
             wanted = _chosen(entries, choice, where=self._store.url)
             good = [(str(one.id), place_in(self._store, one.folder)) for one in wanted if one.commit]
-            broken = [(one.step, place_in(self._store, one.folder), one.problem) for one in wanted if one.commit is None]
+            broken = [(str(one.id), place_in(self._store, one.folder), one.problem) for one in wanted if one.commit is None]
             reply = bytes(msgpack.packb((self.holding.epoch, good, broken, notes)))
             return [reply] * len(payloads)
 
@@ -136,7 +152,7 @@ class Restoring:
             self._team.round("ask", lambda: b"", ask)
         epoch, good, broken, told = msgpack.unpackb(self._team.round("claim", wait, decide), use_list=False)
         candidates = tuple(Candidate(_id(text), path) for text, path in good)
-        return epoch, candidates, tuple(Skipped(*one) for one in broken), told
+        return epoch, candidates, tuple(Skipped(_id(text), path, Damaged.kind, why) for text, path, why in broken), told
 
     def load_first(
         self,
@@ -151,31 +167,37 @@ class Restoring:
         has some, `broken` ones that cannot be opened among them, and none loads; StateMismatch kinds."""
         skipped: list[Skipped] = []
         verified: dict[AttemptId, bool] = {}
+        undefined = ""
         for candidate in candidates:
             try:
                 report = load(state, candidate.path, process_group=self._group, mesh=mesh, strict=strict)
             except (Damaged, NotACheckpoint, StorageFailed) as problem:
-                skipped.append(Skipped(candidate.id.step, candidate.path, str(problem)))
+                reason = problem.message.removesuffix(UNDEFINED)
+                undefined = undefined or problem.message.removeprefix(reason)  # until another one loads
+                skipped.append(Skipped(candidate.id, candidate.path, problem.kind, reason))
                 if not isinstance(problem, StorageFailed):
                     verified[candidate.id] = False
-                log.warning("%s: passed over: %s", candidate.path, problem)
+                _tell_passed(skipped[-1:])
             else:
                 newer = [one for one in broken if one.step > candidate.id.step]
+                _tell_passed(newer)
                 return Loaded(candidate, report, _by_step([*newer, *skipped]), verified | {candidate.id: True})
         bad = _by_step([*broken, *skipped])
         if bad:
-            raise Damaged(
-                f"{self._store.url}: none of {len(bad)} checkpoints loads; the newest: {bad[0].path}: {bad[0].reason}"
-            )
+            newest = f"the newest: {bad[0].path}: {bad[0].reason}"
+            raise Damaged(f"{self._store.url}: none of {len(bad)} checkpoints loads; {newest}{undefined}")
         return Loaded(None)
 
-    def start(self, continued: AttemptId | None) -> None:
-        """The live branch goes on from `continued`."""
+    def start(self, loaded: Loaded, *, keep: Keep) -> None:
+        """The live branch goes on from what was loaded. With it the run remembers what was found on the way, and what the job
+        keeps. [RUN-65, RUN-66]"""
+        continued = None if loaded.taken is None else loaded.taken.id
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             if self.holding is None:
                 raise Refused("a run is started by whoever claimed it")
-            complete(start(self._store, self.holding, continued=continued))
+            found = loaded.found(time.time())
+            complete(start(self._store, self.holding, continued=continued, keep=words_of(keep), found=found))
             return [b""] * len(payloads)
 
         self._team.round("start", lambda: b"", decide)
@@ -200,13 +222,15 @@ def _wait_for_orphans(store: Store, *, limit_s: float) -> int:
         time.sleep(POLL_S)
 
 
-def _is_held_by(store: Store, tokens: Collection[str]) -> bool:
-    """Whether the newest claim has one of these tokens."""
-    newest = complete(list_commits(store)).newest
-    try:
-        return newest > 0 and complete(read_claim(store, newest)).by.token in tokens
-    except Damaged:
-        return False
+def _tell_passed(skipped: Iterable[Skipped]) -> None:
+    for one in skipped:
+        log.warning("%s: passed over: %s", one.path, one.reason)
+
+
+def _excerpt(message: str) -> str:
+    """Text that a record can hold, of a length that it should: names of files may be no valid text."""
+    valid = message.encode(errors="backslashreplace").decode()
+    return valid if len(valid) <= MAX_MESSAGE else f"{valid[: MAX_MESSAGE - 1]}…"
 
 
 def _by_step(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:

@@ -28,6 +28,15 @@ def _require_count(name: str, value: int | None) -> None:
         raise Refused(f"{name}={value!r}: expected None or an integer from 1 on")
 
 
+def _is_text(value: str) -> bool:
+    """Whether a record can hold it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Best:
     """The `n` commits with the least (`mode="min"`) or greatest value of a metric; NaN is no value."""
@@ -37,6 +46,8 @@ class Best:
     mode: Mode = "min"
 
     def __post_init__(self) -> None:
+        if type(self.metric) is not str or not _is_text(self.metric):
+            raise Refused(f"Best metric {self.metric!r}: expected the name of a metric")
         _require_count("Best n", self.n)
         if self.mode not in get_args(Mode):
             raise Refused(f"Best mode {self.mode!r}: expected 'min' or 'max'")

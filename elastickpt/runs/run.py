@@ -89,7 +89,8 @@ class Run:
         self._purpose = f"run-{file_digest(self._store.url.encode())[:16]}-{number}"
         self._team = team_of(self._group, purpose=self._purpose)
         self._saver = Saver(self._group, self._options.saving, purpose=f"{self._purpose}-saves")
-        self._upkeep = Upkeep(self._store, keep or Keep())
+        self._keep = keep or Keep()
+        self._upkeep = Upkeep(self._store, self._keep)
         self._notices = Notices(self._options.signals if threading.current_thread() is threading.main_thread() else {})
         self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
         self._calendar = self._calendar_of(epoch=0)
@@ -144,6 +145,7 @@ class Run:
         self._settle_own()
         restoring = Restoring(self._team, self._store, self._process_group)
         token = secrets.token_hex(16)
+        self._upkeep.claiming(token)
         address = ""
         if self._answering is not None:
             self._answering.answer_for(token)
@@ -158,7 +160,7 @@ class Run:
         )
         loaded = restoring.load_first(state, self._mesh, candidates, broken, strict=strict)
         taken = loaded.taken
-        restoring.start(None if taken is None else taken.id)
+        restoring.start(loaded, keep=self._keep)
         with self._changing:
             self._holding, self._epoch, self._superseded = restoring.holding, epoch_now, None
         self._rollbacks += own
@@ -299,8 +301,6 @@ class Run:
 
     def _tell_restored(self, found: Restored, begun: float, *, verified: Mapping[AttemptId, bool]) -> None:
         ended = time.monotonic()
-        for one in found.skipped:
-            log.warning("%s: passed over: %s", one.path, one.reason)
         log.info("%s: epoch %d goes on from step %d (%s)", self.root, found.epoch, found.step, found.path or "nothing")
         if self._trace is not None:
             self._trace.add(Phase("restore", self._group.rank, "trainer", begun, ended))

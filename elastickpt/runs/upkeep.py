@@ -14,6 +14,7 @@ from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_view
 from elastickpt.errors import CheckpointError, NotACheckpoint, Superseded
 from elastickpt.runs.branch import at_step, entries_of
+from elastickpt.runs.epoch_history import is_claimed_by
 from elastickpt.runs.latest import point_latest
 from elastickpt.runs.metrics import add_metrics
 from elastickpt.runs.removal import remove_commits
@@ -46,10 +47,15 @@ class Upkeep:
     def __init__(self, store: Store, keep: Keep) -> None:
         self._store, self._keep = store, keep
         self._holding: Holding | None = None
+        self._tokens: tuple[str, ...] = ()
         self._verified: dict[AttemptId, bool] = {}
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="elastickpt-upkeep", daemon=True)
         self._thread.start()
+
+    def claiming(self, token: str) -> None:
+        """This job claims the run with this token next: what that supersedes of its own is no news."""
+        self._tokens = (*self._tokens, token)
 
     def started(self, holding: Holding, *, verified: Mapping[AttemptId, bool]) -> None:
         """A new epoch of this job: dead attempts of older ones go, and what was found about checkpoints is remembered."""
@@ -76,7 +82,13 @@ class Upkeep:
             if holding is None:
                 raise NotACheckpoint(f"{self._store.url}: no epoch was started")
             entry = at_step(entries_of(complete(read_view(self._store))), step=step)
-            complete(add_metrics(self._store, holding, attempt=entry.id, metrics=metrics))
+            try:
+                complete(add_metrics(self._store, holding, attempt=entry.id, metrics=metrics))
+            except Superseded:
+                if not self._is_rolling_back():
+                    raise
+                log.warning("%s: a rollback came before the metrics of step %d were added", self._store.url, step)
+                return
             self._retain(holding)
 
         self._work.put(work)
@@ -95,11 +107,19 @@ class Upkeep:
             try:
                 work()
             except Superseded as error:
-                log.warning("%s", error)
+                if not self._is_rolling_back():
+                    log.warning("%s", error)
             except CheckpointError as error:
                 log.warning("%s: %s", self._store.url, error)
             except Exception:
                 log.exception("%s: upkeep of the run met a fault", self._store.url)
+
+    def _is_rolling_back(self) -> bool:
+        """Whether it was this job's own claim that superseded its work."""
+        try:
+            return complete(is_claimed_by(self._store, self._tokens))
+        except CheckpointError:
+            return False
 
     def _retain(self, holding: Holding | None) -> None:
         if holding is None:

@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from run_actors import by
 
 import elastickpt as ek
 from elastickpt.cli.main import main
-from elastickpt.cli.run_facts import layout_text
+from elastickpt.cli.run_facts import layout_text, run_facts
+from elastickpt.cli.run_text import run_lines
 from elastickpt.cli.text import age_text
+from elastickpt.commit.registers.epochs import claim, start
+from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.records import Found, PassedOver
 from elastickpt.commit.registers.steps import complete
 from elastickpt.format.arrays import Mesh
 from elastickpt.load.checkpoint import Checkpoint
 from elastickpt.load.verify import VerifyReport
 from elastickpt.runs.latest import point_latest
+from elastickpt.runs.opening import run_at
 from elastickpt.storage.local import LocalStore
 
 Answer = Callable[..., tuple[int, dict[str, object]]]
@@ -49,7 +56,8 @@ def test_the_json_lists_the_live_branch_and_then_what_is_abandoned(whole_run: Pa
         *((step, epoch, "live") for step, epoch in LIVE),
         (30, 1, "abandoned"),
     ]
-    assert answer["total"] == {"checkpoints": 5, "live": 4, "abandoned": 1, "nbytes": 5000 + 130}
+    assert answer["total"] == {"checkpoints": 5, "live": 4, "abandoned": 1, "damaged": 0, "nbytes": 5000 + 130}
+    assert (answer["keep"], [one["found"] for one in found]) == (None, [None] * 5)
     assert [one["metrics"]["loss"] for one in found] == [2.75, 2.5, 2.25, 3.5, {"$float": "nan"}]
     assert [one["world_size"] for one in found] == [4, 1, 1, 1, 1]
     assert {"dp", "tp"} == {axis for mesh in found[0]["meshes"] for axis in mesh["axes"]}
@@ -61,9 +69,9 @@ def test_the_json_lists_the_live_branch_and_then_what_is_abandoned(whole_run: Pa
 def test_people_see_a_row_for_each_checkpoint(whole_run: Path, capsys: Captured) -> None:
     lines = rows(capsys, "inspect", whole_run)
     assert " ".join(lines[0]) == f"{whole_run} a run: 4 checkpoints on the live branch, 1 abandoned, 5.0 KiB"
-    assert lines[2] == ["step", "epoch", "branch", "age", "bytes", "ranks", "layout", "metrics"]
+    assert lines[2] == ["step", "epoch", "branch", "age", "bytes", "ranks", "layout", "metrics", "verified"]
     assert lines[3][:3] == ["40", "2", "live"]
-    assert lines[3][-6:] == ["1.0", "KiB", "4", "dp2×tp2", "loss", "2.75"]
+    assert lines[3][-7:] == ["1.0", "KiB", "4", "dp2×tp2", "loss", "2.75", "-"]
     assert lines[7][:3] == ["30", "1", "abandoned"]
     assert len(lines) == 8
 
@@ -85,6 +93,116 @@ def test_rules_say_what_they_would_keep_and_why(whole_run: Path, json_of: Answer
 def test_rules_that_mean_nothing_are_bad_usage(rules: str, whole_run: Path, capsys: Captured) -> None:
     assert main(["inspect", str(whole_run), "--keep", rules]) == 2
     assert "best=METRIC[:N[:min|max]]" in capsys.readouterr().err
+
+
+def start_again(root: Path, *, continued: AttemptId | None, keep: str | None, passed: tuple[PassedOver, ...] = ()) -> None:
+    """Epoch 4 starts, and tells what it found and what it keeps."""
+    store = LocalStore(root)
+    holding = complete(claim(store, by(4)))
+    found = Found(1000.5, continued is not None, passed)
+    complete(start(store, holding, continued=continued, keep=keep, found=found))
+
+
+BAD = PassedOver(AttemptId(40, 2, 1), "checksum-mismatch", "params/w/c.0: block 3\n  rank 1")
+
+
+def test_people_see_what_restores_found(llama: Path, capsys: Captured, json_of: Answer) -> None:
+    """[CLI-29]"""
+    unread = PassedOver(AttemptId(30, 2, 1), "storage-failed", "stale handle")
+    start_again(llama, continued=AttemptId(20, 1, 1), keep=None, passed=(BAD, unread))
+    lines = rows(capsys, "inspect", llama)
+    assert " ".join(lines[0]).endswith(" a run: 2 checkpoints on the live branch, 3 abandoned, 1 damaged, 5.0 KiB")
+    assert lines[2][-2:] == ["verified", "problem"]
+    shown = {(line[0], line[1]): " ".join(line) for line in lines[3:]}
+    assert shown["20", "1"].endswith(" at epoch 4's restore")
+    assert shown["10", "1"].endswith(" -")
+    assert shown["40", "2"].endswith(" damaged: checksum-mismatch epoch 4 passed it over: params/w/c.0: block 3 rank 1")
+    assert shown["30", "2"].endswith(" unread: storage-failed epoch 4 passed it over: stale handle")
+    _, answer = json_of("inspect", llama)
+    found = {(one["step"], one["epoch"]): one["found"] for one in answer["checkpoints"]}
+    at = {"epoch": 4, "time": 1000.5}
+    assert found == {
+        (20, 1): {"outcome": "verified", **at, "kind": None, "message": None},
+        (10, 1): None,
+        (40, 2): {"outcome": "damaged", **at, "kind": BAD.kind, "message": BAD.message},
+        (30, 2): {"outcome": "unread", **at, "kind": "storage-failed", "message": "stale handle"},
+        (30, 1): None,
+    }
+    assert (answer["total"]["damaged"], [one["problem"] for one in answer["checkpoints"]]) == (1, [None] * 5)
+
+
+def test_a_step_that_is_damaged_stands_out_on_a_terminal(llama: Path) -> None:
+    start_again(llama, continued=AttemptId(20, 1, 1), keep=None, passed=(BAD,))
+    run = run_at(str(llama))
+    assert run is not None
+    lines = list(run_lines(run_facts(run, now=2000.0, keep=None, epochs=False), width=None))
+    styles = {line[1].text.strip(): line[1].style for line in lines[3:]}
+    assert (styles["40"], styles["20"]) == ("bold red", "bold")
+
+
+def test_the_rules_of_the_newest_job_say_what_it_keeps_and_others_override_them(
+    llama: Path, json_of: Answer, capsys: Captured
+) -> None:
+    """A commit that was found damaged takes no good one's place here either. [CLI-34]"""
+    start_again(llama, continued=AttemptId(40, 2, 1), keep="last=1,best=loss:1:min")
+    complete(claim(LocalStore(llama), by(5)))  # it has not started
+    _, answer = json_of("inspect", llama)
+    assert answer["keep"] == {"rules": "last=1,best=loss:1:min", "epoch": 4}
+    assert [(one["step"], one["epoch"], one["kept"]) for one in answer["checkpoints"]] == [
+        *((40, 2, True), (30, 2, False), (20, 1, True), (10, 1, False)),
+        (30, 1, False),
+    ]
+    lines = rows(capsys, "inspect", llama)
+    assert " ".join(lines[1]) == "keeps last=1,best=loss:1:min the rules of epoch 4"
+    (newest,) = (" ".join(line) for line in lines if line[:2] == ["40", "2"])
+    assert newest.endswith(" at epoch 4's restore yes: newest, last 1, newest that was verified")
+    _, answer = json_of("inspect", llama, "--keep", "every=30")
+    assert answer["keep"] == {"rules": "every=30", "epoch": None}
+    assert [one["step"] for one in answer["checkpoints"] if one["kept"]] == [40, 30]
+    assert rows(capsys, "inspect", llama, "--keep", "every=30")[1] == []
+
+
+def test_a_job_without_rules_keeps_all(llama: Path, json_of: Answer, capsys: Captured) -> None:
+    start_again(llama, continued=AttemptId(40, 2, 1), keep="all")
+    _, answer = json_of("inspect", llama)
+    assert answer["keep"] == {"rules": "all", "epoch": 4}
+    assert all(one["kept"] for one in answer["checkpoints"])
+    lines = rows(capsys, "inspect", llama)
+    assert [line[-2:] for line in lines[4:]] == [["all", "kept"]] * 5
+
+
+def test_rules_of_a_later_release_are_shown_and_not_guessed_at(llama: Path, json_of: Answer, capsys: Captured) -> None:
+    """[CLI-34]"""
+    start_again(llama, continued=AttemptId(40, 2, 1), keep="last=1,newest_weekly=4")
+    _, answer = json_of("inspect", llama)
+    assert answer["keep"] == {"rules": "last=1,newest_weekly=4", "epoch": 4}
+    assert all("kept" not in one for one in answer["checkpoints"])
+    words = " ".join(rows(capsys, "inspect", llama)[1])
+    assert words == "keeps last=1,newest_weekly=4 the rules of epoch 4; this release does not understand them"
+
+
+def test_after_a_fallback_the_damaged_step_and_the_restored_one_are_told_apart(
+    tmp_path: Path, json_of: Answer, capsys: Captured
+) -> None:
+    """By real jobs. Looking changes nothing. [CLI-29, CLI-34]"""
+    weight = torch.zeros(300)
+    for steps, damaged in (((10, 20), "step-0000000020.1.1/extra/w/c.0"), ((15,), "")):
+        with ek.Run(tmp_path / "run", {"w": weight}, keep=ek.Keep(last=2), options=ek.RunOptions(signals={})) as run:
+            run.restore()
+            for step in steps:
+                run.save(step).result(60.0)
+        if damaged:
+            flip(tmp_path / "run" / damaged)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, answer = json_of("inspect", tmp_path / "run")
+    assert (code, answer["keep"]) == (0, {"rules": "last=2", "epoch": 2})
+    told = [(one["step"], one["state"], one["found"] and one["found"]["outcome"]) for one in answer["checkpoints"]]
+    assert told == [(15, "live", None), (10, "live", "verified"), (20, "abandoned", "damaged")]
+    assert "extra/w/c.0: block 0" in answer["checkpoints"][2]["found"]["message"]
+    lines = rows(capsys, "inspect", tmp_path / "run")
+    assert [line[8:12] for line in lines[4:6]] == [["-", "yes:", "newest,", "last"], ["at", "epoch", "2's", "restore"]]
+    assert lines[6][8:10] == ["damaged:", "checksum-mismatch"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_epochs_are_shown_with_who_claimed_and_what_they_continued(whole_run: Path, json_of: Answer, capsys: Captured) -> None:

@@ -172,6 +172,7 @@ def test_an_epoch_starts_once_and_from_what_it_adopted() -> None:
     run_with_one_commit(store)
     holding = begun(store, job=2, continued=W)
     assert complete(start(store, holding, continued=W)).continued == W
+    assert complete(start(store, holding, continued=W, keep="last=9")).keep is None  # what stands stands
     with pytest.raises(Refused, match="has started already"):
         complete(start(store, holding, continued=None))
     with pytest.raises(Refused, match="did not adopt"):

@@ -1,4 +1,4 @@
-"""Names and small objects of a run: what is written reads back, anything else is refused. [RUN-1..5, RUN-10..18]"""
+"""Names and small objects of a run: what is written reads back, else it is refused. [RUN-1..5, RUN-10..18, RUN-65, RUN-66]"""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from elastickpt.commit.registers.records import (
     Abort,
     Adopted,
     Claim,
+    Found,
     LaterMetrics,
+    PassedOver,
     Start,
     Void,
     decode_adopted,
@@ -50,6 +52,7 @@ from elastickpt.storage.store import Entry
 NUMBERS = st.integers(1, MAX_NUMBER)
 IDS = st.builds(AttemptId, st.integers(0, MAX_NUMBER), NUMBERS, NUMBERS)
 LATER = LaterMetrics(X, 2, metrics_of([("loss", 0.5)]))
+TOLD = Start(3, W, "last=3", Found(1000.5, True, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
 
 # how each object is written, and read under the name that it belongs under, or under another one
 OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], object]]] = {
@@ -73,6 +76,11 @@ OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], obj
         lambda data: decode_start(data, epoch=3),
         lambda data: decode_start(data, epoch=2),
     ),
+    "start that tells": (
+        encode_start(TOLD),
+        lambda data: decode_start(data, epoch=3),
+        lambda data: decode_start(data, epoch=4),
+    ),
     "commit": (
         encode_register(commit_of(X, metrics=metrics_of([("loss", math.inf)]))),
         lambda data: decode_register(data, attempt=X),
@@ -94,6 +102,7 @@ WRITTEN = {
     "adopted": Adopted(3, "t", 1, (W, X)),
     "void": Void(3, 4),
     "start": Start(3, X),
+    "start that tells": TOLD,
     "commit": commit_of(X, metrics=metrics_of([("loss", math.inf)])),
     "abort": Abort(X, "disk full"),
     "metrics": LATER,
@@ -210,6 +219,60 @@ def test_an_epoch_starts_from_an_older_one() -> None:
     about: dict[str, object] = {"format": "elastickpt-start", "version": 1, "epoch": 1, "continued": str(X)}
     with pytest.raises(Malformed):
         decode_start(seal(about, where="start"), epoch=1)
+
+
+def _start(**about: object) -> bytes:
+    whole = {"format": "elastickpt-start", "version": 1, "epoch": 3, "continued": str(W)}
+    return seal({**whole, **about}, where="start")
+
+
+def test_a_start_from_before_it_told_anything_reads() -> None:
+    """As it was written then, byte for byte. [RUN-68]"""
+    old = b'{"format":"elastickpt-start","version":1,"epoch":2,"continued":"0000000040-1-1",'
+    old += b'"digest":"668f43a8e8033cc9e25323713c1fdd32"}\n'
+    assert decode_start(old, epoch=2) == Start(2, AttemptId(40, 1, 1), None, None)
+    assert encode_start(Start(2, AttemptId(40, 1, 1))) == old
+
+
+PASSED = {"id": str(X), "kind": "damaged", "message": ""}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        *(None, [], {}, {"time": 1.5, "verified": True}, {"time": 1.5, "passed": []}, {"verified": True, "passed": []}),
+        *({"time": 1.5, "verified": verified, "passed": []} for verified in (1, None, "yes")),
+        *({"time": time, "verified": True, "passed": []} for time in (1, "now", None)),
+        {"time": 1.5, "verified": True, "passed": [], "more": 1},
+        {"time": 1.5, "verified": True, "passed": PASSED},
+        *(
+            {"time": 1.5, "verified": True, "passed": passed}
+            for passed in (
+                [PASSED, PASSED],
+                [{**PASSED, "id": str(W)}],
+                [{**PASSED, "id": "0000000020-3-1"}],
+                [{**PASSED, "id": "20-1-1"}],
+                [{**PASSED, "kind": "Bad kind"}],
+                [{**PASSED, "kind": ""}],
+                [{**PASSED, "message": None}],
+                [{**PASSED, "more": 1}],
+                [{"id": str(X), "kind": "damaged"}],
+            )
+        ),
+    ],
+)
+def test_what_a_restore_found_is_told_in_one_form(found: object) -> None:
+    """[RUN-66]"""
+    assert decode_start(_start(found={"time": 1.5, "verified": True, "passed": [PASSED]}), epoch=3).found is not None
+    with pytest.raises(Malformed):
+        decode_start(_start(found=found), epoch=3)
+
+
+def test_nothing_that_was_loaded_was_not_verified() -> None:
+    """[RUN-66]"""
+    assert decode_start(_start(continued=None, found={"time": 1.5, "verified": False, "passed": []}), epoch=3).continued is None
+    with pytest.raises(Malformed):
+        decode_start(_start(continued=None, found={"time": 1.5, "verified": True, "passed": []}), epoch=3)
 
 
 @pytest.mark.parametrize("wrong", [[("loss", "low")], [("loss", True)], [("loss", None)], [(1, 1.0)]])

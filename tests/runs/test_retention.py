@@ -45,6 +45,13 @@ def test_reasons_are_listed_for_each() -> None:
     }
 
 
+@pytest.mark.parametrize("metric", [3, None, b"loss", "loss\udc80"])
+def test_the_name_of_a_metric_is_text(metric: object) -> None:
+    """Rules are recorded, and a record holds valid text only."""
+    with pytest.raises(Refused):
+        Best(metric)  # type: ignore[arg-type]
+
+
 def test_without_a_rule_all_are_kept() -> None:
     """[RUN-82]"""
     assert set(kept(Keep(), live(1, 2, 3))) == {1, 2, 3}

@@ -14,8 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
+from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CheckpointError, RankLost
 from elastickpt.runs.branch import history
+from elastickpt.runs.findings import read_told
+from elastickpt.storage.local import LocalStore
 from elastickpt.testing.ranks import run_ranks, spawn_ranks
 
 OPTIONS = ek.RunOptions(signals={}, orphans_s=20.0)
@@ -169,3 +172,21 @@ def test_a_dead_rank_keeps_no_other_from_training(tmp_path: Path) -> None:
     with spawn_ranks(lost, 2, str(tmp_path / "run")) as ranks:
         outcomes = ranks.wait()
     assert outcomes[0].value == RankLost.__name__
+
+
+def test_what_any_rank_found_damaged_is_remembered_of_all(tmp_path: Path) -> None:
+    """The bit that is bad lies in what only rank 1 reads; rank 0 writes it down. [RUN-66]"""
+    root = tmp_path / "run"
+    run_ranks(trains, 2, str(root), 2, 0)
+    (chunk,) = (root / "step-0000000002.1.1").glob("params/model/0.weight/value/c.0.0")
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 1
+    chunk.write_bytes(data)
+    assert run_ranks(restores, 2, str(root)) == [1, 1]
+    told = complete(read_told(LocalStore(root))).findings
+    assert {one.step: (found.outcome, found.kind) for one, found in told.items()} == {
+        1: ("verified", ""),
+        2: ("damaged", "checksum-mismatch"),
+    }
+    (bad,) = (found for found in told.values() if found.kind)
+    assert bad.message.startswith("rank 1: ")

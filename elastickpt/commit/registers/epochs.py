@@ -40,9 +40,11 @@ from elastickpt.commit.registers.records import (
     Claim,
     Claimer,
     Commit,
+    Found,
     Start,
     Void,
     decode_register,
+    decode_start,
     encode_adopted,
     encode_claim,
     encode_register,
@@ -102,17 +104,21 @@ def claim(store: Store, by: Claimer) -> Steps[Holding]:
     return Holding(epoch, by, adopted)
 
 
-def start(store: Store, holding: Holding, *, continued: AttemptId | None) -> Steps[Start]:
+def start(
+    store: Store, holding: Holding, *, continued: AttemptId | None, keep: str | None = None, found: Found | None = None
+) -> Steps[Start]:
     """The live branch goes on from `continued` from now on, or begins anew. Once in an epoch, before its first attempt.
 
-    Raises Superseded, Refused for a second start from elsewhere, StorageFailed kinds. [RUN-37]
+    `keep`, in words, and what the restore `found` are remembered with it: they decide nothing. Returns what stands: a second
+    start from the same commit changes nothing. Raises Superseded, Refused for a second start from elsewhere, Damaged kinds for
+    a first one that is not what was written, StorageFailed kinds. [RUN-37]
     """
     yield from require_newest(store, holding.epoch)
     if continued is not None and continued not in holding.adopted.commits:
         raise Refused(f"epoch {holding.epoch} cannot continue from {continued}, which it did not adopt")
-    record = Start(holding.epoch, continued)
-    data = encode_start(record)
-    if (yield from create_exclusively(store, start_name(holding.epoch), data)) != data:
+    data = encode_start(Start(holding.epoch, continued, keep, found))
+    record = decode_start((yield from create_exclusively(store, start_name(holding.epoch), data)), epoch=holding.epoch)
+    if record.continued != continued:
         raise Refused(f"epoch {holding.epoch} has started already, from another commit than {continued}")
     return record
 

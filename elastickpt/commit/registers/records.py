@@ -5,6 +5,7 @@ Each is created once, whole, and never rewritten. Each repeats what its name say
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
@@ -22,6 +23,7 @@ from elastickpt.format.values import decode_value, encode_value
 MAX_OBJECT_NBYTES = MAX_MANIFEST_NBYTES  # an adopted object may list 10^6 commits; the others are small
 
 Metrics = tuple[tuple[str, float], ...]  # by name
+_KIND = re.compile("[a-z]+(-[a-z]+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,33 @@ class Void:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A commit that a restore did not take, and the error for which it did not."""
+
+    id: AttemptId
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a restore found out about the commits that it looked at: whether it verified what it loaded, and what it passed
+    over, each commit once. `time` in seconds since 1970."""
+
+    time: float
+    verified: bool
+    passed: tuple[PassedOver, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
-    """The commit that an epoch continued from; None: from nothing."""
+    """The commit that an epoch continued from; None: from nothing. `keep`: its job's rules of retention, in words; `found`:
+    what its restore found out. None where the writer of the object did not say."""
 
     epoch: int
     continued: AttemptId | None
+    keep: str | None = None
+    found: Found | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +187,13 @@ def decode_adopted(data: bytes, *, epoch: int) -> Adopted | Void:
 
 
 def encode_start(start: Start) -> bytes:
-    data = _seal("start", {"epoch": start.epoch, "continued": None if start.continued is None else str(start.continued)})
+    about: dict[str, object] = {"epoch": start.epoch, "continued": None if start.continued is None else str(start.continued)}
+    if start.keep is not None:
+        about["keep"] = start.keep
+    if start.found is not None:
+        passed = [{"id": str(one.id), "kind": one.kind, "message": one.message} for one in start.found.passed]
+        about["found"] = {"time": start.found.time, "verified": start.found.verified, "passed": passed}
+    data = _seal("start", about)
     decode_start(data, epoch=start.epoch)
     return data
 
@@ -171,14 +201,35 @@ def encode_start(start: Start) -> bytes:
 def decode_start(data: bytes, *, epoch: int) -> Start:
     members = _open(data, "start", where=start_name(epoch))
     _same(members, "epoch", epoch)
-    continued = members.take("continued")
+    told = members.take("continued")
+    continued = (
+        None if told is None else _older(told, epoch, where=f"{members.where}/continued")
+    )  # [RUN-16] chains of starts end
+    keep = members.text("keep") if members.has("keep") else None  # [RUN-65]
+    found = _found(members.members("found"), epoch, continued) if members.has("found") else None
     members.close()
-    if continued is None:
-        return Start(epoch, None)
-    found = _id(text(continued, where=f"{members.where}/continued"), where=f"{members.where}/continued")
-    if found.epoch >= epoch:  # [RUN-16] chains of starts end
-        raise Malformed(f"{members.where}/continued: expected a commit of an epoch before {epoch}, found {found}")
-    return Start(epoch, found)
+    return Start(epoch, continued, keep, found)
+
+
+def _found(members: Members, epoch: int, continued: AttemptId | None) -> Found:
+    time, verified = _time(members), members.take("verified")
+    if type(verified) is not bool or (verified and continued is None):
+        raise Malformed(f"{members.where}/verified: expected true or false, and false where nothing was loaded")
+    passed = tuple(_passed(Members(one, where=f"{members.where}/passed"), epoch) for one in members.sequence("passed"))
+    members.close()
+    ids = [one.id for one in passed]
+    if continued in ids or len(set(ids)) != len(ids):  # [RUN-66]
+        raise Malformed(f"{members.where}/passed: expected each commit once, and not the one that was taken")
+    return Found(time, verified, passed)
+
+
+def _passed(members: Members, epoch: int) -> PassedOver:
+    attempt = _older(members.take("id"), epoch, where=f"{members.where}/id")
+    kind, message = members.text("kind"), members.text("message")
+    if _KIND.fullmatch(kind) is None:
+        raise Malformed(f"{members.where}/kind: expected the kind of an error, found {kind[:80]!r}")
+    members.close()
+    return PassedOver(attempt, kind, message)
 
 
 def encode_register(register: Commit | Abort) -> bytes:
@@ -253,6 +304,13 @@ def _id(value: str, *, where: str) -> AttemptId:
     found = parse_id(value)
     if found is None:
         raise Malformed(f"{where}: expected STEP-EPOCH-ATTEMPT, found {value[:80]!r}")
+    return found
+
+
+def _older(value: object, epoch: int, *, where: str) -> AttemptId:
+    found = _id(text(value, where=where), where=where)
+    if found.epoch >= epoch:
+        raise Malformed(f"{where}: expected a commit of an epoch before {epoch}, found {found}")
     return found
 
 

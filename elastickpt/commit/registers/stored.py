@@ -128,9 +128,7 @@ def _starts(store: Store, listing: Listing, newest: Adopted | None, *, oldest: i
     starts: dict[int, AttemptId | None] = {}
     epoch = max((one for one in listing.starts if newest is not None and one <= newest.epoch), default=0)  # [RUN-52]
     while epoch and epoch >= oldest:
-        yield NOW
-        data = store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES)
-        found: Start = decode_start(data, epoch=epoch)
+        found = yield from read_start(store, epoch)
         starts[epoch] = found.continued
         epoch = found.continued.epoch if found.continued is not None else 0
     return starts
@@ -166,6 +164,11 @@ def read_claim(store: Store, epoch: int) -> Steps[Claim]:
 def read_adopted(store: Store, epoch: int) -> Steps[Adopted | Void]:
     yield NOW
     return decode_adopted(store.read(commits_path(adopted_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
+
+
+def read_start(store: Store, epoch: int) -> Steps[Start]:
+    yield NOW
+    return decode_start(store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
 def newest_adopted(store: Store, listing: Listing, *, before: int) -> Steps[Adopted | None]:
