@@ -174,3 +174,5 @@ def sync_records(store: Store, draft: Draft, created: Sequence[str]) -> None:
     directories = {draft.path(path).rpartition("/")[0] for path in created} | {draft.path("fragments")}
     for directory in sorted(directories, key=lambda path: (-path.count("/"), path)):
         store.sync_directory(directory)
+    if draft.folder == draft.name:  # of a run: no rename follows, its name must be there before a register says commit [RUN-41]
+        store.sync_directory("")

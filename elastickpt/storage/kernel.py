@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -55,15 +56,17 @@ def _failed() -> OSError:
 def file_system(path: str) -> str:
     """The name of the file system that holds `path`, or its type in hex ("0x1badface") for one not in the table."""
     buffer = ctypes.create_string_buffer(512)  # struct statfs is 120 bytes; its first word is the type
-    if _libc().statfs(os.fsencode(path), buffer) != 0:
-        raise _failed()
+    while _libc().statfs(os.fsencode(path), buffer) != 0:
+        if ctypes.get_errno() != errno.EINTR:  # `os` itself goes on after a signal, ctypes does not
+            raise _failed()
     kind = ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF
     return FILE_SYSTEMS.get(kind, f"0x{kind:x}")
 
 
 def sync_file_system(descriptor: int) -> None:
     """All of the file system behind `descriptor` is on the device. Raises OSError also for writes that failed since
-    `descriptor` was opened, where the kernel tells (`syncfs_reports`)."""
+    `descriptor` was opened, where the kernel tells (`syncfs_reports`); also when a signal interrupts it."""
+    # not even then a second time: the first call may have taken the report of a failed write with it [SAVE-2]
     if _libc().syncfs(descriptor) != 0:
         raise _failed()
 

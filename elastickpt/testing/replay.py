@@ -89,6 +89,9 @@ class JournalStore:
         self._do(Change("remove", path), lambda: self._inner.remove(path))
 
     def remove_tree(self, path: str) -> None:
+        """File by file, each removal a change of the directory that held it."""
+        for below in self._below(path):
+            self._do(Change("remove", below), lambda below=below: self._inner.remove_tree(below))  # type: ignore[misc]
         self._do(Change("remove", path), lambda: self._inner.remove_tree(path))
 
     def entries(self, path: str) -> tuple[Entry, ...]:
@@ -96,6 +99,14 @@ class JournalStore:
 
     def exists(self, path: str) -> bool:
         return self._inner.exists(path)
+
+    def _below(self, path: str) -> list[str]:
+        """What stands below it, the deepest first; nothing if it is no directory."""
+        parent, _, name = path.rpartition("/")
+        if not self._inner.exists(parent) or Entry(name, "directory", 0) not in self._inner.entries(parent):
+            return []
+        inside = [f"{path}/{entry.name}" for entry in self._inner.entries(path)]
+        return [one for name in inside for one in (*self._below(name), name)]
 
     def _do(self, change: Change, act: Callable[[], T]) -> T:
         with self._lock:  # so that the journal has the order in which things happened

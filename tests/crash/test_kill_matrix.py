@@ -14,7 +14,7 @@ import pytest
 from bad_contestants import HANGING, TEARING
 
 from tools.chaos.cli import main
-from tools.chaos.entrants import entrant
+from tools.chaos.entrants import Entrant, entrant
 from tools.chaos.kills import Draw, Setting, draw, kill_once
 from tools.chaos.records import Case, from_json
 
@@ -30,8 +30,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(found)
 
 
-def killed(setting: Setting, count: int) -> list[Case]:
-    found = [kill_once(OURS, setting, draw(OURS, setting, number)) for number in range(count)]
+def killed(setting: Setting, count: int, who: Entrant = OURS) -> list[Case]:
+    found = [kill_once(who, setting, draw(who, setting, number)) for number in range(count)]
     return [case for case in found if case is not None]
 
 
@@ -48,6 +48,17 @@ def test_many_random_kills(folder: Path, ranks: int) -> None:
     cases = killed(Setting(folder, ranks=ranks, seed=2), 60)
     assert [case for case in cases if case.is_bad] == []
     assert {case.outcome for case in cases} == {"old", "new"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["elastickpt-async", "elastickpt-large", "elastickpt-run"])
+def test_many_random_kills_of_saves_beside_training(folder: Path, name: str, ranks: int) -> None:
+    """Writer processes are killed too: then whoever waits for the save still gets it."""
+    cases = killed(Setting(folder, ranks=ranks, seed=3), 60, entrant(name))
+    assert [case for case in cases if case.is_bad] == []
+    assert {case.outcome for case in cases} == {"old", "new"}
+    assert {case.group for case in cases} == {"committer", "trainer", "helper"}
 
 
 def test_the_same_number_draws_the_same_kill(folder: Path) -> None:

@@ -18,6 +18,7 @@ from tools.chaos.blockfile import logged_file
 from tools.chaos.blocklog import SECTOR, CrashState, crash_states, images, requests
 from tools.chaos.entrants import Entrant, entrant
 from tools.chaos.mounts import lacking, make_file_system, mounted
+from tools.chaos.ours import KEPT
 from tools.chaos.records import Case
 
 SUPERBLOCK = 1024  # its offset; it has two sectors
@@ -42,14 +43,25 @@ def require_whole_or_absent(cases: Sequence[Case], states: int) -> None:
     assert {case.group for case in cases} == {"nothing lost", "all unflushed lost", "a subset, torn"}
 
 
-def test_no_power_cut_takes_an_acknowledged_checkpoint_or_shows_half_a_one() -> None:
-    require_whole_or_absent(cut(entrant("elastickpt"), ranks=2, saves=1, states=60), 60)
+@pytest.mark.parametrize(
+    ("name", "saves", "states"),
+    [("elastickpt", 1, 60), ("elastickpt-async", 1, 30), ("elastickpt-run", KEPT + 1, 30)],  # the run's last two make room
+)
+def test_no_power_cut_takes_an_acknowledged_checkpoint_or_shows_half_a_one(name: str, saves: int, states: int) -> None:
+    """Whether the caller writes, a process beside it, or one into a run, behind which retention removes."""
+    require_whole_or_absent(cut(entrant(name), ranks=2, saves=saves, states=states), states)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_many_power_cuts(ranks: int) -> None:
     require_whole_or_absent(cut(entrant("elastickpt"), ranks=ranks, saves=3, states=600), 600)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "saves"), [("elastickpt-async", 3), ("elastickpt-large", 3), ("elastickpt-run", KEPT + 3)])
+def test_many_power_cuts_of_saves_beside_training(name: str, saves: int) -> None:
+    require_whole_or_absent(cut(entrant(name), ranks=2, saves=saves, states=300), 300)
 
 
 # -- what does it wrong is found -----------------------------------------------------------------------------------------

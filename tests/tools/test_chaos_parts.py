@@ -77,6 +77,8 @@ def whole(step: int, job: int = 0) -> Seen:
         ([whole(1), Seen("step-2", "wrong")], Promised(2, 1, frozenset({1})), "silently wrong"),
         ([whole(1), whole(3)], Promised(2, 1, frozenset({1})), "silently wrong"),
         (None, Promised(2, 1, frozenset({1})), "hang"),
+        ([whole(2), whole(3)], Promised(3, 2, frozenset({1, 2}), 2), "new"),  # 3 is committed, retention went on behind it
+        ([whole(3)], Promised(3, 2, frozenset({1, 2}), 2), "lost"),
     ],
 )
 def test_what_is_seen_and_what_was_promised_decide(seen: list[Seen] | None, promise: Promised, outcome: Outcome) -> None:
@@ -84,9 +86,9 @@ def test_what_is_seen_and_what_was_promised_decide(seen: list[Seen] | None, prom
 
 
 def test_a_library_that_keeps_a_few_owes_the_newest_of_them() -> None:
-    assert promised([1, 2, 3, 4], [1, 2, 3], keeps=2) == Promised(4, 3, frozenset({2, 3}))
-    assert promised([1, 2], [1], keeps=0) == Promised(2, 1)
-    assert promised([], [], keeps=9) == Promised(0, 0)
+    assert promised([1, 2, 3, 4], [1, 2, 3], keeps=2) == Promised(4, 3, frozenset({2, 3}), 2)
+    assert promised([1, 2], [1], keeps=0) == Promised(2, 1, keeps=0)
+    assert promised([], [], keeps=9) == Promised(0, 0, keeps=9)
 
 
 def test_a_promise_holds_from_the_acknowledgement_of_rank_0_on() -> None:
@@ -94,9 +96,9 @@ def test_a_promise_holds_from_the_acknowledgement_of_rank_0_on() -> None:
     events = [Event(0, kind, step, 0.0, position) for kind, step, position in told]
     recording = Recording(b"", (*events, Event(1, "acknowledged", 2, 0.0, 500)))
     assert recording.start == 300
-    assert recording.promise(299, 9) == Promised(1, 0)
-    assert recording.promise(699, 9) == Promised(2, 1, frozenset({1}))
-    assert recording.promise(700, 9) == Promised(2, 2, frozenset({1, 2}))
+    assert recording.promise(299, 9) == Promised(1, 0, keeps=9)
+    assert recording.promise(699, 9) == Promised(2, 1, frozenset({1}), 9)
+    assert recording.promise(700, 9) == Promised(2, 2, frozenset({1, 2}), 9)
 
 
 def test_a_watcher_waits_for_all_ranks_and_not_for_those_that_have_ended(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import torch
 from staged import Rank, begun, commit, tree
 
 import elastickpt as ek
-from elastickpt.errors import PathOccupied
+from elastickpt.commit.draft import abort
+from elastickpt.errors import NoSpace, PathOccupied, StorageFailed
 from elastickpt.format.keys import fragments_file
 from elastickpt.format.records import FileDigest
 from elastickpt.save.staging import Stager
 from elastickpt.storage.store import Store
-from elastickpt.testing.faults import CHANGING, Crash, CrashAt, FaultyStore, Mode
+from elastickpt.testing.faults import ALL, CHANGING, Crash, CrashAt, FailAt, FaultyStore, Lasting, Mode, RecordingStore
 from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import Done, Write
 
@@ -105,6 +108,47 @@ def test_every_later_process_may_crash_too(quick_path: Path, blocking: dict[str,
             continue
     assert n > 20
     assert job.finish(done) == blocking
+
+
+KINDS = {errno.EIO: StorageFailed, errno.ENOSPC: NoSpace}
+FAST = {(errno.EIO, "before", "once"), (errno.EIO, "after", "from then on"), (errno.ENOSPC, "torn", "once")}
+FAILURES = [
+    pytest.param(*failure, marks=() if failure in FAST else pytest.mark.long)
+    for failure in itertools.product(KINDS, ("before", "torn", "after"), ("once", "from then on"))
+]
+
+
+@pytest.mark.parametrize(("number", "mode", "lasting"), FAILURES)
+def test_a_failure_of_any_operation_is_said_by_its_kind_and_the_next_attempt_works(
+    quick_path: Path, number: int, mode: Mode, lasting: Lasting, blocking: dict[str, bytes]
+) -> None:
+    """No sync is asked for twice, nothing stands at the path, and what was saved before is as it was. [SAVE-2]"""
+    (quick_path / "before").mkdir()
+    ek.save(small_state(7), quick_path / "before" / "c")
+    stands = tree(quick_path / "before" / "c")
+    failures = 0
+    for n, folder in enumerate(folders(quick_path), start=1):
+        job = Job(folder)
+        job.stage(0)
+        faulty = FaultyStore(job.store, FailAt(n, number, mode, lasting=lasting), counted=ALL)
+        recording = RecordingStore(faulty)
+        try:
+            done = job.perform(recording, 0, repeated=False)
+        except KINDS[number]:
+            failures += 1
+            syncs = [(one.name, one.path) for one in recording.operations if "sync" in one.name]
+            assert len(set(syncs)) == len(syncs)
+            abort(job.store, job.draft)
+            assert list(folder.iterdir()) == []
+            job = Job(folder)
+            job.stage(0)
+            done = job.perform(job.store, 0, repeated=False)
+        assert job.finish(done) == blocking
+        assert tree(quick_path / "before" / "c") == stands
+        shutil.rmtree(folder)
+        if not faulty.struck:
+            break
+    assert failures > 20
 
 
 def test_rounds_survive_a_crash_in_each_of_them(quick_path: Path, blocking: dict[str, bytes]) -> None:

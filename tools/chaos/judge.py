@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from .entrants import ALL_STEPS
+
 Verdict = Literal["whole", "wrong", "error"]
 Outcome = Literal["silently wrong", "lost", "hang", "error", "new", "old", "does not mount"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -39,11 +41,13 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Promised:
     """What must hold. `begun`: the newest step whose save has begun; `newest`: the newest acknowledged one, 0 if there is none;
-    `each`: acknowledged steps that must all be there."""
+    `each`: acknowledged steps that must all be there, but for those that retention of `keeps` steps removes behind a newer one,
+    which stands although nobody has heard of it yet."""
 
     begun: int
     newest: int
     each: frozenset[int] = frozenset()
+    keeps: int = ALL_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Judgement:
 def promised(begun: Sequence[int], acknowledged: Sequence[int], keeps: int) -> Promised:
     """The promise when these saves have begun and were acknowledged, by a library that keeps so many acknowledged ones."""
     kept = sorted(acknowledged)[-keeps:] if keeps else []
-    return Promised(max(begun, default=0), max(acknowledged, default=0), frozenset(kept))
+    return Promised(max(begun, default=0), max(acknowledged, default=0), frozenset(kept), keeps)
 
 
 def judge(seen: Sequence[Seen] | None, promise: Promised) -> Judgement:
@@ -69,7 +73,7 @@ def judge(seen: Sequence[Seen] | None, promise: Promised) -> Judgement:
         return Judgement("silently wrong", _told(wrong))
     if never := sorted(step for step in steps if step > promise.begun):
         return Judgement("silently wrong", f"step {never[0]} was never saved")
-    missing = sorted(promise.each - steps)
+    missing = sorted(one for one in promise.each - steps if sum(step > one for step in steps) < promise.keeps)
     if not missing and promise.newest and not any(step >= promise.newest for step in steps):
         missing = [promise.newest]
     if missing:
