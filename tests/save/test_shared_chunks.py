@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from simulated import Job, held, identity, job_of, live
+from imagined import Job, held, identity, job_of, live
 
 from elastickpt.commit.draft import Draft
 from elastickpt.format.arrays import Mesh

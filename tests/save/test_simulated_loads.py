@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 import pytest
-from simulated import held, identity, job_of, live, part_of
+from imagined import held, identity, job_of, live, part_of
 
 from elastickpt.format.arrays import Mesh
 from elastickpt.layout.placement import physical_box

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from simulated import held, job, live, plain, records
+from imagined import held, job, live, plain, records
 
 from elastickpt.commit.prove import prove, require_distinct_ranges
 from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
