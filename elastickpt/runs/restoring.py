@@ -174,7 +174,7 @@ class Restoring:
             except (Damaged, NotACheckpoint, StorageFailed) as problem:
                 reason = problem.message.removesuffix(UNDEFINED)
                 undefined = undefined or problem.message.removeprefix(reason)  # until another one loads
-                skipped.append(Skipped(candidate.id, candidate.path, problem.kind, reason))
+                skipped.append(Skipped(candidate.id, candidate.path, problem.kind, _as_text(reason)))
                 if not isinstance(problem, StorageFailed):
                     verified[candidate.id] = False
                 _tell_passed(skipped[-1:])
@@ -228,9 +228,13 @@ def _tell_passed(skipped: Iterable[Skipped]) -> None:
 
 
 def _excerpt(message: str) -> str:
-    """Text that a record can hold, of a length that it should: names of files may be no valid text."""
-    valid = message.encode(errors="backslashreplace").decode()
+    valid = _as_text(message)
     return valid if len(valid) <= MAX_MESSAGE else f"{valid[: MAX_MESSAGE - 1]}…"
+
+
+def _as_text(message: str) -> str:
+    """What logs and records can hold: names of files may be no valid text."""
+    return message.encode(errors="backslashreplace").decode()
 
 
 def _by_step(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
