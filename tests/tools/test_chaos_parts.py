@@ -16,7 +16,7 @@ from tools.chaos.blocklog import SECTOR, crash_states, flush_record, images, req
 from tools.chaos.cli import main
 from tools.chaos.entrants import entrant
 from tools.chaos.events import Event, Teller, Watcher
-from tools.chaos.judge import OUTCOMES, Outcome, Promised, Seen, judge, promised
+from tools.chaos.judge import OUTCOMES, Outcome, Promised, Seen, judge, judge_flipped, promised
 from tools.chaos.power import Recording
 from tools.chaos.processes import orphans_ended
 from tools.chaos.records import Case, Report, from_json, tally, to_json
@@ -83,6 +83,22 @@ def test_what_is_seen_and_what_was_promised_decide(seen: list[Seen] | None, prom
     assert judge(seen, promise).outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("seen", "outcome"),
+    [
+        ([whole(1)], "harmless"),
+        ([Seen("step-1", "error")], "detected"),
+        ([whole(1), Seen("step-2", "error")], "detected"),
+        ([Seen("step-1", "wrong"), Seen("step-2", "error")], "silently wrong"),
+        ([whole(2)], "silently wrong"),
+        ([whole(1, job=1)], "silently wrong"),
+        ([], "lost"),
+    ],
+)
+def test_a_flipped_bit_must_be_told_of_or_change_nothing(seen: list[Seen], outcome: Outcome) -> None:
+    assert judge_flipped(seen, 1).outcome == outcome
+
+
 def test_a_library_that_keeps_a_few_owes_the_newest_of_them() -> None:
     assert promised([1, 2, 3, 4], [1, 2, 3], keeps=2) == Promised(4, 3, frozenset({2, 3}))
     assert promised([1, 2], [1], keeps=0) == Promised(2, 1)
@@ -135,7 +151,7 @@ def test_a_record_survives_json_and_is_drawn() -> None:
     (one,) = report().tallies
     assert sum(one.counts.values()) == 2 * len(OUTCOMES) + 1
     assert (one.is_clean, one.next_save_failed) == (False, 1)
-    assert [case.number for case in one.bad] == [0, 7, 1, 8, 2, 9, 3, 10, 6, 13, 99]
+    assert [case.number for case in one.bad] == [0, 10, 1, 11, 2, 12, 3, 13, 6, 16, 7, 17, 99]
     out = io.StringIO()
     Console(file=out, width=200).print(render(report()))
     assert "next save: [it] failed" in out.getvalue()

@@ -71,11 +71,15 @@ def train_and_save(rank: int, world_size: int, plan: Saves) -> str:
 
 
 def look(rank: int, world_size: int, contestant_name: str, folder: str, scale: int) -> tuple[Seen, ...]:
-    """Load everything that a user would take for a checkpoint; never raises what a load raises."""
+    """Load everything that a user would take for a checkpoint; never raises what a load raises, or finding what to load."""
     state = _state(rank, world_size, scale)
     contestant = entrant(contestant_name).make(Path(folder))
+    try:
+        places = contestant.places()
+    except BaseException as error:
+        return (Seen("all", "error", detail=_told(error)),)
     found = []
-    for place, said in contestant.places():
+    for place, said in places:
         clear(state)
         try:
             contestant.load(state, place)

@@ -25,7 +25,7 @@ from .entrants import Entrant, Role
 from .events import Event, Watcher
 from .job import Saves, look, train_and_save
 from .judge import Judgement, Seen, judge, promised
-from .processes import helpers_of, orphans_ended
+from .processes import helpers_of, orphans_ended, stack_of
 from .records import Case
 
 STEPS = (1, 2, 3, 4, 5)
@@ -91,9 +91,8 @@ def kill_once(entrant: Entrant, setting: Setting, kill: Draw) -> Case | None:
         found = place.look()
         judgement = judge(found, promised(begun, acknowledged, entrant.keeps))
         if late and judgement.outcome not in ("silently wrong", "lost"):
-            judgement = Judgement(
-                "hang", f"{_ranks(late)} had not returned {setting.limit_s:g} s after: {_stack(ended[late[0]])}"
-            )
+            stack = stack_of(ended[late[0]].output, "train_and_save")
+            judgement = Judgement("hang", f"{_ranks(late)} had not returned {setting.limit_s:g} s after: {stack}")
         newest = max((seen.step or 0 for seen in found or () if seen.verdict == "whole"), default=0)
         return Case(kill.number, kill.role, str(kill), judgement.outcome, judgement.detail, _next_save(place, newest + 1))
 
@@ -199,10 +198,3 @@ def _failure(ended: tuple[Ended, ...]) -> str:
 
 def _ranks(late: list[int]) -> str:
     return f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
-
-
-def _stack(ended: Ended) -> str:
-    """Where it stood: the innermost lines of the thread that saves."""
-    threads = [text for text in ended.output.split("\n\n") if "in train_and_save" in text]
-    lines = [line.strip() for text in threads for line in text.splitlines() if line.lstrip().startswith("File ")]
-    return " < ".join(line.rpartition("/")[2] for line in lines[:4]) or "no stack"

@@ -14,12 +14,14 @@ from .entrants import Entrant
 from .judge import BAD, OUTCOMES, Outcome
 
 SCHEMA_VERSION = 1
+Kind = Literal["power", "save", "flips"]
 BAD_SHOWN = 3  # of each bad outcome of a contestant
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One state of a disk, or one kill. `number` repeats it; `group`: the row it is counted in; `how`: what was done, in words.
+    """One state of a disk, one kill or one flip. `number` repeats it; `group`: the row it is counted in; `how`: what was
+    done, in words.
 
     `next_save`: why the next save did not work, "" if it did or was not asked for.
     """
@@ -61,9 +63,9 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`kind`: what was cut off. `options`: the options that repeat it. `absent`: contestant → why it took no part."""
+    """`kind`: what was done. `options`: the options that repeat it. `absent`: contestant → why it took no part."""
 
-    kind: Literal["power", "save"]
+    kind: Kind
     date: str
     options: str
     machine: Machine
