@@ -58,6 +58,15 @@ def test_the_same_number_draws_the_same_kill(folder: Path) -> None:
     assert {draw(OURS, one, n).role for n in range(40)} == set(OURS.roles)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_contestants_suffer_the_same_kills_by_a_helper_or_by_its_rank(folder: Path, ranks: int) -> None:
+    setting, beside = Setting(folder, ranks, seed=1), entrant("elastickpt-async")
+    pairs = [(draw(OURS, setting, number), draw(beside, setting, number)) for number in range(300)]
+    assert [(a.rank, a.step, a.share) for a, _ in pairs] == [(b.rank, b.step, b.share) for _, b in pairs]
+    assert all(a == b or (b.role == "helper" and a.role == ("trainer" if a.rank else "committer")) for a, b in pairs)
+    assert 80 <= sum(b.role == "helper" for _, b in pairs) <= 120
+
+
 # -- what does it wrong is found -----------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """One process of a job that saves over and over is killed at a random moment of a save; what is left is judged by loading it.
 
-A kill is drawn from (seed, contestant, number): whom, in which save, at which share of the time that the save before it took.
-The same number draws the same kill again; where in the save it strikes is up to the machine.
+A kill is drawn from (seed, number): whom, in which save, at which share of the time that the save before it took. The same
+number draws the same kill again, and for all contestants the same one; those that start no process lose the rank instead whose
+helper the others lose. Where in the save it strikes is up to the machine.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .records import Case
 
 STEPS = (1, 2, 3, 4, 5)
 STRUCK = (3, 4)  # the saves in which kills fall: some stand before them, and training goes on behind
+HELPERS = 1 / 3  # of the kills; of the others half each are for the committer and for another rank
 LATEST = 1.1  # of a save's time: a tenth of the kills comes after it
 START_LIMIT_S = 90.0  # for a job to come to the save that it is killed in; some start a process for each rank first
 READER_LIMIT_S = 30.0
@@ -66,11 +68,13 @@ class Draw:
 
 
 def draw(entrant: Entrant, setting: Setting, number: int) -> Draw:
-    """The kill of that number."""
-    chance = random.Random(f"{setting.seed}/{entrant.name}/{number}")
-    role = chance.choice([role for role in entrant.roles if role != "trainer" or setting.ranks > 1])
-    rank = {"committer": 0, "trainer": chance.randrange(1, max(2, setting.ranks))}.get(role, chance.randrange(setting.ranks))
-    return Draw(number, role, rank, chance.choice(STRUCK), chance.uniform(0, LATEST))
+    """The kill of that number; the contestant decides only whether there is a helper to kill."""
+    chance = random.Random(f"{setting.seed}/{number}")
+    is_helper = chance.random() < HELPERS
+    rank = chance.choice((0, chance.randrange(1, setting.ranks))) if setting.ranks > 1 else 0
+    step, share = chance.choice(STRUCK), chance.uniform(0, LATEST)
+    role: Role = "helper" if is_helper and "helper" in entrant.roles else "trainer" if rank else "committer"
+    return Draw(number, role, rank, step, share)
 
 
 def kill_once(entrant: Entrant, setting: Setting, kill: Draw) -> Case | None:
