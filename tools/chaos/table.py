@@ -51,9 +51,10 @@ def _outcomes(report: Report) -> Table:
         table.add_column(column, justify="right")
     if report.kind == "save":
         table.add_column("next save failed", justify="right")
+        table.add_column("next save in the same job after a dead writer", justify="right")
     for one in report.tallies:
         table.add_section()
-        last = (_bad_number(one.next_save_failed),) if report.kind == "save" else ()
+        last = (_bad_number(one.next_save_failed), _saved_on(one)) if report.kind == "save" else ()
         table.add_row(Text(one.contestant, style="bold" if one.is_clean else "bold red"), *_cells(one.counts, outcomes), *last)
         for group, counts in one.groups.items():
             table.add_row(Text(f"  {group}", style="dim"), *_cells(counts, outcomes))
@@ -72,6 +73,11 @@ def _bad_number(number: int) -> Text:
     return Text(str(number or ""), style="red")
 
 
+def _saved_on(one: Tally) -> Text:
+    text = f"{one.saved_on} of {one.helpers_dead}" if one.helpers_dead else ""
+    return Text(text, style="red" if one.saved_on < one.helpers_dead else "")
+
+
 def _bad(report: Report) -> list[RenderableType]:
     return [_examples(one) for one in report.tallies if one.bad]
 
@@ -81,6 +87,7 @@ def _examples(one: Tally) -> Table:
     for column in ("number", "outcome", "what was done", "what was found"):
         table.add_column(column, overflow="fold")
     for case in one.bad:
-        found = "; ".join(filter(None, (case.detail, case.next_save and f"next save: {case.next_save}")))
+        later = (("next save", case.next_save), ("next save in the same job", case.same_job))
+        found = "; ".join(filter(None, (case.detail, *(f"{which}: {why}" for which, why in later if why))))
         table.add_row(str(case.number), case.outcome, Text(case.how), Text(found[:300]))
     return table
