@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint types imports spec bench chaos-save chaos-power clean
+.PHONY: setup demo test test-all lint types imports spec bench chaos-save chaos-power chaos-flips clean
 
 setup: $(STAMP)
 
@@ -42,7 +42,7 @@ bench: setup
 	$(BIN)/python -m tools.bench
 
 # The longer forms of tests/crash, peers beside us: make chaos-power ARGS="--states 5000 --seed 7"
-chaos-save chaos-power: setup
+chaos-save chaos-power chaos-flips: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	$(BIN)/python -m tools.chaos $(@:chaos-%=%) $(ARGS)
 

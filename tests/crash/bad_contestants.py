@@ -1,8 +1,9 @@
-"""Contestants that do on purpose what `tools.chaos` must find: in place, without syncs, without a limit."""
+"""Contestants that do on purpose what `tools.chaos` must find: in place, without syncs, without a limit, unverified."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from tools.chaos.contents import State
+from tools.chaos.contents import State, held
 from tools.chaos.entrants import Contestant, Entrant, Finish
 from tools.chaos.step_folders import Overwriting, StepFolders, nothing_left_to_wait_for
 
@@ -74,6 +75,18 @@ def _without_limit(state: State, path: Path) -> Finish:
     return nothing_left_to_wait_for
 
 
+def _load_or_wait(state: State, path: Path) -> None:
+    _load(state, path)
+    while held(state) is None:
+        time.sleep(1)
+
+
+def _load_or_die(state: State, path: Path) -> None:
+    _load(state, path)
+    if held(state) is None:
+        os.abort()
+
+
 def _tearing(folder: Path) -> Contestant:
     return Overwriting(folder, _in_place, _load)
 
@@ -86,6 +99,47 @@ def _hanging(folder: Path) -> Contestant:
     return StepFolders(folder, _without_limit, _load)
 
 
+def _waiting(folder: Path) -> Contestant:
+    return StepFolders(folder, _unsynced, _load_or_wait)
+
+
+def _dying(folder: Path) -> Contestant:
+    return StepFolders(folder, _unsynced, _load_or_die)
+
+
+def _through_a_helper(state: State, path: Path) -> Finish:
+    """Which is started at the first save only."""
+    if not _helpers:
+        _helpers.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
+    time.sleep(0.1)
+    if _helpers[0].poll() is not None:
+        raise BrokenPipeError("the helper is dead")
+    return _unsynced_by_each(state, path)
+
+
+def _unsynced_by_each(state: State, path: Path) -> Finish:
+    path.mkdir(exist_ok=True)
+    for name, tensor in _files(state):
+        _write(path / name, tensor, synced=False)
+    return nothing_left_to_wait_for
+
+
+def _with_a_helper(folder: Path) -> Contestant:
+    return StepFolders(folder, _through_a_helper, _load)
+
+
+_helpers: list[subprocess.Popen[bytes]] = []
+
 TEARING = Entrant("bad_contestants:TEARING", "", "one path written in place", _tearing, keeps=0)
 LOSING = Entrant("bad_contestants:LOSING", "", "nothing is synced", _losing)
 HANGING = Entrant("bad_contestants:HANGING", "", "waits for its peers without a limit", _hanging)
+UNVERIFIED = Entrant("bad_contestants:UNVERIFIED", "", "no checksums", _losing)
+WAITING = Entrant("bad_contestants:WAITING", "", "loads what is damaged over and over", _waiting)
+DYING = Entrant("bad_contestants:DYING", "", "dies of what is damaged", _dying)
+HELPLESS = Entrant(
+    "bad_contestants:HELPLESS",
+    "",
+    "starts its helper once and for all",
+    _with_a_helper,
+    roles=("committer", "trainer", "helper"),
+)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bad_contestants import HANGING, TEARING
+from bad_contestants import HANGING, HELPLESS, TEARING
 
 from tools.chaos.cli import main
 from tools.chaos.entrants import Entrant, entrant
@@ -69,6 +69,15 @@ def test_the_same_number_draws_the_same_kill(folder: Path) -> None:
     assert {draw(OURS, one, n).role for n in range(40)} == set(OURS.roles)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_contestants_suffer_the_same_kills_by_a_helper_or_by_its_rank(folder: Path, ranks: int) -> None:
+    setting, beside = Setting(folder, ranks, seed=1), entrant("elastickpt-async")
+    pairs = [(draw(OURS, setting, number), draw(beside, setting, number)) for number in range(300)]
+    assert [(a.rank, a.step, a.share) for a, _ in pairs] == [(b.rank, b.step, b.share) for _, b in pairs]
+    assert all(a == b or (b.role == "helper" and a.role == ("trainer" if a.rank else "committer")) for a, b in pairs)
+    assert 80 <= sum(b.role == "helper" for _, b in pairs) <= 120
+
+
 # -- what does it wrong is found -----------------------------------------------------------------------------------------
 
 
@@ -87,6 +96,23 @@ def test_a_library_that_waits_for_the_dead_is_found_hanging(folder: Path) -> Non
     assert (case.outcome, case.next_save) == ("hang", "")
     assert "rank 0 had not returned 2 s after" in case.detail
     assert "in _without_limit" in case.detail
+
+
+@pytest.mark.parametrize("share", [0.3, 1.05])
+def test_a_library_that_never_replaces_a_dead_writer_is_found(folder: Path, share: float) -> None:
+    case = kill_once(HELPLESS, Setting(folder, ranks=2, seed=1, scale=1), Draw(0, "helper", 1, 3, share))
+    assert case is not None
+    assert case.next_save == "", "a new job starts a new helper"
+    assert case.same_job
+    assert "the helper is dead" in case.same_job
+    assert case.is_bad
+
+
+def test_a_dead_writer_of_ours_is_replaced_in_the_same_job(folder: Path) -> None:
+    ours = entrant("elastickpt-async")
+    case = kill_once(ours, Setting(folder, ranks=2, seed=1, scale=1), Draw(0, "helper", 0, 3, 0.5))
+    assert case is not None
+    assert (case.same_job, case.is_bad) == ("", False)
 
 
 def test_one_kill_is_repeated_alone_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

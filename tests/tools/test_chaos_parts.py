@@ -11,12 +11,13 @@ import psutil
 import pytest
 from rich.console import Console
 
+from tools import chaos
 from tools.bench.records import Machine
 from tools.chaos.blocklog import SECTOR, crash_states, flush_record, images, requests, write_record
 from tools.chaos.cli import main
 from tools.chaos.entrants import entrant
 from tools.chaos.events import Event, Teller, Watcher
-from tools.chaos.judge import OUTCOMES, Outcome, Promised, Seen, judge, promised
+from tools.chaos.judge import OUTCOMES, Outcome, Promised, Seen, judge, judge_flipped, promised
 from tools.chaos.power import Recording
 from tools.chaos.processes import orphans_ended
 from tools.chaos.records import Case, Report, from_json, tally, to_json
@@ -85,6 +86,22 @@ def test_what_is_seen_and_what_was_promised_decide(seen: list[Seen] | None, prom
     assert judge(seen, promise).outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("seen", "outcome"),
+    [
+        ([whole(1)], "harmless"),
+        ([Seen("step-1", "error")], "detected"),
+        ([whole(1), Seen("step-2", "error")], "detected"),
+        ([Seen("step-1", "wrong"), Seen("step-2", "error")], "silently wrong"),
+        ([whole(2)], "silently wrong"),
+        ([whole(1, job=1)], "silently wrong"),
+        ([], "lost"),
+    ],
+)
+def test_a_flipped_bit_must_be_told_of_or_change_nothing(seen: list[Seen], outcome: Outcome) -> None:
+    assert judge_flipped(seen, 1).outcome == outcome
+
+
 def test_a_library_that_keeps_a_few_owes_the_newest_of_them() -> None:
     assert promised([1, 2, 3, 4], [1, 2, 3], keeps=2) == Promised(4, 3, frozenset({2, 3}), 2)
     assert promised([1, 2], [1], keeps=0) == Promised(2, 1, keeps=0)
@@ -126,6 +143,8 @@ def test_orphans_are_ended_and_others_left() -> None:
 def report() -> Report:
     cases = [Case(number, "nothing lost", f"cut {number}", outcome) for number, outcome in enumerate([*OUTCOMES, *OUTCOMES])]
     cases.append(Case(99, "a subset, torn", "cut 99", "old", next_save="[it] failed"))
+    cases.append(Case(100, "helper", "cut 100", "old", same_job=""))
+    cases.append(Case(101, "helper", "cut 101", "old", same_job="[broken] pipe"))
     machine = Machine(2, 25, (("disk", "ext4"),), "Linux 6.1", "3.11.0", "2.13.0")
     return Report(
         "save", "2026-01-02", "a few", machine, (tally(entrant("elastickpt"), cases, "7 writes"),), {"tc": "no [module]"}
@@ -135,13 +154,27 @@ def report() -> Report:
 def test_a_record_survives_json_and_is_drawn() -> None:
     assert from_json(to_json(report())) == report()
     (one,) = report().tallies
-    assert sum(one.counts.values()) == 2 * len(OUTCOMES) + 1
-    assert (one.is_clean, one.next_save_failed) == (False, 1)
-    assert [case.number for case in one.bad] == [0, 7, 1, 8, 2, 9, 3, 10, 6, 13, 99]
+    assert sum(one.counts.values()) == 2 * len(OUTCOMES) + 3
+    assert (one.is_clean, one.next_save_failed, one.saved_on, one.helpers_dead) == (False, 1, 1, 2)
+    assert [case.number for case in one.bad] == [0, 10, 1, 11, 2, 12, 3, 13, 6, 16, 7, 17, 99, 101]
     out = io.StringIO()
     Console(file=out, width=200).print(render(report()))
     assert "next save: [it] failed" in out.getvalue()
+    assert "next save in the same job: [broken] pipe" in out.getvalue()
+    assert "1 of 2" in out.getvalue()
     assert "absent: tc: no [module]" in out.getvalue()
+
+
+@pytest.mark.parametrize(("same_job", "is_clean"), [(None, True), ("", True), ("broken pipe", False)])
+def test_a_job_that_cannot_save_on_behind_a_dead_writer_is_not_clean(same_job: str | None, is_clean: bool) -> None:
+    cases = [Case(1, "helper", "killed", "new", same_job=same_job)]
+    assert tally(entrant("elastickpt-async"), cases, "").is_clean == is_clean
+
+
+def test_records_of_before_the_same_job_was_asked_are_still_shown() -> None:
+    oldest = Path(chaos.__file__).with_name("results") / "2026-11-26-save.json"
+    assert all(one.helpers_dead == 0 for one in from_json(oldest.read_text()).tallies)
+    assert main(["show", str(oldest)]) == 0
 
 
 def test_a_name_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tools.chaos power|save`: options in, tables on stdout, talk and progress on stderr, a record beside."""
+"""`python -m tools.chaos power|save|flips`: options in, tables on stdout, talk and progress on stderr, a record beside."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tools.bench import machine
 from tools.interrupts import sigterm_interrupts
 
 from . import conduct
-from .entrants import KILLED, POWER, is_known
+from .entrants import FLIPPED, KILLED, POWER, is_known
 from .mounts import lacking, private_mounts
-from .records import Report, from_json, to_json
+from .records import Kind, Report, from_json, to_json
 from .table import render
 
 RESULTS = Path(__file__).with_name("results")
@@ -30,6 +30,7 @@ EPILOG = """examples:
   python -m tools.chaos save                             20 kills each; those that start processes take half a minute a kill
   python -m tools.chaos save --kills 100 --contestant elastickpt,dcp,dcp-overwrite
   python -m tools.chaos save --contestant tc --seed 1 --only 3
+  python -m tools.chaos flips                            200 bits each of ours and two peers' checkpoints, three minutes
   python -m tools.chaos show tools/chaos/results/FILE.json
 
 A contestant is one of those listed, or module:attribute, where an Entrant stands. Exit codes: 0 nothing of ours was found
@@ -71,11 +72,11 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(
         prog="python -m tools.chaos",
-        description="Cut saves off, ours and the peers', and load what is left.",
+        description="Cut saves off or flip bits, ours and the peers', and load what is left.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = found.add_subparsers(dest="command", required=True, metavar="power|save|show")
+    commands = found.add_subparsers(dest="command", required=True, metavar="power|save|flips|show")
     power = commands.add_parser("power", help="power cuts on a real ext4, every block write logged")
     _common(power, POWER)
     power.add_argument("--states", type=int, default=500, metavar="N", help="states of each contestant's disk; default 500")
@@ -88,6 +89,11 @@ def parser() -> argparse.ArgumentParser:
     save.add_argument("--limit", type=float, default=20.0, metavar="S", help="in which survivors must return; default 20")
     save.add_argument("--scale", type=int, default=8, metavar="N", help="size of the state in units of 1.1 MB; default 8")
     save.add_argument("--where", metavar="FOLDER", help="save there; default: on the disk that holds the repository")
+    flips = commands.add_parser("flips", help="one bit of a checkpoint is flipped")
+    _common(flips, FLIPPED)
+    flips.add_argument("--flips", type=int, default=200, metavar="N", help="flips of each contestant; default 200")
+    flips.add_argument("--scale", type=int, default=1, metavar="N", help="size of the state in units of 1.1 MB; default 1")
+    flips.add_argument("--where", metavar="FOLDER", help="save there; default: on the disk that holds the repository")
     show = commands.add_parser("show", help="print the tables of an earlier run")
     show.add_argument("file")
     return found
@@ -99,7 +105,7 @@ def _common(found: argparse.ArgumentParser, contestants: Sequence[str]) -> None:
     found.add_argument(
         "--contestant", type=_contestants, default=tuple(contestants), metavar="LIST", help=f"default: {','.join(contestants)}"
     )
-    found.add_argument("--only", type=int, metavar="K", help="this state or kill alone; leaves no record")
+    found.add_argument("--only", type=int, metavar="K", help="this state, kill or flip alone; leaves no record")
     found.add_argument("--json", action="store_true", help="the record on stdout instead of tables")
 
 
@@ -107,7 +113,7 @@ def _contestants(text: str) -> tuple[str, ...]:
     found = tuple(text.split(","))
     for name in found:
         if not is_known(name):
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(dict.fromkeys((*POWER, *KILLED)))}")
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(dict.fromkeys((*POWER, *KILLED, *FLIPPED)))}")
     return found
 
 
@@ -121,13 +127,22 @@ def _run(parsed: argparse.Namespace, advance: conduct.Advance) -> Report:
         return _report("power", str(cuts), conduct.power_cuts(names, cuts, advance))
     top = Path(parsed.where) if parsed.where else OUTPUT
     top.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=top, prefix="kills-") as folder:
+    with tempfile.TemporaryDirectory(dir=top, prefix=f"{parsed.command}-") as folder:
+        if parsed.command == "flips":
+            return _flips(parsed, Path(folder), advance)
         setting = conduct.Setting(Path(folder), parsed.ranks, parsed.seed, parsed.scale, parsed.limit)
         numbers = range(parsed.kills) if parsed.only is None else (parsed.only,)
         return _report("save", f"{len(numbers)} kills, {setting}", conduct.kill_matrix(names, setting, numbers, advance), top)
 
 
-def _report(kind: conduct.Kind, options: str, found: conduct.Found, place: Path | None = None) -> Report:
+def _flips(parsed: argparse.Namespace, folder: Path, advance: conduct.Advance) -> Report:
+    setting = conduct.FlipSetting(folder, parsed.ranks, parsed.seed, parsed.scale)
+    numbers = range(parsed.flips) if parsed.only is None else (parsed.only,)
+    found = conduct.flip_matrix(parsed.contestant, setting, numbers, advance)
+    return _report("flips", f"{len(numbers)} flips, {setting}", found, folder.parent)
+
+
+def _report(kind: Kind, options: str, found: conduct.Found, place: Path | None = None) -> Report:
     where = (machine.place_at(place),) if place else ()
     today = datetime.date.today().isoformat()
     return Report(kind, today, options, machine.describe(where), found.tallies, found.absent)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from .blocklog import CrashState, requests
 from .entrants import Entrant, entrant
+from .flips import FlipSetting as FlipSetting
+from .flips import flip_each
 from .kills import Setting as Setting
 from .kills import draw, kill_once
 from .power import Recording, drawn_states, keep, kept, record, replay
 from .records import Case, Tally, tally
 
 Advance = Callable[[str, int, int], None]
-Kind = Literal["power", "save"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,16 @@ def kill_matrix(names: Sequence[str], setting: Setting, numbers: Sequence[int], 
             missed += case is None
             cases += [case] if case else []
         return tally(found, cases, f"{missed} kills came too late" if missed else "")
+
+    return _each(names, one)
+
+
+def flip_matrix(names: Sequence[str], setting: FlipSetting, numbers: Sequence[int], advance: Advance) -> Found:
+    """Each contestant's flips of these numbers. Blocks: 0.2 s a flip."""
+
+    def one(found: Entrant) -> Tally:
+        cases, files = flip_each(found, setting, numbers, lambda done: advance(found.name, done, len(numbers)))
+        return tally(found, cases, f"{len(files)} files, {sum(file.nbytes for file in files)} bytes")
 
     return _each(names, one)
 

@@ -62,7 +62,7 @@ def held(state: State) -> tuple[int, int] | None:
     first = next(iter(_pieces(state, 0)))[0][:1]
     for number in range(STEPS * JOBS):
         if torch.equal(first, next(_pieces(state, number))[1][:1]):
-            whole = all(torch.equal(local, expected) for local, expected in _pieces(state, number))
+            whole = all(_same(local, expected) for local, expected in _pieces(state, number))
             return (number % STEPS, number // STEPS) if whole else None
     return None
 
@@ -76,7 +76,7 @@ def mixture(state: State) -> str:
         for number, count in zip(*numpy.unique(numbers.numpy(), return_counts=True), strict=True):
             found[int(number)] += int(count)
     total = sum(found.values())
-    words = [f"{count / total:.1%} {_whose(number)}" for number, count in found.most_common(4)]
+    words = [f"{100 * count / total:.3g}% {_whose(number)}" for number, count in found.most_common(4)]
     return "of the elements " + ", ".join(words)
 
 
@@ -96,6 +96,11 @@ def _pieces(state: State, number: int) -> Iterator[tuple[torch.Tensor, torch.Ten
             salt = sum(ord(letter) * (at + 1) for at, letter in enumerate(f"{item}/{name}")) * 31 + number * _PER_STEP
             flat = torch.arange(first, first + local.numel(), dtype=torch.int64)
             yield local, ((flat * _PER_ELEMENT + salt) % _MODULUS).to(torch.float32).reshape(local.shape)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit: 0.0 and -0.0 differ."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 def _stride(shape: tuple[int, ...]) -> tuple[int, ...]:

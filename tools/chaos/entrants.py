@@ -40,6 +40,7 @@ KILLED = (
     "tc",
     "tc-async",
 )
+FLIPPED = ("elastickpt", "elastickpt-run", "dcp", "tc")
 
 
 class Contestant(Protocol):
@@ -69,7 +70,7 @@ class Entrant:
 
 def is_known(name: str) -> bool:
     """Whether `name` is one of those here, or says where an entrant stands."""
-    return name in POWER or name in KILLED or ":" in name
+    return name in POWER or name in KILLED or name in FLIPPED or ":" in name
 
 
 def entrant(name: str) -> Entrant:

@@ -1,4 +1,5 @@
-"""What the ranks of a job tell the one who watches: a save has begun, was acknowledged, has ended in an error; in order."""
+"""What the ranks of a job tell the one who watches, in order: a save has begun, was acknowledged or has failed, is over; the
+rank has ended."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Literal, cast, get_args
 
 _RECORD = struct.Struct("<iiidq")
 
-Kind = Literal["begun", "acknowledged", "failed", "ended"]
+Kind = Literal["begun", "acknowledged", "failed", "ended", "over"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from . import ours as ours  # what readers are forked from has it then; the peers below, where they are installed
 from .contents import State, clear, empty_state, fill, held, mixture
-from .entrants import entrant
+from .entrants import Contestant, entrant
 from .events import Teller
 from .judge import Seen
 
@@ -26,7 +26,7 @@ for _peer in ("peer_dcp", "peer_tc"):
         import_module(f"{__package__}.{_peer}")
 
 
-MEETING_LIMIT_S = 5.0  # of ranks that train; what survivors of a kill have to return is more
+MEETING_LIMIT_S = 5.0  # of ranks that train; what survivors of a killed rank have to return is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class Saves:
     """Which steps a job saves, in which folder, by whom.
 
     `job`: 0, or 1 for the one that goes on after it; `pipe`: where it tells of it; `log`: the block log, "" without one;
-    `pause_s`: what training takes between two saves; `scale`: of the state.
+    `pause_s`: what training takes between two saves; `scale`: of the state; `forgiven`: so many failed saves do not end it;
+    `meeting_s`: how long a rank waits for the others between two saves.
     """
 
     contestant: str
@@ -45,37 +46,47 @@ class Saves:
     job: int = 0
     pause_s: float = 0.0
     scale: int = 1
+    forgiven: int = 0
+    meeting_s: float = MEETING_LIMIT_S
 
 
 def train_and_save(rank: int, world_size: int, plan: Saves) -> str:
-    """Save each step and tell of it; an error of a save ends it, and is returned."""
+    """Save each step and tell of it; one error more than is forgiven ends it. The last error is returned, "" without any.
+
+    Where any are forgiven a rank ends with the others, who hear of it when they meet; else at once.
+    """
     teller = Teller(Path(plan.pipe), rank, Path(plan.log) if plan.log else None)
     state = _state(rank, world_size, plan.scale)
     contestant = entrant(plan.contestant).make(Path(plan.folder))
+    errors: list[str] = []
     step = 0
     try:
         for step in plan.steps:
-            _train(state, step, plan.job)
-            teller.tell("begun", step)
-            finish = contestant.save(state, step)
-            fill(state, step + 1, plan.job)  # training goes on: nothing of it belongs to this step's checkpoint
-            finish()
-            teller.tell("acknowledged", step)
+            if _met(len(errors), plan.meeting_s) > plan.forgiven:
+                break
+            if error := _saved(contestant, state, step, plan.job, teller):
+                errors.append(error)
+                if not plan.forgiven:
+                    break
             time.sleep(plan.pause_s)
-    except BaseException:  # a CheckpointException of torch is no Exception
+    except BaseException:
         teller.tell("failed", step)
-        return traceback.format_exc(limit=-3)
+        errors.append(traceback.format_exc(limit=-3))
     finally:
         teller.tell("ended", step)
-    return ""
+    return errors[-1] if errors else ""
 
 
 def look(rank: int, world_size: int, contestant_name: str, folder: str, scale: int) -> tuple[Seen, ...]:
-    """Load everything that a user would take for a checkpoint; never raises what a load raises."""
+    """Load everything that a user would take for a checkpoint; never raises what a load raises, or finding what to load."""
     state = _state(rank, world_size, scale)
     contestant = entrant(contestant_name).make(Path(folder))
+    try:
+        places = contestant.places()
+    except BaseException as error:
+        return (Seen("all", "error", detail=_told(error)),)
     found = []
-    for place, said in contestant.places():
+    for place, said in places:
         clear(state)
         try:
             contestant.load(state, place)
@@ -92,13 +103,30 @@ def look(rank: int, world_size: int, contestant_name: str, folder: str, scale: i
     return tuple(found)
 
 
-def _train(state: State, step: int, job: int) -> None:
-    """One step of what any data-parallel job does: all ranks meet, then all hold the step's values."""
-    loss = torch.tensor(float(step))
-    meeting = distributed.all_reduce(loss, async_op=True)
+def _met(failed: int, limit_s: float) -> float:
+    """All ranks meet, as those of any data-parallel job do at each step; the most saves that have failed on one of them."""
+    most = torch.tensor(float(failed))
+    meeting = distributed.all_reduce(most, distributed.ReduceOp.MAX, async_op=True)
     assert meeting is not None
-    meeting.wait(timedelta(seconds=MEETING_LIMIT_S))  # gloo does not always notice a peer that was killed between two saves
+    meeting.wait(timedelta(seconds=limit_s))  # gloo does not always notice a peer that was killed between two saves
+    return most.item()
+
+
+def _saved(contestant: Contestant, state: State, step: int, job: int, teller: Teller) -> str:
+    """One save, and why it failed."""
     fill(state, step, job)
+    teller.tell("begun", step)
+    try:
+        finish = contestant.save(state, step)
+        fill(state, step + 1, job)  # training goes on: nothing of it belongs to this step's checkpoint
+        finish()
+        teller.tell("acknowledged", step)
+    except BaseException:  # a CheckpointException of torch is no Exception
+        teller.tell("failed", step)
+        return traceback.format_exc(limit=-3)
+    finally:
+        teller.tell("over", step)
+    return ""
 
 
 def _state(rank: int, world_size: int, scale: int) -> State:

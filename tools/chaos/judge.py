@@ -9,8 +9,12 @@
 | new | the save that was cut off is there, whole |
 | old | it is absent, and what was there before is whole |
 | does not mount | the file system itself is gone, after e2fsck too |
+| crash | the reader died of it |
+| detected | a bit was flipped, and the load raised |
+| harmless | a bit was flipped, and the load gave what was saved, bit for bit |
 
-The first that applies, in this order, is the outcome.
+The first that applies, in this order, is the outcome; the last three where a bit was flipped only, `error`, `new` and `old`
+where a save was cut off only.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from typing import Literal, get_args
 from .entrants import ALL_STEPS
 
 Verdict = Literal["whole", "wrong", "error"]
-Outcome = Literal["silently wrong", "lost", "hang", "error", "new", "old", "does not mount"]
+Outcome = Literal["silently wrong", "lost", "hang", "error", "new", "old", "does not mount", "crash", "detected", "harmless"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-BAD: frozenset[Outcome] = frozenset({"silently wrong", "lost", "hang", "error", "does not mount"})
+BAD: frozenset[Outcome] = frozenset({"silently wrong", "lost", "hang", "error", "does not mount", "crash"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,17 @@ def judge(seen: Sequence[Seen] | None, promise: Promised) -> Judgement:
     if failed:
         return Judgement("error", _told(failed))
     return Judgement("new" if promise.begun in steps else "old")
+
+
+def judge_flipped(seen: Sequence[Seen], step: int) -> Judgement:
+    """The outcome where one bit of the only checkpoint was flipped, which job 0 saved at `step`."""
+    if wrong := [found for found in seen if found.verdict == "wrong"]:
+        return Judgement("silently wrong", _told(wrong))
+    if others := [found for found in seen if found.verdict == "whole" and (found.step, found.job) != (step, 0)]:
+        return Judgement("silently wrong", f"{others[0].place}: step {others[0].step} of job {others[0].job} was never saved")
+    if failed := [found for found in seen if found.verdict == "error"]:
+        return Judgement("detected", _told(failed))
+    return Judgement("harmless") if seen else Judgement("lost", "it is not seen any more")
 
 
 def _told(found: Sequence[Seen]) -> str:

@@ -1,7 +1,10 @@
 """One process of a job that saves over and over is killed at a random moment of a save; what is left is judged by loading it.
 
-A kill is drawn from (seed, contestant, number): whom, in which save, at which share of the time that the save before it took.
-The same number draws the same kill again; where in the save it strikes is up to the machine.
+A kill is drawn from (seed, number): whom, in which save, at which share of the time that the save before it took. The same
+number draws the same kill again, and for all contestants the same one; those that start no process lose the rank instead whose
+helper the others lose. Where in the save it strikes is up to the machine.
+
+Behind a helper's death all ranks live, and the job goes on: a save that fails is followed by one more try.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import signal
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -23,13 +26,16 @@ from elastickpt.testing.ranks import Ranks, run_ranks, spawn_ranks
 
 from .entrants import Entrant, Role
 from .events import Event, Watcher
+from .events import Kind as EventKind
 from .job import Saves, look, train_and_save
 from .judge import Judgement, Seen, judge, promised
-from .processes import helpers_of, orphans_ended
+from .processes import helpers_of, orphans_ended, stack_of
 from .records import Case
 
 STEPS = (1, 2, 3, 4, 5)
+SPARE = (6,)  # where the job goes on after a failed save
 STRUCK = (3, 4)  # the saves in which kills fall: some stand before them, and training goes on behind
+HELPERS = 1 / 3  # of the kills; of the others half each are for the committer and for another rank
 LATEST = 1.1  # of a save's time: a tenth of the kills comes after it
 START_LIMIT_S = 90.0  # for a job to come to the save that it is killed in; some start a process for each rank first
 READER_LIMIT_S = 30.0
@@ -66,11 +72,13 @@ class Draw:
 
 
 def draw(entrant: Entrant, setting: Setting, number: int) -> Draw:
-    """The kill of that number."""
-    chance = random.Random(f"{setting.seed}/{entrant.name}/{number}")
-    role = chance.choice([role for role in entrant.roles if role != "trainer" or setting.ranks > 1])
-    rank = {"committer": 0, "trainer": chance.randrange(1, max(2, setting.ranks))}.get(role, chance.randrange(setting.ranks))
-    return Draw(number, role, rank, chance.choice(STRUCK), chance.uniform(0, LATEST))
+    """The kill of that number; the contestant decides only whether there is a helper to kill."""
+    chance = random.Random(f"{setting.seed}/{number}")
+    is_helper = chance.random() < HELPERS
+    rank = chance.choice((0, chance.randrange(1, setting.ranks))) if setting.ranks > 1 else 0
+    step, share = chance.choice(STRUCK), chance.uniform(0, LATEST)
+    role: Role = "helper" if is_helper and "helper" in entrant.roles else "trainer" if rank else "committer"
+    return Draw(number, role, rank, step, share)
 
 
 def kill_once(entrant: Entrant, setting: Setting, kill: Draw) -> Case | None:
@@ -80,22 +88,23 @@ def kill_once(entrant: Entrant, setting: Setting, kill: Draw) -> Case | None:
     """
     with tempfile.TemporaryDirectory(dir=setting.folder, prefix=f"kill-{kill.number}-") as top:
         place = Place(Path(top), entrant, setting)
-        with _Job(place, STEPS) as job:
+        with _Job(place, STEPS) if kill.role != "helper" else _Job(place, STEPS + SPARE, forgiven=1) as job:
             with orphans_ended(setting.settle_s):
-                struck = _strike(job, kill)
+                struck_at = _strike(job, kill)
                 late = job.await_survivors(kill, setting.limit_s)
                 ended = job.ranks.wait()
             begun, acknowledged = job.steps()
-        if not struck or (kill.role != "helper" and ended[kill.rank].status != -signal.SIGKILL):
+        if struck_at is None or (kill.role != "helper" and ended[kill.rank].status != -signal.SIGKILL):
             return None
         found = place.look()
         judgement = judge(found, promised(begun, acknowledged, entrant.keeps))
         if late and judgement.outcome not in ("silently wrong", "lost"):
-            judgement = Judgement(
-                "hang", f"{_ranks(late)} had not returned {setting.limit_s:g} s after: {_stack(ended[late[0]])}"
-            )
+            stack = stack_of(ended[late[0]].output, "train_and_save")
+            judgement = Judgement("hang", f"{_ranks(late)} had not returned {setting.limit_s:g} s after: {stack}")
         newest = max((seen.step or 0 for seen in found or () if seen.verdict == "whole"), default=0)
-        return Case(kill.number, kill.role, str(kill), judgement.outcome, judgement.detail, _next_save(place, newest + 1))
+        same_job = job.next_save(struck_at, late, ended) if kill.role == "helper" else None
+        next_save = _next_save(place, newest + 1)
+        return Case(kill.number, kill.role, str(kill), judgement.outcome, judgement.detail, next_save, same_job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +132,20 @@ class Place:
 
 
 class _Job:
-    """Ranks that save, watched; `number`: 0, or 1 for those that go on after it. As a context it ends with the ranks."""
+    """Ranks that save, watched. As a context it ends with the ranks.
 
-    def __init__(self, place: Place, steps: tuple[int, ...], number: int = 0) -> None:
+    `number`: 0, or 1 for those that go on after it; `forgiven`: so many failed saves do not end it.
+    """
+
+    def __init__(self, place: Place, steps: tuple[int, ...], number: int = 0, forgiven: int = 0) -> None:
         pipe = place.top / f"pipe-{number}"
         self.watcher = Watcher(pipe)
         setting = place.setting
-        plan = Saves(place.entrant.name, place.folder, steps, str(pipe), job=number, scale=setting.scale)
-        self.ranks: Ranks = spawn_ranks(train_and_save, setting.ranks, plan, timeout_s=START_LIMIT_S + setting.limit_s)
+        plan = Saves(place.entrant.name, place.folder, steps, str(pipe), job=number, scale=setting.scale, forgiven=forgiven)
+        if forgiven:  # one rank's save may fail at once and another's only at the limit: the first waits for it
+            plan = replace(plan, meeting_s=setting.limit_s)
+        timeout_s = START_LIMIT_S + (1 + forgiven) * setting.limit_s
+        self.ranks: Ranks = spawn_ranks(train_and_save, setting.ranks, plan, timeout_s=timeout_s)
 
     def __enter__(self) -> _Job:
         return self
@@ -152,20 +167,41 @@ class _Job:
         return begun, [event.step for event in seen if event.kind == "acknowledged" and event.rank == 0]
 
     def await_survivors(self, kill: Draw, limit_s: float) -> list[int]:
-        """Those that did not return; they have been told to dump their stacks and end."""
-        dead = set() if kill.role == "helper" else {kill.rank}
-        survivors = frozenset(set(range(len(self.ranks.pids))) - dead)
-        if self.watcher.wait("ended", survivors, None, time.monotonic() + limit_s):
-            return []
+        """Those that did not return; they have been told to dump their stacks and end.
+
+        Where all live they have the limit for the save that was struck, and then once more.
+        """
+        everyone = frozenset(range(len(self.ranks.pids)))
+        if kill.role != "helper":
+            return self._late("ended", everyone - {kill.rank}, None, limit_s)
+        return self._late("over", everyone, kill.step, limit_s) or self._late("ended", everyone, None, limit_s)
+
+    def next_save(self, struck_at: float, late: list[int], ended: tuple[Ended, ...]) -> str | None:
+        """Why none of the saves that began behind that moment was acknowledged on all ranks, "" if one was.
+
+        None where none was to come any more.
+        """
+        began = {event.step for event in self.watcher.seen if event.kind == "begun"}
+        later = began - {event.step for event in self.watcher.seen if event.kind == "begun" and event.at <= struck_at}
+        told = {(event.rank, event.step) for event in self.watcher.seen if event.kind == "acknowledged"}
+        if any(all((rank, step) in told for rank in range(len(ended))) for step in later):
+            return ""
+        if late:
+            return f"{_ranks(late)} had not returned"
+        return _failure(ended) or None
+
+    def _late(self, kind: EventKind, ranks: frozenset[int], step: int | None, limit_s: float) -> list[int]:
+        until = time.monotonic() + limit_s
+        late = [rank for rank in sorted(ranks) if not self.watcher.wait(kind, frozenset({rank}), step, until)]
         ended = {event.rank for event in self.watcher.seen if event.kind == "ended"}
-        late = sorted(survivors - ended)
+        late = [rank for rank in late if rank not in ended]
         for rank in late:
             self.ranks.send_signal(rank, signal.SIGABRT)
         return late
 
 
-def _strike(job: _Job, kill: Draw) -> bool:
-    """Waits for the moment and kills; whether there was somebody to kill."""
+def _strike(job: _Job, kill: Draw) -> float | None:
+    """Waits for the moment and kills; when that was, None where there was nobody to kill."""
     if not job.watcher.wait("begun", frozenset({0}), kill.step, time.monotonic() + START_LIMIT_S):
         raise RuntimeError(f"no save of step {kill.step} has begun: {_failure(job.ranks.wait())}")
     usual_s = job.at("acknowledged", kill.step - 1) - job.at("begun", kill.step - 1)
@@ -173,11 +209,11 @@ def _strike(job: _Job, kill: Draw) -> bool:
     time.sleep(max(0.0, job.at("begun", kill.step) + kill.share * usual_s - time.monotonic()))
     if kill.role != "helper":
         job.ranks.kill(kill.rank)
-        return True
+        return time.monotonic()
     for pid in helpers:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return bool(helpers)
+    return time.monotonic() if helpers else None
 
 
 def _next_save(place: Place, step: int) -> str:
@@ -199,10 +235,3 @@ def _failure(ended: tuple[Ended, ...]) -> str:
 
 def _ranks(late: list[int]) -> str:
     return f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late))}"
-
-
-def _stack(ended: Ended) -> str:
-    """Where it stood: the innermost lines of the thread that saves."""
-    threads = [text for text in ended.output.split("\n\n") if "in train_and_save" in text]
-    lines = [line.strip() for text in threads for line in text.splitlines() if line.lstrip().startswith("File ")]
-    return " < ".join(line.rpartition("/")[2] for line in lines[:4]) or "no stack"

@@ -45,6 +45,13 @@ def orphans_ended(settle_s: float) -> Iterator[None]:
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, before, 0, 0, 0)
 
 
+def stack_of(output: str, function: str) -> str:
+    """Where the thread that runs `function` stood, by the stacks that a process dumped: the innermost lines."""
+    threads = [text for text in output.split("\n\n") if f"in {function}" in text]
+    lines = [line.strip() for text in threads for line in text.splitlines() if line.lstrip().startswith("File ")]
+    return " < ".join(line.rpartition("/")[2] for line in lines[:4]) or "no stack"
+
+
 def _below() -> list[psutil.Process]:
     found: list[psutil.Process] = psutil.Process(os.getpid()).children(recursive=True)
     return found

@@ -14,14 +14,17 @@ from .entrants import Entrant
 from .judge import BAD, OUTCOMES, Outcome
 
 SCHEMA_VERSION = 1
+Kind = Literal["power", "save", "flips"]
 BAD_SHOWN = 3  # of each bad outcome of a contestant
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One state of a disk, or one kill. `number` repeats it; `group`: the row it is counted in; `how`: what was done, in words.
+    """One state of a disk, one kill or one flip. `number` repeats it; `group`: the row it is counted in; `how`: what was
+    done, in words.
 
-    `next_save`: why the next save did not work, "" if it did or was not asked for.
+    `next_save`: why the next save, by a new job, did not work, "" if it did or was not asked for; `same_job`: why none did in
+    the same job behind a dead helper process, "" if one did, None if it was not asked for.
     """
 
     number: int
@@ -30,15 +33,20 @@ class Case:
     outcome: Outcome
     detail: str = ""
     next_save: str = ""
+    same_job: str | None = None
 
     @property
     def is_bad(self) -> bool:
-        return self.outcome in BAD or bool(self.next_save)
+        return self.outcome in BAD or bool(self.next_save) or bool(self.same_job)
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """All cases of one contestant. `groups`: group → outcome → count; `bad`: the first few of each bad outcome."""
+    """All cases of one contestant. `groups`: group → outcome → count; `bad`: the first few of each bad outcome.
+
+    `helpers_dead`: in so many a helper process was killed, and behind it saves were tried in the same job; `saved_on`: in so
+    many of these one worked.
+    """
 
     contestant: str
     version: str
@@ -47,6 +55,8 @@ class Tally:
     groups: Mapping[str, Mapping[str, int]]
     next_save_failed: int
     bad: tuple[Case, ...]
+    helpers_dead: int = 0
+    saved_on: int = 0
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -56,14 +66,15 @@ class Tally:
     @property
     def is_clean(self) -> bool:
         """Whether no outcome is bad, and every next save worked."""
-        return not self.next_save_failed and not any(self.counts.get(outcome, 0) for outcome in BAD)
+        failed = self.next_save_failed or self.saved_on < self.helpers_dead
+        return not failed and not any(self.counts.get(outcome, 0) for outcome in BAD)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`kind`: what was cut off. `options`: the options that repeat it. `absent`: contestant → why it took no part."""
+    """`kind`: what was done. `options`: the options that repeat it. `absent`: contestant → why it took no part."""
 
-    kind: Literal["power", "save"]
+    kind: Kind
     date: str
     options: str
     machine: Machine
@@ -79,7 +90,8 @@ def tally(entrant: Entrant, cases: Sequence[Case], notes: str) -> Tally:
     }
     failed = sum(bool(case.next_save) for case in cases)
     bad = tuple(case for outcome in (*OUTCOMES, None) for case in _first(cases, outcome))
-    return Tally(entrant.name, entrant.version, entrant.settings, notes, groups, failed, bad)
+    tried = [case.same_job for case in cases if case.same_job is not None]
+    return Tally(entrant.name, entrant.version, entrant.settings, notes, groups, failed, bad, len(tried), tried.count(""))
 
 
 def to_json(report: Report) -> str:
@@ -103,9 +115,9 @@ def _count(cases: Iterable[Case], group: str, outcome: Outcome) -> int:
 
 
 def _first(cases: Iterable[Case], outcome: Outcome | None) -> list[Case]:
-    """Of one bad outcome; for None of those whose only fault is the next save."""
+    """Of one bad outcome; for None of those whose only fault is a later save."""
     if outcome is None:
-        found = [case for case in cases if case.next_save and case.outcome not in BAD]
+        found = [case for case in cases if case.is_bad and case.outcome not in BAD]
     else:
         found = [case for case in cases if case.outcome == outcome and outcome in BAD]
     return found[:BAD_SHOWN]
