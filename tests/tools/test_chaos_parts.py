@@ -11,8 +11,10 @@ import psutil
 import pytest
 from rich.console import Console
 
+from elastickpt.testing.ranks import Outcome as Ended
 from tools import chaos
 from tools.bench.records import Machine
+from tools.chaos import kills
 from tools.chaos.blocklog import SECTOR, crash_states, flush_record, images, requests, write_record
 from tools.chaos.cli import main
 from tools.chaos.entrants import entrant
@@ -182,3 +184,9 @@ def test_a_name_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
         main(["save", "--contestant", "elastickpt,dpc"])
     assert stopped.value.code == 2
     assert "'dpc' is none of elastickpt, elastickpt-async" in capsys.readouterr().err
+
+
+def test_what_failed_is_told_without_the_folders_of_this_machine() -> None:
+    text = 'File "/opt/x/lib/python3.11/a/b.py", line 3, in f [/__w/g/pair.cc:5] at /data/c'
+    told = kills._failure((Ended(rank=0, value=text, error=None, traceback="", output="", status=0, at=0.0),))
+    assert told == 'File "b.py", line 3, in f [pair.cc:5] at /data/c'

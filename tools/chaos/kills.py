@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -39,6 +40,9 @@ HELPERS = 1 / 3  # of the kills; of the others half each are for the committer a
 LATEST = 1.1  # of a save's time: a tenth of the kills comes after it
 START_LIMIT_S = 90.0  # for a job to come to the save that it is killed in; some start a process for each rank first
 READER_LIMIT_S = 30.0
+_FOLDERS = re.compile(
+    r"""(?:/[^\s/:,"']+)+/(?=[^\s/:,"']+\.(?:py|cc|cpp|h)\b)"""
+)  # of source files: where they are says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +234,7 @@ def _next_save(place: Place, step: int) -> str:
 
 def _failure(ended: tuple[Ended, ...]) -> str:
     texts = [str(one.error) if one.error else str(one.value) for one in ended if one.error or one.value]
-    return texts[0].strip()[-400:] if texts else ""
+    return _FOLDERS.sub("", texts[0]).strip()[-400:] if texts else ""
 
 
 def _ranks(late: list[int]) -> str:
