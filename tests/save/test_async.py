@@ -176,6 +176,23 @@ def resources() -> dict[str, int]:
     return {"fds": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(), "memfds": memfds, "rss": rss}
 
 
+def test_nothing_grows_over_fifty_saves_and_loads_that_block(tmp_path: Path) -> None:
+    live = {"t": torch.ones(1 << 20), "v": [1, {"a": 2.0}]}
+
+    def save(number: int) -> None:
+        ek.save(live, tmp_path / str(number), durability="process")
+        ek.load(live, tmp_path / str(number))
+
+    for number in range(5):
+        save(number)
+    before = resources()
+    for number in range(5, 55):
+        save(number)
+    after = resources()
+    assert {key: after[key] for key in ("fds", "threads")} == {key: before[key] for key in ("fds", "threads")}
+    assert after["rss"] - before["rss"] < 16 << 20  # four of its arrays
+
+
 def test_nothing_grows_over_fifty_saves(tmp_path: Path) -> None:
     others = resources()["memfds"]
     live = state(numbers=1 << 20)  # 4 MiB: a copy kept each time would show
