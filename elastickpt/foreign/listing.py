@@ -1,0 +1,181 @@
+"""What an importer yields: which tensors a foreign checkpoint holds, where their bytes lie, and its plain values.
+
+Files come in two families. Where the files say of each piece where it lies in the whole (DCP, safetensors, one-process
+torch files) there are `wholes`; where they hold what each rank had, under local names (Megatron), there are `ranks`, and
+only a program of the language says how the whole is made of them. No tensor is read to make a listing. [FOR-1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal, TypeAlias
+
+from elastickpt.errors import Malformed
+from elastickpt.format.box import Box
+from elastickpt.format.dtypes import DTYPES
+
+Format: TypeAlias = Literal[
+    "universal", "dcp", "safetensors", "torch", "megatron-legacy", "megatron-dist", "deepspeed", "deepspeed-universal", "fsdp1"
+]
+Constant: TypeAlias = int | float | bool | str | None | tuple["Constant", ...]
+LocalName: TypeAlias = str | int  # an int is an optimizer's index, of which only an order says whose it is
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes of one file in which tensors lie; tensors with one storage share memory when they are loaded."""
+
+    file: str  # relative to the source's folder, POSIX
+    start: int  # bytes from the file's begin
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where the elements of a tensor lie: element `index` begins at `start + sum(index * strides) * itemsize`.
+
+    Every element lies within its storage: that is checked here, so no reader can leave the record. [FOR-2]
+    """
+
+    storage: Storage
+    offset: int  # elements from the storage's begin to element [0, ..., 0]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # elements
+    dtype: str  # a name of `format.dtypes`
+
+    def __post_init__(self) -> None:
+        where = f"{self.storage.file}: a tensor of shape {self.shape} and strides {self.strides}"
+        if len(self.shape) != len(self.strides):
+            raise Malformed(f"{where}: expected one stride for each dimension")
+        if self.offset < 0 or min(self.shape, default=0) < 0 or min(self.strides, default=0) < 0:
+            raise Malformed(f"{where} at offset {self.offset}: expected no negative number")
+        if self.reach * self.itemsize > self.storage.nbytes:
+            raise Malformed(
+                f"{where} at offset {self.offset} reaches {self.reach * self.itemsize} bytes into its storage,"
+                f" which has {self.storage.nbytes}"
+            )
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def start(self) -> int:
+        """Bytes from the file's begin to element [0, ..., 0]."""
+        return self.storage.start + self.offset * self.itemsize
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements once they lie one after the other."""
+        return self.count * self.itemsize
+
+    @property
+    def reach(self) -> int:
+        """Elements of the storage up to and with the last one that the tensor names; 0 for an empty tensor."""
+        if 0 in self.shape:
+            return 0
+        return self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """One tensor of one rank, under the name that the rank gives it.
+
+    `item` is the container of the file ("model", "optimizer"), `state` is "value", "master" or the optimizer's own name.
+    """
+
+    item: str
+    name: LocalName
+    state: str
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One param group of an optimizer: its members in order, and its options as the file has them."""
+
+    item: str
+    members: tuple[LocalName, ...]
+    options: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class NotCarried:
+    """Something of the source that no conversion takes along, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankListing:
+    """What one rank had. `coordinate` gives its place on each axis that names of files tell, slowest axis first.
+
+    `tensors` stand in the order of the file: for "model" that is the order of the module tree. `values` are the plain
+    values by JSON pointer ("/iteration"); `empty` names the entries of "model" that hold no tensor (None, no bytes).
+    """
+
+    coordinate: tuple[tuple[str, int], ...]
+    file: str
+    tensors: tuple[LocalTensor, ...]
+    groups: tuple[Group, ...]
+    values: Mapping[str, object]
+    empty: tuple[str, ...] = ()
+
+    def at(self, axis: str) -> int:
+        """Its place on an axis. KeyError for an axis that the files do not know."""
+        return dict(self.coordinate)[axis]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a whole array, and where its elements lie; `stored.shape` is the box's."""
+
+    box: Box
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensor:
+    """One array of which the files say how it is made up: the pieces cover it, each element once. [FOR-3]"""
+
+    item: str
+    name: LocalName
+    state: str
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignCheckpoint:
+    """All that an importer found. `folder` opens the files: `open_store(folder)`; `said` is what a user is told about it.
+
+    `constants` are the plain numbers and words of `args` or `config.json`, under the file's own names. `tied` pairs an
+    alias with the name that stands in `wholes` or is the first of it, both of item "model".
+    """
+
+    format: Format
+    folder: str
+    files: tuple[SourceFile, ...]
+    step: int | None = None
+    ranks: tuple[RankListing, ...] = ()
+    wholes: tuple[WholeTensor, ...] = ()
+    groups: tuple[Group, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
+    not_carried: tuple[NotCarried, ...] = ()
+    said: tuple[str, ...] = ()
