@@ -19,7 +19,7 @@ from elastickpt.format.dtypes import DTYPES
 Format: TypeAlias = Literal[
     "universal", "dcp", "safetensors", "torch", "megatron-legacy", "megatron-dist", "deepspeed", "deepspeed-universal", "fsdp1"
 ]
-Constant: TypeAlias = int | float | bool | str | None | tuple["Constant", ...]
+Constant: TypeAlias = int | float | bool | str | tuple["Constant", ...] | None
 LocalName: TypeAlias = str | int  # an int is an optimizer's index, of which only an order says whose it is
 
 
