@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from elastickpt.format.release import RELEASE as __version__
 
 if TYPE_CHECKING:
+    from elastickpt import elastic as elastic
     from elastickpt import errors as errors
     from elastickpt.load.checkpoint import Checkpoint as Checkpoint
     from elastickpt.load.session import LoadReport as LoadReport
@@ -79,6 +80,7 @@ __all__ = [
     "YoungDaly",
     "__version__",
     "async_save",
+    "elastic",
     "errors",
     "load",
     "open",
@@ -87,8 +89,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "errors":
-        return import_module("elastickpt.errors")
+    if name in ("elastic", "errors"):
+        return import_module(f"elastickpt.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'elastickpt' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]

@@ -64,7 +64,7 @@ def imports_torch_for_types_only(tree: ast.Module) -> bool:
 def test_torch_is_imported_only_where_live_state_is() -> None:
     layers = {name.partition("/")[0] for name in importers("torch")}
     typing_only = {where(path) for path, tree in TREES.items() if imports_torch_for_types_only(tree)}
-    assert layers <= {"training", "testing", "save", "load", "runs"}
+    assert layers <= {"training", "testing", "save", "load", "runs", "elastic"}
     assert {name for name in importers("torch") if name.startswith(("save/", "load/", "runs/"))} <= typing_only
 
 
@@ -162,5 +162,5 @@ def test_public_names_are_these() -> None:
     )
     types = {"AsyncOptions", "Best", "Checkpoint", "CheckpointInfo", "Every", "Keep", "LoadReport", "PerRank", "RNG"}
     types |= {"Restored", "Run", "RunOptions", "SaveHandle", "YoungDaly"}
-    assert set(names) == types | {"__version__", "async_save", "errors", "load", "open", "save"}
+    assert set(names) == types | {"__version__", "async_save", "elastic", "errors", "load", "open", "save"}
     assert len(names) == len(set(names))

@@ -20,8 +20,16 @@ from tools import make_vectors
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "spec"
-NORMATIVE = ("format-v1.md", "fragments-v1.md", "save-protocol.md", "save-beside-training.md", "runs-v1.md", "cli.md")
-PREFIXES = "UCF|FRAG|SAVE|RUN|CLI"
+NORMATIVE = (
+    "format-v1.md",
+    "fragments-v1.md",
+    "save-protocol.md",
+    "save-beside-training.md",
+    "runs-v1.md",
+    "recovery-v1.md",
+    "cli.md",
+)
+PREFIXES = "UCF|FRAG|SAVE|RUN|REC|CLI"
 DEFINED = re.compile(rf"\[((?:{PREFIXES})-\d+)(?: ([a-z-]+))?\]")
 CITED = re.compile(rf"\[((?:(?:{PREFIXES})-\d+(?:\.\.\d+)?(?:, )?)+)\]")
 ONE = re.compile(rf"({PREFIXES})-(\d+)(?:\.\.(\d+))?")

@@ -1,0 +1,35 @@
+"""Training that outlives its workers: how a lost pipeline stage is rebuilt, and by whom it is decided.
+
+import elastickpt as ek
+
+ek.elastic.checkfree.alpha(before, after)    # the weights of two neighbours, and what they make of a stage between them
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elastickpt.elastic import checkfree as checkfree
+
+# name → (module, attribute; "" for the module itself). Lazy (PEP 562): who reads checkpoints imports no torch.
+_PUBLIC = {
+    "checkfree": ("elastickpt.elastic.checkfree", ""),
+}
+
+__all__ = ["checkfree"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'elastickpt.elastic' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    found: object = import_module(module)
+    value = getattr(found, attribute) if attribute else found
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,203 @@
+"""CheckFree: a lost pipeline stage from the two stages beside it, as pure functions over named tensors.
+
+    W_i = (ω_{i−1} W_{i−1} + ω_{i+1} W_{i+1}) / (ω_{i−1} + ω_{i+1})          arXiv 2506.15461, §4.2, Algorithm 1
+
+ω is the norm of a stage's gradient in the last committed step. The paper's text can be read as the squared norm; the
+published code takes the norm after clipping plus 1e-4, and so does `alpha` by default. Stage against stage: layer j of the
+lost one is made of layer j of each neighbour. With the swapped order of CheckFree+ (§4.3) the two stages of each end
+have learned each other's part, and one is a copy of the other. Rules and vectors: `spec/recovery-v1.md`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+import torch
+
+from elastickpt.errors import Refused
+
+EPS = 1e-4
+"""What is added to each norm, so that two norms of 0 make an average: the published code's 1e-4. [REC-1]"""
+
+Weighting = Literal["norm", "norm2", "uniform"]
+_WEIGHTINGS = ("norm", "norm2", "uniform")
+
+MIN_SWAPPED_STAGES = 4
+"""Below this the two end pairs of a swapped order share a stage."""
+
+_NUMBER = re.compile(r"\d+")
+_KEPT = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_KEPT |= {torch.uint16, torch.uint32, torch.uint64}
+
+
+def alpha(before: float | None, after: float | None, *, weighting: Weighting = "norm") -> float:
+    """The share of the stage before the lost one, from the gradient norms of both neighbours; in [0, 1]. [REC-1, REC-2]
+
+    (x + ε) / ((x + y) + 2ε) in float64, evaluated left to right, with x = `before` and y = `after` ("norm"), or their
+    squares ("norm2"). 0.5 for "uniform", for a norm that is None or not finite, and where a square or the sum overflows.
+
+    Raises Refused for a negative norm and for another word as `weighting`.
+
+    >>> alpha(3.0, 1.0)
+    0.7499875006249688
+    >>> alpha(None, 1.0)
+    0.5
+    """
+    if weighting not in _WEIGHTINGS:
+        raise Refused(f"weighting {weighting!r}: expected one of {', '.join(map(repr, _WEIGHTINGS))}")
+    if before is None or after is None or weighting == "uniform":
+        return 0.5
+    x, y = float(before), float(after)
+    if x < 0 or y < 0:
+        raise Refused(f"gradient norms {x} and {y}: expected norms, which are not negative")
+    if weighting == "norm2":
+        x, y = x * x, y * y
+    above, below = x + EPS, (x + y) + 2 * EPS
+    return above / below if math.isfinite(above) and math.isfinite(below) else 0.5
+
+
+def match(
+    lost: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[str, str]]:
+    """For each name of the lost stage the names of its counterparts before and after it. [REC-3]
+
+    Names are alike when they are equal but for their numbers; alike names are paired in numeric order: the first layer of
+    one stage with the first of the others. The tensors may be on any device, meta included; only names, shapes and element
+    types are looked at.
+
+    Raises Refused, naming the first tensor that differs: one that a stage lacks, or that has another shape or element type.
+
+    >>> one = torch.zeros(2)
+    >>> match({"h.2.w": one, "h.3.w": one}, {"h.0.w": one, "h.1.w": one}, {"h.4.w": one, "h.5.w": one})
+    {'h.2.w': ('h.0.w', 'h.4.w'), 'h.3.w': ('h.1.w', 'h.5.w')}
+    """
+    first, second = _paired(lost, before, side="before"), _paired(lost, after, side="after")
+    return {name: (first[name], second[name]) for name in lost}
+
+
+def _paired(lost: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], *, side: str) -> dict[str, str]:
+    mine, theirs = _alike(lost), _alike(other)
+    pairs: dict[str, str] = {}
+    for name in lost:
+        kind = _NUMBER.sub("#", name)
+        place, found = mine[kind].index(name), theirs.get(kind, [])
+        if place >= len(found):
+            raise Refused(
+                f"stage {side} the lost one: expected {len(mine[kind])} tensors like {name!r}, of {_shown(lost[name])}, "
+                f"found {len(found)}; stages that stand in for each other must have equal parts"
+            )
+        pairs[name] = found[place]
+        if (expected := _shown(lost[name])) != (got := _shown(other[found[place]])):
+            raise Refused(
+                f"stage {side} the lost one: {found[place]!r} is {got}, expected {expected} as {name!r} of the lost stage is; "
+                f"stages that stand in for each other must have equal parts"
+            )
+    unpaired = set(other) - set(pairs.values())
+    if unpaired:
+        name = next(name for name in other if name in unpaired)
+        raise Refused(
+            f"stage {side} the lost one: {name!r}, of {_shown(other[name])}, has no counterpart in the lost stage; stages that "
+            f"stand in for each other must have equal parts"
+        )
+    return pairs
+
+
+def _alike(stage: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Names without their numbers → the names that become this, in numeric order."""
+    kinds: dict[str, list[str]] = {}
+    for name in stage:
+        kinds.setdefault(_NUMBER.sub("#", name), []).append(name)
+    for names in kinds.values():
+        names.sort(key=lambda name: ([int(number) for number in _NUMBER.findall(name)], name))
+    return kinds
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def average(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """The lost stage: of each tensor `alpha` parts from before it and 1 − `alpha` from after it. [REC-4, REC-5]
+
+    Both mappings have the lost stage's names (see `match`). fp32(α)·b + fp32(1−α)·a, two products and one sum in float32
+    (float64 for float64), then one cast to the tensors' own type. Integers and bool are those from before. The results are
+    on the device of `before`, share no memory with anything, record no gradient; the inputs do not change.
+
+    Raises Refused for names, shapes, types or devices that differ, complex tensors, tensors that are not dense and plain,
+    and an `alpha` that is not in [0, 1].
+
+    >>> average({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}, 0.75)
+    {'w': tensor([1.5000, 3.0000])}
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise Refused(f"alpha {alpha}: expected a share from 0 to 1")
+    for name in (*before, *after):
+        if name not in before or name not in after:
+            missing = "before" if name not in before else "after"
+            raise Refused(f"{name!r}: not among the tensors of the stage {missing} the lost one")
+        _require_plain(name, before[name], after[name])
+    with torch.no_grad():
+        return {name: _mixed(tensor.detach(), after[name].detach(), alpha) for name, tensor in before.items()}
+
+
+def _require_plain(name: str, *tensors: torch.Tensor) -> None:
+    one, other = tensors
+    if _shown(one) != _shown(other) or one.device != other.device:
+        raise Refused(
+            f"{name!r}: {_shown(one)} on {one.device} before the lost stage, {_shown(other)} on {other.device} after it; "
+            f"expected the same"
+        )
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            raise Refused(f"{name!r}: a {type(tensor).__name__} ({tensor.layout}), expected a dense plain tensor")
+    if one.is_complex() or one.is_quantized:
+        raise Refused(f"{name!r}: {_shown(one)}, expected real numbers; complex and quantised tensors are not averaged")
+
+
+def _mixed(before: torch.Tensor, after: torch.Tensor, alpha: float) -> torch.Tensor:
+    if before.dtype in _KEPT:
+        return before.clone()
+    wide = torch.float64 if before.dtype == torch.float64 else torch.float32
+    share = torch.tensor(alpha, dtype=torch.float64).to(wide).to(before.device)
+    rest = torch.tensor(1.0 - alpha, dtype=torch.float64).to(wide).to(before.device)
+    mixed = torch.mul(before.to(wide), share)
+    mixed += torch.mul(after.to(wide), rest)
+    return mixed.to(before.dtype)
+
+
+def partner(stage: int, stages: int) -> int | None:
+    """The stage with which `stage` changes places in the swapped order of CheckFree+: 0↔1 and S−1↔S−2; else None. [REC-6]
+
+    None for every stage of fewer than four, whose end pairs would share a stage. Raises Refused for a stage that is none.
+
+    >>> [partner(stage, 6) for stage in range(6)]
+    [1, 0, None, None, 5, 4]
+    """
+    if not 0 <= stage < stages:
+        raise Refused(f"stage {stage}: expected one of the {stages} stages, from 0")
+    if stages < MIN_SWAPPED_STAGES:
+        return None
+    return {0: 1, 1: 0, stages - 1: stages - 2, stages - 2: stages - 1}.get(stage)
+
+
+def sources(lost: Collection[int], *, stages: int, swap: str | None) -> dict[int, tuple[int, ...]]:
+    """For each lost stage the stages that it can be made of, in order; () where there are none. [REC-7]
+
+    Both neighbours, of which none is lost. With `swap` ("microbatch" or "step") a stage of an end pair has its partner only.
+    A lost stage is never a source. Raises Refused for a stage that is none.
+
+    >>> sources({1, 2}, stages=6, swap="microbatch")
+    {1: (0,), 2: ()}
+    """
+    found: dict[int, tuple[int, ...]] = {}
+    for stage in sorted(lost):
+        twin = partner(stage, stages)
+        if swap and twin is not None:
+            wanted: tuple[int, ...] = (twin,)
+        else:
+            wanted = (stage - 1, stage + 1) if 0 < stage < stages - 1 else ()
+        found[stage] = () if any(source in lost for source in wanted) else wanted
+    return found

@@ -1,1 +1,0 @@
-"""Recovery of lost workers. Its place is kept; it is not built yet."""
