@@ -9,6 +9,7 @@ CheckpointError
 │   ├── PlacementUnsupported    this placement is not possible here, or not built yet
 │   └── LayoutUnsupported       local tensors whose place in the whole is not known
 ├── StateMismatch           `state` and checkpoint differ in names, shapes, dtypes or values
+├── EntryFailed             code of an entry of `state` raised: its state_dict, load_state_dict or a hook
 ├── NotACheckpoint          the path holds no checkpoint
 │   └── Uncommitted             a draft or an aborted attempt, never committed
 ├── Unsupported             a format version, feature or codec that this release cannot read
@@ -98,6 +99,10 @@ class LayoutUnsupported(Refused):
 
 class StateMismatch(CheckpointError):
     kind = "state-mismatch"
+
+
+class EntryFailed(CheckpointError):
+    kind = "entry-failed"
 
 
 class NotACheckpoint(CheckpointError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job
+from elastickpt.training.entries import code_of, entry_name
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import Kind, item_of, kinds_of
@@ -72,17 +74,19 @@ class _Gathering:
 
     def models(self) -> None:
         for key, model in self.of_kind("model"):
-            held = hold_module(key, model, job=self.job, identities=self.identities)
-            self.items[key] = held.item
-            self.arrays += held.arrays
-            for extra in held.extra_states:
-                self.per_rank[extra.pointer] = carried(extra_state(extra.module), extra.pointer)
+            with taking(key, model):
+                held = hold_module(key, model, job=self.job, identities=self.identities)
+                self.items[key] = held.item
+                self.arrays += held.arrays
+                for extra in held.extra_states:
+                    self.per_rank[extra.pointer] = carried(extra_state(extra.module), extra.pointer)
 
     def optimizers(self) -> None:
         optimizers: list[tuple[str, Optimizer]] = list(self.of_kind("optimizer"))
         shared = shared_parameters(optimizer for _, optimizer in optimizers)
         for key, optimizer in optimizers:
-            held = hold_optimizer(key, optimizer, job=self.job, identities=self.identities, shared=shared)
+            with taking(key, optimizer):
+                held = hold_optimizer(key, optimizer, job=self.job, identities=self.identities, shared=shared)
             self.items[key] = item_of(key, optimizer, "optimizer")
             self.held_optimizers[id(optimizer)] = held
             self.arrays += held.arrays
@@ -92,7 +96,8 @@ class _Gathering:
     def rest(self) -> None:
         for key, value in self.of_kind("scheduler", "rng", "per-rank", "object", "value"):
             self.items[key] = item_of(key, value, self.kinds[key])
-            self._one(key, value)
+            with taking(key, value):
+                self._one(key, value)
 
     def _one(self, key: str, value: Any) -> None:
         place, kind = place_of(key), self.kinds[key]
@@ -109,6 +114,11 @@ class _Gathering:
             tree = value.state_dict() if kind == "object" else value
             self.values[place], held = hold_tree(key, tree, place=place, job=self.job, identities=self.identities)
             self.arrays += held
+
+
+def taking(key: str, value: object) -> AbstractContextManager[None]:
+    """What an entry's own code raises inside is its failure."""
+    return code_of(entry_name(key, value), doing="taking its state")
 
 
 def extra_state(module: nn.Module) -> object:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job
+from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
 from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, Names
+from elastickpt.training.versions import mark_changed
 
 
 @dataclass(slots=True, eq=False)
 class Draft:
-    """Collects what one rank's Binding will hold. `identities` knows the tensors of all models of `state` already."""
+    """Collects what one rank's Binding will hold. `identities` knows the tensors of all models of `state` already.
+
+    `installs` are the steps of the entry that is being bound; see `entry`.
+    """
 
     listing: Listing
     job: Job
@@ -27,7 +33,18 @@ class Draft:
     arrays: set[ArrayId] = field(default_factory=set)
     places: set[str] = field(default_factory=set)
     installs: list[Callable[[], None]] = field(default_factory=list)
+    _entries: list[Install] = field(default_factory=list)
     _read: dict[int, Mapping[str, Value]] = field(default_factory=dict)
+
+    @contextmanager
+    def entry(self, key: str, value: object) -> Iterator[None]:
+        """What is bound inside belongs to this entry, whose code is to blame for what it raises, now and in `install()`."""
+        name = entry_name(key, value)
+        with code_of(name, doing="taking its state"):
+            yield
+        if self.installs:
+            self._entries.append(Install(name, tuple(self.installs)))
+            self.installs.clear()
 
     def missing(self, name: str, expected: str) -> None:
         """This process has it, the checkpoint does not."""
@@ -82,12 +99,14 @@ class Draft:
         return [values[place] for values in every if place in values]
 
     def finished(self) -> Binding:
-        """The Binding; its `install` does what was added, in order."""
-        installs = tuple(self.installs)
+        """The Binding; its `install` does what was added, entry by entry, in order."""
+        entries, filled = tuple(self._entries), frozenset(held.spec.id for held in self.targets)
+        changed = [target.tensor for target in self.targets]
+        changed += [known.tensor for known in self.identities if any(held.spec.id in filled for held in known.held)]
 
         def install() -> None:
-            for step in installs:
-                step()
+            mark_changed(changed)
+            install_all(entries)
 
         return Binding(
             tuple(self.targets),

@@ -15,7 +15,15 @@ from elastickpt.training.dtensors import Job, hold, holders_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
-from elastickpt.training.parallel import data_parallel_ranks, is_stage, module_of, reshard, sharded_parameters
+from elastickpt.training.parallel import (
+    data_parallel_ranks,
+    gathered_parameters,
+    is_stage,
+    module_of,
+    reshard,
+    sharded_parameters,
+)
+from elastickpt.training.versions import mark_changed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +48,11 @@ class HeldModule:
     names: Mapping[str, torch.Tensor]
 
     def reshard(self) -> None:
-        """Frees what FSDP2 has gathered, so that the next forward sees what was loaded into the shards. Local."""
+        """Frees what FSDP2 has gathered, so that the next forward sees what was loaded into the shards, and a backward that
+        belongs to an earlier one fails. Local."""
         for module in self.modules:
             reshard(module)
+            mark_changed(gathered_parameters(module))
 
 
 def is_model(value: object) -> bool:

@@ -92,6 +92,14 @@ def reshard(module: nn.Module) -> None:
         group._to_sharded()
 
 
+def gathered_parameters(module: nn.Module) -> Iterator[torch.Tensor]:
+    """What FSDP2 gathers shards into, below `module`: graphs of forwards keep these tensors, and each gather refills them."""
+    for parameter in _fsdp_parameters(module):
+        gathered = getattr(parameter, "_unsharded_param", None)  # there from the first gather on
+        if gathered is not None:
+            yield gathered
+
+
 def _fsdp_groups(module: nn.Module) -> Iterator[Any]:
     state_of = getattr(loaded_module("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
     if state_of is None:

@@ -33,20 +33,21 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
     models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
     draft = Draft(listing, job, identities, Names(listing, identities.tied()))
     for model in models:
-        _bind_model(draft, model)
+        with draft.entry(model.item.name, state[model.item.name]):
+            _bind_model(draft, model)
     optimizers: list[BoundOptimizer] = []
-    for key, value in _of_kinds(state, kinds, "optimizer"):
-        optimizers.append(bind_optimizer(draft, key, value))
-    for key, value in _of_kinds(state, kinds, "scheduler"):
-        bind_scheduler(draft, key, value, optimizers=optimizers)
-    for key, value in _of_kinds(state, kinds, "object"):
-        bind_object(draft, key, value)
-    for key, value in _of_kinds(state, kinds, "value"):
-        _bind_value(draft, state, key, value)
-    for key, value in _of_kinds(state, kinds, "per-rank"):
-        _bind_per_rank(draft, key, value)
-    for key, _ in _of_kinds(state, kinds, "rng"):  # last: what the others do in install() may draw numbers
-        _bind_streams(draft, key)
+    binders: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
+        "optimizer": lambda key, value: optimizers.append(bind_optimizer(draft, key, value)),
+        "scheduler": lambda key, value: bind_scheduler(draft, key, value, optimizers=optimizers),
+        "object": lambda key, value: bind_object(draft, key, value),
+        "value": lambda key, value: _bind_value(draft, state, key, value),
+        "per-rank": lambda key, value: _bind_per_rank(draft, key, value),
+        "rng": lambda key, value: _bind_streams(draft, key),  # last: what the others do in install() may draw numbers
+    }
+    for kind, binder in binders.items():
+        for key, value in _of_kinds(state, kinds, kind):
+            with draft.entry(key, value):
+                binder(key, value)
     return draft.finished()
 
 
