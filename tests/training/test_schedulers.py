@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,10 @@ def refused(checkpoint: MemoryCheckpoint, state: State) -> list[tuple[str, str]]
     return [(mismatch.name, mismatch.what) for mismatch in binding.mismatches]
 
 
+def state_of(state: State) -> object:
+    return fingerprint({"scheduler": state["scheduler"]})
+
+
 def lambdas(state: State) -> list[object]:
     return [vars(one) for one in getattr(state["scheduler"], "lr_lambdas", ()) if isinstance(one, Warmup)]
 
@@ -172,10 +177,68 @@ def test_a_list_that_was_carried_whole_must_fit_the_groups() -> None:
     assert ("/scheduler/base_lrs", "value") in refused(saved(original), other)
 
 
-def test_a_scheduler_needs_the_optimizer_that_had_its_lists() -> None:
+def bound(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
+    """Loads what is there, as under strict="none", and gives the notes; asserts that only an optimizer is missing."""
+    binding = bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    assert [(one.name, one.what) for one in binding.mismatches if one.name != "/other"] == []
+    checkpoint.fill(replace(binding, mismatches=()))
+    return binding.notes
+
+
+ALIKE_FOR_ALL_GROUPS = sorted(SCHEDULERS.keys() - {"lambda-object"})  # but for what they have by group
+
+
+@pytest.mark.parametrize("name", ALIKE_FOR_ALL_GROUPS)
+def test_a_scheduler_whose_optimizer_is_left_out_takes_the_lists_by_name(name: str) -> None:
+    """[UCF-89] The groups stand in another order: the model gives their parameters' names."""
+    make = SCHEDULERS[name]
+    original, other = make_state(make, 0, 0.1, 0.02), make_state(make, 1, 7.0, 8.0, reverse=True)
+    train(original, 4)
+    (note,) = bound(saved(original), {"model": other["model"], "scheduler": other["scheduler"]})
+    assert "is not in `state`: entries of its groups come from 'optimizer' in the checkpoint, by the names" in note
+    reversed_ = make_state(make, 0, 0.02, 0.1, reverse=True)
+    train(reversed_, 4)
+    assert state_of(other) == state_of(reversed_)
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_a_scheduler_alone_takes_the_lists_by_the_places_of_parameters(make: Make) -> None:
+    original, other = make_state(make, 0, 0.1, 0.02), make_state(make, 1, 7.0, 8.0)
+    train(original, 4)
+    bound(saved(original), {"scheduler": other["scheduler"]})
+    assert state_of(other) == state_of(original)
+
+
+def test_a_scheduler_alone_says_where_its_lists_come_from() -> None:
     original, other = make_state(SCHEDULERS["step"], 0, 0.1), make_state(SCHEDULERS["step"], 1, 7.0)
-    del other["optimizer"]
-    assert refused(saved(original), other) == [("/scheduler", "value")]
+    (note,) = bound(saved(original), {"scheduler": other["scheduler"]})
+    assert note == (
+        "/scheduler: its optimizer is not in `state`: entries of its groups come from 'optimizer' in the checkpoint, "
+        "by the places of their parameters, which have no names here"
+    )
+
+
+def test_a_scheduler_alone_over_other_parameters_takes_what_all_agree_on() -> None:
+    original = make_state(SCHEDULERS["step"], 0, 0.1)
+    train(original, 3)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=3.0)
+    scheduler = SCHEDULERS["step"](optimizer)
+    bound(saved(original), {"scheduler": scheduler})
+    assert scheduler.state_dict() == original["scheduler"].state_dict()
+    original = make_state(SCHEDULERS["step"], 0, 0.1, 0.2)
+    assert refused(saved(original), {"scheduler": scheduler}) == [
+        ("/scheduler/base_lrs/0", "value"),
+        ("/scheduler/_last_lr/0", "value"),
+    ]
+
+
+def test_an_optimizer_under_another_key_is_found_by_identity() -> None:
+    original, other = make_state(SCHEDULERS["step"], 0, 0.1, 0.02), make_state(SCHEDULERS["step"], 1, 7.0, 8.0, reverse=True)
+    train(original, 3)
+    renamed = {"model": other["model"], "other": other["optimizer"], "scheduler": other["scheduler"]}
+    notes = bound(saved(original), renamed)
+    assert other["scheduler"].base_lrs == [0.02, 0.1]
+    assert any("its optimizer stands under 'other' in `state`" in note for note in notes)
 
 
 def test_groups_joined_from_parameters_with_different_schedules_are_refused() -> None:
@@ -195,17 +258,54 @@ def test_a_scheduler_that_the_checkpoint_lacks_is_missing() -> None:
 
 
 class Remembering(lr_scheduler.StepLR):
-    """A list of its own that is as long as the groups only by chance."""
+    """A list that grows, and one that goes by groups, which only its class can say."""
 
-    def __init__(self, optimizer: Optimizer, seen: list[int]) -> None:
-        self.seen = seen
+    elastickpt_group_lists = ("warmups",)
+
+    def __init__(self, optimizer: Optimizer, history: list[int], warmups: list[int] | None = None) -> None:
+        self.history = history
+        self.warmups = warmups
         super().__init__(optimizer, step_size=2)
 
 
-def test_a_list_that_goes_by_groups_on_one_side_only_is_refused() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("entries", [0, 1, 2, 3])
+@pytest.mark.parametrize("live", [0, 1, 2])
+def test_a_list_of_its_own_is_loaded_at_its_saved_length(groups: int, entries: int, live: int) -> None:
+    """[UCF-89] By its length such a list could be taken for one over groups, on either side."""
+    original = make_state(lambda o: Remembering(o, [5 + k for k in range(entries)]), 0, *(0.1, 0.2)[:groups])
+    other = make_state(lambda o: Remembering(o, [0] * live), 1, *(7.0, 8.0)[:groups])
+    load(saved(original), other)
+    assert other["scheduler"].history == [5 + k for k in range(entries)]
+    assert fingerprint(other) == fingerprint(original)
+
+
+def test_a_list_of_its_own_does_not_follow_groups_that_are_cut_otherwise() -> None:
     original = make_state(lambda o: Remembering(o, [5]), 0, 0.1)
-    other = make_state(lambda o: Remembering(o, [6]), 1, 0.1, 0.1)
-    assert refused(saved(original), other) == [("/scheduler/seen", "value")]
+    other = make_state(lambda o: Remembering(o, [6, 7]), 1, 0.1, 0.1)
+    load(saved(original), other)
+    assert other["scheduler"].history == [5]
+
+
+def test_a_list_that_its_class_declares_follows_its_groups() -> None:
+    original = make_state(lambda o: Remembering(o, [5, 6], [1, 2]), 0, 0.1, 0.2)
+    other = make_state(lambda o: Remembering(o, [], [8, 9]), 1, 7.0, 8.0, reverse=True)
+    load(saved(original), other)
+    assert other["scheduler"].warmups == [2, 1]
+    assert other["scheduler"].history == [5, 6]
+
+
+def test_a_list_that_an_older_release_took_for_one_over_groups_is_loaded() -> None:
+    """Until now a list went by groups if it was as long as they are; such a checkpoint has it in columns."""
+    original = make_state(lambda o: Remembering(o, [5, 6]), 0, 0.1, 0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Remembering, "elastickpt_group_lists", ("history",))
+        checkpoint = saved(original)
+    assert any(field.key == "scheduler/history" for field in checkpoint.tables[0].fields)
+    for live in ([], [0], [0, 0], [0, 0, 0]):
+        other = make_state(lambda o, live=live: Remembering(o, live), 1, 7.0, 8.0)  # type: ignore[misc]
+        load(checkpoint, other)
+        assert other["scheduler"].history == [5, 6]
 
 
 def test_a_function_in_a_scheduler_is_refused_with_its_place() -> None:
