@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, TypeAlias
 
-from elastickpt.errors import Malformed
+from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.box import Box
 from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.limits import MAX_DIM, MAX_NDIM, MIB
+
+MAX_REPEATED_NBYTES = 1024 * MIB  # of a tensor that has more elements than its storage (strides of 0)
 
 Format: TypeAlias = Literal[
     "universal", "dcp", "safetensors", "torch", "megatron-legacy", "megatron-dist", "deepspeed", "deepspeed-universal", "fsdp1"
@@ -51,11 +54,16 @@ class StoredTensor:
             raise Malformed(f"{where}: expected one stride for each dimension")
         if self.offset < 0 or min(self.shape, default=0) < 0 or min(self.strides, default=0) < 0:
             raise Malformed(f"{where} at offset {self.offset}: expected no negative number")
+        if len(self.shape) > MAX_NDIM or max(self.shape, default=0) > MAX_DIM:
+            raise LimitExceeded(f"{where}: at most {MAX_NDIM} dimensions of at most {MAX_DIM}")
         if self.reach * self.itemsize > self.storage.nbytes:
             raise Malformed(
                 f"{where} at offset {self.offset} reaches {self.reach * self.itemsize} bytes into its storage,"
                 f" which has {self.storage.nbytes}"
             )
+
+        if self.nbytes > max(self.storage.nbytes, MAX_REPEATED_NBYTES):
+            raise LimitExceeded(f"{where} stands for {self.nbytes} bytes, its storage has {self.storage.nbytes}")
 
     @property
     def itemsize(self) -> int:
@@ -88,12 +96,14 @@ class LocalTensor:
     """One tensor of one rank, under the name that the rank gives it.
 
     `item` is the container of the file ("model", "optimizer"), `state` is "value", "master" or the optimizer's own name.
+    `chunk` counts the model chunks of a rank that has several stages of a pipeline; it is 0 for an optimizer.
     """
 
     item: str
     name: LocalName
     state: str
     stored: StoredTensor
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,78 @@
+"""The files of a source, in a store of this library: names are checked, nothing outside the folder is opened. [FOR-5]"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from elastickpt.errors import MissingFile, NotACheckpoint, Unsafe
+from elastickpt.foreign.listing import SourceFile
+from elastickpt.foreign.zip_records import ByteRange
+from elastickpt.format import canonical_json
+from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.storage.opening import locate, open_store, place_in
+from elastickpt.storage.paths import checked
+from elastickpt.storage.store import Entry, Store
+
+MAX_TRACKER_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of a source; `url` opens it again. `only` is the one file that was named, where a file was named."""
+
+    url: str
+    store: Store
+    only: str | None = None
+
+    def entries(self, path: str = "") -> tuple[Entry, ...]:
+        """What lies in a folder below; just the one file where a file was named."""
+        found = self.store.entries(path)
+        return found if self.only is None else tuple(one for one in found if one.name == self.only)
+
+    def names(self, path: str = "") -> frozenset[str]:
+        return frozenset(one.name for one in self.entries(path))
+
+    def file(self, path: str) -> SourceFile:
+        """A file and its size. MissingFile if it is not there."""
+        return SourceFile(path, self.store.size(path))
+
+    def text(self, path: str) -> str:
+        """A small text file's content, without white space around it."""
+        return self.store.read(path, MAX_TRACKER_NBYTES).decode("utf-8", "replace").strip()
+
+    def json(self, path: str) -> object:
+        """A JSON file's value. Raises Malformed, LimitExceeded."""
+        return canonical_json.parse(self.store.read(path, MAX_MANIFEST_NBYTES), where=path)
+
+    @contextmanager
+    def opened(self, path: str) -> Iterator[ByteRange]:
+        """A whole file for reading by ranges."""
+        reader = self.store.open_reader(path)
+        try:
+            yield ByteRange.whole(path, reader)
+        finally:
+            reader.close()
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+    """The folder at a path or URL, or that of the file there. NotACheckpoint where nothing is."""
+    store, name = locate(path)
+    url = place_in(store, name)
+    try:
+        store.entries(name)
+    except MissingFile:
+        if not store.exists(name):
+            raise NotACheckpoint(f"{os.fspath(path)}: nothing is there") from None
+        return Folder(store.url, store, only=name)
+    return Folder(url, open_store(url))
+
+
+def inside(path: str, *, named_by: str) -> str:
+    """A path that a file names, checked to lie in its folder. Unsafe where it leaves it. [FOR-5]"""
+    try:
+        return checked(path)
+    except Unsafe:
+        raise Unsafe(f"{named_by}: it names the file {path!r}, which is not inside its folder") from None

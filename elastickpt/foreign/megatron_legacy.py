@@ -1,0 +1,300 @@
+"""Megatron-LM's legacy layout: a file of torch.save for each pair of pipeline and tensor rank. [FOR-50..59]
+
+`iter_0000003/mp_rank_TT[_PPP[_EEE]]/model_optim_rng.pt` holds `args`, `model` (or `model0`, `model1`, ... for several stages
+a rank) and `optimizer`. These keys are the file's structure; names of tensors inside `model` are data here and the program's
+business. Optimizers count their parameters: `Group.members` are integers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from elastickpt.errors import Malformed, MissingFile, NotACheckpoint, StructureConflict, Unsupported, ValueNotCarried
+from elastickpt.foreign.folder import Folder, inside
+from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, RankListing, StoredTensor
+from elastickpt.foreign.pickle_values import Instance
+from elastickpt.foreign.plain_values import ReadTensor, carried, constants_of, to_plain
+from elastickpt.foreign.tensor_bytes import read_tensor
+from elastickpt.foreign.torch_file import read_torch_file
+from elastickpt.foreign.zip_records import ByteRange
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RANK_FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3,}))?(?:_(?P<ep>\d{3,}))?")
+ITERATION_FOLDER = re.compile(r"iter_(\d{7,})|release")
+_FILES = ("model_optim_rng.pt", "model_rng.pt", "model_states.pt")
+_DISTRIBUTED = "distrib_optim.pt"
+_CHUNK = re.compile(r"model(\d*)")
+_NOT_PLAIN = {"args", "optimizer"}
+_RANDOM_STATES = ("rng_state", "rerun_state_machine")
+_SIZES = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
+_MASTERS = ("fp32_from_fp16_params", "fp32_from_float16_groups")
+
+
+@dataclass(frozen=True, slots=True)
+class _RankFile:
+    coordinate: tuple[tuple[str, int], ...]
+    path: str
+
+
+def step_folder(folder: Folder, step: int | None) -> tuple[str, tuple[str, ...]]:
+    """(the folder of a step with a slash, or "" where SOURCE is one; what a user is told). MissingFile without that step."""
+    names = folder.names()
+    if any(RANK_FOLDER.fullmatch(name) for name in names):
+        return "", ()
+    if step is not None:
+        wanted = f"iter_{step:07d}"
+        if wanted not in names:
+            there = ", ".join(sorted(name for name in names if ITERATION_FOLDER.fullmatch(name))) or "none"
+            raise MissingFile(f"step {step}: expected the folder {wanted}, found {there}")
+        return f"{wanted}/", ()
+    if TRACKER not in names:
+        found = [name for name in names if ITERATION_FOLDER.fullmatch(name)]
+        if len(found) == 1:
+            return f"{found[0]}/", (f"{found[0]} is the only step there",)
+        raise NotACheckpoint(f"expected {TRACKER} or one folder of a step, found {', '.join(sorted(found)) or 'neither'}")
+    text = folder.text(TRACKER)
+    wanted = text if text == "release" else f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else ""
+    if not wanted:
+        raise Malformed(f"{TRACKER}: expected a step or the word release, found {text[:40]!r}")
+    if wanted not in names:
+        raise MissingFile(f"{TRACKER} names the folder {wanted}, which is not there")
+    return f"{inside(wanted, named_by=TRACKER)}/", (f"{TRACKER} says {text}: {wanted} is read",)
+
+
+def read_megatron_legacy(folder: Folder, step: int | None = None) -> ForeignCheckpoint:
+    """All ranks' tensors, groups and values. Raises what `read_torch_file` does, MissingFile for an absent rank's file,
+    StructureConflict where files contradict each other or the sizes in `args`.
+    """
+    base, said = step_folder(folder, step)
+    found = _rank_files(folder, base)
+    read = [(one, *_read_rank(folder, one)) for one in found]
+    arguments = [_arguments(contents) for _, contents, _ in read]
+    _check_agreement(read[0][0], [(one, contents) for one, contents, _ in read], arguments)
+    ranks = tuple(listing for _, _, (listing, _) in read)
+    first = dict(read[0][1])
+    iteration = first.get("iteration")
+    left = {one.name: one for _, _, (_, lost) in read for one in lost}
+    for path in sorted(_distributed_optimizers(folder, base)):
+        left.setdefault("optimizer", NotCarried("optimizer", f"{path}: shards of a distributed optimizer, not read yet"))
+    return ForeignCheckpoint(
+        format="megatron-legacy",
+        folder=folder.url,
+        files=tuple(folder.file(one.path) for one in found),
+        step=iteration if type(iteration) is int else None,
+        ranks=ranks,
+        constants=constants_of(arguments[0]),
+        values=ranks[0].values,
+        not_carried=tuple(left.values()),
+        said=said,
+    )
+
+
+def _rank_files(folder: Folder, base: str) -> list[_RankFile]:
+    found: dict[tuple[tuple[str, int], ...], str] = {}
+    with_experts = False
+    for entry in folder.entries(base.rstrip("/")):
+        match = RANK_FOLDER.fullmatch(entry.name)
+        if match is None:
+            continue
+        with_experts |= match["ep"] is not None
+        coordinate = tuple((axis, int(match[axis] or 0)) for axis in ("pp", "ep", "tp"))
+        inner = folder.names(f"{base}{entry.name}")
+        names = [name for name in _FILES if name in inner]
+        if len(names) != 1:
+            raise MissingFile(f"{base}{entry.name}: expected one of {', '.join(_FILES)}, found {', '.join(sorted(inner))}")
+        if coordinate in found:
+            raise StructureConflict(f"{found[coordinate]} and {base}{entry.name} are files of one and the same rank")
+        found[coordinate] = f"{base}{entry.name}/{names[0]}"
+    if not found:
+        raise NotACheckpoint(f"{base or folder.url}: expected folders mp_rank_TT or mp_rank_TT_PPP, found none")
+    axes = ("pp", "ep", "tp") if with_experts else ("pp", "tp")
+    files = [
+        _RankFile(tuple((axis, place) for axis, place in coordinate if axis in axes), path)
+        for coordinate, path in sorted(found.items())
+    ]
+    _check_grid(files)
+    return files
+
+
+def _check_grid(files: list[_RankFile]) -> None:
+    """Every combination of the places that occur is there."""
+    coordinates = {one.coordinate for one in files}
+    wanted: list[tuple[tuple[str, int], ...]] = [()]
+    for k, (axis, _) in enumerate(files[0].coordinate):
+        size = 1 + max(coordinate[k][1] for coordinate in coordinates)
+        if size > len(files):
+            raise MissingFile(f"{files[-1].path}: place {size - 1} on axis {axis}, but only {len(files)} ranks have a file")
+        wanted = [(*begun, (axis, place)) for begun in wanted for place in range(size)]
+        if len(wanted) > 4 * len(files):
+            break
+    missing = next((one for one in wanted if one not in coordinates and len(one) == len(files[0].coordinate)), None)
+    if missing is not None:
+        where = ", ".join(f"{axis} {place}" for axis, place in missing)
+        raise MissingFile(f"the file of the rank at {where} is missing beside {files[0].path}")
+
+
+def _distributed_optimizers(folder: Folder, base: str) -> Iterator[str]:
+    for entry in folder.entries(base.rstrip("/")):
+        if RANK_FOLDER.fullmatch(entry.name) and _DISTRIBUTED in folder.names(f"{base}{entry.name}"):
+            yield f"{base}{entry.name}/{_DISTRIBUTED}"
+
+
+def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object], tuple[RankListing, tuple[NotCarried, ...]]]:
+    with folder.opened(rank.path) as archive:
+        contents = read_torch_file(archive)
+        if not isinstance(contents, dict) or not any(isinstance(key, str) and _CHUNK.fullmatch(key) for key in contents):
+            raise Malformed(f"{rank.path}: expected a mapping with `model`, found {_said(contents)}")
+        model = list(_model(rank.path, contents))
+        optimizer = contents.get("optimizer")
+        read = _reading(archive)
+        states, groups, rest = _optimizer(rank.path, optimizer, read)
+        plain = {
+            key: value
+            for key, value in contents.items()
+            if key not in _NOT_PLAIN and key not in _RANDOM_STATES and not _is_chunk(key)
+        }
+        if isinstance(contents.get("args"), Instance):
+            plain["args"] = contents["args"]
+        values, lost = carried(plain | rest, read, where="")
+    random = (NotCarried(str(name), "random streams of each rank") for name in _RANDOM_STATES if name in contents)
+    listing = RankListing(
+        coordinate=rank.coordinate,
+        file=rank.path,
+        tensors=(*(one for one in model if isinstance(one, LocalTensor)), *states),
+        groups=groups,
+        values=values,
+        empty=tuple(one for one in model if isinstance(one, str)),
+    )
+    return contents, (listing, (*random, *lost))
+
+
+def _reading(archive: ByteRange) -> ReadTensor:
+    return lambda tensor: bytes(read_tensor(archive.reader, tensor))
+
+
+def _is_chunk(key: object) -> bool:
+    return isinstance(key, str) and _CHUNK.fullmatch(key) is not None
+
+
+def _said(value: object) -> str:
+    keys = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else ""
+    return f"a {type(value).__name__} {keys}".rstrip()
+
+
+def _model(path: str, contents: Mapping[object, object]) -> Iterator[LocalTensor | str]:
+    """The tensors of `model`, or of `model0`, `model1`, ...; the names of entries that hold none."""
+    for key, entries in contents.items():
+        match = _CHUNK.fullmatch(key) if isinstance(key, str) else None
+        if match is None or not isinstance(entries, dict):
+            continue
+        chunk = int(match[1] or 0)
+        for name, value in _flat(entries, ""):
+            where = f"{path}: {key}: {name}"
+            if isinstance(value, StoredTensor) and not _is_opaque(name, value):
+                yield LocalTensor("model", name, "value", value, chunk)
+            elif value is None or isinstance(value, Instance | bytes | bytearray | StoredTensor):
+                if isinstance(value, Instance) and value.name.startswith("torch."):
+                    raise ValueNotCarried(f"{where} is made by {value.name}: no array can hold it")
+                yield name
+            else:
+                raise ValueNotCarried(f"{where}: expected a tensor, found {_said(value)}")
+
+
+def _is_opaque(name: str, value: StoredTensor) -> bool:
+    """Whether it is a module's extra state, which torch names so: bytes, no numbers."""
+    return name.endswith("_extra_state") and value.dtype == "uint8"
+
+
+def _flat(entries: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:
+    """Nested mappings of modules (files from before core models) with dotted names."""
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _optimizer(
+    path: str, optimizer: object, read: ReadTensor
+) -> tuple[tuple[LocalTensor, ...], tuple[Group, ...], dict[object, object]]:
+    """(states, groups, what else it holds) of an optimizer's state_dict, with or without the wrapper for half types."""
+    if optimizer is None:
+        return (), (), {}
+    if isinstance(optimizer, list) and len(optimizer) == 1:
+        optimizer = optimizer[0]
+    if isinstance(optimizer, list):
+        raise Unsupported(f"{path}: {len(optimizer)} optimizers chained (experts or several chunks), which are not read yet")
+    if not isinstance(optimizer, dict):
+        raise Malformed(f"{path}: optimizer: expected a mapping, found {_said(optimizer)}")
+    inner = optimizer.get("optimizer", optimizer)
+    if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
+        raise Malformed(f"{path}: optimizer: expected `state` and `param_groups`, found {_said(inner)}")
+    groups = tuple(_groups(path, inner["param_groups"], read))
+    states = [*_states(path, inner.get("state")), *_masters(path, optimizer, groups)]
+    known = {"state", "param_groups", "optimizer", *_MASTERS}
+    rest: dict[object, object] = {f"optimizer/{key}": value for key, value in optimizer.items() if key not in known}
+    return tuple(states), groups, rest
+
+
+def _groups(path: str, found: list[object], read: ReadTensor) -> Iterator[Group]:
+    for group in found:
+        members = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(group, dict) or not isinstance(members, list) or not all(type(one) is int for one in members):
+            raise Malformed(f"{path}: optimizer: a param group without its list of numbers `params`")
+        options = {str(key): to_plain(value, read, where=f"/{key}") for key, value in group.items() if key != "params"}
+        yield Group("optimizer", tuple(members), options)
+
+
+def _states(path: str, found: object) -> Iterator[LocalTensor]:
+    if not isinstance(found, dict):
+        raise Malformed(f"{path}: optimizer: expected the mapping `state`, found {_said(found)}")
+    for index, states in found.items():
+        if type(index) is not int or not isinstance(states, dict):
+            raise Malformed(f"{path}: optimizer: expected states by number, found {index!r}: {_said(states)}")
+        for state, value in states.items():
+            if isinstance(value, StoredTensor):
+                yield LocalTensor("optimizer", index, str(state), value)
+            elif value is not None:
+                raise ValueNotCarried(f"{path}: optimizer: {index}: {state}: expected a tensor, found {_said(value)}")
+
+
+def _masters(path: str, optimizer: Mapping[object, object], groups: tuple[Group, ...]) -> Iterator[LocalTensor]:
+    """fp32 masters: a list of tensors for each group, in the order of the group's members."""
+    for key in _MASTERS:
+        lists = optimizer.get(key)
+        if not isinstance(lists, list):
+            continue
+        if len(lists) != len(groups):
+            raise StructureConflict(f"{path}: optimizer: {key} has {len(lists)} lists for {len(groups)} param groups")
+        for group, masters in zip(groups, lists, strict=True):
+            if not isinstance(masters, list) or len(masters) not in (0, len(group.members)):
+                raise StructureConflict(
+                    f"{path}: optimizer: {key} has masters for some members of a group only; which ones is in no file"
+                )
+            for index, master in zip(group.members, masters, strict=False):
+                if not isinstance(master, StoredTensor):
+                    raise Malformed(f"{path}: optimizer: {key}: expected tensors, found {_said(master)}")
+                yield LocalTensor("optimizer", index, "master", master)
+
+
+def _arguments(contents: Mapping[object, object]) -> dict[str, object]:
+    found = contents.get("args")
+    return found.fields() if isinstance(found, Instance) else {}
+
+
+def _check_agreement(
+    first: _RankFile, read: Iterable[tuple[_RankFile, Mapping[object, object]]], arguments: list[dict[str, object]]
+) -> None:
+    """Files are of one step, and their `args` state the sizes that their names tell."""
+    files = list(read)
+    sizes = {axis: 1 + max(dict(one.coordinate)[axis] for one, _ in files) for axis in _SIZES}
+    steps = [contents.get("iteration") for _, contents in files]
+    for (one, _), given, step in zip(files, arguments, steps, strict=True):
+        if step != steps[0]:
+            raise StructureConflict(f"{one.path} is of step {step}, {first.path} of step {steps[0]}")
+        for axis, key in _SIZES.items():
+            stated = given.get(key)
+            if type(stated) is int and stated != sizes[axis]:
+                raise StructureConflict(f"{one.path}: args.{key} is {stated}, and there are files of {sizes[axis]} such ranks")

@@ -1,0 +1,111 @@
+"""Between what a pickle held and values that a checkpoint carries: objects of named classes become marked mappings. [FOR-7]
+
+`{"$class": name, "arguments": tuple, "state": value}` stands for an object, `{"$dtype": name}` for a torch dtype; tensors and
+numpy arrays become `ArrayValue`s. `from_plain` is the inverse, but for numpy's own objects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+
+from elastickpt.errors import Malformed, ValueNotCarried
+from elastickpt.foreign.listing import Constant, NotCarried, StoredTensor
+from elastickpt.foreign.numpy_values import numpy_array
+from elastickpt.foreign.pickle_names import NAMES
+from elastickpt.foreign.pickle_values import ElementType, Instance, Maker
+from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
+from elastickpt.format.value_types import ArrayValue
+
+CLASS, DTYPE = "$class", "$dtype"
+ReadTensor = Callable[[StoredTensor], bytes]
+
+
+def to_plain(value: object, read: ReadTensor, *, where: str) -> object:
+    """A value of builtins and ArrayValues. Raises ValueNotCarried, naming the place, for what cannot be one."""
+    if isinstance(value, StoredTensor):
+        if value.nbytes > MAX_SMALL_ARRAY_NBYTES:
+            raise ValueNotCarried(f"{where}: a tensor of {value.nbytes} bytes among plain values")
+        return ArrayValue(value.dtype, value.shape, read(value), "torch")
+    if isinstance(value, ElementType):
+        return {DTYPE: value.name}
+    if isinstance(value, Instance):
+        return _instance(value, read, where)
+    if isinstance(value, OrderedDict):
+        return OrderedDict((key, to_plain(one, read, where=f"{where}/{key}")) for key, one in value.items())
+    if isinstance(value, Counter):
+        return value
+    if isinstance(value, dict):
+        return {_key(key, where): to_plain(one, read, where=f"{where}/{key}") for key, one in value.items()}
+    if isinstance(value, list):
+        return [to_plain(one, read, where=f"{where}/{k}") for k, one in enumerate(value)]
+    if isinstance(value, tuple):
+        return tuple(to_plain(one, read, where=f"{where}/{k}") for k, one in enumerate(value))
+    if isinstance(value, bytearray):
+        return bytes(value)
+    if value is None or isinstance(value, bool | int | float | str | bytes | complex | set | frozenset):
+        return value
+    raise ValueNotCarried(f"{where}: a {type(value).__name__} among plain values")
+
+
+def _key(key: object, where: str) -> object:
+    if isinstance(key, Instance | ElementType):
+        raise ValueNotCarried(f"{where}: a mapping whose key is {key!r}")
+    return key
+
+
+def _instance(value: Instance, read: ReadTensor, where: str) -> object:
+    array = numpy_array(value, where=where)
+    if array is not None:
+        return array
+    arguments = tuple(to_plain(one, read, where=f"{where}/{k}") for k, one in enumerate(value.arguments))
+    return {CLASS: value.name, "arguments": arguments, "state": to_plain(value.state, read, where=where)}
+
+
+def from_plain(value: object) -> object:
+    """What `to_plain` was given; ArrayValues stay what they are. Raises Malformed for a class that is not listed."""
+    if isinstance(value, Counter):
+        return value
+    if isinstance(value, dict):
+        if CLASS in value and set(value) == {CLASS, "arguments", "state"}:
+            name, arguments = value[CLASS], from_plain(value["arguments"])
+            if not isinstance(name, str) or not isinstance(NAMES.get(name), Maker) or not isinstance(arguments, tuple):
+                raise Malformed(f"a value of class {name!r}, which is none of the known ones")
+            return Instance(name, arguments, from_plain(value["state"]))
+        if set(value) == {DTYPE}:
+            return ElementType(str(value[DTYPE]))
+        inner = {key: from_plain(one) for key, one in value.items()}
+        return OrderedDict(inner) if isinstance(value, OrderedDict) else inner
+    if isinstance(value, list):
+        return [from_plain(one) for one in value]
+    if isinstance(value, tuple):
+        return tuple(from_plain(one) for one in value)
+    return value
+
+
+def carried(
+    values: Mapping[object, object], read: ReadTensor, *, where: str
+) -> tuple[dict[str, object], tuple[NotCarried, ...]]:
+    """The members of a mapping that can be carried, by JSON pointer, and the others with their reasons."""
+    found: dict[str, object] = {}
+    left: list[NotCarried] = []
+    for key, value in values.items():
+        place = f"/{str(key).replace('~', '~0').replace('/', '~1')}"
+        try:
+            found[place] = to_plain(value, read, where=place)
+        except ValueNotCarried as problem:
+            left.append(NotCarried(f"{where}{place}", problem.message))
+    return found, tuple(left)
+
+
+def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
+    """The plain numbers and words of a mapping, element types by name; what is nested or an object is left out."""
+    found: dict[str, Constant] = {}
+    for name, value in values.items():
+        if isinstance(value, ElementType):
+            found[name] = value.name
+        elif value is None or isinstance(value, bool | int | float | str):
+            found[name] = value
+        elif isinstance(value, tuple | list) and all(isinstance(one, bool | int | float | str) for one in value):
+            found[name] = tuple(value)
+    return found
