@@ -65,7 +65,7 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
             f"nothing here says; shard the model with torch.distributed.fsdp.fully_shard"
         )
     members = []
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(groups_of(optimizer)):
         for parameter in group["params"]:
             known = identities.find(parameter)
             if known is None or known.role != "parameter":
@@ -100,7 +100,17 @@ def _lying(known: KnownTensor) -> Lying | None:
 
 def states_of(optimizer: Optimizer) -> dict[Any, Any]:
     """`optimizer.state`: by parameter, and whatever else an optimizer uses as key."""
-    return optimizer.state
+    found: dict[Any, Any] = getattr(optimizer, "state", _NO_STATES)
+    return found
+
+
+_NO_STATES: dict[Any, Any] = {}  # of an optimizer that never called torch's own __init__
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """`optimizer.param_groups`; none for an optimizer that never called torch's own __init__."""
+    found: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    return found
 
 
 def shared_parameters(optimizers: Iterable[Optimizer]) -> frozenset[int]:
@@ -108,7 +118,7 @@ def shared_parameters(optimizers: Iterable[Optimizer]) -> frozenset[int]:
     seen: set[int] = set()
     shared: set[int] = set()
     for optimizer in optimizers:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
         shared |= seen & own
         seen |= own
     return frozenset(shared)
