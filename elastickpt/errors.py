@@ -7,7 +7,8 @@ CheckpointError
 │   ├── StructureConflict       ranks, or items of `state`, contradict each other
 │   ├── PathOccupied            something stands where the checkpoint should go
 │   ├── PlacementUnsupported    this placement is not possible here, or not built yet
-│   └── LayoutUnsupported       local tensors whose place in the whole is not known
+│   ├── LayoutUnsupported       local tensors whose place in the whole is not known
+│   └── ProgramFault            a program of the conversion language that is wrong, or does not fit
 ├── StateMismatch           `state` and checkpoint differ in names, shapes, dtypes or values
 ├── EntryFailed             code of an entry of `state` raised: its state_dict, load_state_dict or a hook
 ├── NotACheckpoint          the path holds no checkpoint
@@ -95,6 +96,10 @@ class PlacementUnsupported(Refused):
 
 class LayoutUnsupported(Refused):
     kind = "layout-unsupported"
+
+
+class ProgramFault(Refused):
+    kind = "program"
 
 
 class StateMismatch(CheckpointError):
