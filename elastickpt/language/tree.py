@@ -91,7 +91,7 @@ class Size:
 class Pad:
     """`pad(size, multiple)`: `size` true elements, filled up to a multiple; without one, to whatever the array has."""
 
-    size: str
+    size: Size | Cat
     multiple: Expr | None = None
     at: Place = _AT
 
@@ -284,21 +284,18 @@ class On:
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """An order that is written out."""
+
+    names: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """In which order a file counts parameters: a listing of the files, kinds in model order, or names."""
 
     name: str
-    by: str | tuple[Kind, ...] | tuple[Pattern, ...]
-    at: Place = _AT
-
-
-@dataclass(frozen=True, slots=True)
-class States:
-    """Where states of parameters stand: `{state}` and `{*name}`, or a number counted in an order."""
-
-    pattern: Pattern
-    state: str | None
-    order: str | None
+    by: str | tuple[Kind, ...] | Names
     at: Place = _AT
 
 
@@ -334,7 +331,7 @@ class Within:
     at: Place = _AT
 
 
-Statement: TypeAlias = Needs | Let | MeshLine | Split | Chunks | On | Order | States | Within | Line
+Statement: TypeAlias = Needs | Let | MeshLine | Split | Chunks | On | Order | Within | Line
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,361 @@
+"""Reads a program against what ranks hold: which whole arrays there are, and what each rank holds of them. [LANG-10..19]
+
+No byte of a tensor is read: names and shapes decide. Whatever does not fit is a ProgramFault; no rule matched is one too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+from elastickpt.language import tree as t
+from elastickpt.language.held import Held, HeldPiece, lower
+from elastickpt.language.rules import Rule, Rules, filled, labels_of, regex_of, ways
+from elastickpt.language.scope import Scope
+from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShape:
+    """A tensor of a rank, as far as a program looks at it."""
+
+    container: str
+    name: str
+    shape: tuple[int, ...]
+    chunk: int = 0  # which of the parts that the rank holds side by side
+
+
+@dataclass(frozen=True, slots=True)
+class RankShapes:
+    """What one rank holds, in the order of its file. `where` names the rank in messages."""
+
+    coordinate: Mapping[str, int]
+    tensors: tuple[LocalShape, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Tensor `tensor` of rank `rank`, and what of the array it holds."""
+
+    rank: int
+    tensor: int
+    rule: Rule
+    held: Held
+    at: Mapping[str, int]  # its place on all axes, chunks too
+
+
+@dataclass(frozen=True, slots=True)
+class WholeArray:
+    """A whole array and who holds what of it. `true` is its shape without padding, None where nothing is padded."""
+
+    name: str
+    shape: tuple[int, ...]
+    true: tuple[int, ...] | None
+    holders: tuple[Holder, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """`sizes` were found from shapes. `dropped` are (rank, tensor) of rules that say so. `tied`: alias → array."""
+
+    rules: Rules
+    sizes: Mapping[str, int]
+    arrays: tuple[WholeArray, ...]
+    dropped: tuple[tuple[int, int], ...]
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    rank: int
+    tensor: int
+    rule: Rule
+    at: Mapping[str, int]
+    holes: Mapping[str, int | str]
+
+
+def match(rules: Rules, ranks: Sequence[RankShapes]) -> Matched:
+    """What the ranks hold, by the program's rules.
+
+    Raises ProgramFault for a name that no rule or several rules match, a rule that matches nothing and is not optional,
+    shapes that are not the program's, and tensors that some ranks lack.
+    """
+    hits, dropped = _hits(rules, ranks)
+    scope = _with_found_sizes(rules, ranks, hits)
+    collected: dict[str, list[Holder]] = {}
+    tied: dict[str, str] = {}
+    for hit in hits:
+        for name, holder in _holders(hit, scope, ranks):
+            collected.setdefault(name, []).append(holder)
+            if hit.rule.tied is not None:
+                alias = filled(hit.rule.whole, hit.holes)
+                if alias != name:
+                    tied[alias] = name
+    arrays = tuple(_array(name, holders, rules, scope, ranks) for name, holders in collected.items())
+    return Matched(rules, scope.sizes, arrays, tuple(dropped), tied)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def _hits(rules: Rules, ranks: Sequence[RankShapes]) -> tuple[list[_Hit], list[tuple[int, int]]]:
+    finders = [_Finder(rule, rules) for rule in rules.rules]
+    used: set[int] = set()
+    hits: list[_Hit] = []
+    dropped: list[tuple[int, int]] = []
+    known: dict[tuple[str, str], list[tuple[int, dict[str, int | str]]]] = {}
+    for number, rank in enumerate(ranks):
+        place = rules.coordinate(rank.coordinate)
+        for index, tensor in enumerate(rank.tensors):
+            key = (tensor.container, tensor.name)
+            if key not in known:
+                known[key] = [(k, holes) for k, finder in enumerate(finders) if (holes := finder.find(*key)) is not None]
+            fitting = [(k, holes) for k, holes in known[key] if finders[k].allows(place)]
+            if len(fitting) != 1:
+                raise _no_rule(rules, rank, tensor, [rules.rules[k] for k, _ in known[key]], bool(fitting))
+            k, holes = fitting[0]
+            used.add(k)
+            if rules.rules[k].flag("drop"):
+                dropped.append((number, index))
+                continue
+            hits.append(_Hit(number, index, rules.rules[k], {**place, **_chunk_place(rules, tensor)}, holes))
+    for k, rule in enumerate(rules.rules):
+        if k not in used and not rule.flag("optional"):
+            raise rules.scope.fault("no tensor has such a name: mark the rule 'optional' if that may be", rule.at)
+    return hits, dropped
+
+
+def _chunk_place(rules: Rules, tensor: LocalShape) -> dict[str, int]:
+    """Where a tensor stands among the parts that its rank holds side by side: the chunk axes, the first one slowest."""
+    place, left = {}, tensor.chunk
+    for axis in reversed(rules.chunks):
+        left, place[axis] = divmod(left, rules.scope.axes[axis])
+    if left:
+        there = ways({axis: rules.scope.axes[axis] for axis in rules.chunks})
+        raise rules.scope.fault(f"tensor {tensor.name!r} of chunk {tensor.chunk}: the program has {there}", t.NOWHERE)
+    return place
+
+
+def _no_rule(rules: Rules, rank: RankShapes, tensor: LocalShape, found: Sequence[Rule], several: bool) -> Exception:
+    what = f"tensor {tensor.name!r} of {tensor.container!r}, shape {tensor.shape}, {rank.where or dict(rank.coordinate)}"
+    if several:
+        lines = ", ".join(str(rule.at.line) for rule in found)
+        return rules.scope.fault(f"{what}: several rules match it, of lines {lines}; expected one", found[-1].at)
+    if found:
+        return rules.scope.fault(f"{what}: its rule says that other ranks only have it", found[0].at)
+    return rules.scope.fault(f"{what}: no rule matches it; write one, or one that drops it", t.NOWHERE)
+
+
+class _Finder:
+    """Finds the tensors of one rule by name, and knows on which ranks they may be."""
+
+    def __init__(self, rule: Rule, rules: Rules) -> None:
+        self._names = regex_of(rule.pattern)
+        self._containers = [regex_of(one) for one in rule.containers]
+        self._only = [
+            (axis, 0 if hold.word == "first" else rules.scope.axes[axis] - 1)
+            for hold in rule.holds
+            if hold.word in ("first", "last")
+            for axis in hold.axes
+        ]
+
+    def find(self, container: str, name: str) -> dict[str, int | str] | None:
+        within: re.Match[str] | None = next((m for one in self._containers if (m := one.fullmatch(container))), None)
+        found = self._names.fullmatch(name) if within is not None else None
+        if found is None or within is None:
+            return None
+        texts = {**within.groupdict(), **found.groupdict()}
+        return {hole: int(text) if text.isdecimal() else text for hole, text in texts.items()}
+
+    def allows(self, place: Mapping[str, int]) -> bool:
+        return all(place.get(axis, 0) == index for axis, index in self._only)
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def _with_found_sizes(rules: Rules, ranks: Sequence[RankShapes], hits: Sequence[_Hit]) -> Scope:
+    """The scope with every size that shapes tell: from dimensions with one unknown size, until nothing new is found."""
+    scope = rules.scope
+    shapes: dict[tuple[int, tuple[tuple[str, int | str], ...]], list[tuple[int, ...]]] = {}
+    by_rule: dict[int, Rule] = {}
+    for hit in hits:
+        if isinstance(hit.rule.dims, tuple):
+            names = tuple(sorted((k, v) for k, v in hit.holes.items()))
+            by_rule[id(hit.rule)] = hit.rule
+            shapes.setdefault((id(hit.rule), names), []).append(ranks[hit.rank].tensors[hit.tensor].shape)
+    waiting = [(by_rule[key[0]], found) for key, found in shapes.items()]
+    while True:
+        sizes: dict[str, int] = {}
+        for rule, found in waiting:
+            if isinstance(rule.dims, tuple) and all(len(shape) == len(rule.dims) for shape in found):
+                _find_sizes(rule.dims, scope, found, sizes)
+        if not sizes:
+            return scope
+        scope = scope.with_sizes(sizes)
+
+
+def _find_sizes(dims: Sequence[t.Factor], scope: Scope, shapes: Sequence[tuple[int, ...]], sizes: dict[str, int]) -> None:
+    for axis, factor in enumerate(dims):
+        names = {size.name for size in unknown_sizes(factor, scope)}
+        if len(names) == 1 and not names & sizes.keys():
+            (name,) = names
+            mean = Fraction(sum(shape[axis] for shape in shapes), len(shapes))
+            size = solved(factor, scope, name, mean)
+            if size is not None:
+                sizes[name] = size
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+def _holders(hit: _Hit, scope: Scope, ranks: Sequence[RankShapes]) -> Iterator[tuple[str, Holder]]:
+    """(whole name, holder) of a tensor: one, or as many as it has numbers stacked."""
+    rule = hit.rule
+    tensor = ranks[hit.rank].tensors[hit.tensor]
+    names = _global_names(rule, hit, scope)
+    target = rule.tied or rule.whole
+    if isinstance(rule.dims, str):
+        held = _as_it_is(tensor.shape)
+        yield filled(target, names), Holder(hit.rank, hit.tensor, rule, held, hit.at)
+        return
+    stacked = [label for label in labels_of(rule.dims) if label in {hole.name for hole in target.holes}]
+    ranges = [range(_label_extent(label, rule.dims, scope, hit.at)[0]) for label in stacked]
+    for indices in product(*ranges):
+        chosen = dict(zip(stacked, indices, strict=True))
+        held = lower(rule.dims, scope, hit.at, chosen=chosen)
+        if held.local != tensor.shape:
+            raise scope.fault(
+                f"tensor {tensor.name!r}, {ranks[hit.rank].where or dict(hit.at)}: expected shape {held.local} by the program, "
+                f"found {tensor.shape}",
+                rule.at,
+            )
+        numbers = {label: _label_extent(label, rule.dims, scope, hit.at)[1][index] for label, index in chosen.items()}
+        yield filled(target, {**names, **numbers}), Holder(hit.rank, hit.tensor, rule, held, hit.at)
+
+
+def _as_it_is(shape: tuple[int, ...]) -> Held:
+    return lower([t.Number(extent) for extent in shape], Scope(), {})
+
+
+def _label_extent(label: str, dims: Sequence[t.Factor], scope: Scope, at: Mapping[str, int]) -> tuple[int, tuple[int, ...]]:
+    """Of a stacked dimension: how many numbers the rank has, and which they are in the whole."""
+    factor = labelled(label, dims)
+    extent = Lowering(scope, at, {}).extent(factor)
+    return extent.local, tuple(whole_index(extent, k) for k in range(extent.local))
+
+
+def labelled(label: str, dims: Sequence[t.Factor]) -> t.Factor:
+    """The labelled part of dimensions, as a factor."""
+    for factor in dims:
+        if isinstance(factor, t.Sum):
+            for part in factor.parts:
+                if part.label == label:
+                    return t.Sum((t.Product(part.factors),))
+                inner = [one for one in part.factors if label in set(labels_of((one,)))]
+                if inner:
+                    return labelled(label, inner)
+        elif isinstance(factor, t.Cut | t.Deal) and label in set(labels_of((factor.inner,))):
+            return labelled(label, (factor.inner,))
+    raise KeyError(label)
+
+
+def _global_names(rule: Rule, hit: _Hit, scope: Scope) -> dict[str, int | str]:
+    names = dict(hit.holes)
+    for hole in rule.pattern.holes:
+        if hole.share is not None:
+            extent = Lowering(scope, hit.at, {}).extent(hole.share)
+            local = int(names[hole.name])
+            if local >= extent.local:
+                raise scope.fault(
+                    f"number {local} in a name of {dict(hit.at)}: expected below {extent.local}, its share of {extent.whole}",
+                    hole.at,
+                )
+            names[hole.name] = whole_index(extent, local)
+    return names
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def _array(name: str, holders: list[Holder], rules: Rules, scope: Scope, ranks: Sequence[RankShapes]) -> WholeArray:
+    first = holders[0]
+    for other in holders[1:]:
+        if (other.held.whole, other.held.true) != (first.held.whole, first.held.true):
+            raise scope.fault(
+                f"array {name!r}: shape {first.held.whole} by line {first.rule.at.line}, {other.held.whole} by this line",
+                other.rule.at,
+            )
+    by_rule: dict[int, list[Holder]] = {}
+    for holder in holders:
+        by_rule.setdefault(id(holder.rule), []).append(holder)
+    if len(by_rule) > 1 and not any(holder.rule.tied for holder in holders):
+        lines = sorted({holder.rule.at.line for holder in holders})
+        raise scope.fault(
+            f"array {name!r} is made by several rules, of lines {lines}; only 'tied' ones may", holders[-1].rule.at
+        )
+    for group in by_rule.values():
+        _require_all(name, group, rules, scope, ranks)
+    return WholeArray(name, first.held.whole, first.held.true, tuple(holders))
+
+
+def _require_all(name: str, holders: list[Holder], rules: Rules, scope: Scope, ranks: Sequence[RankShapes]) -> None:
+    """Every rank that the rule says has it must have it once."""
+    rule = holders[0].rule
+    axes = rules.meshes.get(rule.mesh, ())
+    fixed = _fixed_axes(rule, rules)
+    seen: dict[tuple[int, ...], Holder] = {}
+    for holder in holders:
+        where = (*(holder.at.get(axis, 0) for axis in axes), *(holder.at.get(axis, 0) for axis in rules.chunks))
+        if where in seen:
+            raise scope.fault(f"array {name!r}: {dict(holder.at)} holds it twice", rule.at)
+        seen[where] = holder
+    chunk_places = {where[len(axes) :] for where in seen}
+    if len(chunk_places) > 1:
+        raise scope.fault(f"array {name!r} is held by several chunks of one rank", rule.at)
+    choices = [
+        sorted({where[k] for where in seen}) if axis in fixed else range(scope.axes[axis]) for k, axis in enumerate(axes)
+    ]
+    for place in product(*choices):
+        if (*place, *next(iter(chunk_places))) not in seen:
+            there = ", ".join(f"{axis}={index}" for axis, index in zip(axes, place, strict=True))
+            raise scope.fault(f"array {name!r}: the rank at {there} lacks its tensor", rule.at)
+
+
+def _fixed_axes(rule: Rule, rules: Rules) -> set[str]:
+    """Axes along which names, `first` and `last` decide who has a tensor."""
+    fixed = {axis for hold in rule.holds if hold.word in ("first", "last") for axis in hold.axes}
+    for hole in rule.pattern.holes:
+        if hole.share is not None:
+            fixed |= _axes_in(hole.share)
+    for split in rules.splits:
+        if fixed & set(split.into):
+            fixed.add(split.axis)
+    return fixed
+
+
+def _axes_in(factor: t.Factor) -> set[str]:
+    match factor:
+        case t.Cut(inner, axes):
+            return {*axes, *_axes_in(inner)}
+        case t.Deal(inner, axis):
+            return {axis, *_axes_in(inner)}
+        case t.Sum(parts):
+            return {axis for part in parts for one in part.factors for axis in _axes_in(one)}
+        case _:
+            return set()
+
+
+def distinct_pieces(array: WholeArray) -> dict[HeldPiece, list[Holder]]:
+    """The pieces that make an array up, and who holds each: several where ranks hold the same."""
+    found: dict[HeldPiece, list[Holder]] = {}
+    for holder in array.holders:
+        for piece in holder.held.pieces:
+            if piece.count:
+                key = HeldPiece(piece.extents, piece.whole, piece.local)
+                found.setdefault(key, []).append(holder)
+    return found
