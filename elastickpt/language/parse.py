@@ -14,6 +14,7 @@ from lark.indenter import DedentError, Indenter
 from elastickpt.errors import LimitExceeded, ProgramFault
 from elastickpt.language import tree as t
 from elastickpt.language.faults import fault
+from elastickpt.language.syntax_faults import unexpected
 
 MAX_TEXT_NBYTES = 1 << 20
 MAX_NESTING = 32
@@ -64,7 +65,7 @@ def parse(text: str, *, name: str = "program") -> t.Program:
             raise error.orig_exc from None
         raise
     except UnexpectedInput as error:
-        raise _unexpected(error, text, name) from None
+        raise unexpected(error, text, name) from None
     except DedentError as error:
         raise fault(f"the indentation fits no block above: {error}", at=t.NOWHERE, source=text, name=name) from None
     except RecursionError:
@@ -81,45 +82,6 @@ def _nesting(line: str) -> int:
         depth += (character == "(") - (character == ")")
         most = max(most, depth)
     return most
-
-
-def _unexpected(error: UnexpectedInput, text: str, name: str) -> ProgramFault:
-    line, column = max(getattr(error, "line", 1) or 1, 1), max(getattr(error, "column", 1) or 1, 1)
-    token = getattr(error, "token", None)
-    what = repr(str(token)) if token is not None and str(token).strip() else "what stands here"
-    if token is not None and token.type == "$END":
-        line, column, what = len(text.splitlines()) or 1, 1, "the end of the text"
-    expected = getattr(error, "accepts", None) or getattr(error, "expected", None) or getattr(error, "allowed", None) or ()
-    words = ", ".join(sorted({_WORDS.get(one, one.strip("_").lower()) for one in expected if one != "COMMENT"})[:12])
-    length = len(str(token)) if token is not None and "\n" not in str(token) else 1
-    return fault(f"found {what}, expected one of: {words}", at=t.Place(line, column, length), source=text, name=name)
-
-
-_WORDS = {
-    "NAME": "a name",
-    "INT": "a number",
-    "PATTERN": "a name of a tensor",
-    "_NL": "the end of the line",
-    "_INDENT": "an indented block",
-    "_DEDENT": "the end of the block",
-    "$END": "the end of the text",
-    "LABEL": "a label",
-    "HOLD": "same, first, last, any, average",
-    "KIND": "matrices, vectors, all",
-    "COMPARE": "a comparison",
-    "ELLIPSIS": "...",
-    "LPAR": "(",
-    "RPAR": ")",
-    "COMMA": ",",
-    "EQUAL": "=",
-    "VBAR": "|",
-    "SLASH": "/",
-    "PERCENT": "%",
-    "PLUS": "+",
-    "MINUS": "-",
-    "STAR": "*",
-    "COLON": ":",
-}
 
 
 def _at(token: Token) -> t.Place:
