@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "foreign"))
 sys.path.insert(0, str(Path(__file__).parent / "ranks"))
 sys.path.insert(0, str(Path(__file__).parent / "runs"))
 sys.path.insert(0, str(Path(__file__).parent / "save"))

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from elastickpt.errors import MissingFile, NotACheckpoint, Unsafe
-from elastickpt.foreign.listing import SourceFile
+from elastickpt.foreign.listing import SourceFile, StoredTensor
+from elastickpt.foreign.tensor_bytes import read_tensor
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
@@ -26,6 +27,11 @@ class Folder:
     url: str
     store: Store
     only: str | None = None
+
+    def below(self, name: str) -> Folder:
+        """The folder `name` in this one."""
+        url = place_in(self.store, checked(name))
+        return Folder(url, open_store(url))
 
     def entries(self, path: str = "") -> tuple[Entry, ...]:
         """What lies in a folder below; just the one file where a file was named."""
@@ -46,6 +52,11 @@ class Folder:
     def json(self, path: str) -> object:
         """A JSON file's value. Raises Malformed, LimitExceeded."""
         return canonical_json.parse(self.store.read(path, MAX_MANIFEST_NBYTES), where=path)
+
+    def read_tensor(self, tensor: StoredTensor) -> bytes:
+        """All elements of a small tensor, in C order; its file is opened for this."""
+        with self.opened(tensor.storage.file) as archive:
+            return bytes(read_tensor(archive.reader, tensor))
 
     @contextmanager
     def opened(self, path: str) -> Iterator[ByteRange]:

@@ -107,6 +107,16 @@ class LocalTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class StateScalar:
+    """A state of a parameter that is a plain value and no tensor: the `step` of some optimizers."""
+
+    item: str
+    name: LocalName
+    state: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """One param group of an optimizer: its members in order, and its options as the file has them."""
 
@@ -136,6 +146,7 @@ class RankListing:
     tensors: tuple[LocalTensor, ...]
     groups: tuple[Group, ...]
     values: Mapping[str, object]
+    scalars: tuple[StateScalar, ...] = ()
     empty: tuple[str, ...] = ()
 
     def at(self, axis: str) -> int:
@@ -153,7 +164,11 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class WholeTensor:
-    """One array of which the files say how it is made up: the pieces cover it, each element once. [FOR-3]"""
+    """One array of which the files say how it is made up: the pieces cover it, each element once. [FOR-3]
+
+    `state` is "" for a tensor that is no state of a parameter: `item` is then the top key of the file's value and `name` the
+    JSON pointer below it without its first slash, as in an `ArrayId` of section `extra`.
+    """
 
     item: str
     name: LocalName
@@ -161,6 +176,15 @@ class WholeTensor:
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """`alias` is one tensor with `name`, both in the model that is `item`."""
+
+    item: str
+    alias: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +197,8 @@ class SourceFile:
 class ForeignCheckpoint:
     """All that an importer found. `folder` opens the files: `open_store(folder)`; `said` is what a user is told about it.
 
-    `constants` are the plain numbers and words of `args` or `config.json`, under the file's own names. `tied` pairs an
-    alias with the name that stands in `wholes` or is the first of it, both of item "model".
+    `constants` are the plain numbers and words of `args` or `config.json`, under the file's own names. `tied` says of a name
+    that it is one tensor with another one, which stands in `wholes`. `values` are plain values by JSON pointer.
     """
 
     format: Format
@@ -183,8 +207,9 @@ class ForeignCheckpoint:
     step: int | None = None
     ranks: tuple[RankListing, ...] = ()
     wholes: tuple[WholeTensor, ...] = ()
+    scalars: tuple[StateScalar, ...] = ()
     groups: tuple[Group, ...] = ()
-    tied: tuple[tuple[str, str], ...] = ()
+    tied: tuple[Tied, ...] = ()
     constants: Mapping[str, Constant] = field(default_factory=dict)
     values: Mapping[str, object] = field(default_factory=dict)
     not_carried: tuple[NotCarried, ...] = ()

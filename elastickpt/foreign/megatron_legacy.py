@@ -1,6 +1,6 @@
 """Megatron-LM's legacy layout: a file of torch.save for each pair of pipeline and tensor rank. [FOR-50..59]
 
-`iter_0000003/mp_rank_TT[_PPP[_EEE]]/model_optim_rng.pt` holds `args`, `model` (or `model0`, `model1`, ... for several stages
+`mp_rank_TT[_PPP[_EEE]]/model_optim_rng.pt` holds `args`, `model` (or `model0`, `model1`, ... for several stages
 a rank) and `optimizer`. These keys are the file's structure; names of tensors inside `model` are data here and the program's
 business. Optimizers count their parameters: `Group.members` are integers.
 """
@@ -12,17 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from elastickpt.errors import Malformed, MissingFile, NotACheckpoint, StructureConflict, Unsupported, ValueNotCarried
-from elastickpt.foreign.folder import Folder, inside
-from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, RankListing, StoredTensor
+from elastickpt.foreign.folder import Folder
+from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, RankListing, StateScalar, StoredTensor
 from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import ReadTensor, carried, constants_of, to_plain
-from elastickpt.foreign.tensor_bytes import read_tensor
 from elastickpt.foreign.torch_file import read_torch_file
-from elastickpt.foreign.zip_records import ByteRange
 
-TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FOLDER = re.compile(r"mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3,}))?(?:_(?P<ep>\d{3,}))?")
-ITERATION_FOLDER = re.compile(r"iter_(\d{7,})|release")
 _FILES = ("model_optim_rng.pt", "model_rng.pt", "model_states.pt")
 _DISTRIBUTED = "distrib_optim.pt"
 _CHUNK = re.compile(r"model(\d*)")
@@ -38,37 +34,11 @@ class _RankFile:
     path: str
 
 
-def step_folder(folder: Folder, step: int | None) -> tuple[str, tuple[str, ...]]:
-    """(the folder of a step with a slash, or "" where SOURCE is one; what a user is told). MissingFile without that step."""
-    names = folder.names()
-    if any(RANK_FOLDER.fullmatch(name) for name in names):
-        return "", ()
-    if step is not None:
-        wanted = f"iter_{step:07d}"
-        if wanted not in names:
-            there = ", ".join(sorted(name for name in names if ITERATION_FOLDER.fullmatch(name))) or "none"
-            raise MissingFile(f"step {step}: expected the folder {wanted}, found {there}")
-        return f"{wanted}/", ()
-    if TRACKER not in names:
-        found = [name for name in names if ITERATION_FOLDER.fullmatch(name)]
-        if len(found) == 1:
-            return f"{found[0]}/", (f"{found[0]} is the only step there",)
-        raise NotACheckpoint(f"expected {TRACKER} or one folder of a step, found {', '.join(sorted(found)) or 'neither'}")
-    text = folder.text(TRACKER)
-    wanted = text if text == "release" else f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else ""
-    if not wanted:
-        raise Malformed(f"{TRACKER}: expected a step or the word release, found {text[:40]!r}")
-    if wanted not in names:
-        raise MissingFile(f"{TRACKER} names the folder {wanted}, which is not there")
-    return f"{inside(wanted, named_by=TRACKER)}/", (f"{TRACKER} says {text}: {wanted} is read",)
-
-
-def read_megatron_legacy(folder: Folder, step: int | None = None) -> ForeignCheckpoint:
+def read_megatron_legacy(folder: Folder) -> ForeignCheckpoint:
     """All ranks' tensors, groups and values. Raises what `read_torch_file` does, MissingFile for an absent rank's file,
     StructureConflict where files contradict each other or the sizes in `args`.
     """
-    base, said = step_folder(folder, step)
-    found = _rank_files(folder, base)
+    found = _rank_files(folder)
     read = [(one, *_read_rank(folder, one)) for one in found]
     arguments = [_arguments(contents) for _, contents, _ in read]
     _check_agreement(read[0][0], [(one, contents) for one, contents, _ in read], arguments)
@@ -76,7 +46,7 @@ def read_megatron_legacy(folder: Folder, step: int | None = None) -> ForeignChec
     first = dict(read[0][1])
     iteration = first.get("iteration")
     left = {one.name: one for _, _, (_, lost) in read for one in lost}
-    for path in sorted(_distributed_optimizers(folder, base)):
+    for path in sorted(_distributed_optimizers(folder)):
         left.setdefault("optimizer", NotCarried("optimizer", f"{path}: shards of a distributed optimizer, not read yet"))
     return ForeignCheckpoint(
         format="megatron-legacy",
@@ -87,28 +57,27 @@ def read_megatron_legacy(folder: Folder, step: int | None = None) -> ForeignChec
         constants=constants_of(arguments[0]),
         values=ranks[0].values,
         not_carried=tuple(left.values()),
-        said=said,
     )
 
 
-def _rank_files(folder: Folder, base: str) -> list[_RankFile]:
+def _rank_files(folder: Folder) -> list[_RankFile]:
     found: dict[tuple[tuple[str, int], ...], str] = {}
     with_experts = False
-    for entry in folder.entries(base.rstrip("/")):
+    for entry in folder.entries():
         match = RANK_FOLDER.fullmatch(entry.name)
         if match is None:
             continue
         with_experts |= match["ep"] is not None
         coordinate = tuple((axis, int(match[axis] or 0)) for axis in ("pp", "ep", "tp"))
-        inner = folder.names(f"{base}{entry.name}")
+        inner = folder.names(entry.name)
         names = [name for name in _FILES if name in inner]
         if len(names) != 1:
-            raise MissingFile(f"{base}{entry.name}: expected one of {', '.join(_FILES)}, found {', '.join(sorted(inner))}")
+            raise MissingFile(f"{entry.name}: expected one of {', '.join(_FILES)}, found {', '.join(sorted(inner))}")
         if coordinate in found:
-            raise StructureConflict(f"{found[coordinate]} and {base}{entry.name} are files of one and the same rank")
-        found[coordinate] = f"{base}{entry.name}/{names[0]}"
+            raise StructureConflict(f"{found[coordinate]} and {entry.name} are files of one and the same rank")
+        found[coordinate] = f"{entry.name}/{names[0]}"
     if not found:
-        raise NotACheckpoint(f"{base or folder.url}: expected folders mp_rank_TT or mp_rank_TT_PPP, found none")
+        raise NotACheckpoint(f"{folder.url}: expected folders mp_rank_TT or mp_rank_TT_PPP, found none")
     axes = ("pp", "ep", "tp") if with_experts else ("pp", "tp")
     files = [
         _RankFile(tuple((axis, place) for axis, place in coordinate if axis in axes), path)
@@ -135,10 +104,10 @@ def _check_grid(files: list[_RankFile]) -> None:
         raise MissingFile(f"the file of the rank at {where} is missing beside {files[0].path}")
 
 
-def _distributed_optimizers(folder: Folder, base: str) -> Iterator[str]:
-    for entry in folder.entries(base.rstrip("/")):
-        if RANK_FOLDER.fullmatch(entry.name) and _DISTRIBUTED in folder.names(f"{base}{entry.name}"):
-            yield f"{base}{entry.name}/{_DISTRIBUTED}"
+def _distributed_optimizers(folder: Folder) -> Iterator[str]:
+    for entry in folder.entries():
+        if RANK_FOLDER.fullmatch(entry.name) and _DISTRIBUTED in folder.names(entry.name):
+            yield f"{entry.name}/{_DISTRIBUTED}"
 
 
 def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object], tuple[RankListing, tuple[NotCarried, ...]]]:
@@ -148,8 +117,7 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
             raise Malformed(f"{rank.path}: expected a mapping with `model`, found {_said(contents)}")
         model = list(_model(rank.path, contents))
         optimizer = contents.get("optimizer")
-        read = _reading(archive)
-        states, groups, rest = _optimizer(rank.path, optimizer, read)
+        states, groups, rest = _optimizer(rank.path, optimizer, folder.read_tensor)
         plain = {
             key: value
             for key, value in contents.items()
@@ -157,21 +125,18 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
         }
         if isinstance(contents.get("args"), Instance):
             plain["args"] = contents["args"]
-        values, lost = carried(plain | rest, read, where="")
+        values, lost = carried(plain | rest, folder.read_tensor, where="")
     random = (NotCarried(str(name), "random streams of each rank") for name in _RANDOM_STATES if name in contents)
     listing = RankListing(
         coordinate=rank.coordinate,
         file=rank.path,
-        tensors=(*(one for one in model if isinstance(one, LocalTensor)), *states),
+        tensors=tuple(one for one in (*model, *states) if isinstance(one, LocalTensor)),
         groups=groups,
         values=values,
+        scalars=tuple(one for one in states if isinstance(one, StateScalar)),
         empty=tuple(one for one in model if isinstance(one, str)),
     )
     return contents, (listing, (*random, *lost))
-
-
-def _reading(archive: ByteRange) -> ReadTensor:
-    return lambda tensor: bytes(read_tensor(archive.reader, tensor))
 
 
 def _is_chunk(key: object) -> bool:
@@ -192,19 +157,14 @@ def _model(path: str, contents: Mapping[object, object]) -> Iterator[LocalTensor
         chunk = int(match[1] or 0)
         for name, value in _flat(entries, ""):
             where = f"{path}: {key}: {name}"
-            if isinstance(value, StoredTensor) and not _is_opaque(name, value):
+            if isinstance(value, StoredTensor):
                 yield LocalTensor("model", name, "value", value, chunk)
-            elif value is None or isinstance(value, Instance | bytes | bytearray | StoredTensor):
+            elif value is None or isinstance(value, Instance | bytes | bytearray):
                 if isinstance(value, Instance) and value.name.startswith("torch."):
                     raise ValueNotCarried(f"{where} is made by {value.name}: no array can hold it")
                 yield name
             else:
                 raise ValueNotCarried(f"{where}: expected a tensor, found {_said(value)}")
-
-
-def _is_opaque(name: str, value: StoredTensor) -> bool:
-    """Whether it is a module's extra state, which torch names so: bytes, no numbers."""
-    return name.endswith("_extra_state") and value.dtype == "uint8"
 
 
 def _flat(entries: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:
@@ -218,10 +178,10 @@ def _flat(entries: Mapping[object, object], prefix: str) -> Iterator[tuple[str, 
 
 def _optimizer(
     path: str, optimizer: object, read: ReadTensor
-) -> tuple[tuple[LocalTensor, ...], tuple[Group, ...], dict[object, object]]:
+) -> tuple[list[LocalTensor | StateScalar], tuple[Group, ...], dict[object, object]]:
     """(states, groups, what else it holds) of an optimizer's state_dict, with or without the wrapper for half types."""
     if optimizer is None:
-        return (), (), {}
+        return [], (), {}
     if isinstance(optimizer, list) and len(optimizer) == 1:
         optimizer = optimizer[0]
     if isinstance(optimizer, list):
@@ -235,7 +195,7 @@ def _optimizer(
     states = [*_states(path, inner.get("state")), *_masters(path, optimizer, groups)]
     known = {"state", "param_groups", "optimizer", *_MASTERS}
     rest: dict[object, object] = {f"optimizer/{key}": value for key, value in optimizer.items() if key not in known}
-    return tuple(states), groups, rest
+    return states, groups, rest
 
 
 def _groups(path: str, found: list[object], read: ReadTensor) -> Iterator[Group]:
@@ -247,7 +207,7 @@ def _groups(path: str, found: list[object], read: ReadTensor) -> Iterator[Group]
         yield Group("optimizer", tuple(members), options)
 
 
-def _states(path: str, found: object) -> Iterator[LocalTensor]:
+def _states(path: str, found: object) -> Iterator[LocalTensor | StateScalar]:
     if not isinstance(found, dict):
         raise Malformed(f"{path}: optimizer: expected the mapping `state`, found {_said(found)}")
     for index, states in found.items():
@@ -256,6 +216,8 @@ def _states(path: str, found: object) -> Iterator[LocalTensor]:
         for state, value in states.items():
             if isinstance(value, StoredTensor):
                 yield LocalTensor("optimizer", index, str(state), value)
+            elif type(value) in (int, float, bool):
+                yield StateScalar("optimizer", index, str(state), value)
             elif value is not None:
                 raise ValueNotCarried(f"{path}: optimizer: {index}: {state}: expected a tensor, found {_said(value)}")
 

@@ -99,7 +99,7 @@ def carried(
 
 
 def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
-    """The plain numbers and words of a mapping, element types by name; what is nested or an object is left out."""
+    """The plain numbers and words of a mapping, element types by name, members of mappings in it as "outer.inner"."""
     found: dict[str, Constant] = {}
     for name, value in values.items():
         if isinstance(value, ElementType):
@@ -108,4 +108,7 @@ def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
             found[name] = value
         elif isinstance(value, tuple | list) and all(isinstance(one, bool | int | float | str) for one in value):
             found[name] = tuple(value)
+        elif isinstance(value, dict):
+            inner = constants_of({str(key): one for key, one in value.items()})
+            found.update({f"{name}.{key}": one for key, one in inner.items()})
     return found
