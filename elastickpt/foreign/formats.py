@@ -1,4 +1,4 @@
-"""Which format a source has: what is found in its folder, the words of `--from`, and the step that it stands for. [FOR-80..86]"""
+"""Which format a source has: what its folder holds, the words of `--from`, and the step that it stands for. [FOR-80..86]"""
 
 from __future__ import annotations
 
