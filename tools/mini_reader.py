@@ -11,7 +11,7 @@ import base64
 import json
 import re
 import struct
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from math import isfinite, prod
@@ -259,11 +259,83 @@ def tagged(tag: str, body: Json, depth: int) -> Json:
         return complex(*parts)
     if tag == "$array":
         return small_array(body)
-    if tag == "$tensor":
+    if tag in ("$tensor", "$numpy"):
         item, name = members(body, "item name", tag)
         check(is_text(item) and is_text(name), tag)
-        return ("tensor", item, name)
+        return (tag[1:], item, name)
+    if tag in PYTHON_TAGS:
+        return PYTHON_TAGS[tag](body, depth)
     refuse("unsupported", f"value tag {tag}")
+
+
+# --- tags of features (UCF-100 to UCF-106)
+
+
+def is_name(value: Json) -> bool:
+    return is_text(value) and value != ""
+
+
+def one_name(tag: str) -> Any:
+    def read(body: Json, depth: int) -> Json:
+        check(is_name(body), f"{tag} is no name")
+        return (tag, body)
+
+    return read
+
+
+def two_names(body: Json, depth: int) -> Json:
+    kind, name = members(body, "type name", "$enum")
+    check(is_name(kind) and is_name(name), "$enum")
+    return ("enum", kind, name)
+
+
+def state_name(body: Json, depth: int) -> Json:
+    name, origin = members(body, "name origin", "$state")
+    check(is_name(name) and origin in ("torch", "numpy"), "$state")
+    return ("state", name)
+
+
+def strided(body: Json, depth: int) -> Json:
+    order = body.get("order") if isinstance(body, dict) else None
+    order = checked_list(order, "order", is_int)
+    found = small_array({name: one for name, one in body.items() if name != "order"})
+    check(sorted(order) == list(range(found.ndim)) != order, "order")
+    return found
+
+
+def bounded(body: Json, depth: int) -> Json:
+    maxlen, items = members(body, "maxlen items", "$deque")
+    found = value_of(checked_list(items, "$deque"), depth)
+    check(maxlen is None or (is_int(maxlen) and maxlen >= len(found)), "maxlen")
+    return deque(found, maxlen)
+
+
+def with_factory(body: Json, depth: int) -> Json:
+    factory, pairs = members(body, "factory pairs", "$defaultdict")
+    check(factory is None or factory in FACTORIES.split(), "factory")
+    return defaultdict(lambda: factory, mapping("$odict", pairs, depth))
+
+
+def named_tuple(body: Json, depth: int) -> Json:
+    kind, fields = members(body, "type fields", "$namedtuple")
+    check(depth < 16, "too deep", "limit-exceeded")
+    checked_list(fields, "fields", lambda one: isinstance(one, list) and len(one) == 2 and is_name(one[0]))
+    check(is_name(kind) and len({name for name, _ in fields}) == len(fields), "$namedtuple")
+    return ("namedtuple", kind, *((name, value_of(one, depth + 1)) for name, one in fields))
+
+
+FEATURES = {"python-types", "arrays-in-values", "axis-order"}
+FACTORIES = "bool bytes complex dict float frozenset int list set str tuple"
+PYTHON_TAGS: dict[str, Any] = {
+    "$dtype": one_name("dtype"),
+    "$device": one_name("device"),
+    "$enum": two_names,
+    "$state": state_name,
+    "$strided": strided,
+    "$deque": bounded,
+    "$defaultdict": with_factory,
+    "$namedtuple": named_tuple,
+}
 
 
 def hashable(value: Json) -> Json:
@@ -330,7 +402,8 @@ def read_manifest(data: bytes) -> Json:
     check(isinstance(found, dict) and found.get("format") == "elastickpt", "format")
     check(is_int(found.get("version")), "version")
     check(found["version"] == 1, f"version {found['version']}; this reader reads 1", "unsupported")
-    check(not checked_list(found.get("requires"), "requires", is_text), f"requires {found['requires']}", "unsupported")
+    unknown = set(checked_list(found.get("requires"), "requires", is_text)) - FEATURES
+    check(not unknown, f"requires {sorted(unknown)}", "unsupported")
     names = (
         "format version requires attempt step time world_size placement versions items meshes layouts layout_text "
         "bases index fragments tied values digest"

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TypeVar
 
-from elastickpt.format.value_types import ArrayReference, ArrayValue, Value
+from elastickpt.format.value_types import (
+    ArrayReference,
+    ArrayValue,
+    DeviceValue,
+    DtypeValue,
+    EnumValue,
+    NamedTupleValue,
+    StateReference,
+    Value,
+)
 
 _T = TypeVar("_T")
 
@@ -99,13 +109,24 @@ def value_text(value: Value) -> str:
         return _array_text(value)
     if isinstance(value, ArrayReference):
         return "→ " + printable("/".join(part for part in ("extra", value.item, value.name) if part))
+    if isinstance(value, StateReference):
+        return "→ " + printable(value.name)
+    if isinstance(value, DtypeValue | DeviceValue):
+        return printable(value.name)
+    if isinstance(value, EnumValue):
+        return printable(f"{value.type}.{value.name}")
+    if isinstance(value, NamedTupleValue):
+        fields = zip(value.fields, value.values, strict=True)
+        parts = [f"{printable(name)}={value_text(one)}" for name, one in _first(fields)]
+        return printable(value.type.rpartition(".")[2]) + _listed(parts, len(value.fields), "()")
     if isinstance(value, Mapping):
         return _listed([f"{value_text(key)}: {value_text(one)}" for key, one in _first(value.items())], len(value), "{}")
     if isinstance(value, tuple):
         tail = "," if len(value) == 1 else ""
         return _listed([value_text(one) for one in _first(value)], len(value), "()", tail)
-    if isinstance(value, list | set | frozenset):
-        return _listed([value_text(one) for one in _first(value)], len(value), "[]" if isinstance(value, list) else "{}")
+    if isinstance(value, list | set | frozenset | deque):
+        brackets = "[]" if isinstance(value, list | deque) else "{}"
+        return _listed([value_text(one) for one in _first(value)], len(value), brackets)
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1000:
         return f"an integer of {value.bit_length():,} bits"
     return repr(value)

@@ -16,6 +16,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import encode_manifest
+from elastickpt.format.features import features_used
 from elastickpt.format.keys import MANIFEST, index_file
 from elastickpt.format.records import (
     ArrayRecord,
@@ -25,6 +26,7 @@ from elastickpt.format.records import (
     Manifest,
     OptimizerTable,
 )
+from elastickpt.format.values import Value
 from elastickpt.storage.store import Durability, Store
 
 SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each
@@ -79,7 +81,8 @@ def record(
     require_distinct_ranges(maps)
     tables = merge_tables(table for columns in maps for table in columns.tables)
     attempt.advance(Event.PROVE)
-    recorded, created = _record(store, draft, contents, (arrays, tables), attested, create)
+    requires = _features(arrays, tables, [dict(contents.values), *(columns.values for columns in maps)])
+    recorded, created = _record(store, draft, contents, (arrays, tables, requires), attested, create)
     if durability == "power":
         many = len(created) > SYNC_TREE_FILES or len(arrays) > SYNC_TREE_ARRAYS
         if many and store.capabilities.tree_sync:
@@ -112,11 +115,11 @@ def _record(
     store: Store,
     draft: Draft,
     contents: Contents,
-    proven: tuple[tuple[ArrayRecord, ...], tuple[OptimizerTable, ...]],
+    proven: tuple[tuple[ArrayRecord, ...], tuple[OptimizerTable, ...], tuple[str, ...]],
     attested: Sequence[FileDigest],
     create: Callable[[str, bytes], None],
 ) -> tuple[Recorded, Sequence[str]]:
-    arrays, tables = proven
+    arrays, tables, requires = proven
     outline = contents.outline
     parts = [IndexPart(part, tables if number == 0 else ()) for number, part in enumerate(parts_of(arrays))]
     entries, created = [], [MANIFEST]
@@ -145,12 +148,19 @@ def _record(
         fragments=tuple(attested),
         values=dict(contents.values),
         tied=outline.tied,
+        requires=requires,
     )
     data = encode_manifest(manifest)
     create(draft.path(MANIFEST), data)
     for leftover in (TOKEN, CONTENTS):
         store.remove(draft.path(leftover))
     return Recorded(manifest, file_digest(data)), created
+
+
+def _features(arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], values: Sequence[Value]) -> tuple[str, ...]:
+    """What a reader must know beyond version 1. [UCF-100]"""
+    fields = (field.values for table in tables for field in table.fields)
+    return features_used([*values, *fields], (name for array in arrays for name, _ in array.attributes))
 
 
 _DOCUMENTS: deque[tuple[tuple[ArrayRecord, ...], tuple[tuple[str, bytes], ...]]] = deque(maxlen=2)

@@ -1,10 +1,10 @@
-"""Typed JSON back into values; each value has one spelling and every other one is refused. [UCF-50..59]"""
+"""Typed JSON back into values; each value has one spelling and every other one is refused. [UCF-50..59, UCF-101..106]"""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from math import inf, isfinite, nan, prod
 
@@ -12,8 +12,21 @@ from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.dtypes import dtype_named
 from elastickpt.format.limits import MAX_DEPTH, MAX_DIM, MAX_INT_DIGITS, MAX_NDIM, MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.members import Members, integer, pair, sequence, text
-from elastickpt.format.value_types import MAX_PLAIN_INT, ArrayReference, ArrayValue, Value
+from elastickpt.format.members import Members, integer, integers, pair, sequence, text
+from elastickpt.format.value_types import (
+    FACTORIES,
+    MAX_PLAIN_INT,
+    ORIGINS,
+    ArrayReference,
+    ArrayValue,
+    DeviceValue,
+    DtypeValue,
+    EnumValue,
+    NamedTupleValue,
+    Origin,
+    StateReference,
+    Value,
+)
 
 _FLOATS = {"nan": nan, "inf": inf, "-inf": -inf}
 _Decoder = Callable[[object, str, int], Value]
@@ -184,26 +197,117 @@ def _complex(obj: object, where: str, depth: int) -> Value:
 
 def _array(obj: object, where: str, depth: int) -> Value:
     members = Members(obj, where=where)
+    found = _array_value(members, where, ())
+    members.close()
+    return found
+
+
+def _strided(obj: object, where: str, depth: int) -> Value:
+    members = Members(obj, where=where)
+    order = integers(members.take("order"), where=f"{where}/order")
+    found = _array_value(members, where, order)
+    members.close()
+    if sorted(order) != list(range(len(found.shape))) or sorted(order) == list(order):  # [UCF-104]
+        raise Malformed(
+            f"{where}: order {list(order)} of {len(found.shape)} axes, expected all of them in another than their own order"
+        )
+    return found
+
+
+def _array_value(members: Members, where: str, order: tuple[int, ...]) -> ArrayValue:
     dtype = dtype_named(members.text("dtype"))
     shape = tuple(integer(one, where=f"{where}/shape", high=MAX_DIM) for one in members.sequence("shape"))
-    data, origin = _base64(members.take("data"), where), members.text("origin")
-    members.close()
+    data, origin = _base64(members.take("data"), where), _origin(members, where)
     if len(shape) > MAX_NDIM or len(data) > MAX_SMALL_ARRAY_NBYTES:
         raise LimitExceeded(f"{where}: an array of {len(shape)} axes and {len(data)} bytes inside a value")
     if prod(shape) * dtype.itemsize != len(data):
         raise Malformed(f"{where}: {len(data)} bytes are no {dtype.name} array of shape {shape}")
-    if origin == "torch":
-        return ArrayValue(dtype.name, shape, data, "torch")
-    if origin == "numpy":
-        return ArrayValue(dtype.name, shape, data, "numpy")
-    raise Malformed(f"{where}: origin {origin!r} of an array, expected torch or numpy")
+    return ArrayValue(dtype.name, shape, data, origin, order)
+
+
+def _origin(members: Members, where: str) -> Origin:
+    origin = members.text("origin")
+    if origin not in ORIGINS:
+        raise Malformed(f"{where}: origin {origin!r} of an array, expected torch or numpy")
+    return ORIGINS[origin]
 
 
 def _tensor(obj: object, where: str, depth: int) -> Value:
+    return _reference(obj, where, "torch")
+
+
+def _numpy(obj: object, where: str, depth: int) -> Value:
+    return _reference(obj, where, "numpy")
+
+
+def _reference(obj: object, where: str, origin: Origin) -> Value:
     members = Members(obj, where=where)
-    found = ArrayReference(members.text("item"), members.text("name"))
+    found = ArrayReference(members.text("item"), members.text("name"), origin)
     members.close()
     return found
+
+
+def _state(obj: object, where: str, depth: int) -> Value:
+    members = Members(obj, where=where)
+    found = StateReference(_some(members.take("name"), where), _origin(members, where))
+    members.close()
+    return found
+
+
+def _some(obj: object, where: str) -> str:
+    """A text that says something. [UCF-105]"""
+    found = text(obj, where=where)
+    if not found:
+        raise Malformed(f"{where}: an empty text, expected a name")
+    return found
+
+
+def _dtype(obj: object, where: str, depth: int) -> Value:
+    return DtypeValue(_some(obj, where))
+
+
+def _device(obj: object, where: str, depth: int) -> Value:
+    return DeviceValue(_some(obj, where))
+
+
+def _enum(obj: object, where: str, depth: int) -> Value:
+    members = Members(obj, where=where)
+    found = EnumValue(_some(members.take("type"), where), _some(members.take("name"), where))
+    members.close()
+    return found
+
+
+def _deque(obj: object, where: str, depth: int) -> Value:
+    members = Members(obj, where=where)
+    maxlen, items = members.take("maxlen"), _items(members.take("items"), where, depth)
+    members.close()
+    if maxlen is not None and integer(maxlen, where=f"{where}/maxlen") < len(items):  # [UCF-101]
+        raise Malformed(f"{where}: {len(items)} elements in a deque of at most {maxlen}")
+    return deque(items, None if maxlen is None else integer(maxlen, where=where))
+
+
+def _defaultdict(obj: object, where: str, depth: int) -> Value:
+    members = Members(obj, where=where)
+    factory, pairs = members.take("factory"), _pairs(members.take("pairs"), where, depth)
+    members.close()
+    if factory is None:
+        return defaultdict(None, pairs)
+    name = text(factory, where=f"{where}/factory")
+    if name not in FACTORIES:  # [UCF-102]
+        raise Malformed(f"{where}: factory {name!r} of a defaultdict, expected null or one of {', '.join(FACTORIES)}")
+    return defaultdict(FACTORIES[name], pairs)
+
+
+def _named_tuple(obj: object, where: str, depth: int) -> Value:
+    members = Members(obj, where=where)
+    kind, below = _some(members.take("type"), where), _deeper(where, depth)
+    fields = [pair(one, where=where) for one in members.sequence("fields")]
+    members.close()
+    names = tuple(_some(name, where) for name, _ in fields)
+    if len(set(names)) != len(names):  # [UCF-103]
+        raise Malformed(f"{where}: a field of a named tuple stands twice")
+    values = tuple(_decode(one, f"{where}/{name}", below) for name, (_, one) in zip(names, fields, strict=True))
+    return NamedTupleValue(kind, names, values)
 
 
 _TAGS: dict[str, _Decoder] = {
@@ -219,6 +323,15 @@ _TAGS: dict[str, _Decoder] = {
     "$complex": _complex,
     "$array": _array,
     "$tensor": _tensor,
+    "$numpy": _numpy,
+    "$state": _state,
+    "$strided": _strided,
+    "$deque": _deque,
+    "$defaultdict": _defaultdict,
+    "$namedtuple": _named_tuple,
+    "$dtype": _dtype,
+    "$device": _device,
+    "$enum": _enum,
 }
 
 

@@ -15,6 +15,7 @@ from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import parse
 from elastickpt.format.columns import Runs, pack_runs
 from elastickpt.format.encode_fragments import check_version
+from elastickpt.format.features import FEATURES
 from elastickpt.format.keys import checked_name, checked_path
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
 from elastickpt.format.members import Members, integers, is_int, pair, text
@@ -32,7 +33,6 @@ from elastickpt.format.sealed import check_seal, seal
 from elastickpt.format.values import decode_pointers, encode_pointers
 
 FORMAT = "elastickpt"
-SUPPORTED_FEATURES: frozenset[str] = frozenset()  # of `requires`
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _PLACEMENT = re.compile(r"R|_?S\((0|[1-9][0-9]?)\)")
 _ITEM_KINDS: dict[str, ItemKind] = {kind: kind for kind in get_args(ItemKind)}
@@ -88,7 +88,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     members = Members(parse(data, where=path), where=path)
     check_version(members, FORMAT)  # [UCF-72]
     requires = members.texts("requires")
-    unknown = sorted(set(requires) - SUPPORTED_FEATURES)
+    unknown = sorted(set(requires) - FEATURES)
     if unknown:  # [UCF-73]
         raise Unsupported(f"{path}: requires {', '.join(unknown)}, which this release does not know")
     meshes = tuple(_meshes(members))

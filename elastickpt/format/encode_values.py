@@ -1,18 +1,31 @@
-"""Values into typed JSON: each value has one spelling; what has no tag is refused with its path. [UCF-50..59]"""
+"""Values into typed JSON: each value has one spelling; what has no tag is refused with its path. [UCF-50..59,
+UCF-101..106]"""
 
 from __future__ import annotations
 
 import base64
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite, isnan, prod
+from typing import Any
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.canonical_json import dump, dump_sorted
 from elastickpt.format.digest import file_digest
 from elastickpt.format.dtypes import DTYPES
 from elastickpt.format.limits import MAX_DEPTH, MAX_INT_DIGITS, MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.value_types import MAX_PLAIN_INT, ArrayReference, ArrayValue, Value
+from elastickpt.format.value_types import (
+    FACTORIES,
+    MAX_PLAIN_INT,
+    ArrayReference,
+    ArrayValue,
+    DeviceValue,
+    DtypeValue,
+    EnumValue,
+    NamedTupleValue,
+    StateReference,
+    Value,
+)
 
 
 def pointer_token(name: object) -> str:
@@ -64,7 +77,37 @@ def _array(value: ArrayValue, where: str) -> object:
             f"{where or '/'}: an array of {len(value.data)} bytes inside a value; the limit is {MAX_SMALL_ARRAY_NBYTES}"
         )
     body = {"dtype": value.dtype, "shape": list(value.shape), "data": _base64(value.data), "origin": value.origin}
-    return {"$array": body}
+    if not value.order:
+        return {"$array": body}
+    return {"$strided": {**body, "order": list(value.order)}}
+
+
+def _reference(value: ArrayReference, where: str) -> object:
+    tag = "$tensor" if value.origin == "torch" else "$numpy"
+    return {tag: {"item": _text(value.item, where), "name": _text(value.name, where)}}
+
+
+def _state(value: StateReference, where: str) -> object:
+    return {"$state": {"name": _text(value.name, where), "origin": value.origin}}
+
+
+def _enum(value: EnumValue, where: str) -> object:
+    return {"$enum": {"type": _text(value.type, where), "name": _text(value.name, where)}}
+
+
+_LEAVES: Mapping[type, Callable[[Any, str], object]] = {
+    int: _int,
+    float: lambda value, where: _float(value),
+    str: _text,
+    bytes: lambda value, where: {"$bytes": _base64(value)},
+    complex: lambda value, where: {"$complex": [_float(value.real), _float(value.imag)]},
+    ArrayValue: _array,
+    ArrayReference: _reference,
+    StateReference: _state,
+    DtypeValue: lambda value, where: {"$dtype": _text(value.name, where)},
+    DeviceValue: lambda value, where: {"$device": _text(value.name, where)},
+    EnumValue: _enum,
+}
 
 
 def _items(values: Iterable[object], where: str, depth: int) -> list[object]:
@@ -102,41 +145,53 @@ def _dict(value: dict[object, object], where: str, depth: int) -> object:
 def _encode(value: object, where: str, depth: int) -> object:
     if value is None or type(value) is bool:
         return value
-    if type(value) is int:
-        return _int(value, where)
-    if type(value) is float:
-        return _float(value)
-    if type(value) is str:
-        return _text(value, where)
-    if type(value) is bytes:
-        return {"$bytes": _base64(value)}
-    if type(value) is complex:
-        return {"$complex": [_float(value.real), _float(value.imag)]}
-    if type(value) is ArrayValue:
-        return _array(value, where)
-    if type(value) is ArrayReference:
-        return {"$tensor": {"item": _text(value.item, where), "name": _text(value.name, where)}}
+    leaf = _LEAVES.get(type(value))
+    if leaf is not None:
+        return leaf(value, where)
     return _encode_container(value, where, depth + 1)
 
 
+def _deque(value: deque[object], where: str, depth: int) -> object:
+    return {"$deque": {"maxlen": value.maxlen, "items": _items(value, where, depth)}}
+
+
+def _defaultdict(value: defaultdict[object, object], where: str, depth: int) -> object:
+    names = [name for name, factory in FACTORIES.items() if factory is value.default_factory]
+    if value.default_factory is not None and not names:
+        raise ValueNotCarried(
+            f"{where or '/'}: a defaultdict whose factory is {value.default_factory!r} cannot be carried by a checkpoint, "
+            f"expected None or one of {', '.join(FACTORIES)}"
+        )
+    return {"$defaultdict": {"factory": names[0] if names else None, "pairs": _pairs(value, where, depth)}}
+
+
+def _named_tuple(value: NamedTupleValue, where: str, depth: int) -> object:
+    fields = zip(value.fields, value.values, strict=True)
+    pairs = [[_text(name, where), _encode(one, f"{where}/{pointer_token(name)}", depth)] for name, one in fields]
+    return {"$namedtuple": {"type": _text(value.type, where), "fields": pairs}}
+
+
+_NODES: Mapping[type, Callable[[Any, str, int], object]] = {
+    list: _items,
+    tuple: lambda value, where, depth: {"$tuple": _items(value, where, depth)},
+    dict: _dict,
+    OrderedDict: lambda value, where, depth: {"$odict": _pairs(value, where, depth)},
+    Counter: lambda value, where, depth: {"$counter": _pairs(value, where, depth)},
+    set: lambda value, where, depth: {"$set": _set(value, where, depth)},
+    frozenset: lambda value, where, depth: {"$frozenset": _set(value, where, depth)},
+    deque: _deque,
+    defaultdict: _defaultdict,
+    NamedTupleValue: _named_tuple,
+}
+
+
 def _encode_container(value: object, where: str, depth: int) -> object:
-    if depth > MAX_DEPTH and isinstance(value, (list, tuple, set, frozenset, dict)):
+    node = _NODES.get(type(value))
+    if node is None:
+        raise _refuse(value, where)
+    if depth > MAX_DEPTH:
         raise ValueNotCarried(f"{where}: nested more than {MAX_DEPTH} deep (or inside itself)")
-    if type(value) is list:
-        return _items(value, where, depth)
-    if type(value) is tuple:
-        return {"$tuple": _items(value, where, depth)}
-    if type(value) is dict:
-        return _dict(value, where, depth)
-    if type(value) is OrderedDict:
-        return {"$odict": _pairs(value, where, depth)}
-    if type(value) is Counter:
-        return {"$counter": _pairs(value, where, depth)}
-    if type(value) is set:
-        return {"$set": _set(value, where, depth)}
-    if type(value) is frozenset:
-        return {"$frozenset": _set(value, where, depth)}
-    raise _refuse(value, where)
+    return node(value, where, depth)
 
 
 def encode_value(value: Value, *, where: str) -> object:
@@ -158,6 +213,9 @@ def _unordered(typed: object) -> object:
         pairs = found.get(tag)
         if isinstance(pairs, list):
             found[tag] = sorted(pairs, key=dump_sorted)
+    body = found.get("$defaultdict")
+    if isinstance(body, dict) and isinstance(pairs := body.get("pairs"), list):
+        body["pairs"] = sorted(pairs, key=dump_sorted)
     return found
 
 

@@ -10,15 +10,15 @@ Loading a *container of the user* changes it in place, and keeps its structure:
 - tensors are read into the tensors that stand there;
 - a dict keeps its keys: keys on one side only are mismatches (a tensor's only if no rank has it), but an empty dict takes
   all of a dict without tensors;
-- a list takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and Counters
-  take all;
+- a list or deque takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and
+  Counters take all;
 - numbers, strings and other leaves become the checkpoint's, whatever they were;
-- what is immutable (a leaf, a tuple) is replaced in the container around it; at the top, in `state` itself.
+- what is immutable (a leaf, a tuple, a named tuple) is replaced in the container around it; at the top, in `state` itself.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeGuard
 
@@ -27,24 +27,24 @@ import torch
 
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
-from elastickpt.format.values import ArrayReference, ArrayValue, Value
+from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job, placed
 from elastickpt.training.elements import dtype_name, torch_dtype
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
 from elastickpt.training.modules import hold_tensor
-from elastickpt.training.values import (
-    carried_leaf,
+from elastickpt.training.trees import (
+    children,
     holds_arrays,
+    is_named_tuple,
     mapped,
+    named_tuple_of,
     place_of,
-    revived,
-    revived_leaf,
-    shown,
-    tensor_of,
     token,
+    type_name,
 )
+from elastickpt.training.values import carried_leaf, revived, revived_leaf, shown, tensor_of
 
 
 class Stateful(Protocol):
@@ -99,18 +99,14 @@ def bind_tree(
             return _bind_reference(draft, item, one, own.get(where))
         return revived_leaf(one)
 
-    return mapped(found, place, leaf)
+    return mapped(found, place, leaf, named_tuple_of)
 
 
 def _tensors(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield place, value
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            yield from _tensors(one, f"{place}/{token(key)}")
-    elif isinstance(value, (list, tuple)):
-        for index, one in enumerate(value):
-            yield from _tensors(one, f"{place}/{index}")
+    for name, one in children(value):
+        yield from _tensors(one, f"{place}/{name}")
 
 
 def _bind_reference(draft: Draft, item: str, found: ArrayReference, live: torch.Tensor | None) -> torch.Tensor | None:
@@ -171,9 +167,11 @@ class _Container:
             return self._differs(live, found, place)
         if isinstance(live, numpy.ndarray) and type(found) is ArrayValue:
             return self._numpy(live, found)
+        if is_named_tuple(live):
+            return self._named_tuple(live, found, place)
         if (tuple if type(live) is torch.Size else type(live)) is not type(found):
             replaceable = not isinstance(live, _CONTAINERS) and not holds_arrays(found)
-            return revived(found) if replaceable else self._differs(live, found, place)
+            return revived(found, place=place) if replaceable else self._differs(live, found, place)
         if isinstance(live, (Counter, set)):
             if holds_arrays(found):
                 return self._differs(live, found, place)
@@ -181,7 +179,7 @@ class _Container:
             return live
         if isinstance(live, dict):
             return self._dict(live, found, place)
-        if isinstance(live, (list, tuple)):
+        if isinstance(live, (list, tuple, deque)):
             return self._sequence(live, found, place)
         return revived(found)
 
@@ -235,27 +233,40 @@ class _Container:
                 self._later(lambda key=key, new=new: live.__setitem__(key, new))  # type: ignore[misc]
         return live
 
-    def _sequence(self, live: list[Any] | tuple[Any, ...], found: Any, place: str) -> object:
+    def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
+        expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]
+        if not isinstance(found, NamedTupleValue) or (found.type, found.fields) != expected:
+            return self._differs(live, found, place)
+        settled = (
+            self.settled(one, other, f"{place}/{k}") for one, other, k in zip(live, found.values, found.fields, strict=True)
+        )
+        new = tuple(settled)
+        return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple.__new__(type(live), new)
+
+    def _sequence(self, live: list[Any] | tuple[Any, ...] | deque[Any], found: Any, place: str) -> object:
+        if isinstance(live, deque) and live.maxlen != found.maxlen:
+            return self._differs(live, found, place) if holds_arrays(found) else revived(found, place=place)
         if len(live) != len(found):
             if holds_arrays(found) or any(True for _ in _tensors(live, place)):
                 return self._differs(live, found, place)
             if isinstance(live, tuple):
-                return revived(found)
-            self._later(lambda: _refill_list(live, revived(found)))
+                return revived(found, place=place)
+            self._later(lambda: _refill_sequence(live, revived(found, place=place)))
             return live
         new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
         if isinstance(live, tuple):
             return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple(new)
-        self._later(lambda: live.__setitem__(slice(None), new))
+        self._later(lambda: _refill_sequence(live, new))
         return live
 
 
-_CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set, frozenset)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_LEAVES = (numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def _opaque(live: object) -> bool:
     """An object that no checkpoint holds: it cannot be replaced by a plain value without a word."""
-    return not isinstance(live, (*_CONTAINERS, numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None)))
+    return not isinstance(live, (*_CONTAINERS, *_LEAVES))
 
 
 def _kind(value: object) -> str:
@@ -275,8 +286,9 @@ def _refill(live: Any, new: Any) -> None:
     live.update(new)
 
 
-def _refill_list(live: list[Any], new: Any) -> None:
-    live[:] = new
+def _refill_sequence(live: list[Any] | deque[Any], new: Any) -> None:
+    live.clear()
+    live.extend(new)
 
 
 def copy_into(live: torch.Tensor, value: ArrayValue) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from enum import IntEnum
 from typing import Any
 
@@ -16,8 +16,14 @@ from elastickpt.errors import LimitExceeded, ValueNotCarried
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import (
+    FACTORIES,
     ArrayReference,
     ArrayValue,
+    DeviceValue,
+    DtypeValue,
+    EnumValue,
+    NamedTupleValue,
+    StateReference,
     decode_value,
     encode_pointers,
     encode_value,
@@ -32,12 +38,32 @@ _arrays = st.builds(
     st.lists(st.integers(0, 65535), max_size=3),
     st.sampled_from(["torch", "numpy"]),
 )
-_leaves = _numbers | _texts | st.binary(max_size=8) | st.complex_numbers() | _arrays | st.builds(ArrayReference, _texts, _texts)
+_names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4)
+_named = (
+    st.builds(DtypeValue, _names)
+    | st.builds(DeviceValue, _names)
+    | st.builds(EnumValue, _names, _names)
+    | st.builds(StateReference, _names, st.sampled_from(["torch", "numpy"]))
+    | st.just(ArrayValue("int8", (2, 1), b"ab", "numpy", (1, 0)))
+)
+_leaves = (
+    _named
+    | _numbers
+    | _texts
+    | st.binary(max_size=8)
+    | st.complex_numbers()
+    | _arrays
+    | st.builds(ArrayReference, _texts, _texts)
+)
 _keys = st.recursive(
     st.integers() | _texts | st.floats(allow_nan=False) | st.binary(max_size=3) | st.none(),
     lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=2),
     max_leaves=3,
 )
+
+
+def _named_tuple(some: list[Any]) -> NamedTupleValue:
+    return NamedTupleValue("m.P", tuple(f"f{k}" for k in range(len(some))), tuple(some))
 
 
 def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -49,6 +75,11 @@ def _containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         | st.dictionaries(_texts, inner, max_size=4)
         | pairs.map(OrderedDict)
         | st.dictionaries(_keys, st.integers(), max_size=3).map(Counter)
+        | st.builds(deque, st.lists(inner, max_size=3), st.sampled_from([None, 3, 9]))
+        | st.builds(defaultdict, st.sampled_from([None, *FACTORIES.values()]), pairs)
+        | st.lists(inner, max_size=3).map(
+            lambda some: NamedTupleValue("m.P", tuple(f"f{k}" for k in range(len(some))), tuple(some))
+        )
         | st.sets(_keys, max_size=3)
         | st.frozensets(_keys, max_size=3)
     )
@@ -66,8 +97,13 @@ def exact(value: Any) -> Any:
         return kind, exact(value.real), exact(value.imag)
     if isinstance(value, (list, tuple)):
         return kind, [exact(one) for one in value]
+    if isinstance(value, deque):
+        return kind, value.maxlen, [exact(one) for one in value]
+    if isinstance(value, NamedTupleValue):
+        return kind, value.type, value.fields, exact(value.values)
     if isinstance(value, dict):
-        return kind, [(exact(key), exact(one)) for key, one in value.items()]
+        made = getattr(value, "default_factory", None)
+        return kind, made, [(exact(key), exact(one)) for key, one in value.items()]
     if isinstance(value, (set, frozenset)):
         return kind, sorted(repr(exact(one)) for one in value)
     return kind, value
@@ -127,7 +163,7 @@ _Point = namedtuple("_Point", "x y")
         ({"a/b": {"~": object()}}, "/scheduler/a~1b/~0", "an object"),
         ({"e": _Color.RED}, "/scheduler/e", "_Color"),
         ({"p": _Point(1, 2)}, "/scheduler/p", "_Point"),
-        ({"d": defaultdict(int)}, "/scheduler/d", "defaultdict"),
+        ({"d": defaultdict(lambda: 1)}, "/scheduler/d", "defaultdict"),
         ({"n": np.float64(1.0)}, "/scheduler/n", "numpy.float64"),
         ({1: {2: {3}, 4: [{5}, bytearray()]}}, "/scheduler/1/4/1", "a bytearray"),
         ({"t": "\ud800"}, "/scheduler/t", "lone surrogate"),

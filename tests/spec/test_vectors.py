@@ -169,12 +169,23 @@ def library_value(inputs: Json) -> Json:
     return {"type": type(value).__name__}
 
 
+MINI_TYPES = {
+    "tensor": "ArrayReference",
+    "numpy": "ArrayReference",
+    "state": "StateReference",
+    "dtype": "DtypeValue",
+    "device": "DeviceValue",
+    "enum": "EnumValue",
+    "namedtuple": "NamedTupleValue",
+}
+
+
 def mini_value(inputs: Json) -> Json:
     value = mini_reader.read_value(inputs["text"])
     if isinstance(value, np.ndarray):
         return {"type": "ArrayValue"}
-    if isinstance(value, tuple) and value[:1] == ("tensor",):
-        return {"type": "ArrayReference"}
+    if isinstance(value, tuple) and value and value[0] in MINI_TYPES:
+        return {"type": MINI_TYPES[value[0]]}
     return {"type": type(value).__name__}
 
 

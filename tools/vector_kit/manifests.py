@@ -67,6 +67,13 @@ _INVALID: tuple[tuple[str, str, str, str, Change], ...] = (
     ("version-float", "Versions are integers.", "UCF-44", "malformed", setting("version", to=1.0)),
     ("version-true", "True is no integer.", "UCF-44", "malformed", setting("version", to=True)),
     ("requires-unknown", "A feature of the future.", "UCF-73", "unsupported", setting("requires", to=["zstd"])),
+    (
+        "requires-two",
+        "One that is known, one that is not.",
+        "UCF-73",
+        "unsupported",
+        setting("requires", to=["axis-order", "zstd"]),
+    ),
     ("other-format", "Another kind of record.", "UCF-44", "malformed", setting("format", to="elastickpt-index")),
     ("member-missing", "Members are never optional.", "UCF-44", "malformed", without("world_size")),
     ("member-unknown", "Members are never added silently.", "UCF-44", "malformed", setting("extra", to=1)),

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from tools.vector_kit.kit import Vector, as_base64, canonical
 
+_TWO_BY_ONE = {"dtype": "int64", "shape": [2, 1], "data": as_base64(bytes(16)), "origin": "torch"}
+
 _VALID: tuple[tuple[str, str, str, str, str], ...] = (
     ("null", "Nothing.", "UCF-50", "null", "NoneType"),
     ("true", "A boolean is no integer.", "UCF-50", "true", "bool"),
@@ -57,6 +59,18 @@ _VALID: tuple[tuple[str, str, str, str, str], ...] = (
         "ArrayReference",
     ),
     ("deep", "16 deep.", "UCF-92", "[" * 16 + "]" * 16, "list"),
+    ("deque", "Two of at most three.", "UCF-101", '{"$deque":{"maxlen":3,"items":[1,2]}}', "deque"),
+    ("deque-unbounded", "As many as there are.", "UCF-101", '{"$deque":{"maxlen":null,"items":[]}}', "deque"),
+    ("defaultdict", "In order.", "UCF-102", '{"$defaultdict":{"factory":"int","pairs":[["b",1],[2,3]]}}', "defaultdict"),
+    ("defaultdict-none", "Makes nothing.", "UCF-102", '{"$defaultdict":{"factory":null,"pairs":[]}}', "defaultdict"),
+    ("named", "A point.", "UCF-103", '{"$namedtuple":{"type":"geo.Point","fields":[["x",1],["y",[]]]}}', "NamedTupleValue"),
+    ("named-empty", "Without fields.", "UCF-103", '{"$namedtuple":{"type":"geo.Void","fields":[]}}', "NamedTupleValue"),
+    ("dtype", "An element type.", "UCF-105", '{"$dtype":"bfloat16"}', "DtypeValue"),
+    ("device", "A device.", "UCF-105", '{"$device":"cuda:1"}', "DeviceValue"),
+    ("enum", "A member.", "UCF-105", '{"$enum":{"type":"torch.optim.Mode","name":"MIN"}}', "EnumValue"),
+    ("numpy", "An array of numpy elsewhere.", "UCF-50", '{"$numpy":{"item":"loader","name":"table"}}', "ArrayReference"),
+    ("state", "A state of the parameter.", "UCF-106", '{"$state":{"name":"old_dirs.0","origin":"torch"}}', "StateReference"),
+    ("strided", "Column by column.", "UCF-104", canonical({"$strided": {**_TWO_BY_ONE, "order": [1, 0]}}), "ArrayValue"),
 )
 
 _INVALID: tuple[tuple[str, str, str, str, str], ...] = (
@@ -132,6 +146,37 @@ _INVALID: tuple[tuple[str, str, str, str, str], ...] = (
     ("tensor-member", "A member is missing.", "UCF-44", "malformed", '{"$tensor":{"item":"a"}}'),
     ("deep", "17 deep.", "UCF-92", "limit-exceeded", "[" * 17 + "]" * 17),
     ("deep-map", "17 deep through maps.", "UCF-92", "limit-exceeded", '{"$map":[[1,' * 17 + "0" + "]]}" * 17),
+    ("deque-long", "Three of at most two.", "UCF-101", "malformed", '{"$deque":{"maxlen":2,"items":[1,2,3]}}'),
+    ("deque-list", "No body.", "UCF-44", "malformed", '{"$deque":[1,2,3]}'),
+    ("deque-negative", "A length below 0.", "UCF-44", "malformed", '{"$deque":{"maxlen":-1,"items":[]}}'),
+    ("defaultdict-code", "Nothing is executed.", "UCF-102", "malformed", '{"$defaultdict":{"factory":"eval","pairs":[]}}'),
+    ("defaultdict-twice", "One key twice.", "UCF-55", "malformed", '{"$defaultdict":{"factory":null,"pairs":[[1,2],[1,3]]}}'),
+    (
+        "named-twice",
+        "One field twice.",
+        "UCF-103",
+        "malformed",
+        '{"$namedtuple":{"type":"geo.Point","fields":[["x",1],["x",2]]}}',
+    ),
+    ("named-nameless", "A class without a name.", "UCF-105", "malformed", '{"$namedtuple":{"type":"","fields":[]}}'),
+    ("named-object", "Fields have an order.", "UCF-44", "malformed", '{"$namedtuple":{"type":"geo.P","fields":{"x":1}}}'),
+    ("dtype-empty", "No element type.", "UCF-105", "malformed", '{"$dtype":""}'),
+    ("dtype-number", "No text.", "UCF-44", "malformed", '{"$dtype":32}'),
+    ("device-empty", "No device.", "UCF-105", "malformed", '{"$device":""}'),
+    ("enum-value", "A member is named.", "UCF-44", "malformed", '{"$enum":{"type":"Mode","name":3}}'),
+    ("enum-empty", "No member.", "UCF-105", "malformed", '{"$enum":{"type":"Mode","name":""}}'),
+    ("numpy-member", "A member is missing.", "UCF-44", "malformed", '{"$numpy":{"name":"a"}}'),
+    ("state-origin", "Neither torch nor numpy.", "UCF-106", "malformed", '{"$state":{"name":"a","origin":"jax"}}'),
+    ("state-empty", "No state.", "UCF-105", "malformed", '{"$state":{"name":"","origin":"torch"}}'),
+    (
+        "strided-own-order",
+        "An $array says the same.",
+        "UCF-104",
+        "malformed",
+        canonical({"$strided": {**_TWO_BY_ONE, "order": [0, 1]}}),
+    ),
+    ("strided-axis", "An axis is missing.", "UCF-104", "malformed", canonical({"$strided": {**_TWO_BY_ONE, "order": [1]}})),
+    ("strided-twice", "One axis twice.", "UCF-104", "malformed", canonical({"$strided": {**_TWO_BY_ONE, "order": [1, 1]}})),
     ("trailing", "Two values.", "UCF-43", "malformed", "1 2"),
     ("empty", "No value.", "UCF-43", "malformed", ""),
 )

@@ -1,0 +1,68 @@
+"""What a reader of version 1 does not know: features, as a manifest names them in `requires`. [UCF-73, UCF-100]
+
+A feature is a set of tags of values and of attributes of arrays; a checkpoint requires it if and only if it uses one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+
+from elastickpt.format.value_types import (
+    ArrayReference,
+    ArrayValue,
+    DeviceValue,
+    DtypeValue,
+    EnumValue,
+    NamedTupleValue,
+    StateReference,
+    Value,
+)
+
+PYTHON_TYPES = "python-types"  # $deque, $defaultdict, $namedtuple, $dtype, $device, $enum
+ARRAYS_IN_VALUES = "arrays-in-values"  # $numpy, $state; the attribute `rank`
+AXIS_ORDER = "axis-order"  # $strided
+COMPOSITES = "composites"  # the attribute `composition`
+
+FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES))
+
+_OF_TYPE: Mapping[type, str] = {
+    deque: PYTHON_TYPES,
+    defaultdict: PYTHON_TYPES,
+    NamedTupleValue: PYTHON_TYPES,
+    DtypeValue: PYTHON_TYPES,
+    DeviceValue: PYTHON_TYPES,
+    EnumValue: PYTHON_TYPES,
+    StateReference: ARRAYS_IN_VALUES,
+}
+_OF_ATTRIBUTE: Mapping[str, str] = {"composition": COMPOSITES, "rank": ARRAYS_IN_VALUES}
+
+
+def features_used(values: Iterable[Value], attributes: Iterable[str]) -> tuple[str, ...]:
+    """The features that these values and these names of arrays' attributes need, sorted."""
+    found = {_OF_ATTRIBUTE[name] for name in attributes if name in _OF_ATTRIBUTE}
+    for value in values:
+        _collect(value, found)
+    return tuple(sorted(found))
+
+
+def _collect(value: Value, found: set[str]) -> None:
+    kind = type(value)
+    if kind in _OF_TYPE:
+        found.add(_OF_TYPE[kind])
+    if isinstance(value, ArrayValue):
+        if value.order:
+            found.add(AXIS_ORDER)
+    elif isinstance(value, ArrayReference):
+        if value.origin != "torch":
+            found.add(ARRAYS_IN_VALUES)
+    elif isinstance(value, NamedTupleValue):
+        _collect(value.values, found)
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if type(key) is not str:
+                _collect(key, found)
+            _collect(one, found)
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        for one in value:
+            _collect(one, found)
