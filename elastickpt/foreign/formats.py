@@ -116,10 +116,10 @@ def _found(folder: Folder) -> Iterable[tuple[Format, str]]:
 def _of_file(folder: Folder, name: str) -> tuple[Format, str]:
     with folder.opened(name) as file:
         head = file.read(0, min(file.nbytes, 9))
+    if name.endswith(SUFFIX) or (head[8:9] == b"{" and head[:4] != b"PK\x03\x04"):
+        return "safetensors", name
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return "torch", name
-    if name.endswith(SUFFIX) or head[8:9] == b"{":
-        return "safetensors", name
     raise NotACheckpoint(
         f"{name}: expected a file of torch.save or safetensors, found one that begins with {head[:4]!r};"
         f" --from takes {', '.join(WORDS)}"

@@ -152,7 +152,8 @@ class _Sorter:
         for key, of_one in states.items():
             if not isinstance(key, str | int) or not isinstance(of_one, Mapping):
                 raise Malformed(f"{self.where}: {item}: expected the states of {key!r} by name")
-            self._states(item, names.get(key, key), of_one)
+            known: LocalName = int(key) if isinstance(key, str) and key.isdecimal() and int(key) in names else key
+            self._states(item, names.get(known, known), of_one)
         rest = {key: one for key, one in value.items() if not _belongs_to_optimizer(key)}
         for key, one in rest.items():
             self._value((*(path or (item,)), key), one)

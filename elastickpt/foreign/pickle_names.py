@@ -277,6 +277,11 @@ def _old_classes() -> Iterable[str]:
     yield "torch.per_channel_affine_float_qparams"
 
 
+def storage_class(dtype: str) -> str | None:
+    """The storage class of torch for an element type; None for one that came after such classes."""
+    return next((f"torch.{kind}Storage" for kind, name in _STORAGE_DTYPES.items() if name == dtype), None)
+
+
 NAMES: Mapping[str, object] = {
     **{name: Maker(name, make) for name, make in _CALLED.items()},
     **dict(_storage_classes()),

@@ -12,7 +12,7 @@ from math import prod
 
 from elastickpt.errors import LimitExceeded, Malformed, MissingFile, NotACheckpoint, Refused, StructureConflict, Unsupported
 from elastickpt.foreign.folder import Folder, inside
-from elastickpt.foreign.listing import ForeignCheckpoint, Piece, Storage, StoredTensor, WholeTensor
+from elastickpt.foreign.listing import ForeignCheckpoint, Piece, Storage, StoredTensor, Tied, WholeTensor
 from elastickpt.foreign.plain_values import constants_of
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
@@ -120,11 +120,15 @@ def read_safetensors(folder: Folder) -> ForeignCheckpoint:
     found = _files(folder)
     wholes: dict[str, WholeTensor] = {}
     notes: dict[str, object] = {}
+    tied: list[Tied] = []
     for path, wanted in found.items():
         with folder.opened(path) as archive:
             file = read_safetensors_file(archive)
         _check_index(path, wanted, file.tensors)
-        notes |= {name: text for name, text in file.notes.items() if (name, text) != ("format", "pt")}
+        ties = [Tied("model", alias, name) for alias, name in file.notes.items() if _is_tie(alias, name, file.tensors)]
+        tied.extend(ties)
+        aliases = {one.alias for one in ties}
+        notes |= {name: text for name, text in file.notes.items() if name != "format" and name not in aliases}
         for name, tensor in file.tensors.items():
             if name in wholes:
                 raise StructureConflict(f"{path}: tensor {name!r} stands in another file too")
@@ -137,9 +141,15 @@ def read_safetensors(folder: Folder) -> ForeignCheckpoint:
         folder=folder.url,
         files=tuple(folder.file(path) for path in found),
         wholes=tuple(wholes.values()),
+        tied=tuple(one for one in tied if one.alias not in wholes),
         constants=constants_of(config),
         values=values,
     )
+
+
+def _is_tie(alias: str, name: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a note is the library's way to say that two names are one tensor."""
+    return name in tensors and alias not in tensors
 
 
 def read_config(folder: Folder) -> dict[str, object]:
