@@ -4,8 +4,8 @@ prepare     every rank: hashes of its structure and of its values, where it mean
 seats       only if a writer does not know yet where the others meet (saves beside training)
 structure   only if the job's structure is new: one rank for each distinct table sends it
 values      only if a dict of the state names other tensors on other ranks: the dicts
-compare     only if arrays have one name on ranks that nothing declares to be replicas: digests of their contents
-replicas    only if replicas are to be sampled or verified, as `drift` has it
+replicas    only if something is to be compared, and not all ranks knew it in the first round: as `drift` has it
+drift       only if something differs: what
 """
 
 from __future__ import annotations
@@ -24,18 +24,13 @@ from elastickpt.comms.team import Team
 from elastickpt.errors import PlacementUnsupported
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.values import Value, decode_text, encode_value
-from elastickpt.save.drift import ReplicaSet, replica_sets, require_alike
-from elastickpt.save.gather import content_digest
+from elastickpt.save.drift import Hashed, Look, compare_sets, differing_keys, looks_asked_for, looks_of, name_drift
 from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
 from elastickpt.save.merge_values import merge_trees
 from elastickpt.save.messages import (
-    ContentDigest,
     Intention,
     Verdict,
-    decode_digests,
     differing_values,
-    encode_digests,
-    require_equal_contents,
     require_same_intention,
     require_staged_alike,
     structure_id,
@@ -50,7 +45,6 @@ from elastickpt.storage.opening import locate_for_saving, place_in
 from elastickpt.storage.store import Store
 from elastickpt.training.group import Group
 from elastickpt.training.held import LiveState
-from elastickpt.training.memory import host_elements
 from elastickpt.writer.plans import WritePlan
 
 if TYPE_CHECKING:
@@ -62,20 +56,30 @@ KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Structure:
-    """A job's structure as one rank knows it; `outline` on the committer only, one object for all saves: what was
-    proven of its arrays is known again; `file_parts`, there too, as in `MergedStructure`."""
+    """A job's structure as one rank knows it, whose own table is `table`; `outline` on the committer only, one object for all
+    saves: what was proven of its arrays is known again; `file_parts`, there too, as in `MergedStructure`. `looks`: what this
+    rank compares with others in every save; `compares`: some rank does."""
 
+    table: str
     shared: tuple[SharedArray, ...]
     plan: WritePlan
+    looks: tuple[Look, ...]
+    compares: bool
     outline: Outline | None
     file_parts: int = 0
+
+    def hashed(self, id: str, live: LiveState, request: Request, *, rank: int) -> Hashed:
+        """Digests of what this rank compares in a save of this structure, `id`, and what was asked for beside. Blocking for a
+        pass over that memory."""
+        asked = looks_asked_for(live.arrays, self.shared, request, rank=rank)
+        return Hashed(id, (*self.looks, *asked), live.arrays, share=request.share)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Offer:
     """What a rank comes with. `name` is the target in the store, as all ranks must say it; `require_free` raises on member 0
-    if something stands there. `staged` and `seated`: see `messages.Intention`. `replicas`: what it hashed of its replicas
-    before it staged; None if they are as they were."""
+    if something stands there. `staged` and `seated`: see `messages.Intention`. `hashed`: what it compares with others, hashed
+    when it staged; None if that is as it was."""
 
     proposal: Proposal
     store: Store
@@ -83,7 +87,7 @@ class Offer:
     require_free: Callable[[], None]
     staged: str = ""
     seated: bool = True
-    replicas: tuple[ReplicaSet, ...] | None = None
+    hashed: Hashed | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,8 +158,9 @@ def reach(team: Team, request: Request, offer: Callable[[], Offer], steps: Steps
 
 
 class _Agreement:
-    offer: Offer  # these two from the first round on
+    offer: Offer  # these three from the first round on
     known: Mapping[str, Structure]
+    hashed: Hashed | None
 
     def __init__(self, team: Team, request: Request, steps: Steps) -> None:
         self.team, self.request, self.steps = team, request, steps
@@ -171,25 +176,34 @@ class _Agreement:
         if verdict.known:
             structure = self.known[verdict.structure]
         else:
-            structure = self._exchange(offer.proposal.table if verdict.sends else b"", live, compares=verdict.compares)
+            structure = self._exchange(offer.proposal, sends=verdict.sends)
         _remember(self.rank, verdict.structure, structure)
         merged = self._merge_values(live, verdict.differing) if verdict.differing else {}
-        notes = self._compare_replicas(live, structure) if self._looks_at_replicas else ()
+        notes = self._compare(verdict, live, structure) if self._compares(structure) else ()
         found = (offer.store, offer.name, live, verdict.structure, structure)
         return Agreed(*found, tuple(self.intentions), merged, notes, verdict.opened)
 
-    @property
-    def _looks_at_replicas(self) -> bool:
-        return self.request.compares_replicas and len(self.team.ranks) > 1
+    def _compares(self, structure: Structure) -> bool:
+        return len(self.team.ranks) > 1 and (structure.compares or self.request.compares_replicas)
 
     def _prepare(self, make: Callable[[], Offer]) -> bytes:
         self.offer = offer = make()
         values = offer.proposal.value_digests()
         self.known = _known_to(self.rank)
         request, digest = self.request, offer.proposal.digest
+        self.hashed = offer.hashed or self._hash_by_the_last(offer.proposal)
+        hashed = ("", ()) if self.hashed is None else (self.hashed.structure, self.hashed.summary())
         looks = f"replicas {request.replicas}" + (f", share {request.share}" if request.replicas == "sample" else "")
         here, options = (offer.store.url, offer.name), (request.placement, request.durability, looks)
-        return Intention(here, request.step, options, digest, values, tuple(self.known), offer.staged, offer.seated).encode()
+        known = tuple(self.known)
+        return Intention(here, request.step, options, digest, values, known, offer.staged, offer.seated, *hashed).encode()
+
+    def _hash_by_the_last(self, proposal: Proposal) -> Hashed | None:
+        """By the structure of the job of which this table was a part last: it most likely is that again."""
+        for id in reversed(tuple(self.known)):
+            if (structure := self.known[id]).table == proposal.digest:
+                return structure.hashed(id, proposal.live, self.request, rank=self.rank)
+        return None
 
     def _decide(self, payloads: Sequence[bytes]) -> Sequence[bytes]:
         team, offer = self.team, self.offer
@@ -206,11 +220,14 @@ class _Agreement:
             require_few_parts(self.request, self.known[structure].file_parts)
         first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
         seats = not all(intention.seated for intention in intentions)
-        at_once = known and not (differing or seats or self._looks_at_replicas)
+        compared = all(intention.hashed == structure for intention in intentions)
+        drifted = differing_keys(intention.replicas for intention in intentions) if compared else ()
+        asks = drifted or (known and not compared and self._compares(self.known[structure]))
+        at_once = known and not (differing or seats or asks)
         opened = self.steps.open_at_once(intentions) if at_once else [b""] * len(intentions)
-        compares = not any(intention.staged for intention in intentions)  # else they may have changed since
+        said = (differing, seats, compared, drifted)
         return [
-            Verdict(structure, known, first[one.table] == member, differing, seats, compares, opened[member]).encode()
+            Verdict(structure, known, first[one.table] == member, *said, opened[member]).encode()
             for member, one in enumerate(intentions)
         ]
 
@@ -232,7 +249,7 @@ class _Agreement:
         self.team.round("values", own, decide)
         return merged
 
-    def _exchange(self, table: bytes, live: LiveState, *, compares: bool) -> Structure:
+    def _exchange(self, proposal: Proposal, *, sends: bool) -> Structure:
         merged: list[MergedStructure] = []
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
@@ -247,42 +264,30 @@ class _Agreement:
             require_few_parts(self.request, joined.file_parts)
             merged.append(joined)
             replies = {
-                digest: bytes(msgpack.packb((joined.compares and compares, encode_shared(shared))))
+                digest: bytes(msgpack.packb((joined.compares, encode_shared(shared))))
                 for digest, shared in zip(digests, joined.shared, strict=True)
             }
             return [replies[intention.table] for intention in self.intentions]
 
-        compares, encoded = msgpack.unpackb(self.team.round("structure", lambda: table, decide))
-        shared = decode_shared(encoded)
-        if compares:
-            self._compare(live, shared)
-        plan = plan_writes(live.arrays, shared, rank=self.rank)
+        own = proposal.table if sends else b""
+        compares, encoded = msgpack.unpackb(self.team.round("structure", lambda: own, decide))
+        shared, arrays = decode_shared(encoded), proposal.live.arrays
+        plan, looks = plan_writes(arrays, shared, rank=self.rank), looks_of(arrays, shared, rank=self.rank)
+        found = (proposal.digest, shared, plan, looks, compares)
         if not merged:
-            return Structure(shared, plan, None)
-        return Structure(shared, plan, outline_of(merged[0], world_size=len(self.team.ranks)), merged[0].file_parts)
+            return Structure(*found, None)
+        return Structure(*found, outline_of(merged[0], world_size=len(self.team.ranks)), merged[0].file_parts)
 
-    def _compare_replicas(self, live: LiveState, structure: Structure) -> tuple[str, ...]:
-        def sets() -> Sequence[ReplicaSet]:
-            hashed = self.offer.replicas
-            return replica_sets(live.arrays, structure.shared, self.request, rank=self.rank) if hashed is None else hashed
-
-        return require_alike(self.team, self.request, sets)
-
-    def _compare(self, live: LiveState, shared: Sequence[SharedArray]) -> None:
-        def digests() -> bytes:
-            return encode_digests(
-                [
-                    ContentDigest(held.spec.id, held.box, content_digest(host_elements(held.tensor)))
-                    for held, fact in zip(live.arrays, shared, strict=True)
-                    if fact.compare
-                ]
-            )
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            require_equal_contents({rank: decode_digests(data) for rank, data in zip(self.team.ranks, payloads, strict=True)})
-            return [b""] * len(payloads)
-
-        self.team.round("compare", digests, decide)
+    def _compare(self, verdict: Verdict, live: LiveState, structure: Structure) -> tuple[str, ...]:
+        """Compares replicas with the other ranks; member 0 returns what to say of them. Raises ReplicaConflict."""
+        hashed = self.hashed
+        if verdict.compared and hashed is not None:
+            keys: Sequence[int] = verdict.drifted
+        else:
+            if hashed is None or hashed.structure != verdict.structure:  # not staged yet, so this is as it was
+                hashed = structure.hashed(verdict.structure, live, self.request, rank=self.rank)
+            keys = compare_sets(self.team, hashed)
+        return name_drift(self.team, hashed, keys) if keys else ()
 
 
 def _known_to(rank: int) -> dict[str, Structure]:

@@ -35,8 +35,8 @@ def async_save(
 
     On return host tensors may change; tensors of a GPU may be read but not changed before `SaveHandle.wait_staged`, for which
     a step of any `torch.optim.Optimizer` waits by itself. The call blocks for the copy, for at most `stall_limit_s` until there
-    is memory for it, and for a pass over replicas that are to be compared; the first save of a structure, and one that goes in
-    rounds, also until all ranks agreed on it, for at most `stall_limit_s` again.
+    is memory for it, and for a pass over tensors that are to be compared with other ranks (a GPU does it by itself); the first
+    save of a structure, and one that goes in rounds, also until all ranks agreed on it, for at most `stall_limit_s` again.
 
     Every rank of the process group (default: all) must call it with the same arguments, and in the same order as other saves.
     Raises Refused for a process that is not in the group, and after the end of its savers; whatever else goes wrong, on any

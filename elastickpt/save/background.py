@@ -171,7 +171,7 @@ class _Rounds:
             raise Refused("nothing was captured")
         staged = "" if task.known is None else task.known.id
         seated = self.writers.seated(located.store.url)
-        return Offer(task.proposal, located.store, located.name, located.require_free, staged, seated, task.replicas)
+        return Offer(task.proposal, located.store, located.name, located.require_free, staged, seated, task.hashed)
 
     def _stage(self) -> bytes:
         """What this rank has to do before the attempt is opened. One that stages by a plan that it knew may still do so after

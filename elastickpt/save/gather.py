@@ -59,26 +59,17 @@ def _gather(elements: Elements, start: int, into: Elements) -> None:
         _gather(elements[first + rows], 0, into[filled:])
 
 
-def content_digest(elements: Elements) -> str:
-    """xxh3-128 of the element type, the shape and the bytes in C order, whatever the strides."""
-    return _digest(elements, 0, elements.size, xxh3_128(f"{elements.dtype.itemsize} {elements.shape}".encode()))
-
-
-def range_digest(elements: Elements, first: int, last: int) -> str:
+def range_digest(elements: Elements, first: int, last: int) -> bytes:
     """xxh3-128 of the bytes of elements [first, last) in C order, whatever the strides."""
-    return _digest(elements, first, last, xxh3_128())
-
-
-def _digest(elements: Elements, first: int, last: int, hasher: xxh3_128) -> str:
-    itemsize = elements.dtype.itemsize
+    hasher, itemsize = xxh3_128(), elements.dtype.itemsize
     begin, end = first * itemsize, last * itemsize
     flat = flat_bytes(elements)
     if flat is not None:
         hasher.update(flat[begin:end].data)
-        return hasher.hexdigest()
+        return hasher.digest()
     buffer = np.empty(min(end - begin, DIGEST_NBYTES), dtype=np.uint8)
     for start in range(begin, end, DIGEST_NBYTES):
         part = buffer[: min(DIGEST_NBYTES, end - start)]
         gather(elements, start, part)
         hasher.update(part.data)
-    return hasher.hexdigest()
+    return hasher.digest()

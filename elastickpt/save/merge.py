@@ -26,16 +26,16 @@ class SharedArray:
     """What a rank learns of one array it holds.
 
     `group`: the ranks among which the array's replicas are shared out; empty where the rank's own mesh and placements say it.
-    `writes` is False where another group of ranks holds the same array and writes it. `compare`: contents must be compared
-    with other ranks before the first save, as nobody declared them to be replicas. `documents`: the one rank that writes its
-    zarr documents; `heads_group`: that rank writes the parameter's group document too.
+    `writes` is False where another group of ranks holds the same array and writes it. `peers`: the ranks of all groups, where
+    nobody declared that they hold the same: contents are compared between them in every save; else empty. `documents`: the one
+    rank that writes its zarr documents; `heads_group`: that rank writes the parameter's group document too.
     """
 
     key: str
     chunk_shape: tuple[int, ...]
     group: tuple[int, ...]
     writes: bool
-    compare: bool
+    peers: tuple[int, ...]
     documents: int
     heads_group: bool
 
@@ -53,7 +53,7 @@ class MergedArray:
 @dataclass(frozen=True, slots=True)
 class MergedStructure:
     """The whole job's structure; `shared` are what the ranks of each table learn, by table. `file_parts`: of how many pairs of
-    a chunk file and a rank that writes into it a save consists, at most."""
+    a chunk file and a rank that writes into it a save consists, at most. `compares`: contents are compared in every save."""
 
     arrays: Mapping[ArrayId, MergedArray]
     meshes: tuple[Mesh, ...]
@@ -62,11 +62,7 @@ class MergedStructure:
     tied: tuple[tuple[tuple[str, str], ...], ...]
     shared: tuple[tuple[SharedArray, ...], ...]
     file_parts: int
-
-    @property
-    def compares(self) -> bool:
-        """Whether any contents must be compared between ranks."""
-        return any(array.compare for table in self.shared for array in table)
+    compares: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +92,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
     layouts: dict[Layout, int] = {}
     arrays: dict[ArrayId, MergedArray] = {}
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
-    file_parts = 0
+    file_parts, compares = 0, False
     for identity, found in holdings.items():
         _require_agreement(identity, found)
         first = found[0]
@@ -107,8 +103,10 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
         grid = _grid(first)
         arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout)
         groups = _groups(identity, found)
-        several = len(groups) > 1
         primary = groups[0]
+        inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
+        peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
+        compares |= inferred or any(one.entry.sharing == "loose" and len(one.entry.replicas) > 1 for one in found)
         file_parts += _file_parts(first, grid, replicas=len(primary.ranks))
         writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
         for group in groups:
@@ -118,7 +116,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
                     grid,
                     () if holding.mesh is not None else group.ranks,
                     group is primary,
-                    several or (first.entry.sharing == "undeclared" and len(group.ranks) > 1),
+                    peers,
                     writer,
                     identity in heads,
                 )
@@ -130,6 +128,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
         _ties(tables, order),
         tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True)),
         file_parts,
+        compares,
     )
 
 
@@ -148,16 +147,14 @@ def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
         entry = holding.entry
         if entry.sharing == "placed" and holding.mesh is not None:
             kind: tuple[object, ...] = (holding.mesh, entry.placements)
-        elif entry.sharing == "declared":
-            kind = entry.replicas
         else:
-            kind = ()
+            kind = entry.replicas
         by.setdefault(kind, []).append(holding)
     groups = []
     for holdings in by.values():
         have = sorted(rank for holding in holdings for rank in holding.ranks)
         entry, mesh = holdings[0].entry, holdings[0].mesh
-        members = mesh.ranks if mesh is not None else entry.replicas if entry.sharing == "declared" else tuple(have)
+        members = mesh.ranks if mesh is not None else entry.replicas or tuple(have)
         lacking = sorted(set(members) - set(have))
         if lacking:
             raise StructureConflict(
@@ -248,15 +245,16 @@ def _ties(tables: Sequence[StructureTable], order: Sequence[int]) -> tuple[tuple
 
 def encode_shared(shared: Sequence[SharedArray]) -> bytes:
     """What the ranks of one table learn, as bytes."""
-    groups: dict[tuple[int, ...], int] = {}
-    rows = [
-        (a.key, a.chunk_shape, groups.setdefault(a.group, len(groups)), a.writes, a.compare, a.documents, a.heads_group)
-        for a in shared
-    ]
-    return bytes(msgpack.packb((tuple(groups), rows)))
+    found: dict[tuple[int, ...], int] = {}
+
+    def number(ranks: tuple[int, ...]) -> int:
+        return found.setdefault(ranks, len(found))
+
+    rows = [(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group) for a in shared]
+    return bytes(msgpack.packb((tuple(found), rows)))
 
 
 def decode_shared(data: bytes) -> tuple[SharedArray, ...]:
     """What `encode_shared` encoded."""
-    groups, rows = msgpack.unpackb(data, use_list=False)
-    return tuple(SharedArray(key, grid, groups[g], *rest) for key, grid, g, *rest in rows)
+    ranks, rows = msgpack.unpackb(data, use_list=False)
+    return tuple(SharedArray(key, grid, ranks[g], writes, ranks[p], *rest) for key, grid, g, writes, p, *rest in rows)

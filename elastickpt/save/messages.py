@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgpack
 
 from elastickpt.errors import Refused, ReplicaConflict, StructureConflict
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
 from elastickpt.format.digest import file_digest
 from elastickpt.format.records import FileDigest
 
@@ -19,7 +17,8 @@ class Intention:
     """What one rank is about to save: where, and digests of its structure and of each replicated value.
 
     `known` are structures of whole jobs for which this rank still has its plan. `staged` is the one by whose plan it has
-    staged already, "" if it has not; `seated`: its writer knows where the others meet.
+    staged already, "" if it has not; `seated`: its writer knows where the others meet. `hashed` is the one by which it knew
+    what to compare with other ranks, "" if it knew none, and `replicas` what it found, as `drift.Hashed.summary` has it.
     """
 
     target: tuple[str, str]  # store URL, name
@@ -30,10 +29,12 @@ class Intention:
     known: tuple[str, ...]
     staged: str = ""
     seated: bool = True
+    hashed: str = ""
+    replicas: tuple[tuple[int, int], ...] = ()
 
     def encode(self) -> bytes:
         head = (self.target, self.step, self.options, self.table, self.values, self.known)
-        return bytes(msgpack.packb((*head, self.staged, self.seated)))
+        return bytes(msgpack.packb((*head, self.staged, self.seated, self.hashed, self.replicas)))
 
     @classmethod
     def decode(cls, data: bytes) -> Intention:
@@ -43,24 +44,26 @@ class Intention:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What member 0 says once it knows all intentions. `sends`: this member sends its table along; `differing` are pointers
-    of values of which members hold different parts; `opened` is what it opened at once, b"" if there is more to ask."""
+    of values of which members hold different parts; `opened` is what it opened at once, b"" if there is more to ask.
+    `compared`: replicas were, as all had hashed them by this structure, and differ in the looks `drifted`."""
 
     structure: str
     known: bool
     sends: bool
     differing: tuple[str, ...]
     seats: bool
-    compares: bool
+    compared: bool
+    drifted: tuple[int, ...]
     opened: bytes
 
     def encode(self) -> bytes:
-        flags = (self.known, self.sends, self.seats, self.compares)
-        return bytes(msgpack.packb((self.structure, self.differing, flags, self.opened)))
+        flags = (self.known, self.sends, self.seats, self.compared)
+        return bytes(msgpack.packb((self.structure, self.differing, flags, self.drifted, self.opened)))
 
     @classmethod
     def decode(cls, data: bytes) -> Verdict:
-        structure, differing, (known, sends, seats, compares), opened = msgpack.unpackb(data, use_list=False)
-        return cls(structure, known, sends, differing, seats, compares, opened)
+        structure, differing, (known, sends, seats, compared), drifted, opened = msgpack.unpackb(data, use_list=False)
+        return cls(structure, known, sends, differing, seats, compared, drifted, opened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,40 +145,3 @@ def values_wanted(intentions: Sequence[Intention]) -> tuple[tuple[str, ...], ...
 
 
 TABLE_PREFIX = "optimizer tables of "  # not a JSON pointer: compared like a value, but carried in fragment files
-
-
-# -- contents of arrays that nobody declared to be replicas ------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ContentDigest:
-    """The digest of what one rank holds of one array."""
-
-    array: ArrayId
-    box: Box
-    digest: str
-
-
-def encode_digests(digests: Sequence[ContentDigest]) -> bytes:
-    rows = [((d.array.section, d.array.item, d.array.name, d.array.state), d.box.start, d.box.stop, d.digest) for d in digests]
-    return bytes(msgpack.packb(rows))
-
-
-def decode_digests(data: bytes) -> tuple[ContentDigest, ...]:
-    return tuple(
-        ContentDigest(ArrayId(*identity), Box(start, stop), digest)
-        for identity, start, stop, digest in msgpack.unpackb(data, use_list=False)
-    )
-
-
-def require_equal_contents(by_rank: Mapping[int, Sequence[ContentDigest]]) -> None:
-    """Raises ReplicaConflict naming the array and two ranks that hold different contents under its name."""
-    seen: dict[tuple[ArrayId, Box], tuple[str, int]] = {}
-    for rank, digests in by_rank.items():
-        for found in digests:
-            known, first = seen.setdefault((found.array, found.box), (found.digest, rank))
-            if known != found.digest:
-                raise ReplicaConflict(
-                    f"array {found.array}: ranks {first} and {rank} hold different contents under this name, "
-                    "and nothing declares them to be replicas; pass mesh= if they are, or give them different names"
-                )

@@ -28,7 +28,6 @@ from elastickpt.save import under_way
 from elastickpt.save.arenas import Arenas, Slot
 from elastickpt.save.background import Background
 from elastickpt.save.destination import Destination
-from elastickpt.save.drift import replica_sets
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.meeting import Writers
 from elastickpt.save.options import AsyncOptions
@@ -156,8 +155,7 @@ class Saver:
                 return lambda: self._stage_together(task, arrays)
             slot = task.slot
             slot.fit(known.prepared)
-            if task.request.compares_replicas:
-                task.replicas = replica_sets(arrays, known.structure.shared, task.request, rank=self._rank)
+            task.hashed = known.structure.hashed(known.id, task.proposal.live, task.request, rank=self._rank)
             task.known = known
             if self._writes_meanwhile(known) and slot.copies_nothing_beside(arrays):
                 task.staged.set_running_or_notify_cancel()

@@ -61,10 +61,13 @@ def save(
     Every rank of the process group (default: all) must call it with the same path, step and options. `state` maps names to
     modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
     runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
+    Tensors of one name that nothing declares to be replicas (no DDP, placement or `mesh`) are compared in every save, for a
+    pass over their memory, and refused if they differ. Buffers of DDP and `fully_shard` may differ: the first rank's are saved;
+    where nothing keeps them equal, a note names those that do.
     `durability`: "power" survives a power cut, "process" only the end of processes; a store that cannot promise "power" gives
-    "process", and a note says so. `replicas`: of parameters that several ranks hold alike, and of their optimizer state, each
-    byte is written by one of them, "owner"; "verify" first compares all of them and refuses the save if some differ; "sample"
-    compares another sixteenth in each save, and a note names what differs. Buffers may differ: the first rank's are saved.
+    "process", and a note says so. `replicas`: of what several ranks are declared to hold alike each byte is written by one of
+    them, "owner"; "verify" first compares all of it and refuses the save if some differs; "sample" compares another sixteenth
+    in each save, and a note names what differs.
     `placement`: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else it refuses the
     save by name, as "packed" is not built yet.
 

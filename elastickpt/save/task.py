@@ -10,7 +10,7 @@ from elastickpt.commit.draft import Draft
 from elastickpt.commit.orders import Order
 from elastickpt.save.arenas import Slot
 from elastickpt.save.destination import Destination
-from elastickpt.save.drift import ReplicaSet
+from elastickpt.save.drift import Hashed
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.plans import Known
 from elastickpt.save.propose import Proposal
@@ -63,7 +63,7 @@ class Task:
     failure: Exception | None = None
     slot: Slot | None = None
     known: Known | None = None  # staged by it, or being staged
-    replicas: tuple[ReplicaSet, ...] | None = None  # hashed before that
+    hashed: Hashed | None = None  # before that: what is compared with other ranks
     marked: bool = False  # its destination is taken
     copies: Copies | None = None
     agreed: Future[Known] = field(default_factory=Future)

@@ -46,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Holders:
-    """Who else holds a plain tensor: `declared` with all ranks that do, or `undeclared` with none."""
+    """Who else holds a plain tensor: all ranks that do, or none where it is `undeclared`."""
 
     sharing: Sharing
     ranks: tuple[int, ...]
@@ -62,22 +62,23 @@ class Placed:
     placements: tuple[Any, ...]
 
 
-def holders_of(job: Job, *, data_parallel: Sequence[int] = ()) -> Holders:
-    """Who holds this rank's plain tensors: DDP's group, the declared mesh, both together, or it is not known."""
+def holders_of(job: Job, *, data_parallel: Sequence[int] = (), sharing: Sharing = "declared") -> Holders:
+    """Who holds this rank's plain tensors: DDP's group, the declared mesh, both together, or it is not known. `sharing` is
+    what the data parallel ranks do with them."""
     ranks = set(data_parallel)
     if job.declared is not None and job.rank in job.declared.ranks:
         ranks.update(job.declared.ranks)
     if job.world_size == 1:
         ranks = {job.rank}
-    return _declared(tuple(sorted(ranks))) if ranks else _UNDECLARED
+    return _known(sharing if data_parallel else "declared", tuple(sorted(ranks))) if ranks else _UNDECLARED
 
 
 _UNDECLARED = Holders("undeclared", ())
 
 
 @lru_cache(maxsize=64)  # one object for all tensors that the same ranks hold, so that it is compared by identity
-def _declared(ranks: tuple[int, ...]) -> Holders:
-    return Holders("declared", ranks)
+def _known(sharing: Sharing, ranks: tuple[int, ...]) -> Holders:
+    return Holders(sharing, ranks)
 
 
 def placed(tensor: torch.Tensor) -> Placed | None:
@@ -145,7 +146,7 @@ def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders
         return ()
     placements = spell_placements(parts.placements, mesh.sizes, where=array)
     box = physical_box(parts.shape, sizes=mesh.sizes, coordinate=mesh.coordinate(job.rank), placements=placements)
-    if holders.sharing == "declared" and not set(holders.ranks) <= set(mesh.ranks):
+    if not set(holders.ranks) <= set(mesh.ranks):
         wide = widened(parts.device_mesh, placements, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
         mesh, placements = wide or (mesh, placements)
     held = []

@@ -18,7 +18,7 @@ from elastickpt.format.box import Box
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 
-Sharing = Literal["placed", "declared", "undeclared"]
+Sharing = Literal["placed", "declared", "followed", "loose", "undeclared"]
 Role = Literal["parameter", "buffer", "other"]
 
 
@@ -29,6 +29,9 @@ class HeldArray:
     `sharing` says who else holds the same elements:
     `placed`: decided by `mesh` and `placements` (a DTensor): ranks that differ only along replicated axes hold the same box.
     `declared`: all of `replicas` hold it (DDP's group, `mesh=`, or only this rank: `(rank,)`).
+    `followed`: a buffer under DDP, which gives all of `replicas` the first one's before each forward.
+    `loose`: a buffer of a model that all of `replicas` train together, which nobody keeps equal (below `fully_shard`, or under
+    DDP with `broadcast_buffers=False`): the first one's is saved, and where others differ a note names it.
     `undeclared`: a plain tensor; ranks with the same array are replicas if their contents are equal, else it is refused.
     `role`: parameters and their optimizer state are split by bytes over replicas; all else is written whole by the first.
     """
@@ -56,7 +59,7 @@ class HeldArray:
         if self.sharing == "placed":
             axes = self.mesh.sizes if self.mesh is not None else ()
             return not any(size > 1 and placement == "R" for size, placement in zip(axes, self.placements, strict=True))
-        return self.sharing == "declared" and len(self.replicas) == 1
+        return len(self.replicas) == 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,12 +16,14 @@ from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
 from elastickpt.training.parallel import (
+    buffer_sharing,
     data_parallel_ranks,
     gathered_parameters,
     is_stage,
     module_of,
     reshard,
     sharded_parameters,
+    sharding_ranks,
 )
 from elastickpt.training.versions import mark_changed
 
@@ -76,7 +78,7 @@ def hold_module(item: str, model: object, *, job: Job, identities: Identities) -
     arrays: list[HeldArray] = []
     extra: dict[str, nn.Module] = {}
     for index, module in enumerate(modules):
-        sharded = sharded_parameters(module)
+        sharded, below = sharded_parameters(module), sharding_ranks(module, world_size=job.world_size)
         for found in walk(module):
             if isinstance(found, NamedModule):
                 _require_one_module(item, found, extra)
@@ -87,17 +89,24 @@ def hold_module(item: str, model: object, *, job: Job, identities: Identities) -
                     raise _conflict(item, found.name, (origin[found.name], index), modules)
                 continue
             names[found.name], origin[found.name] = tensor, index
-            arrays += _hold_once(item, found, tensor, job, identities)
+            trained_on = below.get(id(found.owner), ()) if found.role == "buffer" else ()
+            arrays += _hold_once(item, found, tensor, job, identities, trained_on)
     pointers = tuple(ExtraState(pointer(item, name), module) for name, module in _distinct(extra))
     return HeldModule(_item(item, model, modules), modules, tuple(arrays), pointers, names)
 
 
-def _hold_once(item: str, found: NamedTensor, tensor: torch.Tensor, job: Job, identities: Identities) -> tuple[HeldArray, ...]:
+def _hold_once(
+    item: str, found: NamedTensor, tensor: torch.Tensor, job: Job, identities: Identities, trained_on: tuple[int, ...]
+) -> tuple[HeldArray, ...]:
     if identities.find(tensor) is not None:
         identities.alias(tensor, item, found.name)
         return ()
     data_parallel = data_parallel_ranks(found.wrappers, found.tensor, name=found.name)
-    holders = holders_of(job, data_parallel=data_parallel)
+    if found.role == "buffer":
+        sharing = buffer_sharing(found.wrappers, sharded=bool(trained_on))
+        holders = holders_of(job, data_parallel=(*data_parallel, *trained_on), sharing=sharing)
+    else:
+        holders = holders_of(job, data_parallel=data_parallel)
     held = hold(ArrayId("params", item, found.name, "value"), tensor, role=found.role, job=job, holders=holders)
     identities.add(KnownTensor(item, found.name, tensor, found.role, held, holders))
     return held

@@ -14,10 +14,13 @@ from torch import nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from elastickpt.errors import LayoutUnsupported
+from elastickpt.training.held import Sharing
 from elastickpt.training.loaded import is_loaded_instance, loaded_module
+from elastickpt.training.meshes import mesh_of
 
 _DDP = ("torch.nn.parallel.distributed", "DistributedDataParallel")
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+_FSDP_STATE = "torch.distributed.fsdp._fully_shard._fsdp_state"
 _STAGE = ("torch.distributed.pipelining.stage", "_PipelineStageBase")
 
 
@@ -48,6 +51,34 @@ def data_parallel_ranks(wrappers: Iterable[nn.Module], tensor: torch.Tensor, *, 
             group = wrapper.process_group
             ranks.update(get_process_group_ranks(group) if isinstance(group, ProcessGroup) else ())
     return tuple(sorted(ranks))
+
+
+def buffer_sharing(wrappers: Iterable[nn.Module], *, sharded: bool) -> Sharing:
+    """Whether buffers under these wrappers are kept as the first rank's are: only DDP does, unless it was told not to."""
+    ddps = [wrapper for wrapper in wrappers if is_loaded_instance(wrapper, *_DDP)]
+    return "followed" if not sharded and any(getattr(ddp, "broadcast_buffers", True) for ddp in ddps) else "loose"
+
+
+def sharding_ranks(module: nn.Module, *, world_size: int) -> Mapping[int, tuple[int, ...]]:
+    """id(module) -> the global ranks, ascending, that `fully_shard` trains it on, for all modules at and below one that it
+    manages: those of the mesh of the innermost; () for others."""
+    found: dict[int, tuple[int, ...]] = {}
+    if loaded_module(_FSDP_STATE) is not None:
+        _spread(module, (), found, world_size)
+    return found
+
+
+def _spread(module: nn.Module, above: tuple[int, ...], found: dict[int, tuple[int, ...]], world_size: int) -> None:
+    if id(module) in found:
+        return
+    state = _fsdp_state_of(module)
+    groups = _groups_of(state)
+    if state is not None and not groups and not above:  # all of its parameters are managed by modules below
+        groups = list(_fsdp_groups(module))
+    meshes = sorted((mesh_of(group.mesh_info.mesh, world_size=world_size).ranks for group in groups), key=len)
+    found[id(module)] = ranks = tuple(sorted(meshes[-1])) if meshes else above
+    for child in module.children():
+        _spread(child, ranks, found, world_size)
 
 
 def _ignored(ddp: nn.Module) -> frozenset[int]:
@@ -101,18 +132,26 @@ def gathered_parameters(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _fsdp_groups(module: nn.Module) -> Iterator[Any]:
-    state_of = getattr(loaded_module("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
-    if state_of is None:
+    if loaded_module(_FSDP_STATE) is None:
         return
     seen: set[int] = set()
     for submodule in module.modules():
-        state = state_of(submodule)
-        if state is None or id(state) in seen:
-            continue
-        seen.add(id(state))
-        many = getattr(state, "_fsdp_param_groups", None)  # one group for each mesh, since torch 2.12
-        one = (state._fsdp_param_group,) if many is None else ()
-        yield from (group for group in many or one if group is not None)
+        state = _fsdp_state_of(submodule)
+        if state is not None and id(state) not in seen:
+            seen.add(id(state))
+            yield from _groups_of(state)
+
+
+def _fsdp_state_of(module: nn.Module) -> Any:
+    state_of = getattr(loaded_module(_FSDP_STATE), "_get_module_fsdp_state", None)
+    return None if state_of is None else state_of(module)
+
+
+def _groups_of(state: Any) -> list[Any]:
+    if state is None:
+        return []
+    many = getattr(state, "_fsdp_param_groups", None)  # one group for each mesh, since torch 2.12
+    return [group for group in ((state._fsdp_param_group,) if many is None else many) if group is not None]
 
 
 def _fsdp_parameters(module: nn.Module) -> Iterator[Any]:

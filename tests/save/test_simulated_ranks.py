@@ -179,7 +179,7 @@ def test_equal_names_on_several_meshes_are_compared() -> None:
     meshes = [Mesh("dp@0-1", ("dp",), (2,), (0, 1)), Mesh("dp@2-3", ("dp",), (2,), (2, 3))]
     merged, _ = job([live(held("w", (4, 4), rank, meshes[rank // 2], ("S(0)",))) for rank in range(4)])
     assert merged.compares
-    assert [(table[0].writes, table[0].compare) for table in merged.shared] == [(True, True), (False, True)]
+    assert [(table[0].writes, table[0].peers) for table in merged.shared] == [(True, (0, 1, 2, 3)), (False, (0, 1, 2, 3))]
 
 
 @pytest.mark.parametrize(("replicas", "shards"), list(product((1, 2, 3), (1, 2, 5))))

@@ -41,7 +41,7 @@ def held_arrays(nbytes: int) -> list[HeldArray]:
 def main() -> None:
     held = held_arrays(int(float(sys.argv[1] if len(sys.argv) > 1 else 1) * 1e9))
     shared = [
-        SharedArray(str(n), chunk_shape(one.spec.shape, itemsize=4, cuts=()), (0,), True, False, 0, False)
+        SharedArray(str(n), chunk_shape(one.spec.shape, itemsize=4, cuts=()), (0,), True, (), 0, False)
         for n, one in enumerate(held)
     ]
     prepared = prepare(plan_writes(held, shared, rank=0), ())
