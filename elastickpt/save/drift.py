@@ -11,8 +11,8 @@ What is looked at (`Why`), and what comes of a difference:
     inferred   nobody declares these ranks to hold the same    every save                   refused
     loose      buffers that nobody keeps equal                 every save                   noted
     declared   whatever else is declared                       replicas="verify"            refused
-    followed   buffers that DDP gives everybody                replicas="verify"            noted
-    sampled    a share of declared and followed                replicas="sample"            noted
+    broadcast  buffers that DDP gives everybody                replicas="verify"            noted
+    sampled    a share of declared and broadcast               replicas="sample"            noted
 
 So member 0 hears a few numbers from each rank, however many parameters there are, as long as nothing drifted.
 """
@@ -37,7 +37,7 @@ from elastickpt.save.plan import replicas_of
 from elastickpt.save.request import SHARES, Request
 from elastickpt.training.held import HeldArray
 
-Why = Literal["inferred", "loose", "declared", "followed", "sampled"]
+Why = Literal["inferred", "loose", "declared", "broadcast", "sampled"]
 NAMED = 8  # arrays in one message; there may be as many as the model has
 SLICED_NBYTES = MIB  # of what is smaller a share of the arrays is looked at, not a share of each
 
@@ -73,7 +73,7 @@ def looks_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank
         peers = shared[number].peers
         if len(peers) > 1 and (held.sharing == "undeclared" or ranks[0] == rank):
             found.setdefault(("inferred", peers, held.placements, _coordinate(held, rank)), []).append(number)
-        if held.sharing == "loose" and len(ranks) > 1:
+        if held.kept == "loose" and len(ranks) > 1:
             found.setdefault(("loose", ranks), []).append(number)
     return _looks(found)
 
@@ -86,9 +86,9 @@ def looks_asked_for(
         return ()
     found: dict[tuple[object, ...], list[int]] = {}
     for number, held, ranks in _ordered(arrays, shared, rank):
-        if len(ranks) > 1 and held.sharing not in ("undeclared", "loose"):
-            why = "sampled" if request.replicas == "sample" else "followed" if held.sharing == "followed" else "declared"
-            found.setdefault((why, ranks), []).append(number)
+        if len(ranks) > 1 and held.sharing != "undeclared" and held.kept != "loose":
+            verified = "broadcast" if held.kept == "broadcast" else "declared"
+            found.setdefault(("sampled" if request.replicas == "sample" else verified, ranks), []).append(number)
     return _looks(found)
 
 
@@ -197,7 +197,7 @@ _REFUSED: Mapping[Why, str] = {
 }
 _NOTED: Mapping[Why, str] = {
     "loose": "buffers differ between ranks: {}; of each the first rank's was saved",
-    "followed": "buffers differ between ranks: {}; of each the first rank's was saved, as DDP gives it to all in a forward",
+    "broadcast": "buffers differ between ranks: {}; of each the first rank's was saved, as DDP gives it to all in a forward",
     "sampled": "replicas differ: expected the same contents, found others: {}; saved all the same: each byte as the rank has "
     "it that writes it",
 }

@@ -106,7 +106,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
         primary = groups[0]
         inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
         peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
-        compares |= inferred or any(one.entry.sharing == "loose" and len(one.entry.replicas) > 1 for one in found)
+        compares |= inferred or any(one.entry.kept == "loose" and len(one.entry.replicas) > 1 for one in found)
         file_parts += _file_parts(first, grid, replicas=len(primary.ranks))
         writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
         for group in groups:
@@ -147,14 +147,16 @@ def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
         entry = holding.entry
         if entry.sharing == "placed" and holding.mesh is not None:
             kind: tuple[object, ...] = (holding.mesh, entry.placements)
-        else:
+        elif entry.sharing == "declared":
             kind = entry.replicas
+        else:
+            kind = ()
         by.setdefault(kind, []).append(holding)
     groups = []
     for holdings in by.values():
         have = sorted(rank for holding in holdings for rank in holding.ranks)
         entry, mesh = holdings[0].entry, holdings[0].mesh
-        members = mesh.ranks if mesh is not None else entry.replicas or tuple(have)
+        members = mesh.ranks if mesh is not None else entry.replicas if entry.sharing == "declared" else tuple(have)
         lacking = sorted(set(members) - set(have))
         if lacking:
             raise StructureConflict(

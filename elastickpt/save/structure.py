@@ -16,7 +16,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.keys import checked_name
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value, decode_value, encode_value
-from elastickpt.training.held import HeldArray, LiveState, Role, Sharing
+from elastickpt.training.held import HeldArray, Kept, LiveState, Role, Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class HeldEntry:
     placements: tuple[str, ...]
     replicas: tuple[int, ...]
     attributes: tuple[tuple[str, Value], ...]
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ def table_of(live: LiveState) -> StructureTable:
 
     def entry(held: HeldArray) -> HeldEntry:
         mesh = None if held.mesh is None else meshes.setdefault(held.mesh, len(meshes))
-        return HeldEntry(held.spec, held.role, held.sharing, mesh, held.placements, held.replicas, held.attributes)
+        how = (held.role, held.sharing, mesh, held.placements, held.replicas)
+        return HeldEntry(held.spec, *how, held.attributes, held.kept)
 
     entries = tuple(entry(held) for held in live.arrays)
     return StructureTable(entries, tuple(meshes), live.items, live.tied)
@@ -79,6 +81,7 @@ def encode_table(table: StructureTable) -> bytes:
             e.placements,
             e.replicas,
             [(key, encode_value(value, where=f"{e.spec.id}, attribute {key}")) for key, value in e.attributes],
+            e.kept,
         )
         for e in table.entries
     ]
@@ -100,8 +103,9 @@ def decode_table(data: bytes) -> StructureTable:
                 placements,
                 replicas,
                 tuple((key, decode_value(value, where=key)) for key, value in attributes),
+                kept,
             )
-            for identity, shape, dtype, role, sharing, mesh, placements, replicas, attributes in entries
+            for identity, shape, dtype, role, sharing, mesh, placements, replicas, attributes, kept in entries
         ),
         tuple(Mesh(*mesh) for mesh in meshes),
         tuple(Item(*item) for item in items),

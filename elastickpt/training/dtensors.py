@@ -20,7 +20,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
 from elastickpt.layout.placement import physical_box
 from elastickpt.training.elements import Attributes, Elements, composition_of, elements_of, inner_tensors, settled
-from elastickpt.training.held import HeldArray, Role, Sharing
+from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 from elastickpt.training.loaded import is_loaded_instance, loaded_type
 from elastickpt.training.memo import Memo, Seen
 from elastickpt.training.meshes import mesh_of, widened
@@ -50,6 +50,7 @@ class Holders:
 
     sharing: Sharing
     ranks: tuple[int, ...]
+    kept: Kept = "equal"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,23 +63,23 @@ class Placed:
     placements: tuple[Any, ...]
 
 
-def holders_of(job: Job, *, data_parallel: Sequence[int] = (), sharing: Sharing = "declared") -> Holders:
-    """Who holds this rank's plain tensors: DDP's group, the declared mesh, both together, or it is not known. `sharing` is
-    what the data parallel ranks do with them."""
+def holders_of(job: Job, *, data_parallel: Sequence[int] = (), kept: Kept = "equal") -> Holders:
+    """Who holds this rank's plain tensors: DDP's group, the declared mesh, both together, or it is not known. `kept`:
+    what keeps those of data parallel ranks equal."""
     ranks = set(data_parallel)
     if job.declared is not None and job.rank in job.declared.ranks:
         ranks.update(job.declared.ranks)
     if job.world_size == 1:
         ranks = {job.rank}
-    return _known(sharing if data_parallel else "declared", tuple(sorted(ranks))) if ranks else _UNDECLARED
+    return _declared(tuple(sorted(ranks)), kept if data_parallel else "equal") if ranks else _UNDECLARED
 
 
 _UNDECLARED = Holders("undeclared", ())
 
 
 @lru_cache(maxsize=64)  # one object for all tensors that the same ranks hold, so that it is compared by identity
-def _known(sharing: Sharing, ranks: tuple[int, ...]) -> Holders:
-    return Holders(sharing, ranks)
+def _declared(ranks: tuple[int, ...], kept: Kept) -> Holders:
+    return Holders("declared", ranks, kept)
 
 
 def placed(tensor: torch.Tensor) -> Placed | None:
@@ -182,6 +183,7 @@ def _hold_plain(array: ArrayId, tensor: torch.Tensor, role: Role, holders: Holde
             holders.sharing,
             replicas=holders.ranks,
             attributes=(*composition, *elements.attributes),
+            kept=holders.kept,
         )
 
 

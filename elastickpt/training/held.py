@@ -18,7 +18,8 @@ from elastickpt.format.box import Box
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 
-Sharing = Literal["placed", "declared", "followed", "loose", "undeclared"]
+Sharing = Literal["placed", "declared", "undeclared"]
+Kept = Literal["equal", "broadcast", "loose"]
 Role = Literal["parameter", "buffer", "other"]
 
 
@@ -28,11 +29,10 @@ class HeldArray:
 
     `sharing` says who else holds the same elements:
     `placed`: decided by `mesh` and `placements` (a DTensor): ranks that differ only along replicated axes hold the same box.
-    `declared`: all of `replicas` hold it (DDP's group, `mesh=`, or only this rank: `(rank,)`).
-    `followed`: a buffer under DDP, which gives all of `replicas` the first one's before each forward.
-    `loose`: a buffer of a model that all of `replicas` train together, which nobody keeps equal (below `fully_shard`, or under
-    DDP with `broadcast_buffers=False`): the first one's is saved, and where others differ a note names it.
+    `declared`: all of `replicas` hold it (DDP's group, `fully_shard`'s mesh for a buffer, `mesh=`, or only this rank).
     `undeclared`: a plain tensor; ranks with the same array are replicas if their contents are equal, else it is refused.
+    `kept` says what keeps a declared one `equal`: training itself. `broadcast`: a buffer under DDP, which gives the first
+    one's to all in a forward. `loose`: nothing, as it is a buffer below `fully_shard`, or DDP has `broadcast_buffers=False`.
     `role`: parameters and their optimizer state are split by bytes over replicas; all else is written whole by the first.
     """
 
@@ -45,6 +45,7 @@ class HeldArray:
     placements: tuple[str, ...] = ()  # one an axis of `mesh`: "R", "S(0)", "_S(0)"
     replicas: tuple[int, ...] = ()
     attributes: tuple[tuple[str, Value], ...] = ()
+    kept: Kept = "equal"
 
     def __post_init__(self) -> None:
         if tuple(self.tensor.shape) != self.box.shape:

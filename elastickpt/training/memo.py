@@ -19,7 +19,7 @@ import torch
 
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
-from elastickpt.training.held import HeldArray, Role, Sharing
+from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 
 JOBS = 4  # states of different keys whose tensors are remembered
 
@@ -39,20 +39,20 @@ class Seen:
     mesh: Mesh | None
     placements: tuple[str, ...]
     replicas: tuple[int, ...]
+    kept: Kept
 
     @classmethod
     def of(cls, held: HeldArray, local: torch.Tensor, *, role: Role, cause: tuple[object, ...]) -> Seen | None:
         """None for what is held in another form than as it is: as bytes, or in parts."""
         if held.attributes or held.tensor.shape != local.shape or held.tensor.dtype != local.dtype:
             return None
-        rest = (held.sharing, held.mesh, held.placements, held.replicas)
+        rest = (held.sharing, held.mesh, held.placements, held.replicas, held.kept)
         return cls(held.spec.id, role, cause, local.shape, local.dtype, held.spec, held.box, *rest)
 
     def again(self, local: torch.Tensor) -> HeldArray:
         """The same of the tensor as it is now."""
-        return HeldArray(
-            self.spec, self.box, local.detach(), self.role, self.sharing, self.mesh, self.placements, self.replicas
-        )
+        how = (self.role, self.sharing, self.mesh, self.placements, self.replicas)
+        return HeldArray(self.spec, self.box, local.detach(), *how, kept=self.kept)
 
 
 class Memo:

@@ -16,7 +16,7 @@ from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
 from elastickpt.training.parallel import (
-    buffer_sharing,
+    buffers_kept,
     data_parallel_ranks,
     gathered_parameters,
     is_stage,
@@ -103,8 +103,8 @@ def _hold_once(
         return ()
     data_parallel = data_parallel_ranks(found.wrappers, found.tensor, name=found.name)
     if found.role == "buffer":
-        sharing = buffer_sharing(found.wrappers, sharded=bool(trained_on))
-        holders = holders_of(job, data_parallel=(*data_parallel, *trained_on), sharing=sharing)
+        kept = buffers_kept(found.wrappers, sharded=bool(trained_on))
+        holders = holders_of(job, data_parallel=(*data_parallel, *trained_on), kept=kept)
     else:
         holders = holders_of(job, data_parallel=data_parallel)
     held = hold(ArrayId("params", item, found.name, "value"), tensor, role=found.role, job=job, holders=holders)

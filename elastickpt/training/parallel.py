@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.training.held import Sharing
+from elastickpt.training.held import Kept
 from elastickpt.training.loaded import is_loaded_instance, loaded_module
 from elastickpt.training.meshes import mesh_of
 
@@ -53,10 +53,10 @@ def data_parallel_ranks(wrappers: Iterable[nn.Module], tensor: torch.Tensor, *, 
     return tuple(sorted(ranks))
 
 
-def buffer_sharing(wrappers: Iterable[nn.Module], *, sharded: bool) -> Sharing:
-    """Whether buffers under these wrappers are kept as the first rank's are: only DDP does, unless it was told not to."""
+def buffers_kept(wrappers: Iterable[nn.Module], *, sharded: bool) -> Kept:
+    """What keeps buffers under these wrappers equal: DDP alone does, unless it was told not to."""
     ddps = [wrapper for wrapper in wrappers if is_loaded_instance(wrapper, *_DDP)]
-    return "followed" if not sharded and any(getattr(ddp, "broadcast_buffers", True) for ddp in ddps) else "loose"
+    return "broadcast" if not sharded and any(getattr(ddp, "broadcast_buffers", True) for ddp in ddps) else "loose"
 
 
 def sharding_ranks(module: nn.Module, *, world_size: int) -> Mapping[int, tuple[int, ...]]:

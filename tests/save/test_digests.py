@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128
 
-from elastickpt.save import digests
-from elastickpt.save.digests import Digests, device_digest, host_digest
+from elastickpt.save.digests import Digests, host_digest
+from elastickpt.training import device_digest as module
+from elastickpt.training.device_digest import device_digest, on_the_way
 
 
 def test_a_host_digest_is_xxh3_of_the_bytes_in_c_order() -> None:
@@ -57,7 +58,7 @@ def test_a_device_sums_what_integers_sum_whatever_the_alignment(data: bytes, bef
 def test_a_device_goes_on_where_a_chunk_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(1000, dtype=torch.float32)
     whole = device_digest(tensor).tolist()
-    monkeypatch.setattr(digests, "CHUNK_WORDS", 7)
+    monkeypatch.setattr(module, "CHUNK_WORDS", 7)
     assert device_digest(tensor).tolist() == whole
 
 
@@ -73,3 +74,8 @@ def test_a_device_sees_each_bit_and_its_place() -> None:
     sums = [tuple(device_digest(tensor).tolist()) for tensor in (before, *ways.values())]
     assert len(set(sums)) == len(sums)
     assert all(one[k] != other[k] for other, one in pairwise(sums) for k in (0, 1))
+
+
+def test_what_a_device_found_comes_in_the_order_in_which_it_was_asked() -> None:
+    tensors = [torch.full((n,), float(n)) for n in (3, 1, 2)]
+    assert on_the_way([device_digest(tensor) for tensor in tensors])() == [device_digest(one).tolist() for one in tensors]

@@ -23,7 +23,7 @@ from elastickpt.save.gather import DIGEST_NBYTES, range_digest
 from elastickpt.save.merge import SharedArray
 from elastickpt.save.request import SHARES, Replicas, Request
 from elastickpt.testing.ranks import run_ranks
-from elastickpt.training.held import HeldArray, Role, Sharing
+from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 
 WORLD = 4
 LIMIT_S = 60.0
@@ -57,12 +57,20 @@ def placed(name: str, tensor: torch.Tensor, *, role: Role = "parameter", placeme
     return held, SharedArray(f"params/model/{name}/value", (1,), (), True, (), 0, False)
 
 
-def plain(name: str, tensor: torch.Tensor, sharing: Sharing, ranks: tuple[int, ...], peers: tuple[int, ...] = ()) -> Held:
+def plain(
+    name: str,
+    tensor: torch.Tensor,
+    sharing: Sharing,
+    ranks: tuple[int, ...],
+    *,
+    peers: tuple[int, ...] = (),
+    kept: Kept = "equal",
+) -> Held:
     """A whole one; `ranks` are those known to hold it."""
     spec = ArraySpec(ArrayId("params", "model", name, "value"), tuple(tensor.shape), "float32")
-    role: Role = "buffer" if sharing in ("loose", "followed") else "parameter"
+    role: Role = "parameter" if kept == "equal" else "buffer"
     replicas = () if sharing == "undeclared" else ranks
-    held = HeldArray(spec, Box.whole(tuple(tensor.shape)), tensor, role, sharing, replicas=replicas)
+    held = HeldArray(spec, Box.whole(tuple(tensor.shape)), tensor, role, sharing, replicas=replicas, kept=kept)
     return held, SharedArray(f"params/model/{name}/value", (1,), ranks, True, peers, 0, False)
 
 
@@ -87,13 +95,13 @@ def test_who_declared_what_decides_what_is_looked_at() -> None:
         placed("empty", torch.ones(0)),
         plain("alone", ones, "declared", (0,)),
         plain("declared", ones, "declared", (0, 1)),
-        plain("followed", ones, "followed", (0, 1)),
-        plain("loose", ones, "loose", (0, 1)),
+        plain("broadcast", ones, "declared", (0, 1), kept="broadcast"),
+        plain("loose", ones, "declared", (0, 1), kept="loose"),
         plain("inferred", ones, "undeclared", (0, 1), peers=(0, 1)),
     ]
     always: dict[str, Why] = {"loose": "loose", "inferred": "inferred"}
     asked: dict[str, Why] = dict.fromkeys(("placed", "placed buffer", "declared"), "declared")
-    for replicas, expected in (("owner", always), ("verify", {**always, **asked, "followed": "followed"})):
+    for replicas, expected in (("owner", always), ("verify", {**always, **asked, "broadcast": "broadcast"})):
         rows = rows_of(arrays, Request("c", 1, replicas=replicas))  # type: ignore[arg-type]
         assert {row.array.name: row.why for row in rows} == expected
         assert len(rows) == len(expected)

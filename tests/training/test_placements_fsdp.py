@@ -81,7 +81,9 @@ def test_shards_of_other_axes_tied_frozen_nested_ignored_and_replicated_paramete
     assert [a.spec.id.name for a in first["nested"]] == [a.spec.id.name for a in first["columns"]]
     assert [a.sharing for a in first["ignoring"]] == ["placed", "placed", "undeclared", *["placed"] * 3]
     assert {(a.sharing, a.placements) for a in first["replicate"]} == {("placed", ("R",))}
-    assert [(a.sharing, a.role, a.replicas) for a in first["buffers"][4:]] == [("loose", "buffer", (0, 1))] * 3
+    assert [(a.sharing, a.role, a.replicas, a.kept) for a in first["buffers"][4:]] == [
+        ("declared", "buffer", (0, 1), "loose")
+    ] * 3
 
 
 def _flat(rank: int, world_size: int) -> list[str]:
