@@ -115,6 +115,7 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
         contents = read_torch_file(archive)
         if not isinstance(contents, dict) or not any(isinstance(key, str) and _CHUNK.fullmatch(key) for key in contents):
             raise Malformed(f"{rank.path}: expected a mapping with `model`, found {_said(contents)}")
+        _check_version(rank.path, contents.get("checkpoint_version"))
         model = list(_model(rank.path, contents))
         optimizer = contents.get("optimizer")
         states, groups, rest = _optimizer(rank.path, optimizer, folder.read_tensor)
@@ -137,6 +138,14 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
         empty=tuple(one for one in model if isinstance(one, str)),
     )
     return contents, (listing, (*random, *lost))
+
+
+def _check_version(path: str, version: object) -> None:
+    """Before version 2 the rows of query, key and value lay in another order, which nothing else in a file tells."""
+    if isinstance(version, int | float) and version < 2:
+        raise Unsupported(
+            f"{path}: checkpoint_version {version}; expected 2.0 or newer: older files order fused rows otherwise"
+        )
 
 
 def _is_chunk(key: object) -> bool:
@@ -194,8 +203,8 @@ def _optimizer(
     groups = tuple(_groups(path, inner["param_groups"], read))
     states = [*_states(path, inner.get("state")), *_masters(path, optimizer, groups)]
     known = {"state", "param_groups", "optimizer", *_MASTERS}
-    rest: dict[object, object] = {f"optimizer/{key}": value for key, value in optimizer.items() if key not in known}
-    return states, groups, rest
+    rest: dict[object, object] = {key: value for key, value in optimizer.items() if key not in known}
+    return states, groups, {"optimizer": rest} if rest else {}
 
 
 def _groups(path: str, found: list[object], read: ReadTensor) -> Iterator[Group]:

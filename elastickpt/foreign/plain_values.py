@@ -1,7 +1,7 @@
 """Between what a pickle held and values that a checkpoint carries: objects of named classes become marked mappings. [FOR-7]
 
-`{"$class": name, "arguments": tuple, "state": value}` stands for an object, `{"$dtype": name}` for a torch dtype; tensors and
-numpy arrays become `ArrayValue`s. `from_plain` is the inverse, but for numpy's own objects.
+`{"$class": name, "arguments": tuple, "state": value}` stands for an object; tensors and numpy arrays become `ArrayValue`s.
+`from_plain` is the inverse, but for numpy's own objects.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from elastickpt.foreign.numpy_values import numpy_array
 from elastickpt.foreign.pickle_names import NAMES
 from elastickpt.foreign.pickle_values import ElementType, Instance, Maker
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.value_types import ArrayValue
+from elastickpt.format.value_types import ArrayValue, DeviceValue, DtypeValue
 
-CLASS, DTYPE = "$class", "$dtype"
+CLASS = "$class"
+_DEVICE = "torch.device"
 ReadTensor = Callable[[StoredTensor], bytes]
 
 
@@ -28,7 +29,7 @@ def to_plain(value: object, read: ReadTensor, *, where: str) -> object:
             raise ValueNotCarried(f"{where}: a tensor of {value.nbytes} bytes among plain values")
         return ArrayValue(value.dtype, value.shape, read(value), "torch")
     if isinstance(value, ElementType):
-        return {DTYPE: value.name}
+        return DtypeValue(value.name)
     if isinstance(value, Instance):
         return _instance(value, read, where)
     if isinstance(value, OrderedDict):
@@ -58,12 +59,18 @@ def _instance(value: Instance, read: ReadTensor, where: str) -> object:
     array = numpy_array(value, where=where)
     if array is not None:
         return array
+    if value.name == _DEVICE and all(isinstance(one, str | int) for one in value.arguments):
+        return DeviceValue(":".join(map(str, value.arguments)))
     arguments = tuple(to_plain(one, read, where=f"{where}/{k}") for k, one in enumerate(value.arguments))
     return {CLASS: value.name, "arguments": arguments, "state": to_plain(value.state, read, where=where)}
 
 
 def from_plain(value: object) -> object:
     """What `to_plain` was given; ArrayValues stay what they are. Raises Malformed for a class that is not listed."""
+    if isinstance(value, DtypeValue):
+        return ElementType(value.name)
+    if isinstance(value, DeviceValue):
+        return Instance(_DEVICE, (value.name,))
     if isinstance(value, Counter):
         return value
     if isinstance(value, dict):
@@ -72,8 +79,6 @@ def from_plain(value: object) -> object:
             if not isinstance(name, str) or not isinstance(NAMES.get(name), Maker) or not isinstance(arguments, tuple):
                 raise Malformed(f"a value of class {name!r}, which is none of the known ones")
             return Instance(name, arguments, from_plain(value["state"]))
-        if set(value) == {DTYPE}:
-            return ElementType(str(value[DTYPE]))
         inner = {key: from_plain(one) for key, one in value.items()}
         return OrderedDict(inner) if isinstance(value, OrderedDict) else inner
     if isinstance(value, list):
