@@ -7,6 +7,7 @@ ek.async_save(state, path).result()    # stages and returns; written beside trai
 ek.load(state, path)    # in place, at whatever layout `state` has now
 ek.open(path)           # read only, without torch; also RUN, RUN@STEP
 ek.Run(root, state)     # a job's checkpoints over its whole history
+ek.adopt(root)          # have whole checkpoints of a run count whose registers were lost
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from elastickpt.load.checkpoint import Checkpoint as Checkpoint
     from elastickpt.load.session import LoadReport as LoadReport
     from elastickpt.load.session import load as load
+    from elastickpt.runs.adopting import AdoptReport as AdoptReport
+    from elastickpt.runs.adopting import adopt as adopt
     from elastickpt.runs.due import Every as Every
     from elastickpt.runs.due import YoungDaly as YoungDaly
     from elastickpt.runs.opening import open_checkpoint as open
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
+    "AdoptReport": ("elastickpt.runs.adopting", "AdoptReport"),
     "AsyncOptions": ("elastickpt.save.options", "AsyncOptions"),
     "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
     "CheckpointInfo": ("elastickpt.save.info", "CheckpointInfo"),
@@ -57,6 +61,7 @@ _PUBLIC = {
     "RunOptions": ("elastickpt.runs.options", "RunOptions"),
     "SaveHandle": ("elastickpt.save.handle", "SaveHandle"),
     "YoungDaly": ("elastickpt.runs.due", "YoungDaly"),
+    "adopt": ("elastickpt.runs.adopting", "adopt"),
     "async_save": ("elastickpt.save.async_save", "async_save"),
     "load": ("elastickpt.load.session", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
@@ -65,6 +70,7 @@ _PUBLIC = {
 
 __all__ = [
     "RNG",
+    "AdoptReport",
     "AsyncOptions",
     "Best",
     "Checkpoint",
@@ -79,6 +85,7 @@ __all__ = [
     "SaveHandle",
     "YoungDaly",
     "__version__",
+    "adopt",
     "async_save",
     "elastic",
     "errors",

@@ -161,6 +161,7 @@ def test_public_names_are_these() -> None:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     types = {"AsyncOptions", "Best", "Checkpoint", "CheckpointInfo", "Every", "Keep", "LoadReport", "PerRank", "RNG"}
-    types |= {"Restored", "Run", "RunOptions", "SaveHandle", "YoungDaly"}
-    assert set(names) == types | {"__version__", "async_save", "elastic", "errors", "load", "open", "save"}
+    types |= {"AdoptReport", "Restored", "Run", "RunOptions", "SaveHandle", "YoungDaly"}
+    public = {"__version__", "adopt", "async_save", "elastic", "errors", "load", "open", "save"}
+    assert set(names) == types | public
     assert len(names) == len(set(names))

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from elastickpt.cli import inspect, verify
+from elastickpt.cli import adopt, inspect, verify
 from elastickpt.cli.exitcodes import FAILED, INTERRUPTED, PIPE_CLOSED
 from elastickpt.cli.output import discard_stdout, prepare, say
 from elastickpt.format.release import RELEASE
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     found = argparse.ArgumentParser(
         prog="ckpt-convert",
-        description="Look into checkpoints, and check them.",
+        description="Look into checkpoints, check them, and have a run count those whose registers it lost.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,4 +51,5 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(title="commands", metavar="COMMAND", required=True)
     inspect.add(commands)
     verify.add(commands)
+    adopt.add(commands)
     return found

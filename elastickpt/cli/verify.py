@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from elastickpt.cli.bar import Progress, byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import DAMAGED, DONE, FAILED, UNSAFE, UNSUPPORTED, code_of, code_of_kind, gravest
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
@@ -36,8 +36,6 @@ exit codes:
   130 interrupted; of several checkpoints' codes the gravest: 5, 3, 4, 1
 """
 _STATUS = {DONE: "sound", DAMAGED: "damaged", UNSUPPORTED: "unsupported", UNSAFE: "unsafe", FAILED: "failed"}
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Verifies one checkpoint after the other; the exit code."""
     outcomes = []
     for target in (target for path in args.paths for target in _targets(path)):
-        with _bar(target.path, shown=sys.stderr.isatty() and not args.quiet) as progress:
+        with byte_bar(target.path, shown=sys.stderr.isatty() and not args.quiet) as progress:
             outcome = _verified(target, progress)
         if outcome.problems and not target.stands():
             say(f"note: {printable(target.path)}: removed from its run meanwhile")
@@ -135,29 +133,6 @@ def _verified(target: _Target, progress: Progress) -> Outcome:
         reason = None if code_of(type(error)) == DAMAGED else error
         return Outcome(target.path, step, 0, 0, 0, (Problem(error.kind, error.message),), reason)
     return Outcome(target.path, step, report.arrays, report.files, report.nbytes, report.problems)
-
-
-@contextmanager
-def _bar(path: str, *, shown: bool) -> Iterator[Progress]:
-    """A bar on stderr with bytes, rate and time left, and what moves it; where it is not shown, nothing."""
-    if not shown:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{nbytes_text(task.speed)}/s", style="progress.data.speed")
-
-    name = TextColumn(escape(printable(path.rstrip("/").rpartition("/")[2])))
-    columns = (name, BarColumn(), DownloadColumn(binary_units=True), Rate(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _lines(outcome: Outcome) -> Iterator[Line]:

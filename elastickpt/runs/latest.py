@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from elastickpt.commit.registers.names import AttemptId
+from elastickpt.commit.registers.names import LATEST, AttemptId
 from elastickpt.commit.registers.steps import NOW, Steps
 from elastickpt.commit.registers.stored import read_view
 from elastickpt.runs.branch import entries_of
-from elastickpt.runs.opening import LATEST
 from elastickpt.storage.links import replace_link
 from elastickpt.storage.store import Store
 

@@ -17,18 +17,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elastickpt.commit.registers.names import commits_path, parse_folder
+from elastickpt.commit.registers.names import LATEST, commits_path, parse_folder
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import list_commits, read_view
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpoint, Refused, Uncommitted
 from elastickpt.load.checkpoint import Checkpoint
 from elastickpt.load.opened import open_in, open_records
 from elastickpt.runs.branch import CommitEntry, at_step, entries_of
+from elastickpt.runs.unregistered import lost_text, what_stands
 from elastickpt.storage.links import link_target
 from elastickpt.storage.opening import locate, open_store, place_in
 from elastickpt.storage.store import Store
 
-LATEST = "latest"
 _AT = re.compile(rf"(?P<run>.+)@(?:{LATEST}|(?P<step>[0-9]{{1,18}})(?:\.(?P<epoch>[1-9][0-9]{{0,17}}))?)", re.DOTALL)
 
 
@@ -84,16 +84,16 @@ def open_path(path: str | os.PathLike[str], *, step: int | None = None, epoch: i
     if choice is not None:
         run = run_at(choice.run)
         if run is None:
-            raise NotACheckpoint(f"{text}: {choice.run} is no run (nobody claimed it)")
+            raise NotACheckpoint(f"{text}: {choice.run} is no run (nobody claimed it){_lost_hint(choice.run)}")
         return run.open(_chosen(run, choice))
     try:
         return Checkpoint(open_records(_behind_link(text)))
     except Uncommitted:
         raise
-    except NotACheckpoint:
+    except NotACheckpoint as problem:
         run = run_at(text)
         if run is None:
-            raise
+            raise type(problem)(f"{problem.message}{_lost_hint(text)}") from None
     return run
 
 
@@ -139,6 +139,16 @@ def _chosen(run: RunAt, choice: Choice) -> CommitEntry:
         aside = f"; {len(run.entries)} abandoned ones can be named by step and epoch" if run.entries else ""
         raise NotACheckpoint(f"{run.path}: a run without a checkpoint on its live branch{aside}")
     return newest
+
+
+def _lost_hint(path: str) -> str:
+    """What can be done where whole checkpoints of a run stand, and nothing says that it is one; "" elsewhere."""
+    try:
+        store = open_store(path)
+        found = complete(what_stands(store)).unregistered
+    except CheckpointError:
+        return ""
+    return f"; {lost_text(store, found)}" if found else ""
 
 
 def _stands(path: str) -> bool:

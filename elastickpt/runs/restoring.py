@@ -2,7 +2,7 @@
 
 ask       rank 0: no living trainer holds the run
 orphans   every rank: waits until no writer of an earlier job works on this run on its host
-claim     rank 0: still none does; claims it; reads what counts
+claim     rank 0: still none does, and no register is lost; claims it; reads what counts
 manifest  rank 0, for each candidate, newest first: its manifest is what its register says
 (load)    all ranks: a candidate that is damaged is passed over on all of them alike
 start     rank 0: the live branch goes on from there
@@ -11,8 +11,6 @@ start     rank 0: the live branch goes on from there
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import msgpack
 
-from elastickpt.commit.draft import process_start
 from elastickpt.commit.marks import marked
 from elastickpt.commit.registers.epochs import Holding, claim, start
 from elastickpt.commit.registers.names import AttemptId, parse_id
@@ -35,6 +32,7 @@ from elastickpt.runs.epoch_history import is_claimed_by
 from elastickpt.runs.keep_words import words_of
 from elastickpt.runs.retention import Keep
 from elastickpt.runs.trainer_address import require_no_living_trainer
+from elastickpt.runs.unregistered import kept_note, require_registers
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Store
 
@@ -140,11 +138,15 @@ class Restoring:
                 notes.append(f"{left} writers of an earlier job still work on the run; what they commit from now on is inert")
             if not own and not take_over:
                 complete(require_no_living_trainer(self._store))
+            beside = complete(require_registers(self._store)).beyond
             self.holding = complete(claim(self._store, by))
             entries = entries_of(complete(read_view(self._store)))
             wanted = _chosen(entries, choice, where=self._store.url)
             good = [(str(one.id), place_in(self._store, one.folder)) for one in wanted if one.commit]
             broken = [(str(one.id), place_in(self._store, one.folder), one.problem) for one in wanted if one.commit is None]
+            notes.extend(kept_note(self._store, one) for one in beside)
+            for note in notes:
+                log.warning("%s: %s", self._store.url, note)
             reply = bytes(msgpack.packb((self.holding.epoch, good, broken, notes)))
             return [reply] * len(payloads)
 
@@ -201,11 +203,6 @@ class Restoring:
             return [b""] * len(payloads)
 
         self._team.round("start", lambda: b"", decide)
-
-
-def claimer(address: str, token: str) -> Claimer:
-    """This process, now."""
-    return Claimer(address, token, socket.gethostname(), os.getpid(), process_start(os.getpid()) or 0, time.time())
 
 
 def _wait_for_orphans(store: Store, *, limit_s: float) -> int:

@@ -43,9 +43,10 @@ from elastickpt.runs.ended import Ended
 from elastickpt.runs.events import Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices
-from elastickpt.runs.restoring import Choice, Restored, Restoring, claimer
+from elastickpt.runs.restoring import Choice, Restored, Restoring
 from elastickpt.runs.retention import Keep
 from elastickpt.runs.trace import TraceFile
+from elastickpt.runs.trainer_address import claimer
 from elastickpt.runs.upkeep import Upkeep
 from elastickpt.save.destination import RunDestination
 from elastickpt.save.handle import SaveHandle

@@ -1,9 +1,10 @@
-"""Dead attempts go: what never was, or never again will be, a commit that counts. [RUN-75..79]
+"""Dead attempts go: what never was, or never again will be, a commit that counts. [RUN-75..79, RUN-104]
 
-folder without a register, of an older epoch      swept: whatever is linked for it now is inert
+folder without a manifest, of an older epoch      swept: whatever is linked for it now is inert
 folder without a register, of this epoch          its register says abort first; if that says commit, it stays
 register says abort                               folder swept; the register goes once its epoch is superseded
-register says commit, does not count              register and folder swept
+folder with a manifest, of an older epoch, whose
+  register is not there or does not count         swept once the live branch has its step or a later one: it may be whole
 temporary file whose name is taken, or whose epoch is superseded: swept
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from elastickpt.commit.registers.create import remove_register
 from elastickpt.commit.registers.epochs import Holding, counts, decide, require_newest
@@ -20,16 +22,28 @@ from elastickpt.commit.registers.records import Abort, Commit
 from elastickpt.commit.registers.steps import NOW, Steps
 from elastickpt.commit.registers.stored import Folders, attempt_folders, read_register
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, Superseded
+from elastickpt.format.keys import MANIFEST
 from elastickpt.runs.removal import remove_metrics
+from elastickpt.runs.unregistered import live_step
 from elastickpt.storage.store import Entry, Store
 
 
 @dataclass(frozen=True, slots=True)
 class SweepReport:
-    """Attempts of which nothing is left but, at most, a register that says abort; and those left, with the reason."""
+    """Attempts of which nothing is left but, at most, a register that says abort; those of them that had a manifest, and that
+    the live branch has passed; those with a manifest that wait for that; those left, with the reason."""
 
     removed: tuple[AttemptId, ...]
+    passed: tuple[AttemptId, ...]
+    waiting: tuple[AttemptId, ...]
     left: tuple[tuple[AttemptId, str], ...]
+
+
+class _Fate(Enum):
+    STAYS = auto()
+    DEAD = auto()
+    PASSED = auto()
+    WAITS = auto()
 
 
 def sweep(store: Store, holding: Holding, *, in_flight: Collection[AttemptId] = ()) -> Steps[SweepReport]:
@@ -40,46 +54,76 @@ def sweep(store: Store, holding: Holding, *, in_flight: Collection[AttemptId] = 
     folders = yield from attempt_folders(store)
     listing = yield from require_newest(store, holding.epoch)
     known = {*folders.attempts, *folders.swept, *listing.registers, *(attempt for attempt, _ in listing.metrics)}
-    removed: list[AttemptId] = []
+    fates: dict[AttemptId, _Fate] = {}
     left: list[tuple[AttemptId, str]] = []
     for attempt in sorted(known):
         if attempt in in_flight or attempt.epoch > holding.epoch:
             continue
         try:
-            gone = yield from _sweep_one(store, holding, listing, attempt=attempt, folders=folders)
+            fate = yield from _fate(store, holding, listing, attempt=attempt, folders=folders)
+            if fate in (_Fate.DEAD, _Fate.PASSED):
+                fate = yield from _sweep_one(store, holding, listing, attempt=attempt, fate=fate, folders=folders)
         except Superseded:
             raise
         except CheckpointError as problem:
             left.append((attempt, str(problem)))
         else:
-            removed += [attempt] if gone else []
+            fates[attempt] = fate
     yield from _sweep_temporaries(store, holding, listing)
-    return SweepReport(tuple(removed), tuple(left))
+    gone = (_Fate.DEAD, _Fate.PASSED)
+    return SweepReport(
+        tuple(attempt for attempt, fate in fates.items() if fate in gone),
+        tuple(attempt for attempt, fate in fates.items() if fate is _Fate.PASSED),
+        tuple(attempt for attempt, fate in fates.items() if fate is _Fate.WAITS),
+        tuple(left),
+    )
 
 
-def _sweep_one(store: Store, holding: Holding, listing: Listing, *, attempt: AttemptId, folders: Folders) -> Steps[bool]:
-    """Whether the attempt was dead, and something of it was removed."""
+def _fate(store: Store, holding: Holding, listing: Listing, *, attempt: AttemptId, folders: Folders) -> Steps[_Fate]:
+    """What is to become of an attempt, by its register and its folder; nothing is changed yet."""
     has_folder = attempt in folders.attempts or attempt in folders.swept
-    registered = attempt in listing.registers
+    registered, own = attempt in listing.registers, attempt.epoch == holding.epoch
     if registered and counts(attempt, holding.adopted):
-        if attempt.epoch < holding.epoch or not has_folder:
-            return False
+        if not own or not has_folder:
+            return _Fate.STAYS
         try:
-            if isinstance((yield from read_register(store, attempt)), Commit):
-                return False
+            return _Fate.STAYS if isinstance((yield from read_register(store, attempt)), Commit) else _Fate.DEAD
         except (Damaged, MissingFile):  # not ours to judge; or removed by retention at this moment
-            return False
+            return _Fate.STAYS
+    if own or attempt not in folders.attempts:
+        return _Fate.DEAD
+    if registered and (yield from _says_abort(store, attempt)):
+        return _Fate.DEAD
+    yield NOW
+    if not store.exists(f"{attempt.folder}/{MANIFEST}"):
+        return _Fate.DEAD
+    return _Fate.PASSED if attempt.step <= (yield from live_step(store)) else _Fate.WAITS  # [RUN-104]
+
+
+def _says_abort(store: Store, attempt: AttemptId) -> Steps[bool]:
+    try:
+        return isinstance((yield from read_register(store, attempt)), Abort)
+    except Damaged:
+        return False
+
+
+def _sweep_one(
+    store: Store, holding: Holding, listing: Listing, *, attempt: AttemptId, fate: _Fate, folders: Folders
+) -> Steps[_Fate]:
+    """An attempt that is to go is gone; its fate, which another answer in its register may have changed."""
+    has_folder = attempt in folders.attempts or attempt in folders.swept
+    registered, own = attempt in listing.registers, attempt.epoch == holding.epoch
     yield from require_newest(store, holding.epoch)
-    if registered and attempt.epoch < holding.epoch:
+    if registered and not own:
         yield from remove_register(store, attempt)  # [RUN-77] not adopted: it never counts again
-    elif not registered and attempt.epoch == holding.epoch and has_folder:
+    elif not registered and own and has_folder:
         said = yield from decide(store, Abort(attempt, "swept: nobody works on it"))  # [RUN-76]
         if isinstance(said, Commit):
-            return False
+            return _Fate.STAYS
     yield from remove_metrics(store, listing, attempt)
     if has_folder:
         yield from remove_folder(store, attempt)
-    return True
+    return fate
 
 
 def _sweep_temporaries(store: Store, holding: Holding, listing: Listing) -> Steps[None]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import os
 import re
 import secrets
 import socket
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from ipaddress import ip_address
 
-from elastickpt.commit.registers.records import Claim
+from elastickpt.commit.draft import process_start
+from elastickpt.commit.registers.records import Claim, Claimer
 from elastickpt.commit.registers.steps import Steps
 from elastickpt.commit.registers.stored import list_commits, read_claim
 from elastickpt.comms.hosts import socket_identity
@@ -56,6 +58,11 @@ class TrainerAddress:
             return unix
         ip, port = self.tcp
         return f"{unix} tcp:[{ip}]:{port}" if ":" in ip else f"{unix} tcp:{ip}:{port}"
+
+
+def claimer(address: str, token: str) -> Claimer:
+    """This process, now, as it claims a run; "" where nobody answers for the claim."""
+    return Claimer(address, token, socket.gethostname(), os.getpid(), process_start(os.getpid()) or 0, time.time())
 
 
 def parse_address(text: str) -> TrainerAddress | None:

@@ -49,6 +49,7 @@ class Upkeep:
         self._holding: Holding | None = None
         self._tokens: tuple[str, ...] = ()
         self._verified: dict[AttemptId, bool] = {}
+        self._waiting = False  # folders with a manifest and no register that counts, until the live branch has passed them
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="elastickpt-upkeep", daemon=True)
         self._thread.start()
@@ -63,16 +64,20 @@ class Upkeep:
         def work() -> None:
             self._holding = holding
             self._verified |= verified
-            swept = complete(sweep(self._store, holding, in_flight=_EpochsOwn(holding.epoch)))
-            for attempt, why in swept.left:
-                log.warning("%s/%s: left: %s", self._store.url, attempt.folder, why)
+            self._sweep(holding)
             self._retain(holding)
 
         self._work.put(work)
 
     def committed(self) -> None:
         """There is a new commit: what is not to be kept any more goes."""
-        self._work.put(lambda: self._retain(self._holding))
+
+        def work() -> None:
+            if self._waiting and self._holding is not None:
+                self._sweep(self._holding)
+            self._retain(self._holding)
+
+        self._work.put(work)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """The checkpoint of this step has these metrics from now on."""
@@ -120,6 +125,19 @@ class Upkeep:
             return complete(is_claimed_by(self._store, self._tokens))
         except CheckpointError:
             return False
+
+    def _sweep(self, holding: Holding) -> None:
+        swept = complete(sweep(self._store, holding, in_flight=_EpochsOwn(holding.epoch)))
+        self._waiting = bool(swept.waiting)
+        for attempt, why in swept.left:
+            log.warning("%s/%s: left: %s", self._store.url, attempt.folder, why)
+        for attempt in swept.passed:  # [RUN-104]
+            log.warning(
+                "%s/%s: removed, though it had a manifest: no register that counts named it, and the live branch has a commit "
+                "at its step or a later one",
+                self._store.url,
+                attempt.folder,
+            )
 
     def _retain(self, holding: Holding | None) -> None:
         if holding is None:

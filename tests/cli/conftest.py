@@ -122,4 +122,4 @@ def _schema(command: str) -> Draft202012Validator:
     return Draft202012Validator(schema)
 
 
-SCHEMAS = {command: _schema(command) for command in ("inspect", "inspect-run", "verify")}
+SCHEMAS = {command: _schema(command) for command in ("adopt", "inspect", "inspect-run", "verify")}

@@ -62,14 +62,14 @@ def test_commands_load_neither_torch_nor_zarr(argv: list[str], four_ranks: Path)
     assert not {"torch", "zarr", "rich"} & loaded_after(run)
 
 
-@pytest.mark.parametrize("argv", [["inspect", "--epochs", "--keep", "last=1"], ["inspect", "--json"], ["verify"]])
+@pytest.mark.parametrize("argv", [["inspect", "--epochs", "--keep", "last=1"], ["inspect", "--json"], ["verify"], ["adopt"]])
 def test_so_do_commands_on_a_run(argv: list[str], whole_run: Path) -> None:
     """[CLI-8]"""
     run = f"from elastickpt.cli.main import main; assert main({[*argv, str(whole_run)]!r}) == 0"
     assert not {"torch", "zarr", "rich"} & loaded_after(run)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["inspect", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["inspect", "--help"], ["verify", "--help"], ["adopt", "--help"]])
 def test_help_goes_to_stdout_with_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0
     assert "examples:\n  ckpt-convert " in capsys.readouterr().out

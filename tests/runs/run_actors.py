@@ -175,13 +175,13 @@ def _retain(store: Store, notes: Notes, holding: Holding) -> Steps[None]:
 
 
 def tree(store: Store, path: str = "") -> Mapping[str, bytes | None]:
-    """All that stands in the store; None for a directory."""
+    """All that stands in the store but for links; None for a directory."""
     found: dict[str, bytes | None] = {}
     for entry in store.entries(path):
         name = f"{path}/{entry.name}" if path else entry.name
         if entry.kind == "directory":
             found[name] = None
             found |= tree(store, name)
-        else:
+        elif entry.kind == "file":
             found[name] = store.read(name, 1 << 20)
     return found

@@ -125,6 +125,7 @@ def test_removal_survives_folders_that_others_write_into(store: LocalStore, tmp_
     dead = complete(open_attempt(store, holding, step=20))
     complete(write_folder(store, dead))
     writer = store.open_writer(f"{dead.folder}/c.0", 8)
+    store.remove(f"{dead.folder}/{MANIFEST}")
     newer = begun(store, job=2, continued=W)
     assert complete(sweep(store, newer)).removed == (dead,)
     writer.write(0, memoryview(b"12345678"))

@@ -94,20 +94,29 @@ def test_a_removal_that_was_interrupted_anywhere_is_ended_by_the_next_sweep() ->
 
 
 def test_attempts_of_older_epochs_without_a_counting_commit_go(store: MemoryStore) -> None:
-    """[RUN-75, RUN-77]"""
+    """Those that may be whole only once the live branch has their step, or a later one. [RUN-75, RUN-77, RUN-104]"""
     holding = begun(store, job=1)
     committed(store, holding, step=10)
     complete(write_folder(store, X))
     aborted = AttemptId(30, 1, 1)
     complete(write_folder(store, aborted))
     complete(decide(store, Abort(aborted, "full")))
+    torn = AttemptId(35, 1, 1)
+    store.make_directories(torn.folder)
     newer = begun(store, job=2, continued=W)
     inert = AttemptId(40, 1, 1)
     complete(write_folder(store, inert))
     complete(decide(store, commit_of(inert)))
     report = complete(sweep(store, newer))
-    assert report.removed == (X, aborted, inert)
-    assert (folders(store), registers(store)) == ([W.folder], [W.register])
+    assert (report.removed, report.passed, report.waiting) == ((aborted, torn), (), (X, inert))
+    assert (folders(store), registers(store)) == ([W.folder, X.folder, inert.folder], [W.register, inert.register])
+    passing = committed(store, newer, step=39)
+    assert complete(sweep(store, newer)).passed == (X,)
+    last = committed(store, newer, step=40)
+    report = complete(sweep(store, newer))
+    assert (report.removed, report.passed, report.waiting) == ((inert,), (inert,), ())
+    live = (W, passing, last)
+    assert (folders(store), registers(store)) == ([one.folder for one in live], [one.register for one in live])
 
 
 def test_an_attempt_of_this_epoch_goes_only_after_its_register_says_abort(store: MemoryStore) -> None:

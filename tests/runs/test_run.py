@@ -205,6 +205,9 @@ def test_a_save_that_a_rollback_gave_up_does_not_stop_the_job(
         left = run.save(2)
         assert committing.wait(BOUND_S)
         assert run.restore().step == 1
+        swept = threading.Event()
+        run._upkeep.call(swept.set)  # what it sweeps beside a late writer is said by other tests
+        assert swept.wait(BOUND_S)
         let.set()
         assert isinstance(left.exception(BOUND_S), Superseded)
     until(lambda: not run._under_way, "its end is known")

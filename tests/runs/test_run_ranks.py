@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
 from elastickpt.commit.registers.steps import complete
-from elastickpt.errors import CheckpointError, RankLost
+from elastickpt.errors import CheckpointError, RankLost, Refused
 from elastickpt.runs.branch import history
 from elastickpt.runs.findings import read_told
 from elastickpt.storage.local import LocalStore
@@ -67,6 +68,25 @@ def test_jobs_of_other_sizes_go_on_with_each_others_history(tmp_path: Path) -> N
     assert run_ranks(trains, 2, root, 2, 0) == [[0, 1]] * 2
     assert run_ranks(trains, 3, root, 1, 2) == [[2, 2]] * 3
     assert [entry.step for entry in history(root)] == [3, 2]
+
+
+def refuses(rank: int, world_size: int, root: str) -> str:
+    run = ek.Run(root, {"model": model_of(0)}, options=OPTIONS)
+    with pytest.raises(Refused, match="ckpt-convert adopt") as refused:
+        run.restore()
+    run.close()
+    return str(refused.value)
+
+
+def test_a_run_that_lost_its_registers_is_refused_on_all_ranks_alike(tmp_path: Path) -> None:
+    """[RUN-100]"""
+    root = str(tmp_path / "run")
+    run_ranks(trains, 2, root, 1, 0)
+    shutil.rmtree(tmp_path / "run" / "commits")
+    assert len(set(run_ranks(refuses, 2, root))) == 1
+    assert not (tmp_path / "run" / "commits").exists()
+    assert ek.adopt(root).adopted == ("step-0000000001.1.1",)
+    assert run_ranks(trains, 2, root, 1, 1) == [[1, 3]] * 2
 
 
 def saves_until_killed(rank: int, world_size: int, root: str) -> None:

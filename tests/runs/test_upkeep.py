@@ -102,7 +102,7 @@ def test_whatever_operation_fails_nothing_that_is_kept_is_lost_and_the_next_one_
         said += bool(caplog.records)
         caplog.clear()
         work(store, holding)
-        assert caplog.records == []
+        assert [one for one in caplog.records if "removed, though it had a manifest" not in one.getMessage()] == []
         assert demand_whole(store, newest) == [newest, AttemptId(30, 1, 1)]
         assert {entry.name for entry in store.entries("")} - {"latest"} == {
             "commits",

@@ -28,6 +28,7 @@ back: an adopted object takes over only what counted in b, and b never changes.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil
@@ -89,14 +90,15 @@ def counts(attempt: AttemptId, newest: Adopted | None) -> bool:
 # -- a job -----------------------------------------------------------------------------------------------------------------
 
 
-def claim(store: Store, by: Claimer) -> Steps[Holding]:
+def claim(store: Store, by: Claimer, *, adopting: Collection[AttemptId] = ()) -> Steps[Holding]:
     """The run belongs to `by` from now on; what older epochs commit after this is inert. The store is the run's root.
 
+    `adopting`: attempts of claimed epochs that count from now on too, once they have a register that says commit. [RUN-105]
     Raises Superseded if a newer claim closed this one meanwhile, StorageFailed kinds; after an error claim anew.
     """
     epoch = yield from _take_number(store, by)
     yield from _close_older(store, epoch)
-    adopted = yield from _what_counts(store, epoch, by.token)
+    adopted = yield from _what_counts(store, epoch, by.token, adopting)
     data = encode_adopted(adopted)
     found = yield from create_exclusively(store, adopted_name(epoch), data)
     if found != data:  # [RUN-36]
@@ -173,12 +175,29 @@ def superseded(store: Store, epoch: int, *, newest: int | None = None) -> Steps[
     return Superseded(f"{store.url}: epoch {epoch} of this job was superseded by epoch {newest} ({who})")
 
 
-def _take_number(store: Store, by: Claimer) -> Steps[int]:
+def claim_lost(store: Store, by: Claimer, *, epochs: Collection[int]) -> Steps[None]:
+    """Each of these epochs, whose objects were lost, has a claim again, which the next claim closes. [RUN-105]"""
+    yield from _make_commits(store)
+    for epoch in sorted(epochs):
+        yield from create_exclusively(store, claim_name(epoch), encode_claim(Claim(epoch, by)))
+
+
+def start_lost(store: Store, *, continued: Mapping[int, AttemptId | None]) -> Steps[None]:
+    """Each of these epochs, whose start object was lost, has one again, and the live branch goes on from these. [RUN-107]"""
+    for epoch, attempt in sorted(continued.items()):
+        yield from create_exclusively(store, start_name(epoch), encode_start(Start(epoch, attempt)))
+
+
+def _make_commits(store: Store) -> Steps[None]:
     yield NOW
     store.make_directories(COMMITS)
     if store.capabilities.directory_sync:
         yield NOW
         store.sync_directory("")
+
+
+def _take_number(store: Store, by: Claimer) -> Steps[int]:
+    yield from _make_commits(store)
     while True:
         epoch = (yield from list_commits(store)).newest + 1
         data = encode_claim(Claim(epoch, by))
@@ -194,11 +213,12 @@ def _close_older(store: Store, epoch: int) -> Steps[None]:
             yield from create_exclusively(store, adopted_name(older), encode_adopted(Void(older, epoch)))
 
 
-def _what_counts(store: Store, epoch: int, token: str) -> Steps[Adopted]:
+def _what_counts(store: Store, epoch: int, token: str, adopting: Collection[AttemptId]) -> Steps[Adopted]:
     listing = yield from list_commits(store)  # [RUN-34] not before the older epochs are closed
     below = yield from newest_adopted(store, listing, before=epoch)
+    highest = max((one.epoch for one in adopting), default=0)
     if below is None:
-        return Adopted(epoch, token, 0, ())
+        return Adopted(epoch, token, highest, tuple(sorted(adopting)))
     # What retention removed is left out: if a late writer links it once more, it does not count.
     found = set(below.commits) & listing.registers
     for attempt in sorted(one for one in listing.registers if one.epoch == below.epoch):
@@ -209,7 +229,7 @@ def _what_counts(store: Store, epoch: int, token: str) -> Steps[Adopted]:
             continue  # removed since it was listed
         except Damaged:
             found.add(attempt)  # somebody may repair it; what does not count now never will
-    return Adopted(epoch, token, below.epoch, tuple(sorted(found)))
+    return Adopted(epoch, token, max(below.epoch, highest), tuple(sorted(found.union(adopting))))
 
 
 # -- a writer --------------------------------------------------------------------------------------------------------------

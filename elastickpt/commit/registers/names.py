@@ -20,6 +20,7 @@ from elastickpt.errors import Refused
 from elastickpt.storage.store import Entry
 
 COMMITS = "commits"
+LATEST = "latest"  # in the root, a link for people: nothing is found by it [RUN-58]
 SWEPT = ".swept"  # behind a folder's name: nothing of it counts, nobody opens it, it is being removed
 MAX_NUMBER = 10**18 - 1  # of steps, epochs and attempts
 
