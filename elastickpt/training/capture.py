@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,7 @@ from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Job
+from elastickpt.training.dtensors import Job, placed
 from elastickpt.training.entries import code_of, entry_name
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.training.identities import Identities
@@ -23,6 +24,7 @@ from elastickpt.training.members import shared_parameters
 from elastickpt.training.memo import remembering
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer
+from elastickpt.training.own_state import PER_RANK, OwnEntry, require_taken_back
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import streams
 from elastickpt.training.schedulers import hold_scheduler
@@ -80,6 +82,20 @@ class _Gathering:
                 self.arrays += held.arrays
                 for extra in held.extra_states:
                     self.per_rank[extra.pointer] = carried(extra_state(extra.module), extra.pointer)
+                for part in held.parts:
+                    require_taken_back(part.entries, part.loaders)
+                    for entry in part.entries:
+                        self._own_entry(key, entry)
+
+    def _own_entry(self, key: str, entry: OwnEntry) -> None:
+        """One entry of a model's own state dict; nobody says that several ranks have the same. [UCF-141]"""
+        place, value = place_of(key, entry.key), entry.value
+        if self.job.world_size == 1 or (isinstance(value, torch.Tensor) and placed(value) is not None):
+            self.values[place], held = hold_tree(key, value, place=place, job=self.job, identities=self.identities)
+            self.arrays += held
+        else:
+            self.per_rank[place] = carried(value, place)
+            self.values[place + PER_RANK] = True
 
     def optimizers(self) -> None:
         optimizers: list[tuple[str, Optimizer]] = list(self.of_kind("optimizer"))

@@ -103,6 +103,10 @@ class Names:
             for name in group:
                 self._groups.setdefault(name, []).extend(other for other in group if other != name)
 
+    def alias(self, live: tuple[str, str], stored: tuple[str, str]) -> None:
+        """From now on finds what this process calls `live` under the name `stored` too: a model's own loading renames it."""
+        self._groups.setdefault(live, []).append(stored)
+
     def candidates(self, item: str, name: str) -> tuple[tuple[str, str], ...]:
         """(item, name) itself, then the names that are tied to it on either side."""
         return tuple(dict.fromkeys(((item, name), *self._groups.get((item, name), ()))))

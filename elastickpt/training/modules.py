@@ -15,6 +15,8 @@ from elastickpt.training.dtensors import Job, hold, holders_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
+from elastickpt.training.overrides import below, covering
+from elastickpt.training.own_state import OwnEntry, Registered, Said, ask, beyond
 from elastickpt.training.parallel import (
     buffers_kept,
     data_parallel_ranks,
@@ -37,14 +39,27 @@ class ExtraState:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HeldModule:
-    """What one item of `state` contributes: arrays that share memory with the model, and modules with extra state.
+class Part:
+    """One module of an item: `names` are its canonical names, tied ones included, to the tensor that stands there.
 
-    `names` are all canonical names of the item, tied ones included, to the tensor that stands there.
+    `entries` are what its own state dict has beyond these; `loaders` the names of its modules that load by themselves.
+    """
+
+    module: nn.Module
+    names: Mapping[str, torch.Tensor]
+    entries: tuple[OwnEntry, ...]
+    loaders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldModule:
+    """What one item of `state` contributes: arrays that share memory with the model, modules with extra state, own entries.
+
+    `names` are those of all parts.
     """
 
     item: Item
-    modules: tuple[nn.Module, ...]
+    parts: tuple[Part, ...]
     arrays: tuple[HeldArray, ...]
     extra_states: tuple[ExtraState, ...]
     names: Mapping[str, torch.Tensor]
@@ -52,9 +67,9 @@ class HeldModule:
     def reshard(self) -> None:
         """Frees what FSDP2 has gathered, so that the next forward sees what was loaded into the shards, and a backward that
         belongs to an earlier one fails. Local."""
-        for module in self.modules:
-            reshard(module)
-            mark_changed(gathered_parameters(module))
+        for part in self.parts:
+            reshard(part.module)
+            mark_changed(gathered_parameters(part.module))
 
 
 def is_model(value: object) -> bool:
@@ -65,34 +80,59 @@ def is_model(value: object) -> bool:
 
 
 def hold_module(item: str, model: object, *, job: Job, identities: Identities) -> HeldModule:
-    """What this rank holds of the model under `item`; reads nothing but structure and runs no training code.
+    """What this rank holds of the model under `item`; runs training code only where modules save by themselves (their own
+    state dicts and hooks), before what they register is looked at.
 
     `model` satisfies `is_model`. Tensors that `identities` knows already are recorded there as ties and not held again;
     new ones are added. Raises StructureConflict when two parts give one name to different tensors, LayoutUnsupported
-    and ValueNotCarried as `hold` does.
+    and ValueNotCarried as `hold` does, and as `own_state.beyond` does.
     """
-    parts: Sequence[object] = model if isinstance(model, (list, tuple)) else (model,)
-    modules = tuple(module_of(part) for part in parts)
-    names: dict[str, torch.Tensor] = {}
-    origin: dict[str, int] = {}
-    arrays: list[HeldArray] = []
-    extra: dict[str, nn.Module] = {}
-    for index, module in enumerate(modules):
-        sharded, below = sharded_parameters(module), sharding_ranks(module, world_size=job.world_size)
+    given: Sequence[object] = model if isinstance(model, (list, tuple)) else (model,)
+    modules = tuple(module_of(part) for part in given)
+    holding = _Holding(item, modules, job, identities)
+    parts = tuple(holding.part(index) for index in range(len(modules)))
+    pointers = tuple(ExtraState(pointer(item, name), module) for name, module in _distinct(holding.extra))
+    return HeldModule(_item(item, model, modules), parts, tuple(holding.arrays), pointers, holding.names)
+
+
+class _Holding:
+    """One walk over all parts of an item."""
+
+    def __init__(self, item: str, modules: Sequence[nn.Module], job: Job, identities: Identities) -> None:
+        self.names: dict[str, torch.Tensor] = {}
+        self.arrays: list[HeldArray] = []
+        self.extra: dict[str, nn.Module] = {}
+        self._item, self._modules, self._job, self._identities = item, modules, job, identities
+        self._origin: dict[str, int] = {}
+
+    def part(self, index: int) -> Part:
+        module = self._modules[index]
+        sharded, trained_on = sharded_parameters(module), sharding_ranks(module, world_size=self._job.world_size)
+        own: dict[str, torch.Tensor] = {}
+        registered, said, loaders = Registered(), list[Said](), list[str]()
         for found in walk(module):
             if isinstance(found, NamedModule):
-                _require_one_module(item, found, extra)
+                if "extra state" in found.traits:
+                    _require_one_module(self._item, found, self.extra)
+                    registered.extra_states.add(f"{below(found.name)}_extra_state")
+                if "own loading" in found.traits:
+                    loaders.append(found.name)
+                if "own saving" in found.traits and not covering((one.name for one in said), found.name):
+                    said.append(ask(found.name, found.module, root=found.module is module))
                 continue
             tensor = sharded.get((id(found.owner), found.attribute), found.tensor)
-            if found.name in names:
-                if names[found.name] is not tensor:
-                    raise _conflict(item, found.name, (origin[found.name], index), modules)
-                continue
-            names[found.name], origin[found.name] = tensor, index
-            trained_on = below.get(id(found.owner), ()) if found.role == "buffer" else ()
-            arrays += _hold_once(item, found, tensor, job, identities, trained_on)
-    pointers = tuple(ExtraState(pointer(item, name), module) for name, module in _distinct(extra))
-    return HeldModule(_item(item, model, modules), modules, tuple(arrays), pointers, names)
+            registered.add(found.name, tensor, found.tensor)
+            own[found.name] = tensor
+            self._tensor(found, tensor, index, trained_on.get(id(found.owner), ()) if found.role == "buffer" else ())
+        entries = tuple(entry for one in said for entry in beyond(one, registered))
+        return Part(module, own, entries, tuple(loaders))
+
+    def _tensor(self, found: NamedTensor, tensor: torch.Tensor, index: int, trained_on: tuple[int, ...]) -> None:
+        if found.name not in self.names:
+            self.names[found.name], self._origin[found.name] = tensor, index
+            self.arrays += _hold_once(self._item, found, tensor, self._job, self._identities, trained_on)
+        elif self.names[found.name] is not tensor:
+            raise _conflict(self._item, found.name, (self._origin[found.name], index), self._modules)
 
 
 def _hold_once(

@@ -12,8 +12,9 @@ from elastickpt.training.dtensors import Job
 from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import Kind, kinds_of
 from elastickpt.training.listing import Binding, Listing, Names
-from elastickpt.training.modules import ExtraState, HeldModule, hold_module
+from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
+from elastickpt.training.own_loading import bind_model
 from elastickpt.training.perrank import PerRank, Reshardable
 from elastickpt.training.rng import Continuation, continued, rederived
 from elastickpt.training.schedulers import bind_scheduler
@@ -34,7 +35,7 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
     draft = Draft(listing, job, identities, Names(listing, identities.tied()))
     for model in models:
         with draft.entry(model.item.name, state[model.item.name]):
-            _bind_model(draft, model)
+            bind_model(draft, model)
     optimizers: list[BoundOptimizer] = []
     binders: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
         "optimizer": lambda key, value: optimizers.append(bind_optimizer(draft, key, value)),
@@ -53,35 +54,6 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
 
 def _of_kinds(state: Mapping[str, Any], kinds: Mapping[str, Kind], kind: Kind) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in state.items() if kinds[key] == kind]
-
-
-def _bind_model(draft: Draft, model: HeldModule) -> None:
-    for held in model.arrays:
-        draft.fill(held)
-    draft.installs.append(model.reshard)
-    for extra in model.extra_states:
-        _bind_extra_state(draft, extra)
-
-
-def _bind_extra_state(draft: Draft, extra: ExtraState) -> None:
-    place = extra.pointer
-    if draft.listing.same_layout:
-        own = draft.of_writer(draft.job.rank)
-        saved = [own[place]] if place in own else []
-    else:
-        saved = draft.of_all_writers(place)
-    if not saved:
-        draft.missing(place, f"the extra state of a {type(extra.module).__name__}")
-    elif len({typed_key(value) for value in saved}) > 1:
-        draft.differs(
-            place,
-            "value",
-            expected=f"one extra state of a {type(extra.module).__name__} for all ranks, on another layout",
-            found=f"{len(saved)} that differ; it can be loaded on the layout that saved it",
-        )
-    else:
-        new = revived(saved[0])
-        draft.installs.append(lambda: extra.module.set_extra_state(new))
 
 
 def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: object) -> None:

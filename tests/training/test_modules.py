@@ -157,9 +157,10 @@ def test_extra_state_stands_at_the_pointer_of_its_module_once() -> None:
     assert [(state.pointer, state.module) for state in states] == [("/m~0/a~1b", layer)]
 
 
-def test_a_module_that_hides_state_from_names_is_refused() -> None:
-    with pytest.raises(ValueNotCarried, match=r"module '0' \(Packed\) writes 'packed' into its state dict"):
-        held(nn.Sequential(Packed()))
+def test_what_only_a_modules_own_state_dict_has_is_an_own_entry_of_it() -> None:
+    (part,) = held(nn.Sequential(Packed())).parts
+    (entry,) = part.entries
+    assert (entry.key, entry.owner, part.loaders) == ("0.packed", "module '0' (Packed)", ())
 
 
 NAMED = (
