@@ -25,12 +25,12 @@ from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.held import HeldArray
 from elastickpt.training.known_memory import KnownMemory
+from elastickpt.training.local_only import collectives_refused
 from elastickpt.training.modules import ExtraState, HeldModule, Part
 from elastickpt.training.naming import Keys, unwrapped
 from elastickpt.training.overrides import below, covering, own_state_dict, titled
 from elastickpt.training.own_state import PER_RANK
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
-from elastickpt.training.local_only import collectives_refused
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.values import mapped, place_of, revived, shown, typed_key
 

@@ -59,6 +59,7 @@ def kept(rank: int, world_size: int, folder: str, kind: str, differing: bool) ->
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("differing", [False, True])
 def test_each_rank_gets_its_own_back_on_the_same_layout(tmp_path: Path, kind: str, differing: bool) -> None:
+    """What differs is refused elsewhere, what does not goes to any layout. [UCF-141]"""
     found = run_ranks(kept, 2, str(tmp_path), kind, differing)
     assert found == [[5.0, 0.0], [6.0 if differing else 5.0, 0.0]]
     alone = net(2)
