@@ -118,7 +118,7 @@ class _Holding:
                 if "own loading" in found.traits:
                     loaders.append(found.name)
                 if "own saving" in found.traits and not covering((one.name for one in said), found.name):
-                    said.append(ask(found.name, found.module, root=found.module is module))
+                    said.append(ask(found.name, found.module, root=not found.name))
                 continue
             tensor = sharded.get((id(found.owner), found.attribute), found.tensor)
             registered.add(found.name, tensor, found.tensor)
