@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from elastickpt.errors import Malformed, MissingFile, NotACheckpoint, StructureConflict, Unsupported, ValueNotCarried
 from elastickpt.foreign.folder import Folder
 from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, RankListing, StateScalar, StoredTensor
+from elastickpt.foreign.pickle_names import is_odd_tensor
 from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import ReadTensor, carried, constants_of, to_plain
 from elastickpt.foreign.torch_file import read_torch_file
@@ -169,8 +170,8 @@ def _model(path: str, contents: Mapping[object, object]) -> Iterator[LocalTensor
             if isinstance(value, StoredTensor):
                 yield LocalTensor("model", name, "value", value, chunk)
             elif value is None or isinstance(value, Instance | bytes | bytearray):
-                if isinstance(value, Instance) and value.name.startswith("torch."):
-                    raise ValueNotCarried(f"{where} is made by {value.name}: no array can hold it")
+                if is_odd_tensor(value):
+                    raise ValueNotCarried(f"{where}: a tensor made by {value!r}, which no array can hold")
                 yield name
             else:
                 raise ValueNotCarried(f"{where}: expected a tensor, found {_said(value)}")

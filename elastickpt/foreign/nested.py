@@ -22,6 +22,7 @@ from elastickpt.foreign.listing import (
     Tied,
     WholeTensor,
 )
+from elastickpt.foreign.pickle_names import is_odd_tensor
 from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import ReadTensor, to_plain
 from elastickpt.format.box import Box
@@ -135,6 +136,8 @@ class _Sorter:
                 self.found.tied.append(Tied(item, name, first[value]))
             elif isinstance(value, StoredTensor | ChunkedTensor):
                 self.found.wholes.append(_whole(item, name, "value", value))
+            elif is_odd_tensor(value):
+                raise ValueNotCarried(f"{self.where}: {item}: {name}: a tensor made by {value!r}, which no array can hold")
             elif value is not None:
                 self.found.not_carried.append(NotCarried(f"{item}.{name}", "a module's extra state that is no tensor"))
 
@@ -215,7 +218,9 @@ def _is_model(value: Mapping[object, object]) -> bool:
     others = [
         key
         for key, one in value.items()
-        if not isinstance(one, StoredTensor | ChunkedTensor) and not (isinstance(key, str) and key.endswith(_EXTRA_STATE))
+        if not isinstance(one, StoredTensor | ChunkedTensor)
+        and not (isinstance(key, str) and key.endswith(_EXTRA_STATE))
+        and not is_odd_tensor(one)
     ]
     return not others and any(one.dtype not in _BYTES for one in tensors)
 

@@ -259,9 +259,8 @@ _CALLED: dict[str, Make] = {
 
 
 def _storage_classes() -> Iterable[tuple[str, object]]:
-    for prefix in ("torch", "torch.cuda"):
-        for kind, dtype in _STORAGE_DTYPES.items():
-            name = f"{prefix}.{kind}Storage"
+    for kind, dtype in _STORAGE_DTYPES.items():
+        for name in (f"torch.{kind}Storage", f"torch.cuda.{kind}Storage")[: 1 if kind.startswith("Q") else 2]:
             yield name, StorageClass(name, dtype)
     for name in ("torch.storage.TypedStorage", "torch.storage.UntypedStorage"):
         yield name, StorageClass(name, None)
@@ -272,6 +271,7 @@ def _old_classes() -> Iterable[str]:
     yield "torch.device"
     for prefix in ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse"):
         yield from (f"{prefix}.{kind}Tensor" for kind in _OLD_TENSOR_CLASSES)
+    yield from ("torch.BoolTensor", "torch.cuda.BoolTensor")
     for scheme in ("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"):
         yield f"torch.{scheme}"
     yield "torch.per_channel_affine_float_qparams"
@@ -281,6 +281,13 @@ def storage_class(dtype: str) -> str | None:
     """The storage class of torch for an element type; None for one that came after such classes."""
     return next((f"torch.{kind}Storage" for kind, name in _STORAGE_DTYPES.items() if name == dtype), None)
 
+
+def is_odd_tensor(value: object) -> bool:
+    """Whether it stands for a tensor that no array can hold: sparse, quantized, without storage, of an old class."""
+    return isinstance(value, Instance) and value.name in _ODD_TENSORS
+
+
+_ODD_TENSORS = frozenset((*_TENSORS_OF_OTHER_KINDS, *(name for name in _old_classes() if name.endswith("Tensor"))))
 
 NAMES: Mapping[str, object] = {
     **{name: Maker(name, make) for name, make in _CALLED.items()},

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from elastickpt.errors import Malformed, ValueNotCarried
 from elastickpt.foreign.listing import Constant, NotCarried, StoredTensor
 from elastickpt.foreign.numpy_values import numpy_array
-from elastickpt.foreign.pickle_names import NAMES
+from elastickpt.foreign.pickle_names import NAMES, is_odd_tensor
 from elastickpt.foreign.pickle_values import ElementType, Instance, Maker
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.value_types import ArrayValue, DeviceValue, DtypeValue
@@ -56,6 +56,8 @@ def _key(key: object, where: str) -> object:
 
 
 def _instance(value: Instance, read: ReadTensor, where: str) -> object:
+    if is_odd_tensor(value):
+        raise ValueNotCarried(f"{where}: a tensor made by {value.name}, which no array can hold")
     array = numpy_array(value, where=where)
     if array is not None:
         return array

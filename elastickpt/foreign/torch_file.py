@@ -48,6 +48,7 @@ class _Storages:
         record = self.records.get(f"{self.root}data/{key}")
         if record is None:
             raise Malformed(f"{self.archive.file}: storage {key!r} is named, and no record holds it")
+        _require_plain(self.archive, record, key)
         itemsize = DTYPES[kind.dtype].itemsize if kind.dtype in DTYPES else 1
         if count * itemsize > record.storage.nbytes:
             raise Malformed(
@@ -82,8 +83,14 @@ def _check_byte_order(archive: ByteRange, records: Mapping[str, Record], root: s
         raise Unsupported(f"{archive.file}: byte order {order[:16]!r}; this reader knows little-endian files only")
 
 
+def _require_plain(archive: ByteRange, record: Record, name: str) -> None:
+    if record.packed:
+        raise Unsupported(f"{archive.file}: record {name!r} is packed or encrypted; expected records stored as they are")
+
+
 def _read(archive: ByteRange, record: Record) -> bytes:
     """A small record's bytes, compared with their checksum; 0 is that of a writer that made none."""
+    _require_plain(archive, record, "data.pkl")
     if record.storage.nbytes > MAX_PICKLE_NBYTES:
         raise LimitExceeded(f"{archive.file}: a pickle of {record.storage.nbytes} bytes, the limit is {MAX_PICKLE_NBYTES}")
     data = archive.read(record.storage.start - archive.start, record.storage.nbytes)

@@ -1,6 +1,6 @@
 """The records of a zip archive that lies in a range of a file: where their bytes are. Nothing is unpacked. [FOR-20..24]
 
-Only what torch writes is understood: records that are stored as they are, in one part, not encrypted, zip64 where it is
+Only what torch writes can be used: records that are stored as they are, in one part, not encrypted, zip64 where it is
 needed. Sizes and places are checked against the range before anything is read, and records may not overlap.
 Source: PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5.
 """
@@ -51,10 +51,11 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its bytes, and the checksum that the archive states for them."""
+    """One record: its bytes, and the checksum that the archive states for them. `packed` bytes are not its content."""
 
     storage: Storage
     crc32: int
+    packed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,11 @@ class _Entry:
     nbytes: int
     header: int
     crc32: int
+    packed: bool
 
 
 def zip_records(archive: ByteRange) -> Mapping[str, Record]:
-    """Record by name. Raises Malformed for what is no whole archive, Unsupported for packed or encrypted records."""
+    """Record by name. Raises Malformed for what is no whole archive, Unsupported for one in several parts."""
     directory = _directory(archive)
     data = archive.read(directory.offset, directory.nbytes)
     entries = list(_entries(archive.file, data, directory.count))
@@ -86,7 +88,7 @@ def zip_records(archive: ByteRange) -> Mapping[str, Record]:
         if entry.name in found:
             raise Malformed(f"{archive.file}: record {entry.name!r} stands twice in the archive")
         end = start + entry.nbytes
-        found[entry.name] = Record(Storage(archive.file, archive.start + start, entry.nbytes), entry.crc32)
+        found[entry.name] = Record(Storage(archive.file, archive.start + start, entry.nbytes), entry.crc32, entry.packed)
     return found
 
 
@@ -145,12 +147,11 @@ def _entries(file: str, data: bytes, count: int) -> Iterator[_Entry]:
             name = str(name_and_extra[:name_nbytes], "utf-8")
         except UnicodeDecodeError:
             raise Malformed(f"{file}: a record's name is no UTF-8") from None
-        if flags & _ENCRYPTED or method != 0:
-            raise Unsupported(f"{file}: record {name!r} is packed or encrypted; expected records stored as they are")
         nbytes, packed, header = _wide(file, name_and_extra[name_nbytes:], (nbytes, packed, header))
-        if nbytes != packed:
+        is_packed = bool(flags & _ENCRYPTED) or method != 0
+        if nbytes != packed and not is_packed:
             raise Malformed(f"{file}: record {name!r} is said to have {nbytes} bytes and {packed}")
-        yield _Entry(name, nbytes, header, crc32)
+        yield _Entry(name, packed, header, crc32, is_packed)
 
 
 def _wide(file: str, extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int]:
