@@ -69,3 +69,12 @@ def mismatch_message(path: str, refused: Iterable[str]) -> str:
     more = f"\n  and {len(texts) - SHOWN_MISMATCHES} more" if len(texts) > SHOWN_MISMATCHES else ""
     noun = "difference" if len(texts) == 1 else "differences"
     return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}"
+
+
+def joint_notes(notes: Sequence[Sequence[str]], ranks: Sequence[int]) -> list[str]:
+    """Notes of all ranks, each once, in their order, with the ranks that have it if those are not all."""
+    where: dict[str, list[int]] = {}
+    for rank, own in zip(ranks, notes, strict=True):
+        for note in own:
+            where.setdefault(note, []).append(rank)
+    return [note if len(on) == len(ranks) else f"{note} (on {_ranks_text(on, ranks)})" for note, on in where.items()]

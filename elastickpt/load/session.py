@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 import msgpack
@@ -14,10 +14,11 @@ import msgpack
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
-from elastickpt.format.arrays import Mesh
+from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.values import Value
-from elastickpt.load.agreement import encode_findings, joint_mismatches, mismatch_message, require_same_load
+from elastickpt.load.agreement import encode_findings, joint_mismatches, joint_notes, mismatch_message, require_same_load
 from elastickpt.load.fetch import FetchReport, Verify, carry_out
+from elastickpt.load.layout import lacking_of, lies_as_saved
 from elastickpt.load.opened import Opened, open_records
 from elastickpt.load.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
 from elastickpt.training.collection import collection_paused
@@ -28,6 +29,7 @@ from elastickpt.training.listing import Binding, Listing
 from elastickpt.training.memory import fill_device, host_elements
 from elastickpt.training.meshes import mesh_of
 from elastickpt.training.restore import bind
+from elastickpt.training.rng import Continuation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +46,8 @@ Strict = Literal["all", "missing", "unexpected", "none"]
 class LoadReport:
     """A finished load. Byte counts and times are this rank's: needed by it, read from the store, seconds.
 
-    `skipped` are differences that the strict mode let pass; `notes` what could not be carried over exactly, and why.
+    `skipped` are differences that the strict mode let pass; `notes` what could not be carried over exactly, and why: rank 0
+    logs those of all ranks.
     """
 
     path: str
@@ -55,6 +58,20 @@ class LoadReport:
     read_s: float
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    streams: tuple[Continuation, ...] = field(default=(), repr=False, compare=False)
+
+    def restore_streams(self) -> None:
+        """Sets the random streams once more as this load set them, after something drew numbers that did not in the run that
+        saved: `iter(loader)` draws a seed, and some loaders fetch a batch ahead. Of this process only; not blocking.
+
+        Raises Refused where this load set none.
+        """
+        if not self.streams:
+            raise Refused(
+                f"{self.path}: no random streams were loaded from it: put an ek.RNG() into `state`, saving and loading"
+            )
+        for streams in self.streams:
+            streams.install()
 
 
 def load(
@@ -88,6 +105,7 @@ class _Load:
 
     def __init__(self, group: Group, team: Team, path: str | os.PathLike[str], strict: Strict, verify: Verify) -> None:
         self.group, self.team, self.path, self.strict, self.verify = group, team, path, strict, verify
+        self.told: list[str] = []  # on member 0: notes of all ranks
 
     def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> LoadReport:
         begun = time.perf_counter()
@@ -97,7 +115,7 @@ class _Load:
         planned = time.perf_counter()
         report = self._fill(opened, binding, hosts, plan)
         ended = time.perf_counter()
-        for note in binding.notes:
+        for note in self.told:
             log.warning("%s: %s", self.path, note)
         return LoadReport(
             path=os.fspath(self.path),
@@ -108,6 +126,7 @@ class _Load:
             read_s=ended - planned,
             skipped=skipped,
             notes=binding.notes,
+            streams=binding.streams,
         )
 
     # -- before anything changes ---------------------------------------------------------------------------------------
@@ -115,6 +134,7 @@ class _Load:
     def _open(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[Opened, Mesh | None, bool]:
         """The checkpoint, the mesh declared, and whether every rank holds now what the writer of its number held."""
         opened: list[tuple[Opened, Mesh | None]] = []
+        ids: set[ArrayId] = set()
 
         def compare() -> bytes:
             if self.strict not in get_args(Strict) or self.verify not in get_args(Verify):
@@ -126,18 +146,28 @@ class _Load:
             opened.append((found, declared))
             held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
             ranks = len(self.team.ranks)
-            same = ranks == found.manifest.world_size == len(found.manifest.fragments)
-            same = same and same_layout(found, held, self.team.member)
+            same = ranks == found.manifest.world_size == len(found.manifest.fragments) and lies_as_saved(found, held)
+            ids.update(array.spec.id for array in held)
+            lacking = [str(one) for one in lacking_of(found, ids, self.team.member)] if same else []
             meant = (os.fspath(self.path), f"attempt {found.manifest.attempt}", self.strict)
-            return bytes(msgpack.packb((same, meant)))
+            return bytes(msgpack.packb((same, lacking, meant)))
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             answers = [msgpack.unpackb(payload, use_list=False) for payload in payloads]
-            require_same_load([meant for _, meant in answers], self.team.ranks)
-            return [bytes([all(same for same, _ in answers)])] * len(payloads)
+            require_same_load([meant for _, _, meant in answers], self.team.ranks)
+            same = all(same for same, _, _ in answers)
+            return [bytes(msgpack.packb((same, sorted({one for _, lacking, _ in answers for one in lacking}))))] * len(payloads)
 
-        same = self.team.round("open", compare, decide)
-        return *opened[0], same == b"\1"
+        same, lacking = msgpack.unpackb(self.team.round("open", compare, decide), use_list=False)
+        return *opened[0], same and not (lacking and self._elsewhere(ids, lacking))
+
+    def _elsewhere(self, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:
+        """Whether some rank holds what a rank lacks whose writer had it; what nobody holds was left out of `state`. A round."""
+
+        def own() -> bytes:
+            return bytes([not {str(one) for one in ids}.isdisjoint(lacking)])
+
+        return self.team.round("elsewhere", own, lambda payloads: [max(payloads)] * len(payloads)) == b"\1"
 
     def _check(
         self, state: Mapping[str, object], declared: Mesh | None, opened: Opened, same: bool
@@ -145,7 +175,7 @@ class _Load:
         bound: list[tuple[Listing, Binding]] = []
 
         def compare() -> bytes:
-            listing = listing_of(opened, self.team.ranks if same else ())
+            listing = listing_of(opened, self.team.ranks, same_layout=same)
             binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
             bound.append((listing, binding))
             return encode_findings(opened, binding)
@@ -195,24 +225,28 @@ class _Load:
 
         def installed() -> bytes:
             binding.install()
-            return b""
+            return bytes(msgpack.packb(binding.notes))
+
+        def tell(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            self.told += joint_notes([msgpack.unpackb(payload) for payload in payloads], self.team.ranks)
+            return [b""] * len(payloads)
 
         try:
             self.team.round("read", read, lambda payloads: [b""] * len(payloads))
-            self.team.round("install", installed, lambda payloads: [b""] * len(payloads))
+            self.team.round("install", installed, tell)
         except CheckpointError as error:
             raise _undefined(error) from error  # on every rank: whoever failed or is lost, the others have changed
         return reports[0]
 
 
-def listing_of(opened: Opened, same: Sequence[int]) -> Listing:
-    """What the checkpoint holds, as the training layer takes it; `same` are this job's ranks by member if its layout is the
-    writers', else ()."""
+def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Listing:
+    """What the checkpoint holds, as the training layer takes it; `ranks` are this job's by member, and their layout may be the
+    writers'."""
     manifest = opened.manifest
 
     def per_rank(writer: int) -> Mapping[str, Value]:
-        if same:
-            writer = same.index(writer)  # on the same layout a rank asks for its own; writers count members of the group
+        if same_layout:
+            writer = ranks.index(writer)  # on the same layout a rank asks for its own; writers count members of the group
         return opened.per_rank(writer) if writer < len(manifest.fragments) else {}
 
     return Listing(
@@ -222,30 +256,11 @@ def listing_of(opened: Opened, same: Sequence[int]) -> Listing:
         per_rank=per_rank,
         items=manifest.items,
         world_size=manifest.world_size,
-        same_layout=bool(same),
+        same_layout=same_layout,
         step=manifest.step,
         tied=manifest.tied,
+        ranks=tuple(ranks),
     )
-
-
-def same_layout(opened: Opened, held: Sequence[HeldArray], writer: int) -> bool:
-    """Whether a rank that holds `held` stands where `writer` stood: meshes and placements are equal, and it holds every
-    array of these models that the writer stored something of."""
-    manifest = opened.manifest
-    ids = {array.spec.id for array in held}
-    for array in held:
-        record = opened.records.get(array.spec.id)
-        if record is None:
-            return False
-        if record.layout is None:
-            if array.mesh is not None:
-                return False
-            continue
-        layout = manifest.layouts[record.layout]
-        if (array.mesh, array.placements) != (manifest.meshes[layout.mesh], layout.placements):
-            return False
-    stored = (record.spec.id for record in opened.stored_by(writer))
-    return all(identity in ids for identity in stored if identity.section == "params" and identity.state == "value")
 
 
 def _undefined(error: CheckpointError) -> CheckpointError:

@@ -72,6 +72,11 @@ class Restored:
     report: LoadReport | None = None
     notes: tuple[str, ...] = ()
 
+    def restore_streams(self) -> None:
+        """Sets the random streams once more, as `LoadReport.restore_streams` does; nothing where the job begins at step 0."""
+        if self.report is not None:
+            self.report.restore_streams()
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

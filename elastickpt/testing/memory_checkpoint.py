@@ -56,6 +56,7 @@ class MemoryCheckpoint:
             world_size in (None, self.world_size),
             self.step,
             self.tied,
+            tuple(range(self.world_size if world_size is None else world_size)),
         )
 
     def _own(self, writer: int) -> Mapping[str, Value]:

@@ -13,6 +13,7 @@ from elastickpt.training.entries import Install, code_of, entry_name, install_al
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
 from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, Names
+from elastickpt.training.rng import Continuation
 from elastickpt.training.versions import mark_changed
 
 
@@ -33,6 +34,7 @@ class Draft:
     arrays: set[ArrayId] = field(default_factory=set)
     places: set[str] = field(default_factory=set)
     installs: list[Callable[[], None]] = field(default_factory=list)
+    streams: list[Continuation] = field(default_factory=list)
     _entries: list[Install] = field(default_factory=list)
     _read: dict[int, Mapping[str, Value]] = field(default_factory=dict)
 
@@ -115,4 +117,5 @@ class Draft:
             frozenset(self.arrays),
             frozenset(self.places),
             install,
+            tuple(self.streams),
         )

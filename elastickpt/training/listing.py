@@ -11,6 +11,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 from elastickpt.training.held import HeldArray
+from elastickpt.training.rng import Continuation
 from elastickpt.training.values import place_of
 
 Difference = Literal["missing", "unexpected", "shape", "dtype", "value"]
@@ -43,7 +44,8 @@ class Listing:
     `tables` has one table for each optimizer item, merged from all writers. `values` maps places to replicated values;
     `per_rank(writer)` reads one writer's own, and is called only for what needs it. `same_layout` says that ranks hold
     now what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item,
-    name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps.
+    name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps. `ranks` are
+    those that load.
     """
 
     arrays: Mapping[ArrayId, ArraySpec]
@@ -55,6 +57,7 @@ class Listing:
     same_layout: bool
     step: int | None = None
     tied: tuple[tuple[tuple[str, str], ...], ...] = ()
+    ranks: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +69,7 @@ class Binding:
     and
     `places` are what this rank has a place for, and what no rank has one for is `unexpected(...)`.
     `install()` is called once, after all targets were filled, on all ranks; without collectives. Until then optimizers,
-    schedulers, other objects and random streams are as they were.
+    schedulers, other objects and random streams are as they were. `streams` are what it sets of random streams.
     """
 
     targets: tuple[HeldArray, ...]
@@ -75,6 +78,7 @@ class Binding:
     arrays: frozenset[ArrayId]
     places: frozenset[str]
     install: Callable[[], None]
+    streams: tuple[Continuation, ...] = ()
 
 
 def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[str]) -> Iterator[Mismatch]:

@@ -16,7 +16,7 @@ from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
 from elastickpt.training.own_loading import bind_model
 from elastickpt.training.perrank import PerRank, Reshardable
-from elastickpt.training.rng import Continuation, continued, rederived
+from elastickpt.training.rng import continued, rederived
 from elastickpt.training.schedulers import bind_scheduler
 from elastickpt.training.stateful import bind_container, bind_object, is_stateful
 from elastickpt.training.values import carried, place_of, revived, shown, typed_key
@@ -125,9 +125,9 @@ def _bind_streams(draft: Draft, key: str) -> None:
     if not saved:
         draft.missing(place, "random streams")
         return
-    going_on: Continuation = (
-        continued(saved[0]) if draft.listing.same_layout else rederived(saved, step=draft.listing.step, rank=draft.job.rank)
-    )
+    step, rank, ranks = draft.listing.step, draft.job.rank, draft.listing.ranks
+    going_on = continued(saved[0]) if draft.listing.same_layout else rederived(saved, step=step, rank=rank, ranks=ranks)
     for note in going_on.notes:
         draft.note(f"{place}: {note}")
     draft.installs.append(going_on.install)
+    draft.streams.append(going_on)

@@ -1,7 +1,9 @@
 """`RNG`: the random streams of this process.
 
 On the same layout every stream continues exactly. On another, a kind of stream that was equal on all ranks that saved
-stays equal (DTensor wants one stream for each mesh), and the others are seeded anew from (seed, step, kind, rank).
+stays equal (DTensor wants one stream for each mesh), and the others are seeded anew from (seed, step, kind, rank). What one
+process alone saved is continued by the first of several ranks, and seeded anew on the others: ranks that all draw the same
+augmentations would lose what data parallelism is for, without a word.
 """
 
 from __future__ import annotations
@@ -97,36 +99,50 @@ def streams() -> Value:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
-    """How the streams of this process go on: `install()` does it, `notes` say what is not exact."""
+    """How the streams of this process go on: `states` of kinds that go on from there, `seeds` of those that begin anew; `notes`
+    say what is not exact."""
 
-    install: Callable[[], None]
+    states: Mapping[str, Value]
+    seeds: Mapping[str, int]
     notes: tuple[str, ...]
+
+    def install(self) -> None:
+        """Sets the streams; the second time they are set to the same again."""
+        for kind, state in self.states.items():
+            _STREAMS[kind].set(state)
+        for kind, seed in self.seeds.items():
+            _STREAMS[kind].seed(seed)
 
 
 def continued(saved: Value) -> Continuation:
     """Each stream goes on exactly where this rank's was saved."""
-    found = _checked(saved)
-    steps = [(_STREAMS[kind].set, found["streams"][kind]) for kind in _here() if kind in found["streams"]]
-    notes = tuple(_absent(kind) for kind in _here() if kind not in found["streams"])
-    return Continuation(lambda: _run(steps), notes)
+    found = _checked(saved)["streams"]
+    notes = tuple(_absent(kind) for kind in _here() if kind not in found)
+    return Continuation({kind: found[kind] for kind in _here() if kind in found}, {}, notes)
 
 
-def rederived(saved: Sequence[Value], *, step: int | None, rank: int) -> Continuation:
-    """For another layout, from the streams of all ranks that saved: equal ones stay, others are seeded anew."""
+def rederived(saved: Sequence[Value], *, step: int | None, rank: int, ranks: Sequence[int]) -> Continuation:
+    """For another layout, which `ranks` have now, from the streams of all ranks that saved: equal ones stay, others are seeded
+    anew; the one of a single process goes on on the first of several ranks only."""
     every = [_checked(one) for one in saved]
-    steps: list[tuple[Callable[[Any], object], Any]] = []
+    going_on: dict[str, Value] = {}
+    seeds: dict[str, int] = {}
     notes: list[str] = []
     for kind in _here():
         states = [one["streams"][kind] for one in every if kind in one["streams"]]
+        shared_out = len(states) == 1 < len(ranks)
         if not states:
             notes.append(_absent(kind))
-        elif len({typed_key(state) for state in states}) == 1:
-            steps.append((_STREAMS[kind].set, states[0]))
-        else:
-            seed = _derived(kind, every[0]["seed"], step or 0, rank)
-            steps.append((_STREAMS[kind].seed, seed))
+        elif shared_out:
+            going = f"rank {ranks[0]} goes on with it, on the others it was seeded anew from (seed, step, rank)"
+            notes.append(f"{_name(kind)} is that of one process: {going}")
+        elif len({typed_key(state) for state in states}) > 1:
             notes.append(f"{_name(kind)} was not the same on all ranks that saved: seeded anew from (seed, step, rank)")
-    return Continuation(lambda: _run(steps), tuple(notes))
+        if states and (rank == ranks[0] if shared_out else len({typed_key(state) for state in states}) == 1):
+            going_on[kind] = states[0]
+        elif states:
+            seeds[kind] = _derived(kind, every[0]["seed"], step or 0, rank)
+    return Continuation(going_on, seeds, tuple(notes))
 
 
 def _checked(saved: Any) -> Any:
@@ -135,11 +151,6 @@ def _checked(saved: Any) -> Any:
     except (TypeError, KeyError, ValueError):
         raise Malformed("random streams in the checkpoint: expected a mapping with `seed` and `streams`") from None
     return saved
-
-
-def _run(steps: Sequence[tuple[Callable[[Any], object], Any]]) -> None:
-    for act, value in steps:
-        act(value)
 
 
 def _absent(kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -417,3 +418,23 @@ run.save(5).result(60)
     found = open_run().restore()
     assert found.step == 5
     training.demand(5)
+
+
+def test_a_run_made_beside_the_main_thread_says_that_it_hears_no_signals(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """[RUN-94]"""
+
+    def make(name: str, options: ek.RunOptions) -> None:
+        made = threading.Thread(target=lambda: ek.Run(tmp_path / name, {}, options=options).close(), name="trainer")
+        made.start()
+        made.join(60.0)
+
+    with caplog.at_level(logging.WARNING, logger="elastickpt"):
+        make("deaf", ek.RunOptions())
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert all(part in said for part in ("deaf", "thread 'trainer'", "SIGTERM", "SIGUSR1", "run.notify()"))
+        caplog.clear()
+        make("told so", ek.RunOptions(signals={}))
+        ek.Run(tmp_path / "in the main thread", {}).close()
+        assert not caplog.records

@@ -118,6 +118,19 @@ def test_unequal_streams_are_seeded_anew_and_the_load_says_so() -> None:
     assert drawn_after(saved_on(7, 8, step=6), 0, 3) != drawn[0]
 
 
+def test_the_stream_of_one_process_goes_on_on_the_first_rank_only() -> None:
+    checkpoint = saved_on(7)
+    drawn = [drawn_after(checkpoint, rank, 3) for rank in range(3)]
+    assert drawn[0] == expected_after(7)
+    assert drawn == [drawn_after(checkpoint, rank, 3) for rank in range(3)]
+    assert len({numbers[0] for numbers in drawn}) == 3
+    for rank in range(3):
+        assert ["that of one process: rank 0 goes on with it" in note for note in bound(checkpoint, rank, 3).notes] == [
+            True
+        ] * 3
+    assert bound(checkpoint, 0, 1).notes == ()
+
+
 def test_kinds_are_judged_each_by_itself() -> None:
     captures = []
     for rank in range(2):
