@@ -7,6 +7,7 @@ complete the step, as for saves by clock.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,8 @@ from types import FrameType, MappingProxyType
 
 from elastickpt.errors import Refused
 from elastickpt.runs.due import LEAD_STEPS
+
+log = logging.getLogger(__name__)
 
 DEADLINE_S = 30.0  # what launchers wait, by default, between SIGTERM and SIGKILL
 SIGNALS = MappingProxyType({signal.SIGTERM: DEADLINE_S, signal.SIGUSR1: DEADLINE_S})
@@ -103,6 +106,21 @@ class Notices:
         elif before == signal.SIG_DFL:  # a data loader's worker must end by the SIGTERM that it is sent
             signal.signal(one, signal.SIG_DFL)
             os.kill(os.getpid(), one)
+
+
+def heard_here(signals: Mapping[signal.Signals, float], *, where: str) -> Mapping[signal.Signals, float]:
+    """Those of which `Notices` can hear if this thread makes them: all in the main thread; none elsewhere, with a warning that
+    names the run, `where`. [RUN-94]"""
+    thread = threading.current_thread()
+    if not signals or thread is threading.main_thread():
+        return signals
+    names = ", ".join(one.name for one in signals)
+    log.warning(
+        "%s: this run was made in thread %r and will not hear %s, as only the main thread can set handlers: make it there, or "
+        "call run.notify() from handlers of your own",
+        *(where, thread.name, names),
+    )
+    return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import atexit
 import logging
 import os
 import secrets
-import signal
 import threading
 import time
 import weakref
@@ -43,7 +42,7 @@ from elastickpt.runs.due import Measured
 from elastickpt.runs.ended import Ended
 from elastickpt.runs.events import Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
-from elastickpt.runs.preemption import Notices
+from elastickpt.runs.preemption import Notices, heard_here
 from elastickpt.runs.restoring import Choice, Restored, Restoring
 from elastickpt.runs.retention import Keep
 from elastickpt.runs.trace import TraceFile
@@ -93,7 +92,7 @@ class Run:
         self._saver = Saver(self._group, self._options.saving, purpose=f"{self._purpose}-saves")
         self._keep = keep or Keep()
         self._upkeep = Upkeep(self._store, self._keep)
-        self._notices = Notices(self._signals())
+        self._notices = Notices(heard_here(self._options.signals, where=self.root))
         self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
         self._calendar = self._calendar_of(epoch=0)
         self._trace = _trace(self._options.trace, self._group.rank)
@@ -253,20 +252,6 @@ class Run:
         self.close()
 
     # -- beside training -----------------------------------------------------------------------------------------------
-
-    def _signals(self) -> Mapping[signal.Signals, float]:
-        """Those that this run hears. [RUN-94]"""
-        signals = self._options.signals
-        if not signals or threading.current_thread() is threading.main_thread():
-            return signals
-        log.warning(
-            "%s: this run was made in thread %r and will not hear %s, as only the main thread can set handlers: make it "
-            "there, or call run.notify() from handlers of your own",
-            self.root,
-            threading.current_thread().name,
-            ", ".join(one.name for one in signals),
-        )
-        return {}
 
     def _require_open(self) -> Mapping[str, object]:
         if self._closed or os.getpid() != self._owner:
