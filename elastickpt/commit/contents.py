@@ -35,6 +35,7 @@ class Outline:
     layouts: tuple[Layout, ...]
     arrays: tuple[ArrayRecord, ...]
     tied: tuple[tuple[tuple[str, str], ...], ...]
+    layout_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ def encode_outline(outline: Outline) -> bytes:
         fragments=(),
         values={},
         tied=outline.tied,
+        layout_text=outline.layout_text,
     )
     parts = [encode_index(IndexPart(part)) for part in parts_of(outline.arrays)]
     return bytes(msgpack.packb((encode_manifest(frame), parts)))
@@ -75,7 +77,15 @@ def decode_outline(data: bytes) -> Outline:
     found = decode_manifest(frame, path="outline")
     arrays = tuple(record for part in parts for record in decode_index(part, path="outline").arrays)
     return Outline(
-        found.world_size, found.placement, found.versions, found.items, found.meshes, found.layouts, arrays, found.tied
+        found.world_size,
+        found.placement,
+        found.versions,
+        found.items,
+        found.meshes,
+        found.layouts,
+        arrays,
+        found.tied,
+        found.layout_text,
     )
 
 

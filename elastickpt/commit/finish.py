@@ -149,6 +149,7 @@ def _record(
         values=dict(contents.values),
         tied=outline.tied,
         requires=requires,
+        layout_text=outline.layout_text,
     )
     data = encode_manifest(manifest)
     create(draft.path(MANIFEST), data)

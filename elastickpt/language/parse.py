@@ -111,8 +111,12 @@ class _Builder(Transformer[Token, Any]):
     def let(self, name: Token, value: t.Expr) -> t.Let:
         return t.Let(str(name), value, at=_at(name))
 
-    def mesh(self, name: Token, *axes: Token | None) -> t.MeshLine:
-        return t.MeshLine(str(name), tuple(str(axis) for axis in axes if axis is not None), at=_at(name))
+    def mesh(self, name: Token, *axes: tuple[str, int | None] | None) -> t.MeshLine:
+        found = [axis for axis in axes if axis is not None]
+        return t.MeshLine(str(name), tuple(axis for axis, _ in found), tuple(size for _, size in found), at=_at(name))
+
+    def axis(self, name: Token, size: Token | None) -> tuple[str, int | None]:
+        return str(name), None if size is None else int(size)
 
     def split(self, axis: Token, slow: Token, fast: Token, sized: Token, size: t.Expr) -> t.Split:
         return t.Split(str(axis), (str(slow), str(fast)), str(sized), size, at=_at(axis))

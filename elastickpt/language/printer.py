@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from elastickpt.language import tree as t
+from elastickpt.language.scope import ConstantValue
 
 _PLAIN = re.compile(r'[^\s{}#"()/,=+|]+')
 _INDENT = "    "
 
 
-def print_program(program: t.Program, *, constants: dict[str, int | tuple[int, ...]] | None = None) -> str:
-    """The canonical text. `constants` fill the `needs` in: such a text needs nothing more."""
-    filled = constants or {}
-    lines = [f"ucl {program.version}"]
-    for statement in program.statements:
-        if isinstance(statement, t.Needs):
-            statement = t.Needs(tuple(_filled(need, filled) for need in statement.needs))
-        lines.extend(_statement(statement))
-    return "\n".join(lines) + "\n"
+def print_program(program: t.Program) -> str:
+    """The canonical text."""
+    return "\n".join((f"ucl {program.version}", *(line for one in program.statements for line in _statement(one)))) + "\n"
 
 
-def _filled(need: t.Need, constants: dict[str, int | tuple[int, ...]]) -> t.Need:
+def filled_in(program: t.Program, constants: Mapping[str, ConstantValue], sizes: Mapping[str, int]) -> t.Program:
+    """The program with these constants and sizes of axes as its own: it needs nothing more."""
+    statements: list[t.Statement] = []
+    for one in program.statements:
+        if isinstance(one, t.Needs):
+            one = t.Needs(tuple(_filled(need, constants) for need in one.needs))
+        elif isinstance(one, t.MeshLine):
+            one = replace(one, sizes=tuple(sizes.get(a, size) for a, size in zip(one.axes, one.sizes, strict=True)))
+        statements.append(one)
+    return replace(program, statements=tuple(statements))
+
+
+def _filled(need: t.Need, constants: Mapping[str, ConstantValue]) -> t.Need:
     value = constants.get(need.name)
     return replace(need, default=t.Number(value)) if isinstance(value, int) and value >= 0 else need
 
@@ -34,8 +41,9 @@ def _statement(one: t.Statement) -> Iterator[str]:
             yield "needs " + ", ".join(n.name + ("" if n.default is None else f" = {expr_text(n.default)}") for n in needs)
         case t.Let(name, value):
             yield f"let {name} = {expr_text(value)}"
-        case t.MeshLine(name, axes):
-            yield f"mesh {name} = {', '.join(axes)}".rstrip()
+        case t.MeshLine(name, axes, sizes):
+            said = (axis if size is None else f"{axis} {size}" for axis, size in zip(axes, sizes, strict=True))
+            yield f"mesh {name} = {', '.join(said)}".rstrip()
         case t.Split(axis, into, sized, size):
             yield f"split {axis} = {into[0]}, {into[1]} where |{sized}| = {expr_text(size)}"
         case t.Chunks(axis, size):

@@ -82,6 +82,12 @@ def needed(program: t.Program) -> tuple[t.Need, ...]:
     return tuple(need for one in program.statements if isinstance(one, t.Needs) for need in one.needs)
 
 
+def sizes_of(program: t.Program) -> dict[str, int]:
+    """The sizes that a program states of its axes itself."""
+    lines = (one for one in program.statements if isinstance(one, t.MeshLine))
+    return {axis: size for line in lines for axis, size in zip(line.axes, line.sizes, strict=True) if size is not None}
+
+
 def axes_of(program: t.Program) -> tuple[str, ...]:
     """All axes of all meshes of a program, each once."""
     lines = (one for one in program.statements if isinstance(one, t.MeshLine))
@@ -101,7 +107,8 @@ def resolve(program: t.Program, constants: Mapping[str, ConstantValue | None], s
             raise scope.fault(f"mesh axis {axis!r}: expected one of {', '.join(axes) or 'none'}", t.NOWHERE)
         if size < 1:
             raise scope.fault(f"mesh axis {axis!r} of size {size}: expected at least 1", t.NOWHERE)
-    scope = replace(scope, axes={axis: sizes.get(axis, 1) for axis in axes})
+    stated = sizes_of(program)
+    scope = replace(scope, axes={axis: sizes.get(axis, stated.get(axis, 1)) for axis in axes})
     return _Resolving(program, scope, constants).run()
 
 

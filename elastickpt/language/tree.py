@@ -252,8 +252,11 @@ class Let:
 
 @dataclass(frozen=True, slots=True)
 class MeshLine:
+    """`mesh dense = pp, tp 4`: axes, the first one slowest, with the sizes that hold where nobody gives others."""
+
     name: str
     axes: tuple[str, ...]
+    sizes: tuple[int | None, ...]
     at: Place = _AT
 
 

@@ -16,7 +16,7 @@ ucl 1
 needs layers, heads, groups = heads, virtual = 1   # another
 let q = heads/groups
 let odd = (heads + 1)*2 - 3%2
-mesh dense = pp, tp
+mesh dense = pp, tp 4
 mesh none =
 split tp = kv, copy where |kv| = min(|tp|, groups)
 chunks v = virtual

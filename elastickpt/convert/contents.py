@@ -1,0 +1,128 @@
+"""A checkpoint between two formats: its arrays as nodes, and all its plain values. What is changed here costs no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from elastickpt.convert.nodes import Node
+from elastickpt.errors import Refused
+from elastickpt.foreign.listing import NotCarried
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.records import Field, FieldKind, Item, OptimizerTable
+from elastickpt.format.values import Value, value_digest
+from elastickpt.language.scope import ConstantValue
+from elastickpt.language.tree import Program
+
+Name = tuple[str, str]  # (item, parameter name)
+Row = dict[tuple[FieldKind, str], Value]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Array:
+    """One array to be. `true` is its shape without padding, None where nothing is padded."""
+
+    id: ArrayId
+    node: Node
+    true: tuple[int, ...] | None = None
+    attributes: tuple[tuple[str, Value], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """How the source lies over ranks: the program with the constants and sizes that were found."""
+
+    program: Program
+    constants: Mapping[str, ConstantValue]
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All that a conversion carries. `rows` are what optimizers hold per parameter, by optimizer item."""
+
+    arrays: Mapping[ArrayId, Array]
+    rows: Mapping[str, Mapping[Name, Row]]
+    values: Mapping[str, Value]
+    items: tuple[Item, ...]
+    step: int | None
+    tied: tuple[tuple[Name, ...], ...] = ()
+    layout: Laid | None = None
+    layout_text: str | None = None
+    not_carried: tuple[NotCarried, ...] = ()
+    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def tables(self) -> tuple[OptimizerTable, ...]:
+        """The optimizers' rows as columns."""
+        return tuple(_table(item, rows) for item, rows in self.rows.items())
+
+    def parameters(self) -> dict[Name, dict[str, Array]]:
+        """(item, name) → its states."""
+        found: dict[Name, dict[str, Array]] = {}
+        for one in self.arrays.values():
+            if one.id.section == "params":
+                found.setdefault((one.id.item, one.id.name), {})[one.id.state] = one
+        return found
+
+
+def with_arrays(contents: Contents, arrays: Iterable[Array]) -> Contents:
+    """The contents with other arrays, each id once."""
+    found: dict[ArrayId, Array] = {}
+    for one in arrays:
+        if one.id in found:
+            raise Refused(f"array {one.id} would be made twice")
+        found[one.id] = one
+    return replace(contents, arrays=found)
+
+
+def selected(contents: Contents, only: Iterable[str], skip: Iterable[str]) -> Contents:
+    """What is left under globs of whole names: of `name`, `item/name`, `name/state` or `item/name/state`."""
+    keep, leave = tuple(only), tuple(skip)
+    if not keep and not leave:
+        return contents
+    left = [one for one in contents.arrays.values() if (not keep or _matches(one.id, keep)) and not _matches(one.id, leave)]
+    names = {(one.id.item, one.id.name) for one in left}
+    rows = {item: {name: row for name, row in of.items() if name in names} for item, of in contents.rows.items()}
+    tied = tuple(group for group in contents.tied if any(name in names for name in group))
+    return replace(with_arrays(contents, left), rows={item: of for item, of in rows.items() if of}, tied=tied)
+
+
+def _matches(identity: ArrayId, globs: tuple[str, ...]) -> bool:
+    item, name, state = identity.item, identity.name, identity.state
+    texts = (name, f"{item}/{name}", f"{name}/{state}", f"{item}/{name}/{state}")
+    return any(fnmatchcase(text, glob) for glob in globs for text in texts)
+
+
+def _table(item: str, rows: Mapping[Name, Row]) -> OptimizerTable:
+    names = tuple(sorted(rows))
+    keys = sorted({key for row in rows.values() for key in row})
+    fields = []
+    for kind, key in keys:
+        codes: dict[str, int] = {}
+        values: list[Value] = []
+        which = []
+        for name in names:
+            if (kind, key) not in rows[name]:
+                which.append(-1)
+                continue
+            value = rows[name][kind, key]
+            digest = value_digest(value)
+            if digest not in codes:
+                codes[digest] = len(values)
+                values.append(value)
+            which.append(codes[digest])
+        fields.append(Field(kind, key, tuple(values), tuple(which)))
+    return OptimizerTable(item, names, tuple(fields))
+
+
+def rows_of(tables: Iterable[OptimizerTable]) -> dict[str, dict[Name, Row]]:
+    """What tables say, by optimizer and parameter."""
+    return {
+        table.item: {
+            name: {(f.kind, f.key): f.values[f.which[place]] for f in table.fields if f.which[place] >= 0}
+            for place, name in enumerate(table.parameters)
+        }
+        for table in tables
+    }

@@ -1,0 +1,122 @@
+"""What arrays are made of, as values: a small expression for each, whose leaves lie in files. Nothing is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from typing import Literal, TypeAlias
+
+from elastickpt.foreign.listing import StoredTensor
+from elastickpt.format.box import Box
+from elastickpt.format.dtypes import dtype_named
+from elastickpt.format.records import ArrayRecord
+from elastickpt.language.held import HeldPiece, Side
+from elastickpt.language.tree import Place
+
+Agreement = Literal["same", "any", "average"]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank's tensor gives of an array.
+
+    `parts` are the boxes of the local tensor and where their bytes lie; `pieces` where its elements go. `divisor`: what is
+    stored is the whole's divided by it. `where` names the tensor in messages.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[Box, StoredTensor], ...]
+    pieces: tuple[HeldPiece, ...]
+    where: str
+    agreement: Agreement = "same"
+    divisor: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """An array that is put together from ranks' tensors.
+
+    `divided`: the program says that ranks hold different parts, and not that equal ones are meant. `rule` is its place in the
+    program, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    shares: tuple[Share, ...]
+    divided: bool
+    rule: Place
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """An array of a universal checkpoint."""
+
+    record: ArrayRecord
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.record.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.record.spec.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Elements of another array that go into one: a lattice in both, in elements of their C order."""
+
+    source: Node
+    extents: tuple[int, ...]
+    at: Side
+    to: Side
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mapped:
+    """An array made of elements of others, bit for bit; what no term reaches is zero."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cast:
+    """An array in another element type."""
+
+    source: Node
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+
+Node: TypeAlias = Gathered | Recorded | Mapped | Cast
+
+
+def nbytes_of(node: Node) -> int:
+    return prod(node.shape) * dtype_named(node.dtype).itemsize
+
+
+def leaves(node: Node) -> tuple[Gathered | Recorded, ...]:
+    """The arrays in files that it is made of, each once."""
+    if isinstance(node, Gathered | Recorded):
+        return (node,)
+    sources = [term.source for term in node.terms] if isinstance(node, Mapped) else [node.source]
+    return tuple(dict.fromkeys(leaf for source in sources for leaf in leaves(source)))
+
+
+def resized(node: Node, shape: tuple[int, ...]) -> Node:
+    """The node cut to, or filled with zeros up to, another shape of as many axes."""
+    if node.shape == shape:
+        return node
+    common = tuple(map(min, node.shape, shape))
+    at, to = (Side(0, _steps(one)) for one in (node.shape, shape))
+    return Mapped(shape, node.dtype, (Term(node, common, at, to),))
+
+
+def _steps(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[k + 1 :]) for k in range(len(shape)))

@@ -1,0 +1,38 @@
+"""In which order a file counts a rank's parameters: by kinds, by names, or by a listing of the files. [LANG-16]"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from elastickpt.language import tree as t
+from elastickpt.language.holders import LocalShape
+from elastickpt.language.printer import pattern_text
+from elastickpt.language.rules import Rules
+
+_AXES: dict[t.Kind, range] = {"matrices": range(2, 33), "vectors": range(2), "all": range(33)}
+
+
+def counted(
+    order: t.Order, rules: Rules, values: Sequence[LocalShape], listings: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    """The local names, in the order of `order`. `values` are the rank's parameters in the order of its file.
+
+    Raises ProgramFault for a listing that the files do not have, or a name that the rank does not hold.
+    """
+    if isinstance(order.by, str):
+        if order.by not in listings:
+            there = ", ".join(listings) or "none"
+            raise rules.scope.fault(f"listing {order.by!r}: expected one that the files hold ({there})", order.at)
+        return tuple(listings[order.by])
+    if isinstance(order.by, t.Names):
+        known = {one.name for one in values}
+        names = []
+        for pattern in order.by.names:
+            name = pattern_text(pattern).strip('"')
+            if name not in known:
+                raise rules.scope.fault(f"order {order.name!r} names {name!r}, which is no tensor there", pattern.at)
+            names.append(name)
+        if len(set(names)) != len(names):
+            raise rules.scope.fault(f"order {order.name!r} has a name twice", order.at)
+        return tuple(names)
+    return tuple(one.name for kind in order.by for one in values if len(one.shape) in _AXES[kind])
