@@ -15,6 +15,7 @@ from elastickpt.format.box import Box
 from elastickpt.format.records import FieldKind, Item
 from elastickpt.format.values import ArrayValue, Value, value_digest
 from elastickpt.language import tree as t
+from elastickpt.language.held import lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray
 from elastickpt.language.matching import Matched, match
 from elastickpt.language.orders import counted
@@ -107,9 +108,12 @@ class _Laying:
             self._value(array)
         holds = self._holds(matched)
         self._states(holds)
+        self._state_values(holds)
         self._groups(holds)
+        self._extras()
         found = self._found
-        tied = [(self._item(name), alias, name) for alias, name in (*matched.tied.items(), *found.tied)]
+        tied = [(self._item(name), alias, name) for alias, name in matched.tied.items()]
+        tied += [(one.item, one.alias, one.name) for one in found.tied]
         constants = dict(self._rules.scope.constants) | dict(matched.sizes)
         text = None if self._program.name == "whole.ucl" else print_program(filled_in(self._program, constants, self._sizes))
         return Contents(
@@ -141,10 +145,11 @@ class _Laying:
     # -- arrays
 
     def _value(self, array: WholeArray) -> None:
-        tensors = [
-            (holder, self._ranks[holder.rank].tensors[self._values[holder.rank][holder.tensor]]) for holder in array.holders
-        ]
-        self._add(array, "value", tensors)
+        self._add(array, "value", [(holder, self._tensor(holder)) for holder in array.holders])
+
+    def _tensor(self, holder: Holder) -> _Tensor:
+        """The value that a holder is of."""
+        return self._ranks[holder.rank].tensors[self._values[holder.rank][holder.tensor]]
 
     def _add(self, array: WholeArray, state: str, tensors: Sequence[tuple[Holder, _Tensor]]) -> None:
         first = tensors[0][1]
@@ -233,6 +238,23 @@ class _Laying:
         value = ArrayValue(tensor.dtype, (), data, "torch")
         self._put((self._model_item(holder), array.name), tensor.item, ("scalar", tensor.state), value)
 
+    def _state_values(self, holds: Sequence[Holds]) -> None:
+        """States that are plain values in the file."""
+        names = self._names(0, holds[0])
+        for scalar in self._found.scalars:
+            for array, holder in holds[0].get(names(scalar.item, scalar.name), ()):
+                self._put((self._model_item(holder), array.name), scalar.item, ("scalar", scalar.state), scalar.value)
+
+    def _extras(self) -> None:
+        """Tensors that are no states of parameters."""
+        for one in self._found.wholes:
+            if one.state == "":
+                identity = ArrayId("extra", one.item, str(one.name), "")
+                parts = tuple((piece.box, piece.stored) for piece in one.pieces)
+                held = lower([t.Number(extent) for extent in one.shape], Scope(), {})
+                share = Share(one.shape, parts, held.pieces, str(identity))
+                self._arrays[identity] = Array(identity, Gathered(one.shape, one.dtype, (share,), False, t.NOWHERE))
+
     def _put(self, name: Name, optimizer: str, key: tuple[FieldKind, str], value: Value) -> None:
         row = self._rows.setdefault(optimizer, {}).setdefault(name, {})
         known = row.setdefault(key, value)
@@ -291,13 +313,14 @@ class _Laying:
                                 self._put(name, group.item, ("hyper", key), value)
 
     def _items(self) -> Iterator[Item]:
-        models = dict.fromkeys(one.item for one in self._arrays)
+        models = dict.fromkeys(one.item for one in self._arrays if one.section == "params")
         yield from (Item(name, "module", "") for name in models)
         yield from (Item(name, "optimizer", "") for name in self._rows if name not in models)
         for pointer in self._found.values:
             name = pointer.split("/")[1].replace("~1", "/").replace("~0", "~") if pointer.startswith("/") else pointer
             if name not in models and name not in self._rows:
                 yield Item(name, "values", type(self._found.values[pointer]).__name__)
+        yield from (Item(one.item, "values", "Tensor") for one in self._arrays if one.section == "extra")
 
 
 def _wanted_order(item: str, rank: _Rank, members: Sequence[LocalName]) -> str:
@@ -307,7 +330,7 @@ def _wanted_order(item: str, rank: _Rank, members: Sequence[LocalName]) -> str:
     numbers = sorted({*(m for m in members if isinstance(m, int)), *(n for n in shapes if isinstance(n, int))})
     lines = [f"    NAME    # {number}{f', shape {shapes[number]}' if number in shapes else ', no state'}" for number in numbers]
     return (
-        f"{rank.where}: {item} counts its parameters, in which order is in no file: give --rules a program with this clause, or "
+        f"{rank.where}: {item} counts its parameters, in which order is in no file: give --rules a program with this, or "
         f"leave them out with --skip\norder {item}:\n" + "\n".join(lines)
     )
 
@@ -333,5 +356,6 @@ def _ranks_of(found: ForeignCheckpoint) -> Iterator[_Rank]:
                 one.item, one.name, one.state, one.shape, one.dtype, tuple((piece.box, piece.stored) for piece in one.pieces), 0
             )
             for one in found.wholes
+            if one.state
         )
         yield _Rank({}, found.folder, wholes, found.groups, ())
