@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from elastickpt.convert.nodes import Node
 from elastickpt.errors import Refused
@@ -38,7 +39,7 @@ class Laid:
     sizes: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Contents:
     """All that a conversion carries. `rows` are what optimizers hold per parameter, by optimizer item."""
 
@@ -65,6 +66,14 @@ class Contents:
             if one.id.section == "params":
                 found.setdefault((one.id.item, one.id.name), {})[one.id.state] = one
         return found
+
+    def parameters_of(self, item: str, name: str) -> dict[str, Array]:
+        """The states of one parameter."""
+        return self._by_name[item, name]
+
+    @cached_property
+    def _by_name(self) -> dict[Name, dict[str, Array]]:
+        return self.parameters()
 
 
 def with_arrays(contents: Contents, arrays: Iterable[Array]) -> Contents:

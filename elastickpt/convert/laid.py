@@ -69,7 +69,7 @@ def constants_for(
         if name not in names:
             raise scope.fault(f"--set {name}: the program needs {', '.join(names) or 'no constants'}", t.NOWHERE)
     for name, need in names.items():
-        stated = _whole_number(files.get(name))
+        stated = next((v for one in (name, *need.others) if (v := _whole_number(files.get(one))) is not None), None)
         if name in given and stated is not None and given[name] != stated:
             raise scope.fault(f"constant {name!r}: {stated} in the files, {given[name]} by --set", need.at)
         value = given.get(name, stated)

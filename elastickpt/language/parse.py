@@ -105,8 +105,9 @@ class _Builder(Transformer[Token, Any]):
     def needs(self, *needs: t.Need) -> t.Needs:
         return t.Needs(needs)
 
-    def need(self, name: Token, default: t.Expr | None) -> t.Need:
-        return t.Need(str(name), default, at=_at(name))
+    def need(self, name: Token, *rest: Any) -> t.Need:
+        *others, default = rest
+        return t.Need(str(name), default, tuple(map(str, others)), at=_at(name))
 
     def let(self, name: Token, value: t.Expr) -> t.Let:
         return t.Let(str(name), value, at=_at(name))

@@ -38,7 +38,7 @@ def _filled(need: t.Need, constants: Mapping[str, ConstantValue]) -> t.Need:
 def _statement(one: t.Statement) -> Iterator[str]:
     match one:
         case t.Needs(needs):
-            yield "needs " + ", ".join(n.name + ("" if n.default is None else f" = {expr_text(n.default)}") for n in needs)
+            yield "needs " + ", ".join(map(_need, needs))
         case t.Let(name, value):
             yield f"let {name} = {expr_text(value)}"
         case t.MeshLine(name, axes, sizes):
@@ -58,6 +58,11 @@ def _statement(one: t.Statement) -> Iterator[str]:
                 yield from _line(line, 1)
         case t.Line():
             yield from _line(one, 0)
+
+
+def _need(need: t.Need) -> str:
+    names = " or ".join((need.name, *need.others))
+    return names if need.default is None else f"{names} = {expr_text(need.default)}"
 
 
 def _order(order: t.Order) -> Iterator[str]:

@@ -112,6 +112,12 @@ def resolve(program: t.Program, constants: Mapping[str, ConstantValue | None], s
     return _Resolving(program, scope, constants).run()
 
 
+def declared(program: t.Program, constants: Mapping[str, ConstantValue | None]) -> Scope:
+    """What the names of a name map stand for: its constants and nothing else. Raises ProgramFault as `resolve`."""
+    only = tuple(one for one in program.statements if isinstance(one, t.Needs | t.Let))
+    return _Resolving(replace(program, statements=only), Scope(source=program.source, name=program.name), constants).run().scope
+
+
 class _Resolving:
     def __init__(self, program: t.Program, scope: Scope, given: Mapping[str, ConstantValue | None]) -> None:
         self._program, self._scope, self._given = program, scope, given
@@ -166,9 +172,10 @@ class _Resolving:
                 raise self._scope.fault("a map stands in a program: rules stand below 'in CONTAINER'", statement.at)
 
     def _needed(self, need: t.Need) -> ConstantValue:
-        given = self._given.get(need.name)
-        if given is not None:
-            return given
+        for name in (need.name, *need.others):
+            given = self._given.get(name)
+            if given is not None:
+                return given
         if need.default is None:
             raise self._scope.fault(f"constant {need.name!r} is in no file: give --set {need.name}=N", need.at)
         return self._scope.value(need.default)

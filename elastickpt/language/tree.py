@@ -233,8 +233,11 @@ Clause: TypeAlias = Hold | Flag | Tied | Stored | If | Cast
 
 @dataclass(frozen=True, slots=True)
 class Need:
+    """A constant, by its name; files may state it under others; without a default somebody must give it."""
+
     name: str
     default: Expr | None = None
+    others: tuple[str, ...] = ()
     at: Place = _AT
 
 

@@ -14,6 +14,7 @@ EVERYTHING = """\
 # a comment
 ucl 1
 needs layers, heads, groups = heads, virtual = 1   # another
+needs out or also or third, width or breadth = 3
 let q = heads/groups
 let odd = (heads + 1)*2 - 3%2
 mesh dense = pp, tp 4

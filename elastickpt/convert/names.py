@@ -1,0 +1,122 @@
+"""Applies name maps to contents: arrays, optimizer rows and ties get their new names together. [CONV-10..13]"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from elastickpt.convert.contents import Array, Contents, Name, Row
+from elastickpt.convert.laid import constants_for
+from elastickpt.convert.nodes import Cast, Mapped, Node, Term
+from elastickpt.errors import Refused
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.values import value_digest
+from elastickpt.language import tree as t
+from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, link, renamed
+from elastickpt.language.rules import declared, needed
+from elastickpt.language.scope import ConstantValue
+
+
+def apply_names(
+    contents: Contents, program: t.Program, known: Mapping[str, object], given: Mapping[str, ConstantValue]
+) -> Contents:
+    """The contents under the map's names; constants come from what is `known` of the source and from the command line.
+
+    Every parameter must be in the map, and every array that it makes must be made wholly, once. Raises ProgramFault, Refused.
+    """
+    names = {need.name for need in needed(program)}
+    wanted = {name: value for name, value in given.items() if name in names}
+    scope = declared(program, constants_for(program, known, wanted))
+    parameters = contents.parameters()
+    shapes = [NamedShape(name, *_shape(states)) for (_, name), states in parameters.items()]
+    lines = fitting(equations(program, scope), [one.name for one in shapes])
+    links = link(lines, shapes, scope)
+    items = {name: item for item, name in parameters}
+    arrays = [one for one in contents.arrays.values() if one.id.section == "extra"]
+    by_target: dict[str, list[Link]] = {}
+    for one in links:
+        by_target.setdefault(one.target, []).append(one)
+    for target, parts in by_target.items():
+        arrays.extend(_made(target, parts, items, contents, program))
+    found: dict[ArrayId, Array] = {}
+    for array in arrays:
+        if array.id in found:
+            raise Refused(f"{program.name}: it gives the name {array.id} twice")
+        found[array.id] = array
+    rows = {item: _rows(of, links) for item, of in contents.rows.items()}
+    return replace(contents, arrays=found, rows=rows, tied=_tied(contents, lines, by_target))
+
+
+def _shape(states: Mapping[str, Array]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    one = states.get("value") or states.get("master") or next(iter(states.values()))
+    return one.node.shape, one.true
+
+
+def _made(target: str, parts: Sequence[Link], items: Mapping[str, str], contents: Contents, program: t.Program) -> list[Array]:
+    """The arrays of one new name: one for each state that its sources have."""
+    item = items[parts[0].source]
+    sources = {part.source: contents.parameters_of(item, part.source) for part in parts}
+    first = sources[parts[0].source]
+    for source, states in sources.items():
+        if states.keys() != first.keys():
+            raise Refused(f"{target}: {source} has the states {', '.join(states)}, {parts[0].source} {', '.join(first)}")
+    if any(part.shape != parts[0].shape for part in parts):
+        raise Refused(f"{program.name}: it gives {target!r} the shapes {', '.join(str(part.shape) for part in parts)}")
+    if not (len(parts) == 1 and parts[0].keeps) and sum(prod(part.extents) for part in parts) != prod(parts[0].shape):
+        count = sum(prod(part.extents) for part in parts)
+        raise Refused(f"{program.name}: {target!r} has {prod(parts[0].shape)} elements, its sources give {count}")
+    return [_array(target, item, state, parts, sources) for state in first]
+
+
+def _array(target: str, item: str, state: str, parts: Sequence[Link], sources: Mapping[str, Mapping[str, Array]]) -> Array:
+    identity = ArrayId("params", item, target, state)
+    first = sources[parts[0].source][state]
+    if parts[0].keeps:
+        if len(parts) > 1:
+            raise Refused(f"{target!r} would be made of {', '.join(part.source for part in parts)}: it is given twice")
+        return Array(identity, _cast(first.node, parts[0].cast, state), first.true, first.attributes)
+    for part in parts:
+        source, value = sources[part.source][state], _shape(sources[part.source])[0]
+        if source.node.shape != value:
+            raise Refused(f"state {state!r} of {part.source}: shape {source.node.shape} is not its value's, {value}")
+    dtypes = {sources[part.source][state].node.dtype for part in parts}
+    if len(dtypes) > 1:
+        raise Refused(f"{target} {state}: its parts have the types {', '.join(sorted(dtypes))}")
+    terms = tuple(Term(sources[p.source][state].node, p.extents, p.at, p.to) for p in parts)
+    node = Mapped(parts[0].shape, first.node.dtype, terms)
+    return Array(identity, _cast(node, parts[0].cast, state), None, first.attributes)
+
+
+def _cast(node: Node, dtype: str | None, state: str) -> Node:
+    return node if dtype is None or state != "value" or dtype == node.dtype else Cast(node, dtype)
+
+
+def _rows(rows: Mapping[Name, Row], links: Sequence[Link]) -> dict[Name, Row]:
+    targets: dict[str, list[str]] = {}
+    for one in links:
+        targets.setdefault(one.source, []).append(one.target)
+    found: dict[Name, Row] = {}
+    for (item, name), row in rows.items():
+        for target in dict.fromkeys(targets.get(name, ())):
+            known = found.setdefault((item, target), dict(row))
+            for key, value in row.items():
+                if value_digest(known.get(key)) != value_digest(value):
+                    raise Refused(f"{target}: {key[1]} is {known.get(key)!r} for one of its parts, {value!r} for {name}")
+    return found
+
+
+def _tied(
+    contents: Contents, lines: Sequence[Equation], by_target: Mapping[str, Sequence[Link]]
+) -> tuple[tuple[Name, ...], ...]:
+    targets = {part.source: target for target, parts in by_target.items() for part in parts if len(parts) == 1}
+    found = []
+    for group in contents.tied:
+        names = []
+        for item, name in group:
+            new = targets.get(name) or renamed(lines, name)
+            if new is None:
+                raise Refused(f"tied name {name!r}: the map does not say what becomes of it")
+            names.append((item, new))
+        found.append(tuple(names))
+    return tuple(found)
