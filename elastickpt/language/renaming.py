@@ -47,6 +47,7 @@ class NamedShape:
     name: str
     shape: tuple[int, ...]
     true: tuple[int, ...] | None = None
+    item: str = "model"
 
 
 @dataclass(frozen=True, slots=True)

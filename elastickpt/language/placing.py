@@ -1,0 +1,209 @@
+"""Reads a program the other way: which tensors ranks have of whole arrays. [LANG-20..24]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from math import prod
+
+from elastickpt.language import tree as t
+from elastickpt.language.held import Held, lower
+from elastickpt.language.matching import labelled
+from elastickpt.language.renaming import NamedShape
+from elastickpt.language.rules import Rule, Rules, filled, labels_of, regex_of
+from elastickpt.language.scope import Scope
+from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
+
+Key = tuple[tuple[int, tuple[int | str, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a local tensor has of one whole array."""
+
+    array: str
+    held: Held
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One local tensor to be: of the rank at `coordinate`, of its part `chunk`. `key` sorts as the program's text does."""
+
+    coordinate: tuple[tuple[str, int], ...]
+    chunk: int
+    container: str
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    rule: Rule
+    key: Key
+
+
+def whole_sizes(rules: Rules, arrays: Sequence[NamedShape]) -> Scope:
+    """The scope with the sizes that whole shapes tell: dimensions without their axes, padded ones by their true extent."""
+    erased = Scope(
+        rules.scope.constants, dict.fromkeys(rules.scope.axes, 1), rules.scope.sizes, rules.scope.source, rules.scope.name
+    )
+    found = [
+        (rule, one)
+        for rule in rules.rules
+        if not rule.flag("drop") and isinstance(rule.dims, tuple)
+        for names in [regex_of(rule.tied or rule.whole)]
+        for one in arrays
+        if names.fullmatch(one.name)
+    ]
+    while True:
+        sizes: dict[str, int] = {}
+        for rule, one in found:
+            dims = [factor for factor in rule.dims if not _is_stacked(factor, rule)] if isinstance(rule.dims, tuple) else []
+            if len(dims) == len(one.shape):
+                for factor, extent in zip(dims, one.true or one.shape, strict=True):
+                    _solve(factor, extent, erased, sizes)
+        if not sizes:
+            return rules.scope.with_sizes(erased.sizes)
+        erased = erased.with_sizes(sizes)
+
+
+def _solve(factor: t.Factor, extent: int, erased: Scope, sizes: dict[str, int]) -> None:
+    names = {size.name for size in unknown_sizes(factor, erased)}
+    if len(names) == 1 and not names & sizes.keys():
+        (name,) = names
+        inner = factor
+        while isinstance(inner, t.Cut | t.Deal):
+            inner = inner.inner
+        size = extent if isinstance(inner, t.Pad) else solved(factor, erased, name, Fraction(extent))
+        if size is not None:
+            sizes[name] = size
+
+
+def _is_stacked(factor: t.Factor, rule: Rule) -> bool:
+    holes = {hole.name for hole in rule.whole.holes} - {hole.name for hole in rule.pattern.holes}
+    return isinstance(factor, t.Sum) and len(factor.parts) == 1 and factor.parts[0].label in holes
+
+
+def place(rules: Rules, arrays: Sequence[NamedShape]) -> tuple[Placed, ...]:
+    """Every rank's tensors, in the order of the program.
+
+    Raises ProgramFault for an array that no rule has, a rule that has none and is not optional, and sizes that do not fit.
+    """
+    scope = whole_sizes(rules, arrays)
+    used: set[int] = set()
+    made: dict[tuple[object, ...], _Under] = {}
+    finders = [regex_of(rule.tied or rule.whole) for rule in rules.rules]
+    for array in arrays:
+        fitting = [
+            (rule, m)
+            for rule, finder in zip(rules.rules, finders, strict=True)
+            if not rule.flag("drop") and (m := finder.fullmatch(array.name))
+        ]
+        own = [rule for rule, _ in fitting if rule.tied is None]
+        if not fitting:
+            raise rules.scope.fault(f"array {array.name!r}, shape {array.shape}: no rule of the program has it", t.NOWHERE)
+        if len(own) > 1:
+            lines = ", ".join(str(rule.at.line) for rule in own)
+            raise rules.scope.fault(f"array {array.name!r}: several rules have it, of lines {lines}", own[-1].at)
+        for rule, found in fitting:
+            used.add(id(rule))
+            holes = {hole: int(text) if text.isdecimal() else text for hole, text in found.groupdict().items()}
+            for one in _places(rule, rules, scope, array, holes):
+                key = (one.coordinate, one.chunk, one.container, one.name)
+                made.setdefault(key, _Under(one)).parts.extend(one.parts)
+    for rule in rules.rules:
+        if id(rule) not in used and not rule.flag("optional") and not rule.flag("drop"):
+            raise rules.scope.fault("no array has such a name: mark the rule 'optional' if that may be", rule.at)
+    return tuple(sorted((one.finished(rules) for one in made.values()), key=lambda p: (p.coordinate, p.chunk, p.key)))
+
+
+class _Under:
+    """A local tensor under way: stacked ones have parts of several arrays."""
+
+    def __init__(self, first: Placed) -> None:
+        self.first = first
+        self.parts: list[Part] = []
+
+    def finished(self, rules: Rules) -> Placed:
+        one = self.first
+        count = sum(piece.count for part in self.parts for piece in part.held.pieces)
+        if count != prod(one.shape):
+            raise rules.scope.fault(
+                f"tensor {one.name!r} of {dict(one.coordinate)}: {prod(one.shape)} elements, the arrays give {count}",
+                one.rule.at,
+            )
+        return Placed(one.coordinate, one.chunk, one.container, one.name, one.shape, tuple(self.parts), one.rule, one.key)
+
+
+def _places(rule: Rule, rules: Rules, scope: Scope, array: NamedShape, holes: Mapping[str, int | str]) -> Iterator[Placed]:
+    axes = rules.axes
+    for index in product(*(range(scope.axes[axis]) for axis in axes)):
+        coordinate = tuple(zip(axes, index, strict=True))
+        place = rules.coordinate(dict(coordinate))
+        if not _allowed(rule, place, scope):
+            continue
+        for at_chunk in product(*(range(scope.axes[axis]) for axis in rules.chunks)):
+            at = {**place, **dict(zip(rules.chunks, at_chunk, strict=True))}
+            if rule.mesh and any(at[axis] for axis in axes if axis not in rules.meshes[rule.mesh]):
+                continue
+            chunk = 0
+            for axis, k in zip(rules.chunks, at_chunk, strict=True):
+                chunk = chunk * scope.axes[axis] + k
+            one = _placed(rule, scope, array, holes, (coordinate, at, chunk))
+            if one is not None:
+                yield one
+
+
+def _allowed(rule: Rule, place: Mapping[str, int], scope: Scope) -> bool:
+    for hold in rule.holds:
+        for axis in hold.axes:
+            wanted = {"first": 0, "last": scope.axes[axis] - 1}.get(hold.word)
+            if wanted is not None and place.get(axis, 0) != wanted:
+                return False
+    return True
+
+
+def _placed(
+    rule: Rule,
+    scope: Scope,
+    array: NamedShape,
+    holes: Mapping[str, int | str],
+    where: tuple[tuple[tuple[str, int], ...], Mapping[str, int], int],
+) -> Placed | None:
+    """The tensor of one place, or None where it holds nothing of that name."""
+    coordinate, at, chunk = where
+    numbers = dict(holes)
+    for hole in rule.pattern.holes:
+        if hole.share is not None:
+            local = _local_number(hole.share, int(numbers[hole.name]), scope, at)
+            if local is None:
+                return None
+            numbers[hole.name] = local
+    chosen: dict[str, int] = {}
+    if isinstance(rule.dims, tuple):
+        for label in labels_of(rule.dims):
+            if label in holes and label not in {hole.name for hole in rule.pattern.holes}:
+                local = _local_number(labelled(label, rule.dims), int(holes[label]), scope, at)
+                if local is None:
+                    return None
+                chosen[label] = local
+        held = lower(rule.dims, scope, at, chosen=chosen)
+    else:
+        held = lower([t.Number(extent) for extent in array.shape], scope, at)
+    _check(rule, scope, array, held)
+    name = filled(rule.pattern, numbers)
+    key = tuple((line, tuple(numbers.get(hole, 0) for hole in names)) for line, names in rule.path)
+    container = filled(rule.containers[0], {hole.name: array.item for hole in rule.containers[0].holes})
+    return Placed(coordinate, chunk, container, name, held.local, (Part(array.name, held),), rule, key)
+
+
+def _local_number(share: t.Factor, number: int, scope: Scope, at: Mapping[str, int]) -> int | None:
+    extent = Lowering(scope, at, {}).extent(share)
+    return next((k for k in range(extent.local) if whole_index(extent, k) == number), None)
+
+
+def _check(rule: Rule, scope: Scope, array: NamedShape, held: Held) -> None:
+    """The program's whole shape must be the array's but for padding."""
+    true = array.true or array.shape
+    wanted = held.true or held.whole
+    if len(held.whole) != len(array.shape) or (wanted != true and held.whole != array.shape):
+        raise scope.fault(f"array {array.name!r}: expected shape {wanted} by the program, found {true}", rule.at)
