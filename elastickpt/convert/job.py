@@ -1,0 +1,198 @@
+"""A conversion: decided as a whole before the first tensor is read; `engine` carries it out. [CONV-1]"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from elastickpt.convert.contents import Contents, selected
+from elastickpt.convert.laid import lay
+from elastickpt.convert.names import apply_names
+from elastickpt.convert.nodes import Node, nbytes_of
+from elastickpt.convert.options import Options
+from elastickpt.convert.reading import Reading
+from elastickpt.convert.recorded import recorded_contents
+from elastickpt.convert.refining import with_casts, with_masters, without_numbered
+from elastickpt.convert.saved_forms import Form, dcp_form, safetensors_form, torch_form
+from elastickpt.errors import Refused
+from elastickpt.foreign.folder import open_folder
+from elastickpt.foreign.formats import find_source, read_foreign
+from elastickpt.foreign.listing import Format, NotCarried
+from elastickpt.language import tree as t
+from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
+from elastickpt.language.shipped import name_maps, programs, shipped_names, shipped_program
+from elastickpt.load.opened import open_records
+from elastickpt.storage.opening import open_store
+
+_PROGRAMS: Mapping[Format, str] = {"megatron-legacy": "megatron"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source, opened: its contents before any option, and how its arrays are read."""
+
+    format: Format
+    contents: Contents
+    reading: Reading
+    known: Mapping[str, object]  # constants, under the names of the files
+    program: t.Program | None
+    files: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion that is decided. `form` is None where a universal checkpoint is written."""
+
+    options: Options
+    source: Source
+    target: Format
+    contents: Contents
+    form: Form | None
+
+    @property
+    def not_carried(self) -> tuple[NotCarried, ...]:
+        return (*self.contents.not_carried, *(self.form.not_carried if self.form else ()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes_of(node) for node in self._nodes())
+
+    def _nodes(self) -> tuple[Node, ...]:
+        if self.form is not None:
+            return tuple(one.node for one in self.form.deliveries)
+        return tuple(one.node for one in self.contents.arrays.values())
+
+
+def program_of(name: str) -> t.Program:
+    """A program: a file, or the name of a shipped one."""
+    return shipped_program(name) if name in programs() else parse(_text_of(name), name=os.path.basename(name))
+
+
+def names_of(name: str) -> t.Program:
+    """A name map: a file, or the name of a shipped one."""
+    return shipped_names(name) if name in name_maps() else parse(_text_of(name), name=os.path.basename(name))
+
+
+def _text_of(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_TEXT_NBYTES + 1).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: expected UTF-8 text: {error}") from None
+    except OSError as error:
+        raise Refused(f"{path}: expected a file or the name of a shipped one ({', '.join(name_maps())}): {error}") from None
+
+
+def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes: None) -> Source:
+    """Opens SOURCE and lays it out by its program. Reads no tensor but 0-d states. Raises what readers and programs raise."""
+    if options.source_format == "universal" or _is_universal(options.source):
+        opened = open_records(options.source)
+        contents = recorded_contents(opened)
+        known: dict[str, object] = dict(_plain_constants(contents))
+        if contents.layout is not None:
+            known.update(contents.layout.constants)
+        program = contents.layout.program if contents.layout else None
+        return Source("universal", contents, Reading(opened=opened, read=read), known, program)
+    located = find_source(open_folder(options.source), options.source_format, options.step)
+    found = without_numbered(read_foreign(located), options.only, options.skip)
+    reading = Reading(store=open_store(found.folder), read=read)
+    program = _source_program(options, found.format)
+    given = {name: value for name, value in options.constants.items() if name in _needs(program)}
+    contents = lay(found, program, given, lambda stored: bytes(reading.stored(stored)))
+    known = {**found.constants, **(contents.layout.constants if contents.layout else {})}
+    files = tuple((one.path, one.nbytes) for one in found.files)
+    return Source(found.format, contents, reading, known, program, files)
+
+
+def _is_universal(path: str) -> bool:
+    from elastickpt.storage.opening import locate
+
+    store, name = locate(path)
+    return store.exists(f"{name}/checkpoint.json")
+
+
+def _plain_constants(contents: Contents) -> Mapping[str, object]:
+    """Numbers among the values that a source's configuration left."""
+    for pointer in ("/config", "/args"):
+        value = contents.values.get(pointer)
+        if isinstance(value, dict):
+            return {str(key): one for key, one in value.items()}
+    return {}
+
+
+def _source_program(options: Options, format_: Format) -> t.Program:
+    default = shipped_program(_PROGRAMS.get(format_, "whole"))
+    if options.rules is None:
+        return default
+    program = program_of(options.rules)
+    if any(isinstance(one, t.Within) for one in program.statements):
+        return program
+    rest = tuple(one for one in default.statements if not isinstance(one, t.Needs))
+    return replace(program, statements=(*program.statements, *rest), name=default.name)
+
+
+def _needs(program: t.Program) -> set[str]:
+    return {need.name for one in program.statements if isinstance(one, t.Needs) for need in one.needs}
+
+
+def prepare(options: Options, source: Source) -> Job:
+    """Decides the whole conversion; no tensor is read. Raises Refused, ProgramFault and Unsupported kinds."""
+    target = options.target()
+    _check_places(options)
+    contents = with_masters(source.contents, options.weights)
+    contents = selected(contents, options.only, options.skip)
+    maps = [names_of(name) for name in options.names]
+    _check_constants(options, source, maps)
+    for program in maps:
+        contents = apply_names(contents, program, source.known, options.constants)
+    contents = with_casts(contents, options.casts)
+    if not contents.arrays:
+        raise Refused(f"{options.source}: nothing is left to convert")
+    form: Form | None = None
+    if target == "torch":
+        form = torch_form(contents, "file")
+    elif target == "dcp":
+        form = dcp_form(contents)
+    elif target == "safetensors":
+        from elastickpt.convert.configs import config_files
+        from elastickpt.convert.saved_forms import with_config
+
+        form = with_config(
+            safetensors_form(contents, options.shard_nbytes), config_files(options.config, contents, source.known)
+        )
+    elif target == "megatron-legacy":
+        from elastickpt.convert.ranked_form import megatron_form
+
+        program = program_of(options.rules_out) if options.rules_out else _target_program(options, source)
+        form = megatron_form(contents, program, source.known, options)
+    return Job(options, source, target, contents, form)
+
+
+def _target_program(options: Options, source: Source) -> t.Program:
+    if source.format == "universal":
+        if options.rules is not None:
+            return program_of(options.rules)
+        if source.program is not None and not options.names:
+            return source.program
+    return shipped_program("megatron")
+
+
+def _check_constants(options: Options, source: Source, maps: Sequence[t.Program]) -> None:
+    known = {need for program in (*maps, *([source.program] if source.program else [])) for need in _needs(program)}
+    known |= _needs(shipped_program("megatron")) if options.target() == "megatron-legacy" else set()
+    known |= _needs(program_of(options.rules)) if options.rules else set()
+    known |= _needs(program_of(options.rules_out)) if options.rules_out else set()
+    for name in options.constants:
+        if name not in known:
+            raise Refused(f"--set {name}: no program here needs it; they need {', '.join(sorted(known)) or 'none'}")
+
+
+def _check_places(options: Options) -> None:
+    """OUT may not lie inside SOURCE."""
+    if "://" in options.source or "://" in options.out:
+        return
+    source, out = (os.path.realpath(path) for path in (options.source, options.out))
+    if os.path.commonpath([source, out]) == source and os.path.isdir(source):
+        raise Refused(f"{options.out}: OUT lies inside SOURCE ({options.source}); choose another place")

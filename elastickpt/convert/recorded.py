@@ -1,0 +1,46 @@
+"""The contents of a universal checkpoint, and the layout that it carries. Reads records only. [CONV-5]"""
+
+from __future__ import annotations
+
+from elastickpt.convert.contents import Array, Contents, Laid, rows_of
+from elastickpt.convert.nodes import Recorded
+from elastickpt.foreign.listing import NotCarried
+from elastickpt.language.parse import parse
+from elastickpt.language.rules import resolve, sizes_of
+from elastickpt.load.opened import Opened
+
+
+def recorded_contents(opened: Opened) -> Contents:
+    """All that a universal checkpoint carries; per-rank values are not, and are named. Raises Damaged kinds, ProgramFault."""
+    manifest = opened.manifest
+    arrays = {}
+    for identity, record in opened.records.items():
+        attributes = dict(record.attributes)
+        true = attributes.pop("true_shape", None)
+        shape = tuple(true) if isinstance(true, list | tuple) else None
+        arrays[identity] = Array(identity, Recorded(record), shape, tuple(attributes.items()))
+    tables = tuple(table for part in opened.parts for table in part.tables)
+    lost: list[NotCarried] = []
+    for writer in range(len(manifest.fragments)):
+        lost.extend(NotCarried(pointer, f"a value of rank {writer} alone") for pointer in opened.per_rank(writer))
+    values = manifest.values if isinstance(manifest.values, dict) else {}
+    return Contents(
+        arrays=arrays,
+        rows=rows_of(tables),
+        values=dict(values),
+        items=manifest.items,
+        step=manifest.step,
+        tied=manifest.tied,
+        layout=laid_by(manifest.layout_text),
+        layout_text=manifest.layout_text,
+        not_carried=tuple(lost),
+    )
+
+
+def laid_by(text: str | None) -> Laid | None:
+    """The program of a checkpoint's `layout_text`, with its constants and sizes."""
+    if text is None:
+        return None
+    program = parse(text, name="layout_text")
+    sizes = sizes_of(program)
+    return Laid(program, resolve(program, {}, sizes).scope.constants, sizes)

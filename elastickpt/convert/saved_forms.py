@@ -1,0 +1,146 @@
+"""From contents to the nested values of torch and DCP files, and to safetensors: what goes where. No I/O. [CONV-32..35]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from elastickpt.convert.contents import Contents, Name, Row
+from elastickpt.convert.files import Delivery
+from elastickpt.errors import Refused
+from elastickpt.foreign.assemble import NewArray, NewState, assemble
+from elastickpt.foreign.dcp_plan import plan_dcp
+from elastickpt.foreign.file_plans import FilePlan, NewTensor
+from elastickpt.foreign.listing import Group, NotCarried, StateScalar, Tied
+from elastickpt.foreign.safetensors_plan import plan_safetensors
+from elastickpt.foreign.torch_archive import plan_torch_archive
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.values import value_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Files to write, what goes into their slots, and what of the contents does not."""
+
+    plans: tuple[FilePlan, ...]
+    deliveries: tuple[Delivery, ...]
+    single: bool = False
+    not_carried: tuple[NotCarried, ...] = ()
+
+
+def torch_form(contents: Contents, path: str) -> Form:
+    """One file of torch.save: {"model", "optimizer", ...} under the names of the whole."""
+    state, deliveries = _new_state(contents)
+    return Form((plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True)
+
+
+def dcp_form(contents: Contents) -> Form:
+    """A folder of torch.distributed.checkpoint."""
+    state, deliveries = _new_state(contents)
+    return Form(plan_dcp(assemble(state, keyed="name")), deliveries)
+
+
+def safetensors_form(contents: Contents, shard_nbytes: int) -> Form:
+    """Weights in safetensors, with an index where they are several files; ties stand once."""
+    weights = [one for one in contents.arrays.values() if one.id.state == "value"]
+    items = {one.id.item for one in weights}
+    if len(items) > 1:
+        raise Refused(f"safetensors hold one model, and there are {', '.join(sorted(items))}: choose one with --only 'ITEM/*'")
+    tensors = {one.id.name: _tensor(one.id, contents) for one in weights}
+    for group in contents.tied:
+        names = [name for _, name in group]
+        known = next((name for name in names if name in tensors), None)
+        if known is not None:
+            tensors.update({name: tensors[known] for name in names if name not in tensors})
+    deliveries = tuple(_whole(one.id, contents) for one in weights)
+    lost = [NotCarried(str(one.id), "safetensors hold weights only") for one in contents.arrays.values() if one not in weights]
+    lost += [NotCarried(item, "settings of an optimizer: safetensors hold weights only") for item in contents.rows]
+    lost += [NotCarried(pointer, "safetensors hold weights only") for pointer in contents.values if pointer != "/config"]
+    plans = plan_safetensors(tensors, notes={"format": "pt"}, shard_nbytes=shard_nbytes)
+    return Form(plans, deliveries, not_carried=tuple(lost))
+
+
+def _tensor(identity: ArrayId, contents: Contents) -> NewTensor:
+    node = contents.arrays[identity].node
+    return NewTensor(str(identity), node.dtype, node.shape)
+
+
+def _whole(identity: ArrayId, contents: Contents) -> Delivery:
+    node = contents.arrays[identity].node
+    return Delivery(str(identity), node, None, prod(node.shape))
+
+
+def optimizer_of(contents: Contents, name: Name) -> str:
+    """The optimizer that a parameter's states belong to."""
+    known = next((item for item, rows in contents.rows.items() if name in rows), None)
+    return known or next(iter(contents.rows), "optimizer")
+
+
+def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> Iterator[Group]:
+    """The param groups: parameters of the same options, in this order; a group stands where its first member does."""
+    members: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    options: dict[tuple[tuple[str, str], ...], dict[str, object]] = {}
+    for name in order:
+        if name in rows:
+            found = {key: value for (kind, key), value in rows[name].items() if kind == "hyper"}
+            code = tuple((key, value_digest(value)) for key, value in found.items())
+            members.setdefault(code, []).append(name[1])
+            options[code] = found
+    for code, names in members.items():
+        yield Group(item, tuple(names), options[code])
+
+
+def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
+    arrays = []
+    for one in contents.arrays.values():
+        item, name = one.id.item, one.id.name
+        if one.id.section == "params" and one.id.state != "value":
+            item = optimizer_of(contents, (item, name))
+        arrays.append(NewArray(item, name, one.id.state, _tensor(one.id, contents)))
+    order = tuple(contents.parameters())
+    groups = [group for item, rows in contents.rows.items() for group in groups_of(rows, item, order)]
+    covered = {(group.item, name) for group in groups for name in group.members}
+    for array in arrays:
+        if array.state not in ("value", "") and (array.item, array.name) not in covered:
+            covered.add((array.item, array.name))
+            groups.append(Group(array.item, (array.name,), {}))
+    scalars = [
+        StateScalar(item, name, key, value)
+        for item, rows in contents.rows.items()
+        for (_, name), row in rows.items()
+        for (kind, key), value in row.items()
+        if kind == "scalar"
+    ]
+    tied = [Tied(group[0][0], alias, group[0][1]) for group in contents.tied for _, alias in group[1:]]
+    state = NewState(tuple(arrays), tuple(groups), tuple(scalars), tuple(tied), _values(contents))
+    return state, tuple(_whole(identity, contents) for identity in contents.arrays)
+
+
+def _values(contents: Contents) -> dict[str, object]:
+    """The plain values, with the lists of schedulers back in their places."""
+    values = dict(contents.values)
+    for rows in contents.rows.values():
+        groups: dict[str, dict[str, list[object]]] = {}
+        seen: set[str] = set()
+        for row in rows.values():
+            code = "".join(value_digest(value) for (kind, _), value in row.items() if kind in ("hyper", "schedule"))
+            if code in seen:
+                continue
+            seen.add(code)
+            for (kind, key), value in row.items():
+                if kind == "schedule":
+                    item, _, inside = key.partition("/")
+                    groups.setdefault(item, {}).setdefault(inside, []).append(value)
+        for item, lists in groups.items():
+            whole = values.get(f"/{item}")
+            if isinstance(whole, dict):
+                values[f"/{item}"] = {**whole, **{name: found for name, found in lists.items() if name in whole}}
+    return values
+
+
+def with_config(form: Form, files: Mapping[str, bytes]) -> Form:
+    """The form with further files beside the tensors'."""
+    from elastickpt.foreign.file_plans import constant_file
+
+    return replace(form, plans=(*form.plans, *(constant_file(path, data) for path, data in files.items())))
