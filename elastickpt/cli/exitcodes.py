@@ -12,6 +12,7 @@ USAGE = 2
 DAMAGED = 3
 UNSUPPORTED = 4
 UNSAFE = 5
+DIFFERENT = 6  # of `diff` and `check`: a difference was found
 INTERRUPTED = 130  # as a shell says of a process that SIGINT ended
 PIPE_CLOSED = 141  # as a shell says of a process that SIGPIPE ended
 

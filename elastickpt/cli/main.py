@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from elastickpt.cli import adopt, inspect, verify
+from elastickpt.cli import adopt, check, convert, diff, inspect, verify
 from elastickpt.cli.exitcodes import FAILED, INTERRUPTED, PIPE_CLOSED
 from elastickpt.cli.output import discard_stdout, prepare, say
 from elastickpt.format.release import RELEASE
@@ -16,6 +16,8 @@ examples:
   ckpt-convert inspect out/run/step-0000000100         what is in it
   ckpt-convert verify out/run/step-0000000100          whether it is whole
   ckpt-convert inspect runs/llama                      the checkpoints of a run
+  ckpt-convert convert megatron_run/ universal/        convert it
+  ckpt-convert diff step-100 step-200                  compare two
   ckpt-convert inspect --help                          more about a command
 """
 
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     found = argparse.ArgumentParser(
         prog="ckpt-convert",
-        description="Look into checkpoints, check them, and have a run count those whose registers it lost.",
+        description="Look into checkpoints, check, convert and compare them, and have a run count those whose registers it lost.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,4 +54,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add(commands)
     verify.add(commands)
     adopt.add(commands)
+    convert.add(commands)
+    diff.add(commands)
+    check.add(commands)
     return found

@@ -65,8 +65,8 @@ def _files(job: Job, form: Form, progress: Progress) -> Done:
                 words = reading.words(node)
                 for delivery in deliveries:
                     target.put(delivery.key, words_of(delivery, words))
-                    done += nbytes_of(node)
-                progress(min(done, total), total)
+                    done += delivery.nbytes
+                progress(done, total)
         target.commit()
     return Done(len(form.deliveries), total, tuple(reading.notes))
 

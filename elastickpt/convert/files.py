@@ -17,6 +17,7 @@ from elastickpt.commit.draft import TOKEN, Draft, abort, begin, commit, new_draf
 from elastickpt.convert.nodes import Node
 from elastickpt.convert.reading import OPEN_FILES, lattice
 from elastickpt.foreign.file_plans import FilePlan
+from elastickpt.format.dtypes import dtype_named
 from elastickpt.language.held import HeldPiece
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import RangeWriter
@@ -30,6 +31,10 @@ class Delivery:
     node: Node
     pieces: tuple[HeldPiece, ...] | None  # None: the whole array as it is
     count: int  # elements of the slot
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * dtype_named(self.node.dtype).itemsize
 
 
 class FilesTarget:

@@ -7,24 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from elastickpt.convert.configs import config_files
 from elastickpt.convert.contents import Contents, selected
 from elastickpt.convert.laid import lay
 from elastickpt.convert.names import apply_names
-from elastickpt.convert.nodes import Node, nbytes_of
+from elastickpt.convert.nodes import nbytes_of
 from elastickpt.convert.options import Options
+from elastickpt.convert.ranked_form import megatron_form
 from elastickpt.convert.reading import Reading
 from elastickpt.convert.recorded import recorded_contents
 from elastickpt.convert.refining import with_casts, with_masters, without_numbered
-from elastickpt.convert.saved_forms import Form, dcp_form, safetensors_form, torch_form
+from elastickpt.convert.saved_forms import Form, dcp_form, safetensors_form, torch_form, with_config
 from elastickpt.errors import Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.listing import Format, NotCarried
 from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
-from elastickpt.language.shipped import name_maps, programs, shipped_names, shipped_program
+from elastickpt.language.shelf import name_maps, programs
+from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.load.opened import open_records
-from elastickpt.storage.opening import open_store
+from elastickpt.storage.opening import locate, open_store
 
 _PROGRAMS: Mapping[Format, str] = {"megatron-legacy": "megatron"}
 
@@ -57,12 +60,17 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        return sum(nbytes_of(node) for node in self._nodes())
-
-    def _nodes(self) -> tuple[Node, ...]:
+        """Bytes of tensors that are written."""
         if self.form is not None:
-            return tuple(one.node for one in self.form.deliveries)
-        return tuple(one.node for one in self.contents.arrays.values())
+            return sum(one.nbytes for one in self.form.deliveries)
+        return sum(nbytes_of(one.node) for one in self.contents.arrays.values())
+
+
+def shown_program(job: Job) -> t.Program | None:
+    """The program that lays the source out, or OUT where the source is universal; None where neither side has one."""
+    if job.source.format == "universal":
+        return _target_program(job.options, job.source) if job.target == "megatron-legacy" else None
+    return job.source.program
 
 
 def program_of(name: str) -> t.Program:
@@ -107,8 +115,6 @@ def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes
 
 
 def _is_universal(path: str) -> bool:
-    from elastickpt.storage.opening import locate
-
     store, name = locate(path)
     return store.exists(f"{name}/checkpoint.json")
 
@@ -156,15 +162,10 @@ def prepare(options: Options, source: Source) -> Job:
     elif target == "dcp":
         form = dcp_form(contents)
     elif target == "safetensors":
-        from elastickpt.convert.configs import config_files
-        from elastickpt.convert.saved_forms import with_config
-
         form = with_config(
             safetensors_form(contents, options.shard_nbytes), config_files(options.config, contents, source.known)
         )
     elif target == "megatron-legacy":
-        from elastickpt.convert.ranked_form import megatron_form
-
         program = program_of(options.rules_out) if options.rules_out else _target_program(options, source)
         form = megatron_form(contents, program, source.known, options)
     return Job(options, source, target, contents, form)

@@ -11,8 +11,9 @@ from elastickpt.convert.files import Delivery
 from elastickpt.errors import Refused
 from elastickpt.foreign.assemble import NewArray, NewState, assemble
 from elastickpt.foreign.dcp_plan import plan_dcp
-from elastickpt.foreign.file_plans import FilePlan, NewTensor
+from elastickpt.foreign.file_plans import FilePlan, NewTensor, constant_file
 from elastickpt.foreign.listing import Group, NotCarried, StateScalar, Tied
+from elastickpt.foreign.plain_values import CLASS
 from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
 from elastickpt.format.arrays import ArrayId
@@ -119,7 +120,7 @@ def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
 
 def _values(contents: Contents) -> dict[str, object]:
     """The plain values, with the lists of schedulers back in their places."""
-    values = dict(contents.values)
+    values = {pointer: _without_classes(value) for pointer, value in contents.values.items()}
     for rows in contents.rows.values():
         groups: dict[str, dict[str, list[object]]] = {}
         seen: set[str] = set()
@@ -139,8 +140,18 @@ def _values(contents: Contents) -> dict[str, object]:
     return values
 
 
+def _without_classes(value: object) -> object:
+    """A value without objects of a framework's own: their attributes, or what they were made with, stand for them."""
+    if isinstance(value, dict):
+        if CLASS in value:
+            inner = value.get("state")
+            return _without_classes(inner if isinstance(inner, dict) else value.get("arguments"))
+        return type(value)((key, _without_classes(one)) for key, one in value.items())
+    if isinstance(value, list):
+        return [_without_classes(one) for one in value]
+    return tuple(map(_without_classes, value)) if type(value) is tuple else value
+
+
 def with_config(form: Form, files: Mapping[str, bytes]) -> Form:
     """The form with further files beside the tensors'."""
-    from elastickpt.foreign.file_plans import constant_file
-
     return replace(form, plans=(*form.plans, *(constant_file(path, data) for path, data in files.items())))

@@ -1,64 +1,21 @@
-"""The programs and name maps that come with the package: files of the language. [LANG-4]"""
+"""The programs and name maps that come with the package, parsed. [LANG-4]"""
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 
-from elastickpt.errors import Refused
 from elastickpt.language.parse import parse
-from elastickpt.language.tree import Line, Program
-
-_FOLDERS = {"programs": "program", "names": "name map"}
-
-
-def _names(folder: str) -> tuple[str, ...]:
-    found = (files("elastickpt.language") / folder).iterdir()
-    return tuple(sorted(one.name.removesuffix(".ucl") for one in found if one.name.endswith(".ucl")))
-
-
-def programs() -> tuple[str, ...]:
-    """Names of the shipped programs."""
-    return _names("programs")
-
-
-def name_maps() -> tuple[str, ...]:
-    """Names of the shipped name maps."""
-    return _names("names")
-
-
-def program_text(name: str) -> str:
-    """The text of a shipped program. Raises Refused for another name."""
-    return _text("programs", name)
-
-
-def names_text(name: str) -> str:
-    """The text of a shipped name map. Raises Refused for another name."""
-    return _text("names", name)
-
-
-def _text(folder: str, name: str) -> str:
-    known = _names(folder)
-    if name not in known:
-        raise Refused(f"{name!r} is no shipped {_FOLDERS[folder]}: expected one of {', '.join(known)}, or a file")
-    return (files("elastickpt.language") / folder / f"{name}.ucl").read_text("utf-8")
+from elastickpt.language.shelf import names_text, program_text
+from elastickpt.language.tree import Program
 
 
 @cache
 def shipped_program(name: str) -> Program:
+    """Raises Refused for a name that is none."""
     return parse(program_text(name), name=f"{name}.ucl")
 
 
 @cache
 def shipped_names(name: str) -> Program:
+    """Raises Refused for a name that is none."""
     return parse(names_text(name), name=f"{name}.ucl")
-
-
-def first_comment(name: str) -> str:
-    """What a shipped name map says of itself in its first line."""
-    return names_text(name).splitlines()[0].lstrip("# ")
-
-
-def maps_of(program: Program) -> tuple[Line, ...]:
-    """The lines of a name map."""
-    return tuple(one for one in program.statements if isinstance(one, Line))
