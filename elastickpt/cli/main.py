@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     found = argparse.ArgumentParser(
         prog="ckpt-convert",
-        description="Look into checkpoints, check, convert and compare them, and have a run count those whose registers it lost.",
+        description="Look into checkpoints, check, convert and compare them; have a run count those whose registers it lost.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
