@@ -13,7 +13,7 @@ from elastickpt.cli.conversion_words import constant
 from elastickpt.cli.convert import resolved
 from elastickpt.cli.exitcodes import DIFFERENT, DONE, FAILED, code_of
 from elastickpt.cli.grid import Line, Span
-from elastickpt.cli.output import say_error, show, show_json
+from elastickpt.cli.output import say, say_error, show, show_json
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError, Refused
 
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         first = _side(args, args.a, args.names)
         path = args.b
         second = _side(args, args.b, [])
+        if first.weights_only or second.weights_only:
+            say("note: safetensors hold weights only: nothing else is compared")
         with byte_bar(f"{args.a} {args.b}", shown=sys.stderr.isatty() and not args.quiet) as progress:
             found = list(compare(first, second, progress=progress))
     except CheckpointError as error:
@@ -82,8 +84,8 @@ def _side(args: argparse.Namespace, path: str, names: list[str]) -> Side:
     contents = with_masters(source.contents, None)
     contents = selected(contents, only, skip)
     for name in names:
-        contents = apply_names(contents, names_of(name), source.known, given)
-    return Side(contents, source.reading)
+        contents, _ = apply_names(contents, names_of(name), source.known, given)
+    return Side(contents, source.reading, weights_only=source.format == "safetensors")
 
 
 def _lines(found: list[Difference], arrays: int) -> Iterator[Line]:

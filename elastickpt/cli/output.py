@@ -10,7 +10,7 @@ from io import TextIOWrapper
 
 from elastickpt.cli.grid import Line, Span, plain
 from elastickpt.cli.text import printable
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, ProgramFault
 
 _ASCII = str.maketrans({"├": "|", "└": "`", "│": "|", "─": "-", "×": "x", "…": "...", "→": "->", "–": "-", "·": "-"})
 
@@ -60,7 +60,8 @@ def say_error(error: CheckpointError, *, path: str) -> None:
     """`error: <path>: <what is wrong> [<kind>]`. [CLI-3]"""
     sys.stdout.flush()  # so that a terminal shows both in order
     message = error.message if path in error.message else f"{path}: {error.message}"
-    say(f"error: {printable(message)} [{error.kind}]")
+    first, *rest = message.split("\n") if isinstance(error, ProgramFault) else [message]  # a line of a program, and its caret
+    say("\n".join((f"error: {printable(first)} [{error.kind}]", *map(printable, rest))))
 
 
 def discard_stdout() -> None:

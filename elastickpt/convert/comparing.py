@@ -16,6 +16,17 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import value_digest
 
 What = Literal["only in A", "only in B", "shape", "dtype", "values", "setting", "value"]
+MAX_TOLD = 200  # characters of a value
+# Entries of `args` that say how the ranks were arranged: another arrangement of the same checkpoint is no difference.
+_OF_LAYOUT = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "data_parallel_size",
+    "padded_vocab_size",
+    "world_size",
+    "rank",
+}
 Progress = Callable[[int, int], None]
 
 
@@ -34,20 +45,29 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Side:
+    """`weights_only`: its format holds nothing else, so that nothing else is compared."""
+
     contents: Contents
     reading: Reading
+    weights_only: bool = False
 
 
 def compare(a: Side, b: Side, *, progress: Progress = lambda done, total: None) -> Iterator[Difference]:
     """All differences, as they are found; arrays of A first. Padding is not compared where both true sizes are known."""
-    yield from _names(a.contents.arrays, b.contents.arrays)
-    common = [identity for identity in a.contents.arrays if identity in b.contents.arrays]
+    weights_only = a.weights_only or b.weights_only
+    arrays = [
+        {key: one for key, one in side.contents.arrays.items() if key.state == "value" or not weights_only} for side in (a, b)
+    ]
+    yield from _names(arrays[0], arrays[1])
+    common = [identity for identity in arrays[0] if identity in arrays[1]]
     total = sum(nbytes_of(a.contents.arrays[one].node) for one in common)
     done = 0
     for identity in common:
         yield from _arrays(identity, a, b)
         done += nbytes_of(a.contents.arrays[identity].node)
         progress(done, total)
+    if weights_only:
+        return
     yield from _rows(a.contents.rows, b.contents.rows)
     yield from _values(a.contents.values, b.contents.values)
 
@@ -107,6 +127,13 @@ def _rows(a: Mapping[str, Mapping[Name, Row]], b: Mapping[str, Mapping[Name, Row
 
 def _values(a: Mapping[str, object], b: Mapping[str, object]) -> Iterator[Difference]:
     for pointer in dict.fromkeys((*a, *b)):
-        if pointer not in a or pointer not in b or value_digest(a[pointer]) != value_digest(b[pointer]):
-            told = [repr(side[pointer]) if pointer in side else "absent" for side in (a, b)]
+        one, other = (_without_layout(side.get(pointer)) for side in (a, b))
+        if pointer not in a or pointer not in b or value_digest(one) != value_digest(other):
+            told = [repr(side[pointer])[:MAX_TOLD] if pointer in side else "absent" for side in (a, b)]
             yield Difference(pointer, "value", told[0], told[1])
+
+
+def _without_layout(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_layout(one) for key, one in value.items() if key not in _OF_LAYOUT}

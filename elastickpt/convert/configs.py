@@ -4,31 +4,89 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from elastickpt.convert.contents import Contents
-from elastickpt.errors import NotACheckpoint
+from elastickpt.errors import NotACheckpoint, Refused
 from elastickpt.foreign.folder import open_folder
+from elastickpt.language.shelf import config_text
 
 MAX_FILE_NBYTES = 64 << 20
+CONFIG = "config.json"
 _LEFT = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
 
 
-def config_files(folder: str | None, contents: Contents, known: Mapping[str, object]) -> dict[str, bytes]:
-    """Name → content. `folder` is `--config`: all of it but weights. Else `config.json` as the source has it, if it has one.
+def config_files(
+    folder: str | None, names: tuple[str, ...], contents: Contents, known: Mapping[str, object]
+) -> dict[str, bytes]:
+    """Name → content.
 
-    Raises NotACheckpoint for a folder without `config.json`.
+    `folder` is `--config`: all of it but weights. Else `config.json` is what the source has, or is made from constants by the
+    template of the last name map that has one and whose names are there; without either there is none. Raises NotACheckpoint
+    for a folder without `config.json`, Refused for constants that are missing, naming them.
     """
     if folder is not None:
-        at = open_folder(folder)
-        found = {
-            entry.name: at.store.read(entry.name, MAX_FILE_NBYTES)
-            for entry in at.entries()
-            if entry.kind == "file" and not entry.name.endswith(_LEFT)
-        }
-        if "config.json" not in found:
-            raise NotACheckpoint(f"--config {folder}: expected config.json there, found {', '.join(found) or 'nothing'}")
-        return found
+        return _copied(folder)
+    template = next((text for name in reversed(names) if (text := config_text(name)) is not None), None)
+    if template is not None:
+        filling = _Filling(contents, known)
+        made = filling.fill(json.loads(template))
+        if filling.fits:
+            if filling.missing:
+                wanted = ", ".join(filling.missing)
+                raise Refused(
+                    f"{CONFIG} needs {wanted}, which no file states: give --config DIR, or --set KEY=VALUE of whole ones"
+                )
+            return {CONFIG: json.dumps(made, indent=2).encode() + b"\n"}
     config = contents.values.get("/config")
-    if isinstance(config, dict):
-        return {"config.json": json.dumps(config, indent=2).encode() + b"\n"}
-    return {}
+    return {CONFIG: json.dumps(config, indent=2).encode() + b"\n"} if isinstance(config, dict) else {}
+
+
+def _copied(folder: str) -> dict[str, bytes]:
+    at = open_folder(folder)
+    found = {
+        entry.name: at.store.read(entry.name, MAX_FILE_NBYTES)
+        for entry in at.entries()
+        if entry.kind == "file" and not entry.name.endswith(_LEFT)
+    }
+    if CONFIG not in found:
+        raise NotACheckpoint(f"--config {folder}: expected {CONFIG} there, found {', '.join(found) or 'nothing'}")
+    return found
+
+
+@dataclass(slots=True)
+class _Filling:
+    """Fills a template: {"of": constants, "else": default}, and {"rows" | "dtype" | "tied": names} of what is written."""
+
+    contents: Contents
+    known: Mapping[str, object]
+    missing: list[str]
+    fits: bool
+
+    def __init__(self, contents: Contents, known: Mapping[str, object]) -> None:
+        self.contents, self.known, self.missing, self.fits = contents, known, [], True
+
+    def fill(self, template: object) -> object:
+        if not isinstance(template, dict):
+            return template
+        if "of" in template:
+            found = [self.known[name] for name in template["of"] if self.known.get(name) is not None]
+            if found:
+                return found[0]
+            if "else" not in template:
+                self.missing.append(" or ".join(template["of"]))
+            return template.get("else")
+        if "tied" in template:
+            return any(name in template["tied"] for group in self.contents.tied for _, name in group)
+        if "rows" in template or "dtype" in template:
+            return self._of_array(template)
+        return {key: self.fill(one) for key, one in template.items()}
+
+    def _of_array(self, template: Mapping[str, object]) -> object:
+        wanted = template.get("rows") or template.get("dtype")
+        names = wanted if isinstance(wanted, list) else []
+        for one in self.contents.arrays.values():
+            if one.id.name in names and one.id.state == "value":
+                return one.node.shape[0] if "rows" in template else one.node.dtype
+        self.fits = False
+        return None

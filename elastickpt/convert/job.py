@@ -123,8 +123,9 @@ def _plain_constants(contents: Contents) -> Mapping[str, object]:
     """Numbers among the values that a source's configuration left."""
     for pointer in ("/config", "/args"):
         value = contents.values.get(pointer)
-        if isinstance(value, dict):
-            return {str(key): one for key, one in value.items()}
+        inner = value.get("state", value) if isinstance(value, dict) else None
+        if isinstance(inner, dict):
+            return {str(key): one for key, one in inner.items()}
     return {}
 
 
@@ -151,8 +152,10 @@ def prepare(options: Options, source: Source) -> Job:
     contents = selected(contents, options.only, options.skip)
     maps = [names_of(name) for name in options.names]
     _check_constants(options, source, maps)
+    known = dict(source.known)
     for program in maps:
-        contents = apply_names(contents, program, source.known, options.constants)
+        contents, constants = apply_names(contents, program, known, options.constants)
+        known = {**constants, **known}
     contents = with_casts(contents, options.casts)
     if not contents.arrays:
         raise Refused(f"{options.source}: nothing is left to convert")
@@ -162,12 +165,11 @@ def prepare(options: Options, source: Source) -> Job:
     elif target == "dcp":
         form = dcp_form(contents)
     elif target == "safetensors":
-        form = with_config(
-            safetensors_form(contents, options.shard_nbytes), config_files(options.config, contents, source.known)
-        )
+        beside = config_files(options.config, options.names, contents, {**known, **options.constants})
+        form = with_config(safetensors_form(contents, options.shard_nbytes), beside)
     elif target == "megatron-legacy":
         program = program_of(options.rules_out) if options.rules_out else _target_program(options, source)
-        form = megatron_form(contents, program, source.known, options)
+        form = megatron_form(contents, program, known, options)
     return Job(options, source, target, contents, form)
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from elastickpt.convert.contents import Array, Contents, Laid, Name, Row
 from elastickpt.convert.nodes import Agreement, Gathered, Share
-from elastickpt.errors import Refused, StructureConflict
+from elastickpt.errors import ProgramFault, Refused, StructureConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, NotCarried, StoredTensor
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
@@ -284,7 +284,7 @@ class _Laying:
         members = [member for group in rank.groups if group.item == item for member in group.members]
         order = self._rules.orders.get(item)
         if order is None:
-            raise Refused(_wanted_order(item, rank, members))
+            raise ProgramFault(_wanted_order(item, rank, members))
         shapes = [LocalShape(one.item, str(k), one.shape, one.chunk) for k, one in enumerate(values)]
         named = [LocalShape(one.item, str(one.name), one.shape, one.chunk) for one in values]
         if isinstance(order.by, tuple):
@@ -331,7 +331,7 @@ def _wanted_order(item: str, rank: _Rank, members: Sequence[LocalName]) -> str:
     lines = [f"    NAME    # {number}{f', shape {shapes[number]}' if number in shapes else ', no state'}" for number in numbers]
     return (
         f"{rank.where}: {item} counts its parameters, in which order is in no file: give --rules a program with this, or "
-        f"leave them out with --skip\norder {item}:\n" + "\n".join(lines)
+        f"leave them out with --skip:\norder {item}:\n" + "\n".join(lines)
     )
 
 

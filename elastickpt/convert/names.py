@@ -20,8 +20,9 @@ from elastickpt.language.scope import ConstantValue
 
 def apply_names(
     contents: Contents, program: t.Program, known: Mapping[str, object], given: Mapping[str, ConstantValue]
-) -> Contents:
+) -> tuple[Contents, dict[str, ConstantValue]]:
     """The contents under the map's names; constants come from what is `known` of the source and from the command line.
+    The map's constants come with them, as a later program may need them.
 
     Every parameter must be in the map, and every array that it makes must be made wholly, once. Raises ProgramFault, Refused.
     """
@@ -45,7 +46,7 @@ def apply_names(
             raise Refused(f"{program.name}: it gives the name {array.id} twice")
         found[array.id] = array
     rows = {item: _rows(of, links) for item, of in contents.rows.items()}
-    return replace(contents, arrays=found, rows=rows, tied=_tied(contents, lines, by_target))
+    return replace(contents, arrays=found, rows=rows, tied=_tied(contents, lines, by_target)), dict(scope.constants)
 
 
 def _shape(states: Mapping[str, Array]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

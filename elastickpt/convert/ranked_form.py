@@ -39,7 +39,8 @@ def megatron_form(contents: Contents, program: t.Program, known: Mapping[str, ob
     strange = [axis for axis in rules.axes if axis not in AXES and rules.scope.axes[axis] > 1]
     if strange:
         raise Refused(f"--mesh {strange[0]}: Megatron's legacy files have the axes {' and '.join(AXES)} only")
-    return _Forming(contents, rules).run()
+    step = contents.step if contents.step is not None else options.step or 0  # the layout has no way to say none
+    return _Forming(contents, rules, step).run()
 
 
 @dataclass(slots=True)
@@ -54,8 +55,8 @@ class _RankUnder:
 
 
 class _Forming:
-    def __init__(self, contents: Contents, rules: Rules) -> None:
-        self._contents, self._rules = contents, rules
+    def __init__(self, contents: Contents, rules: Rules, step: int) -> None:
+        self._contents, self._rules, self._step = contents, rules, step
         self._parameters = contents.parameters()
         items = {item for item, _ in self._parameters}
         if len(items) != 1:
@@ -89,10 +90,7 @@ class _Forming:
             NewRank(pp, tp, tuple(rank.chunks), rank.states, rank.groups, rank.masters, args, values)
             for (pp, tp), rank in sorted(ranks.items())
         ]
-        step = self._contents.step
-        if step is None:
-            raise Refused("Megatron's files stand in a folder of their step, and the source does not say its step")
-        return Form(plan_megatron_legacy(made, step=step), tuple(self._deliveries), not_carried=tuple(lost))
+        return Form(plan_megatron_legacy(made, step=self._step), tuple(self._deliveries), not_carried=tuple(lost))
 
     # -- tensors
 

@@ -32,7 +32,7 @@ def filled_in(program: t.Program, constants: Mapping[str, ConstantValue], sizes:
 
 def _filled(need: t.Need, constants: Mapping[str, ConstantValue]) -> t.Need:
     value = constants.get(need.name)
-    return replace(need, default=t.Number(value)) if isinstance(value, int) and value >= 0 else need
+    return replace(need, default=t.Number(value), others=()) if isinstance(value, int) and value >= 0 else need
 
 
 def _statement(one: t.Statement) -> Iterator[str]:

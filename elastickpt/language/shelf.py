@@ -29,6 +29,14 @@ def names_text(name: str) -> str:
     return _text("names", name)
 
 
+def config_text(name: str) -> str | None:
+    """The template of `config.json` that goes with a shipped name map, if one does."""
+    if name not in name_maps():
+        return None
+    template = files("elastickpt.language") / "names" / f"{name}.json"
+    return template.read_text("utf-8") if template.is_file() else None
+
+
 def purpose(name: str) -> str:
     """What a shipped name map says of itself in its first line."""
     return names_text(name).splitlines()[0].lstrip("# ")
