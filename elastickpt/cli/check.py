@@ -1,4 +1,4 @@
-"""`ckpt-convert check`: whether a program or a name map is right, by itself and against checkpoints. [CLI-60..63]"""
+"""`ckpt-convert check`: whether a program or a name map is right, by itself and against checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words of the command line that conversions share: KEY=VALUE, AXIS=N, sizes. [CLI-42]"""
+"""Words of the command line that conversions share: KEY=VALUE, AXIS=N, sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ckpt-convert convert`: from one format, layout or naming to another. [CLI-40..49]"""
+"""`ckpt-convert convert`: from one format, layout or naming to another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ckpt-convert diff`: how two checkpoints differ, across layouts, names and formats. [CLI-50..53]"""
+"""`ckpt-convert diff`: how two checkpoints differ, across layouts, names and formats."""
 
 from __future__ import annotations
 

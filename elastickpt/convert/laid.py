@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents, Laid, Name, Row
 from elastickpt.convert.nodes import Agreement, Gathered, Share
 from elastickpt.errors import ProgramFault, Refused, StructureConflict
@@ -20,7 +21,7 @@ from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArr
 from elastickpt.language.matching import Matched, match
 from elastickpt.language.orders import counted
 from elastickpt.language.printer import filled_in, print_program
-from elastickpt.language.rules import Rules, needed, resolve
+from elastickpt.language.rules import Rules, resolve
 from elastickpt.language.scope import ConstantValue, Scope
 
 ReadBytes = Callable[[StoredTensor], bytes]
@@ -56,34 +57,6 @@ def lay(found: ForeignCheckpoint, program: t.Program, given: Mapping[str, Consta
     Raises ProgramFault for what does not fit, Refused where what the files hold needs an order that nobody gave.
     """
     return _Laying(found, program, given, read).run()
-
-
-def constants_for(
-    program: t.Program, files: Mapping[str, object], given: Mapping[str, ConstantValue]
-) -> dict[str, ConstantValue]:
-    """The program's constants, from the files and from the command line. Raises ProgramFault where both state one."""
-    found: dict[str, ConstantValue] = {}
-    scope = Scope(source=program.source, name=program.name)
-    names = {need.name: need for need in needed(program)}
-    for name in given:
-        if name not in names:
-            raise scope.fault(f"--set {name}: the program needs {', '.join(names) or 'no constants'}", t.NOWHERE)
-    for name, need in names.items():
-        stated = next((v for one in (name, *need.others) if (v := _whole_number(files.get(one))) is not None), None)
-        if name in given and stated is not None and given[name] != stated:
-            raise scope.fault(f"constant {name!r}: {stated} in the files, {given[name]} by --set", need.at)
-        value = given.get(name, stated)
-        if value is not None:
-            found[name] = value
-    return found
-
-
-def _whole_number(value: object) -> ConstantValue | None:
-    if isinstance(value, bool | int):
-        return int(value)
-    if isinstance(value, list | tuple) and value and all(type(one) is int for one in value):
-        return tuple(value)
-    return None
 
 
 class _Laying:

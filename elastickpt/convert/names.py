@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
+from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents, Name, Row
-from elastickpt.convert.laid import constants_for
 from elastickpt.convert.nodes import Cast, Mapped, Node, Term
 from elastickpt.errors import Refused
 from elastickpt.format.arrays import ArrayId

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents, Name, Row
 from elastickpt.convert.files import Delivery
-from elastickpt.convert.laid import constants_for
 from elastickpt.convert.nodes import Mapped, Node, Term, resized
 from elastickpt.convert.options import Options
 from elastickpt.convert.saved_forms import Form, optimizer_of

@@ -35,7 +35,7 @@ from elastickpt.writer.rounds import BLOCK_NBYTES, Slice, whole_pieces
 
 
 def records_of(arrays: Iterable[Array]) -> dict[ArrayId, ArrayRecord]:
-    """The arrays as the index lists them; `true_shape` where something is padded. [UCF-24]"""
+    """The arrays as the index lists them; `true_shape` where something is padded."""
     listed = tuple(arrays)
     keys = array_keys(one.id for one in listed)
     found = {}
