@@ -1,0 +1,175 @@
+"""A job as its coordinator knows it: where it stands, what can happen to it, and what can be ordered. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from elastickpt.elastic.messages import (
+    Broke,
+    Commit,
+    End,
+    Formed,
+    Join,
+    Left,
+    Raised,
+    Ready,
+    Rebuilt,
+    Source,
+    Stepped,
+    ToMember,
+    Unbuilt,
+    Why,
+)
+
+NOBODY = ""
+Decision = Literal["forward", "replay"]
+
+
+class Phase(StrEnum):
+    GATHERING = "gathering"  # a place is held by nobody; members wait
+    FORMING = "forming"  # a view is out: members come to its step and make their groups
+    REBUILDING = "rebuilding"  # every member stands: lost stages are rebuilt, each by a rung
+    WORKING = "working"  # a step is in flight
+    ENDED = "ended"  # the job is over
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A place whose holder is gone, or whose user's code raised; `uid` held it. `signal` of the process, if one ended it."""
+
+    stage: int
+    uid: str
+    why: Why
+    signal: int | None = None
+    traceback: str = ""
+
+
+# What happens to a coordinator besides messages.
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A member's process has ended, or was ended; nothing of it is at work any more."""
+
+    uid: str
+    why: Why
+    signal: int | None = None
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """A wait that was ordered is over; of no effect when `generation` is not the newest any more."""
+
+    generation: int
+    of: Literal["spare", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the ladder says for the lost stages of a view: one Source each, or why there is none for them."""
+
+    generation: int
+    sources: tuple[Source, ...]
+    why_not: str = ""
+
+
+# What a coordinator orders besides messages.
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    uid: str
+    message: ToMember
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """The register of a step, written once: what the decision on (generation, step) is."""
+
+    generation: int
+    step: int
+    decision: Literal["commit", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """Ask the ladder for sources; answered by a Chosen. `finite`: stages that may be sources, their tensors being finite.
+    `rollback`: all stages are read from the checkpoint of `step`. `refused`: sources that were tried, and why they failed."""
+
+    generation: int
+    step: int
+    lost: tuple[int, ...]
+    finite: frozenset[int]
+    rollback: bool
+    refused: tuple[tuple[Source, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Answered by a Patience, unless something else comes first."""
+
+    generation: int
+    of: Literal["spare", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A view is complete: everybody stands. `failed` names what made it, `sources` how it was mended."""
+
+    generation: int
+    step: int
+    decision: Decision
+    failed: tuple[Loss, ...]
+    sources: tuple[Source, ...]
+
+
+Order = Tell | Register | Choose | Wait | Recovered
+Said = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left
+Event = tuple[str, Said] | Gone | Patience | Chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Where a job stands. `places` by stage: who holds it. `ready`, `stepped`, ... are uids of the newest view.
+
+    `failed` since the last Go, `lost` their stages that have to be rebuilt; `losses_of_step` counts views at `step`;
+    `raised` are (uid, step) of exceptions of the user's code.
+    """
+
+    stages: int
+    epoch: int
+    max_losses_of_step: int = 3
+    phase: Phase = Phase.GATHERING
+    generation: int = 0
+    step: int = 0
+    places: tuple[str, ...] = ()
+    spares: tuple[str, ...] = ()
+    began: bool = False
+    rollback: bool = False
+    decision: Decision = "replay"
+    failed: tuple[Loss, ...] = ()
+    lost: frozenset[int] = frozenset()
+    finite: frozenset[int] = frozenset()
+    formed: frozenset[str] = frozenset()
+    evaluating: bool = False
+    rebuilt: frozenset[str] = frozenset()
+    ready: tuple[tuple[str, Ready], ...] = ()
+    stepped: frozenset[str] = frozenset()
+    left: tuple[tuple[str, int], ...] = ()
+    sources: tuple[Source, ...] = ()
+    refused: tuple[tuple[Source, str], ...] = ()
+    raised: frozenset[tuple[str, int]] = frozenset()
+    losses_of_step: int = 0
+    last: Commit | None = None
+    end: End | None = None
+
+    def __post_init__(self) -> None:
+        if not self.places:
+            object.__setattr__(self, "places", (NOBODY,) * self.stages)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(uid for uid in self.places if uid != NOBODY)

@@ -1,0 +1,202 @@
+"""What the coordinator of a job and its members tell each other: the whole protocol.
+
+    member -> coordinator                                    coordinator -> member
+    Join       first: who this process is                    View       who holds which place, and the step where all stand
+    Formed     it stands at the view's step, its groups are  Rebuild    how each lost stage is rebuilt
+               made                                          Go         every place stands: the next step begins
+    Rebuilt    its part of the rebuilding is done            Commit     the step is decided: step the optimizer
+    Unbuilt    its part of it cannot be done
+    Ready      its gradients of a step are final             End        the job is over, and why
+    Stepped    its optimizer has stepped
+    Broke      it cannot reach other members
+    Raised     the user's code raised before the decision
+    Left       its loop ended
+    Beat       it lives, and what it is at
+
+1. A member takes messages in order; one that names another generation than its newest view's is of no effect.
+2. A step of the optimizer runs only behind a Commit, or behind a View whose step is one more than the member's own.
+3. What a View says of steps holds for every later View until a Go: a member that reaches it need not ask again.
+4. Nothing here is a pickle; a message that does not have these fields and types is refused, and the connection with it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from elastickpt.errors import Malformed
+
+Rung = Literal["stale", "partner", "checkfree", "rollback"]
+_Union = TypeVar("_Union")
+Why = Literal["exit", "closed", "silent", "stalled", "raised"]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """One of the messages; on the wire msgpack: its name, then its fields in order."""
+
+
+class Join(Message, frozen=True):
+    """`uid` is unique in the job; `host` and `zone` say with whom it may be lost at once."""
+
+    uid: str
+    pid: int
+    host: str
+    zone: str
+    token: str = ""
+
+
+class Formed(Message, frozen=True):
+    """`finite`: no tensor of its stage has an infinity or a NaN. `evaluating`: the view came while it evaluated."""
+
+    generation: int
+    finite: bool
+    evaluating: bool = False
+
+
+class Rebuilt(Message, frozen=True):
+    """`moved` and `read` in bytes: between members, and from storage."""
+
+    generation: int
+    moved: int = 0
+    read: int = 0
+
+
+class Unbuilt(Message, frozen=True):
+    """The source of `stage` is no good: `why` is for people."""
+
+    generation: int
+    stage: int
+    why: str
+
+
+class Ready(Message, frozen=True):
+    """`step` is the number of completed steps once this one is taken. `batch` is a digest of the batch, "" where a place sees
+    none; `norm` that of its stage's gradient; `losses`, of each microbatch, come from the last stage alone."""
+
+    generation: int
+    step: int
+    batch: str = ""
+    norm: float | None = None
+    losses: tuple[float, ...] = ()
+
+
+class Stepped(Message, frozen=True):
+    generation: int
+    step: int
+
+
+class Broke(Message, frozen=True):
+    generation: int
+    message: str
+
+
+class Raised(Message, frozen=True):
+    """`step` as in Ready. `traceback` is text."""
+
+    generation: int
+    step: int
+    traceback: str
+
+
+class Left(Message, frozen=True):
+    step: int
+
+
+class Beat(Message, frozen=True):
+    """`phase` is a declared phase, or "" outside of any; `count` grows with each microbatch and phase."""
+
+    phase: str
+    count: int
+
+
+class View(Message, frozen=True):
+    """`places` by stage: the uid that holds it, "" for nobody. `lost` are stages that are rebuilt; with `rollback` all are.
+    `step` is where every member stands, or is brought, before the next step."""
+
+    epoch: int
+    generation: int
+    step: int
+    places: tuple[str, ...]
+    lost: tuple[int, ...]
+    rollback: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every place is held: only then are groups formed."""
+        return all(self.places)
+
+
+class Source(Message, frozen=True):
+    """How one stage is rebuilt. `stages` in order, with `alpha` for two of them; or the checkpoint at `path` of `step`."""
+
+    stage: int
+    rung: Rung
+    stages: tuple[int, ...] = ()
+    alpha: float | None = None
+    path: str = ""
+    step: int | None = None
+
+
+class Rebuild(Message, frozen=True):
+    """`sources` of every lost stage, of all stages in a rollback."""
+
+    generation: int
+    sources: tuple[Source, ...]
+
+
+class Commit(Message, frozen=True):
+    """`norms` by stage, of the gradients that are stepped with; `loss` is the mean over microbatches."""
+
+    generation: int
+    step: int
+    norms: tuple[float | None, ...]
+    loss: float | None
+
+
+class Go(Message, frozen=True):
+    """`step` is where every member stands; `last` the newest commit of the job, None before the first and after a rollback.
+    `evaluating`: the view came while members evaluated, which begins again."""
+
+    generation: int
+    step: int
+    last: Commit | None
+    evaluating: bool = False
+
+
+class End(Message, frozen=True):
+    """`reason` is "" where the job is done, else a word of `RecoveryFailed`; `culprit` the uid whose own error it is, or ""."""
+
+    code: int
+    reason: str
+    message: str
+    culprit: str = ""
+
+
+FromMember = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left | Beat
+ToMember = View | Rebuild | Go | Commit | End
+
+_from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
+_to_member: msgspec.msgpack.Decoder[ToMember] = msgspec.msgpack.Decoder(ToMember)
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack."""
+    return msgspec.msgpack.encode(message)
+
+
+def from_member(data: bytes) -> FromMember:
+    """What a member encoded. Raises Malformed for anything else."""
+    return _decoded(_from_member, data, "member")
+
+
+def to_member(data: bytes) -> ToMember:
+    """What the coordinator encoded. Raises Malformed for anything else."""
+    return _decoded(_to_member, data, "coordinator")
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_Union], data: bytes, sender: str) -> _Union:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Malformed(f"a message of a {sender}: {error}") from error
