@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import gt
 
 from elastickpt.errors import (
     CoverageGap,
@@ -139,6 +140,9 @@ class _Files:
 
     def _whole(self, key: str, shape: tuple[int, ...], dtype: str, boxes: list[Box]) -> Tensor:
         dtype_named(dtype)
+        beyond = next((box for box in boxes if len(box.stop) != len(shape) or any(map(gt, box.stop, shape))), None)
+        if beyond is not None:
+            raise Malformed(f"{METADATA}: {key} of shape {shape}: the chunk {beyond} lies beyond it")
         report = prove_coverage(shape, boxes)
         if report.overlaps:
             raise CoverageOverlap(f"{METADATA}: {key} of shape {shape}: two chunks hold {report.overlaps[0][2]}")

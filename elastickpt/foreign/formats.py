@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from elastickpt.errors import Malformed, MissingFile, NotACheckpoint, Refused, Unsupported
 from elastickpt.foreign.dcp import METADATA, read_dcp
 from elastickpt.foreign.folder import Folder, inside
-from elastickpt.foreign.listing import ForeignCheckpoint, Format
+from elastickpt.foreign.listing import ForeignCheckpoint, Format, NotCarried
 from elastickpt.foreign.megatron_legacy import RANK_FOLDER, read_megatron_legacy
 from elastickpt.foreign.safetensors_file import INDEX_SUFFIX, SUFFIX, read_safetensors
 from elastickpt.foreign.torch_plain import SUFFIXES, read_torch_plain
@@ -82,7 +82,15 @@ def read_foreign(source: Source) -> ForeignCheckpoint:
             f"{source.folder.url}: format {source.format} is not read by this release, which reads {', '.join(READERS)}"
         )
     found = reader(source.folder)
-    return replace(found, said=(*source.said, *found.said))
+    beside = (NotCarried(name, "left beside the weights by a trainer, not read") for name in _beside(source))
+    return replace(found, said=(*source.said, *found.said), not_carried=(*found.not_carried, *beside))
+
+
+def _beside(source: Source) -> list[str]:
+    """What a trainer of transformers leaves beside weights: no part of them, and not to be passed over in silence."""
+    if source.format != "safetensors" or source.folder.only is not None:
+        return []
+    return sorted(name for name in source.folder.names() if _BESIDE.fullmatch(name))
 
 
 def _found(folder: Folder) -> Iterable[tuple[Format, str]]:

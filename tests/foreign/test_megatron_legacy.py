@@ -1,4 +1,7 @@
-"""The legacy layout of Megatron-LM: a real checkpoint, small ones of other shapes, and ones that are wrong."""
+"""The legacy layout of Megatron-LM: a real checkpoint, small ones of other shapes, and ones that are wrong.
+
+[FOR-50..54, FOR-57, FOR-58]
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every reader, fed with files that are not what they were: it ends in a listing or a typed error, in bounded memory."""
+"""Every reader, fed with files that are not what they were: it ends in a listing or a typed error, in bounded memory. [FOR-15]"""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ def test_a_mutated_source_ends_in_a_listing_or_a_typed_error(sound, tmp_path, ch
 
 
 @pytest.mark.long
-def test_every_byte_of_every_file_may_be_another(sound, tmp_path) -> None:
+def test_bytes_all_over_every_file_may_be_others(sound, tmp_path) -> None:
     for which, path in enumerate(sorted(path for path in sound.rglob("*") if path.is_file())):
-        for at in range(path.stat().st_size):
+        for at in range(0, path.stat().st_size, 1 + path.stat().st_size // 200):
             for byte in (0, 255, path.read_bytes()[at] ^ 1):
                 tried(sound, tmp_path / "x", [(which, (at, byte, "byte"))])
 

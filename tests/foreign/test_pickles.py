@@ -10,11 +10,12 @@ import contextlib
 import datetime
 import io
 import pickle
+import re
 import signal
 import struct
 import tracemalloc
 from collections import Counter, OrderedDict, defaultdict
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -230,6 +231,7 @@ def test_what_frameworks_put_beside_tensors_can_be_carried(value, protocol) -> N
 
 
 def test_objects_and_element_types_go_into_values_and_back() -> None:
+    """[FOR-7]"""
     found = read(pickle.dumps({"args": argparse.Namespace(dtype=torch.bfloat16, names=("a",))}))
     carried = plain(found)
     assert carried["args"]["state"] == {"dtype": DtypeValue("bfloat16"), "names": ("a",)}
@@ -263,3 +265,11 @@ def test_a_mutated_pickle_ends_in_a_value_or_a_typed_error(at, byte, how) -> Non
         del data[at : at + byte]
     with contextlib.suppress(Unsafe, Malformed, Unsupported):
         read(bytes(data))
+
+
+def test_the_lists_of_the_spec_are_the_names() -> None:
+    text = (Path(__file__).resolve().parents[2] / "spec" / "foreign-files.md").read_text()
+    pickles = text.partition("## Pickles")[2].partition("\n## ")[0]
+    first, second = re.findall(r"```\n(.*?)\n```", pickles, re.DOTALL)
+    assert first.split() == sorted(weights_only._get_allowed_globals())
+    assert second.split() == sorted(set(NAMES) - set(weights_only._get_allowed_globals()))

@@ -7,6 +7,7 @@ from dense import bits, whole_of
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.listing import ForeignCheckpoint, Tied
+from elastickpt.storage.ranges import LocalReader
 
 
 def read(path) -> ForeignCheckpoint:
@@ -55,6 +56,7 @@ def test_torch_every_array_is_the_truths(plain_case) -> None:
 
 
 def test_torch_tied_names_and_values_are_said(plain_case) -> None:
+    """[FOR-34, FOR-36]"""
     found = read(plain_case.folder / "checkpoint.pt")
     if plain_case.folder.name == "single":
         assert found.tied == (Tied("model", "head.weight", "embed.weight"),)
@@ -63,3 +65,21 @@ def test_torch_tied_names_and_values_are_said(plain_case) -> None:
     else:
         assert found.groups[0].members[0] == "module.stem.weight"
     assert found.step == 3
+
+
+def test_a_listing_reads_no_tensor(plain_case, monkeypatch) -> None:
+    """But for small ones among plain values, of which these files have none. [FOR-1]"""
+    ranges: list[tuple[int, int]] = []
+    read_into = LocalReader.read_into
+
+    def noted(self: LocalReader, offset: int, into: memoryview) -> None:
+        ranges.append((offset, offset + len(into)))
+        read_into(self, offset, into)
+
+    monkeypatch.setattr(LocalReader, "read_into", noted)
+    found = read(plain_case.folder / "checkpoint.pt")
+    assert ranges
+    for one in found.wholes:
+        for piece in one.pieces:
+            storage = piece.stored.storage
+            assert not [pair for pair in ranges if pair[0] < storage.start + storage.nbytes and pair[1] > storage.start]

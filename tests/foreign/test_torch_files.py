@@ -82,6 +82,7 @@ def test_views_of_any_strides_have_their_elements(tmp_path, kind) -> None:
 
 
 def test_shared_storage_is_a_tie_only_where_all_is_the_same(tmp_path) -> None:
+    """[FOR-33]"""
     whole = torch.arange(6.0).reshape(2, 3)
     found = saved(tmp_path, {"model": {"a": whole, "b": whole, "half": whole[:1], "flat": whole.reshape(6)}})
     assert found.tied == (Tied("model", "b", "a"),)
@@ -99,6 +100,7 @@ def test_parameters_and_tensors_with_attributes_are_tensors(tmp_path) -> None:
 
 
 def test_a_state_dict_alone_is_the_model_and_an_optimizer_alone_the_optimizer(tmp_path) -> None:
+    """[FOR-30, FOR-31]"""
     layer = torch.nn.Linear(2, 3)
     assert {(one.item, one.name) for one in saved(tmp_path, layer.state_dict()).wholes} == {
         ("model", "weight"),
@@ -112,6 +114,7 @@ def test_a_state_dict_alone_is_the_model_and_an_optimizer_alone_the_optimizer(tm
 
 
 def test_nested_items_and_several_optimizers_keep_their_places(tmp_path) -> None:
+    """[FOR-32, FOR-35]"""
     one = {"state": {0: {"step": 3, "exp_avg": torch.ones(1)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     found = saved(
         tmp_path,
@@ -251,6 +254,7 @@ RECORD = Storage("a.pt", 100, 40)
     ],
 )
 def test_no_tensor_leaves_its_record(offset, shape, strides, error) -> None:
+    """[FOR-2, FOR-4]"""
     StoredTensor(RECORD, 0, (10,), (1,), "float32")
     with pytest.raises(error):
         StoredTensor(RECORD, offset, shape, strides, "float32")
@@ -292,6 +296,7 @@ class Counting:
     ],
 )
 def test_reading_a_part_reads_the_parts_bytes_and_little_between(tmp_path, box, read) -> None:
+    """[FOR-6]"""
     tensor = torch.arange(3_000.0).reshape(3, 1_000)
     found = saved(tmp_path, {"model": {"a": tensor}})
     with open_folder(found.folder).opened("a.pt") as archive:

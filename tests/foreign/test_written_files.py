@@ -1,4 +1,7 @@
-"""Files that are written here, read by the libraries whose format they have."""
+"""Files that are written here, read by the libraries whose format they have.
+
+[FOR-37..39, FOR-47..49, FOR-67, FOR-90..97]
+"""
 
 from __future__ import annotations
 
