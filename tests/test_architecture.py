@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +166,24 @@ def test_public_names_are_these() -> None:
     public = {"__version__", "adopt", "async_save", "elastic", "errors", "load", "open", "save"}
     assert set(names) == types | public
     assert len(names) == len(set(names))
+
+
+def test_no_tensor_of_a_framework_is_named_where_files_are_read() -> None:
+    """Names of layers are data, and programs of the language: `foreign`, `language` and `convert` know none. Container keys of
+    files (`model`, `optimizer`, `args`) are structure."""
+    parts = (
+        r"layers?|decoder|encoder|embed\w*|word_embeddings|attn|attention|mlp|q_proj|k_proj|v_proj|o_proj|wq|wk|wv|wo|qkv\w*"
+    )
+    parts += (
+        r"|linear_\w+|fc[12]|c_attn|c_proj|c_fc|lm_head|wte|wpe|ln_f|\w*layernorm|norm|output_layer|gate_proj|up_proj|down_proj"
+    )
+    name = re.compile(rf"(?:^|\.)(?:{parts})(?:\.|$)")
+    found = [
+        (where(path, node), node.value)
+        for path, tree in TREES.items()
+        if where(path).startswith(("foreign/", "language/", "convert/"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value
+        if " " not in node.value and name.search(node.value)
+    ]
+    assert found == []

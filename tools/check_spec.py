@@ -27,9 +27,10 @@ NORMATIVE = (
     "save-beside-training.md",
     "runs-v1.md",
     "recovery-v1.md",
+    "foreign-files.md",
     "cli.md",
 )
-PREFIXES = "UCF|FRAG|SAVE|RUN|REC|CLI"
+PREFIXES = "UCF|FRAG|SAVE|RUN|REC|FOR|CLI"
 DEFINED = re.compile(rf"\[((?:{PREFIXES})-\d+)(?: ([a-z-]+))?\]")
 CITED = re.compile(rf"\[((?:(?:{PREFIXES})-\d+(?:\.\.\d+)?(?:, )?)+)\]")
 ONE = re.compile(rf"({PREFIXES})-(\d+)(?:\.\.(\d+))?")

@@ -98,10 +98,14 @@ def is_zip(archive: ByteRange) -> bool:
 
 
 def _directory(archive: ByteRange) -> _Directory:
-    tail_nbytes = min(archive.nbytes, _END.size + _MAX_COMMENT_NBYTES)
-    tail = archive.read(archive.nbytes - tail_nbytes, tail_nbytes)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < _END.size:
+    """First the last bytes, where the end record of an archive without a comment stands; no tensor's bytes are read so."""
+    for tail_nbytes in (_END.size, _END.size + _MAX_COMMENT_NBYTES):
+        tail_nbytes = min(archive.nbytes, tail_nbytes)
+        tail = archive.read(archive.nbytes - tail_nbytes, tail_nbytes)
+        at = tail.rfind(b"PK\x05\x06")
+        if 0 <= at <= len(tail) - _END.size:
+            break
+    else:
         raise Malformed(f"{archive.file}: no whole zip archive: its directory is missing (is the file cut short?)")
     _, disk, first_disk, here, count, nbytes, offset, _ = _END.unpack_from(tail, at)
     end = archive.nbytes - tail_nbytes + at

@@ -1,4 +1,7 @@
-"""Every reader, fed with files that are not what they were: it ends in a listing or a typed error, in bounded memory. [FOR-15]"""
+"""Every reader, fed with files that are not what they were: it ends in a listing or a typed error, in bounded memory.
+
+[FOR-15]
+"""
 
 from __future__ import annotations
 

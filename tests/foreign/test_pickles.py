@@ -34,7 +34,7 @@ from elastickpt.format.values import ArrayValue, DtypeValue, encode_value
 
 
 def no_storage(_: object) -> object:
-    raise AssertionError("a storage was asked for")
+    raise Unsafe("a.pkl: a storage")
 
 
 def read(data: bytes) -> object:

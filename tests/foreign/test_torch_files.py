@@ -261,6 +261,7 @@ def test_no_tensor_leaves_its_record(offset, shape, strides, error) -> None:
 
 
 def test_several_files_in_a_folder_are_refused_unless_an_index_names_them(tmp_path) -> None:
+    """[FOR-70]"""
     torch.save({"a": torch.ones(1)}, tmp_path / "one.bin")
     torch.save({"b": torch.ones(2)}, tmp_path / "two.bin")
     with pytest.raises(Refused, match=r"one\.bin, two\.bin"):
