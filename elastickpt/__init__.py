@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from elastickpt.save.session import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
+    from elastickpt.training.trainable import trainable as trainable
 
 
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
@@ -66,6 +67,7 @@ _PUBLIC = {
     "load": ("elastickpt.load.session", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
     "save": ("elastickpt.save.session", "save"),
+    "trainable": ("elastickpt.training.trainable", "trainable"),
 }
 
 __all__ = [
@@ -92,6 +94,7 @@ __all__ = [
     "load",
     "open",
     "save",
+    "trainable",
 ]
 
 

@@ -21,6 +21,7 @@ from elastickpt.load.fetch import FetchReport, Verify, carry_out
 from elastickpt.load.layout import lacking_of, lies_as_saved
 from elastickpt.load.opened import Opened, open_records
 from elastickpt.load.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
+from elastickpt.load.ties import differing_ties
 from elastickpt.training.collection import collection_paused
 from elastickpt.training.group import Group, job_group
 from elastickpt.training.held import HeldArray
@@ -208,10 +209,18 @@ class _Load:
             ]
             planned.append((hosts, plan_fetch(opened, wanted)))
             require_files(opened, planned[0][1])
+            if self._counts("unexpected"):
+                self._require_equal_ties(opened, binding)
             return b""
 
         self.team.round("plan", plan, lambda payloads: [b""] * len(payloads))
         return planned[0]
+
+    def _require_equal_ties(self, opened: Opened, binding: Binding) -> None:
+        hosts = [host_elements(held.tensor) for held, _ in binding.ties]
+        differing = list(differing_ties(opened, binding.ties, hosts, verify=self.verify))
+        if differing:
+            raise StateMismatch(mismatch_message(os.fspath(self.path), differing))
 
     # -- from here on the state changes --------------------------------------------------------------------------------
 

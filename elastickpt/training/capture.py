@@ -44,6 +44,7 @@ def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared
     with remembering((rank, world_size, declared, tuple(kinds.items()))) as memo:
         gathering = _Gathering(state, kinds, Job(rank, world_size, declared, memo))
         gathering.models()
+        gathering.values_of_the_user()
         gathering.optimizers()
         gathering.rest()
     _require_distinct(gathering.arrays)
@@ -59,7 +60,7 @@ def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared
 
 @dataclass(slots=True, eq=False)
 class _Gathering:
-    """A LiveState while it is being made. Models come first, wherever they stand: they give the names of parameters."""
+    """A LiveState while it is being made. Models and values come first, wherever they stand: they name parameters."""
 
     state: Mapping[str, Any]
     kinds: Mapping[str, Kind]
@@ -109,8 +110,15 @@ class _Gathering:
             self.values |= held.values
             self.per_rank |= held.per_rank
 
+    def values_of_the_user(self) -> None:
+        """Before the optimizers, whose parameters may stand there."""
+        self._all_of("value")
+
     def rest(self) -> None:
-        for key, value in self.of_kind("scheduler", "rng", "per-rank", "object", "value"):
+        self._all_of("scheduler", "rng", "per-rank", "object")
+
+    def _all_of(self, *kinds: Kind) -> None:
+        for key, value in self.of_kind(*kinds):
             self.items[key] = item_of(key, value, self.kinds[key])
             with taking(key, value):
                 self._one(key, value)

@@ -29,6 +29,7 @@ class Draft:
     identities: Identities
     names: Names
     targets: list[HeldArray] = field(default_factory=list)
+    ties: list[tuple[HeldArray, ArrayId]] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     arrays: set[ArrayId] = field(default_factory=set)
@@ -78,7 +79,9 @@ class Draft:
         elif spec.dtype != held.spec.dtype:
             self.differs(name, "dtype", expected=held.spec.dtype, found=spec.dtype)
         else:
-            self.targets.append(held if spec == held.spec else replace(held, spec=spec))
+            target = held if spec == held.spec else replace(held, spec=spec)
+            self.targets.append(target)
+            self.ties += ((target, other) for other in found[1:])
 
     def know(self, wanted: ArrayId) -> None:
         """Records that this rank has a place for the array, and for all that are tied to it on either side."""
@@ -118,4 +121,5 @@ class Draft:
             frozenset(self.places),
             install,
             tuple(self.streams),
+            tuple(self.ties),
         )

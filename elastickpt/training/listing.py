@@ -68,6 +68,7 @@ class Binding:
     (tied there, apart here). `mismatches` is complete for this rank but for what only all ranks together know: `arrays`
     and
     `places` are what this rank has a place for, and what no rank has one for is `unexpected(...)`.
+    `ties`: a target, and another array of the checkpoint that is tied to it here, so that only one of the two can be taken.
     `install()` is called once, after all targets were filled, on all ranks; without collectives. Until then optimizers,
     schedulers, other objects and random streams are as they were. `streams` are what it sets of random streams.
     """
@@ -79,6 +80,7 @@ class Binding:
     places: frozenset[str]
     install: Callable[[], None]
     streams: tuple[Continuation, ...] = ()
+    ties: tuple[tuple[HeldArray, ArrayId], ...] = ()
 
 
 def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[str]) -> Iterator[Mismatch]:

@@ -57,7 +57,7 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
     """The optimizer's parameters with their names, in the order of its groups.
 
     Raises LayoutUnsupported for an optimizer that spreads whole states over ranks; StructureConflict for a parameter,
-    or a tensor that state is kept for, that is in no model of `state`.
+    or a tensor that state is kept for, that is nowhere in `state`.
     """
     if is_loaded_instance(optimizer, *_ZERO):
         raise LayoutUnsupported(
@@ -68,12 +68,8 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
     for index, group in enumerate(groups_of(optimizer)):
         for parameter in group["params"]:
             known = identities.find(parameter)
-            if known is None or known.role != "parameter":
-                raise StructureConflict(
-                    f"optimizer {item!r}: a parameter of group {index}, of shape {tuple(parameter.shape)}, is in no "
-                    f"model of `state`, so it has no name; put the model that it belongs to into `state` "
-                    f"beside the optimizer"
-                )
+            if known is None or known.role == "buffer":
+                raise StructureConflict(_nameless(item, index, parameter, identities))
             members.append(Member(parameter, index, known, _lying(known)))
     ids = {id(member.parameter) for member in members}
     for key in states_of(optimizer):
@@ -82,6 +78,30 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
                 f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
             )
     return tuple(members)
+
+
+def _nameless(item: str, group: int, parameter: torch.Tensor, identities: Identities) -> str:
+    """Why a parameter has no name, and what to do."""
+    shape = tuple(parameter.shape)
+    which = f"optimizer {item!r}: a parameter of group {group}, of shape {shape}, is not in `state`, so it has no name"
+    models = [known for known in identities if known.role == "parameter"]
+    alike = [known for known in models if known.tensor is not parameter and tuple(known.tensor.shape) == shape]
+    sharded = next((known for known in alike if placed(parameter) is None and placed(known.tensor) is not None), None)
+    if sharded is not None:
+        return (
+            f"{which}; model {sharded.item!r} has a sharded one of this shape, {sharded.name!r}: the optimizer was made before "
+            f"fully_shard (or parallelize_module) replaced the model's parameters, so make it afterwards"
+        )
+    if alike:
+        return (
+            f"{which}; model {alike[0].item!r} has another of this shape, {alike[0].name!r}: either the optimizer was made "
+            f"from a copy, or before the model's parameters were replaced, so make it from the model that stands in `state`, "
+            f"or put this parameter into `state` too"
+        )
+    return (
+        f"{which}; put the model that it belongs to into `state` beside the optimizer, or ek.trainable(model), or the "
+        f"parameter itself or a dict of such"
+    )
 
 
 def _lying(known: KnownTensor) -> Lying | None:

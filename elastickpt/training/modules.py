@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from elastickpt.errors import StructureConflict
+from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Item
 from elastickpt.training.dtensors import Job, hold, holders_of
@@ -27,6 +27,7 @@ from elastickpt.training.parallel import (
     sharded_parameters,
     sharding_ranks,
 )
+from elastickpt.training.trainable import Trainable
 from elastickpt.training.versions import mark_changed
 
 
@@ -73,7 +74,10 @@ class HeldModule:
 
 
 def is_model(value: object) -> bool:
-    """Whether an entry of `state` is a model: a module, a pipeline stage, or a non-empty list or tuple of these."""
+    """Whether an entry of `state` is a model: a module, a pipeline stage, or a non-empty list or tuple of these; or the
+    trainable part of one."""
+    if isinstance(value, Trainable):
+        return is_model(value.model)
     if isinstance(value, (list, tuple)):
         return bool(value) and all(isinstance(part, nn.Module) or is_stage(part) for part in value)
     return isinstance(value, nn.Module) or is_stage(value)
@@ -87,9 +91,15 @@ def hold_module(item: str, model: object, *, job: Job, identities: Identities) -
     new ones are added. Raises StructureConflict when two parts give one name to different tensors, LayoutUnsupported
     and ValueNotCarried as `hold` does, and as `own_state.beyond` does.
     """
+    part, model = isinstance(model, Trainable), model.model if isinstance(model, Trainable) else model
     given: Sequence[object] = model if isinstance(model, (list, tuple)) else (model,)
-    modules = tuple(module_of(part) for part in given)
+    modules = tuple(module_of(one) for one in given)
     holding = _Holding(item, modules, job, identities)
+    if part:
+        parts = tuple(holding.trained(index) for index in range(len(modules)))
+        if not holding.names:
+            raise ValueNotCarried(f"item {item!r}: no parameter of this model requires a gradient, so nothing of it is trained")
+        return HeldModule(_item(item, model, modules), parts, tuple(holding.arrays), (), holding.names)
     parts = tuple(holding.part(index) for index in range(len(modules)))
     pointers = tuple(ExtraState(pointer(item, name), module) for name, module in _distinct(holding.extra))
     return HeldModule(_item(item, model, modules), parts, tuple(holding.arrays), pointers, holding.names)
@@ -126,6 +136,18 @@ class _Holding:
             self._tensor(found, tensor, index, trained_on.get(id(found.owner), ()) if found.role == "buffer" else ())
         entries = tuple(entry for one in said for entry in beyond(one, registered))
         return Part(module, own, entries, tuple(loaders))
+
+    def trained(self, index: int) -> Part:
+        """The parameters that require gradients, and nothing else; no code of the modules runs."""
+        module, own = self._modules[index], dict[str, torch.Tensor]()
+        sharded = sharded_parameters(module)
+        for found in walk(module):
+            if isinstance(found, NamedTensor) and found.role == "parameter":
+                tensor = sharded.get((id(found.owner), found.attribute), found.tensor)
+                if tensor.requires_grad:
+                    own[found.name] = tensor
+                    self._tensor(found, tensor, index, ())
+        return Part(module, own, (), ())
 
     def _tensor(self, found: NamedTensor, tensor: torch.Tensor, index: int, trained_on: tuple[int, ...]) -> None:
         if found.name not in self.names:

@@ -38,10 +38,10 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
             bind_model(draft, model)
     optimizers: list[BoundOptimizer] = []
     binders: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
+        "value": lambda key, value: _bind_value(draft, state, key, value),
         "optimizer": lambda key, value: optimizers.append(bind_optimizer(draft, key, value)),
         "scheduler": lambda key, value: bind_scheduler(draft, key, value, optimizers=optimizers),
         "object": lambda key, value: bind_object(draft, key, value),
-        "value": lambda key, value: _bind_value(draft, state, key, value),
         "per-rank": lambda key, value: _bind_per_rank(draft, key, value),
         "rng": lambda key, value: _bind_streams(draft, key),  # last: what the others do in install() may draw numbers
     }

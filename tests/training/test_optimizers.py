@@ -314,7 +314,7 @@ def test_states_of_a_parameter_that_is_not_trained_any_more_are_unexpected() -> 
 def test_a_parameter_outside_the_models_of_state_is_refused_by_group_and_shape() -> None:
     model, stranger = seeded(0), nn.Parameter(torch.zeros(7, 2))
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}, {"params": [stranger]}], lr=0.1)
-    message = r"group 1, of shape \(7, 2\), is in no model of `state`"
+    message = r"group 1, of shape \(7, 2\), is not in `state`"
     with pytest.raises(StructureConflict, match=message):
         saved({"model": model, "optimizer": optimizer})
     with pytest.raises(StructureConflict, match=message):
