@@ -396,3 +396,34 @@ def test_state_dicts_of_plain_models_are_not_asked(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(nn.Module, "_save_to_state_dict", lambda *args: asked.append(args))
     ek.save({"m": torch.compile(model)}, tmp_path / "c")
     assert asked == []
+
+
+class Fabrics(nn.Module):
+    """A wrapper of a kind that nobody here knows: it holds what it wraps twice, and its own state dict adds no level."""
+
+    def __init__(self, forward: nn.Module, original: nn.Module) -> None:
+        super().__init__()
+        self._forward_module, self._original_module = forward, original
+
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
+        return self._original_module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def load_state_dict(self, sd: SD, strict: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
+        return self._original_module.load_state_dict(sd, strict=strict, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: Fabrics(m, m), lambda m: Fabrics(torch.compile(m), m)])
+def test_a_wrapper_is_known_by_the_names_of_its_own_state_dict(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    a, b, alone = (nn.ModuleDict({"lin": nn.Linear(2, 2), "metric": Metric()}) for _ in range(3))
+    a.metric.total = torch.tensor(6.0)
+    roundtrip(wrap(a), wrap(b), tmp_path / "c")
+    assert sorted(ek.open(tmp_path / "c").arrays["params/m"]) == ["lin.bias", "lin.weight"]
+    ek.load({"m": alone}, tmp_path / "c")
+    for one in (b, alone):
+        assert one.lin.weight.equal(a.lin.weight)
+        assert one.metric.total.item() == 6.0
+
+
+def test_a_wrapper_that_holds_more_than_its_state_dict_says_adds_its_level(tmp_path: Path) -> None:
+    wrapper = Fabrics(nn.Linear(2, 2), nn.Linear(2, 2))
+    refused({"m": wrapper}, tmp_path / "c", r"the model \(Fabrics\) leaves '_forward_module.weight' out of its state dict")

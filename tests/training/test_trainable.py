@@ -97,7 +97,7 @@ def test_a_single_tensor_and_a_nested_one_name_parameters_too(tmp_path: Path) ->
 
 
 def test_a_parameter_that_is_nowhere_in_state_is_explained(tmp_path: Path) -> None:
-    model, optimizer = trained(0, 0)
+    _, optimizer = trained(0, 0)
     with pytest.raises(
         StructureConflict, match=r"of shape \(2, 4\), is not in `state`.*ek.trainable\(model\), or the parameter"
     ):
