@@ -163,7 +163,7 @@ def test_public_names_are_these() -> None:
     )
     types = {"AsyncOptions", "Best", "Checkpoint", "CheckpointInfo", "Every", "Keep", "LoadReport", "PerRank", "RNG"}
     types |= {"AdoptReport", "Restored", "Run", "RunOptions", "SaveHandle", "YoungDaly"}
-    public = {"__version__", "adopt", "async_save", "elastic", "errors", "load", "open", "save"}
+    public = {"__version__", "adopt", "async_save", "elastic", "errors", "load", "open", "save", "trainable"}
     assert set(names) == types | public
     assert len(names) == len(set(names))
 
