@@ -4,7 +4,7 @@ import elastickpt as ek
 
 ek.save(state, path)    # blocking; whole or absent
 ek.async_save(state, path).result()    # stages and returns; written beside training
-ek.load(state, path)    # in place, at whatever layout `state` has now
+ek.load(state, path)    # in place, at whatever layout `state` has now; also RUN, RUN@STEP
 ek.open(path)           # read only, without torch; also RUN, RUN@STEP
 ek.Run(root, state)     # a job's checkpoints over its whole history
 ek.adopt(root)          # have whole checkpoints of a run count whose registers were lost
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from elastickpt import errors as errors
     from elastickpt.load.checkpoint import Checkpoint as Checkpoint
     from elastickpt.load.session import LoadReport as LoadReport
-    from elastickpt.load.session import load as load
     from elastickpt.runs.adopting import AdoptReport as AdoptReport
     from elastickpt.runs.adopting import adopt as adopt
     from elastickpt.runs.due import Every as Every
     from elastickpt.runs.due import YoungDaly as YoungDaly
+    from elastickpt.runs.loading import load as load
     from elastickpt.runs.opening import open_checkpoint as open
     from elastickpt.runs.options import RunOptions as RunOptions
     from elastickpt.runs.restoring import Restored as Restored
@@ -64,7 +64,7 @@ _PUBLIC = {
     "YoungDaly": ("elastickpt.runs.due", "YoungDaly"),
     "adopt": ("elastickpt.runs.adopting", "adopt"),
     "async_save": ("elastickpt.save.async_save", "async_save"),
-    "load": ("elastickpt.load.session", "load"),
+    "load": ("elastickpt.runs.loading", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
     "save": ("elastickpt.save.session", "save"),
     "trainable": ("elastickpt.training.trainable", "trainable"),

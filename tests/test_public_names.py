@@ -14,7 +14,7 @@ assert "torch" not in sys.modules
 for name in ek.__all__:
     assert name in dir(ek)
 assert callable(ek.load) and callable(ek.save), (ek.load, ek.save)
-from elastickpt.load.session import load
+from elastickpt.runs.loading import load
 assert ek.load is load
 assert isinstance(ek.__version__, str) and issubclass(ek.errors.Refused, ek.errors.CheckpointError)
 """

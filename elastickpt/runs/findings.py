@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Start
+from elastickpt.commit.registers.records import Found
 from elastickpt.commit.registers.steps import Steps
-from elastickpt.commit.registers.stored import list_commits, read_start
+from elastickpt.commit.registers.stored import list_commits, read_nothing_loaded, read_start
 from elastickpt.errors import Damaged, StorageFailed, kinds
 from elastickpt.storage.store import Store
 
@@ -61,29 +61,39 @@ class Told:
 
 
 def read_told(store: Store) -> Steps[Told]:
-    """All start objects of the run. One that is not what was written tells nothing here: `epoch_history` names it.
+    """All start and found objects of the run. One that is not what was written tells nothing here: `epoch_history` names it.
 
     Raises StorageFailed kinds.
     """
     listing = yield from list_commits(store)
     findings: dict[AttemptId, Finding] = {}
     rules: Rules | None = None
-    for epoch in sorted(listing.starts):
+    for epoch in sorted(listing.starts | listing.founds):
+        if epoch not in listing.starts:
+            findings |= yield from _nothing_loaded(store, epoch)
+            continue
         try:
             start = yield from read_start(store, epoch)
         except Damaged:
             rules = None
             continue
-        findings |= _findings(start)
+        findings |= _findings(epoch, start.continued, start.found)
         rules = None if start.keep is None else Rules(epoch, start.keep)
     return Told(MappingProxyType(findings), rules)
 
 
-def _findings(start: Start) -> dict[AttemptId, Finding]:
-    found = start.found
+def _nothing_loaded(store: Store, epoch: int) -> Steps[dict[AttemptId, Finding]]:
+    try:
+        nothing = yield from read_nothing_loaded(store, epoch)
+    except Damaged:
+        return {}
+    return _findings(epoch, None, nothing.found)
+
+
+def _findings(epoch: int, continued: AttemptId | None, found: Found | None) -> dict[AttemptId, Finding]:
     if found is None:
         return {}
-    findings = {one.id: Finding(start.epoch, found.time, one.kind, one.message) for one in found.passed}
-    if found.verified and start.continued is not None:
-        findings[start.continued] = Finding(start.epoch, found.time)
+    findings = {one.id: Finding(epoch, found.time, one.kind, one.message) for one in found.passed}
+    if found.verified and continued is not None:
+        findings[continued] = Finding(epoch, found.time)
     return findings

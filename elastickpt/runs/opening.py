@@ -12,15 +12,18 @@ A path that stands as it is written wins: `@` is a character like others.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from elastickpt.commit.registers.names import LATEST, commits_path, parse_folder
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import list_commits, read_view
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpoint, Refused, Uncommitted
+from elastickpt.format.keys import MANIFEST
 from elastickpt.load.checkpoint import Checkpoint
 from elastickpt.load.opened import open_in, open_records
 from elastickpt.runs.branch import CommitEntry, at_step, entries_of
@@ -66,7 +69,9 @@ class RunAt:
         return self.store.exists(commits_path(entry.id.register))
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, step: int | None = None, epoch: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, step: SupportsIndex | None = None, epoch: SupportsIndex | None = None
+) -> Checkpoint:
     """A checkpoint for reading, by its folder or URL, or of a run: `RUN`, `RUN@900`, `RUN@900.3`, or `step=`, `epoch=`.
 
     Of a run without a step the newest of its live branch; a step means the live branch unless an epoch is named. Only records
@@ -77,30 +82,65 @@ def open_checkpoint(path: str | os.PathLike[str], *, step: int | None = None, ep
     return found.open(_chosen(found, Choice(found.path))) if isinstance(found, RunAt) else found
 
 
-def open_path(path: str | os.PathLike[str], *, step: int | None = None, epoch: int | None = None) -> Checkpoint | RunAt:
+def open_path(
+    path: str | os.PathLike[str], *, step: SupportsIndex | None = None, epoch: SupportsIndex | None = None
+) -> Checkpoint | RunAt:
     """What `open_checkpoint` opens, but for a path that is a run's: then the run. Errors as there."""
     text = os.fspath(path)
     choice = choose(text, step=step, epoch=epoch)
     if choice is not None:
-        run = run_at(choice.run)
-        if run is None:
-            raise NotACheckpoint(f"{text}: {choice.run} is no run (nobody claimed it){_lost_hint(choice.run)}")
+        run = _run_of(choice, text)
         return run.open(_chosen(run, choice))
     try:
         return Checkpoint(open_records(_behind_link(text)))
     except Uncommitted:
         raise
     except NotACheckpoint as problem:
-        run = run_at(text)
-        if run is None:
+        found = run_at(text)
+        if found is None:
             raise type(problem)(f"{problem.message}{_lost_hint(text)}") from None
-    return run
+    return found
 
 
-def choose(path: str, *, step: int | None = None, epoch: int | None = None) -> Choice | None:
+def folder_of(path: str | os.PathLike[str], *, step: SupportsIndex | None = None, epoch: SupportsIndex | None = None) -> str:
+    """The folder, in its run, of the checkpoint that is meant; "" where `path` is not a run's, and is the folder itself.
+
+    Reads no more than it must to know. Raises what `open_checkpoint` raises.
+    """
+    text = os.fspath(path)
+    choice = choose(text, step=step, epoch=epoch)
+    if choice is None:
+        link = _behind_link(text)
+        if link != text:
+            return link.rpartition("/")[2]
+        store, name = locate(text)
+        if store.exists(f"{name}/{MANIFEST}"):
+            return ""
+        run = open_path(text)
+        if not isinstance(run, RunAt):
+            return ""
+    else:
+        run = _run_of(choice, text)
+    entry = _chosen(run, choice or Choice(run.path))
+    if entry.commit is None:
+        raise Damaged(f"{place_in(run.store, entry.folder)}: {entry.problem}")
+    return entry.folder
+
+
+def place_of(path: str | os.PathLike[str], folder: str, *, step: SupportsIndex | None = None) -> str:
+    """Where this process finds the folder that `folder_of` named, perhaps on another host."""
+    text = os.fspath(path)
+    choice = choose(text, step=step)
+    if choice is None and _behind_link(text) != text:
+        return _behind_link(text)
+    run = text if choice is None else choice.run
+    return place_in(open_store(run), folder)
+
+
+def choose(path: str, *, step: SupportsIndex | None = None, epoch: SupportsIndex | None = None) -> Choice | None:
     """What of which run is meant; None where `path` stands as it is written, or names no step."""
     if step is not None:
-        return Choice(path, step, epoch)
+        return Choice(path, operator.index(step), None if epoch is None else operator.index(epoch))
     if epoch is not None:
         raise Refused(f"{path}: epoch={epoch} without a step: expected both")
     found = _AT.fullmatch(path)
@@ -126,6 +166,13 @@ def run_at(path: str) -> RunAt | None:
 def newest_of(entries: Sequence[CommitEntry]) -> CommitEntry | None:
     """The newest checkpoint of the live branch, broken or not."""
     return next((one for one in entries if one.state == "live"), None)
+
+
+def _run_of(choice: Choice, text: str) -> RunAt:
+    run = run_at(choice.run)
+    if run is None:
+        raise NotACheckpoint(f"{text}: {choice.run} is no run (nobody claimed it){_lost_hint(choice.run)}")
+    return run
 
 
 def _chosen(run: RunAt, choice: Choice) -> CommitEntry:

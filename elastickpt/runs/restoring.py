@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import msgpack
 
 from elastickpt.commit.marks import marked
-from elastickpt.commit.registers.epochs import Holding, claim, start
+from elastickpt.commit.registers.epochs import Holding, claim, remember, start
 from elastickpt.commit.registers.names import AttemptId, parse_id
 from elastickpt.commit.registers.records import Claimer, Found, PassedOver
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_view
 from elastickpt.comms.team import Team
-from elastickpt.errors import Damaged, NotACheckpoint, Refused, StorageFailed
+from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused, StorageFailed
 from elastickpt.load.session import UNDEFINED, LoadReport, Strict, load
 from elastickpt.runs.branch import CommitEntry, at_step, entries_of
 from elastickpt.runs.epoch_history import is_claimed_by
@@ -191,9 +191,19 @@ class Restoring:
                 return Loaded(candidate, report, _by_step([*newer, *skipped]), verified | {candidate.id: True})
         bad = _by_step([*broken, *skipped])
         if bad:
+            self._remember(Loaded(None, skipped=bad))
             newest = f"the newest: {bad[0].path}: {bad[0].reason}"
             raise Damaged(f"{self._store.url}: none of {len(bad)} checkpoints loads; {newest}{undefined}")
         return Loaded(None)
+
+    def _remember(self, nothing: Loaded) -> None:
+        """The run remembers what was found, though it does not start; a store that fails costs no more than that. [RUN-69]"""
+        if self.holding is None:
+            return
+        try:
+            complete(remember(self._store, self.holding, nothing.found(time.time())))
+        except CheckpointError as problem:
+            log.warning("%s: what this restore found cannot be remembered: %s", self._store.url, problem)
 
     def start(self, loaded: Loaded, *, keep: Keep) -> None:
         """The live branch goes on from what was loaded. With it the run remembers what was found on the way, and what the job

@@ -24,17 +24,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
 from elastickpt.commit.registers.epochs import Holding
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Metrics, metrics_of
+from elastickpt.commit.registers.names import MAX_NUMBER, AttemptId
+from elastickpt.commit.registers.records import metrics_of
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_claim
 from elastickpt.commit.teams import team_of
 from elastickpt.comms.addresses import own_address
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.format.digest import file_digest
+from elastickpt.format.scalars import as_integer, described
 from elastickpt.load.session import Strict
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
@@ -52,7 +53,7 @@ from elastickpt.save.destination import RunDestination
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.info import CheckpointInfo
 from elastickpt.save.saver import Saver
-from elastickpt.storage.opening import locate_for_saving, open_store, place_in
+from elastickpt.storage.opening import local_path, locate_for_saving, open_store, place_in
 from elastickpt.storage.store import Store
 from elastickpt.training.group import job_group
 
@@ -130,7 +131,7 @@ class Run:
         """Saves that were left out, because some rank had no free memory for them in time."""
         return self._saver.skipped
 
-    def restore(self, *, step: int | None = None, epoch: int | None = None, strict: Strict = "all") -> Restored:
+    def restore(self, *, step: SupportsIndex | None = None, epoch: int | None = None, strict: Strict = "all") -> Restored:
         """Takes the run over, and fills `state` with its newest checkpoint that verifies, the same one on all ranks. Blocking.
 
         Called again it is a rollback: the live branch goes on from what is restored now. `step` takes that one instead of the
@@ -157,7 +158,7 @@ class Run:
             orphans_s=0.0 if own else self._options.orphans_s,
             tokens=tokens,
             take_over=self._options.take_over,
-            choice=Choice(step, epoch),
+            choice=Choice(None if step is None else _step(step), epoch),
         )
         loaded = restoring.load_first(state, self._mesh, candidates, broken, strict=strict)
         taken = loaded.taken
@@ -171,12 +172,13 @@ class Run:
         self._tell_restored(found, begun, verified=loaded.verified)
         return found
 
-    def due(self, step: int) -> bool:
+    def due(self, step: SupportsIndex) -> bool:
         """Whether a save is due now that `step` steps are completed; the same on all ranks, which call it once after each step.
 
         Asks the job's store once; afterwards `ending` says whether the job should end.
         """
         self._require_open()
+        step = _step(step)
         notice = self._notices.notice
         with self._changing:
             last, under_way = self._last, len(self._under_way)
@@ -195,37 +197,44 @@ class Run:
         `ending` go by it as by a signal. From any thread, on any rank; of one `why` the first call holds."""
         self._notices.give(why, left_s=left_s)
 
-    def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+    def save(self, step: SupportsIndex, *, metrics: Mapping[str, SupportsFloat] | None = None) -> SaveHandle:
         """Saves `state` as the checkpoint of `step` completed steps; returns when it is staged. What is not kept any more goes
-        after the commit.
+        after the commit. `metrics` are rank 0's: numbers, numpy's or tensors without a dimension, for which it waits.
 
         Blocks as `async_save` does. Raises Superseded after a save found that another job has the run, Refused before `restore`
-        and for metrics that are no numbers; all else is raised by the handle, on all ranks alike.
+        and, on the rank where it is so, for a step or metrics that are no numbers; the other ranks hear of that, as of all
+        else, by the handle, on all ranks alike.
         """
         state = self._require_open()
         if self._epoch == 0:
             raise Refused(f"{self.root}: expected restore() before the first save, which says where the run goes on")
         if self._superseded is not None:
             raise self._superseded
-        known = metrics_of((metrics or {}).items())
+        number, known, refused = 0, metrics_of(()), None
+        try:
+            number, known = _step(step), metrics_of((metrics or {}).items())
+        except Refused as error:
+            refused = error
         begun = time.monotonic()
         self._calendar.saved()
-        destination = RunDestination(self._store, self._holding, step, known)
-        request = self._options.request(destination.place, step)
+        destination = RunDestination(self._store, self._holding, number, known, refused)
+        request = self._options.request(destination.place, number)
         handle = self._saver.save(state, destination, request, mesh=self._mesh)
+        if refused is not None:
+            raise refused
         with self._changing:
             self._under_way.add(handle)
         staged, epoch = time.monotonic(), self._epoch
-        handle.add_done_callback(lambda ended: self._ended(ended, (step, epoch), begun, staged))
+        handle.add_done_callback(lambda ended: self._ended(ended, (number, epoch), begun, staged))
         return handle
 
-    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The checkpoint of `step` gets these metrics, which `keep` may go by; of one name the last one holds. Does not block:
-        what goes wrong later is logged. Raises Refused for what is no number."""
+    def add_metrics(self, step: SupportsIndex, metrics: Mapping[str, SupportsFloat]) -> None:
+        """The checkpoint of `step` gets these metrics of rank 0, which `keep` may go by; of one name the last one holds. Does
+        not block: what goes wrong later is logged. Raises Refused for what is no number."""
         self._require_open()
-        known: Metrics = metrics_of(metrics.items())
+        number, known = _step(step), metrics_of(metrics.items())
         if self._member == 0:
-            self._upkeep.add_metrics(step, dict(known))
+            self._upkeep.add_metrics(number, dict(known))
 
     def close(self, *, limit_s: float | None = None) -> None:
         """Ends the job's part in the run: saves under way are waited for at most `limit_s` (default: the option of saving, or
@@ -317,6 +326,13 @@ class Run:
             self._upkeep.call(lambda watcher=watcher: watcher.restored(event))  # type: ignore[misc]
 
 
+def _step(value: object) -> int:
+    step = as_integer(value)
+    if type(step) is not int or not 0 <= step <= MAX_NUMBER:
+        raise Refused(f"step {described(value)}: expected the number of completed steps, an integer in [0, {MAX_NUMBER}]")
+    return step
+
+
 def _root(root: str | os.PathLike[str]) -> Store:
     """The store of the run, made if need be."""
     parent, name = locate_for_saving(root)
@@ -334,8 +350,9 @@ def _reached_at(hosts: tuple[str, ...]) -> str | None:
 def _trace(folder: str, rank: int) -> TraceFile | None:
     if not folder:
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return TraceFile(Path(folder) / f"trace-{os.getpid()}-rank{rank:05d}.json")
+    traces = Path(local_path(folder))
+    traces.mkdir(parents=True, exist_ok=True)
+    return TraceFile(traces / f"trace-{os.getpid()}-rank{rank:05d}.json")
 
 
 _OPEN: weakref.WeakSet[Run] = weakref.WeakSet()

@@ -137,6 +137,7 @@ def _sweep_temporaries(store: Store, holding: Holding, listing: Listing) -> Step
             taken.claims <= listing.claims
             and taken.adopted <= listing.adopted
             and taken.starts <= listing.starts
+            and taken.founds <= listing.founds
             and taken.registers <= listing.registers
             and taken.metrics <= listing.metrics
         ):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from elastickpt.save.destination import PathDestination
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.options import DEFAULT, AsyncOptions
-from elastickpt.save.request import PlacementChoice, Replicas, Request
+from elastickpt.save.request import PlacementChoice, Replicas, Request, step_of
 from elastickpt.save.savers import saver_of
 from elastickpt.storage.store import Durability
 from elastickpt.training.group import job_group
@@ -23,7 +23,7 @@ def async_save(
     state: Mapping[str, object],
     path: str | os.PathLike[str],
     *,
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     process_group: ProcessGroup | None = None,
     mesh: DeviceMesh | None = None,
     placement: PlacementChoice = "auto",
@@ -43,6 +43,6 @@ def async_save(
     rank, the handle says on all ranks.
     """
     saver = saver_of(job_group(process_group), options)
-    destination = PathDestination.of(path, step)
+    destination = PathDestination.of(path, step_of(step))
     request = Request(destination.place, destination.step, placement, durability, replicas)
     return saver.save(state, destination, request, mesh=mesh)

@@ -10,6 +10,7 @@ From the moment the attempt is open, a rank that cannot go on withdraws by its w
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -39,6 +40,8 @@ from elastickpt.writer.rounds import BLOCK_NBYTES
 from elastickpt.writer.submissions import Submission
 
 Ended = Callable[[Task, "Ordered | None", "Committed | BaseException"], None]
+
+log = logging.getLogger(__name__)
 
 
 class Background:
@@ -155,6 +158,9 @@ class _Rounds:
         self.notes += agreed.notes
         reply = agreed.opened or team.round("draft", self._stage, lambda _: self._open(agreed.intentions))
         folder, register, metrics, self.wanted, self.gathers = msgpack.unpackb(reply, use_list=False)
+        if ignored := sorted({name for name, _ in task.destination.metrics} - {name for name, _ in metrics}):
+            said = "%s: %s: these metrics of this rank are ignored, as rank 0 gave none of that name"
+            log.warning(said, task.handle.path, ", ".join(ignored))
         order = Order(parse_id(register) if register else None, metrics=metrics)
         draft, store = Draft(*folder), agreed.store
         path = place_in(store, draft.name)

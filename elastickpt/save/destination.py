@@ -19,7 +19,7 @@ from elastickpt.commit.registers.records import Metrics
 from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import Refused
 from elastickpt.format.arrays import Section
-from elastickpt.storage.opening import locate_for_saving
+from elastickpt.storage.opening import local_path, locate_for_saving
 from elastickpt.storage.store import Store
 
 
@@ -83,7 +83,7 @@ class PathDestination:
     def of(cls, path: str | os.PathLike[str], step: int | None) -> PathDestination:
         """Relative paths are below the working directory of now."""
         text = os.fspath(path)
-        return cls(text if "://" in text or not text else os.path.abspath(text), step)
+        return cls(text if "://" in text or not text else os.path.abspath(local_path(text)), step)
 
     def locate(self) -> Located:
         return _Path(*locate_for_saving(self.place))
@@ -108,18 +108,22 @@ class _Path:
 
 @dataclass(frozen=True, slots=True)
 class RunDestination:
-    """A step of a run, whose root the store is: its register is the commit. `holding` is member 0's claim, None on others."""
+    """A step of a run, whose root the store is: its register is the commit. `holding` is member 0's claim, None on others;
+    `refused` why this rank's part of the save cannot be accepted, which all ranks are to hear."""
 
     store: Store
     holding: Holding | None
     step: int
     metrics: Metrics = ()
+    refused: Refused | None = None
 
     @property
     def place(self) -> str:
         return f"{self.store.url}, step {self.step}"
 
     def locate(self) -> Located:
+        if self.refused is not None:
+            raise self.refused
         return _Step(self.store, self.holding, self.step)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, cast, get_args
 
 from elastickpt.errors import PlacementUnsupported, Refused
 from elastickpt.format.digest import block_checksum
+from elastickpt.format.scalars import as_integer, described
 from elastickpt.storage.store import Durability
 
 PlacementChoice = Literal["auto", "plain"]
@@ -46,4 +47,9 @@ class Request:
         if self.replicas not in get_args(Replicas):
             raise Refused(f"replicas {self.replicas!r}: expected one of {', '.join(get_args(Replicas))}")
         if self.step is not None and (type(self.step) is not int or not 0 <= self.step < 1 << 63):
-            raise Refused(f"step {self.step!r}: expected None or the number of completed steps, an int from 0 on")
+            raise Refused(f"step {described(self.step)}: expected None or the number of completed steps, an int from 0 on")
+
+
+def step_of(step: SupportsIndex | None) -> int | None:
+    """A step as callers have it, also numpy's integers and tensors of one; what is none is left for `require_known`."""
+    return cast("int | None", as_integer(step))

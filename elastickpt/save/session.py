@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import msgpack
 
@@ -28,7 +28,7 @@ from elastickpt.save.messages import (
     values_wanted,
 )
 from elastickpt.save.outline import records_of
-from elastickpt.save.request import PlacementChoice, Replicas, Request
+from elastickpt.save.request import PlacementChoice, Replicas, Request, step_of
 from elastickpt.save.write import write_plan
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
@@ -49,7 +49,7 @@ def save(
     state: Mapping[str, object],
     path: str | os.PathLike[str],
     *,
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     process_group: ProcessGroup | None = None,
     mesh: DeviceMesh | None = None,
     placement: PlacementChoice = "auto",
@@ -77,7 +77,7 @@ def save(
     with collection_paused():
         group = job_group(process_group)
         team = team_of(group)
-        request = Request(os.fspath(path), step, placement, durability, replicas)
+        request = Request(os.fspath(path), step_of(step), placement, durability, replicas)
         return _Save(group, team, request).run(state, mesh)
 
 

@@ -71,13 +71,18 @@ def _make_durably(directory: str) -> None:
         LocalStore(os.path.dirname(made)).sync_directory("")
 
 
+def local_path(path: str) -> str:
+    """A local path that begins with `~` or `~NAME` leads from that user's home folder, as in a shell; any other is itself."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
 def _split(url: str) -> tuple[str, str]:
-    """(scheme, what follows): ("file", path) for `file://` and for plain local paths."""
+    """(scheme, what follows): ("file", path) for `file://` and for plain local paths, in which `~` is expanded."""
     if "::" in url and "://" in url:
         raise Refused(f"{url}: expected one URL, found several chained by '::'")
     found = _URL.fullmatch(url)
     if found is None:
-        return "file", url
+        return "file", local_path(url)
     scheme, rest = found[1].lower(), found[2]
     if scheme != "file":
         return scheme, rest

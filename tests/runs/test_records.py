@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import W, X, by, commit_of
@@ -16,6 +20,7 @@ from elastickpt.commit.registers.names import (
     Name,
     adopted_name,
     claim_name,
+    found_name,
     listing_of,
     parse_folder,
     parse_id,
@@ -30,17 +35,20 @@ from elastickpt.commit.registers.records import (
     Claim,
     Found,
     LaterMetrics,
+    NothingLoaded,
     PassedOver,
     Start,
     Void,
     decode_adopted,
     decode_claim,
     decode_metrics,
+    decode_nothing_loaded,
     decode_register,
     decode_start,
     encode_adopted,
     encode_claim,
     encode_metrics,
+    encode_nothing_loaded,
     encode_register,
     encode_start,
     metrics_of,
@@ -53,6 +61,7 @@ NUMBERS = st.integers(1, MAX_NUMBER)
 IDS = st.builds(AttemptId, st.integers(0, MAX_NUMBER), NUMBERS, NUMBERS)
 LATER = LaterMetrics(X, 2, metrics_of([("loss", 0.5)]))
 TOLD = Start(3, W, "last=3", Found(1000.5, True, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
+NOTHING = NothingLoaded(3, Found(1000.5, False, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
 
 # how each object is written, and read under the name that it belongs under, or under another one
 OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], object]]] = {
@@ -81,6 +90,11 @@ OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], obj
         lambda data: decode_start(data, epoch=3),
         lambda data: decode_start(data, epoch=4),
     ),
+    "found": (
+        encode_nothing_loaded(NOTHING),
+        lambda data: decode_nothing_loaded(data, epoch=3),
+        lambda data: decode_nothing_loaded(data, epoch=4),
+    ),
     "commit": (
         encode_register(commit_of(X, metrics=metrics_of([("loss", math.inf)]))),
         lambda data: decode_register(data, attempt=X),
@@ -103,6 +117,7 @@ WRITTEN = {
     "void": Void(3, 4),
     "start": Start(3, X),
     "start that tells": TOLD,
+    "found": NOTHING,
     "commit": commit_of(X, metrics=metrics_of([("loss", math.inf)])),
     "abort": Abort(X, "disk full"),
     "metrics": LATER,
@@ -121,8 +136,8 @@ def test_names_of_an_attempt_read_back(attempt: AttemptId) -> None:
 
 @given(NUMBERS)
 def test_names_of_an_epoch_read_back(epoch: int) -> None:
-    found = [parse_name(name(epoch)) for name in (claim_name, adopted_name, start_name)]
-    assert found == [Name("claim", epoch), Name("adopted", epoch), Name("start", epoch)]
+    found = [parse_name(name(epoch)) for name in (claim_name, adopted_name, start_name, found_name)]
+    assert found == [Name("claim", epoch), Name("adopted", epoch), Name("start", epoch), Name("found", epoch)]
 
 
 @pytest.mark.parametrize(
@@ -275,9 +290,42 @@ def test_nothing_that_was_loaded_was_not_verified() -> None:
         decode_start(_start(continued=None, found={"time": 1.5, "verified": True, "passed": []}), epoch=3)
 
 
-@pytest.mark.parametrize("wrong", [[("loss", "low")], [("loss", True)], [("loss", None)], [(1, 1.0)]])
-def test_metrics_are_numbers_by_name(wrong: list[tuple[str, float]]) -> None:
-    with pytest.raises(Refused):
+NUMBERS_ALIKE = [
+    2,
+    2.0,
+    Fraction(2),
+    Decimal(2),
+    *(kind(2) for kind in (np.float16, np.float32, np.float64, np.int8, np.int64, np.uint64)),
+    np.array(2.0),
+    *(torch.tensor(2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int64)),
+    torch.tensor(2.0, requires_grad=True) * 1,
+    torch.nn.Parameter(torch.tensor(2.0)),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS_ALIKE, ids=lambda one: f"{type(one).__name__}-{getattr(one, 'dtype', '')}")
+def test_a_metric_may_be_whatever_is_one_number(number: object) -> None:
+    assert metrics_of([("loss", number)]) == (("loss", 2.0),)
+
+
+WRONG = [
+    "low",
+    True,
+    None,
+    1j,
+    10**400,
+    np.bool_(True),
+    torch.tensor(True),
+    torch.ones(2),
+    torch.ones(1),
+    np.ones((1, 1)),
+    [1.0],
+]
+
+
+@pytest.mark.parametrize("wrong", [*([("loss", one)] for one in WRONG), [(1, 1.0)]], ids=str)
+def test_metrics_are_numbers_by_name(wrong: list[tuple[str, object]]) -> None:
+    with pytest.raises(Refused, match="expected a name and a number without a dimension"):
         metrics_of(wrong)
 
 

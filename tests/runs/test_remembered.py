@@ -149,12 +149,46 @@ def test_of_very_many_the_newest_are_remembered(three_steps: Path, open_run: Ope
     assert outcomes(three_steps) == {ONE: "verified", THREE: "damaged"}
 
 
-def test_where_nothing_loads_nothing_is_told_and_the_content_is_undefined(three_steps: Path, open_run: Open) -> None:
+def test_where_nothing_loads_what_was_passed_over_is_told_and_the_content_is_undefined(
+    three_steps: Path, open_run: Open
+) -> None:
+    """[RUN-69]"""
     for step in (1, 2, 3):
         flip(three_steps, step)
     with pytest.raises(Damaged, match="none of 3 checkpoints loads") as raised:
         open_run().restore()
     assert raised.value.message.endswith(UNDEFINED)
+    assert outcomes(three_steps) == dict.fromkeys((ONE, TWO, THREE), "damaged")
+    assert not (three_steps / "commits" / "epoch-2.start.json").exists()
+    flip(three_steps, 2)
+    assert open_run().restore().step == 2
+    assert outcomes(three_steps) == {ONE: "damaged", TWO: "verified", THREE: "damaged"}
+
+
+def test_what_cannot_be_remembered_changes_no_error(
+    three_steps: Path, open_run: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """[RUN-69]"""
+    for step in (1, 2, 3):
+        flip(three_steps, step)
+
+    def remember(*about: object) -> object:
+        raise StorageFailed("disk full")
+        yield
+
+    monkeypatch.setattr(restoring_module, "remember", remember)
+    with pytest.raises(Damaged, match="none of 3 checkpoints loads"):
+        open_run().restore()
+    assert "cannot be remembered: disk full" in caplog.text
+    assert told_of(three_steps).findings == {}
+
+
+def test_a_found_object_that_is_not_what_was_written_tells_nothing(three_steps: Path, open_run: Open) -> None:
+    for step in (1, 2, 3):
+        flip(three_steps, step)
+    with pytest.raises(Damaged):
+        open_run().restore()
+    (three_steps / "commits" / "epoch-2.found.json").write_bytes(b"{}")
     assert told_of(three_steps).findings == {}
 
 

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import elastickpt as ek
+from elastickpt.cli.main import main
 from elastickpt.commit import settle as settle_module
 from elastickpt.commit.registers.names import parse_id
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, StorageFailed, Superseded
@@ -438,3 +440,97 @@ def test_a_run_made_beside_the_main_thread_says_that_it_hears_no_signals(
         make("told so", ek.RunOptions(signals={}))
         ek.Run(tmp_path / "in the main thread", {}).close()
         assert not caplog.records
+
+
+STEPS_ALIKE = [np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3])]
+
+
+@pytest.mark.parametrize("step", STEPS_ALIKE, ids=lambda one: f"{type(one).__name__}-{one.dtype}-{one.ndim}")
+def test_a_step_may_be_whatever_counts_as_an_int(tmp_path: Path, training: Training, open_run, step: object) -> None:  # type: ignore[no-untyped-def]
+    run = open_run(due=ek.Every(steps=3))
+    run.restore()
+    assert run.due(step)
+    training.at(3)
+    run.save(step, metrics={"loss": torch.tensor(0.5), "accuracy": np.float32(0.25)}).result(BOUND_S)
+    run.add_metrics(step, {"later": np.int64(1)})
+    run.close()
+    (entry,) = history(tmp_path / "run")
+    assert (entry.step, dict(entry.metrics)) == (3, {"loss": 0.5, "accuracy": 0.25, "later": 1.0})
+    assert ek.open(tmp_path / "run", step=step).step == 3  # type: ignore[arg-type]
+    assert open_run().restore(step=step).step == 3
+    ek.save(training.state, tmp_path / "alone", step=step)  # type: ignore[arg-type]
+    ek.async_save(training.state, tmp_path / "beside", step=step).result(BOUND_S)  # type: ignore[arg-type]
+    assert [ek.open(tmp_path / name).step for name in ("alone", "beside")] == [3, 3]
+
+
+@pytest.mark.parametrize("step", [True, 2.0, np.float64(2), "2", None, -1, 10**18, torch.tensor(2.0), torch.ones(2)], ids=str)
+def test_what_is_no_step_is_refused(training: Training, open_run, step: object) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    for call in (run.save, run.due):
+        with pytest.raises(Refused, match="expected the number of completed steps"):
+            call(step)
+    saved(run, training, 1)
+
+
+def test_a_run_is_loaded_as_it_is_opened_and_never_claimed(tmp_path: Path, training: Training, open_run) -> None:  # type: ignore[no-untyped-def]
+    run = open_run()
+    run.restore()
+    saved(run, training, 1, 2, 3)
+    run.restore(step=1)
+    saved(run, training, 5)
+    root = tmp_path / "run"
+    before = sorted(one.name for one in (root / "commits").iterdir())
+    for path, about, step in (
+        (root, {}, 5),
+        (f"{root}@latest", {}, 5),
+        (root / "latest", {}, 5),
+        (f"{root}@1", {}, 1),
+        (f"{root}@3.1", {}, 3),
+        (root, {"step": 1}, 1),
+        (root, {"step": 3, "epoch": 1}, 3),
+        (root / "step-0000000002.1.1", {}, 2),
+    ):
+        training.at(0)
+        report = ek.load(training.state, path, **about)
+        assert report.step == step
+        training.demand(step)
+    with pytest.raises(NotACheckpoint, match=r"step 3: no commit on the live branch; .*name the epoch"):
+        ek.load(training.state, f"{root}@3")
+    shutil.rmtree(root / "step-0000000005.2.1")
+    with pytest.raises(Damaged, match="the folder is gone"):
+        ek.load(training.state, root)
+    assert sorted(one.name for one in (root / "commits").iterdir()) == before
+    with pytest.raises(NotACheckpoint):
+        ek.load(training.state, tmp_path / "nothing@2")
+
+
+def test_a_path_from_home_leads_there(
+    tmp_path: Path,
+    training: Training,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    training.at(1)
+    ek.save(training.state, "~/out/a", step=1)
+    assert ek.async_save(training.state, "~/out/b", step=1).result(BOUND_S).path == str(home / "out" / "b")
+    with ek.Run("~/run", training.state, options=replace(OPTIONS, trace="~/traces")) as run:
+        run.restore()
+        saved(run, training, 1)
+        assert run.root == str(home / "run")
+    for path in ("~/out/a", "~/out/b", Path("~/run"), "~/run@1", "~/run@latest"):
+        assert ek.load(training.state, path).step == 1
+        assert ek.open(path).step == 1
+    assert [one.step for one in history("~/run")] == [1]
+    assert main(["inspect", "~/run@1"]) == 0
+    assert ek.adopt("~/run").epoch == 0
+    assert list((home / "traces").iterdir()) != []
+    assert list(work.iterdir()) == []
+    (work / "~").mkdir()
+    ek.save(training.state, "./~/kept", step=1)
+    assert (work / "~" / "kept" / "checkpoint.json").exists()

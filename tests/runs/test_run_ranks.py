@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,6 +89,56 @@ def test_a_run_that_lost_its_registers_is_refused_on_all_ranks_alike(tmp_path: P
     assert not (tmp_path / "run" / "commits").exists()
     assert ek.adopt(root).adopted == ("step-0000000001.1.1",)
     assert run_ranks(trains, 2, root, 1, 1) == [[1, 3]] * 2
+
+
+def gives_metrics(rank: int, world_size: int, root: str) -> tuple[str, str, list[str]]:
+    """What a save says where rank 1 alone has something that is no number, and what rank 1 logs of metrics of its own."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("elastickpt.save.background").addHandler(handler)
+    model = model_of(0)
+    with ek.Run(root, {"model": model}, options=OPTIONS) as run:
+        run.restore()
+        errors = []
+        for step, metrics in ((1, {"loss": torch.ones(2)}), (np.float32(2), {})):
+            given: tuple[object, object] = (step, metrics) if rank else (2, {"loss": 0.5})
+            with pytest.raises(Refused) as refused:
+                run.save(given[0], metrics=given[1]).result(BOUND_S)  # type: ignore[arg-type]
+            errors.append(str(refused.value))
+        run.save(3, metrics={"loss": 0.5, "mine": 1.0} if rank else {"loss": torch.tensor(0.25)}).result(BOUND_S)
+    return errors[0], errors[1], heard
+
+
+def test_what_is_no_number_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    """And metrics are rank 0's: another rank hears of those of its own that are not used."""
+    root = str(tmp_path / "run")
+    first, second = run_ranks(gives_metrics, 2, root)
+    for error in (*first[:2], *second[:2]):
+        assert "expected" in error
+        assert "a Tensor of shape (2,)" in error or "float32" in error
+    assert [line for line in first[2] if "ignored" in line] == []
+    (said,) = [line for line in second[2] if "ignored" in line]
+    assert "mine" in said
+    assert "loss" not in said
+    (entry,) = history(root)
+    assert (entry.step, dict(entry.metrics)) == (3, {"loss": 0.25})
+
+
+def loads_a_run(rank: int, world_size: int, root: str) -> list[int | None]:
+    model = model_of(0)
+    steps = []
+    for path in (root, f"{root}@latest", f"{root}@1"):
+        steps.append(ek.load({"model": model}, path).step)
+        demand_step(model, steps[-1] or 0)
+    return steps
+
+
+def test_a_run_is_loaded_on_ranks_without_a_claim(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    run_ranks(trains, 2, root, 2, 0)
+    assert run_ranks(loads_a_run, 3, root) == [[2, 2, 1]] * 3
+    assert not (tmp_path / "run" / "commits" / "epoch-2.json").exists()
 
 
 def saves_until_killed(rank: int, world_size: int, root: str) -> None:

@@ -34,7 +34,7 @@ from enum import StrEnum
 from math import ceil
 
 from elastickpt.commit.registers.create import create_exclusively, remove_register
-from elastickpt.commit.registers.names import COMMITS, AttemptId, Listing, adopted_name, claim_name, start_name
+from elastickpt.commit.registers.names import COMMITS, AttemptId, Listing, adopted_name, claim_name, found_name, start_name
 from elastickpt.commit.registers.records import (
     Abort,
     Adopted,
@@ -42,12 +42,14 @@ from elastickpt.commit.registers.records import (
     Claimer,
     Commit,
     Found,
+    NothingLoaded,
     Start,
     Void,
     decode_register,
     decode_start,
     encode_adopted,
     encode_claim,
+    encode_nothing_loaded,
     encode_register,
     encode_start,
 )
@@ -123,6 +125,14 @@ def start(
     if record.continued != continued:
         raise Refused(f"epoch {holding.epoch} has started already, from another commit than {continued}")
     return record
+
+
+def remember(store: Store, holding: Holding, found: Found) -> Steps[None]:
+    """What a restore that loaded nothing found stands in the run; it decides nothing. Raises Superseded, StorageFailed kinds.
+    [RUN-69]"""
+    yield from require_newest(store, holding.epoch)
+    data = encode_nothing_loaded(NothingLoaded(holding.epoch, found))
+    yield from create_exclusively(store, found_name(holding.epoch), data)
 
 
 def open_attempt(store: Store, holding: Holding, *, step: int) -> Steps[AttemptId]:

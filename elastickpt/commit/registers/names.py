@@ -6,6 +6,7 @@ commits/0000000100-3-1.metrics-1.json    metrics that came after its commit
 commits/epoch-3.json                     a claim
 commits/epoch-3.adopted.json             void, or which commits of older epochs count
 commits/epoch-3.start.json               the commit that the epoch continued from
+commits/epoch-3.found.json               what its restore found, if nothing loaded
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ LATEST = "latest"  # in the root, a link for people: nothing is found by it [RUN
 SWEPT = ".swept"  # behind a folder's name: nothing of it counts, nobody opens it, it is being removed
 MAX_NUMBER = 10**18 - 1  # of steps, epochs and attempts
 
-NameKind = Literal["claim", "adopted", "start", "register", "metrics"]
+NameKind = Literal["claim", "adopted", "start", "found", "register", "metrics"]
 
 _NUMBER = r"[1-9][0-9]{0,17}"
 _STEP = r"[0-9]{10}|[1-9][0-9]{10,17}"
-_EPOCH_NAME = re.compile(rf"epoch-(?P<epoch>{_NUMBER})(?:\.(?P<what>adopted|start))?\.json")
+_EPOCH_NAME = re.compile(rf"epoch-(?P<epoch>{_NUMBER})(?:\.(?P<what>adopted|start|found))?\.json")
+_KIND_OF_EPOCH: dict[str | None, NameKind] = {None: "claim", "adopted": "adopted", "start": "start", "found": "found"}
 _ATTEMPT_NAME = re.compile(
     rf"(?P<step>{_STEP})-(?P<epoch>{_NUMBER})-(?P<attempt>{_NUMBER})(?:\.metrics-(?P<number>{_NUMBER}))?\.json"
 )
@@ -90,6 +92,10 @@ def start_name(epoch: int) -> str:
     return f"epoch-{epoch}.start.json"
 
 
+def found_name(epoch: int) -> str:
+    return f"epoch-{epoch}.found.json"
+
+
 def commits_path(name: str) -> str:
     """From the run's root."""
     return f"{COMMITS}/{name}"
@@ -121,8 +127,7 @@ def parse_folder(name: str) -> tuple[AttemptId, Literal["attempt", "swept"]] | N
 def parse_name(name: str) -> Name | None:
     """What a name under `commits/` means; None for those that mean nothing. [RUN-3]"""
     if found := _EPOCH_NAME.fullmatch(name):
-        what = found["what"]
-        return Name("adopted" if what == "adopted" else "start" if what == "start" else "claim", int(found["epoch"]))
+        return Name(_KIND_OF_EPOCH[found["what"]], int(found["epoch"]))
     if found := _ATTEMPT_NAME.fullmatch(name):
         attempt = _id(found)
         if found["number"]:
@@ -142,6 +147,7 @@ class Listing:
     claims: frozenset[int]
     adopted: frozenset[int]
     starts: frozenset[int]
+    founds: frozenset[int]
     registers: frozenset[AttemptId]
     metrics: frozenset[tuple[AttemptId, int]]
     temporaries: tuple[str, ...]
@@ -158,7 +164,7 @@ class Listing:
 
 def listing_of(entries: Iterable[Entry]) -> Listing:
     """What stands under `commits/`; other names, and what is no file, are passed over. [RUN-3]"""
-    epochs: dict[str, set[int]] = {"claim": set(), "adopted": set(), "start": set()}
+    epochs: dict[str, set[int]] = {"claim": set(), "adopted": set(), "start": set(), "found": set()}
     registers: set[AttemptId] = set()
     metrics: set[tuple[AttemptId, int]] = set()
     temporaries: list[str] = []
@@ -178,6 +184,7 @@ def listing_of(entries: Iterable[Entry]) -> Listing:
         frozenset(epochs["claim"]),
         frozenset(epochs["adopted"]),
         frozenset(epochs["start"]),
+        frozenset(epochs["found"]),
         frozenset(registers),
         frozenset(metrics),
         tuple(temporaries),

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 
-from elastickpt.commit.registers.names import MAX_NUMBER, AttemptId, adopted_name, claim_name, parse_id, start_name
+from elastickpt.commit.registers.names import MAX_NUMBER, AttemptId, adopted_name, claim_name, found_name, parse_id, start_name
 from elastickpt.errors import LimitExceeded, Malformed, Refused
 from elastickpt.format.canonical_json import parse
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.limits import MAX_FILE_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.members import Members, text
 from elastickpt.format.records import FORMAT_VERSION
+from elastickpt.format.scalars import as_real, described
 from elastickpt.format.sealed import check_seal, seal
 from elastickpt.format.values import decode_value, encode_value
 
@@ -94,6 +95,14 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class NothingLoaded:
+    """What the restore of an epoch found that loaded nothing, and so did not start. [RUN-69]"""
+
+    epoch: int
+    found: Found
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A register that says: this checkpoint exists. `digest` is that of its manifest; `nbytes` of its arrays;
     `time` in seconds since 1970; `metrics` known at the commit."""
@@ -122,13 +131,14 @@ class LaterMetrics:
     metrics: Metrics
 
 
-def metrics_of(values: Iterable[tuple[str, float]]) -> Metrics:
-    """Metrics by name, each once. Raises Refused for a value that is no number."""
+def metrics_of(values: Iterable[tuple[str, object]]) -> Metrics:
+    """Metrics by name, each once. Raises Refused for a value that is no number, or has a dimension."""
     found: dict[str, float] = {}
     for name, value in values:
-        if type(name) is not str or isinstance(value, bool) or not isinstance(value, float | int):
-            raise Refused(f"metric {name!r}: expected a name and a number, found {value!r}")
-        found[name] = float(value)
+        number = as_real(value)
+        if type(name) is not str or number is None:
+            raise Refused(f"metric {name!r}: expected a name and a number without a dimension, found {described(value)}")
+        found[name] = number
     return tuple(sorted(found.items()))
 
 
@@ -191,8 +201,7 @@ def encode_start(start: Start) -> bytes:
     if start.keep is not None:
         about["keep"] = start.keep
     if start.found is not None:
-        passed = [{"id": str(one.id), "kind": one.kind, "message": one.message} for one in start.found.passed]
-        about["found"] = {"time": start.found.time, "verified": start.found.verified, "passed": passed}
+        about["found"] = _of_found(start.found)
     data = _seal("start", about)
     decode_start(data, epoch=start.epoch)
     return data
@@ -209,6 +218,25 @@ def decode_start(data: bytes, *, epoch: int) -> Start:
     found = _found(members.members("found"), epoch, continued) if members.has("found") else None
     members.close()
     return Start(epoch, continued, keep, found)
+
+
+def encode_nothing_loaded(nothing: NothingLoaded) -> bytes:
+    data = _seal("found", {"epoch": nothing.epoch, "found": _of_found(nothing.found)})
+    decode_nothing_loaded(data, epoch=nothing.epoch)
+    return data
+
+
+def decode_nothing_loaded(data: bytes, *, epoch: int) -> NothingLoaded:
+    members = _open(data, "found", where=found_name(epoch))
+    _same(members, "epoch", epoch)
+    found = _found(members.members("found"), epoch, None)
+    members.close()
+    return NothingLoaded(epoch, found)
+
+
+def _of_found(found: Found) -> dict[str, object]:
+    passed = [{"id": str(one.id), "kind": one.kind, "message": one.message} for one in found.passed]
+    return {"time": found.time, "verified": found.verified, "passed": passed}
 
 
 def _found(members: Members, epoch: int, continued: AttemptId | None) -> Found:

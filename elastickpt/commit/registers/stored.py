@@ -13,6 +13,7 @@ from elastickpt.commit.registers.names import (
     adopted_name,
     claim_name,
     commits_path,
+    found_name,
     listing_of,
     parse_folder,
     start_name,
@@ -24,11 +25,13 @@ from elastickpt.commit.registers.records import (
     Claim,
     Commit,
     Metrics,
+    NothingLoaded,
     Start,
     Void,
     decode_adopted,
     decode_claim,
     decode_metrics,
+    decode_nothing_loaded,
     decode_register,
     decode_start,
 )
@@ -169,6 +172,11 @@ def read_adopted(store: Store, epoch: int) -> Steps[Adopted | Void]:
 def read_start(store: Store, epoch: int) -> Steps[Start]:
     yield NOW
     return decode_start(store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
+
+
+def read_nothing_loaded(store: Store, epoch: int) -> Steps[NothingLoaded]:
+    yield NOW
+    return decode_nothing_loaded(store.read(commits_path(found_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
 def newest_adopted(store: Store, listing: Listing, *, before: int) -> Steps[Adopted | None]:

@@ -1,0 +1,54 @@
+"""`ek.load`: what people write for a checkpoint, a run's too, as `ek.open` takes it; then as `load.session` loads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, SupportsIndex
+
+from elastickpt.commit.teams import team_of
+from elastickpt.load.fetch import Verify
+from elastickpt.load.session import LoadReport, Strict
+from elastickpt.load.session import load as load_folder
+from elastickpt.runs.opening import folder_of, place_of
+from elastickpt.training.group import job_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def load(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    step: SupportsIndex | None = None,
+    epoch: SupportsIndex | None = None,
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    strict: Strict = "all",
+    verify: Verify = "on",
+) -> LoadReport:
+    """Fills `state` in place with the checkpoint at `path`, at the layout that `state` has now, on all ranks. Blocking.
+
+    `path` is the folder or URL of a checkpoint, or one of a run: `RUN`, `RUN@latest`, `RUN@900`, `RUN@900.3`, or `step=`,
+    `epoch=`, as `ek.open` takes them. Rank 0 chooses which one that is, for all ranks; the run is not claimed, and a checkpoint
+    of it that is damaged is an error: `Run.restore` is what falls back to an older one.
+
+    Every rank of the process group must call it with the same path and options. Everything that can be checked is checked on
+    all ranks before the first tensor changes. `strict`: "all" differences are errors; "missing": those of `state` that the
+    checkpoint lacks, but not what it has beside; "unexpected": the other way round; "none": only shapes and element types.
+    `verify="off"` skips block checksums, for measuring.
+
+    Raises, the same on every rank with a `report`: StateMismatch naming every difference (nothing was changed),
+    NotACheckpoint, naming the nearest steps of a run, Unsupported, Damaged kinds, StorageFailed kinds, RankLost. An error while
+    tensors are being filled says that the content of `state` is now undefined.
+    """
+    team = team_of(job_group(process_group))
+
+    def choose(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        return [folder_of(path, step=step, epoch=epoch).encode()] * len(payloads)
+
+    folder = team.round("choose", lambda: b"", choose).decode()
+    chosen = place_of(path, folder, step=step) if folder else path
+    return load_folder(state, chosen, process_group=process_group, mesh=mesh, strict=strict, verify=verify)
