@@ -84,10 +84,10 @@ def read_told(store: Store) -> Steps[Told]:
 
 def _nothing_loaded(store: Store, epoch: int) -> Steps[dict[AttemptId, Finding]]:
     try:
-        nothing = yield from read_nothing_loaded(store, epoch)
+        found = yield from read_nothing_loaded(store, epoch)
     except Damaged:
         return {}
-    return _findings(epoch, None, nothing.found)
+    return _findings(epoch, None, found)
 
 
 def _findings(epoch: int, continued: AttemptId | None, found: Found | None) -> dict[AttemptId, Finding]:

@@ -23,11 +23,10 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
 from elastickpt.commit.registers.epochs import Holding
-from elastickpt.commit.registers.names import MAX_NUMBER, AttemptId
+from elastickpt.commit.registers.names import AttemptId, step_number
 from elastickpt.commit.registers.records import metrics_of
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_claim
@@ -35,7 +34,6 @@ from elastickpt.commit.teams import team_of
 from elastickpt.comms.addresses import own_address
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.format.digest import file_digest
-from elastickpt.format.scalars import as_integer, described
 from elastickpt.load.session import Strict
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
@@ -46,14 +44,14 @@ from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices, heard_here
 from elastickpt.runs.restoring import Choice, Restored, Restoring
 from elastickpt.runs.retention import Keep
-from elastickpt.runs.trace import TraceFile
+from elastickpt.runs.trace import trace_in
 from elastickpt.runs.trainer_address import claimer
 from elastickpt.runs.upkeep import Upkeep
 from elastickpt.save.destination import RunDestination
 from elastickpt.save.handle import SaveHandle
 from elastickpt.save.info import CheckpointInfo
 from elastickpt.save.saver import Saver
-from elastickpt.storage.opening import local_path, locate_for_saving, open_store, place_in
+from elastickpt.storage.opening import locate_for_saving, open_store, place_in
 from elastickpt.storage.store import Store
 from elastickpt.training.group import job_group
 
@@ -96,7 +94,7 @@ class Run:
         self._notices = Notices(heard_here(self._options.signals, where=self.root))
         self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
         self._calendar = self._calendar_of(epoch=0)
-        self._trace = _trace(self._options.trace, self._group.rank)
+        self._trace = trace_in(self._options.trace, rank=self._group.rank)
         self._tokens: tuple[str, ...] = ()  # of all claims of this job
         self._holding: Holding | None = None
         self._epoch = 0
@@ -158,7 +156,7 @@ class Run:
             orphans_s=0.0 if own else self._options.orphans_s,
             tokens=tokens,
             take_over=self._options.take_over,
-            choice=Choice(None if step is None else _step(step), epoch),
+            choice=Choice(None if step is None else step_number(step), epoch),
         )
         loaded = restoring.load_first(state, self._mesh, candidates, broken, strict=strict)
         taken = loaded.taken
@@ -178,7 +176,7 @@ class Run:
         Asks the job's store once; afterwards `ending` says whether the job should end.
         """
         self._require_open()
-        step = _step(step)
+        step = step_number(step)
         notice = self._notices.notice
         with self._changing:
             last, under_way = self._last, len(self._under_way)
@@ -212,7 +210,7 @@ class Run:
             raise self._superseded
         number, known, refused = 0, metrics_of(()), None
         try:
-            number, known = _step(step), metrics_of((metrics or {}).items())
+            number, known = step_number(step), metrics_of((metrics or {}).items())
         except Refused as error:
             refused = error
         begun = time.monotonic()
@@ -232,7 +230,7 @@ class Run:
         """The checkpoint of `step` gets these metrics of rank 0, which `keep` may go by; of one name the last one holds. Does
         not block: what goes wrong later is logged. Raises Refused for what is no number."""
         self._require_open()
-        number, known = _step(step), metrics_of(metrics.items())
+        number, known = step_number(step), metrics_of(metrics.items())
         if self._member == 0:
             self._upkeep.add_metrics(number, dict(known))
 
@@ -326,13 +324,6 @@ class Run:
             self._upkeep.call(lambda watcher=watcher: watcher.restored(event))  # type: ignore[misc]
 
 
-def _step(value: object) -> int:
-    step = as_integer(value)
-    if type(step) is not int or not 0 <= step <= MAX_NUMBER:
-        raise Refused(f"step {described(value)}: expected the number of completed steps, an integer in [0, {MAX_NUMBER}]")
-    return step
-
-
 def _root(root: str | os.PathLike[str]) -> Store:
     """The store of the run, made if need be."""
     parent, name = locate_for_saving(root)
@@ -345,14 +336,6 @@ def _root(root: str | os.PathLike[str]) -> Store:
 def _reached_at(hosts: tuple[str, ...]) -> str | None:
     """Where other hosts may ask whether this job lives; None for a job of one host."""
     return own_address() if len(set(hosts)) > 1 else None
-
-
-def _trace(folder: str, rank: int) -> TraceFile | None:
-    if not folder:
-        return None
-    traces = Path(local_path(folder))
-    traces.mkdir(parents=True, exist_ok=True)
-    return TraceFile(traces / f"trace-{os.getpid()}-rank{rank:05d}.json")
 
 
 _OPEN: weakref.WeakSet[Run] = weakref.WeakSet()

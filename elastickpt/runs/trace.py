@@ -9,10 +9,12 @@ import contextlib
 import json
 import os
 import threading
+from pathlib import Path
 
 from elastickpt.errors import Refused
 from elastickpt.runs.events import Phase, Process
 from elastickpt.storage.failures import naming
+from elastickpt.storage.opening import local_path
 
 _THREADS: dict[Process, int] = {"trainer": 1, "writer": 2}
 _HEAD, _TAIL = b"[", b"\n]\n"
@@ -97,3 +99,12 @@ class TraceFile:
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], self._end + done)
+
+
+def trace_in(folder: str, *, rank: int) -> TraceFile | None:
+    """This rank's file in a folder, which is made if need be; None where none is asked for."""
+    if not folder:
+        return None
+    traces = Path(local_path(folder))
+    traces.mkdir(parents=True, exist_ok=True)
+    return TraceFile(traces / f"trace-{os.getpid()}-rank{rank:05d}.json")

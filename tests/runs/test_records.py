@@ -35,7 +35,6 @@ from elastickpt.commit.registers.records import (
     Claim,
     Found,
     LaterMetrics,
-    NothingLoaded,
     PassedOver,
     Start,
     Void,
@@ -61,7 +60,7 @@ NUMBERS = st.integers(1, MAX_NUMBER)
 IDS = st.builds(AttemptId, st.integers(0, MAX_NUMBER), NUMBERS, NUMBERS)
 LATER = LaterMetrics(X, 2, metrics_of([("loss", 0.5)]))
 TOLD = Start(3, W, "last=3", Found(1000.5, True, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
-NOTHING = NothingLoaded(3, Found(1000.5, False, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
+NOTHING = Found(1000.5, False, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),))
 
 # how each object is written, and read under the name that it belongs under, or under another one
 OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], object]]] = {
@@ -91,7 +90,7 @@ OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], obj
         lambda data: decode_start(data, epoch=4),
     ),
     "found": (
-        encode_nothing_loaded(NOTHING),
+        encode_nothing_loaded(3, NOTHING),
         lambda data: decode_nothing_loaded(data, epoch=3),
         lambda data: decode_nothing_loaded(data, epoch=4),
     ),

@@ -42,7 +42,6 @@ from elastickpt.commit.registers.records import (
     Claimer,
     Commit,
     Found,
-    NothingLoaded,
     Start,
     Void,
     decode_register,
@@ -131,7 +130,7 @@ def remember(store: Store, holding: Holding, found: Found) -> Steps[None]:
     """What a restore that loaded nothing found stands in the run; it decides nothing. Raises Superseded, StorageFailed kinds.
     [RUN-69]"""
     yield from require_newest(store, holding.epoch)
-    data = encode_nothing_loaded(NothingLoaded(holding.epoch, found))
+    data = encode_nothing_loaded(holding.epoch, found)
     yield from create_exclusively(store, found_name(holding.epoch), data)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastickpt.errors import Refused
+from elastickpt.format.scalars import as_integer, described
 from elastickpt.storage.store import Entry
 
 COMMITS = "commits"
@@ -68,6 +69,14 @@ class AttemptId:
     def metrics(self, number: int) -> str:
         """Below `commits/`; numbers from 1."""
         return f"{self}.metrics-{number}.json"
+
+
+def step_number(value: object) -> int:
+    """A step as programs count it: an int, numpy's integers, a tensor of one. Raises Refused for what is none."""
+    step = as_integer(value)
+    if type(step) is not int or not 0 <= step <= MAX_NUMBER:
+        raise Refused(f"step {described(value)}: expected the number of completed steps, an integer in [0, {MAX_NUMBER}]")
+    return step
 
 
 @dataclass(frozen=True, slots=True)

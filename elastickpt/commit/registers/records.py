@@ -95,14 +95,6 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class NothingLoaded:
-    """What the restore of an epoch found that loaded nothing, and so did not start. [RUN-69]"""
-
-    epoch: int
-    found: Found
-
-
-@dataclass(frozen=True, slots=True)
 class Commit:
     """A register that says: this checkpoint exists. `digest` is that of its manifest; `nbytes` of its arrays;
     `time` in seconds since 1970; `metrics` known at the commit."""
@@ -220,18 +212,19 @@ def decode_start(data: bytes, *, epoch: int) -> Start:
     return Start(epoch, continued, keep, found)
 
 
-def encode_nothing_loaded(nothing: NothingLoaded) -> bytes:
-    data = _seal("found", {"epoch": nothing.epoch, "found": _of_found(nothing.found)})
-    decode_nothing_loaded(data, epoch=nothing.epoch)
+def encode_nothing_loaded(epoch: int, found: Found) -> bytes:
+    """Of an epoch that did not start, as nothing loaded. [RUN-69]"""
+    data = _seal("found", {"epoch": epoch, "found": _of_found(found)})
+    decode_nothing_loaded(data, epoch=epoch)
     return data
 
 
-def decode_nothing_loaded(data: bytes, *, epoch: int) -> NothingLoaded:
+def decode_nothing_loaded(data: bytes, *, epoch: int) -> Found:
     members = _open(data, "found", where=found_name(epoch))
     _same(members, "epoch", epoch)
     found = _found(members.members("found"), epoch, None)
     members.close()
-    return NothingLoaded(epoch, found)
+    return found
 
 
 def _of_found(found: Found) -> dict[str, object]:

@@ -24,8 +24,8 @@ from elastickpt.commit.registers.records import (
     Adopted,
     Claim,
     Commit,
+    Found,
     Metrics,
-    NothingLoaded,
     Start,
     Void,
     decode_adopted,
@@ -174,7 +174,7 @@ def read_start(store: Store, epoch: int) -> Steps[Start]:
     return decode_start(store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def read_nothing_loaded(store: Store, epoch: int) -> Steps[NothingLoaded]:
+def read_nothing_loaded(store: Store, epoch: int) -> Steps[Found]:
     yield NOW
     return decode_nothing_loaded(store.read(commits_path(found_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
