@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import gt
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,8 +121,29 @@ class Checkpoint:
         if box.count:
             require_stored(self._opened, record, box)  # before memory is taken for what a forged index says
         words = np.empty(box.shape, dtype=_WORDS[record.spec.type.itemsize])
-        fetch(self._opened, [Wanted(record, box, words)])
+        self.read_into(array, box, words)
         return words.view(_numpy_type(record.spec.dtype))
+
+    def read_into(self, array: ArrayId, box: Box, words: NDArray[Any]) -> None:
+        """Fills `words`, of the box's shape and of elements of the array's size, with a box that lies in the array, verified.
+
+        Raises KeyError, Damaged kinds as `read`."""
+        fetch(self._opened, [Wanted(self.records[array], box, words)])
+
+    def tree(self, item: str, *, arrays: Literal["numpy", "torch"] = "numpy", rank: int | None = None) -> object:
+        """What stood in `state` under `item`, as plain containers, values and arrays of host memory, all of it verified: an
+        entry that was a dict, a list, a tensor or a value, or the state dict of an object.
+
+        `arrays`: "numpy", without torch (types that numpy lacks are ml_dtypes', and torch's dtypes and devices are texts), or
+        "torch"; what was numpy's is so in both. `rank` chooses among values that are each rank's own. A named tuple comes back
+        with its fields, and a class of its own.
+
+        Raises NotACheckpoint for an item that is not there, Refused for a module, an optimizer and its schedulers, whose states
+        stand by parameter, StateMismatch for a tensor that only its class can put together, Damaged kinds.
+        """
+        from elastickpt.load.trees import tree_of
+
+        return tree_of(self, item, arrays=arrays, rank=rank)
 
     @cached_property
     def arrays(self) -> Group:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from elastickpt.training.elements import torch_dtype
 
 # numpy lacks bfloat16 and the 8-bit floats, and a copy of bits needs no arithmetic: unsigned words of the same size do
 _WORDS: dict[int, np.dtype[Any]] = {
@@ -17,6 +20,11 @@ _WORDS: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u8"),
     16: np.dtype("<c16"),
 }
+
+
+def host_tensor(dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """A new tensor in host memory, its elements still to be filled, of the type with this zarr name. Raises ValueNotCarried."""
+    return torch.empty(tuple(shape), dtype=torch_dtype(dtype))
 
 
 def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:

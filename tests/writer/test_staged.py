@@ -98,7 +98,8 @@ def test_threads_that_wait_give_way_to_who_copies_but_not_the_writers_own(arena:
     threading.Timer(0.05, arena.fill_to, (100,)).start()
     staged.take(WHOLE, 90, 100)
     threads[1].join(BOUND_S)
-    assert niceness == {"at once": usual, "waited": usual + GIVE_WAY}
+    # 19 is as far as Linux goes
+    assert niceness == {"at once": usual, "waited": min(usual + GIVE_WAY, 19)}
     assert os.getpriority(os.PRIO_PROCESS, own) == usual
 
 
