@@ -38,8 +38,8 @@ def async_save(
     is memory for it, and for a pass over tensors that are to be compared with other ranks (a GPU does it by itself); the first
     save of a structure, and one that goes in rounds, also until all ranks agreed on it, for at most `stall_limit_s` again.
 
-    The writer has the save when the ranks agreed on it, some milliseconds after the call returned: what is staged is lost if the
-    process is killed before (not at its own end, which waits), and finished whatever becomes of it from then on.
+    The writer has the save when the ranks agreed on it, some milliseconds after the call returned: what is staged is lost if
+    the process is killed before (its own end waits for that), and finished whatever becomes of it from then on.
 
     Every rank of the process group (default: all) must call it with the same arguments, and in the same order as other saves.
     Raises Refused for a process that is not in the group, and after the end of its savers; whatever else goes wrong, on any
