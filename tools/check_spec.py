@@ -2,7 +2,8 @@
 
 Identifiers are unique; every MUST has one; each is exercised by a vector (one that names a kind of error: by an invalid vector
 of that kind), cited by a test, or listed in coverage.md;
-what code and tests cite exists; kinds exist in errors.py; vectors follow their schema and are what generators make.
+what code and tests cite exists; kinds are those of errors.py, and spec/errors.md lists them; vectors follow their schema and
+are what generators make.
 """
 
 from __future__ import annotations
@@ -72,6 +73,14 @@ class Check:
                 if kind and kind not in kinds:
                     self.say(f"{name}: {identifier} names kind {kind!r}, which is not in errors.py")
                 self.kind_of[identifier] = kind or None
+
+    def kinds_are_those_of_the_code(self) -> None:
+        code = set(re.findall(r'^    kind(?:: ClassVar\[str\])? = "([a-z-]+)"', self._text("elastickpt/errors.py"), re.M))
+        listed = re.findall(r"^\| (?:· )*`([a-z-]+)` \|", (SPEC / "errors.md").read_text(), re.M)
+        for kind in sorted(code ^ set(listed)):
+            self.say(f"kind {kind!r} is in {'errors.py' if kind in code else 'spec/errors.md'} only")
+        for kind in sorted({kind for kind in listed if listed.count(kind) > 1}):
+            self.say(f"spec/errors.md: kind {kind!r} stands twice")
 
     def every_must_has_an_identifier(self) -> None:
         for name in NORMATIVE:
@@ -159,6 +168,7 @@ def problems() -> list[str]:
     """All problems, one line each."""
     check = Check()
     check.definitions()
+    check.kinds_are_those_of_the_code()
     check.every_must_has_an_identifier()
     check.links()
     check.vectors_are_generated()
