@@ -21,13 +21,14 @@ from elastickpt.convert.saved_forms import Form, dcp_form, safetensors_form, tor
 from elastickpt.errors import Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
+from elastickpt.foreign.linked_store import open_linked
 from elastickpt.foreign.listing import Format, NotCarried
 from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
 from elastickpt.language.shelf import name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.load.opened import open_records
-from elastickpt.storage.opening import locate, open_store
+from elastickpt.storage.opening import locate
 
 _PROGRAMS: Mapping[Format, str] = {"megatron-legacy": "megatron"}
 
@@ -105,7 +106,7 @@ def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes
         return Source("universal", contents, Reading(opened=opened, read=read), known, program)
     located = find_source(open_folder(options.source), options.source_format, options.step)
     found = without_numbered(read_foreign(located), options.only, options.skip)
-    reading = Reading(store=open_store(found.folder), read=read)
+    reading = Reading(store=open_linked(found.folder), read=read)
     program = _source_program(options, found.format)
     given = {name: value for name, value in options.constants.items() if name in _needs(program)}
     contents = lay(found, program, given, lambda stored: bytes(reading.stored(stored)))

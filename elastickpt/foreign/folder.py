@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from elastickpt.errors import MissingFile, NotACheckpoint, Unsafe
+from elastickpt.foreign.linked_store import open_linked
 from elastickpt.foreign.listing import SourceFile, StoredTensor
 from elastickpt.foreign.tensor_bytes import read_tensor
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
-from elastickpt.storage.opening import locate, open_store, place_in
+from elastickpt.storage.opening import locate, place_in
 from elastickpt.storage.paths import checked
 from elastickpt.storage.store import Entry, Store
 
@@ -31,7 +32,7 @@ class Folder:
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
         url = place_in(self.store, checked(name))
-        return Folder(url, open_store(url))
+        return Folder(url, open_linked(url))
 
     def entries(self, path: str = "") -> tuple[Entry, ...]:
         """What lies in a folder below; just the one file where a file was named."""
@@ -71,14 +72,14 @@ class Folder:
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """The folder at a path or URL, or that of the file there. NotACheckpoint where nothing is."""
     store, name = locate(path)
-    url = place_in(store, name)
+    store, url = open_linked(store.url), place_in(store, name)
     try:
         store.entries(name)
     except MissingFile:
         if not store.exists(name):
             raise NotACheckpoint(f"{os.fspath(path)}: nothing is there") from None
         return Folder(store.url, store, only=name)
-    return Folder(url, open_store(url))
+    return Folder(url, open_linked(url))
 
 
 def inside(path: str, *, named_by: str) -> str:

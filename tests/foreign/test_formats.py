@@ -131,3 +131,30 @@ def test_a_store_that_is_no_disk_is_read_alike(tmp_path) -> None:
     store.create("m/model.safetensors", (tmp_path / "model.safetensors").read_bytes())
     found = read_foreign(find_source(open_folder("memory://foreign-formats/m")))
     assert [one.name for one in found.wholes] == ["a"]
+
+
+def test_a_cache_of_links_is_read_and_a_link_to_nothing_is_named(tmp_path) -> None:
+    """As model hubs keep snapshots, and Megatron's users their newest step. [FOR-8]"""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, blobs / "1234")
+    (blobs / "5678").write_text('{"layers": 3}')
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
+    (snapshot / "config.json").symlink_to("../../blobs/5678")
+    (tmp_path / "newest").symlink_to(snapshot)
+    (tmp_path / "one.safetensors").symlink_to(blobs / "1234")
+    for source in (snapshot, tmp_path / "newest", tmp_path / "one.safetensors"):
+        found = read_foreign(find_source(open_folder(source)))
+        assert [one.name for one in found.wholes] == ["a"]
+        assert found.files[0].nbytes == (blobs / "1234").stat().st_size
+    (blobs / "1234").unlink()
+    with pytest.raises(MissingFile, match="1234"):
+        read_foreign(find_source(open_folder(snapshot)))
+
+
+def test_a_step_folder_may_be_a_link(tmp_path) -> None:
+    save_file({"a": torch.ones(2)}, touched(tmp_path, "steps/step-5/") / "steps" / "step-5" / "model.safetensors")
+    touched(tmp_path, "run/")
+    (tmp_path / "run" / "step-7").symlink_to(tmp_path / "steps" / "step-5")
+    assert read_foreign(find_source(open_folder(tmp_path / "run"), step=7)).format == "safetensors"
