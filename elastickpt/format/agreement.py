@@ -60,9 +60,21 @@ def check_keys(records: Iterable[ArrayRecord]) -> None:
 
 
 def check_fragments(fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int) -> None:
-    """Passes when the map is that of `writer` and agrees with index and manifest. Raises Malformed.
+    """Passes when the map is that of `writer` and agrees with index and manifest in all arrays. Raises Malformed.
 
     The cost is a few passes over the columns, and one name per chunk file.
+    """
+    for problem in fragment_problems(fragments, records, manifest=manifest, writer=writer).values():
+        raise problem
+
+
+def fragment_problems(
+    fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int
+) -> Mapping[str, Malformed]:
+    """By key, the arrays whose pieces in the map do not agree with index and manifest, and the first thing that is wrong.
+
+    Pieces of the others can be read. Raises Malformed for what concerns all of the map: another writer or attempt, or a base
+    that is not there.
     """
     where = f"fragment map of writer {writer}"
     if fragments.writer != writer or fragments.attempt != manifest.attempt:  # [FRAG-21]
@@ -73,23 +85,33 @@ def check_fragments(fragments: FragmentColumns, records: Mapping[str, ArrayRecor
     beyond = max((file.base for file in fragments.files), default=0)
     if beyond > len(manifest.bases):  # [FRAG-23]
         raise Malformed(f"{where}: a file in base {beyond}, the manifest has {len(manifest.bases)}")
-    found = [_record_of(fragments, place, records, writer, where) for place in range(len(fragments.pieces.arrays))]
-    for ndim in sorted({len(record.chunk_shape) for record in found}):
-        _check_pieces(_Group.of(fragments, found, ndim), where, plain=manifest.placement == "plain")
+    problems: dict[str, Malformed] = {}
+    found = [_record_of(fragments, place, records, writer, where, problems) for place in range(len(fragments.pieces.arrays))]
+    for ndim in sorted({len(record.chunk_shape) for record in found if record is not None}):
+        _check_pieces(_Group.of(fragments, found, ndim, problems), where, plain=manifest.placement == "plain")
+    return problems
 
 
 def _record_of(
-    fragments: FragmentColumns, place: int, records: Mapping[str, ArrayRecord], writer: int, where: str
-) -> ArrayRecord:
+    fragments: FragmentColumns,
+    place: int,
+    records: Mapping[str, ArrayRecord],
+    writer: int,
+    where: str,
+    problems: dict[str, Malformed],
+) -> ArrayRecord | None:
     key, ndim = fragments.pieces.arrays[place], int(fragments.pieces.ndims[place])
     record = records.get(key)
     if record is None:  # [FRAG-25]
-        raise Malformed(f"{where}: array {key!r} is not in the index")
+        problems[key] = Malformed(f"{where}: array {key!r} is not in the index")
+        return None
     if ndim != len(record.chunk_shape):
-        raise Malformed(f"{where}: array {key!r} has {ndim} axes, {len(record.chunk_shape)} in the index")
+        problems[key] = Malformed(f"{where}: array {key!r} has {ndim} axes, {len(record.chunk_shape)} in the index")
+        return None
     at = bisect_left(record.writers, writer)
     if at == len(record.writers) or record.writers[at] != writer:  # [FRAG-26]
-        raise Malformed(f"{where}: array {key!r}: the index does not list this writer")
+        problems[key] = Malformed(f"{where}: array {key!r}: the index does not list this writer")
+        return None
     return record
 
 
@@ -111,7 +133,8 @@ class _Group:
     """
 
     fragments: FragmentColumns
-    records: Sequence[ArrayRecord]  # by place in `arrays`
+    records: Sequence[ArrayRecord | None]  # by place in `arrays`
+    problems: dict[str, Malformed]
     mine: IntColumn
     start: IntColumn
     shape: IntColumn
@@ -120,23 +143,27 @@ class _Group:
     itemsize: IntColumn
 
     @classmethod
-    def of(cls, fragments: FragmentColumns, records: Sequence[ArrayRecord], ndim: int) -> _Group:
+    def of(
+        cls, fragments: FragmentColumns, records: Sequence[ArrayRecord | None], ndim: int, problems: dict[str, Malformed]
+    ) -> _Group:
         pieces = fragments.pieces
-        mine = np.flatnonzero(pieces.ndims[pieces.array] == ndim)
+        same = [record if record is not None and len(record.chunk_shape) == ndim else None for record in records]
+        mine = np.flatnonzero(np.array([one is not None for one in same], dtype=np.bool_)[pieces.array])
         axes = pieces.axis_start[mine][:, None] + np.arange(ndim)
-        same = [record if len(record.chunk_shape) == ndim else None for record in records]
         none = (0,) * ndim
         shapes = np.array([one.spec.shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
         chunks = np.array([one.chunk_shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
         sizes = np.array([one.spec.type.itemsize if one else 0 for one in same], dtype=np.int64)
         array = pieces.array[mine]
-        return cls(fragments, records, mine, pieces.start[axes], pieces.shape[axes], shapes[array], chunks[array], sizes[array])
+        boxes = (pieces.start[axes], pieces.shape[axes])
+        return cls(fragments, records, problems, mine, *boxes, shapes[array], chunks[array], sizes[array])
 
     def refuse_if(self, wrong: _Flags, what: str, where: str) -> None:
-        if wrong.any():
-            piece = int(self.mine[int(np.argmax(wrong))])
+        """Of each array with pieces that are wrong the first one is named, unless something was found before."""
+        for piece in self.mine[wrong].tolist():
             key = self.fragments.pieces.arrays[int(self.fragments.pieces.array[piece])]
-            raise Malformed(f"{where}: piece {piece} of array {key!r} {what}")
+            if key not in self.problems:
+                self.problems[key] = Malformed(f"{where}: piece {piece} of array {key!r} {what}")
 
 
 def _check_pieces(group: _Group, where: str, *, plain: bool) -> None:
@@ -193,10 +220,12 @@ def _check_files(group: _Group, places: IntColumn, where: str) -> None:
     changes = _any(np.diff(places, axis=0, prepend=places[:1] - 1) != 0)
     for array, file, *chunk in places[changes].tolist():
         record, stored = group.records[array], group.fragments.files[file]
+        if record is None or record.key in group.problems:
+            continue
         expected = chunk_file(record.key, tuple(chunk))
         nbytes = prod(record.chunk_shape) * record.spec.type.itemsize
         if stored.path != expected or stored.nbytes != nbytes:  # [FRAG-43]
-            raise Malformed(
+            group.problems[record.key] = Malformed(
                 f"{where}: a piece of array {record.key!r} lies in {stored.path!r} of {stored.nbytes} bytes, "
                 f"expected {expected!r} of {nbytes}"
             )

@@ -31,6 +31,6 @@ def lacking_of(opened: Opened, ids: Collection[ArrayId], writer: int) -> Iterato
     """Parameters and buffers of which `writer` stored something, and a rank that holds `ids` has nothing, of models that it
     has."""
     items = {identity.item for identity in ids} & {item.name for item in opened.manifest.items if item.kind == "module"}
-    for identity in (record.spec.id for record in opened.stored_by(writer)) if items else ():
+    for identity in (record.spec.id for record in opened.stored_by(writer, items)) if items else ():
         if identity.item in items and identity.section == "params" and identity.state == "value" and identity not in ids:
             yield identity

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from elastickpt.errors import (
     Unsafe,
     WrongLength,
 )
-from elastickpt.format.agreement import check_fragments, check_index
+from elastickpt.format.agreement import check_index, fragment_problems
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_columns
@@ -45,6 +45,7 @@ class _Cache:
 
     lock: threading.Lock
     maps: dict[int, FragmentColumns]
+    problems: dict[int, Mapping[str, Malformed]]
     places: dict[int, Mapping[str, range]]
 
 
@@ -55,7 +56,7 @@ class Opened:
         self.store = store
         self.name = name
         self.manifest = manifest
-        self._fragments = _Cache(threading.Lock(), {}, {})
+        self._fragments = _Cache(threading.Lock(), {}, {}, {})
         self._bases: dict[int, str] = {}
 
     def path(self, relative: str) -> str:
@@ -88,6 +89,29 @@ class Opened:
 
     def fragments(self, writer: int) -> FragmentColumns:
         """One writer's fragment map, in agreement with index and manifest; read once. Raises Damaged kinds naming the file."""
+        columns = self._map(writer)
+        for problem in self._fragments.problems[writer].values():
+            raise problem
+        return columns
+
+    def pieces(self, writer: int, key: str) -> tuple[FragmentColumns, range]:
+        """The fragment map of one writer, and where in it the pieces of one array stand, in agreement with the index.
+
+        Raises Damaged kinds as `fragments`, of what is wrong with single arrays only for this one. [FRAG-36]
+        """
+        columns = self._map(writer)
+        problem = self._fragments.problems[writer].get(key)
+        if problem is not None:
+            raise problem
+        known = self._fragments.places.get(writer)
+        if known is None:
+            known = self._fragments.places[writer] = columns.pieces.by_array()
+        if key not in known:
+            raise Malformed(f"fragment map of writer {writer}: no piece of {key}, which the index says it holds")
+        return columns, known[key]
+
+    def _map(self, writer: int) -> FragmentColumns:
+        """The map, of which single arrays may be wrong; they stand in the cache."""
         with self._fragments.lock:
             known = self._fragments.maps.get(writer)
         if known is not None:
@@ -96,20 +120,21 @@ class Opened:
             raise Malformed(f"index: writer {writer} is not in the manifest, which has {len(self.manifest.fragments)}")
         said = self.manifest.fragments[writer]
         columns = decode_columns(self.record(said, MAX_FRAGMENTS_NBYTES), path=said.path)
-        check_fragments(columns, self.by_key, manifest=self.manifest, writer=writer)
+        problems = fragment_problems(columns, self.by_key, manifest=self.manifest, writer=writer)
         with self._fragments.lock:
+            self._fragments.problems.setdefault(writer, problems)
             return self._fragments.maps.setdefault(writer, columns)
 
-    def places(self, writer: int) -> Mapping[str, range]:
-        """Where the pieces of each array stand in the map of one writer that holds any; errors as `fragments`."""
-        known = self._fragments.places.get(writer)
-        if known is None:
-            known = self._fragments.places[writer] = self.fragments(writer).pieces.by_array()
-        return known
-
-    def stored_by(self, writer: int) -> Iterator[ArrayRecord]:
-        """The arrays that a writer stored pieces of."""
-        return (self.by_key[key] for key in self.fragments(writer).pieces.arrays)
+    def stored_by(self, writer: int, items: Collection[str]) -> Iterator[ArrayRecord]:
+        """The arrays of these items that a writer stored pieces of. Raises Damaged kinds as `pieces` for any of them."""
+        columns, problems = self._map(writer), self._fragments.problems[writer]
+        for key in columns.pieces.arrays:
+            record = self.by_key.get(key)
+            if record is not None and record.spec.id.item not in items:
+                continue
+            if key in problems or record is None:
+                raise problems[key]
+            yield record
 
     def where(self, file: StoredFile) -> str:
         """Where a file that pieces lie in stands in the store: in this checkpoint or in a base of it."""
@@ -139,7 +164,7 @@ class Opened:
 
     def per_rank(self, writer: int) -> Mapping[str, Value]:
         """One writer's own values, by JSON pointer."""
-        values = self.fragments(writer).values
+        values = self._map(writer).values
         return values if isinstance(values, dict) else {}
 
     def record(self, file: FileDigest, limit: int) -> bytes:

@@ -127,10 +127,8 @@ def _pieces_by(
     """The pieces that these writers stored of an array and that hold any of `within`, with their fragment maps."""
     found: list[tuple[FragmentColumns, StoredPiece]] = []
     for writer in writers:
-        columns, places = opened.fragments(writer), opened.places(writer)
-        if record.key not in places:
-            raise Malformed(f"fragment map of writer {writer}: no piece of {record.key}, which the index says it holds")
-        for place in places[record.key]:
+        columns, places = opened.pieces(writer, record.key)
+        for place in places:
             box = columns.pieces.box(place)
             if box == within or intersect(box, within) is not None:
                 found.append((columns, columns.pieces.piece_of(place, box)))

@@ -215,7 +215,7 @@ class Run:
             refused = error
         begun = time.monotonic()
         self._calendar.saved()
-        destination = RunDestination(self._store, self._holding, number, known, refused)
+        destination = RunDestination(self._store, self._holding, number, self._epoch, known, refused)
         request = self._options.request(destination.place, number)
         handle = self._saver.save(state, destination, request, mesh=self._mesh)
         if refused is not None:

@@ -109,17 +109,19 @@ class _Path:
 @dataclass(frozen=True, slots=True)
 class RunDestination:
     """A step of a run, whose root the store is: its register is the commit. `holding` is member 0's claim, None on others;
-    `refused` why this rank's part of the save cannot be accepted, which all ranks are to hear."""
+    `epoch` that of the job, on all of them; `refused` why this rank's part of the save cannot be accepted, which all ranks are
+    to hear."""
 
     store: Store
     holding: Holding | None
     step: int
+    epoch: int
     metrics: Metrics = ()
     refused: Refused | None = None
 
     @property
     def place(self) -> str:
-        return f"{self.store.url}, step {self.step}"
+        return f"{self.store.url}, step {self.step} of epoch {self.epoch}"
 
     def locate(self) -> Located:
         if self.refused is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import elastickpt as ek
 from elastickpt import errors
@@ -385,4 +387,24 @@ def test_a_link_in_place_of_a_chunk_is_not_followed(case: Any, tmp_path: Path) -
     tried = case.load()
     assert type(tried.error) is errors.Unsafe
     assert tried.unchanged
+    _require_unsound(case.path)
+
+
+ONE_ARRAY = ("beyond the array", "other number of axes", "fewer bytes than elements", "unknown array")
+
+
+@pytest.mark.parametrize("name", ONE_ARRAY)
+def test_pieces_that_disagree_make_only_their_own_array_unreadable(case: Any, name: str) -> None:
+    """[FRAG-36]"""
+    wanted = {identity: ek.open(case.path).read(identity).tobytes() for identity in ek.open(case.path).records}
+    case.forge.fragments(FORGED_FRAGMENTS[name][0])
+    checkpoint = ek.open(case.path)
+    (spoilt,) = (identity for identity in wanted if str(identity).endswith("first.weight/value"))
+    with pytest.raises((errors.Malformed, errors.CoverageGap), match=re.escape(WEIGHT)):
+        checkpoint.read(spoilt)
+    for identity, data in wanted.items():
+        assert identity == spoilt or checkpoint.read(identity).tobytes() == data
+    state: dict[str, Any] = {"epoch": 0, "extra": {"mean": torch.zeros(5), "tokens": 0, "names": []}}
+    assert ek.load(state, case.path, strict="missing").step == 5
+    assert (state["epoch"], state["extra"]["tokens"]) == (1, 10)
     _require_unsound(case.path)

@@ -335,7 +335,7 @@ def test_a_forked_child_saves_by_itself(tmp_path: Path) -> None:
         status = 1
         with contextlib.suppress(BaseException):
             with pytest.raises(Refused, match="belongs to the process that made it"):
-                saver.save(state(), RunDestination(MemoryStore("never"), None, 1), Request("never", 1))
+                saver.save(state(), RunDestination(MemoryStore("never"), None, 1, 1), Request("never", 1))
             assert saver_of(job_group(None), THREAD) is not saver
             saver.close()
             status = 0
@@ -448,7 +448,7 @@ def test_a_storage_that_hangs_within_a_round_keeps_training_no_longer_either(
 
 def test_a_run_that_was_not_claimed_here_is_said_on_all(tmp_path: Path) -> None:
     saver = saver_of(job_group(None), THREAD)
-    handle = saver.save(state(), RunDestination(LocalStore(tmp_path), None, 1), Request(str(tmp_path), 1))
+    handle = saver.save(state(), RunDestination(LocalStore(tmp_path), None, 1, 1), Request(str(tmp_path), 1))
     with pytest.raises(Refused, match="expected the run's claim"):
         handle.result(LIMIT_S)
     assert not issubclass(Superseded, Refused)
