@@ -24,7 +24,7 @@ from elastickpt.training.members import shared_parameters
 from elastickpt.training.memo import remembering
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer
-from elastickpt.training.own_state import PER_RANK, OwnEntry, require_taken_back
+from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import streams
 from elastickpt.training.schedulers import hold_scheduler
@@ -85,6 +85,7 @@ class _Gathering:
                     self.per_rank[extra.pointer] = carried(extra_state(extra.module), extra.pointer)
                 for part in held.parts:
                     require_taken_back(part.entries, part.loaders)
+                    self.values |= {place_of(key, VERSION, name): carried(v, name) for name, v in part.loaders.items()}
                     for entry in part.entries:
                         self._own_entry(key, entry)
 

@@ -43,13 +43,14 @@ class ExtraState:
 class Part:
     """One module of an item: `names` are its canonical names, tied ones included, to the tensor that stands there.
 
-    `entries` are what its own state dict has beyond these; `loaders` the names of its modules that load by themselves.
+    `entries` are what its own state dict has beyond these; `loaders` its modules that load by themselves, by name, with the
+    versions of their classes.
     """
 
     module: nn.Module
     names: Mapping[str, torch.Tensor]
     entries: tuple[OwnEntry, ...]
-    loaders: tuple[str, ...]
+    loaders: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,14 +120,14 @@ class _Holding:
         module = self._modules[index]
         sharded, trained_on = sharded_parameters(module), sharding_ranks(module, world_size=self._job.world_size)
         own: dict[str, torch.Tensor] = {}
-        registered, said, loaders = Registered(), list[Said](), list[str]()
+        registered, said, loaders = Registered(), list[Said](), dict[str, int]()
         for found in walk(module):
             if isinstance(found, NamedModule):
                 if "extra state" in found.traits:
                     _require_one_module(self._item, found, self.extra)
                     registered.extra_states.add(f"{below(found.name)}_extra_state")
                 if "own loading" in found.traits:
-                    loaders.append(found.name)
+                    loaders[found.name] = found.module._version
                 if "own saving" in found.traits and not covering((one.name for one in said), found.name):
                     said.append(ask(found.name, found.module, root=not found.name))
                 continue
@@ -135,7 +136,7 @@ class _Holding:
             own[found.name] = tensor
             self._tensor(found, tensor, index, trained_on.get(id(found.owner), ()) if found.role == "buffer" else ())
         entries = tuple(entry for one in said for entry in beyond(one, registered))
-        return Part(module, own, entries, tuple(loaders))
+        return Part(module, own, entries, loaders)
 
     def trained(self, index: int) -> Part:
         """The parameters that require gradients, and nothing else; no code of the modules runs."""
@@ -147,7 +148,7 @@ class _Holding:
                 if tensor.requires_grad:
                     own[found.name] = tensor
                     self._tensor(found, tensor, index, ())
-        return Part(module, own, (), ())
+        return Part(module, own, (), {})
 
     def _tensor(self, found: NamedTensor, tensor: torch.Tensor, index: int, trained_on: tuple[int, ...]) -> None:
         if found.name not in self.names:

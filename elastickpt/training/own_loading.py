@@ -29,7 +29,7 @@ from elastickpt.training.local_only import collectives_refused
 from elastickpt.training.modules import ExtraState, HeldModule, Part
 from elastickpt.training.naming import Keys, unwrapped
 from elastickpt.training.overrides import below, covering, own_state_dict, titled
-from elastickpt.training.own_state import PER_RANK
+from elastickpt.training.own_state import PER_RANK, VERSION
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.values import mapped, place_of, revived, shown, typed_key
@@ -43,6 +43,7 @@ def bind_model(draft: Draft, model: HeldModule) -> None:
     for held in model.arrays:
         if held.spec.id.name not in theirs:
             draft.fill(held)
+    draft.places.update(place for place in draft.listing.values if place.startswith(place_of(item, VERSION, "")))
     draft.installs.append(model.reshard)
     for extra in model.extra_states:
         if not any(one.sets(extra) for one in loading):
@@ -175,7 +176,7 @@ class _OwnLoading:
     def _hollow(self, trees: Mapping[str, tuple[str, Value]]) -> dict[str, Any]:
         """What would be loaded, without contents."""
         entries: dict[str, Any] = OrderedDict()
-        _with_metadata(entries, self._own)
+        entries._metadata = self._metadata()  # type: ignore[attr-defined]
         arrays, names = self._draft.listing.arrays, self._draft.names
 
         def leaf(one: object, where: str) -> object:
@@ -191,6 +192,16 @@ class _OwnLoading:
         entries.update({key: mapped(found, "", leaf) for key, (_, found) in trees.items()})
         entries.update(self._given)
         return entries
+
+    def _metadata(self) -> dict[str, Any]:
+        """What torch hands to each module's loading beside the contents: the versions that saved them. [UCF-142]"""
+        found = {name: dict(own) for name, own in getattr(self._own, "_metadata", {}).items()}
+        for key, _ in self._top.named_modules(remove_duplicate=False):
+            name = self._keys.follow(f"{key}.x" if key else "x").name.removesuffix("x").removesuffix(".")
+            version = self._draft.listing.values.get(place_of(self._item, VERSION, name))
+            if name in self.part.loaders and type(version) is int:
+                found.setdefault(key, {})["version"] = version
+        return found
 
     def _in_place(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The entries of the own state dict that show the model's memory, which the checkpoint's contents are read into."""
@@ -245,7 +256,7 @@ class _OwnLoading:
         """Runs the model's own loading; its tensors hold the checkpoint's contents."""
         what = f"the loading of {titled('', self._top)}"
         entries: dict[str, Any] = OrderedDict(self._in_place())
-        _with_metadata(entries, self._own)
+        entries._metadata = self._metadata()  # type: ignore[attr-defined]
         entries.update(self._given)
         with collectives_refused(what):
             _, unexpected = load_entries(self._top, entries)
@@ -256,14 +267,9 @@ class _OwnLoading:
 def _own_places(draft: Draft, item: str) -> dict[str, str]:
     """The names of an item's own entries in the checkpoint, and where each value, or the mark that ranks have them, stands."""
     above = place_of(item) + "/"
-    places = (place for place in draft.listing.values if place.startswith(above))
+    places = [place for place in draft.listing.values if place.startswith(above)]
+    places = [place for place in places if not place.startswith(f"{above}{VERSION}/")]
     return {place.removesuffix(PER_RANK).removeprefix(above).replace("~1", "/").replace("~0", "~"): place for place in places}
-
-
-def _with_metadata(entries: Any, own: Any) -> None:
-    metadata = getattr(own, "_metadata", None)
-    if metadata is not None:
-        entries._metadata = metadata
 
 
 def _fresh(one: object, where: str) -> object:

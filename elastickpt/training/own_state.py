@@ -6,6 +6,9 @@
 
 In a job of several ranks nobody says that they are alike on all ranks: each rank keeps its own, at the same place among its
 per-rank values, and the value true at "<place>@per-rank" says so; only a DTensor says by itself where it lies. [UCF-141]
+
+Of a module that loads by itself the version of its class, which torch hands to that code, stands at /<item>/@version/<module>,
+so that contents of an older version are known as such. [UCF-142]
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from elastickpt.training.naming import Keys
 from elastickpt.training.overrides import below, covering, own_state_dict, saves_by_itself, titled
 
 PER_RANK = "@per-rank"
+VERSION = "@version"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -160,7 +160,7 @@ def test_extra_state_stands_at_the_pointer_of_its_module_once() -> None:
 def test_what_only_a_modules_own_state_dict_has_is_an_own_entry_of_it() -> None:
     (part,) = held(nn.Sequential(Packed())).parts
     (entry,) = part.entries
-    assert (entry.key, entry.owner, part.loaders) == ("0.packed", "module '0' (Packed)", ())
+    assert (entry.key, entry.owner, dict(part.loaders)) == ("0.packed", "module '0' (Packed)", {})
 
 
 NAMED = (

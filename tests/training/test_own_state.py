@@ -427,3 +427,57 @@ def test_a_wrapper_is_known_by_the_names_of_its_own_state_dict(tmp_path: Path, w
 def test_a_wrapper_that_holds_more_than_its_state_dict_says_adds_its_level(tmp_path: Path) -> None:
     wrapper = Fabrics(nn.Linear(2, 2), nn.Linear(2, 2))
     refused({"m": wrapper}, tmp_path / "c", r"the model \(Fabrics\) leaves '_forward_module.weight' out of its state dict")
+
+
+class Versioned(nn.Module):
+    """From version 2 on its scale is kept as a logarithm."""
+
+    _version = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.seen: list[int | None] = []
+
+    def _load_from_state_dict(self, sd: SD, prefix: str, metadata: SD, *rest: Any) -> None:
+        self.seen.append(metadata.get("version"))
+        if metadata.get("version", 0) < self._version:
+            sd[prefix + "scale"] = sd[prefix + "scale"].log()
+        super()._load_from_state_dict(sd, prefix, metadata, *rest)
+
+
+class Newer(Versioned):
+    _version = 2
+
+
+def test_loading_gets_the_version_that_saved(tmp_path: Path) -> None:
+    """[UCF-142]"""
+    old, new = nn.Sequential(Versioned()), nn.Sequential(Newer())
+    old[0].scale.data.fill_(4.0)
+    roundtrip(old, new, tmp_path / "a")
+    assert new[0].seen == [1]
+    assert new[0].scale.item() == pytest.approx(torch.tensor(4.0).log().item())
+    same = nn.Sequential(Newer())
+    roundtrip(new, torch.compile(same), tmp_path / "b")
+    assert same[0].seen == [2]
+    assert same[0].scale.equal(new[0].scale)
+    plain = nn.Sequential(nn.Module())
+    plain[0].scale = nn.Parameter(torch.zeros(1))
+    ek.load({"m": plain}, tmp_path / "b")  # a version is no difference
+    assert plain[0].scale.equal(new[0].scale)
+
+
+def test_saves_beside_training_and_runs_carry_own_entries(tmp_path: Path) -> None:
+    a, b = nn.Sequential(Metric()), nn.Sequential(Metric())
+    a[0].total = torch.tensor(2.0)
+    handle = ek.async_save({"m": a}, tmp_path / "c")
+    a[0].total = torch.tensor(3.0)
+    handle.result()
+    ek.load({"m": b}, tmp_path / "c")
+    assert b[0].total.item() == 2.0
+    run = ek.Run(tmp_path / "run", {"m": a})
+    run.restore()
+    run.save(1)
+    again = ek.Run(tmp_path / "run", {"m": b}, options=ek.RunOptions(take_over=True))
+    again.restore()
+    assert b[0].total.item() == 3.0
