@@ -22,8 +22,11 @@ from elastickpt.save.drift import NAMED, Hashed, Row, Why, differing_keys, drift
 from elastickpt.save.gather import DIGEST_NBYTES, range_digest
 from elastickpt.save.merge import SharedArray
 from elastickpt.save.request import SHARES, Replicas, Request
+from elastickpt.save.savers import saver_of
 from elastickpt.testing.ranks import run_ranks
+from elastickpt.training.group import job_group
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
+from elastickpt.writer.rounds import MIN_ARENA_NBYTES
 
 WORLD = 4
 LIMIT_S = 60.0
@@ -485,3 +488,76 @@ def test_buffers_may_differ(buffers: tuple[Path, list[dict[str, Any]]], way: str
 def buffers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     root = tmp_path_factory.mktemp("buffers")
     return root, run_ranks(go_buffers, 2, str(root), timeout_s=120.0)
+
+
+# -- several sets that hold one array, and ways to stage -----------------------------------------------------------------
+
+
+def go_sets(rank: int, world_size: int, root: str) -> dict[str, Any]:
+    """2 × 2 ranks: data parallel along the first axis; along the second nobody says that ranks hold the same."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    models = {
+        "ddp": DistributedDataParallel(nn.BatchNorm1d(3), process_group=mesh.get_group("dp")),
+        "fully_shard": fully_shard(nn.BatchNorm1d(3), mesh=mesh["dp"]),
+    }
+    coordinate = mesh.get_coordinate()
+    seen: dict[str, Any] = {}
+    for name, model in models.items():
+        before = model.state_dict()["module.running_mean" if name == "ddp" else "running_mean"]
+        for axis, at in zip(("dp", "tp"), coordinate, strict=True):
+            before += at
+            seen[name, axis] = tried({"m": model}, f"{root}/{name}-{axis}", replicas="verify")
+            before -= at
+        seen[name, "mended"] = tried({"m": model}, f"{root}/{name}-mended", replicas="verify")
+    return seen
+
+
+@pytest.mark.ranks
+def test_one_rank_of_each_set_speaks_and_differences_inside_a_set_are_judged_by_themselves(tmp_path: Path) -> None:
+    """[SAVE-67, SAVE-69, SAVE-70]"""
+    all_seen = run_ranks(go_sets, WORLD, str(tmp_path), timeout_s=120.0)
+    for name in ("ddp", "fully_shard"):
+        for rank, seen in enumerate(all_seen):
+            notes = seen[name, "dp"]["notes"]
+            assert [seen[name, way]["error"] for way in ("dp", "mended")] == ["", ""]
+            assert len(notes) == (1 if rank == 0 else 0)
+            for note in notes:
+                assert "on ranks [0] and [2]" in note
+                assert "on ranks [1] and [3]" in note
+            assert "running_mean/value: ranks 0 and 1 hold different contents" in seen[name, "tp"]["error"]
+
+
+def go_rounds(rank: int, world_size: int, root: str) -> dict[str, Any]:
+    """Saves beside training that stage in rounds, by a thread, or on one rank by a plan that another one has forgotten."""
+    tensor = torch.zeros(3_000_000)
+    options = {
+        "in rounds": ek.AsyncOptions(arena_nbytes=MIN_ARENA_NBYTES),
+        "by a thread": ek.AsyncOptions(executor="thread"),
+        "forgotten": ek.AsyncOptions(exit_limit_s=9.0),
+    }
+    seen: dict[str, Any] = {}
+    for name, how in options.items():
+        drifting, path = {"t": tensor}, f"{root}/{name}-async"
+        sound = [tried(drifting, f"{path}-{n}", options=how)["error"] for n in range(2)]
+        if name == "forgotten" and rank == 1:
+            plans = saver_of(job_group(None), how)._plans
+            for table in tuple(plans._known):
+                plans.forget(table)
+        if rank == 1:
+            tensor[-1] = 1.0
+        drifted_one = tried(drifting, f"{path}-drifted", options=how)["error"]
+        tensor.zero_()
+        sound.append(tried(drifting, f"{path}-mended", options=how)["error"])
+        seen[name] = (sound, drifted_one)
+    return seen
+
+
+@pytest.mark.ranks
+def test_however_a_save_is_staged_it_is_compared(tmp_path: Path) -> None:
+    """[SAVE-69]"""
+    for seen in run_ranks(go_rounds, 2, str(tmp_path), timeout_s=120.0):
+        for name in ("in rounds", "by a thread", "forgotten"):
+            sound, drifted_one = seen[name]
+            assert sound == ["", "", ""], name
+            assert "array extra/t: ranks 0 and 1 hold different contents" in drifted_one, name
