@@ -170,11 +170,12 @@ def _advice(store: Store, standing: Standing, why: str) -> str:
     run = place_in(store, "").rstrip("/")
     found = standing.unregistered or standing.registered
     example = f"{run}/{max(found, key=lambda one: (one.epoch, one)).folder}"
+    loading = f"ek.load(state, {example!r})"
     if standing.epochs.newest:
-        example += ", copied to a place outside of the run,"
+        loading = f"copy {example} to a place outside of the run, and call ek.load(state, COPY)"
+    whole = "1 folder holds a whole checkpoint" if len(found) == 1 else f"{len(found)} folders hold whole checkpoints"
     return (
-        f"{run}: {why}, and {len(found)} folders hold whole checkpoints: {folders_text(found)}. Expected a register under "
-        f"commits/ for each; a job that went on would begin anew beside them, so nothing was claimed or changed. To load one: "
-        f"ek.load(state, ...) with {example}; to have all that verify count again: {_adopting(run)}; to begin anew: take "
-        f"another root"
+        f"{run}: {why}, and {whole}: {folders_text(found)}. Expected a register under commits/ for each; a job that went on "
+        f"would begin anew beside them, so nothing was claimed or changed. To load one: {loading}; to have all that verify "
+        f"count again: {_adopting(run)}; to begin anew: take another root"
     )
