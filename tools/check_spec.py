@@ -30,8 +30,9 @@ NORMATIVE = (
     "recovery-v1.md",
     "foreign-files.md",
     "cli.md",
+    "language-v1.md",
 )
-PREFIXES = "UCF|FRAG|SAVE|RUN|REC|FOR|CLI"
+PREFIXES = "UCF|FRAG|SAVE|RUN|REC|FOR|CLI|LANG"
 DEFINED = re.compile(rf"\[((?:{PREFIXES})-\d+)(?: ([a-z-]+))?\]")
 CITED = re.compile(rf"\[((?:(?:{PREFIXES})-\d+(?:\.\.\d+)?(?:, )?)+)\]")
 ONE = re.compile(rf"({PREFIXES})-(\d+)(?:\.\.(\d+))?")

@@ -64,6 +64,7 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--weights", choices=("value", "master"), help="where there are masters: which become the weights")
     parser.add_argument("--config", metavar="DIR", help="a folder whose config and tokenizer files go along")
     parser.add_argument("--shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="of a safetensors file (5GB)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that share the work (1)")
     parser.add_argument("--show-rules", action="store_true", help="print the program that is used, and end")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, array by array; read no tensor")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for programs")
@@ -115,6 +116,8 @@ def options_of(args: argparse.Namespace) -> Options:
     twice = [name for k, (name, _) in enumerate(args.set) if name in dict(args.set[:k])]
     if twice:
         raise Refused(f"--set {twice[0]} is given twice")
+    if not 1 <= args.workers <= 256:
+        raise Refused(f"--workers {args.workers}: expected 1 to 256")
     return Options(
         source=resolved(args.source, args.step),
         out=args.out,
@@ -132,6 +135,7 @@ def options_of(args: argparse.Namespace) -> Options:
         weights=args.weights,
         config=args.config,
         shard_nbytes=args.shard_size,
+        workers=args.workers,
     )
 
 

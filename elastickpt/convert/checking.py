@@ -1,4 +1,4 @@
-"""Checks programs: alone, against a checkpoint, and the wholes of one step at two degrees against each other. [CONV-55..57]"""
+"""Checks programs: alone, against a checkpoint, and the wholes of one step at two degrees against each other."""
 
 from __future__ import annotations
 

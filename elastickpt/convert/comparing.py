@@ -1,4 +1,4 @@
-"""Compares two checkpoints, whatever their formats: names, shapes, types, values, settings. [CONV-50..54]"""
+"""Compares two checkpoints, whatever their formats: names, shapes, types, values, settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that transformers wants beside weights: copied from a folder, or made from constants. [CONV-36]"""
+"""The files that transformers wants beside weights: copied from a folder, or made from constants."""
 
 from __future__ import annotations
 

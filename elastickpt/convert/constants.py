@@ -1,4 +1,4 @@
-"""What a program's constants are: what files state, and what the command line gives. [CONV-3]"""
+"""What a program's constants are: what files state, and what the command line gives."""
 
 from __future__ import annotations
 

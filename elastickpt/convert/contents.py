@@ -14,8 +14,9 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Field, FieldKind, Item, OptimizerTable
 from elastickpt.format.values import Value, value_digest
 from elastickpt.language.scope import ConstantValue
-from elastickpt.language.tree import Program
+from elastickpt.language.tree import Names, Order, Pattern, Program, Within
 
+MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
 Name = tuple[str, str]  # (item, parameter name)
 Row = dict[tuple[FieldKind, str], Value]
 
@@ -53,7 +54,9 @@ class Contents:
     layout_text: str | None = None
     not_carried: tuple[NotCarried, ...] = ()
     said: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    orders: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # optimizer item → its parameters, as a file counted them
 
     def tables(self) -> tuple[OptimizerTable, ...]:
         """The optimizers' rows as columns."""
@@ -124,6 +127,19 @@ def _table(item: str, rows: Mapping[Name, Row]) -> OptimizerTable:
             which.append(codes[digest])
         fields.append(Field(kind, key, tuple(values), tuple(which)))
     return OptimizerTable(item, names, tuple(fields))
+
+
+def with_orders(program: Program, orders: Mapping[str, tuple[str, ...]]) -> Program:
+    """The program with these orders written out, where they fit a text of the language."""
+    known = {one.name for one in program.statements if isinstance(one, Order)}
+    fit = {item: names for item, names in orders.items() if item not in known and item.isidentifier() and _spellable(names)}
+    clauses = tuple(Order(item, Names(tuple(Pattern((name,)) for name in names))) for item, names in fit.items())
+    first = next((k for k, one in enumerate(program.statements) if isinstance(one, Within)), len(program.statements))
+    return replace(program, statements=(*program.statements[:first], *clauses, *program.statements[first:]))
+
+
+def _spellable(names: tuple[str, ...]) -> bool:
+    return sum(map(len, names)) < MAX_ORDER_LENGTH and not any('"' in name or "\n" in name for name in names)
 
 
 def rows_of(tables: Iterable[OptimizerTable]) -> dict[str, dict[Name, Row]]:

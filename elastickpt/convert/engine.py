@@ -1,4 +1,7 @@
-"""Carries out conversions: array by array, each read once, at most one with its parts in memory. [CONV-40]"""
+"""Carries out conversions: array by array, each read once, at most one with its parts in memory.
+
+With several workers each decides the same conversion and does its share; worker 0 commits what all have written.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from elastickpt.commit.draft import Draft
 from elastickpt.convert.files import Delivery, FilesTarget, words_of
-from elastickpt.convert.job import Job
+from elastickpt.convert.job import Job, open_source, prepare, require_unchanged
 from elastickpt.convert.nodes import Node, leaves, nbytes_of
+from elastickpt.convert.options import Options
 from elastickpt.convert.saved_forms import Form
 from elastickpt.convert.universal import UniversalTarget
+from elastickpt.convert.workers import helpers, shares
+from elastickpt.format.records import FileDigest
 
 Progress = Callable[[int, int], None]
+Tell = Callable[[int], None]
+Written = tuple[FileDigest | None, dict[str, int], tuple[str, ...]]  # attestation, checksums of slots, notes
 _K = TypeVar("_K")
 
 
@@ -30,45 +39,86 @@ def carry_out(job: Job, *, progress: Progress = lambda done, total: None) -> Don
 
     After an error nothing stands at OUT.
     """
-    reading = job.source.reading
+    total, done = job.nbytes, [0]
+
+    def tell(nbytes: int) -> None:
+        done[0] += nbytes
+        progress(done[0], total)
+
     try:
-        return _files(job, job.form, progress) if job.form is not None else _universal(job, progress)
+        return _universal(job, tell) if job.form is None else _files(job, job.form, tell)
     finally:
-        reading.close()
+        job.source.reading.close()
 
 
-def _universal(job: Job, progress: Progress) -> Done:
-    arrays = job.contents.arrays
-    total, done = job.nbytes, 0
-    reading = job.source.reading
+def _universal(job: Job, tell: Tell) -> Done:
     with UniversalTarget(job.options.out, job.contents) as target:
-        for unit in units([(identity, array.node) for identity, array in arrays.items()]):
-            reading.expect([node for _, node in unit])
-            for identity, node in unit:
-                target.put(identity, reading.words(node))
-                done += nbytes_of(node)
-                progress(done, total)
-        target.commit()
-    return Done(len(arrays), total, tuple(reading.notes))
+        arguments = [(job.options, worker, target.draft) for worker in range(1, job.options.workers)]
+        with helpers(_help, arguments, tell) as others:
+            own, notes = _arrays(job, target, 0, tell)
+            answers: list[Written] = others.answers()
+        require_unchanged(job.source)
+        target.commit([own, *(attested for attested, _, _ in answers if attested is not None)])
+    return Done(len(job.contents.arrays), job.nbytes, (*notes, *(note for _, _, some in answers for note in some)))
 
 
-def _files(job: Job, form: Form, progress: Progress) -> Done:
+def _arrays(job: Job, target: UniversalTarget, worker: int, tell: Tell) -> tuple[FileDigest, tuple[str, ...]]:
     reading = job.source.reading
-    total, done = job.nbytes, 0
+    tasks = units([(identity, array.node) for identity, array in job.contents.arrays.items()])
+    for unit in _share(tasks, job, worker):
+        reading.expect([node for _, node in unit])
+        for identity, node in unit:
+            target.put(identity, reading.words(node))
+            tell(nbytes_of(node))
+    return target.attest(), tuple(reading.notes)
+
+
+def _files(job: Job, form: Form, tell: Tell) -> Done:
+    with FilesTarget(job.options.out, form.plans, single=form.single) as target:
+        arguments = [(job.options, worker, target.draft) for worker in range(1, job.options.workers)]
+        with helpers(_help, arguments, tell) as others:
+            notes = _slots(job, form, target, 0, tell)
+            answers: list[Written] = others.answers()
+        require_unchanged(job.source)
+        target.commit([checksums for _, checksums, _ in answers])
+    return Done(len(form.deliveries), job.nbytes, (*notes, *(note for _, _, some in answers for note in some)))
+
+
+def _slots(job: Job, form: Form, target: FilesTarget, worker: int, tell: Tell) -> tuple[str, ...]:
+    reading = job.source.reading
     nodes: dict[int, list[Delivery]] = {}
     for delivery in form.deliveries:
         nodes.setdefault(id(delivery.node), []).append(delivery)
-    with FilesTarget(job.options.out, form.plans, single=form.single) as target:
-        for unit in units([(some, some[0].node) for some in nodes.values()]):
-            reading.expect([node for _, node in unit])
-            for deliveries, node in unit:
-                words = reading.words(node)
-                for delivery in deliveries:
-                    target.put(delivery.key, words_of(delivery, words))
-                    done += delivery.nbytes
-                progress(done, total)
-        target.commit()
-    return Done(len(form.deliveries), total, tuple(reading.notes))
+    for unit in _share(units([(some, some[0].node) for some in nodes.values()]), job, worker):
+        reading.expect([node for _, node in unit])
+        for deliveries, node in unit:
+            words = reading.words(node)
+            for delivery in deliveries:
+                target.put(delivery.key, words_of(delivery, words))
+                tell(delivery.nbytes)
+    return tuple(reading.notes)
+
+
+def _help(options: Options, worker: int, draft: Draft, tell: Tell) -> Written:
+    """What one helper does, in a process of its own."""
+    source = open_source(options)
+    job = prepare(options, source)
+    try:
+        if job.form is None:
+            target = UniversalTarget.joined(options.out, job.contents, draft, worker)
+            attested, notes = _arrays(job, target, worker, tell)
+            return attested, {}, notes
+        files = FilesTarget.joined(options.out, job.form.plans, draft)
+        notes = _slots(job, job.form, files, worker, tell)
+        return None, files.checksums(), notes
+    finally:
+        source.reading.close()
+
+
+def _share(tasks: Sequence[list[tuple[_K, Node]]], job: Job, worker: int) -> list[list[tuple[_K, Node]]]:
+    """The units of one worker."""
+    sizes = [sum(nbytes_of(node) for _, node in unit) for unit in tasks]
+    return [tasks[number] for number in shares(sizes, job.options.workers)[worker]]
 
 
 def units(tasks: Sequence[tuple[_K, Node]]) -> list[list[tuple[_K, Node]]]:
@@ -82,7 +132,7 @@ def units(tasks: Sequence[tuple[_K, Node]]) -> list[list[tuple[_K, Node]]]:
         for other in sorted(found - {first}):
             groups[first].extend(groups.pop(other))
         groups[first].append(task)
-        for _, node in groups[first]:
+        for _, node in groups[first] if len(found) > 1 else (task,):
             for leaf in leaves(node):
                 owner[id(leaf)] = first
     return [groups[key] for key in sorted(groups)]

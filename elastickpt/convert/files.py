@@ -1,11 +1,11 @@
-"""Writes files of other libraries by their plans: into a draft folder beside OUT, whose rename is the commit. [CONV-31]"""
+"""Writes files of other libraries by their plans: into a draft folder beside OUT, whose rename is the commit."""
 
 from __future__ import annotations
 
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -44,26 +44,44 @@ class FilesTarget:
         self._store, self._name = locate_for_saving(path)
         require_free(self._store, self._name)
         self._plans, self._single = tuple(plans), single
-        self._draft: Draft = new_draft(self._name, pid=os.getpid())
+        self.draft: Draft = new_draft(self._name, pid=os.getpid())
         self._slots = {slot.tensor.key: (plan.path, slot.offset) for plan in plans for slot in plan.slots}
         self._sizes = {plan.path: plan.nbytes for plan in plans}
         self._writers: OrderedDict[str, RangeWriter] = OrderedDict()
         self._checksums: dict[str, int] = {}
         self._committed = False
 
+    @classmethod
+    def joined(cls, path: str, plans: Sequence[FilePlan], draft: Draft) -> Self:
+        """Another worker at a draft that worker 0 has begun, and commits."""
+        found = cls(path, plans, single=False)
+        found.draft = draft
+        return found
+
+    def checksums(self) -> dict[str, int]:
+        """All that this worker wrote is in the files: the CRC-32 of each of its slots."""
+        self._close()
+        return self._checksums
+
+    def _close(self) -> None:
+        for writer in self._writers.values():
+            writer.sync()
+            writer.close()
+        self._writers.clear()
+
     def __enter__(self) -> Self:
         sweep(self._store, self._name)
-        begin(self._store, self._draft)
-        self._store.remove_tree(self._draft.path("fragments"))
+        begin(self._store, self.draft)
+        self._store.remove_tree(self.draft.path("fragments"))
         for folder in sorted({plan.path.rpartition("/")[0] for plan in self._plans} - {""}):
-            self._store.make_directories(self._draft.path(folder))
+            self._store.make_directories(self.draft.path(folder))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for writer in self._writers.values():
             writer.close()
         if not self._committed:
-            abort(self._store, self._draft)
+            abort(self._store, self.draft)
 
     def put(self, key: str, words: NDArray[Any]) -> None:
         """Fills a slot: `words` are its elements in C order. Blocking."""
@@ -73,24 +91,27 @@ class FilesTarget:
         if data.size:
             self._writer(path).write(offset, data.data)
 
-    def commit(self) -> None:
-        """Writes what stands around the tensors, makes all durable and gives it its name. Blocking."""
+    def commit(self, others: Sequence[Mapping[str, int]] = ()) -> None:
+        """Writes what stands around the tensors, makes all durable and gives it its name. Blocking.
+
+        `others` are the checksums of what other workers wrote.
+        """
+        for checksums in others:
+            self._checksums.update(checksums)
         for plan in self._plans:
             writer = self._writer(plan.path)
             for offset, data in plan.frames(self._checksums):
                 if data:
                     writer.write(offset, memoryview(data))
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
-        self._store.remove(self._draft.path(TOKEN))
+        self._close()
+        self._store.remove(self.draft.path(TOKEN))
         self._sync()
         if self._single:
             (plan,) = self._plans
-            self._store.rename(self._draft.path(plan.path), self._name)
-            self._store.remove_tree(self._draft.folder)
+            self._store.rename(self.draft.path(plan.path), self._name)
+            self._store.remove_tree(self.draft.folder)
         else:
-            commit(self._store, self._draft)
+            commit(self._store, self.draft)
         self._committed = True
         if self._store.capabilities.directory_sync:
             self._store.sync_directory("")
@@ -100,12 +121,12 @@ class FilesTarget:
             self._store.sync_tree()
             return
         for plan in self._plans:
-            self._store.sync_file(self._draft.path(plan.path))
+            self._store.sync_file(self.draft.path(plan.path))
 
     def _writer(self, path: str) -> RangeWriter:
         writer = self._writers.pop(path, None)
         if writer is None:
-            writer = self._store.open_writer(self._draft.path(path), self._sizes[path])
+            writer = self._store.open_writer(self.draft.path(path), self._sizes[path])
         self._writers[path] = writer
         while len(self._writers) > OPEN_FILES:
             self._writers.popitem(last=False)[1].close()

@@ -1,4 +1,4 @@
-"""A conversion: decided as a whole before the first tensor is read; `engine` carries it out. [CONV-1]"""
+"""A conversion: decided as a whole before the first tensor is read; `engine` carries it out."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from elastickpt.foreign.linked_store import open_linked
 from elastickpt.foreign.listing import Format, NotCarried
 from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
+from elastickpt.language.rules import axes_of
 from elastickpt.language.shelf import name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.load.opened import open_records
@@ -42,7 +43,8 @@ class Source:
     reading: Reading
     known: Mapping[str, object]  # constants, under the names of the files
     program: t.Program | None
-    files: tuple[tuple[str, int], ...] = ()
+    folder: str | None = None
+    files: tuple[tuple[str, int], ...] = ()  # path, bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,18 @@ def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes
     contents = lay(found, program, given, lambda stored: bytes(reading.stored(stored)))
     known = {**found.constants, **(contents.layout.constants if contents.layout else {})}
     files = tuple((one.path, one.nbytes) for one in found.files)
-    return Source(found.format, contents, reading, known, program, files)
+    return Source(found.format, contents, reading, known, program, found.folder, files)
+
+
+def require_unchanged(source: Source) -> None:
+    """Raises Refused if a file of the source has another size than when it was listed. [CLI-66]"""
+    if source.folder is None:
+        return
+    store = open_store(source.folder)
+    for path, nbytes in source.files:
+        now = store.size(path) if store.exists(path) else None
+        if now != nbytes:
+            raise Refused(f"{path}: the source changed meanwhile: {nbytes} bytes when it was listed, {now} now")
 
 
 def _is_universal(path: str) -> bool:
@@ -178,7 +191,7 @@ def _target_program(options: Options, source: Source) -> t.Program:
     if source.format == "universal":
         if options.rules is not None:
             return program_of(options.rules)
-        if source.program is not None and not options.names:
+        if source.program is not None and not options.names and axes_of(source.program):
             return source.program
     return shipped_program("megatron")
 

@@ -1,4 +1,4 @@
-"""From what an importer lists, by a program, to the contents of a checkpoint. Reads 0-d states only. [CONV-1..9]"""
+"""From what an importer lists, by a program, to the contents of a checkpoint. Reads 0-d states only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Laid, Name, Row
+from elastickpt.convert.contents import Array, Contents, Laid, Name, Row, with_orders
 from elastickpt.convert.nodes import Agreement, Gathered, Share
 from elastickpt.errors import ProgramFault, Refused, StructureConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, NotCarried, StoredTensor
@@ -88,7 +88,8 @@ class _Laying:
         tied = [(self._item(name), alias, name) for alias, name in matched.tied.items()]
         tied += [(one.item, one.alias, one.name) for one in found.tied]
         constants = dict(self._rules.scope.constants) | dict(matched.sizes)
-        text = None if self._program.name == "whole.ucl" else print_program(filled_in(self._program, constants, self._sizes))
+        orders = self._counted(holds) if len(self._ranks) == 1 else {}
+        program = with_orders(filled_in(self._program, constants, self._sizes), orders)
         return Contents(
             arrays=self._arrays,
             rows=self._rows,
@@ -97,7 +98,8 @@ class _Laying:
             step=found.step,
             tied=tuple(((item, name), (item, alias)) for item, alias, name in tied),
             layout=Laid(self._program, constants, self._sizes),
-            layout_text=text,
+            layout_text=print_program(program),
+            orders=orders,
             not_carried=(*found.not_carried, *self._dropped(matched)),
             said=found.said,
         )
@@ -217,6 +219,16 @@ class _Laying:
         for scalar in self._found.scalars:
             for array, holder in holds[0].get(names(scalar.item, scalar.name), ()):
                 self._put((self._model_item(holder), array.name), scalar.item, ("scalar", scalar.state), scalar.value)
+
+    def _counted(self, holds: Sequence[Holds]) -> dict[str, tuple[str, ...]]:
+        """Whole names in the order in which each optimizer's groups have them."""
+        names = self._names(0, holds[0])
+        found: dict[str, dict[str, None]] = {}
+        for group in self._ranks[0].groups:
+            for member in group.members:
+                for array, _ in holds[0].get(names(group.item, member), ()):
+                    found.setdefault(group.item, {})[array.name] = None
+        return {item: tuple(some) for item, some in found.items()}
 
     def _extras(self) -> None:
         """Tensors that are no states of parameters."""

@@ -1,4 +1,4 @@
-"""Applies name maps to contents: arrays, optimizer rows and ties get their new names together. [CONV-10..13]"""
+"""Applies name maps to contents: arrays, optimizer rows and ties get their new names together."""
 
 from __future__ import annotations
 
@@ -46,7 +46,17 @@ def apply_names(
             raise Refused(f"{program.name}: it gives the name {array.id} twice")
         found[array.id] = array
     rows = {item: _rows(of, links) for item, of in contents.rows.items()}
-    return replace(contents, arrays=found, rows=rows, tied=_tied(contents, lines, by_target)), dict(scope.constants)
+    orders = {item: _order(names, links) for item, names in contents.orders.items()}
+    renewed = replace(contents, arrays=found, rows=rows, tied=_tied(contents, lines, by_target), orders=orders)
+    return renewed, dict(scope.constants)
+
+
+def _order(names: Sequence[str], links: Sequence[Link]) -> tuple[str, ...]:
+    """An order under new names; what is split follows each other, what is joined stands where its first part stood."""
+    targets: dict[str, dict[str, None]] = {}
+    for one in links:
+        targets.setdefault(one.source, {})[one.target] = None
+    return tuple(dict.fromkeys(target for name in names for target in targets.get(name, ())))
 
 
 def _shape(states: Mapping[str, Array]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -64,7 +74,9 @@ def _made(target: str, parts: Sequence[Link], items: Mapping[str, str], contents
             raise Refused(f"{target}: {source} has the states {', '.join(states)}, {parts[0].source} {', '.join(first)}")
     if any(part.shape != parts[0].shape for part in parts):
         raise Refused(f"{program.name}: it gives {target!r} the shapes {', '.join(str(part.shape) for part in parts)}")
-    if not (len(parts) == 1 and parts[0].keeps) and sum(prod(part.extents) for part in parts) != prod(parts[0].shape):
+    if parts[0].keeps and len(parts) > 1:
+        raise Refused(f"{program.name}: {target!r} would be made of {', '.join(p.source for p in parts)}: it is given twice")
+    if not parts[0].keeps and sum(prod(part.extents) for part in parts) != prod(parts[0].shape):
         count = sum(prod(part.extents) for part in parts)
         raise Refused(f"{program.name}: {target!r} has {prod(parts[0].shape)} elements, its sources give {count}")
     return [_array(target, item, state, parts, sources) for state in first]
@@ -74,8 +86,6 @@ def _array(target: str, item: str, state: str, parts: Sequence[Link], sources: M
     identity = ArrayId("params", item, target, state)
     first = sources[parts[0].source][state]
     if parts[0].keeps:
-        if len(parts) > 1:
-            raise Refused(f"{target!r} would be made of {', '.join(part.source for part in parts)}: it is given twice")
         return Array(identity, _cast(first.node, parts[0].cast, state), first.true, first.attributes)
     for part in parts:
         source, value = sources[part.source][state], _shape(sources[part.source])[0]

@@ -1,4 +1,4 @@
-"""What a conversion is asked for. [CONV-2]"""
+"""What a conversion is asked for."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Options:
     weights: Weights | None = None
     config: str | None = None
     shard_nbytes: int = SHARD_NBYTES
+    workers: int = 1
 
     def target(self) -> Format:
         """The format to write. Raises Refused for an unknown word, Unsupported for one that this release does not write."""

@@ -1,4 +1,4 @@
-"""From contents to Megatron's legacy files, by a program: what each rank's file holds. No I/O. [CONV-37]"""
+"""From contents to Megatron's legacy files, by a program: what each rank's file holds. No I/O."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Evaluates nodes: reads what they are made of, each tensor once, and puts it together in memory.
 
 An array is words of its element size, flat, in C order: bits, never numbers. At most the array and what goes into it at one
-time are in memory. What the files' content shows to be wrong with a program is found here. [CONV-20..23]
+time are in memory. What the files' content shows to be wrong with a program is found here.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class _Gathering:
         if share.agreement == "any":
             self._reading.notes.append(f"{share.where} differs from {first} at {said}; the first is kept")
             return
-        raise ReplicaConflict(f"the program says that ranks hold the same, and they do not: {said}")
+        raise ReplicaConflict(f"the program says that ranks hold the same, and they do not: {said}")  # [LANG-20]
 
     def _refuse_equal(self) -> None:
         share = self._node.shares[0]

@@ -1,10 +1,11 @@
-"""The contents of a universal checkpoint, and the layout that it carries. Reads records only. [CONV-5]"""
+"""The contents of a universal checkpoint, and the layout that it carries. Reads records only."""
 
 from __future__ import annotations
 
 from elastickpt.convert.contents import Array, Contents, Laid, rows_of
 from elastickpt.convert.nodes import Recorded
 from elastickpt.foreign.listing import NotCarried
+from elastickpt.language import tree as t
 from elastickpt.language.parse import parse
 from elastickpt.language.rules import resolve, sizes_of
 from elastickpt.load.opened import Opened
@@ -32,9 +33,20 @@ def recorded_contents(opened: Opened) -> Contents:
         step=manifest.step,
         tied=manifest.tied,
         layout=laid_by(manifest.layout_text),
+        orders=orders_in(manifest.layout_text),
         layout_text=manifest.layout_text,
         not_carried=tuple(lost),
     )
+
+
+def orders_in(text: str | None) -> dict[str, tuple[str, ...]]:
+    """The orders that a `layout_text` writes out."""
+    statements = parse(text, name="layout_text").statements if text is not None else ()
+    return {
+        one.name: tuple("".join(map(str, name.pieces)) for name in one.by.names)
+        for one in statements
+        if isinstance(one, t.Order) and isinstance(one.by, t.Names)
+    }
 
 
 def laid_by(text: str | None) -> Laid | None:

@@ -1,4 +1,4 @@
-"""What options change of contents before they are written: masters, casts, what is left out. No I/O. [CONV-14..17]"""
+"""What options change of contents before they are written: masters, casts, what is left out. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From contents to the nested values of torch and DCP files, and to safetensors: what goes where. No I/O. [CONV-32..35]"""
+"""From contents to the nested values of torch and DCP files, and to safetensors: what goes where. No I/O."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Form:
 def torch_form(contents: Contents, path: str) -> Form:
     """One file of torch.save: {"model", "optimizer", ...} under the names of the whole."""
     state, deliveries = _new_state(contents)
-    return Form((plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True)
+    unknown = [item for item in contents.rows if item not in contents.orders]
+    why = "in which order its groups have their parameters is not in the source: they stand by name, with `param_names`"
+    lost = tuple(NotCarried(item, why) for item in unknown)
+    return Form((plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True, not_carried=lost)
 
 
 def dcp_form(contents: Contents) -> Form:
@@ -78,6 +81,24 @@ def optimizer_of(contents: Contents, name: Name) -> str:
     return known or next(iter(contents.rows), "optimizer")
 
 
+def counted_groups(rows: Mapping[Name, Row], item: str, order: tuple[str, ...]) -> Iterator[Group]:
+    """The param groups as a file counted them: a new one begins where options change."""
+    by_name = {name: row for (_, name), row in rows.items()}
+    last: tuple[tuple[str, str], ...] | None = None
+    members: list[str] = []
+    options: dict[str, object] = {}
+    for name in (*(name for name in order if name in by_name), *(name for name in by_name if name not in order)):
+        found = {key: value for (kind, key), value in by_name[name].items() if kind == "hyper"}
+        code = tuple(sorted((key, value_digest(value)) for key, value in found.items()))
+        if last is not None and code != last:
+            yield Group(item, tuple(members), options)
+            members = []
+        members.append(name)
+        last, options = code, found
+    if members:
+        yield Group(item, tuple(members), options)
+
+
 def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> Iterator[Group]:
     """The param groups: parameters of the same options, in this order; a group stands where its first member does."""
     members: dict[tuple[tuple[str, str], ...], list[str]] = {}
@@ -100,7 +121,10 @@ def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
             item = optimizer_of(contents, (item, name))
         arrays.append(NewArray(item, name, one.id.state, _tensor(one.id, contents)))
     order = tuple(contents.parameters())
-    groups = [group for item, rows in contents.rows.items() for group in groups_of(rows, item, order)]
+    groups: list[Group] = []
+    for item, rows in contents.rows.items():
+        counted = contents.orders.get(item)
+        groups += groups_of(rows, item, order) if counted is None else counted_groups(rows, item, counted)
     covered = {(group.item, name) for group in groups for name in group.members}
     for array in arrays:
         if array.state not in ("value", "") and (array.item, array.name) not in covered:

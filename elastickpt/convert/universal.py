@@ -1,11 +1,11 @@
-"""Writes a universal checkpoint: array by array into a draft, then index and manifest, then the commit. [CONV-30]"""
+"""Writes a universal checkpoint: array by array into a draft, then index and manifest, then the commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -23,8 +23,8 @@ from elastickpt.convert.contents import Array, Contents
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.keys import array_keys, chunk_file
-from elastickpt.format.records import ArrayRecord, FragmentMap, StoredFile, StoredPiece
-from elastickpt.format.release import RELEASE
+from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, StoredFile, StoredPiece
+from elastickpt.format.release import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_nbytes, chunk_shape, runs_of
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability
@@ -35,7 +35,7 @@ from elastickpt.writer.rounds import BLOCK_NBYTES, Slice, whole_pieces
 
 
 def records_of(arrays: Iterable[Array]) -> dict[ArrayId, ArrayRecord]:
-    """The arrays as the index lists them; `true_shape` where something is padded."""
+    """The arrays as the index lists them; `true_shape` where something is padded. [UCF-121]"""
     listed = tuple(arrays)
     keys = array_keys(one.id for one in listed)
     found = {}
@@ -56,7 +56,6 @@ class _Written:
     files: list[StoredFile] = field(default_factory=list)
     pieces: list[StoredPiece] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
-    groups: set[str] = field(default_factory=set)  # parameters whose group document is written
 
 
 class UniversalTarget:
@@ -67,55 +66,70 @@ class UniversalTarget:
         require_free(self._store, self._name)
         self._contents = contents
         self.records = records_of(contents.arrays.values())
+        first: dict[tuple[str, str], ArrayId] = {}
+        for one in self.records:
+            if one.section == "params":
+                first.setdefault((one.item, one.name), one)
+        self._heads = set(first.values())  # arrays with which the document of their parameter's group is written
         able = self._store.capabilities.directory_sync
         self._durability: Durability = durability if able else "process"
         self._attempt = Attempt()
-        self._draft: Draft = new_draft(self._name, pid=os.getpid())
+        self.draft: Draft = new_draft(self._name, pid=os.getpid())
+        self._writer = 0
         self._written = _Written()
-        self.time = time.time()
+
+    @classmethod
+    def joined(cls, path: str, contents: Contents, draft: Draft, writer: int) -> Self:
+        """Another writer of a draft that worker 0 has begun, and commits."""
+        found = cls(path, contents)
+        found.draft, found._writer = draft, writer
+        return found
 
     def __enter__(self) -> Self:
         sweep(self._store, self._name)
-        begin(self._store, self._draft, sections={one.section for one in self.records})
+        begin(self._store, self.draft, sections={one.section for one in self.records})
         self._attempt.advance(Event.DRAFT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._attempt.state is not State.COMMITTED:
             self._attempt.advance(Event.FAIL)
-            abort(self._store, self._draft)
+            abort(self._store, self.draft)
 
     def put(self, identity: ArrayId, words: NDArray[Any]) -> None:
         """Stores one array: `words` are its elements in C order. Blocking."""
         record = self.records[identity]
         plan = self._plan(record)
-        target = Target(self._store, self._draft.folder, "none", unwatched)  # all is made durable at once, at the end
+        target = Target(self._store, self.draft.folder, "none", unwatched)  # all is made durable at once, at the end
         documents = documents_of(plan, [record])
         source = _InMemory(plan, record, words)
         checksums = write_round(target, plan, documents, whole_pieces(plan.files), source, create=self._store.create)
         self._written.documents.extend(document.path for document in documents)
-        made = fragments_of(plan, checksums, writer=0, attempt=self._draft.attempt, tables=(), values={})
+        made = fragments_of(plan, checksums, writer=self._writer, attempt=self.draft.attempt, tables=(), values={})
         first = len(self._written.files)
         self._written.files.extend(made.files)
         self._written.pieces.extend(_moved(piece, first) for piece in made.pieces)
 
-    def commit(self) -> None:
-        """Attests, proves, records and commits; on return the checkpoint exists. Blocking."""
-        contents = self._contents
+    def attest(self) -> FileDigest:
+        """All that this writer stored is durable, and it says so. Blocking."""
         self._make_durable()
         written = FragmentMap(
-            0,
-            self._draft.attempt,
+            self._writer,
+            self.draft.attempt,
             BLOCK_NBYTES,
             tuple(self._written.files),
             tuple(sorted(self._written.pieces, key=lambda piece: piece.array)),
-            contents.tables(),
+            self._contents.tables() if self._writer == 0 else (),
         )
-        attested = attest(self._store, self._draft, written, durability=self._durability)
+        return attest(self._store, self.draft, written, durability=self._durability)
+
+    def commit(self, attested: Sequence[FileDigest]) -> None:
+        """Proves, records and commits what all writers attested; on return the checkpoint exists. Blocking."""
+        contents = self._contents
         outline = Outline(
             world_size=1,
             placement="plain",
-            versions=(("elastickpt", RELEASE), ("python", platform.python_version())),
+            versions=((CONVERTER, RELEASE), ("elastickpt", RELEASE), ("python", platform.python_version())),
             items=contents.items,
             meshes=(),
             layouts=(),
@@ -123,8 +137,8 @@ class UniversalTarget:
             tied=contents.tied,
             layout_text=contents.layout_text,
         )
-        whole = Whole(outline, contents.step, self.time, dict(contents.values))
-        finish(self._store, self._draft, whole, [attested], durability=self._durability, attempt=self._attempt)
+        whole = Whole(outline, contents.step, time.time(), dict(contents.values))
+        finish(self._store, self.draft, whole, attested, durability=self._durability, attempt=self._attempt)
 
     def _make_durable(self) -> None:
         if self._durability == "process":
@@ -134,9 +148,9 @@ class UniversalTarget:
             return
         paths = [*(file.path for file in self._written.files), *self._written.documents]
         for path in paths:
-            self._store.sync_file(self._draft.path(path))
+            self._store.sync_file(self.draft.path(path))
         for directory in directories_of(paths):
-            self._store.sync_directory(self._draft.path(directory))
+            self._store.sync_directory(self.draft.path(directory))
 
     def _plan(self, record: ArrayRecord) -> WritePlan:
         spec = record.spec
@@ -146,10 +160,7 @@ class UniversalTarget:
             by_chunk.setdefault(run.chunk, []).append(PlannedPiece(0, run.box, run))
         nbytes = chunk_nbytes(record.chunk_shape, itemsize=spec.type.itemsize)
         files = [PlannedFile(chunk_file(record.key, chunk), nbytes, tuple(p)) for chunk, p in by_chunk.items()]
-        group = record.key.rpartition("/")[0]
-        heads = spec.id.section == "params" and group not in self._written.groups
-        self._written.groups.add(group)
-        return WritePlan((record.key,), tuple(files), (PlannedDocument(0, heads),))
+        return WritePlan((record.key,), tuple(files), (PlannedDocument(0, spec.id in self._heads),))
 
 
 class _InMemory:
@@ -177,8 +188,3 @@ def _moved(piece: StoredPiece, files: int) -> StoredPiece:
         piece.row_stride,
         piece.checksums,
     )
-
-
-def pointers_of(values: Mapping[str, object]) -> Sequence[str]:
-    """The top level items that values stand under."""
-    return tuple(dict.fromkeys(pointer.split("/")[1] for pointer in values if pointer.startswith("/")))

@@ -10,7 +10,7 @@ def fault(message: str, *, at: Place, source: str = "", name: str = "") -> Progr
     """The error for what stands at a place of the program's text; `message` says what was expected and what was found.
 
     megatron.ucl:12:34: axis 'dp' is not in mesh dense (pp, tp)
-        input_layernorm.weight   h   same dp
+        norm.weight              h   same dp
                                           ^^
     """
     if at.line < 1:

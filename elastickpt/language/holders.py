@@ -1,4 +1,4 @@
-"""Who holds what of a whole array, and whether everybody who should does. [LANG-15]"""
+"""Who holds what of a whole array, and whether everybody who should does. [LANG-18]"""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from elastickpt.language import tree as t
 from elastickpt.language.held import Held, HeldPiece
+from elastickpt.language.labels import axes_in, labelled, labels_of
 from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
 
@@ -77,26 +77,17 @@ def require_all(name: str, holders: list[Holder], rules: Rules, scope: Scope) ->
 
 def _fixed_axes(rule: Rule, rules: Rules) -> set[str]:
     """Axes along which names, `first` and `last` decide who has a tensor."""
-    fixed = {axis for hold in rule.holds if hold.word in ("first", "last") for axis in hold.axes}
+    fixed: set[str] = {axis for hold in rule.holds if hold.word in ("first", "last") for axis in hold.axes}
     for hole in rule.pattern.holes:
         if hole.share is not None:
-            fixed |= _axes_in(hole.share)
+            fixed |= axes_in(hole.share)
+    stacked = {hole.name for hole in rule.whole.holes} - {hole.name for hole in rule.pattern.holes}
+    for label in stacked & set(labels_of(rule.dims)):
+        fixed |= axes_in(labelled(label, rule.dims if isinstance(rule.dims, tuple) else ()))
     for split in rules.splits:
         if fixed & set(split.into):
             fixed.add(split.axis)
     return fixed
-
-
-def _axes_in(factor: t.Factor) -> set[str]:
-    match factor:
-        case t.Cut(inner, axes):
-            return {*axes, *_axes_in(inner)}
-        case t.Deal(inner, axis):
-            return {axis, *_axes_in(inner)}
-        case t.Sum(parts):
-            return {axis for part in parts for one in part.factors for axis in _axes_in(one)}
-        case _:
-            return set()
 
 
 def distinct_pieces(array: WholeArray) -> dict[HeldPiece, list[Holder]]:

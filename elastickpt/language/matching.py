@@ -1,4 +1,4 @@
-"""Reads a program against what ranks hold: which whole arrays there are, and what each rank holds of them. [LANG-10..19]
+"""Reads a program against what ranks hold: which whole arrays there are, and what each rank holds of them. [LANG-14..18]
 
 No byte of a tensor is read: names and shapes decide. Whatever does not fit is a ProgramFault; no rule matched is one too.
 """
@@ -14,7 +14,8 @@ from itertools import product
 from elastickpt.language import tree as t
 from elastickpt.language.held import Held, lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray, require_all
-from elastickpt.language.rules import Rule, Rules, filled, labels_of, regex_of, ways
+from elastickpt.language.labels import labelled, labels_of
+from elastickpt.language.rules import Rule, Rules, filled, regex_of, ways
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
 
@@ -208,21 +209,6 @@ def _label_extent(label: str, dims: Sequence[t.Factor], scope: Scope, at: Mappin
     factor = labelled(label, dims)
     extent = Lowering(scope, at, {}).extent(factor)
     return extent.local, tuple(whole_index(extent, k) for k in range(extent.local))
-
-
-def labelled(label: str, dims: Sequence[t.Factor]) -> t.Factor:
-    """The labelled part of dimensions, as a factor."""
-    for factor in dims:
-        if isinstance(factor, t.Sum):
-            for part in factor.parts:
-                if part.label == label:
-                    return t.Sum((t.Product(part.factors),))
-                inner = [one for one in part.factors if label in set(labels_of((one,)))]
-                if inner:
-                    return labelled(label, inner)
-        elif isinstance(factor, t.Cut | t.Deal) and label in set(labels_of((factor.inner,))):
-            return labelled(label, (factor.inner,))
-    raise KeyError(label)
 
 
 def _global_names(rule: Rule, hit: _Hit, scope: Scope) -> dict[str, int | str]:

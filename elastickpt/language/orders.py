@@ -1,4 +1,4 @@
-"""In which order a file counts a rank's parameters: by kinds, by names, or by a listing of the files. [LANG-16]"""
+"""In which order a file counts a rank's parameters: by kinds, by names, or by a listing of the files. [LANG-25, LANG-26]"""
 
 from __future__ import annotations
 

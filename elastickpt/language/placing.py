@@ -1,18 +1,18 @@
-"""Reads a program the other way: which tensors ranks have of whole arrays. [LANG-20..24]"""
+"""Reads a program the other way: which tensors ranks have of whole arrays. [LANG-24]"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from math import prod
 
 from elastickpt.language import tree as t
 from elastickpt.language.held import Held, lower
-from elastickpt.language.matching import labelled
+from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.renaming import NamedShape
-from elastickpt.language.rules import Rule, Rules, filled, labels_of, regex_of
+from elastickpt.language.rules import Rule, Rules, filled, regex_of
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
 
@@ -57,7 +57,7 @@ def whole_sizes(rules: Rules, arrays: Sequence[NamedShape]) -> Scope:
     while True:
         sizes: dict[str, int] = {}
         for rule, one in found:
-            dims = [factor for factor in rule.dims if not _is_stacked(factor, rule)] if isinstance(rule.dims, tuple) else []
+            dims = _unstacked(rule)
             if len(dims) == len(one.shape):
                 for factor, extent in zip(dims, one.true or one.shape, strict=True):
                     _solve(factor, extent, erased, sizes)
@@ -78,9 +78,26 @@ def _solve(factor: t.Factor, extent: int, erased: Scope, sizes: dict[str, int]) 
             sizes[name] = size
 
 
-def _is_stacked(factor: t.Factor, rule: Rule) -> bool:
-    holes = {hole.name for hole in rule.whole.holes} - {hole.name for hole in rule.pattern.holes}
-    return isinstance(factor, t.Sum) and len(factor.parts) == 1 and factor.parts[0].label in holes
+def _unstacked(rule: Rule) -> list[t.Factor]:
+    """The dimensions of one whole array: without numbers that its name carries."""
+    labels = {hole.name for hole in rule.whole.holes} - {hole.name for hole in rule.pattern.holes}
+    dims = rule.dims if isinstance(rule.dims, tuple) else ()
+    return [_without(factor, labels) for factor in dims if not _is_label(factor, labels)]
+
+
+def _is_label(factor: t.Factor, labels: set[str]) -> bool:
+    return isinstance(factor, t.Sum) and len(factor.parts) == 1 and factor.parts[0].label in labels
+
+
+def _without(factor: t.Factor, labels: set[str]) -> t.Factor:
+    if _is_label(factor, labels):
+        return t.Number(1)
+    if isinstance(factor, t.Cut | t.Deal):
+        return replace(factor, inner=_without(factor.inner, labels))
+    if isinstance(factor, t.Sum):
+        parts = (replace(part, factors=tuple(_without(one, labels) for one in part.factors)) for part in factor.parts)
+        return t.Sum(tuple(parts), at=factor.at)
+    return factor
 
 
 def place(rules: Rules, arrays: Sequence[NamedShape]) -> tuple[Placed, ...]:

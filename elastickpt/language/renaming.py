@@ -1,4 +1,4 @@
-"""Name maps: which whole arrays become which, and how elements of the one lie in the other. [LANG-30..39]
+"""Name maps: which whole arrays become which, and how elements of the one lie in the other. [LANG-30]
 
 A line of a map is an equation: the same elements, under two names, with two orders of the same factors. It is read from left to
 right or from right to left, whichever fits the names that are there.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from elastickpt.language import tree as t
+from elastickpt.language.labels import labels_of
 from elastickpt.language.scope import ConstantValue, Scope
 
 
@@ -268,48 +269,38 @@ def _joined(first: t.Pattern, second: t.Pattern) -> t.Pattern:
 # -- axes that a rule mentions -----------------------------------------------------------------------------------------
 
 
-def labels_of(dims: object) -> Iterator[str]:
-    """The labels of dimensions that stand alone in parentheses: `(e=experts/ep)`."""
-    for factor in dims if isinstance(dims, tuple) else ():
-        if isinstance(factor, t.Sum):
-            for part in factor.parts:
-                if part.label is not None and len(factor.parts) == 1:
-                    yield part.label
-                yield from labels_of(part.factors)
-        elif isinstance(factor, t.Cut | t.Deal):
-            yield from labels_of((factor.inner,))
-
-
-def _paths(factor: t.Factor) -> list[frozenset[str]]:
-    """The axes that each part of a factor depends on: one set for each way through its sums."""
+def _paths(factor: t.Factor) -> list[tuple[str, ...]]:
+    """The axes that each part of a factor depends on, as often as they cut it: one entry for each way through its sums."""
     match factor:
         case t.Cut(inner, axes):
-            return [path | set(axes) for path in _paths(inner)]
+            return [(*path, *axes) for path in _paths(inner)]
         case t.Deal(inner, axis):
-            return [path | {axis} for path in _paths(inner)]
+            return [(*path, axis) for path in _paths(inner)]
         case t.Sum(parts):
             return [path for part in parts for path in _across(part.factors)]
         case _:
-            return [frozenset()]
+            return [()]
 
 
-def _across(factors: tuple[t.Factor, ...]) -> list[frozenset[str]]:
-    found: list[frozenset[str]] = [frozenset()]
+def _across(factors: tuple[t.Factor, ...]) -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = [()]
     for factor in factors:
-        found = [one | other for one in found for other in _paths(factor)]
+        found = [(*one, *other) for one in found for other in _paths(factor)]
     return list(dict.fromkeys(found))
 
 
 def require_mention(rule: Rule, known: Rules | _Resolving) -> None:
     """Raises ProgramFault unless the rule says of every axis of its mesh what it means, for every part of the tensor."""
     said = {axis for hold in rule.holds for axis in hold.axes}
-    for hole in (*rule.pattern.holes, *(hole for one in rule.containers for hole in one.holes)):
-        if hole.share is not None:
-            said |= frozenset().union(*_paths(hole.share))
+    numbered = [axis for hole in rule.pattern.holes if hole.share is not None for path in _paths(hole.share) for axis in path]
     mesh = known.meshes.get(rule.mesh, ())
-    parts = _across(rule.dims) if isinstance(rule.dims, tuple) else [frozenset[str]()]
+    parts = _across(rule.dims) if isinstance(rule.dims, tuple) else [()]
     for path in parts:
-        mentioned = set(path) | said
+        cuts = [*path, *numbered]
+        twice = next((axis for k, axis in enumerate(cuts) if axis in cuts[:k]), None)
+        if twice is not None:
+            raise known.scope.fault(f"axis {twice!r} cuts it twice: parts of the whole would be on no rank", rule.at)
+        mentioned = {*cuts, *said}
         for split in known.splits:
             if set(split.into) <= mentioned:
                 mentioned.add(split.axis)

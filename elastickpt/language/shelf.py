@@ -1,4 +1,4 @@
-"""The texts of the programs and name maps that come with the package: files of the language. Parses nothing. [LANG-4]"""
+"""The texts of the programs and name maps that come with the package: files of the language. Parses nothing."""
 
 from __future__ import annotations
 

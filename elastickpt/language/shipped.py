@@ -1,4 +1,4 @@
-"""The programs and name maps that come with the package, parsed. [LANG-4]"""
+"""The programs and name maps that come with the package, parsed."""
 
 from __future__ import annotations
 

@@ -8,10 +8,13 @@ import msgpack
 import numpy as np
 
 from elastickpt.errors import Refused
-from elastickpt.load.opened import Opened
+from elastickpt.format.arrays import ArrayId
+from elastickpt.load.opened import Opened, is_converted
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
 
 SHOWN_MISMATCHES = 20
+BESIDE = "beside"  # what a converted checkpoint has and a job need not
+MASTER = "master"
 
 
 def require_same_load(meant: Sequence[tuple[str, str, str]], ranks: Sequence[int]) -> None:
@@ -37,7 +40,10 @@ def encode_findings(opened: Opened, binding: Binding) -> bytes:
 def joint_mismatches(
     opened: Opened, listing: Listing, payloads: Sequence[bytes], ranks: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """(what, text) of every difference on any rank, each once, with the ranks that have it."""
+    """(what, text) of every difference on any rank, each once, with the ranks that have it.
+
+    `what` is "beside" for what a converted checkpoint has beyond a job's state: that is no difference. [UCF-120]
+    """
     where: dict[Mismatch, list[int]] = {}
     union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
     places: set[str] = set()
@@ -52,8 +58,40 @@ def joint_mismatches(
     found: list[tuple[str, str]] = []
     for mismatch, on in sorted(where.items()):
         found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
-    found.extend((mismatch.what, str(mismatch)) for mismatch in unexpected(listing, arrays=arrays, places=places))
+    beside = _Beside(opened, arrays, places)
+    more = unexpected(listing, arrays=arrays, places=places)
+    found.extend((BESIDE if beside.has(mismatch) else mismatch.what, str(mismatch)) for mismatch in more)
+    masters = [one for one in opened.records if one.state == MASTER] if is_converted(opened) else []
+    found.extend((BESIDE, f"{one}: a master, whose parameter's value is loaded") for one in masters)
     return found
+
+
+class _Beside:
+    """What a converted checkpoint has and a job need not: masters, and whole items that its state does not name.
+
+    Other libraries save more than a job asks for, and the job had no say in it.
+    """
+
+    def __init__(self, opened: Opened, arrays: Sequence[ArrayId], places: Iterable[str]) -> None:
+        self._converted = is_converted(opened)
+        self._items = {identity.item for identity in arrays} | {_item_of(place) for place in places}
+        self._ids = {str(identity): identity for identity in opened.records}
+        optimizers = {table.item for part in opened.parts for table in part.tables}
+        self._optimizes = bool(optimizers & self._items) or not optimizers
+
+    def has(self, mismatch: Mismatch) -> bool:
+        if not self._converted:
+            return False
+        identity = self._ids.get(mismatch.name)
+        if identity is None:
+            return _item_of(mismatch.name) not in self._items
+        if identity.state not in ("", "value") and not self._optimizes:
+            return True
+        return identity.item not in self._items
+
+
+def _item_of(place: str) -> str:
+    return place.split("/")[1].replace("~1", "/").replace("~0", "~") if place.startswith("/") else place
 
 
 def _ranks_text(some: Sequence[int], every: Sequence[int]) -> str:

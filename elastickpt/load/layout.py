@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from elastickpt.format.arrays import ArrayId
-from elastickpt.load.opened import Opened
+from elastickpt.load.opened import Opened, is_converted
 from elastickpt.training.held import HeldArray
 
 
@@ -16,6 +16,8 @@ def lies_as_saved(opened: Opened, held: Sequence[HeldArray]) -> bool:
     """Whether meshes and placements of a rank that holds `held` of models are the writers': those of the arrays that both sides
     have; where there are none, the meshes at least."""
     manifest = opened.manifest
+    if is_converted(opened):  # no rank stood anywhere
+        return False
     both = [(array, opened.records[array.spec.id]) for array in held if array.spec.id in opened.records]
     if not both:
         return {array.mesh for array in held} <= {None, *manifest.meshes}

@@ -33,6 +33,7 @@ from elastickpt.format.keys import MANIFEST
 from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, StoredFile
+from elastickpt.format.release import CONVERTER
 from elastickpt.format.values import Value
 from elastickpt.load.registered import registered_digest
 from elastickpt.storage.opening import locate
@@ -228,3 +229,8 @@ def _absent(store: Store, name: str) -> CheckpointError:
         return Uncommitted(f"{where}: expected {MANIFEST}, found an attempt to write a checkpoint that was never committed")
     found = ", ".join(sorted(names)[:5]) or "an empty folder"
     return NotACheckpoint(f"{where}: expected {MANIFEST}, found {found}")
+
+
+def is_converted(opened: Opened) -> bool:
+    """Whether a conversion made the checkpoint, and no job. [UCF-120]"""
+    return CONVERTER in dict(opened.manifest.versions)

@@ -16,10 +16,18 @@ from elastickpt.comms.team import Team
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.values import Value
-from elastickpt.load.agreement import encode_findings, joint_mismatches, joint_notes, mismatch_message, require_same_load
+from elastickpt.load.agreement import (
+    BESIDE,
+    MASTER,
+    encode_findings,
+    joint_mismatches,
+    joint_notes,
+    mismatch_message,
+    require_same_load,
+)
 from elastickpt.load.fetch import FetchReport, Verify, carry_out
 from elastickpt.load.layout import lacking_of, lies_as_saved
-from elastickpt.load.opened import Opened, open_records
+from elastickpt.load.opened import Opened, is_converted, open_records
 from elastickpt.load.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
 from elastickpt.load.ties import differing_ties
 from elastickpt.training.collection import collection_paused
@@ -194,6 +202,8 @@ class _Load:
 
     def _counts(self, what: str) -> bool:
         """Whether a difference of this kind is an error in the strict mode asked for."""
+        if what == BESIDE:
+            return False
         passes = {"all": (), "missing": ("unexpected",), "unexpected": ("missing",), "none": ("missing", "unexpected")}
         return what not in passes[self.strict]
 
@@ -259,7 +269,7 @@ def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Li
         return opened.per_rank(writer) if writer < len(manifest.fragments) else {}
 
     return Listing(
-        arrays={identity: record.spec for identity, record in opened.records.items()},
+        arrays={one: record.spec for one, record in opened.records.items() if one.state != MASTER or not is_converted(opened)},
         tables=tuple(table for part in opened.parts for table in part.tables),
         values=manifest.values if isinstance(manifest.values, dict) else {},
         per_rank=per_rank,

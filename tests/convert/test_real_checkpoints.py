@@ -1,4 +1,7 @@
-"""Conversions of real checkpoints: bit for bit their truth, and back out through the libraries that read them."""
+"""Conversions of real checkpoints: bit for bit their truth, and back out through the libraries that read them.
+
+[CLI-62, CLI-63, CLI-65, CLI-70, CLI-71]
+"""
 
 from __future__ import annotations
 
