@@ -121,7 +121,7 @@ def require_unchanged(source: Source) -> None:
     """Raises Refused if a file of the source has another size than when it was listed. [CLI-66]"""
     if source.folder is None:
         return
-    store = open_store(source.folder)
+    store = open_linked(source.folder)
     for path, nbytes in source.files:
         now = store.size(path) if store.exists(path) else None
         if now != nbytes:
