@@ -25,6 +25,7 @@ from elastickpt.foreign.nested import ChunkedTensor, Path, Tensor, sort_out
 from elastickpt.foreign.pickle_machine import MAX_PICKLE_NBYTES, read_pickle
 from elastickpt.foreign.pickle_names import NAMES
 from elastickpt.foreign.pickle_values import ElementType, Instance
+from elastickpt.foreign.plain_values import constants_among
 from elastickpt.foreign.torch_file import read_torch_file
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format.box import Box
@@ -70,6 +71,7 @@ def read_dcp(folder: Folder) -> ForeignCheckpoint:
         scalars=tuple(found.scalars),
         groups=tuple(found.groups),
         tied=tuple(found.tied),
+        constants=constants_among(found.values),
         values=found.values,
         not_carried=tuple(found.not_carried),
     )

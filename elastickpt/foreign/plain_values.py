@@ -109,7 +109,7 @@ def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
     """The plain numbers and words of a mapping, element types by name, members of mappings in it as "outer.inner"."""
     found: dict[str, Constant] = {}
     for name, value in values.items():
-        if isinstance(value, ElementType):
+        if isinstance(value, ElementType | DtypeValue):
             found[name] = value.name
         elif value is None or isinstance(value, bool | int | float | str):
             found[name] = value
@@ -118,4 +118,15 @@ def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
         elif isinstance(value, dict):
             inner = constants_of({str(key): one for key, one in value.items()})
             found.update({f"{name}.{key}": one for key, one in inner.items()})
+    return found
+
+
+def constants_among(values: Mapping[str, object]) -> dict[str, Constant]:
+    """The constants of plain values that programs keep beside their tensors under `config` or `args`."""
+    found: dict[str, Constant] = {}
+    for pointer in ("/config", "/args"):
+        value = values.get(pointer)
+        inner = value.get("state") if isinstance(value, dict) and CLASS in value else value
+        if isinstance(inner, dict):
+            found |= constants_of({str(name): one for name, one in inner.items()})
     return found

@@ -6,7 +6,7 @@ from elastickpt.errors import Malformed, MissingFile, NotACheckpoint, Refused, S
 from elastickpt.foreign.folder import Folder, inside
 from elastickpt.foreign.listing import ForeignCheckpoint
 from elastickpt.foreign.nested import sort_out
-from elastickpt.foreign.plain_values import constants_of
+from elastickpt.foreign.plain_values import constants_among, constants_of
 from elastickpt.foreign.safetensors_file import read_config
 from elastickpt.foreign.torch_file import read_torch_file
 
@@ -39,7 +39,7 @@ def read_torch_plain(folder: Folder) -> ForeignCheckpoint:
         scalars=tuple(found.scalars),
         groups=tuple(found.groups),
         tied=tuple(found.tied),
-        constants=constants_of(read_config(folder)),
+        constants=constants_among(found.values) | constants_of(read_config(folder)),
         values=found.values,
         not_carried=tuple(found.not_carried),
     )

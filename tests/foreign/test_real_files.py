@@ -61,6 +61,7 @@ def test_torch_tied_names_and_values_are_said(plain_case) -> None:
     if plain_case.folder.name == "single":
         assert found.tied == (Tied("model", "head.weight", "embed.weight"),)
         assert [one.item for one in found.wholes if not one.state] == ["rng"]
+        assert found.constants["vocab"] == 101
         assert {"/step", "/epoch", "/best", "/config", "/scheduler"} == set(found.values)
     else:
         assert found.groups[0].members[0] == "module.stem.weight"
