@@ -127,18 +127,19 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
         }
         if isinstance(contents.get("args"), Instance):
             plain["args"] = contents["args"]
-        values, lost = carried(plain | rest, folder.read_tensor, where="")
+        values, lost = carried(plain, folder.read_tensor, where="")
+        beside, lost_beside = carried(rest, folder.read_tensor, where="optimizer")
     random = (NotCarried(str(name), "random streams of each rank") for name in _RANDOM_STATES if name in contents)
     listing = RankListing(
         coordinate=rank.coordinate,
         file=rank.path,
         tensors=tuple(one for one in (*model, *states) if isinstance(one, LocalTensor)),
         groups=groups,
-        values=values,
+        values=values | {f"/optimizer{pointer}": value for pointer, value in beside.items()},
         scalars=tuple(one for one in states if isinstance(one, StateScalar)),
         empty=tuple(one for one in model if isinstance(one, str)),
     )
-    return contents, (listing, (*random, *lost))
+    return contents, (listing, (*random, *lost, *lost_beside))
 
 
 def _check_version(path: str, version: object) -> None:
@@ -205,7 +206,7 @@ def _optimizer(
     states = [*_states(path, inner.get("state")), *_masters(path, optimizer, groups)]
     known = {"state", "param_groups", "optimizer", *_MASTERS}
     rest: dict[object, object] = {key: value for key, value in optimizer.items() if key not in known}
-    return states, groups, {"optimizer": rest} if rest else {}
+    return states, groups, rest
 
 
 def _groups(path: str, found: list[object], read: ReadTensor) -> Iterator[Group]:

@@ -157,7 +157,7 @@ def test_half_types_have_masters_by_the_optimizers_numbers(tmp_path) -> None:
     found = {(one.name, one.state): one.stored.shape for one in rank.tensors if one.item == "optimizer"}
     assert found == {(0, "exp_avg"): (2,), (1, "exp_avg"): (3,), (0, "master"): (2,), (1, "master"): (3,)}
     assert [(one.name, one.state, one.value) for one in rank.scalars] == [(0, "step", 3)]
-    assert rank.values["/optimizer"] == {"grad_scaler": {"scale": 8.0}}
+    assert rank.values["/optimizer/grad_scaler"] == {"scale": 8.0}
 
 
 def test_several_stages_of_a_rank_are_chunks(tmp_path) -> None:
