@@ -73,13 +73,20 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
     """The folder at a path or URL, or that of the file there. NotACheckpoint where nothing is."""
     store, name = locate(path)
     store, url = open_linked(store.url), place_in(store, name)
-    try:
-        store.entries(name)
-    except MissingFile:
-        if not store.exists(name):
-            raise NotACheckpoint(f"{os.fspath(path)}: nothing is there") from None
-        return Folder(store.url, store, only=name)
+    if not _holds(store, name):  # object stores know no folders: what a file's name stands for is told beside it
+        kind = next((one.kind for one in store.entries("") if one.name == name), None)
+        if kind is None:
+            raise NotACheckpoint(f"{os.fspath(path)}: nothing is there")
+        if kind != "directory":
+            return Folder(store.url, store, only=name)
     return Folder(url, open_linked(url))
+
+
+def _holds(store: Store, name: str) -> bool:
+    try:
+        return bool(store.entries(name))
+    except MissingFile:
+        return False
 
 
 def inside(path: str, *, named_by: str) -> str:

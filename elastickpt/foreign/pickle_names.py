@@ -75,6 +75,7 @@ _ENUMS = (  # of a framework's `args`: the member's value is kept
     "megatron.model.enums.ModelType",
     "megatron.model.enums.PositionEmbeddingType",
     "signal.Signals",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
 )
 _HELD = (  # classes of which the arguments and the state are kept, and nothing is done
@@ -104,6 +105,7 @@ _HELD = (  # classes of which the arguments and the state are kept, and nothing 
     "torch.distributed.checkpoint.metadata.StorageMeta",
     "torch.distributed.checkpoint.metadata.TensorProperties",
     "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
     "types.SimpleNamespace",
 )
 

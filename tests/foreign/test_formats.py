@@ -133,6 +133,13 @@ def test_a_store_that_is_no_disk_is_read_alike(tmp_path) -> None:
     assert [one.name for one in found.wholes] == ["a"]
 
 
+@pytest.mark.parametrize("name", ["", "/model.safetensors"])
+def test_a_folder_or_file_of_fsspec_is_read_alike(tmp_path, name) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    found = read_foreign(find_source(open_folder(f"local://{tmp_path}{name}")))
+    assert [one.name for one in found.wholes] == ["a"]
+
+
 def test_a_cache_of_links_is_read_and_a_link_to_nothing_is_named(tmp_path) -> None:
     """As model hubs keep snapshots, and Megatron's users their newest step. [FOR-8]"""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
