@@ -24,7 +24,7 @@ from elastickpt.foreign.listing import ForeignCheckpoint, Piece, StoredTensor
 from elastickpt.foreign.nested import ChunkedTensor, Path, Tensor, sort_out
 from elastickpt.foreign.pickle_machine import MAX_PICKLE_NBYTES, read_pickle
 from elastickpt.foreign.pickle_names import NAMES
-from elastickpt.foreign.pickle_values import ElementType, Instance
+from elastickpt.foreign.pickle_values import ElementType, Instance, shown
 from elastickpt.foreign.plain_values import constants_among
 from elastickpt.foreign.torch_file import read_torch_file
 from elastickpt.foreign.zip_records import ByteRange
@@ -90,7 +90,7 @@ def _no_storage(_: object) -> object:
 
 def _fields(value: object, name: str) -> dict[str, object]:
     if not isinstance(value, Instance) or value.name != name:
-        raise Malformed(f"{METADATA}: expected {name}, found {value!r:.80}")
+        raise Malformed(f"{METADATA}: expected {name}, found {shown(value)}")
     return value.fields()
 
 
@@ -106,13 +106,13 @@ def _places(found: object) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Place
         if not isinstance(key, str) or not isinstance(path, str) or type(offset) is not int or type(nbytes) is not int:
             raise Malformed(f"{METADATA}: an item of storage_data without name, file, offset or length")
         if place.get("transform_descriptors"):
-            raise Unsupported(f"{METADATA}: {key} was written through {place['transform_descriptors']!r:.80}, not plainly")
+            raise Unsupported(f"{METADATA}: {key} was written through {shown(place['transform_descriptors'])}, not plainly")
         yield (key, _sizes(offsets or (), key)), _Place(inside(path, named_by=METADATA), offset, nbytes)
 
 
 def _sizes(value: object, key: str) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(one) is int and one >= 0 for one in value):
-        raise Malformed(f"{METADATA}: {key}: expected sizes, found {value!r:.80}")
+        raise Malformed(f"{METADATA}: {key}: expected sizes, found {shown(value)}")
     return value
 
 
@@ -197,7 +197,7 @@ def _path(key: object, planned: object) -> Path:
     if path is None:
         return (key,)
     if not isinstance(path, tuple) or not path or not all(isinstance(one, str | int) for one in path):
-        raise Malformed(f"{METADATA}: {key}: expected a path of names and numbers, found {path!r:.80}")
+        raise Malformed(f"{METADATA}: {key}: expected a path of names and numbers, found {shown(path)}")
     return path
 
 

@@ -38,7 +38,7 @@ def read_pickle(data: bytes, *, names: Names, persistent: Persistent, where: str
     if len(data) > MAX_PICKLE_NBYTES:
         raise LimitExceeded(f"{where}: a pickle of {len(data)} bytes, the limit is {MAX_PICKLE_NBYTES}")
     value = _Machine(data, names, persistent, where).run()
-    check_tree(value, where=where)
+    check_tree(value, nbytes=len(data), where=where)
     return value
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.foreign.pickle_values import ElementType, Instance
 
 MAX_NESTING = 100
-MAX_UNFOLDED = 1 << 26  # values that a walk which knows nothing of sharing would meet
+FREE_UNFOLDED = 1 << 20  # values that a walk which knows nothing of sharing may meet, and two for each byte of the pickle
 _MAX_KEY_VALUES = 256
 _PLAIN_KEYS = (str, int, float, bool, bytes, complex, type(None), Instance, ElementType)
 
@@ -47,12 +48,12 @@ def _inside(value: object) -> Iterable[object]:
     return ()
 
 
-def _is_container(value: object) -> bool:
-    return isinstance(value, dict | list | tuple | set | frozenset | Instance)
+_CONTAINERS = frozenset((dict, OrderedDict, Counter, list, tuple, set, frozenset, Instance))  # all that a pickle can make
 
 
-def check_tree(root: object, *, where: str) -> None:
-    """Raises LimitExceeded where a value lies in itself, is nested too deeply, or unfolds to more than the limit.
+def check_tree(root: object, *, nbytes: int, where: str) -> None:
+    """Raises LimitExceeded where a value lies in itself, is nested too deeply, or unfolds to more than a pickle of
+    `nbytes` bytes may.
 
     Each container is looked at once, however often it is shared.
     """
@@ -64,23 +65,26 @@ def check_tree(root: object, *, where: str) -> None:
         key = id(value)
         if entered:
             open_now.discard(key)
-            done[key] = _measured(value, done, where)
+            done[key] = _measured(value, done, where, FREE_UNFOLDED + 2 * nbytes)
         elif key in open_now:
             raise LimitExceeded(f"{where}: a {type(value).__name__} that contains itself")
-        elif key not in done and _is_container(value):
+        elif key not in done and type(value) in _CONTAINERS:
             open_now.add(key)
             work.append((value, True))
-            work.extend((one, False) for one in _inside(value) if _is_container(one) and id(one) not in done)
+            work.extend((one, False) for one in _inside(value) if type(one) in _CONTAINERS and id(one) not in done)
 
 
-def _measured(value: object, done: dict[int, tuple[int, int]], where: str) -> tuple[int, int]:
+def _measured(value: object, done: dict[int, tuple[int, int]], where: str, limit: int) -> tuple[int, int]:
     count, depth = 1, 0
     for one in _inside(value):
-        inner_count, inner_depth = done.get(id(one), (1, 0)) if _is_container(one) else (1, 0)
-        count += inner_count
-        depth = max(depth, inner_depth)
-    if count > MAX_UNFOLDED:
-        raise LimitExceeded(f"{where}: shared values unfold to more than {MAX_UNFOLDED}")
+        if type(one) in _CONTAINERS:
+            inner_count, inner_depth = done[id(one)]
+            count += inner_count
+            depth = max(depth, inner_depth)
+        else:
+            count += 1
+    if count > limit:
+        raise LimitExceeded(f"{where}: shared values unfold to more than {limit}")
     if depth >= MAX_NESTING:
         raise LimitExceeded(f"{where}: nested more than {MAX_NESTING} deep")
     return count, depth + 1

@@ -63,3 +63,14 @@ class Maker:
 
     name: str
     make: Make
+
+
+def shown(value: object) -> str:
+    """A value in a message: itself if it is small and plain, else what it is. Never a text as long as the value."""
+    if isinstance(value, str | bytes):
+        return f"{value[:40]!r}"
+    if isinstance(value, list | tuple) and len(value) <= 8:
+        return f"[{', '.join(f'{one[:40]!r}' if isinstance(one, str) else type(one).__name__ for one in value)}]"
+    if value is None or isinstance(value, bool | int | float | Instance):
+        return repr(value)
+    return f"a {type(value).__name__}"
