@@ -132,6 +132,13 @@ def with_program(found: Metadata) -> None:
     found.planner_data["model.a"] = shutil.rmtree
 
 
+def laughing(found: Metadata) -> None:
+    shared: list[object] = []
+    for _ in range(18):
+        shared = [shared, shared]
+    found.planner_data["model.a"] = (shared,)
+
+
 @pytest.mark.parametrize(
     ("edit", "error"),
     [
@@ -147,6 +154,7 @@ def with_program(found: Metadata) -> None:
         (other_item, StructureConflict),
         (nowhere, Malformed),
         (with_program, Unsafe),
+        (laughing, Malformed),
     ],
 )
 def test_metadata_that_does_not_fit_its_files_is_refused(tmp_path, edit, error) -> None:
@@ -158,6 +166,7 @@ def test_metadata_that_does_not_fit_its_files_is_refused(tmp_path, edit, error) 
     with pytest.raises(CheckpointError) as caught:
         read(tmp_path)
     assert type(caught.value) is error
+    assert len(str(caught.value)) < 500
     assert re.search(r"model\.a|__7|passwd|rmtree", str(caught.value))
 
 

@@ -182,14 +182,15 @@ SELF = protocol2(b"]q\x00h\x00a")
 LAUGHS = protocol2(
     b"]q\x00" + b"".join(b"](" + b"h" + bytes((k,)) + b"h" + bytes((k,)) + b"eq" + bytes((k + 1,)) for k in range(60))
 )
+OBJECTS = protocol2(b"cargparse\nNamespace\n" * 50_000 + b")" + b"R\x85" * 50_000)
 DEEP_KEY = protocol2(b"})" + b"\x85" * 100_000 + b"Ns")
 WIDE_KEY = protocol2(b"})" + b"".join(b"q" + bytes((k,)) + b"h" + bytes((k,)) + b"\x86" for k in range(12)) + b"Ns")
 
 
 @pytest.mark.parametrize(
     "data",
-    [SELF, LAUGHS, DEEP_KEY, WIDE_KEY, deep(b"\x85", 101), deep(b"\x85", 1_000_000), protocol2(b"\x8f" * 100_000)],
-    ids=["itself", "laughs", "deep key", "wide key", "deep", "very deep", "sets"],
+    [SELF, LAUGHS, DEEP_KEY, WIDE_KEY, deep(b"\x85", 101), deep(b"\x85", 1_000_000), protocol2(b"\x8f" * 100_000), OBJECTS],
+    ids=["itself", "laughs", "deep key", "wide key", "deep", "very deep", "sets", "objects"],
 )
 def test_cycles_depth_sharing_and_amplification_are_refused(data) -> None:
     with pytest.raises(LimitExceeded):
