@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastickpt.commit.marks import marked
+from elastickpt.comms.processes import process_fields, process_start
 from elastickpt.errors import (
     CheckpointError,
     Malformed,
@@ -62,21 +63,6 @@ def _short(name: str) -> str:
     """The checkpoint's name as part of a draft's, which may have 255 bytes in all."""
     raw = name.encode()
     return name if len(raw) <= 100 else raw[:60].decode(errors="ignore") + "~" + block_checksum(raw).to_bytes(8, "big").hex()
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this host began, in clock ticks since boot; None if there is none, or it may not be looked at."""
-    fields = _process(pid)
-    return None if fields is None else int(fields[19])
-
-
-def _process(pid: int) -> list[str] | None:
-    """What the kernel says of a process, from its state on (proc(5), `stat`, from field 3)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()  # the command before it may hold spaces and parentheses
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +253,7 @@ def _why_left(draft: re.Match[str]) -> str | None:
         return None
     except PermissionError:
         pass  # it is there, and somebody else's
-    fields = _process(pid)
+    fields = process_fields(pid)
     if fields is None:
         return f"process {pid} of this host runs, and does not show since when"
     state, threads, began = fields[0], int(fields[17]), int(fields[19])

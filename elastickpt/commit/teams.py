@@ -1,42 +1,84 @@
-"""The team of each process group: met once, kept while the group lives, met again after a failure."""
+"""The teams of each process group, which live as long as it does."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
 
 from elastickpt.comms.hosts import host_identity
-from elastickpt.comms.star import Star, connect
+from elastickpt.comms.hub import Hub
+from elastickpt.comms.processes import Acquaintances
+from elastickpt.comms.spoke import Spoke
+from elastickpt.comms.star import Star
 from elastickpt.comms.team import SILENCE_S, Alone, Team
-from elastickpt.training.group import Group
+from elastickpt.training.group import Group, JobStore
 
 
 @dataclass(slots=True)
-class _Meeting:
-    """The newest meeting of a group; its number is the same on all members, since a failure ends it for all of them."""
+class _Teams:
+    """Those of one process group, by purpose. It does not hold the group."""
 
-    generation: int
-    star: Star
+    stars: dict[str, Star] = field(default_factory=dict)
+
+    def end(self, why: str) -> None:
+        while self.stars:
+            self.stars.popitem()[1].end(why)
 
 
-# The connections belong to the process group, so they are found by it; a group that is gone takes them along.
-_MEETINGS: weakref.WeakKeyDictionary[object, dict[str, _Meeting]] = weakref.WeakKeyDictionary()
+# Connections belong to the process group, so they are found by it; a group that is gone takes them along. What is known of a
+# job's processes is known to all of its groups.
+_TEAMS: weakref.WeakKeyDictionary[object, _Teams] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[object, Acquaintances] = weakref.WeakKeyDictionary()
+_CHANGING = threading.RLock()  # a group may be found gone while it is held
 
 
-def team_of(group: Group, *, purpose: str = "", meeting_timeout_s: float = 120.0, silence_s: float = SILENCE_S) -> Team:
-    """The team of this group, connected; blocking at the first call and after a failure, when every member must call it.
+def team_of(group: Group, *, purpose: str = "", silence_s: float = SILENCE_S) -> Team:
+    """The team of this group for that purpose. Not blocking: its members meet as they make their calls (`Team.enter`).
 
-    Each `purpose` has a team of its own, so that rounds of two threads never mix; one thread at a time may use a team.
-    Raises DeadlineExceeded naming the ranks that did not come within `meeting_timeout_s`.
+    A purpose is the same on all members; two that may be used at one time are different, so that rounds never mix.
     """
     if len(group.ranks) == 1:
         return Alone(group.rank, host_identity())
-    meetings = _MEETINGS.setdefault(group.handle, {})
-    known = meetings.get(purpose)
-    if known is not None and not known.star.closed:
-        return known.star
-    generation = 0 if known is None else known.generation + 1
-    store = group.store(generation) if not purpose else group.own_store(f"{purpose}/{generation}")
-    star = connect(store, group.member, group.ranks, timeout_s=meeting_timeout_s, silence_s=silence_s)
-    meetings[purpose] = _Meeting(generation, star)
-    return star
+    with _CHANGING:
+        teams = _TEAMS.get(group.handle)
+        if teams is None:
+            teams = _TEAMS[group.handle] = _Teams()
+            weakref.finalize(group.handle, teams.end, "its process group is gone").atexit = False
+        star = teams.stars.get(purpose)
+        if star is None:
+            known = _KNOWN.setdefault(group.job, Acquaintances())
+            end = Hub if group.member == 0 else Spoke
+            star = teams.stars[purpose] = end(_store(group, purpose), group.member, group.ranks, known, silence_s=silence_s)
+        return star
+
+
+def _store(group: Group, purpose: str) -> Callable[[], JobStore]:
+    """Opens the job's store for a team, which must not hold its group: it would never go."""
+    rank, ranks, handle = group.rank, group.ranks, weakref.ref(cast(object, group.handle))
+
+    def opened() -> JobStore:
+        live = Group(rank, ranks, handle())  # type: ignore[arg-type]  # of a group that is gone there is no store
+        return live.own_store(purpose) if purpose else live.store("calls")
+
+    return opened
+
+
+def end_team(group: Group, purpose: str, why: str) -> None:
+    """Ends this member's part in one team, if there is one; a later `team_of` begins anew. From any thread."""
+    with _CHANGING:
+        teams = _TEAMS.get(group.handle)
+        star = None if teams is None else teams.stars.pop(purpose, None)
+    if star is not None:
+        star.end(why)
+
+
+def end_teams(group: Group, why: str) -> None:
+    """Ends this member's part in all teams of a group, with their threads and descriptors. From any thread: each wait for other
+    ranks ends at once, and raises Cancelled."""
+    with _CHANGING:
+        teams = _TEAMS.get(group.handle)
+    if teams is not None:
+        teams.end(why)

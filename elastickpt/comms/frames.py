@@ -25,6 +25,11 @@ class Kind(IntEnum):
     BEAT = 3  # "alive and working"; carries nothing
     VERDICT = 4
     REPORT = 5  # the round failed somewhere: everybody raises the same report
+    ENTER = 6  # "I have made the call"; the round is the number of a call that is counted
+    LEAVE = 7  # "I have given that call up"; carries why, as text
+    LOSS = 8  # a rank whose process is certainly gone: one report
+    WELCOME = 9  # the processes of all members
+    LATE = 10  # member 0 waits for these members, who are late
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Connection:
         self._buffer = bytearray()
         self._frames: deque[Frame] = deque()
         self.heard_at = time.monotonic()
+        self.broken = False  # a frame went out in part only: what follows would not be understood
         sock.setblocking(True)
 
     def fileno(self) -> int:
@@ -68,17 +74,29 @@ class Connection:
             left = memoryview(b"".join((self._unsent, header, frame.data)))
             self._unsent = b""
             begun = time.monotonic()
-            while left := left[self._push(left) :]:
-                self._await_room(begun, silence_s)
+            try:
+                while left := left[self._push(left) :]:
+                    self._await_room(begun, silence_s)
+            except BaseException:  # an interrupt too
+                self.broken = True
+                raise
 
     def beat(self, round_number: int) -> None:
         """Says that this process is alive; not blocking: skipped when a message is on its way, which says the same, and when
         the peer takes nothing at the moment."""
+        self._offer(_HEADER.pack(0, Kind.BEAT, round_number), whole=False)
+
+    def say(self, frame: Frame) -> None:
+        """Sends as much of it as the peer takes now, and the rest with what follows. Not blocking, from any thread; left out
+        where another message is on its way, or the peer is gone."""
+        self._offer(_HEADER.pack(len(frame.data), frame.kind, frame.round) + frame.data, whole=True)
+
+    def _offer(self, data: bytes, *, whole: bool) -> None:
         if self._sending.acquire(blocking=False):
             try:
-                data = self._unsent or _HEADER.pack(0, Kind.BEAT, round_number)
+                data = self._unsent + data if whole else self._unsent or data
                 taken = self._push(data)
-                self._unsent = data[taken:] if taken or self._unsent else b""
+                self._unsent = data[taken:] if taken or self._unsent or whole else b""
             except PeerGone:
                 pass  # whoever receives on this connection finds out and reports it
             finally:
@@ -120,10 +138,13 @@ class Connection:
         del self._buffer[:end]
         return Frame(Kind(kind), number, data)
 
-    def pump(self) -> None:
-        """Reads once; call when readable. Complete frames, beats left out, wait to be taken. Raises PeerGone."""
+    def pump(self) -> bool:
+        """Reads once what is there, and says whether anything was. Complete frames, beats left out, wait to be taken. Not
+        blocking. Raises PeerGone."""
         try:
-            data = self._socket.recv(1 << 20)
+            data = self._socket.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise PeerGone(str(error)) from error
         if not data:
@@ -133,16 +154,24 @@ class Connection:
         while (frame := self._cut()) is not None:
             if frame.kind is not Kind.BEAT:
                 self._frames.append(frame)
+        return True
 
-    def hear_out(self) -> None:
-        """Reads what came before a connection broke; call after PeerGone."""
-        with suppress(PeerGone):
-            while True:
-                self.pump()
+    def hear(self) -> bool:
+        """Reads all that is there, and says whether the connection still stands. Not blocking."""
+        try:
+            while self.pump():
+                pass
+        except PeerGone:
+            return False
+        return True
 
     def take(self) -> Frame | None:
         """The next frame that was read, in order; None if there is none yet."""
         return self._frames.popleft() if self._frames else None
+
+    def put_back(self, frame: Frame) -> None:
+        """It is the next one again."""
+        self._frames.appendleft(frame)
 
     def close(self) -> None:
         self._socket.close()

@@ -1,76 +1,64 @@
-"""A team over sockets: member 0 is the hub, every other member has one connection to it.
+"""A team over sockets of its own: member 0 is the hub, every other member has one connection to it.
 
-Addresses are exchanged once through the job's store. Members on one host meet on an abstract Unix socket, others by TCP;
-a hello carries a secret from the store, so that nobody else can join. [SAVE-65]
+What both ends have in common is here; `hub` has member 0's, `spoke` that of the others. No end holds a thread: `beats` has one
+for all teams of a process. A team meets by itself as its members make their calls, and meets again after a connection was lost,
+so no member counts meetings.
+
+    a call      ENTER, from every member to member 0 and back: "I have made the call". Until then a member is late.
+    its rounds  PAYLOAD or FAILURE, then VERDICT or REPORT, with beats meanwhile
+    given up    LEAVE: what this member has said of that call does not hold any more
 """
 
 from __future__ import annotations
 
-import secrets
-import selectors
-import socket
+import os
 import threading
 import time
-from collections.abc import Sequence
-from typing import Protocol
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import msgpack
 
-from elastickpt.comms.addresses import dial, listen, own_address
-from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone, PeerSilent
-from elastickpt.comms.hosts import host_identity
-from elastickpt.comms.team import BEAT_S, Contribute, Decide, failure_of
-from elastickpt.errors import (
-    CheckpointError,
-    DeadlineExceeded,
-    RankFailure,
-    RankLost,
-    RanksFailed,
-    from_report,
-)
+from elastickpt.comms.beats import HEART
+from elastickpt.comms.door import KeyValue
+from elastickpt.comms.frames import Connection, Frame, Kind
+from elastickpt.comms.processes import Acquaintances, Process, this_process
+from elastickpt.comms.team import SILENCE_S, Call, Contribute, Decide, failure_of
+from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, from_report
 
-RETRY_S = 0.05
+TICK_S = 0.5  # between looks at limits, and at processes of this host
+DYING_S = 0.2  # from the end of a connection until the process behind it is gone, if it ends
+LOG_AFTER_S, LOG_EVERY_S = 10.0, 300.0
 
-
-class KeyValue(Protocol):
-    """The job's store: what a rank sets, every rank gets."""
-
-    def set(self, key: str, value: bytes) -> None: ...
-
-    def get(self, key: str, *, timeout_s: float) -> bytes:
-        """Blocks until the key is set. Raises DeadlineExceeded naming it."""
-        ...
+Answer = bytes | RankFailure
+Report = tuple[RankFailure, ...]
 
 
-def _encode_report(report: Sequence[RankFailure]) -> bytes:
-    return bytes(msgpack.packb([(f.rank, f.kind, f.message) for f in report]))
-
-
-def _decode_report(data: bytes) -> tuple[RankFailure, ...]:
-    return tuple(RankFailure(rank, kind, message) for rank, kind, message in msgpack.unpackb(data))
-
-
-class Star:
-    """One member's end of the star; see `team.Team`."""
+class Star(ABC):
+    """One member's end of the star; see `team.Team`. One thread at a time holds rounds; any thread may end it."""
 
     def __init__(
         self,
+        store: Callable[[], KeyValue],
         member: int,
         ranks: tuple[int, ...],
-        hosts: tuple[str, ...],
-        peers: dict[int, Connection],
+        known: Acquaintances,
         *,
-        silence_s: float,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self._member = member
-        self._ranks = ranks
-        self._hosts = hosts
-        self._peers = peers  # the hub: every other member; a member: only the hub
-        self._silence_s = silence_s
-        self._round = 0
-        self._working = threading.Event()
-        self._closed = threading.Event()
-        threading.Thread(target=self._beat, name="elastickpt-beat", daemon=True).start()
+        self._open_store, self._member, self._ranks, self._known, self._silence_s = store, member, ranks, known, silence_s
+        self._processes = {member: this_process()}
+        self._call = Call("a round", silence_s)
+        self._begins = False
+        self._begun = 0.0  # when this member made the call
+        self._logged_at = 0.0
+        self._why_ended: str | None = None
+        self._using, self._ending = threading.Lock(), threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        HEART.joined()
+        self._let_go = weakref.finalize(self, _let_go, self._wake)
 
     @property
     def member(self) -> int:
@@ -82,228 +70,182 @@ class Star:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        return self._hosts
+        if len(self._processes) < len(self._ranks):
+            raise Refused("the members of this team have not met")
+        return tuple(self._processes[member].host for member in range(len(self._ranks)))
 
-    @property
-    def closed(self) -> bool:
-        return self._closed.is_set()
-
-    def close(self) -> None:
-        """Ends this member's part; its peers see a closed connection. Not blocking."""
-        self._closed.set()
-        for peer in self._peers.values():
-            peer.close()
-
-    def _beat(self) -> None:
-        while not self._closed.wait(BEAT_S):
-            if self._working.is_set():
-                for peer in list(self._peers.values()):
-                    peer.beat(self._round)
+    def enter(self, call: Call) -> None:
+        self._call, self._begins = call, True
 
     def round(self, name: str, contribute: Contribute, decide: Decide) -> bytes:
-        if self.closed:
-            raise RanksFailed(f"round {name!r}: an earlier failure ended this group's connections")
-        self._round += 1
-        self._working.set()
+        if not self._using.acquire(blocking=False):
+            raise Refused(f"round {name!r}: expected one thread at a time in the rounds of a group, found two")
+        begins, self._begins = self._begins, False
         cause: BaseException | None = None
-        mine: bytes | RankFailure
         try:
-            try:
-                mine = contribute()
-            except Exception as error:
-                mine, cause = failure_of(error, self._ranks[self._member]), error
-            reply, report = self._lead(name, mine, decide) if self._member == 0 else self._follow(name, mine)
-        except BaseException:  # KeyboardInterrupt and the like: peers must see it now, not at the limit
-            self.close()
+            self._require_open()
+            with HEART.at_work(self):
+                report = self._arrive() if begins else ()
+                if report:
+                    raise from_report(report)
+                mine: Answer
+                try:
+                    mine = contribute()
+                except Exception as error:
+                    mine, cause = failure_of(error, self._ranks[self._member]), error
+                reply, report = self._exchange(name, mine, decide, begins=begins)
+        except Exception:
+            raise  # a report, or the end of this team
+        except BaseException as error:  # KeyboardInterrupt and the like: peers must hear of it now, not at the limit
+            self._say_left(_reason(error))
             raise
         finally:
-            self._working.clear()
+            self._using.release()
+            self._close_if_ended()
         if report:
-            if any(failure.kind in (RankLost.kind, DeadlineExceeded.kind) for failure in report):
-                self.close()
             raise from_report(report) from cause
         return reply
 
-    # -- the hub -------------------------------------------------------------------------------------------------------
+    def leave(self, why: BaseException) -> None:
+        if self._why_ended is None:
+            self._say_left(_reason(why))
 
-    def _lead(self, name: str, mine: bytes | RankFailure, decide: Decide) -> tuple[bytes, tuple[RankFailure, ...]]:
-        payloads, failures = self._collect(name, mine)
-        replies: Sequence[bytes] = ()
-        if not failures:
+    def end(self, why: str) -> None:
+        with self._ending:
+            if self._why_ended is None:
+                self._why_ended = why
+                self._say_left(why)
+                os.eventfd_write(self._wake, 1)
+        self._close_if_ended()
+
+    def _close_if_ended(self) -> None:
+        """Closes what is open, unless a round is held, which does it at its end."""
+        if self._why_ended is not None and self._using.acquire(blocking=False):
             try:
-                replies = decide([payloads[member] for member in range(len(self._ranks))])
-            except Exception as error:
-                failures = {0: failure_of(error, self._ranks[0])}
-        report = tuple(sorted(failures.values()))
-        for member, peer in self._peers.items():
-            frame = (
-                Frame(Kind.REPORT, self._round, _encode_report(report))
-                if report
-                else Frame(Kind.VERDICT, self._round, replies[member])
-            )
-            try:
-                peer.send(frame, silence_s=self._silence_s)
-            except PeerGone:
-                pass  # a member that is gone now learns nothing, and spoils nothing: the decision is made
-            except PeerSilent:
-                peer.end()  # nor does one that hangs; it may have got half a frame, and finds the connection closed
-        return (replies[0] if replies else b""), report
+                with self._ending:
+                    self._close_all()
+                    self._let_go()
+            finally:
+                self._using.release()
 
-    def _collect(self, name: str, mine: bytes | RankFailure) -> tuple[dict[int, bytes], dict[int, RankFailure]]:
-        payloads: dict[int, bytes] = {}
-        failures: dict[int, RankFailure] = {}
-        if isinstance(mine, bytes):
-            payloads[0] = mine
-        else:
-            failures[0] = mine
-        waiting = dict(self._peers)
-        begun = time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            for member, peer in waiting.items():
-                selector.register(peer, selectors.EVENT_READ, member)
-            while True:
-                for member, peer in list(waiting.items()):
-                    frame = peer.take()
-                    if frame is not None and frame.kind is Kind.PAYLOAD:
-                        payloads[member] = frame.data
-                        failures.pop(member, None)  # it said what it had to say before it went
-                    elif frame is not None and frame.kind is Kind.FAILURE:
-                        (failures[member],) = _decode_report(frame.data)
-                    if member in payloads or member in failures:
-                        selector.unregister(waiting.pop(member))
-                if not waiting:
-                    return payloads, failures
-                for key, _ in selector.select(timeout=BEAT_S):
-                    try:
-                        waiting[key.data].pump()
-                    except PeerGone:
-                        failures[key.data] = self._lost(key.data, name)
-                now = time.monotonic()
-                for member, peer in list(waiting.items()):
-                    # a peer may have said nothing while this process itself was busy: count from when we began to listen
-                    if member not in failures and now - max(peer.heard_at, begun) > self._silence_s:
-                        failures[member] = self._silent(member, name)
+    def beat(self) -> None:
+        for peer in self._connections():
+            peer.beat(0)
 
-    def _lost(self, member: int, name: str) -> RankFailure:
-        return RankFailure(self._ranks[member], RankLost.kind, f"its process is gone, or gave up; noticed in round {name!r}")
+    @cached_property
+    def _store(self) -> KeyValue:
+        """Opened when it is needed: it may be gone with a rank that is known to be lost."""
+        return self._open_store()
+
+    # -- for both ends -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _connections(self) -> list[Connection]: ...
+
+    @abstractmethod
+    def _arrive(self) -> Report:
+        """This member has made a call; what is known of others for which nothing can come of it."""
+
+    @abstractmethod
+    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, Report]: ...
+
+    @abstractmethod
+    def _say_left(self, why: str) -> None:
+        """The others wait no longer for this member. Not blocking, from any thread."""
+
+    @abstractmethod
+    def _close_all(self) -> None:
+        """Closes what this end has open."""
+
+    def _require_open(self) -> None:
+        if self._why_ended is not None:
+            raise Cancelled(f"{self._call.what}: ended here, as {self._why_ended}")
+
+    def _losses(self, ranks: Iterable[int] | None = None) -> Report:
+        return self._known.losses(self._ranks if ranks is None else ranks)
+
+    def _note_loss(self, frame: Frame) -> None:
+        """Takes it in, if that is what is said."""
+        if frame.kind is Kind.LOSS:
+            for failure in decode_report(frame.data):
+                self._known.told(failure.rank, failure.message)
+
+    def _met(self, member: int, process: Process) -> None:
+        self._processes[member] = process
+        self._known.met(self._ranks[member], process)
+
+    def _disconnected(self, member: int, where: str) -> RankFailure:
+        """What it means that the connection of a member ended without a word."""
+        rank = self._ranks[member]
+        until = time.monotonic() + DYING_S
+        while not (gone := self._losses([rank])) and self._known.lives_here(rank) and time.monotonic() < until:
+            time.sleep(0.005)
+        if gone:
+            return RankFailure(rank, RankLost.kind, f"{gone[0].message} in {where}")
+        at = time.strftime("%H:%M:%S UTC", time.gmtime())
+        return RankFailure(rank, RankLost.kind, f"its connection was lost in {where} at {at}; its process may be gone")
 
     def _silent(self, member: int, name: str) -> RankFailure:
-        rank = self._ranks[member]
         text = f"did not answer in round {name!r} and sent nothing for {self._silence_s:g} s"
-        return RankFailure(rank, DeadlineExceeded.kind, text)
+        return RankFailure(self._ranks[member], DeadlineExceeded.kind, text)
 
-    # -- everybody else ------------------------------------------------------------------------------------------------
+    def _too_late(self, member: int) -> RankFailure:
+        call = self._call
+        within = f"within {call.wait_limit_s:g} s ({call.limit_name})"
+        text = f"did not come to the {call.what} {within}; {self._everybody} must call it"
+        return RankFailure(self._ranks[member], DeadlineExceeded.kind, text)
 
-    def _follow(self, name: str, mine: bytes | RankFailure) -> tuple[bytes, tuple[RankFailure, ...]]:
-        hub = self._peers[0]
-        try:
-            if isinstance(mine, bytes):
-                hub.send(Frame(Kind.PAYLOAD, self._round, mine), silence_s=self._silence_s)
-            else:
-                hub.send(Frame(Kind.FAILURE, self._round, _encode_report([mine])), silence_s=self._silence_s)
-            frame = self._await_hub(hub)
-        except PeerGone:
-            hub.hear_out()  # a member that hung for too long finds out here: the report names it, and the hub has hung up
-            said = hub.take()
-            if said is None or said.kind is not Kind.REPORT:
-                own = (mine,) if isinstance(mine, RankFailure) else ()
-                return b"", (*own, self._lost(0, name))
-            frame = said
-        except PeerSilent:
-            own = (mine,) if isinstance(mine, RankFailure) else ()
-            return b"", (*own, self._silent(0, name))
-        if frame.kind is Kind.REPORT:
-            return b"", _decode_report(frame.data)
-        return frame.data, ()
+    @property
+    def _everybody(self) -> str:
+        return f"every rank of {name_ranks(self._ranks)}"
 
-    def _await_hub(self, hub: Connection) -> Frame:
-        hub.heard_at = time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            selector.register(hub, selectors.EVENT_READ)
-            while True:
-                if (frame := hub.take()) is not None:
-                    return frame
-                if selector.select(timeout=BEAT_S):
-                    hub.pump()
-                elif time.monotonic() - hub.heard_at > self._silence_s:
-                    raise PeerSilent
+    def _tick(self, *, waits: bool) -> float:
+        """For how long this end listens before it looks at its limits; `waits` for somebody who is late."""
+        left = self._begun + self._call.wait_limit_s - time.monotonic() if waits else TICK_S
+        return max(0.005, min(TICK_S, self._silence_s / 4, left))
+
+    def _time_to_log(self, now: float) -> bool:
+        """Whether it is said now for whom this member waits: after 10 s, and each time that the wait has doubled."""
+        waited = now - self._begun
+        due = LOG_AFTER_S if self._logged_at <= self._begun else min(2 * (self._logged_at - self._begun), LOG_EVERY_S + waited)
+        if waited < due:
+            return False
+        self._logged_at = now
+        return True
+
+    def _waiting_text(self, ranks: Sequence[int], now: float) -> str:
+        call = self._call
+        return (
+            f"{call.what}: waiting for {name_ranks(ranks)} since {now - self._begun:.0f} s, of at most {call.wait_limit_s:g} s "
+            f"({call.limit_name}); {self._everybody} must call it"
+        )
 
 
-# -- meeting -----------------------------------------------------------------------------------------------------------
+def name_ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 1, 2`, of many the first ones."""
+    shown = ", ".join(str(rank) for rank in ranks[:16])
+    more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
 
 
-def connect(store: KeyValue, member: int, ranks: tuple[int, ...], *, timeout_s: float = 120.0, silence_s: float = 30.0) -> Star:
-    """Meets the other members of a group through the job's store; blocking. Every member must call it.
-
-    `ranks` are the job's ranks by member. Raises DeadlineExceeded naming who did not come within `timeout_s`.
-    """
-    host = host_identity()
-    store.set(f"host/{member}", host.encode())
-    if member == 0:
-        hosts = tuple(store.get(f"host/{m}", timeout_s=timeout_s).decode() for m in range(len(ranks)))
-        peers = _gather_members(store, hosts, ranks, timeout_s)
-    else:
-        peers = {0: _join_hub(store, member, timeout_s)}
-        hosts = tuple(msgpack.unpackb(store.get("hosts", timeout_s=timeout_s)))
-    return Star(member, ranks, hosts, peers, silence_s=silence_s)
+def encode_report(report: Sequence[RankFailure]) -> bytes:
+    return bytes(msgpack.packb([(f.rank, f.kind, f.message) for f in report]))
 
 
-def _gather_members(store: KeyValue, hosts: tuple[str, ...], ranks: tuple[int, ...], timeout_s: float) -> dict[int, Connection]:
-    secret = secrets.token_bytes(16)
-    one_host = len(set(hosts)) == 1
-    host = None if one_host else own_address()
-    listener, address = listen(host=host, backlog=len(ranks))
-    peers: dict[int, Connection] = {}
-    deadline = time.monotonic() + timeout_s
-    with listener:
-        store.set("hosts", bytes(msgpack.packb(list(hosts))))
-        store.set("hub", bytes(msgpack.packb([address, secret])))
-        while len(peers) < len(ranks) - 1:
-            listener.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                sock, _ = listener.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, len(ranks))) - set(peers))
-                raise DeadlineExceeded(
-                    f"ranks {[ranks[m] for m in missing]} did not connect to rank {ranks[0]} within {timeout_s:g} s"
-                ) from None
-            connection = Connection(sock)
-            member = _greeted(connection, sock, secret, deadline)
-            if member is None or member in peers or not 0 < member < len(ranks):
-                connection.close()
-            else:
-                peers[member] = connection
-    return peers
+def decode_report(data: bytes) -> Report:
+    return tuple(RankFailure(rank, kind, message) for rank, kind, message in msgpack.unpackb(data))
 
 
-def _greeted(connection: Connection, sock: socket.socket, secret: bytes, deadline: float) -> int | None:
-    """The member that says hello with the right secret; None for anybody else."""
-    sock.settimeout(max(0.001, min(10.0, deadline - time.monotonic())))
-    try:
-        while (hello := connection.take()) is None:
-            connection.pump()
-        said, member = msgpack.unpackb(hello.data)
-    except (PeerGone, ValueError, CheckpointError):
-        return None
-    sock.settimeout(None)
-    return int(member) if secrets.compare_digest(said, secret) else None
+def loss(failure: RankFailure) -> Frame:
+    """Tells of a rank whose process is certainly gone."""
+    return Frame(Kind.LOSS, 0, encode_report([failure]))
 
 
-def _join_hub(store: KeyValue, member: int, timeout_s: float) -> Connection:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        address, secret = msgpack.unpackb(store.get("hub", timeout_s=timeout_s))
-        try:
-            sock = dial(address, timeout_s=timeout_s)
-        except OSError as error:
-            # the address may be that of an earlier life of this job, which the hub is about to overwrite
-            if time.monotonic() > deadline:
-                raise RankLost(f"member 0 of the group does not accept connections ({error})") from error
-            time.sleep(RETRY_S)
-            continue
-        connection = Connection(sock)
-        try:
-            connection.send(Frame(Kind.HELLO, 0, bytes(msgpack.packb([secret, member]))), silence_s=timeout_s)
-        except (PeerGone, PeerSilent) as gone:
-            raise RankLost(f"member 0 of the group closed the connection at once ({gone})") from gone
-        return connection
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _let_go(wake: int) -> None:
+    os.close(wake)
+    HEART.left()

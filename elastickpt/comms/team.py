@@ -4,23 +4,51 @@
         |                                       |
         +-- a failure, a lost or silent peer ---+------> report   --> round() raises the same error on every member
 
-Whoever dies is noticed by its closed connection, whoever hangs by its silence: working members send a beat each
-`BEAT_S`, and one that sent nothing for `silence_s` counts as lost. So a round ends on every survivor within its own work
-plus the slowest survivor's, plus `silence_s`.  [SAVE-54, SAVE-61..64]
+Rounds belong to a call of the user that all ranks make. A rank that has not made it yet is late, and waited for as a collective
+waits, up to the call's limit: it may evaluate, or stand in a debugger. One that has made it must answer: working members send
+a beat each `BEAT_S`, and one that sent nothing for `silence_s` counts as lost. One whose process is gone ends every wait at
+once.  [SAVE-54, SAVE-61..64, SAVE-110..114]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
-from elastickpt.errors import CheckpointError, RankFailure, from_report
+from elastickpt.errors import CheckpointError, RankFailure, Refused, from_report
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
+AGAIN_S = 10.0
 
 Contribute = Callable[[], bytes]
 Decide = Callable[[Sequence[bytes]], Sequence[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What all ranks are to call: `what`, as messages name it, like "save to runs/a/step-5".
+
+    Ranks that come later than this one are waited for at most `wait_limit_s`, which the user gives as `limit_name`. A rank on
+    another host whose connection was lost may come back within `again_s`. `number` counts calls that all ranks make as often,
+    from 1: a rank that is behind, as others gave up a call, makes that one alone. It is 0 for calls that are not counted.
+    """
+
+    what: str
+    wait_limit_s: float
+    limit_name: str = "wait_limit_s"
+    again_s: float = AGAIN_S
+    number: int = 0
+
+
+def require_limit(name: str, value: object) -> None:
+    """Raises Refused for what is no limit of a wait: seconds, a finite number above 0, or None for the default."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isfinite(value) and value > 0):
+        raise Refused(f"{name}={value!r}: expected seconds, a finite number above 0, or None for the process group's timeout")
 
 
 class Team(Protocol):
@@ -34,18 +62,29 @@ class Team(Protocol):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """An identifier of each member's host; equal for members that share one."""
+        """An identifier of each member's host; equal for members that share one. Known after the first round."""
+        ...
+
+    def enter(self, call: Call) -> None:
+        """The next round begins this call: in it members that are late are waited for. Not blocking."""
         ...
 
     def round(self, name: str, contribute: Contribute, decide: Decide) -> bytes:
         """One round; blocking. `decide` runs on member 0 only, gets all payloads by member, and returns one reply each.
 
         Raises on every member the error that `errors.from_report` makes of all failures; the error that this process itself
-        raised is its `__cause__`.
+        raised is its `__cause__`. Raises Cancelled here if the team is ended meanwhile.
         """
         ...
 
-    def close(self) -> None: ...
+    def leave(self, why: BaseException) -> None:
+        """This member goes no further in its call, for a reason that no round has told the others: they wait no longer."""
+        ...
+
+    def end(self, why: str) -> None:
+        """Ends this member's part for good, with its threads and descriptors. From any thread: a wait in a round ends at once,
+        and raises Cancelled."""
+        ...
 
 
 def failure_of(error: BaseException, rank: int) -> RankFailure:
@@ -83,5 +122,11 @@ class Alone:
             raise from_report([failure_of(error, self._rank)]) from error
         return reply
 
-    def close(self) -> None:
+    def enter(self, call: Call) -> None:
+        return None
+
+    def leave(self, why: BaseException) -> None:
+        return None
+
+    def end(self, why: str) -> None:
         return None

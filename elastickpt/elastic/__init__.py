@@ -3,6 +3,7 @@
 import elastickpt as ek
 
 ek.elastic.checkfree.alpha(before, after)    # the weights of two neighbours, and what they make of a stage between them
+ek.elastic.load_alone(state, path)           # by one rank of a job, while the others go on
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastickpt.elastic import checkfree as checkfree
+    from elastickpt.load.session import load_alone as load_alone
 
 # name → (module, attribute; "" for the module itself). Lazy (PEP 562): who reads checkpoints imports no torch.
 _PUBLIC = {
     "checkfree": ("elastickpt.elastic.checkfree", ""),
+    "load_alone": ("elastickpt.load.session", "load_alone"),
 }
 
-__all__ = ["checkfree"]
+__all__ = ["checkfree", "load_alone"]
 
 
 def __getattr__(name: str) -> object:

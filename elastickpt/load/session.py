@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import msgpack
 
 from elastickpt.commit.teams import team_of
-from elastickpt.comms.team import Team
+from elastickpt.comms.team import Alone, Call, Team, require_limit
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.values import Value
@@ -91,22 +91,44 @@ def load(
     mesh: DeviceMesh | None = None,
     strict: Strict = "all",
     verify: Verify = "on",
+    wait_limit_s: float | None = None,
 ) -> LoadReport:
     """Fills `state` in place with the checkpoint at `path`, at the layout that `state` has now, on all ranks. Blocking.
 
     Every rank of the process group must call it with the same path and options. Everything that can be checked is checked on
     all ranks before the first tensor changes. `strict`: "all" differences are errors; "missing": those of `state` that the
     checkpoint lacks, but not what it has beside; "unexpected": the other way round; "none": only shapes and element types.
-    `verify="off"` skips block checksums, for measuring.
+    `verify="off"` skips block checksums, for measuring. `wait_limit_s`: for how long ranks that come later are waited for while
+    their processes live; without it as long as a collective of the process group waits.
 
     Raises, the same on every rank with a `report`: StateMismatch naming every difference (nothing was changed),
     NotACheckpoint, Unsupported, Damaged kinds, StorageFailed kinds, RankLost. An error while tensors are being filled says
     that the content of `state` is now undefined.
     """
     with collection_paused():
+        require_limit("wait_limit_s", wait_limit_s)
         group = job_group(process_group)
-        loading = _Load(group, team_of(group), path, strict, verify)
+        team = team_of(group)
+        team.enter(Call(f"load of {os.fspath(path)}", *group.limit(wait_limit_s)))
+        loading = _Load(group, team, path, strict, verify)
         return loading.run(state, mesh)
+
+
+def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, strict: Strict = "missing") -> LoadReport:
+    """Fills `state` in place with the checkpoint at `path`, by this process alone: no other rank of the job is asked. Blocking.
+
+    For one rank that is to have what it lost while the others go on. `state` may be a part of what the checkpoint has; with
+    `strict="missing"` only what `state` has and the checkpoint lacks is a difference. Of a DTensor this rank's local part is
+    filled, wherever its mesh lies in the job. What is each rank's own comes back as it was where the job has as many ranks as
+    the one that saved, and this one holds what the rank of its number held; else as for another layout.
+
+    What is read is what this rank holds, found by fragment maps. Raises StateMismatch (nothing was changed), NotACheckpoint,
+    Unsupported, Damaged kinds, StorageFailed kinds, here only. After an error while tensors are being filled the content of
+    `state` is undefined, as the message says.
+    """
+    with collection_paused():
+        group = job_group(None)
+        return _Load(group, Alone(group.rank, ""), path, strict, "on").run(state, None)
 
 
 class _Load:
@@ -154,10 +176,10 @@ class _Load:
             found = open_records(self.path)
             opened.append((found, declared))
             held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
-            ranks = len(self.team.ranks)
+            ranks = len(self.group.ranks)
             same = ranks == found.manifest.world_size == len(found.manifest.fragments) and lies_as_saved(found, held)
             ids.update(array.spec.id for array in held)
-            lacking = [str(one) for one in lacking_of(found, ids, self.team.member)] if same else []
+            lacking = [str(one) for one in lacking_of(found, ids, self.group.member)] if same else []
             meant = (os.fspath(self.path), f"attempt {found.manifest.attempt}", self.strict)
             return bytes(msgpack.packb((same, lacking, meant)))
 
@@ -168,10 +190,15 @@ class _Load:
             return [bytes(msgpack.packb((same, sorted({one for _, lacking, _ in answers for one in lacking}))))] * len(payloads)
 
         same, lacking = msgpack.unpackb(self.team.round("open", compare, decide), use_list=False)
-        return *opened[0], same and not (lacking and self._elsewhere(ids, lacking))
+        return *opened[0], same and not (lacking and self._elsewhere(opened[0][0], ids, lacking))
 
-    def _elsewhere(self, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:
-        """Whether some rank holds what a rank lacks whose writer had it; what nobody holds was left out of `state`. A round."""
+    def _elsewhere(self, opened: Opened, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:
+        """Whether some rank holds what a rank lacks whose writer had it; what nobody holds was left out of `state`. A round.
+
+        Where nobody is asked: whether this rank holds nothing of what the writer of its number had.
+        """
+        if len(self.team.ranks) < len(self.group.ranks):
+            return all(record.spec.id not in ids for record in opened.stored_by(self.group.member))
 
         def own() -> bytes:
             return bytes([not {str(one) for one in ids}.isdisjoint(lacking)])
@@ -184,7 +211,7 @@ class _Load:
         bound: list[tuple[Listing, Binding]] = []
 
         def compare() -> bytes:
-            listing = listing_of(opened, self.team.ranks, same_layout=same)
+            listing = listing_of(opened, self.group.ranks, same_layout=same)
             binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
             bound.append((listing, binding))
             return encode_findings(opened, binding)

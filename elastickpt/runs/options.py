@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol
 
+from elastickpt.comms.team import require_limit
 from elastickpt.errors import Refused
 from elastickpt.runs.due import Every, YoungDaly
 from elastickpt.runs.events import RestoreEvent, SaveEvent
@@ -34,8 +35,10 @@ class RunOptions:
     `due`: when `Run.due` says so; the default is the interval that loses least, from what saves are measured to cost and a mean
     time between failures of 6 hours, corrected by the failures seen. `saving`: of saves beside training. `durability`,
     `replicas`, `placement`: as `save` takes them. `take_over`: also from a job that lives. `orphans_s`: how long `restore`
-    waits for what writers of an earlier job of this run have staged. `signals`: those that announce the end of the process,
-    and how many seconds later it comes. `watchers` are told on rank 0. `trace`: a folder for traces of all ranks, "" for none.
+    waits for what writers of an earlier job of this run have staged. `wait_limit_s`: for how long ranks that come later to
+    `restore`, to a rollback or to the making of the run are waited for while their processes live; without it as long as a
+    collective of the process group waits. `signals`: those that announce the end of the process, and how many seconds later
+    it comes. `watchers` are told on rank 0. `trace`: a folder for traces of all ranks, "" for none.
     """
 
     due: Every | YoungDaly = _LEAST_LOSS
@@ -45,6 +48,7 @@ class RunOptions:
     placement: PlacementChoice = "auto"
     take_over: bool = False
     orphans_s: float = 60.0
+    wait_limit_s: float | None = None
     signals: Mapping[signal.Signals, float] = field(default_factory=lambda: dict(SIGNALS))
     watchers: tuple[Watcher, ...] = ()
     trace: str = ""
@@ -52,6 +56,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         if not (isfinite(self.orphans_s) and self.orphans_s >= 0):
             raise Refused(f"RunOptions orphans_s={self.orphans_s!r}: expected seconds from 0 on")
+        require_limit("RunOptions wait_limit_s", self.wait_limit_s)
 
     def request(self, place: str, step: int) -> Request:
         """What a run asks of a save at `place`."""

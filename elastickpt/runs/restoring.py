@@ -24,7 +24,7 @@ from elastickpt.commit.registers.names import AttemptId, parse_id
 from elastickpt.commit.registers.records import Claimer, Found, PassedOver
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_view
-from elastickpt.comms.team import Team
+from elastickpt.comms.team import Call, Team
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused, StorageFailed
 from elastickpt.load.session import UNDEFINED, LoadReport, Strict, load
 from elastickpt.runs.branch import CommitEntry, at_step, entries_of
@@ -112,8 +112,8 @@ class Loaded:
 class Restoring:
     """One call of `Run.restore` on one rank. All ranks go through the same rounds."""
 
-    def __init__(self, team: Team, store: Store, group: ProcessGroup | None) -> None:
-        self._team, self._store, self._group = team, store, group
+    def __init__(self, team: Team, store: Store, group: ProcessGroup | None, *, call: Call) -> None:
+        self._team, self._store, self._group, self._call = team, store, group, call
         self.holding: Holding | None = None  # of member 0, once it has claimed
 
     def claim(
@@ -155,6 +155,7 @@ class Restoring:
             reply = bytes(msgpack.packb((self.holding.epoch, good, broken, notes)))
             return [reply] * len(payloads)
 
+        self._team.enter(self._call)
         if orphans_s:  # a job that lives has writers, too: nobody waits for those
             self._team.round("ask", lambda: b"", ask)
         epoch, good, broken, told = msgpack.unpackb(self._team.round("claim", wait, decide), use_list=False)
@@ -177,7 +178,14 @@ class Restoring:
         undefined = ""
         for candidate in candidates:
             try:
-                report = load(state, candidate.path, process_group=self._group, mesh=mesh, strict=strict)
+                report = load(
+                    state,
+                    candidate.path,
+                    process_group=self._group,
+                    mesh=mesh,
+                    strict=strict,
+                    wait_limit_s=self._call.wait_limit_s,
+                )
             except (Damaged, NotACheckpoint, StorageFailed) as problem:
                 reason = problem.message.removesuffix(UNDEFINED)
                 undefined = undefined or problem.message.removeprefix(reason)  # until another one loads
@@ -217,6 +225,7 @@ class Restoring:
             complete(start(self._store, self.holding, continued=continued, keep=words_of(keep), found=found))
             return [b""] * len(payloads)
 
+        self._team.enter(self._call)  # some may have loaded long before others
         self._team.round("start", lambda: b"", decide)
 
 

@@ -22,7 +22,6 @@ import time
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import count
 from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
 from elastickpt.commit.registers.epochs import Holding
@@ -30,10 +29,10 @@ from elastickpt.commit.registers.names import AttemptId, step_number
 from elastickpt.commit.registers.records import metrics_of
 from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.registers.stored import read_claim
-from elastickpt.commit.teams import team_of
+from elastickpt.commit.teams import end_team
 from elastickpt.comms.addresses import own_address
+from elastickpt.comms.team import Call
 from elastickpt.errors import CheckpointError, Refused, Superseded
-from elastickpt.format.digest import file_digest
 from elastickpt.load.session import Strict
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
@@ -44,6 +43,7 @@ from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices, heard_here
 from elastickpt.runs.restoring import Choice, Restored, Restoring
 from elastickpt.runs.retention import Keep
+from elastickpt.runs.run_team import call_of, met, new_purpose
 from elastickpt.runs.trace import trace_in
 from elastickpt.runs.trainer_address import claimer
 from elastickpt.runs.upkeep import Upkeep
@@ -60,8 +60,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
-
-_COUNTS: dict[str, count[int]] = {}  # by root: runs of one process at one root have teams of their own
 
 
 class Run:
@@ -85,9 +83,8 @@ class Run:
         self._group = job_group(process_group)
         self._member = self._group.member
         self._store = _root(root)
-        number = next(_COUNTS.setdefault(self._store.url, count()))
-        self._purpose = f"run-{file_digest(self._store.url.encode())[:16]}-{number}"
-        self._team = team_of(self._group, purpose=self._purpose)
+        self._purpose = new_purpose(self._group, self._store)
+        self._team = met(self._group, self._purpose, self._call("making of the run"))
         self._saver = Saver(self._group, self._options.saving, purpose=f"{self._purpose}-saves")
         self._keep = keep or Keep()
         self._upkeep = Upkeep(self._store, self._keep)
@@ -143,7 +140,8 @@ class Run:
         begun = time.monotonic()
         own = self._epoch > 0
         self._settle_own()
-        restoring = Restoring(self._team, self._store, self._process_group)
+        call = self._call("rollback of the run" if own else "restore of the run")
+        restoring = Restoring(self._team, self._store, self._process_group, call=call)
         token = secrets.token_hex(16)
         self._upkeep.claiming(token)
         address = ""
@@ -246,6 +244,7 @@ class Run:
         until = time.monotonic() + limit_s
         self._saver.close(limit_s=limit_s)
         self._upkeep.close(limit_s=max(1.0, until - time.monotonic()))
+        end_team(self._group, self._purpose, "its run was closed")
         if self._answering is not None:
             self._answering.close()
         self._notices.close()
@@ -259,6 +258,9 @@ class Run:
         self.close()
 
     # -- beside training -----------------------------------------------------------------------------------------------
+
+    def _call(self, what: str) -> Call:
+        return call_of(self._group, f"{what} {self.root}", self._options.wait_limit_s)
 
     def _require_open(self) -> Mapping[str, object]:
         if self._closed or os.getpid() != self._owner:

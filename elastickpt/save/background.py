@@ -45,21 +45,22 @@ log = logging.getLogger(__name__)
 
 
 class Background:
-    """What goes on beside training for one `Saver`. `ended` is told how each save ended, on some thread, once."""
+    """What goes on beside training for one `Saver`. `meet` gives the team, in a call of that save; `ended` is told how each one
+    ended, on some thread, once."""
 
-    def __init__(self, meet: Callable[[], Team], writers: Writers, plans: Plans, ended: Ended) -> None:
+    def __init__(self, meet: Callable[[Task], Team], writers: Writers, plans: Plans, ended: Ended) -> None:
         self._meet, self._writers, self._plans, self._ended = meet, writers, plans, ended
 
     def carry_out(self, task: Task) -> None:
         """Agrees with the other ranks and hands over what was staged. Blocking; raises nothing."""
         team: Team | None = None
         try:
-            team = self._meet()
+            team = self._meet(task)
             rounds = _Rounds(task, team, self._writers, self._plans)
             opened = rounds.open()
         except BaseException as error:
             if team is not None and not (isinstance(error, CheckpointError) and error.report):
-                team.close()  # it happened between rounds, so that the others must be told to wait no longer
+                team.leave(error)  # it happened between rounds, so that the others must be told to wait no longer
             if isinstance(error, StructureConflict) and task.proposal is not None:
                 self._plans.forget(task.proposal.digest)
             task.fail(error)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from elastickpt.commit.draft import ended
 from elastickpt.commit.orders import Committed
-from elastickpt.commit.teams import team_of
-from elastickpt.comms.team import Team
+from elastickpt.commit.teams import end_team, team_of
+from elastickpt.comms.team import Call, Team
 from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped
 from elastickpt.save import under_way
 from elastickpt.save.arenas import Arenas, Slot
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 UNDECIDED = 4  # saves that were written and are not committed, beside those that have an arena
 MEANWHILE_NBYTES = 128 << 20
-SILENCE_S = 120.0  # ranks come to a save when their step is done, which may take longer than a round that all wait for
 
 
 class Saver:
@@ -62,7 +61,7 @@ class Saver:
     def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, beside: Beside | None = None) -> None:
         self._owner = os.getpid()
         self._rank, self._world_size = group.rank, group.world_size
-        self._meet = _meeting(group, purpose)  # holds no process group, so that one that is gone takes its savers along
+        self._meet, self._end_team = _meeting(group, purpose, options)
         self._options = options
         self._beside = beside or Cuda()
         self._gate = StepGate()
@@ -75,6 +74,7 @@ class Saver:
         self._open: set[Task] = set()
         self._changed = threading.Condition()
         self._closed = False
+        self._saves = 0
         self._skipped = 0
 
     @property
@@ -101,7 +101,8 @@ class Saver:
         """
         if self._closed or os.getpid() != self._owner:
             raise Refused("this saver was closed" if self._closed else "a saver belongs to the process that made it")
-        task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()))
+        self._saves += 1
+        task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()), self._saves)
         with self._changed:
             self._open.add(task)
         left = False
@@ -133,7 +134,8 @@ class Saver:
         if left:
             log.warning("not waiting any longer for saves under way, which are left to their writers: %s", ", ".join(left))
         self._writers.close(limit_s=max(0.0, until - time.monotonic()))
-        self._rounds.put(self._endings.stop)  # not before: saves that are in their rounds still end
+        self._rounds.put(self._end_team)  # not before: saves that are in their rounds still end
+        self._rounds.put(self._endings.stop)
         self._rounds.stop()
         self._gate.open()
         self._arenas.close()
@@ -296,18 +298,28 @@ class Saver:
             self._changed.notify_all()
 
 
-def _meeting(group: Group, purpose: str) -> Callable[[], Team]:
-    """The team of these savers. It holds no process group, so that one that is gone takes its savers along."""
+def _meeting(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[Task], Team], Callable[[], None]]:
+    """The team of these savers, in the call that a save is, and its end. They hold no process group, so that one that is gone
+    takes its savers along. All ranks make as many saves: one that is behind is told so."""
     rank, ranks = group.rank, group.ranks
     handle = None if group.handle is None else weakref.ref(group.handle)
+    limit_s = group.timeout_s
 
-    def meet() -> Team:
+    def meet(task: Task) -> Team:
         live = None if handle is None else handle()
         if handle is not None and live is None:
             raise Refused("the process group of this save is gone")
-        return team_of(Group(rank, ranks, live), purpose=purpose, silence_s=SILENCE_S)
+        team = team_of(Group(rank, ranks, live), purpose=purpose)
+        what = f"save beside training to {task.handle.path}"
+        team.enter(Call(what, limit_s, "the process group's timeout", options.stall_limit_s, task.number))
+        return team
 
-    return meet
+    def end() -> None:
+        live = None if handle is None else handle()
+        if live is not None:
+            end_team(Group(rank, ranks, live), purpose, "its saver was closed")
+
+    return meet, end
 
 
 def _nothing() -> None:

@@ -16,7 +16,7 @@ from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_toke
 from elastickpt.commit.finish import finish
 from elastickpt.commit.states import Attempt, Event, State
 from elastickpt.commit.teams import team_of
-from elastickpt.comms.team import Team
+from elastickpt.comms.team import Call, Team, require_limit
 from elastickpt.errors import CheckpointError, RanksFailed, Refused
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.values import decode_text, encode_value
@@ -55,6 +55,7 @@ def save(
     placement: PlacementChoice = "auto",
     durability: Durability = "power",
     replicas: Replicas = "owner",
+    wait_limit_s: float | None = None,
 ) -> CheckpointInfo:
     """Saves `state` at `path`; on return the checkpoint exists there, whole and as durable as asked. Blocking.
 
@@ -70,13 +71,17 @@ def save(
     in each save, and a note names what differs.
     `placement`: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else it refuses the
     save by name, as "packed" is not built yet.
+    `wait_limit_s`: for how long ranks that come later are waited for while their processes live; without it as long as a
+    collective of the process group waits. After 10 s, and again, a warning names them.
 
     Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
     StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
     """
     with collection_paused():
+        require_limit("wait_limit_s", wait_limit_s)
         group = job_group(process_group)
         team = team_of(group)
+        team.enter(Call(f"save to {os.fspath(path)}", *group.limit(wait_limit_s)))
         request = Request(os.fspath(path), step_of(step), placement, durability, replicas)
         return _Save(group, team, request).run(state, mesh)
 
@@ -109,7 +114,7 @@ class _Save:
                 self.attempt.advance(Event.FAIL)
                 abort(self.store, self.draft)
             if not (isinstance(error, CheckpointError) and error.report):
-                self.team.close()  # it happened between rounds, so that the others must be told to wait no longer
+                self.team.leave(error)  # it happened between rounds, so that the others must be told to wait no longer
             raise
         ended = time.perf_counter()
         nbytes, arrays = msgpack.unpackb(manifest_bytes)

@@ -59,6 +59,7 @@ class Task:
     destination: Destination
     request: Request
     times: Times
+    number: int  # of the saves of this saver, from 1
     proposal: Proposal | None = None
     failure: Exception | None = None
     slot: Slot | None = None

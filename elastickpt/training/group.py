@@ -12,6 +12,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from elastickpt.errors import DeadlineExceeded, Refused
 
+NO_STORE = "the process that keeps it is gone, often that of rank 0, or cannot be reached"
+
 
 class JobStore:
     """The process group's own store behind two operations; keys are below a prefix of ours."""
@@ -20,19 +22,26 @@ class JobStore:
         self._store = PrefixStore(prefix, store)
 
     def set(self, key: str, value: bytes) -> None:
-        self._store.set(key, value)  # type: ignore[arg-type]  # the stub says str; the store takes bytes
+        try:
+            self._store.set(key, value)  # type: ignore[arg-type]  # the stub says str; the store takes bytes
+        except RuntimeError as error:
+            raise DeadlineExceeded(f"the job's store does not answer: {NO_STORE}") from error
 
     def get(self, key: str, *, timeout_s: float) -> bytes:
-        """Blocks until the key is set. Raises DeadlineExceeded naming it."""
+        """What a rank has set, for which this waits at most so long. Raises DeadlineExceeded."""
         try:
             self._store.wait([key], timedelta(seconds=timeout_s))
             return bytes(self._store.get(key))
         except RuntimeError as error:
-            raise DeadlineExceeded(f"the job's store has no key {key!r} after {timeout_s:g} s: {error}") from error
+            raise DeadlineExceeded(f"the job's store did not answer within {timeout_s:g} s: {NO_STORE}") from error
 
     def has(self, key: str) -> bool:
-        """Whether the key is set by now; one question to the store, not blocking beyond its answer."""
-        return bool(self._store.check([key]))
+        """Whether the key is set by now; one question to the store, not blocking beyond its answer. Raises DeadlineExceeded
+        where there is none."""
+        try:
+            return bool(self._store.check([key]))
+        except RuntimeError as error:
+            raise DeadlineExceeded(f"the job's store does not answer: {NO_STORE}") from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,16 +64,34 @@ class Group:
     def member(self) -> int:
         return self.ranks.index(self.rank)
 
-    def store(self, generation: int) -> JobStore:
-        """The store for one meeting of the members; each meeting has keys of its own."""
-        store, name = self._job_store()
-        return JobStore(store, f"elastickpt/{name}/{generation}")
+    @property
+    def timeout_s(self) -> float:
+        """For how long a collective of this group waits for the others."""
+        found = [] if self.handle is None else [_timeout(self.handle, device) for device in self.handle._device_types]
+        known = [limit.total_seconds() for limit in found if limit is not None]
+        return max(known, default=distributed_c10d.default_pg_timeout.total_seconds())
 
-    def own_store(self, meeting: str) -> JobStore:
-        """The same over a connection of its own: a thread that waits in it keeps nobody else from the job's store."""
+    def limit(self, wait_limit_s: float | None) -> tuple[float, str]:
+        """For how long others are waited for, and what a user changes to have it otherwise."""
+        if wait_limit_s is not None:
+            return wait_limit_s, "wait_limit_s"
+        return self.timeout_s, "the process group's timeout, as no wait_limit_s was given"
+
+    @property
+    def job(self) -> object:
+        """What the groups of one job have in common: the process group of all of it."""
+        return self if self.handle is None else distributed_c10d._get_default_group()
+
+    def store(self, purpose: str) -> JobStore:
+        """The job's store, for one purpose of this group."""
+        store, name = self._job_store()
+        return JobStore(store, f"elastickpt/{name}/{purpose}")
+
+    def own_store(self, purpose: str) -> JobStore:
+        """The same over a connection of its own: a thread that asks it keeps nobody else from the job's store."""
         store, name = self._job_store()
         own: Store = store.clone()  # type: ignore[attr-defined]  # the stub lacks it
-        return JobStore(own, f"elastickpt/{name}/{meeting}")
+        return JobStore(own, f"elastickpt/{name}/{purpose}")
 
     def _job_store(self) -> tuple[Store, str]:
         if self.handle is None:
@@ -87,6 +114,14 @@ def job_group(process_group: dist.ProcessGroup | None) -> Group:
     if rank not in ranks:
         raise Refused(f"rank {rank} is not in the process group given, whose ranks are {list(ranks)}")
     return Group(rank, ranks, process_group)
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    try:
+        limit: timedelta = group._get_backend(device).options._timeout
+    except (RuntimeError, AttributeError):  # a backend that is not there, or that does not say
+        return None
+    return limit
 
 
 def torch_version() -> str:

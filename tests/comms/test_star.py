@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+import msgpack
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from elastickpt.comms.star import Star, connect
-from elastickpt.comms.team import Alone
+from elastickpt.comms import beats
+from elastickpt.comms import star as starred
+from elastickpt.comms.addresses import dial
+from elastickpt.comms.beats import Heart
+from elastickpt.comms.door import HUB, Address
+from elastickpt.comms.frames import Connection as Peer
+from elastickpt.comms.frames import Frame, Kind
+from elastickpt.comms.hub import Hub
+from elastickpt.comms.processes import Acquaintances
+from elastickpt.comms.spoke import Spoke
+from elastickpt.comms.star import Star
+from elastickpt.comms.team import Alone, Call, require_limit
 from elastickpt.errors import (
+    Cancelled,
     CheckpointError,
     DeadlineExceeded,
     NoSpace,
@@ -23,6 +40,7 @@ from elastickpt.errors import (
     RankFailure,
     RankLost,
     RanksFailed,
+    Refused,
     from_report,
 )
 
@@ -32,25 +50,39 @@ class FakeStore:
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
-        self._changed = threading.Condition()
 
     def set(self, key: str, value: bytes) -> None:
-        with self._changed:
-            self._values[key] = value
-            self._changed.notify_all()
+        self._values[key] = value
+
+    def has(self, key: str) -> bool:
+        return key in self._values
 
     def get(self, key: str, *, timeout_s: float) -> bytes:
-        with self._changed:
-            if not self._changed.wait_for(lambda: key in self._values, timeout_s):
-                raise DeadlineExceeded(f"no key {key!r} after {timeout_s:g} s")
-            return self._values[key]
+        return self._values[key]
+
+
+def end_of(store: object, member: int, ranks: tuple[int, ...], **options: float) -> Star:
+    """One member's end, with a knowledge of its own; it has met nobody."""
+    return (Spoke if member else Hub)(lambda: store, member, ranks, Acquaintances(), **options)  # type: ignore[arg-type]
+
+
+def strangers(count: int, *, silence_s: float = 30.0) -> list[Star]:
+    """The ends of `count` members with ranks 10, 11, ..., all in this process, who have not met."""
+    store, ranks = FakeStore(), tuple(range(10, 10 + count))
+    return [end_of(store, member, ranks, silence_s=silence_s) for member in range(count)]
+
+
+def call(star: Star, *, what: str = "save", limit_s: float = 10.0, number: int = 0, again_s: float = 0.5) -> bytes:
+    """A call of one round, to which each member brings its number."""
+    star.enter(Call(what, limit_s, again_s=again_s, number=number))
+    return star.round("first", lambda: str(star.member).encode(), echo)
 
 
 def members(count: int, *, silence_s: float = 30.0) -> list[Star]:
-    """A connected star of `count` members with ranks 10, 11, ..., all in this process."""
-    store, ranks = FakeStore(), tuple(range(10, 10 + count))
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda m: connect(store, m, ranks, timeout_s=10, silence_s=silence_s), range(count)))
+    """The same, met and within a call."""
+    stars = strangers(count, silence_s=silence_s)
+    assert all(isinstance(reply, bytes) for reply in everywhere(stars, call))
+    return stars
 
 
 def everywhere(stars: Sequence[Star], work: Callable[[Star], object]) -> list[object]:
@@ -159,15 +191,12 @@ def test_the_next_round_works_after_a_failed_one() -> None:
 
 
 def test_a_silent_member_ends_the_round_for_the_others_at_the_limit() -> None:
-    """The member neither contributes nor beats; the others get its rank and the limit, and the group is closed. [SAVE-63]"""
+    """The member neither contributes nor beats; the others get its rank and the limit. [SAVE-63]"""
     stars = members(3, silence_s=0.5)
     found = everywhere(stars[:2], lambda star: star.round("write", lambda: b"", echo))
     assert [type(error) for error in found] == [DeadlineExceeded] * 2
     assert found[0].report[0].rank == 12  # type: ignore[attr-defined]
     assert "0.5 s" in found[0].report[0].message  # type: ignore[attr-defined]
-    assert [star.closed for star in stars[:2]] == [True, True]
-    with pytest.raises(RanksFailed):
-        stars[0].round("next", lambda: b"", echo)
 
 
 def test_a_slow_member_that_beats_is_waited_for() -> None:
@@ -184,31 +213,198 @@ def test_a_slow_member_that_beats_is_waited_for() -> None:
     assert everywhere(stars, work) == [b"done|done>0", b"done|done>1"]
 
 
-def test_whoever_does_not_come_is_named() -> None:
+@pytest.mark.parametrize(("lone", "missing"), [(0, (11, 12)), (1, (10, 12)), (2, (10, 11))])
+def test_whoever_makes_a_call_alone_is_told_who_did_not_come(lone: int, missing: tuple[int, ...]) -> None:
+    """[SAVE-111]"""
+    stars = strangers(3)
+    with pytest.raises(DeadlineExceeded) as caught:
+        call(stars[lone], what="save to p", limit_s=0.3)
+    assert tuple(failure.rank for failure in caught.value.report) == missing
+    for word in ("save to p", "0.3 s (wait_limit_s)", "every rank of ranks 10, 11, 12 must call it"):
+        assert word in caught.value.message
+    assert "hub" not in caught.value.message
+    assert "/" not in caught.value.message
+
+
+@pytest.mark.parametrize("lone", [0, 1, 2])
+@pytest.mark.parametrize("made", [strangers, members], ids=["unmet", "met"])
+def test_a_call_that_one_member_made_alone_uses_up_no_call_of_the_others(lone: int, made: Callable[[int], list[Star]]) -> None:
+    """[SAVE-112]"""
+    stars = made(3)
+    for _ in range(2):
+        for _ in range(2):
+            with pytest.raises(DeadlineExceeded):
+                call(stars[lone], limit_s=0.2)
+        assert everywhere(stars, call) == [b"0|1|2>0", b"0|1|2>1", b"0|1|2>2"]
+
+
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("made", [strangers, members], ids=["unmet", "met"])
+def test_a_late_member_is_waited_for_longer_than_silence_and_named_meanwhile(
+    late: int, made: Callable[..., list[Star]], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[SAVE-110]"""
+    monkeypatch.setattr(starred, "LOG_AFTER_S", 0.2)
+    monkeypatch.setattr(beats, "BEAT_S", 0.05)
+    stars = made(3, silence_s=1.0)
+
+    def work(star: Star) -> bytes:
+        if star.member == late:
+            time.sleep(2.2)  # more than twice the silence that a member in a round may keep
+        return call(star)
+
+    assert everywhere(stars, work) == [b"0|1|2>0", b"0|1|2>1", b"0|1|2>2"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len([text for text in said if f"waiting for rank {10 + late}" in text or "waiting for ranks" in text]) >= 2
+    assert any("every rank of ranks 10, 11, 12 must call it" in text for text in said)
+
+
+def test_who_comes_after_the_limit_waits_for_the_next_call() -> None:
+    stars = members(2)
+    with pytest.raises(DeadlineExceeded):
+        call(stars[0], limit_s=0.1)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(call, stars[1])
+        time.sleep(0.2)
+        assert call(stars[0]) == b"0|1>0"
+        assert late.result() == b"0|1>1"
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_calls_that_are_counted_never_pair_with_others(behind: int) -> None:
+    """Who comes to a call that the others have given up makes it alone, and is with them at the next one."""
+    stars = members(2)
+    ahead = 1 - behind
+    with pytest.raises(DeadlineExceeded):
+        call(stars[ahead], limit_s=0.1, number=1)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(call, stars[ahead], number=2)
+        time.sleep(0.1)
+        with pytest.raises(RanksFailed):
+            call(stars[behind], number=1)
+        assert call(stars[behind], number=2) == f"0|1>{behind}".encode()
+        assert second.result() == f"0|1>{ahead}".encode()
+
+
+def test_a_failure_of_one_waits_for_the_late_so_that_all_hear_of_it() -> None:
+    stars = members(3)
+
+    def work(star: Star) -> bytes:
+        star.enter(Call("save", 10.0))
+        if star.member == 2:
+            time.sleep(0.3)
+        return star.round("first", raising(NoSpace("full")) if star.member == 1 else lambda: b"", echo)
+
+    assert {type(error) for error in everywhere(stars, work)} == {NoSpace}
+
+
+def test_a_member_that_leaves_between_rounds_ends_the_call_of_the_others_and_is_back_at_the_next() -> None:
+    for leaver in range(3):
+        stars = members(3)
+
+        def work(star: Star, leaver: int = leaver) -> object:
+            if star.member == leaver:
+                return star.leave(KeyboardInterrupt())
+            return star.round("second", lambda: b"", echo)
+
+        errors = [error for error in everywhere(stars, work) if error is not None]
+        assert [type(error) for error in errors] == [RankLost] * 2
+        assert all(error.report[0].rank == 10 + leaver for error in errors)  # type: ignore[attr-defined]
+        assert all("gave up: KeyboardInterrupt" in str(error) for error in errors if leaver)
+        assert everywhere(stars, call) == [b"0|1|2>0", b"0|1|2>1", b"0|1|2>2"]
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+@pytest.mark.parametrize("made", [strangers, members], ids=["unmet", "met"])
+def test_a_wait_is_ended_by_another_thread(waiting: int, made: Callable[[int], list[Star]]) -> None:
+    """[SAVE-114]"""
+    stars = made(2)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(call, stars[waiting], limit_s=600.0)
+        time.sleep(0.2)
+        stars[waiting].end("the group is formed anew")
+        with pytest.raises(Cancelled, match="the group is formed anew"):
+            found.result(timeout=10)
+    with pytest.raises(Cancelled):
+        call(stars[waiting])
+
+
+def test_the_end_of_a_team_ends_its_threads_and_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """[SAVE-114]"""
+    monkeypatch.setattr(starred, "HEART", Heart())  # which has no teams of other tests
+    gc.collect()
+    others = {thread.ident for thread in threading.enumerate()}
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(4):
+        stars = members(3)
+        beating = [one for one in threading.enumerate() if one.name == "elastickpt-beat" and one.ident not in others]
+        assert len(beating) == 1
+        for star in stars:
+            star.end("done")
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        beating[0].join(timeout=10)
+        assert not beating[0].is_alive()
+
+
+def test_a_team_that_nobody_holds_any_more_is_collected() -> None:
+    stars = members(2)
+    gone = [weakref.ref(star) for star in stars]
+    del stars
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_the_address_of_an_earlier_life_is_given_up_for_the_new_one() -> None:
+    """One store may serve several lives of a job, and the earlier one's member 0 still stand there."""
     store = FakeStore()
-    store.set("host/1", b"elsewhere")
-    with pytest.raises(DeadlineExceeded, match=r"ranks \[7\] did not connect to rank 4"):
-        connect(store, 0, (4, 7), timeout_s=0.3)
+    old = end_of(store, 0, (0, 1))
+    with pytest.raises(DeadlineExceeded):
+        call(old, limit_s=0.1)
+    with ThreadPoolExecutor(2) as pool:
+        member = pool.submit(call, end_of(store, 1, (0, 1)))
+        time.sleep(0.3)
+        assert pool.submit(call, end_of(store, 0, (0, 1))).result(timeout=10) == b"0|1>0"
+        assert member.result(timeout=10) == b"0|1>1"
 
 
 def test_a_stranger_without_the_secret_is_turned_away() -> None:
     """Somebody else on the machine who finds the socket cannot join, nor disturb who may. [SAVE-65]"""
-    import msgpack
-
-    from elastickpt.comms.addresses import dial
-    from elastickpt.comms.frames import Connection as Peer
-    from elastickpt.comms.frames import Frame, Kind
-
     store = FakeStore()
+    hub, member = end_of(store, 0, (0, 1)), end_of(store, 1, (0, 1))
     with ThreadPoolExecutor(2) as pool:
-        hub = pool.submit(connect, store, 0, (0, 1), timeout_s=10)
-        store.set("host/1", store.get("host/0", timeout_s=5))
-        address, secret = msgpack.unpackb(store.get("hub", timeout_s=5))
-        stranger = Peer(dial(address, timeout_s=5.0))
-        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * len(secret), 1])), silence_s=5.0)
-        member = pool.submit(connect, store, 1, (0, 1), timeout_s=10)
-        stars = [hub.result(), member.result()]
-    assert everywhere(stars, lambda star: star.round("r", lambda: b"a", lambda p: [b"ok"] * 2)) == [b"ok"] * 2
+        first = pool.submit(call, hub)
+        while not store.has(HUB):
+            time.sleep(0.01)
+        address = Address.decode(store.get(HUB, timeout_s=5))
+        silent = dial(address.near, timeout_s=5.0)
+        stranger = Peer(dial(address.near, timeout_s=5.0))
+        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * 16, 1, "h", 1, 1])), silence_s=5.0)
+        noise = dial(address.near, timeout_s=5.0)
+        noise.sendall(b"\xff" * 64)
+        assert pool.submit(call, member).result(timeout=10) == b"0|1>1"
+        assert first.result(timeout=10) == b"0|1>0"
+    silent.close(), stranger.close(), noise.close()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), "5", True])
+def test_what_is_no_limit_is_refused(value: object) -> None:
+    with pytest.raises(Refused, match="wait_limit_s="):
+        require_limit("wait_limit_s", value)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=6))
+@settings(max_examples=15, deadline=None)
+def test_after_any_calls_of_some_members_a_call_of_all_succeeds(lone: list[tuple[int, bool]]) -> None:
+    """[SAVE-112]"""
+    stars = strangers(3)
+    for member, leaves in lone:
+        with suppress(DeadlineExceeded):
+            call(stars[member], limit_s=0.02)
+        if leaves:
+            stars[member].leave(ValueError("odd"))
+    assert everywhere(stars, call) == [b"0|1|2>0", b"0|1|2>1", b"0|1|2>2"]
+    for star in stars:
+        star.end("done")
 
 
 def test_alone_a_round_is_a_call() -> None:
@@ -238,18 +434,19 @@ class PipeStore:
         self._values[key] = value
         self._pipe.send((key, value))
 
-    def get(self, key: str, *, timeout_s: float) -> bytes:
-        while key not in self._values:
-            if not self._pipe.poll(timeout_s):
-                raise DeadlineExceeded(key)
+    def has(self, key: str) -> bool:
+        while key not in self._values and self._pipe.poll():
             name, value = self._pipe.recv()
             self._values[name] = value
+        return key in self._values
+
+    def get(self, key: str, *, timeout_s: float) -> bytes:
         return self._values[key]
 
 
 def _member(pipe: Connection, member: int) -> None:
-    star = connect(PipeStore(pipe), member, (0, 1), timeout_s=10, silence_s=1.0)
-    star.round("first", lambda: b"", lambda p: [b""] * 2)
+    star = end_of(PipeStore(pipe), member, (0, 1), silence_s=1.0)
+    call(star)
     pipe.send("first round done")
     star.round("second", lambda: time.sleep(60) or b"", lambda p: [b""] * 2)  # type: ignore[func-returns-value]
 
@@ -266,8 +463,8 @@ def test_a_killed_or_stopped_process_is_noticed_by_the_survivor(
     process.start()
     theirs.close()
     try:
-        star = connect(PipeStore(mine), 1 - victim, (0, 1), timeout_s=10, silence_s=1.0)
-        star.round("first", lambda: b"", lambda p: [b""] * 2)
+        star = end_of(PipeStore(mine), 1 - victim, (0, 1), silence_s=1.0)
+        call(star)
         while mine.recv() != "first round done":
             pass
         assert process.pid is not None
@@ -275,6 +472,10 @@ def test_a_killed_or_stopped_process_is_noticed_by_the_survivor(
         with pytest.raises(kind) as caught:
             star.round("second", lambda: b"", lambda p: [b""] * 2)
         assert caught.value.report[0].rank == victim
+        if number == signal.SIGKILL:
+            assert f"its process {process.pid} is gone" in caught.value.message
+            with pytest.raises(RankLost, match=f"rank {victim}: this rank is lost: its process {process.pid} is gone"):
+                call(star, limit_s=600.0)  # at once [SAVE-113]
     finally:
         process.kill()
         process.join()

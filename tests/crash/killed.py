@@ -74,7 +74,7 @@ def save_and_tell(rank: int, world_size: int, plan: Plan) -> Ended:
         return stores[-1], name
 
     agreeing.locate_for_saving = locate  # type: ignore[assignment]
-    team_of(job_group(None), silence_s=plan.silence_s)  # met before the save, which then takes this team
+    team_of(job_group(None), silence_s=plan.silence_s)  # made before the save, which then takes this team
     kind, message, report = None, "", ()
     try:
         ek.save(state, plan.path)

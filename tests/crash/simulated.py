@@ -11,8 +11,11 @@ from types import ModuleType
 
 import torch
 
-from elastickpt.comms.star import connect
-from elastickpt.comms.team import Alone, Team
+from elastickpt.comms.hub import Hub
+from elastickpt.comms.processes import Acquaintances
+from elastickpt.comms.spoke import Spoke
+from elastickpt.comms.star import Star
+from elastickpt.comms.team import Alone, Call, Team
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.load import opened as opening
@@ -65,14 +68,30 @@ class Words:
                 raise DeadlineExceeded(f"no key {key!r} after {timeout_s:g} s")
             return self._values[key]
 
+    def has(self, key: str) -> bool:
+        with self._changed:
+            return key in self._values
+
+
+def stars(count: int, *, silence_s: float = 20.0) -> list[Star]:
+    """The members of one team, by member, which have met, and are in a call; each with a knowledge of its own."""
+    words, ranks = Words(), tuple(range(count))
+
+    def met(member: int) -> Star:
+        star = (Spoke if member else Hub)(lambda: words, member, ranks, Acquaintances(), silence_s=silence_s)
+        star.enter(Call("meeting", 20.0))
+        star.round("meet", lambda: b"", lambda payloads: [b""] * count)
+        return star
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(met, ranks))
+
 
 def teams(count: int, *, silence_s: float = 20.0) -> list[Team]:
     """The members of one team, by member."""
     if count == 1:
         return [Alone(0, "host")]
-    words, ranks = Words(), tuple(range(count))
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda m: connect(words, m, ranks, timeout_s=20, silence_s=silence_s), ranks))
+    return list(stars(count, silence_s=silence_s))
 
 
 def state(seed: int) -> State:
@@ -115,7 +134,7 @@ def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, dura
             found.extend(everywhere(len(stores), one))  # type: ignore[arg-type]
     finally:
         for team in joined:
-            team.close()
+            team.end("the test is over")
     return found
 
 
@@ -142,7 +161,7 @@ def load_on(stores: Sequence[Store], name: str, states: Sequence[State]) -> list
             return everywhere(len(stores), one)  # type: ignore[return-value]
     finally:
         for team in joined:
-            team.close()
+            team.end("the test is over")
 
 
 def opened(store: Store, name: str) -> Checkpoint:

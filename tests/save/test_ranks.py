@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.comms import star
+from elastickpt.comms import processes, star
 from elastickpt.load import session as load_session
 from elastickpt.save import session as save_session
 from elastickpt.testing.ranks import run_ranks
@@ -196,12 +196,12 @@ def _groups(job: _Job) -> None:
     (record,) = ek.open(info.path).records.values()
     job.seen["mesh"] = {"writers": record.writers, "sound": ek.open(info.path).verify().sound, "nbytes": info.nbytes}
 
-    real = star.host_identity
-    star.host_identity = lambda: f"host {rank}"
+    real = processes.host_identity
+    processes.host_identity = lambda: f"host {rank}"
     far = dist.new_group([0, 1, 2])
     path = job.path("hosts")
     job.seen["hosts"] = _attempt(lambda: ek.save({"t": torch.ones(2)}, path, process_group=far))
-    star.host_identity = real
+    processes.host_identity = real
     dist.barrier()
     job.seen["hosts"] |= {"left": os.listdir(f"{job.root}/hosts"), "next": True}
 
