@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from ipaddress import ip_address
 
-from elastickpt.commit.draft import process_start
 from elastickpt.commit.registers.records import Claim, Claimer
 from elastickpt.commit.registers.steps import Steps
 from elastickpt.commit.registers.stored import list_commits, read_claim
 from elastickpt.comms.hosts import socket_identity
+from elastickpt.comms.processes import process_start
 from elastickpt.errors import Damaged, RunBusy
 from elastickpt.storage.store import Store
 
