@@ -66,10 +66,14 @@ def _store(group: Group, purpose: str) -> Callable[[], JobStore]:
     return opened
 
 
+def _teams(group: Group) -> _Teams | None:
+    return None if group.handle is None else _TEAMS.get(group.handle)
+
+
 def end_team(group: Group, purpose: str, why: str) -> None:
     """Ends this member's part in one team, if there is one; a later `team_of` begins anew. From any thread."""
     with _CHANGING:
-        teams = _TEAMS.get(group.handle)
+        teams = _teams(group)
         star = None if teams is None else teams.stars.pop(purpose, None)
     if star is not None:
         star.end(why)
@@ -79,6 +83,6 @@ def end_teams(group: Group, why: str) -> None:
     """Ends this member's part in all teams of a group, with their threads and descriptors. From any thread: each wait for other
     ranks ends at once, and raises Cancelled."""
     with _CHANGING:
-        teams = _TEAMS.get(group.handle)
+        teams = _teams(group)
     if teams is not None:
         teams.end(why)
