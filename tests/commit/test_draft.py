@@ -115,7 +115,7 @@ def test_a_process_that_may_not_be_looked_at_is_taken_to_live(store: Store, monk
     """As under `hidepid`, where /proc shows only one's own."""
     folder = owned("a", pid=os.getppid(), start=1)
     store.make_directories(folder)
-    monkeypatch.setattr(module, "_process", lambda pid: None)
+    monkeypatch.setattr(module, "process_fields", lambda pid: None)
     monkeypatch.setattr(module.os, "kill", lambda pid, number: (_ for _ in ()).throw(PermissionError()))
     ((left, why),) = sweep(store, "a").left
     assert left == folder
