@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastickpt.elastic import checkfree as checkfree
-    from elastickpt.load.session import load_alone as load_alone
+    from elastickpt.runs.loading import load_alone as load_alone
 
 # name → (module, attribute; "" for the module itself). Lazy (PEP 562): who reads checkpoints imports no torch.
 _PUBLIC = {
     "checkfree": ("elastickpt.elastic.checkfree", ""),
-    "load_alone": ("elastickpt.load.session", "load_alone"),
+    "load_alone": ("elastickpt.runs.loading", "load_alone"),
 }
 
 __all__ = ["checkfree", "load_alone"]

@@ -115,17 +115,7 @@ def load(
 
 
 def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, strict: Strict = "missing") -> LoadReport:
-    """Fills `state` in place with the checkpoint at `path`, by this process alone: no other rank of the job is asked. Blocking.
-
-    For one rank that is to have what it lost while the others go on. `state` may be a part of what the checkpoint has; with
-    `strict="missing"` only what `state` has and the checkpoint lacks is a difference. Of a DTensor this rank's local part is
-    filled, wherever its mesh lies in the job. What is each rank's own comes back as it was where the job has as many ranks as
-    the one that saved, and this one holds what the rank of its number held; else as for another layout.
-
-    What is read is what this rank holds, found by fragment maps. Raises StateMismatch (nothing was changed), NotACheckpoint,
-    Unsupported, Damaged kinds, StorageFailed kinds, here only. After an error while tensors are being filled the content of
-    `state` is undefined, as the message says.
-    """
+    """What `runs.loading.load_alone` says, for the folder of a checkpoint: by this process alone. Blocking."""
     with collection_paused():
         group = job_group(None)
         return _Load(group, Alone(group.rank, ""), path, strict, "on").run(state, None)

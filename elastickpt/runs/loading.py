@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsIndex
 
 from elastickpt.commit.teams import team_of
+from elastickpt.comms.team import Call, require_limit
 from elastickpt.load.fetch import Verify
 from elastickpt.load.session import LoadReport, Strict
 from elastickpt.load.session import load as load_folder
+from elastickpt.load.session import load_alone as load_folder_alone
 from elastickpt.runs.opening import folder_of, place_of
 from elastickpt.training.group import job_group
 
@@ -28,6 +30,7 @@ def load(
     mesh: DeviceMesh | None = None,
     strict: Strict = "all",
     verify: Verify = "on",
+    wait_limit_s: float | None = None,
 ) -> LoadReport:
     """Fills `state` in place with the checkpoint at `path`, at the layout that `state` has now, on all ranks. Blocking.
 
@@ -38,17 +41,40 @@ def load(
     Every rank of the process group must call it with the same path and options. Everything that can be checked is checked on
     all ranks before the first tensor changes. `strict`: "all" differences are errors; "missing": those of `state` that the
     checkpoint lacks, but not what it has beside; "unexpected": the other way round; "none": only shapes and element types.
-    `verify="off"` skips block checksums, for measuring.
+    `verify="off"` skips block checksums, for measuring. `wait_limit_s`: for how long ranks that come later are waited for while
+    their processes live; without it as long as a collective of the process group waits.
 
     Raises, the same on every rank with a `report`: StateMismatch naming every difference (nothing was changed),
     NotACheckpoint, naming the nearest steps of a run, Unsupported, Damaged kinds, StorageFailed kinds, RankLost. An error while
     tensors are being filled says that the content of `state` is now undefined.
     """
-    team = team_of(job_group(process_group))
+    require_limit("wait_limit_s", wait_limit_s)
+    group = job_group(process_group)
+    team = team_of(group)
+    team.enter(Call(f"load of {os.fspath(path)}", *group.limit(wait_limit_s)))
 
     def choose(payloads: Sequence[bytes]) -> Sequence[bytes]:
         return [folder_of(path, step=step, epoch=epoch).encode()] * len(payloads)
 
     folder = team.round("choose", lambda: b"", choose).decode()
     chosen = place_of(path, folder, step=step) if folder else path
-    return load_folder(state, chosen, process_group=process_group, mesh=mesh, strict=strict, verify=verify)
+    return load_folder(
+        state, chosen, process_group=process_group, mesh=mesh, strict=strict, verify=verify, wait_limit_s=wait_limit_s
+    )
+
+
+def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, strict: Strict = "missing") -> LoadReport:
+    """Fills `state` in place with the checkpoint at `path`, by this process alone: no other rank of the job is asked. Blocking.
+
+    For one rank that is to have what it lost while the others go on. `path` is what `load` takes. `state` may be a part of what
+    the checkpoint has; with `strict="missing"` only what `state` has and the checkpoint lacks is a difference. Of a DTensor
+    this rank's local part is filled, wherever its mesh lies in the job. What is each rank's own comes back as it was where the
+    job has as many ranks as the one that saved, and this one holds some of what the rank of its number held; else as for
+    another layout.
+
+    What is read is what this rank holds, found by fragment maps. Raises StateMismatch (nothing was changed), NotACheckpoint,
+    Unsupported, Damaged kinds, StorageFailed kinds, here only. After an error while tensors are being filled the content of
+    `state` is undefined, as the message says.
+    """
+    folder = folder_of(path)
+    return load_folder_alone(state, place_of(path, folder) if folder else path, strict=strict)
