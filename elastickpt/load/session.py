@@ -188,7 +188,8 @@ class _Load:
         Where nobody is asked: whether this rank holds nothing of what the writer of its number had.
         """
         if len(self.team.ranks) < len(self.group.ranks):
-            return all(record.spec.id not in ids for record in opened.stored_by(self.group.member))
+            items = {identity.item for identity in ids}
+            return all(record.spec.id not in ids for record in opened.stored_by(self.group.member, items))
 
         def own() -> bytes:
             return bytes([not {str(one) for one in ids}.isdisjoint(lacking)])
