@@ -161,7 +161,8 @@ def _record(
 def _features(arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], values: Sequence[Value]) -> tuple[str, ...]:
     """What a reader must know beyond version 1. [UCF-100]"""
     fields = (field.values for table in tables for field in table.fields)
-    return features_used([*values, *fields], (name for array in arrays for name, _ in array.attributes))
+    attributes = {(name, id(value)): value for array in arrays for name, value in array.attributes}
+    return features_used([*values, *fields, *attributes.values()], (name for name, _ in attributes))
 
 
 _DOCUMENTS: deque[tuple[tuple[ArrayRecord, ...], tuple[tuple[str, bytes], ...]]] = deque(maxlen=2)

@@ -15,6 +15,8 @@ from elastickpt.commit.teams import team_of
 from elastickpt.comms.team import Alone, Call, Team, require_limit
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
 from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.box import Box
+from elastickpt.format.records import ArrayRecord
 from elastickpt.format.values import Value
 from elastickpt.load.agreement import (
     BESIDE,
@@ -25,7 +27,7 @@ from elastickpt.load.agreement import (
     mismatch_message,
     require_same_load,
 )
-from elastickpt.load.fetch import FetchReport, Verify, carry_out
+from elastickpt.load.fetch import FetchReport, Verify, carry_out, fetch
 from elastickpt.load.layout import lacking_of, lies_as_saved
 from elastickpt.load.opened import Opened, is_converted, open_records
 from elastickpt.load.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
@@ -35,12 +37,13 @@ from elastickpt.training.group import Group, job_group
 from elastickpt.training.held import HeldArray
 from elastickpt.training.layouts import held_by_models
 from elastickpt.training.listing import Binding, Listing
-from elastickpt.training.memory import fill_device, host_elements
+from elastickpt.training.memory import fill_device, host_elements, host_tensor
 from elastickpt.training.meshes import mesh_of
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import Continuation
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -297,7 +300,17 @@ def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Li
         step=manifest.step,
         tied=manifest.tied,
         ranks=tuple(ranks),
+        attributes={identity: dict(record.attributes) for identity, record in opened.records.items() if record.attributes},
+        read=lambda identity: _read_whole(opened, opened.records[identity]),
     )
+
+
+def _read_whole(opened: Opened, record: ArrayRecord) -> torch.Tensor:
+    """One array, verified; blocking. Raises as `fetch` does."""
+    whole = Box.whole(record.spec.shape)
+    target = host_tensor(record.spec.dtype, record.spec.shape)
+    fetch(opened, [Wanted(record, whole, host_elements(target))])
+    return target
 
 
 def _undefined(error: CheckpointError) -> CheckpointError:

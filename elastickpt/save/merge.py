@@ -28,7 +28,8 @@ class SharedArray:
     `group`: the ranks among which the array's replicas are shared out; empty where the rank's own mesh and placements say it.
     `writes` is False where another group of ranks holds the same array and writes it. `peers`: the ranks of all groups, where
     nobody declared that they hold the same: contents are compared between them in every save; else empty. `documents`: the one
-    rank that writes its zarr documents; `heads_group`: that rank writes the parameter's group document too.
+    rank that writes its zarr documents; `heads_group`: that rank writes the parameter's group document too. `order`: of its
+    axes, on the first rank on which they lie in another one than their own.
     """
 
     key: str
@@ -38,6 +39,7 @@ class SharedArray:
     peers: tuple[int, ...]
     documents: int
     heads_group: bool
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class MergedArray:
     key: str
     chunk_shape: tuple[int, ...]
     layout: int | None
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
             number = meshes.setdefault(first.mesh, len(meshes))
             layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
         grid = _grid(first)
-        arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout)
+        axes = next((holding.entry.order for holding in found if holding.entry.order), ())
+        arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout, axes)
         groups = _groups(identity, found)
         primary = groups[0]
         inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
@@ -119,6 +123,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
                     peers,
                     writer,
                     identity in heads,
+                    axes,
                 )
     return MergedStructure(
         arrays,
@@ -252,7 +257,9 @@ def encode_shared(shared: Sequence[SharedArray]) -> bytes:
     def number(ranks: tuple[int, ...]) -> int:
         return found.setdefault(ranks, len(found))
 
-    rows = [(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group) for a in shared]
+    rows = [
+        (a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order) for a in shared
+    ]
     return bytes(msgpack.packb((tuple(found), rows)))
 
 

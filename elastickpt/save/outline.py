@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from elastickpt.commit.contents import Outline
 from elastickpt.format.records import ArrayRecord
 from elastickpt.format.release import RELEASE
+from elastickpt.format.values import Value
 from elastickpt.save.merge import MergedStructure, SharedArray
 from elastickpt.training.group import torch_version
 from elastickpt.training.held import HeldArray
+
+Attributes = tuple[tuple[str, Value], ...]
+AXIS_ORDER = "axis_order"
 
 
 def outline_of(merged: MergedStructure, *, world_size: int) -> Outline:
@@ -23,7 +27,7 @@ def outline_of(merged: MergedStructure, *, world_size: int) -> Outline:
         meshes=merged.meshes,
         layouts=merged.layouts,
         arrays=tuple(
-            ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
+            ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), _attributes(a.entry.attributes, a.order))
             for a in sorted(merged.arrays.values(), key=lambda shared: shared.key)
         ),
         tied=merged.tied,
@@ -33,6 +37,12 @@ def outline_of(merged: MergedStructure, *, world_size: int) -> Outline:
 def records_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray]) -> tuple[ArrayRecord, ...]:
     """The held arrays as the index will list them, as far as their documents need it (writers and layout are not in those)."""
     return tuple(
-        ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), held.attributes)
+        ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), _attributes(held.attributes, fact.order))
         for held, fact in zip(arrays, shared, strict=True)
     )
+
+
+def _attributes(own: Attributes, order: Sequence[int]) -> Attributes:
+    """An array's attributes in the index: its own, and the order of its axes in memory if it is another than their own.
+    [UCF-107]"""
+    return (*own, (AXIS_ORDER, list(order))) if order else own

@@ -12,10 +12,11 @@ import msgpack
 
 from elastickpt.errors import Unsafe, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
+from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import file_digest
 from elastickpt.format.keys import checked_name
 from elastickpt.format.records import Item
-from elastickpt.format.values import Value, decode_value, encode_value
+from elastickpt.format.values import Value, decode_text, encode_value
 from elastickpt.training.held import HeldArray, Kept, LiveState, Role, Sharing
 
 
@@ -31,6 +32,7 @@ class HeldEntry:
     replicas: tuple[int, ...]
     attributes: tuple[tuple[str, Value], ...]
     kept: Kept
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def table_of(live: LiveState) -> StructureTable:
     def entry(held: HeldArray) -> HeldEntry:
         mesh = None if held.mesh is None else meshes.setdefault(held.mesh, len(meshes))
         how = (held.role, held.sharing, mesh, held.placements, held.replicas)
-        return HeldEntry(held.spec, *how, held.attributes, held.kept)
+        return HeldEntry(held.spec, *how, held.attributes, held.kept, held.order)
 
     entries = tuple(entry(held) for held in live.arrays)
     return StructureTable(entries, tuple(meshes), live.items, live.tied)
@@ -80,8 +82,9 @@ def encode_table(table: StructureTable) -> bytes:
             e.mesh,
             e.placements,
             e.replicas,
-            [(key, encode_value(value, where=f"{e.spec.id}, attribute {key}")) for key, value in e.attributes],
+            [(key, dump(encode_value(value, where=f"{e.spec.id}, attribute {key}"))) for key, value in e.attributes],
             e.kept,
+            e.order,
         )
         for e in table.entries
     ]
@@ -102,10 +105,11 @@ def decode_table(data: bytes) -> StructureTable:
                 mesh,
                 placements,
                 replicas,
-                tuple((key, decode_value(value, where=key)) for key, value in attributes),
+                tuple((key, decode_text(value, where=key)) for key, value in attributes),
                 kept,
+                order,
             )
-            for identity, shape, dtype, role, sharing, mesh, placements, replicas, attributes, kept in entries
+            for identity, shape, dtype, role, sharing, mesh, placements, replicas, attributes, kept, order in entries
         ),
         tuple(Mesh(*mesh) for mesh in meshes),
         tuple(Item(*item) for item in items),

@@ -34,6 +34,7 @@ class MemoryCheckpoint:
         self.world_size = len(ranks)
         self.arrays = _whole(ranks)
         self.specs = {held.spec.id: held.spec for live in ranks for held in live.arrays}
+        self.attributes = _attributes(ranks)
         self.tables = _merged([table for live in ranks for table in live.tables])
         self.values = _same([live.values for live in ranks])
         self.per_rank = [dict(live.per_rank) for live in ranks]
@@ -57,6 +58,8 @@ class MemoryCheckpoint:
             self.step,
             self.tied,
             tuple(range(self.world_size if world_size is None else world_size)),
+            self.attributes,
+            lambda id_: self.arrays[id_].clone(),
         )
 
     def _own(self, writer: int) -> Mapping[str, Value]:
@@ -71,6 +74,15 @@ class MemoryCheckpoint:
             for held in binding.targets:
                 held.tensor.copy_(_part(self.arrays[held.spec.id], held.box))
         binding.install()
+
+
+def _attributes(ranks: Sequence[LiveState]) -> dict[ArrayId, dict[str, Value]]:
+    found: dict[ArrayId, dict[str, Value]] = {}
+    for held in (held for live in ranks for held in live.arrays):
+        own = dict(held.attributes) | ({"axis_order": list(held.order)} if held.order else {})
+        if own:
+            found.setdefault(held.spec.id, {}).update(own)
+    return found
 
 
 def _part(whole: torch.Tensor, box: Box) -> torch.Tensor:

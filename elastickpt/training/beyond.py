@@ -8,8 +8,9 @@ from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 
+from elastickpt.training.composites import leaves_of
 from elastickpt.training.dtensors import placed
-from elastickpt.training.elements import inner_tensors, settled
+from elastickpt.training.elements import settled
 
 
 class Known:
@@ -31,7 +32,7 @@ def memory_of(tensor: torch.Tensor) -> Hashable | None:
     parts = placed(settled(tensor))
     local = tensor if parts is None else parts.local
     found = []
-    for _, inner in inner_tensors(local):
+    for _, inner in leaves_of(local):
         if inner.layout is not torch.strided or inner.is_meta or inner.numel() == 0:
             return None
         found.append((inner.device, inner.data_ptr(), inner.numel(), inner.dtype))

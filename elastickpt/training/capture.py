@@ -24,12 +24,14 @@ from elastickpt.training.members import shared_parameters
 from elastickpt.training.memo import remembering
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer
+from elastickpt.training.own import hold_own
 from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import streams
 from elastickpt.training.schedulers import hold_scheduler
 from elastickpt.training.stateful import hold_tree, is_stateful
-from elastickpt.training.values import carried, place_of
+from elastickpt.training.trees import place_of
+from elastickpt.training.values import carried
 
 
 def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> LiveState:
@@ -82,7 +84,7 @@ class _Gathering:
                 self.items[key] = held.item
                 self.arrays += held.arrays
                 for extra in held.extra_states:
-                    self.per_rank[extra.pointer] = carried(extra_state(extra.module), extra.pointer)
+                    self._own(key, extra_state(extra.module), extra.pointer)
                 for part in held.parts:
                     require_taken_back(part.entries, part.loaders)
                     self.values |= {place_of(key, VERSION, name): carried(v, name) for name, v in part.loaders.items()}
@@ -96,7 +98,7 @@ class _Gathering:
             self.values[place], held = hold_tree(key, value, place=place, job=self.job, identities=self.identities)
             self.arrays += held
         else:
-            self.per_rank[place] = carried(value, place)
+            self._own(key, value, place)
             self.values[place + PER_RANK] = True
 
     def optimizers(self) -> None:
@@ -115,6 +117,10 @@ class _Gathering:
         """Before the optimizers, whose parameters may stand there."""
         self._all_of("value")
 
+    def _own(self, key: str, value: object, place: str) -> None:
+        self.per_rank[place], held = hold_own(key, value, place=place, job=self.job)
+        self.arrays += held
+
     def rest(self) -> None:
         self._all_of("scheduler", "rng", "per-rank", "object")
 
@@ -129,7 +135,7 @@ class _Gathering:
         if kind == "rng":
             self.per_rank[place] = streams()
         elif kind == "per-rank":
-            self.per_rank[place] = carried(own_state(value), place)
+            self._own(key, own_state(value), place)
         elif kind == "scheduler":
             self.values[place], held = hold_scheduler(
                 key, value, optimizers=self.held_optimizers, job=self.job, identities=self.identities

@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Job
+from elastickpt.format.values import ArrayReference, Value
+from elastickpt.training.composites import SPARSE, composition_in, differing, require_indices
+from elastickpt.training.dtensors import Job, whole_id
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
 from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, Names
 from elastickpt.training.rng import Continuation
+from elastickpt.training.trees import mapped, typed_key
+from elastickpt.training.values import array_value
 from elastickpt.training.versions import mark_changed
 
 
@@ -58,8 +62,9 @@ class Draft:
         self.mismatches.append(Mismatch(name, "unexpected", "nothing", found, "in the checkpoint"))
 
     def differs(self, name: str, what: Difference, *, expected: str, found: str) -> None:
-        """Both have it, and it is not the same."""
-        self.mismatches.append(Mismatch(name, what, expected, found, "both"))
+        """Both have it, and it is not the same; each difference once."""
+        if (mismatch := Mismatch(name, what, expected, found, "both")) not in self.mismatches[-8:]:
+            self.mismatches.append(mismatch)
 
     def note(self, text: str) -> None:
         """Something that loading does differently from what one would assume; each text once."""
@@ -70,10 +75,13 @@ class Draft:
         """Makes `held` a target, or records why it cannot be one."""
         name, found = str(held.spec.id), self.names.arrays(held.spec.id)
         if not found:
-            self.missing(name, f"{held.spec.dtype} {held.spec.shape}")
+            if not self._is_of_another_kind(held, held.spec.id):
+                self.missing(name, f"{held.spec.dtype} {held.spec.shape}")
             return
         self._know(*found)
         spec = self.listing.arrays[found[0]]
+        if self._is_of_another_kind(held, found[0]):
+            return
         if spec.shape != held.spec.shape:
             self.differs(name, "shape", expected=str(held.spec.shape), found=str(spec.shape))
         elif spec.dtype != held.spec.dtype:
@@ -82,6 +90,31 @@ class Draft:
             target = held if spec == held.spec else replace(held, spec=spec)
             self.targets.append(target)
             self.ties += ((target, other) for other in found[1:])
+            live, path = composition_in(dict(held.attributes))
+            if live is not None and (live["class"], path) == (SPARSE, ("indices",)):
+                self.installs.append(lambda: require_indices(held.tensor, live["shape"]))
+
+    def _is_of_another_kind(self, held: HeldArray, id_: ArrayId) -> bool:
+        """Whether this process's tensor and the checkpoint's are not both plain, or composites of one composition, or stored as
+        the bytes of one element type; which is recorded. [UCF-110]"""
+        live, path = composition_in(dict(held.attributes))
+        whole = whole_id(id_, path)
+        saved = self.listing.composites.get(whole)
+        if saved is not None and (live is None or typed_key(live) != typed_key(saved.composition)):
+            for part in saved.parts.values():
+                self._know(part)
+            expected, found = ("a plain tensor", saved.text) if live is None else differing(live, saved.composition)
+            self.differs(str(whole), "value", expected=expected, found=found)
+            return True
+        if live is not None and saved is None and whole in self.listing.arrays:
+            self._know(whole)
+            self.differs(str(whole), "value", expected=f"a composite tensor of class {live['class']}", found="a plain tensor")
+            return True
+        mine = dict(held.attributes).get("stored_as")
+        if id_ in self.listing.arrays and mine != (theirs := self.listing.attributes.get(id_, {}).get("stored_as")):
+            self.differs(str(id_), "dtype", expected=str(mine or held.spec.dtype), found=str(theirs or held.spec.dtype))
+            return True
+        return False
 
     def know(self, wanted: ArrayId) -> None:
         """Records that this rank has a place for the array, and for all that are tied to it on either side."""
@@ -102,6 +135,21 @@ class Draft:
         """What the writers that have per-rank values at `place` have there, in order. Reads every writer's."""
         every = (self.of_writer(writer) for writer in range(self.listing.world_size))
         return [values[place] for values in every if place in values]
+
+    def with_contents(self, value: Value) -> Value:
+        """The value with the arrays beside it in it, whatever their size. Reads them: for values of ranks of another layout."""
+
+        def leaf(one: object, place: str) -> object:
+            if not isinstance(one, ArrayReference):
+                return one
+            wanted = ArrayId("extra", one.item, one.name, "")
+            if wanted not in self.listing.arrays:
+                raise LayoutUnsupported(
+                    f"value {place}: {wanted} is a composite tensor of one rank, which no other rank can have"
+                )
+            return replace(array_value(self.listing.read(wanted)), origin=one.origin)
+
+        return mapped(value, "", leaf)
 
     def finished(self) -> Binding:
         """The Binding; its `install` does what was added, entry by entry, in order."""

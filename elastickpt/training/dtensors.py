@@ -7,7 +7,7 @@ row on the wrong TP rank. A box whose shape is not its local tensor's is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
@@ -19,11 +19,13 @@ from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
 from elastickpt.layout.placement import physical_box
-from elastickpt.training.elements import Attributes, Elements, composition_of, elements_of, inner_tensors, settled
+from elastickpt.training.composites import Cut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
+from elastickpt.training.elements import elements_of, settled
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 from elastickpt.training.loaded import is_loaded_instance, loaded_type
 from elastickpt.training.memo import Memo, Seen
 from elastickpt.training.meshes import mesh_of, widened
+from elastickpt.training.trees import token
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -150,31 +152,119 @@ def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders
     if not set(holders.ranks) <= set(mesh.ranks):
         wide = widened(parts.device_mesh, placements, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
         mesh, placements = wide or (mesh, placements)
-    held = []
-    for path, inner in _inner_of_shard(array, parts.local):
-        elements = elements_of(_of_shape(inner, box), where=array)
-        held.append(
-            HeldArray(
-                _spec(array, path, parts.shape, elements),
-                _with_tail(box, elements.tail),
-                elements.tensor,
-                role,
-                "placed",
-                mesh=mesh,
-                placements=placements,
-                attributes=(*composition_of(parts.local), *elements.attributes),
-            )
+    if not is_composite(parts.local):
+        elements = elements_of(_of_shape(parts.local, box), where=array)
+        spec = ArraySpec(array, (*parts.shape, *elements.tail), elements.dtype)
+        found = (spec, _with_tail(box, elements.tail), elements.tensor, role)
+        return (HeldArray(*found, "placed", mesh, placements, attributes=elements.attributes, order=elements.order),)
+    cuts = _cuts(parts, placements, mesh.sizes)
+    if cuts is None:
+        raise LayoutUnsupported(
+            f"tensor {array}: a {type(parts.local).__name__} that is sharded as {placements} over {mesh.sizes} ranks, and "
+            f"whose parts are not cut as its rows are: their place in the whole is not known"
         )
-    return tuple(held)
+    return tuple(_hold_parts(array, parts, cuts, box=box, role=role, mesh=mesh, placements=placements))
+
+
+def box_of(parts: Placed) -> Box:
+    """Where this rank's part of a DTensor lies in the whole."""
+    sizes = tuple(parts.device_mesh.shape)
+    placements = spell_placements(parts.placements, sizes, where="a parameter")
+    return physical_box(parts.shape, sizes=sizes, coordinate=parts.device_mesh.get_coordinate() or (), placements=placements)
+
+
+def has_place(tensor: torch.Tensor, *, job: Job) -> bool:
+    """Whether the parts of a DTensor have a place in the whole: of a plain one they have, of a composite one its class says."""
+    parts = placed(settled(tensor))
+    if parts is None or not is_composite(parts.local):
+        return True
+    mesh = mesh_of(parts.device_mesh, world_size=job.world_size)
+    if job.rank not in mesh.ranks:
+        return True
+    return _cuts(parts, spell_placements(parts.placements, mesh.sizes, where="state"), mesh.sizes) is not None
+
+
+def is_even(parts: Placed) -> bool:
+    """Whether all ranks of its mesh hold equally many rows of it, none of them none, and whole rows."""
+    ways = 1
+    for size, placement in zip(parts.device_mesh.shape, parts.placements, strict=True):
+        if not placement.is_replicate():
+            if getattr(placement, "dim", None) != 0:
+                return False
+            ways *= size
+    return bool(parts.shape) and parts.shape[0] > 0 and parts.shape[0] % ways == 0
+
+
+def _cuts(parts: Placed, placements: Sequence[str], sizes: Sequence[int]) -> Mapping[Path, Cut] | None:
+    """How each part of a composite shard is cut; None where that is not known, or ranks may hold other kinds of parts."""
+    leaves = leaves_of(parts.local)
+    if all(leaf.shape == parts.local.shape for _, leaf in leaves):
+        return {path: "same" for path, _ in leaves}
+    if all(size == 1 or placement == "R" for size, placement in zip(sizes, placements, strict=True)):
+        return {path: "fixed" for path, _ in leaves}
+    cuts = cuts_of(parts.local)
+    return None if cuts is None or not is_even(parts) else cuts.by_path
+
+
+def hold_for_loading(array: ArrayId, tensor: torch.Tensor, *, job: Job) -> tuple[HeldArray, ...] | None:
+    """The parts of a composite DTensor as targets, also where ranks hold unevenly many rows; None where its class does not say
+    how they are cut."""
+    parts = placed(settled(tensor))
+    if parts is None or (cuts := cuts_of(parts.local)) is None:
+        return None
+    mesh = mesh_of(parts.device_mesh, world_size=job.world_size)
+    placements = spell_placements(parts.placements, mesh.sizes, where=array)
+    by_path = cuts.by_path
+    return tuple(_hold_parts(array, parts, by_path, box=box_of(parts), role="parameter", mesh=mesh, placements=placements))
+
+
+def placed_as(parts: Placed, local: torch.Tensor) -> torch.Tensor:
+    """A DTensor of this local tensor, placed as another one, whose shape it has."""
+    from torch.distributed.tensor import DTensor  # loaded already: there is one
+
+    stride = torch.empty(parts.shape, device="meta").stride()
+    return DTensor.from_local(
+        local, parts.device_mesh, parts.placements, run_check=False, shape=torch.Size(parts.shape), stride=stride
+    )
+
+
+def _hold_parts(
+    array: ArrayId, parts: Placed, cuts: Mapping[Path, Cut], *, box: Box, role: Role, mesh: Mesh, placements: tuple[str, ...]
+) -> Iterator[HeldArray]:
+    """The parts of a composite shard, each where it lies in the part of the whole. [UCF-109]
+
+    Of what is the same in every shard nobody declares that it is: ranks are compared, as a class may scale each shard alone.
+    """
+    composition = composition_of(parts.local, where=array, shape=parts.shape)
+    for path, leaf in leaves_of(parts.local):
+        elements = elements_of(leaf if cuts[path] != "same" else _of_shape(leaf, box), where=array)
+        shape, own = place_of_part(tuple(leaf.shape), cuts[path], parts.shape, box)
+        spec = ArraySpec(part_id(array, path), (*shape, *elements.tail), elements.dtype)
+        found = (spec, _with_tail(own, elements.tail), elements.tensor)
+        attributes = (*attributes_of(composition, path), *elements.attributes)
+        if cuts[path] == "fixed" and any(size > 1 and way != "R" for size, way in zip(mesh.sizes, placements, strict=True)):
+            yield HeldArray(*found, "other", "undeclared", attributes=attributes, order=elements.order)
+        else:
+            yield HeldArray(*found, role, "placed", mesh, placements, attributes=attributes, order=elements.order)
+
+
+def place_of_part(part: tuple[int, ...], cut: Cut, whole: tuple[int, ...], box: Box) -> tuple[tuple[int, ...], Box]:
+    """The shape of the whole's part, and this shard's box in it."""
+    if cut == "same":
+        return whole, box
+    if cut == "fixed":
+        return part, Box.whole(part)
+    low, high, rest = box.start[0] * cut, box.stop[0] * cut, part[1:]
+    return (int(whole[0] * cut), *rest), Box((int(low), *(0 for _ in rest)), (int(high), *rest))
 
 
 def _hold_plain(array: ArrayId, tensor: torch.Tensor, role: Role, holders: Holders) -> Iterator[HeldArray]:
-    composition: Attributes = composition_of(tensor)
-    for path, inner in inner_tensors(tensor):
+    composition = composition_of(tensor, where=array) if is_composite(tensor) else None
+    for path, inner in leaves_of(tensor):
         if placed(inner) is not None:
-            raise LayoutUnsupported(f"tensor {array}: {type(tensor).__name__} holds a DTensor inside, as {path!r}")
+            raise LayoutUnsupported(f"tensor {array}: {type(tensor).__name__} holds a DTensor inside, as {'.'.join(path)!r}")
         elements = elements_of(inner, where=array)
-        spec = _spec(array, path, tuple(inner.shape), elements)
+        spec = ArraySpec(part_id(array, path), (*inner.shape, *elements.tail), elements.dtype)
         yield HeldArray(
             spec,
             Box.whole(spec.shape),
@@ -182,33 +272,27 @@ def _hold_plain(array: ArrayId, tensor: torch.Tensor, role: Role, holders: Holde
             role,
             holders.sharing,
             replicas=holders.ranks,
-            attributes=(*composition, *elements.attributes),
+            attributes=(*(attributes_of(composition, path) if composition else ()), *elements.attributes),
             kept=holders.kept,
+            order=elements.order,
         )
 
 
-def _spec(array: ArrayId, path: str, shape: tuple[int, ...], elements: Elements) -> ArraySpec:
-    return ArraySpec(_sibling(array, path), (*shape, *elements.tail), elements.dtype)
-
-
-def _sibling(array: ArrayId, path: str) -> ArrayId:
-    """The array of one part of a composite tensor: `value` -> `value.codes`; in `extra`, `a/b` -> `a/b/codes`."""
+def part_id(array: ArrayId, path: Path) -> ArrayId:
+    """The array of one part of a composite tensor: `value` -> `value.codes`; in `extra`, `a/b` -> `a/b/codes`. [UCF-108]"""
     if not path:
         return array
     if array.section == "params":
-        return replace(array, state=f"{array.state}.{path}")
-    return replace(array, name=f"{array.name}/{path}" if array.name else path)
+        return replace(array, state=".".join((array.state, *path)))
+    return replace(array, name="/".join((*((array.name,) if array.name else ()), *map(token, path))))
 
 
-def _inner_of_shard(array: ArrayId, local: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, inner in inner_tensors(local):
-        if inner.shape != local.shape:
-            raise LayoutUnsupported(
-                f"tensor {array}: {type(local).__name__} is sharded, and its part {path!r} of shape "
-                f"{tuple(inner.shape)} is not cut as its shape {tuple(local.shape)} is: its place in the whole is not "
-                f"known"
-            )
-        yield path, inner
+def whole_id(part: ArrayId, path: Path) -> ArrayId:
+    """The composite tensor that an array is the part of: the reverse of `part_id`."""
+    if part.section == "params":
+        return replace(part, state=part.state.removesuffix("." + ".".join(path)))
+    suffix = "/".join(map(token, path))
+    return replace(part, name="" if part.name == suffix else part.name.removesuffix("/" + suffix))
 
 
 def _of_shape(local: torch.Tensor, box: Box) -> torch.Tensor:

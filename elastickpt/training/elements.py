@@ -1,4 +1,4 @@
-"""Element types of torch by the names zarr knows, and tensors that are several tensors inside.
+"""Element types of torch by the names zarr knows.
 
 What has no registered name is stored as its bytes: `uint8`, with an axis of `itemsize` appended where that is more than
 one, and the attribute `stored_as`. [UCF-23]
@@ -6,17 +6,16 @@ one, and the attribute `stored_as`. [UCF-23]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.dtypes import DTYPES
 from elastickpt.format.values import Value
 from elastickpt.training.loaded import is_loaded_instance
+from elastickpt.training.strides import Order, order_of
 
 Attributes = tuple[tuple[str, Value], ...]
 
@@ -29,6 +28,7 @@ class Elements:
     dtype: str
     tail: tuple[int, ...]
     attributes: Attributes
+    order: Order
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
@@ -54,12 +54,12 @@ def elements_of(tensor: torch.Tensor, *, where: object) -> Elements:
     view = tensor.detach()
     name = dtype_name(tensor.dtype)
     if name is not None:
-        return Elements(view, name, (), ())
+        return Elements(view, name, (), (), order_of(view))
     view = view.unsqueeze(-1).view(torch.uint8)
     tail: tuple[int, ...] = (tensor.dtype.itemsize,)
     if tensor.dtype.itemsize == 1:
         view, tail = view.squeeze(-1), ()
-    return Elements(view, "uint8", tail, (("stored_as", str(tensor.dtype).removeprefix("torch.")),))
+    return Elements(view, "uint8", tail, (("stored_as", str(tensor.dtype).removeprefix("torch.")),), order_of(view))
 
 
 def _require_memory(tensor: torch.Tensor, where: object) -> None:
@@ -86,31 +86,3 @@ def settled(tensor: torch.Tensor) -> torch.Tensor:
         done: torch.Tensor = tensor.wait()  # type: ignore[attr-defined]
         return done
     return tensor
-
-
-def _is_composite(tensor: torch.Tensor) -> bool:
-    # Not used directly: its TypeIs says that no Tensor can be one, and what follows would count as unreachable.
-    return is_traceable_wrapper_subclass(tensor)
-
-
-def composition_of(tensor: torch.Tensor) -> Attributes:
-    """The attribute that says how the arrays of a composite tensor belong together; () for a plain tensor."""
-    if not _is_composite(tensor):
-        return ()
-    cls = type(tensor)
-    paths = [path for path, _ in inner_tensors(tensor)]
-    return (("composition", {"class": f"{cls.__module__}.{cls.__qualname__}", "inner": paths}),)
-
-
-def inner_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a `__tensor_flatten__` subclass is made of, with dotted paths, in its own order.
-
-    A plain tensor is its own only part, at path "".
-    """
-    if not _is_composite(tensor):
-        yield "", tensor
-        return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    for name in names:
-        for path, inner in inner_tensors(settled(getattr(tensor, name))):
-            yield f"{name}.{path}" if path else name, inner

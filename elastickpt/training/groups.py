@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from elastickpt.format.values import ArrayValue, Value
+from elastickpt.format.values import ArrayReference, ArrayValue, Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.elements import dtype_name
 from elastickpt.training.optimizers import options_of
-from elastickpt.training.stateful import copy_into
+from elastickpt.training.stateful import bind_tree, copy_into
 from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
-from elastickpt.training.values import place_of, revived, shown, token, typed_key
+from elastickpt.training.values import place_of, shown, token, typed_key
 
 _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
 
@@ -54,7 +54,7 @@ def differ(draft: Draft, where: str, found: Disagreement) -> None:
 
 def _bind_option(draft: Draft, group: dict[str, Any], key: str, found: Agreed, where: str) -> None:
     live = group.get(key)
-    if isinstance(live, torch.Tensor):
+    if isinstance(live, torch.Tensor) and not isinstance(found.value, ArrayReference):
         if step := overwritten(draft, live, found.value, where):
             draft.installs.append(step)
         return
@@ -62,7 +62,8 @@ def _bind_option(draft: Draft, group: dict[str, Any], key: str, found: Agreed, w
         if typed_key(live) != typed_key(found.value):
             draft.note(f"{where}: {live!r} stays, as it is how a step is executed; the checkpoint has {found.value!r}")
         return
-    new = revived(found.value)
+    device = live.device if isinstance(live, torch.Tensor) else "cpu"
+    new = bind_tree(draft, where.split("/")[1], found.value, place=where, live=None, device=device)
     draft.installs.append(lambda: group.__setitem__(key, new))
 
 

@@ -46,6 +46,7 @@ class HeldArray:
     replicas: tuple[int, ...] = ()
     attributes: tuple[tuple[str, Value], ...] = ()
     kept: Kept = "equal"
+    order: tuple[int, ...] = ()  # its axes by falling stride, () for their own order or where any order says the same
 
     def __post_init__(self) -> None:
         if tuple(self.tensor.shape) != self.box.shape:

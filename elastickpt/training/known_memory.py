@@ -15,8 +15,9 @@ from itertools import accumulate
 
 import torch
 
+from elastickpt.training.composites import leaves_of
 from elastickpt.training.dtensors import placed
-from elastickpt.training.elements import inner_tensors, settled
+from elastickpt.training.elements import settled
 
 Span = tuple[str, int, int]  # device, first byte, byte behind the last one
 
@@ -40,7 +41,7 @@ def spans_of(tensor: torch.Tensor) -> tuple[Span, ...] | None:
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     tensor = settled(tensor)
     parts = placed(tensor)
-    for _, inner in inner_tensors(tensor if parts is None else parts.local):
+    for _, inner in leaves_of(tensor if parts is None else parts.local):
         if placed(inner) is not None:
             yield from _plain(inner)
         else:

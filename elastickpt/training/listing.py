@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
+from elastickpt.training.composites import Path, Saved, composition_in
+from elastickpt.training.dtensors import whole_id
 from elastickpt.training.held import HeldArray
 from elastickpt.training.rng import Continuation
+from elastickpt.training.strides import Order
 from elastickpt.training.values import place_of
 
 Difference = Literal["missing", "unexpected", "shape", "dtype", "value"]
@@ -37,7 +42,11 @@ class Mismatch:
         return f"{self.name}: {self.what}: {sides}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def _unread(id_: ArrayId) -> torch.Tensor:
+    raise LookupError(f"array {id_}: this listing reads nothing")
+
+
+@dataclass(frozen=True, eq=False)
 class Listing:
     """What a checkpoint holds, before any array is read.
 
@@ -45,7 +54,8 @@ class Listing:
     `per_rank(writer)` reads one writer's own, and is called only for what needs it. `same_layout` says that ranks hold
     now what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item,
     name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps. `ranks` are
-    those that load.
+    those that load. `attributes` are those of arrays that have some; `read(id)` reads one array whole, and is called only for
+    what needs it.
     """
 
     arrays: Mapping[ArrayId, ArraySpec]
@@ -58,6 +68,29 @@ class Listing:
     step: int | None = None
     tied: tuple[tuple[tuple[str, str], ...], ...] = ()
     ranks: tuple[int, ...] = (0,)
+    attributes: Mapping[ArrayId, Mapping[str, Value]] = field(default_factory=dict)
+    read: Callable[[ArrayId], torch.Tensor] = _unread
+
+    def order(self, id_: ArrayId) -> Order:
+        """How the axes of a tensor lay in memory; () for their own order."""
+        found = self.attributes.get(id_, {}).get("axis_order", ())
+        return tuple(found) if isinstance(found, list) and sorted(found) == list(range(len(found))) else ()
+
+    def is_own(self, id_: ArrayId) -> bool:
+        """Whether it is an array of one rank alone, or a composite tensor of such arrays. [UCF-111]"""
+        saved = self.composites.get(id_)
+        parts = (id_,) if saved is None else tuple(saved.parts.values())
+        return any("rank" in self.attributes.get(part, {}) for part in parts)
+
+    @cached_property
+    def composites(self) -> Mapping[ArrayId, Saved]:
+        """Composite tensors by the id that a plain tensor would have in their place. [UCF-108]"""
+        found: dict[ArrayId, tuple[dict[str, Any], dict[Path, ArrayId]]] = {}
+        for id_, attributes in self.attributes.items():
+            composition, path = composition_in(attributes)
+            if composition is not None:
+                found.setdefault(whole_id(id_, path), (composition, {}))[1][path] = id_
+        return {id_: Saved(composition, parts) for id_, (composition, parts) in found.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +122,7 @@ def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[
     """
     known = frozenset(arrays)
     for id_, spec in listing.arrays.items():
-        if id_ not in known:
+        if id_ not in known and "rank" not in listing.attributes.get(id_, {}):  # a rank's own goes with its value
             yield Mismatch(str(id_), "unexpected", "nothing", f"{spec.dtype} {spec.shape}", "in the checkpoint")
     known_places = frozenset(places)
     items = (place_of(item.name) for item in listing.items if item.kind != "module")

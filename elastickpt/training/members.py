@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import LayoutUnsupported, StructureConflict
 from elastickpt.format.box import Box
-from elastickpt.training.dtensors import Placed, placed
+from elastickpt.training.dtensors import Placed, box_of, placed
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.loaded import is_loaded_instance
@@ -25,7 +25,7 @@ class Lying:
     """How a parameter lies, for the states beside it: the whole's `shape`, and this rank's `box` in it.
 
     `own` are a DTensor's parts; `sharded` says that other ranks hold other elements. `held` is the parameter's own
-    array (the first one of a composite tensor).
+    array (one of a composite tensor's).
     """
 
     own: Placed | None
@@ -107,9 +107,13 @@ def _nameless(item: str, group: int, parameter: torch.Tensor, identities: Identi
 def _lying(known: KnownTensor) -> Lying | None:
     if not known.held:
         return None
-    held, own = known.held[0], placed(known.tensor)
+    own = placed(known.tensor)
+    held = next((each for each in known.held if each.mesh is not None), known.held[0])
     ndim = len(own.shape) if own is not None else known.tensor.ndim
     box, shape = held.box, held.spec.shape
+    if held.spec.id.state != "value" and known.role == "parameter":  # a part of a composite tensor, of any shape
+        shape = tuple(known.tensor.shape)
+        box = Box.whole(shape) if own is None else box_of(own)
     if len(shape) != ndim:  # stored as bytes, with an axis for them at the end
         box, shape = Box(box.start[:ndim], box.stop[:ndim]), shape[:ndim]
     if held.mesh is None:

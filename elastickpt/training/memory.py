@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,6 +47,30 @@ def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
         offset=tensor.storage_offset() * itemsize,
         strides=tuple(stride * itemsize for stride in tensor.stride()),
     )
+
+
+def tensor_over(array: NDArray[Any]) -> torch.Tensor:
+    """A tensor over the memory of an array of numpy; over a copy of it where torch has no such memory (read only, another byte
+    order, reversed)."""
+    dtype: torch.dtype = getattr(torch, array.dtype.name)
+    itemsize = array.dtype.itemsize
+    if any(stride < 0 or stride % itemsize for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    array = array.astype(array.dtype.newbyteorder("="), order="K", copy=not array.flags.writeable)
+    words = array if array.dtype.isbuiltin == 1 else array.view(_WORDS[itemsize])
+    return torch.from_numpy(words).view(dtype)
+
+
+def shares(array: NDArray[Any]) -> bool:
+    """Whether `tensor_over` gives a tensor over the very memory of an array of numpy."""
+    fits = all(stride >= 0 and stride % array.dtype.itemsize == 0 for stride in array.strides)
+    return bool(fits and array.flags.writeable and array.dtype.isnative)
+
+
+def numpy_over(tensor: torch.Tensor) -> NDArray[Any]:
+    """An array of numpy over the memory of a tensor in host memory."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return host_elements(tensor).view(getattr(ml_dtypes, name, None) or np.dtype(name))
 
 
 def host_range(tensor: torch.Tensor, first: int, last: int) -> tuple[NDArray[np.generic], int, int]:

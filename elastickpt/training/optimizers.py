@@ -3,11 +3,15 @@
     state[p]["exp_avg"]      (tensor of p's shape, DTensor, ...)  -> array params/<item>/<FQN>/exp_avg
     state[p]["step"]         (0-d tensor)                         -> field `scalar` "step" of p
     state[p]["prev"]         (None, number, list, small tensors)  -> field `scalar` "prev" of p
+    state[p]["dirs"]         (a list of large tensors or DTensors)-> field `scalar` "dirs" of p, arrays .../dirs.0, dirs.1
+    state[p]["exp_avg"]      (composite: 8-bit codes and scales)  -> arrays .../exp_avg.codes, exp_avg.scale
     state["counter"]         (belongs to no parameter)            -> value /<optimizer>/state/counter
     param_groups[k]["lr"]                                         -> field `hyper` "lr" of each parameter of group k
 
 A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this
 rank's own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so. [UCF-87]
+So is a composite one whose parts are not cut as its rows are, and a list or dict with such a tensor inside. Where ranks hold
+unevenly many rows, a low-bit optimizer may keep a composite state on one rank and a plain one on another: then both are own.
 
 States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that
 both find their own. This is decided from what this rank has; ranks that share parameters must have the same optimizers
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -26,18 +31,22 @@ from torch.optim import Optimizer
 from elastickpt.errors import LayoutUnsupported, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
-from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Job, Placed, hold, memorable, parts_of_spec, placed
-from elastickpt.training.elements import composition_of, elements_of, settled
+from elastickpt.format.values import ArrayReference, StateReference, Value
+from elastickpt.training.composites import is_composite
+from elastickpt.training.dtensors import Job, Placed, has_place, hold, holders_of, is_even, memorable, parts_of_spec, placed
+from elastickpt.training.elements import elements_of, settled
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
 from elastickpt.training.members import Lying, Member, members_of, states_of
 from elastickpt.training.memo import Seen
+from elastickpt.training.own import as_tensor, hold_own, is_large
 from elastickpt.training.stateful import hold_tree
 from elastickpt.training.tables import Name, TableBuilder
-from elastickpt.training.values import carried, place_of, scalar_values
+from elastickpt.training.trees import mapped, place_of
+from elastickpt.training.values import carried_leaf, scalar_values
 
 PER_RANK = "@per-rank"
+DTENSOR = "DTensor"  # what such a field says where the state is a DTensor: only its local tensor is this rank's own
 _NO_OPTION = ("params", "param_names")
 
 
@@ -78,7 +87,7 @@ def hold_optimizer(
     """
     members = members_of(item, optimizer, identities)
     prefix = state_prefix(item, members, optimizer, shared)
-    saver = _Saver(item, job, prefix)
+    saver = _Saver(item, job, prefix, _fewest_quantised(optimizer))
     for member in members:
         saver.add(member, optimizer.state.get(member.parameter, {}))
     saver.put_scalars()
@@ -102,8 +111,9 @@ def require_text(item: str, key: object) -> str:
 class _Saver:
     """The states of one optimizer, sorted into arrays, fields and per-rank values."""
 
-    def __init__(self, item: str, job: Job, prefix: str) -> None:
+    def __init__(self, item: str, job: Job, prefix: str, fewest_quantised: float) -> None:
         self.item = item
+        self._fewest_quantised = fewest_quantised
         self.table = TableBuilder(item)
         self.arrays: list[HeldArray] = []
         self.per_rank: dict[str, Value] = {}
@@ -119,22 +129,54 @@ class _Saver:
         for key, entry in states.items():
             name = require_text(self.item, key)
             if not isinstance(entry, torch.Tensor):
-                value = carried(entry, state_place(self.item, member.name, name))
-                self.table.put("scalar", name, value, rows=(row,))
-            elif entry.ndim == 0:
+                self._add_tree(member, name, entry, row)
+            elif entry.ndim == 0 and not is_composite(entry):
                 self._scalars.append((name, row, local_scalar(entry)))
             else:
                 self._add_tensor(member, name, entry, row)
 
     def _add_tensor(self, member: Member, name: str, entry: torch.Tensor, row: int) -> None:
-        id_ = ArrayId("params", *member.name, self._prefix + name)
-        held = hold_state(id_, entry, member=member, job=self._job)
+        parts = placed(settled(entry))
+        may_differ = parts is not None and not is_composite(parts.local) and most_elements(parts) >= self._fewest_quantised
+        held = None if may_differ else hold_state(self._id(member, name), entry, member=member, job=self._job)
         if held is not None:
             self.arrays.extend(held)
             return
-        self.table.put("scalar", name + PER_RANK, True, rows=(row,))
+        self._add_own(member, name, entry if parts is None else parts.local, row, says=True if parts is None else DTENSOR)
+
+    def _add_own(self, member: Member, name: str, entry: object, row: int, *, says: Value) -> None:
+        self.table.put("scalar", name + PER_RANK, says, rows=(row,))
         place = state_place(self.item, member.name, name)
-        self.per_rank[place] = carried(entry, place)
+        self.per_rank[place], held = hold_own(self.item, entry, place=place, job=self._job)
+        self.arrays.extend(held)
+
+    def _add_tree(self, member: Member, name: str, entry: object, row: int) -> None:
+        """A state that is no tensor: its large tensors, and those of a sharded parameter, are states of their own. [UCF-112]"""
+        place, held = state_place(self.item, member.name, name), list[HeldArray]()
+        sharded = member.lying is not None and member.lying.sharded
+
+        def leaf(one: object, where: str) -> Value:
+            if isinstance(one, torch.Tensor) and one.ndim == 0 and not is_composite(one):
+                return carried_leaf(local_scalar(one), where)
+            if not (is_large(one) or (isinstance(one, torch.Tensor) and (sharded or placed(one) is not None))):
+                return carried_leaf(one, where)
+            state = inner_state(name, where[len(place) :])
+            found = hold_state(self._id(member, state), as_tensor(one), member=member, job=self._job)
+            if found is None:
+                raise _NoPlace
+            held.extend(found)
+            return StateReference(state, "torch" if isinstance(one, torch.Tensor) else "numpy")
+
+        try:
+            value = mapped(entry, place, leaf)
+        except _NoPlace:
+            self._add_own(member, name, entry, row, says=True)
+        else:
+            self.table.put("scalar", name, value, rows=(row,))
+            self.arrays.extend(held)
+
+    def _id(self, member: Member, state: str) -> ArrayId:
+        return ArrayId("params", *member.name, self._prefix + state)
 
     def put_scalars(self) -> None:
         """All 0-d states at once, so that those on a device cost one copy."""
@@ -147,8 +189,59 @@ class _Saver:
             rows.setdefault(member.group, []).append(row)
         for index, group in enumerate(optimizer.param_groups):
             for key, value in options_of(group):
-                place = place_of(self.item, "param_groups", index, key)
-                self.table.put("hyper", require_text(self.item, key), carried(value, place), rows=rows.get(index, ()))
+                name, own = require_text(self.item, key), rows.get(index, ())
+                self.table.put("hyper", name, self._option(value, index, name, [members[row].name for row in own]), rows=own)
+
+    def _option(self, value: object, index: int, key: str, names: Sequence[Name]) -> Value:
+        """An option of a group; large arrays in it are extras, named by the group's first parameter, which it has anywhere."""
+        place = place_of(self.item, "param_groups", index, key)
+
+        def leaf(one: object, where: str) -> Value:
+            if not is_large(one) or not names:
+                return carried_leaf(one, where)
+            name = place_of("param_groups", *names[0], key)[1:] + where[len(place) :]
+            holders = holders_of(self._job)
+            held = hold(ArrayId("extra", self.item, name, ""), as_tensor(one), role="other", job=self._job, holders=holders)
+            self.arrays.extend(held)
+            return ArrayReference(self.item, name, "torch" if isinstance(one, torch.Tensor) else "numpy")
+
+        return mapped(value, place, leaf)
+
+
+FEW_ELEMENTS = 1024  # below this many nobody quantises a shard
+
+
+def _fewest_quantised(optimizer: Optimizer) -> float:
+    """From how many elements on a shard's state may be a composite tensor on one rank and a plain one on another; infinite for
+    an optimizer beside which no class of composite tensors is defined, which says the same on all ranks."""
+    beside = type(optimizer).__module__.rpartition(".")[0] or type(optimizer).__module__
+    kinds, seen = [torch.Tensor], set[type]()
+    while kinds:
+        kind = kinds.pop()
+        if kind in seen:
+            continue
+        seen.add(kind)
+        kinds += kind.__subclasses__()
+        if hasattr(kind, "__tensor_flatten__") and (kind.__module__.rpartition(".")[0] or kind.__module__) == beside:
+            return FEW_ELEMENTS
+    return inf
+
+
+def most_elements(parts: Placed) -> float:
+    """The elements of the largest shard of a DTensor of which ranks hold unevenly many rows; -1 for another one."""
+    ways = prod(
+        size for size, placement in zip(parts.device_mesh.shape, parts.placements, strict=True) if not placement.is_replicate()
+    )
+    return -1 if ways == 1 or is_even(parts) else -(-parts.shape[0] // ways) * prod(parts.shape[1:])
+
+
+class _NoPlace(Exception):
+    """A tensor inside a state has no place in the whole."""
+
+
+def inner_state(state: str, below: str) -> str:
+    """The state of what stands `below` another one (a JSON pointer): ("dirs", "/0") -> "dirs.0"; a point in a token is `~2`."""
+    return state + below.replace(".", "~2").replace("/", ".")
 
 
 def state_place(item: str, name: Name, state: str) -> str:
@@ -192,8 +285,8 @@ def _hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job,
     tensor = settled(tensor)
     parts = placed(tensor)
     local = tensor if parts is None else parts.local
-    if composition_of(local) or (parts is not None and not _same_place(parts, lying.own)):
-        if parts is None and lying.sharded:
+    if is_composite(local) or (parts is not None and not _same_place(parts, lying.own)):
+        if (parts is None and lying.sharded) or not has_place(tensor, job=job):
             return None
         return hold(id_, tensor, role="parameter", job=job, holders=member.known.holders)
     if tuple(local.shape) == lying.box.shape or lying.box.count == 0 == local.numel():
@@ -231,4 +324,5 @@ def _beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, *, box: Box, sh
         placements=held.placements,
         replicas=held.replicas,
         attributes=elements.attributes,
+        order=elements.order,
     )

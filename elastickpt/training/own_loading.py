@@ -66,7 +66,10 @@ def bind_extra_state(draft: Draft, extra: ExtraState) -> None:
 def extra_state_of(draft: Draft, extra: ExtraState) -> tuple[object, ...]:
     """The extra state that the checkpoint has for a module, or () with a mismatch recorded."""
     what = f"extra state of a {type(extra.module).__name__}"
-    return tuple(revived(value) for value in of_ranks(draft, extra.pointer, what))
+    item = extra.pointer.split("/")[1]
+    return tuple(
+        bind_tree(draft, item, value, place=extra.pointer, live=None) for value in of_ranks(draft, extra.pointer, what)
+    )
 
 
 def of_ranks(draft: Draft, place: str, what: str) -> tuple[Value, ...]:
@@ -78,7 +81,7 @@ def of_ranks(draft: Draft, place: str, what: str) -> tuple[Value, ...]:
         saved = draft.of_all_writers(place)
     if not saved:
         draft.missing(place, f"the {what}")
-    elif len({typed_key(value) for value in saved}) > 1:
+    elif len(saved) > 1 and len({typed_key(draft.with_contents(value)) for value in saved}) > 1:
         draft.differs(
             place,
             "value",

@@ -14,11 +14,12 @@ from elastickpt.training.kinds import Kind, kinds_of
 from elastickpt.training.listing import Binding, Listing, Names
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
+from elastickpt.training.own import in_memory
 from elastickpt.training.own_loading import bind_model
 from elastickpt.training.perrank import PerRank, Reshardable
 from elastickpt.training.rng import continued, rederived
 from elastickpt.training.schedulers import bind_scheduler
-from elastickpt.training.stateful import bind_container, bind_object, is_stateful
+from elastickpt.training.stateful import bind_container, bind_object, bind_tree, is_stateful
 from elastickpt.training.values import carried, place_of, revived, shown, typed_key
 
 
@@ -87,11 +88,11 @@ def _bind_per_rank(draft: Draft, key: str, live: PerRank) -> None:
             return
         found = own[place]
     elif isinstance(live.value, Reshardable):
-        states = [revived(value) for value in draft.of_all_writers(place)]
+        states = [revived(draft.with_contents(value)) for value in draft.of_all_writers(place)]
         if not states:
             draft.missing(place, f"the {type(live.value).__name__} of any rank")
             return
-        found = carried(live.value.reshard(states, draft.job.rank, draft.job.world_size), place)
+        found = in_memory(live.value.reshard(states, draft.job.rank, draft.job.world_size), place)
     else:
         draft.differs(
             place,
@@ -107,7 +108,7 @@ def _bind_per_rank(draft: Draft, key: str, live: PerRank) -> None:
 def _settle_per_rank(draft: Draft, key: str, live: PerRank, found: Value) -> None:
     value = live.value
     if is_stateful(value):
-        tree = revived(found)
+        tree = bind_tree(draft, key, found, place=place_of(key), live=None)
         load: Callable[[Any], Any] = value.load_state_dict
         draft.installs.append(lambda: load(tree))
     else:

@@ -26,25 +26,30 @@ import numpy
 import torch
 
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
+from elastickpt.training.anew import referred_anew, shape_and_dtype
+from elastickpt.training.composites import composition_of, is_composite, is_sparse
 from elastickpt.training.draft import Draft
-from elastickpt.training.dtensors import Job, placed
-from elastickpt.training.elements import dtype_name, torch_dtype
+from elastickpt.training.dtensors import Job, hold, placed
+from elastickpt.training.elements import dtype_name
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
+from elastickpt.training.memory import shares, tensor_over
 from elastickpt.training.modules import hold_tensor
+from elastickpt.training.own import as_tensor, is_large, own_holders
+from elastickpt.training.strides import order_of
 from elastickpt.training.trees import (
     children,
-    holds_arrays,
+    holds_tensors,
     is_named_tuple,
     mapped,
     named_tuple_of,
     place_of,
     token,
     type_name,
+    typed_key,
 )
-from elastickpt.training.values import carried_leaf, revived, revived_leaf, shown, tensor_of
+from elastickpt.training.values import carried_leaf, revived_leaf, shown, tensor_of
 
 
 class Stateful(Protocol):
@@ -69,11 +74,11 @@ def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Ide
     above = len(place_of(item)) + 1
 
     def leaf(one: object, where: str) -> Value:
-        if not isinstance(one, torch.Tensor):
+        if not isinstance(one, torch.Tensor) and not is_large(one):
             return carried_leaf(one, where)
         name = where[above:]
-        arrays.extend(hold_tensor(item, name, one, job=job, identities=identities))
-        return ArrayReference(item, name)
+        arrays.extend(hold_tensor(item, name, as_tensor(one), job=job, identities=identities))
+        return ArrayReference(item, name, "torch" if isinstance(one, torch.Tensor) else "numpy")
 
     return mapped(value, place, leaf), tuple(arrays)
 
@@ -83,11 +88,18 @@ def _below(item: str, place: str) -> str:
 
 
 def bind_tree(
-    draft: Draft, item: str, found: Value, *, place: str, live: object, instead: Mapping[str, object] | None = None
+    draft: Draft,
+    item: str,
+    found: Value,
+    *,
+    place: str,
+    live: object,
+    instead: Mapping[str, object] | None = None,
+    device: torch.device | str = "cpu",
 ) -> object:
     """The tree to give to an object whose own is `live`: the checkpoint's `found`, its tensors still to be filled.
 
-    `instead` maps places at which the checkpoint has None to what shall stand there.
+    `instead` maps places at which the checkpoint has None to what shall stand there. New tensors are made on `device`.
     """
     own = dict(_tensors(live, place))
     instead = instead or {}
@@ -96,8 +108,8 @@ def bind_tree(
         if one is None and where in instead:
             return instead[where]
         if type(one) is ArrayReference:
-            return _bind_reference(draft, item, one, own.get(where))
-        return revived_leaf(one)
+            return _bind_reference(draft, item, one, own.get(where), device)
+        return revived_leaf(one, device)
 
     return mapped(found, place, leaf, named_tuple_of)
 
@@ -109,29 +121,33 @@ def _tensors(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _tensors(one, f"{place}/{name}")
 
 
-def _bind_reference(draft: Draft, item: str, found: ArrayReference, live: torch.Tensor | None) -> torch.Tensor | None:
+def _bind_reference(
+    draft: Draft, item: str, found: ArrayReference, live: torch.Tensor | None, device: torch.device | str
+) -> object:
+    if live is None or found.origin != "torch":
+        return referred_anew(draft, found, device=device)
     wanted = ArrayId("extra", found.item, found.name, "")
+    if not _fits(draft, wanted, live):
+        return referred_anew(draft, found, device=live.device)
+    for held in hold_tensor(item, found.name, live, job=draft.job, identities=draft.identities):
+        draft.fill(held)
+    if draft.names.array(wanted) is not None:
+        draft.know(wanted)
+    return live
+
+
+def _fits(draft: Draft, wanted: ArrayId, live: torch.Tensor) -> bool:
+    """A DTensor has to fit, since what replaces it would have to be placed; another tensor can be replaced."""
     id_ = draft.names.array(wanted)
-    if live is not None and (id_ is None or _fits(draft, id_, live)):
-        for held in hold_tensor(item, found.name, live, job=draft.job, identities=draft.identities):
-            draft.fill(held)
-        if id_ is not None:
-            draft.know(wanted)
-        return live
+    if placed(live) is not None:
+        return True
+    if (saved := draft.listing.composites.get(wanted)) is not None:
+        alike = is_composite(live) and not is_sparse(live)
+        return alike and typed_key(composition_of(live, where=wanted)) == typed_key(saved.composition)
     if id_ is None:
-        draft.missing(str(wanted), "an array")
-        return None
-    draft.know(wanted)
-    spec = draft.listing.arrays[id_]
-    fresh = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu" if live is None else live.device)
-    draft.targets.append(HeldArray(spec, Box.whole(spec.shape), fresh, "other", "declared", replicas=(draft.job.rank,)))
-    return fresh
-
-
-def _fits(draft: Draft, id_: ArrayId, live: torch.Tensor) -> bool:
-    """A DTensor has to fit, since what replaces it would have to be placed; a plain tensor can be replaced."""
-    spec = draft.listing.arrays[id_]
-    return placed(live) is not None or (tuple(live.shape), dtype_name(live.dtype)) == (spec.shape, spec.dtype)
+        return not is_composite(live)
+    shape, dtype, order = shape_and_dtype(draft, id_)
+    return (tuple(live.shape), live.dtype) == (shape, dtype) and not is_composite(live) and order in ((), order_of(live))
 
 
 def bind_object(draft: Draft, item: str, live: Stateful) -> None:
@@ -163,6 +179,12 @@ class _Container:
         """What shall stand at `place`: `live` itself where it is changed in place (or refused), or its successor."""
         if isinstance(live, torch.Tensor):
             return self._tensor(live, found, place)
+        if (
+            isinstance(found, ArrayReference)
+            and found.origin == "numpy"
+            and not (_opaque(live) or isinstance(live, _CONTAINERS))
+        ):
+            return self._large_numpy(live, found)
         if type(found) is ArrayReference or _opaque(live):
             return self._differs(live, found, place)
         if isinstance(live, numpy.ndarray) and type(found) is ArrayValue:
@@ -170,18 +192,23 @@ class _Container:
         if is_named_tuple(live):
             return self._named_tuple(live, found, place)
         if (tuple if type(live) is torch.Size else type(live)) is not type(found):
-            replaceable = not isinstance(live, _CONTAINERS) and not holds_arrays(found)
-            return revived(found, place=place) if replaceable else self._differs(live, found, place)
+            replaceable = not isinstance(live, _CONTAINERS) and not holds_tensors(found)
+            return self._new(found, place) if replaceable else self._differs(live, found, place)
         if isinstance(live, (Counter, set)):
-            if holds_arrays(found):
+            if holds_tensors(found):
                 return self._differs(live, found, place)
-            self._later(lambda: _refill(live, revived(found)))
+            new = self._new(found, place)
+            self._later(lambda: _refill(live, new))
             return live
         if isinstance(live, dict):
             return self._dict(live, found, place)
         if isinstance(live, (list, tuple, deque)):
             return self._sequence(live, found, place)
-        return revived(found)
+        return self._new(found, place)
+
+    def _new(self, found: Value, place: str) -> object:
+        """What the checkpoint has, made anew."""
+        return bind_tree(self._draft, self._item, found, place=place, live=None)
 
     def _later(self, step: Callable[[], None]) -> None:
         self._draft.installs.append(step)
@@ -190,12 +217,13 @@ class _Container:
         self._draft.differs(place, "value", expected=_kind(live), found=_kind(found))
         return live
 
-    def _tensor(self, live: torch.Tensor, found: Value, place: str) -> torch.Tensor:
+    def _tensor(self, live: torch.Tensor, found: Value, place: str) -> object:
         if type(found) is ArrayReference:
-            name = _below(self._item, place)
-            for held in hold_tensor(self._item, name, live, job=self._draft.job, identities=self._draft.identities):
-                self._draft.fill(held)
             wanted = ArrayId("extra", found.item, found.name, "")
+            if is_sparse(live) and wanted in self._draft.listing.composites:
+                return referred_anew(self._draft, found, device=live.device)
+            for held in self._held(found, live, place):
+                self._draft.fill(held)
             if self._draft.names.array(wanted) is not None:
                 self._draft.know(wanted)
         elif type(found) is not ArrayValue:
@@ -208,6 +236,25 @@ class _Container:
             self._later(lambda: copy_into(live, found))
         return live
 
+    def _held(self, found: ArrayReference, live: torch.Tensor, place: str) -> tuple[HeldArray, ...]:
+        draft, name = self._draft, _below(self._item, place)
+        wanted = ArrayId("extra", found.item, found.name, "")
+        if draft.listing.is_own(wanted):
+            return hold(wanted, live, role="other", job=draft.job, holders=own_holders(draft.job))
+        return hold_tensor(self._item, name, live, job=draft.job, identities=draft.identities)
+
+    def _large_numpy(self, live: object, found: ArrayReference) -> object:
+        """A large array of numpy is read into the one that stands there where that can hold it, else into a new one."""
+        id_ = ArrayId("extra", found.item, found.name, "")
+        spec = self._draft.listing.arrays.get(id_)
+        if not isinstance(live, numpy.ndarray) or spec is None or not live.flags.writeable:
+            return referred_anew(self._draft, found)
+        if (live.shape, live.dtype.name) != (spec.shape, spec.dtype) or not live.dtype.isnative or not shares(live):
+            return referred_anew(self._draft, found)
+        for held in hold(id_, tensor_over(live), role="other", job=self._draft.job, holders=own_holders(self._draft.job)):
+            self._draft.fill(held)
+        return live
+
     def _numpy(self, live: numpy.ndarray[Any, Any], found: ArrayValue) -> object:
         new = numpy.asarray(revived_leaf(found))
         if (new.shape, new.dtype) != (live.shape, live.dtype) or not live.flags.writeable:
@@ -217,8 +264,9 @@ class _Container:
 
     def _dict(self, live: dict[Any, Any], found: Value, place: str) -> object:
         saved = dict(found) if isinstance(found, dict) else {}
-        if not live and not holds_arrays(found):
-            self._later(lambda: _refill(live, revived(found)))
+        if not live and not holds_tensors(found):
+            new = self._new(found, place)
+            self._later(lambda: _refill(live, new))
             return live
         for key in live.keys() - saved.keys():
             self._draft.missing(f"{place}/{token(key)}", _kind(live[key]))
@@ -245,13 +293,14 @@ class _Container:
 
     def _sequence(self, live: list[Any] | tuple[Any, ...] | deque[Any], found: Any, place: str) -> object:
         if isinstance(live, deque) and live.maxlen != found.maxlen:
-            return self._differs(live, found, place) if holds_arrays(found) else revived(found, place=place)
+            return self._differs(live, found, place) if holds_tensors(found) else self._new(found, place)
         if len(live) != len(found):
-            if holds_arrays(found) or any(True for _ in _tensors(live, place)):
+            if holds_tensors(found) or any(True for _ in _tensors(live, place)):
                 return self._differs(live, found, place)
+            made: Any = self._new(found, place)
             if isinstance(live, tuple):
-                return revived(found, place=place)
-            self._later(lambda: _refill_sequence(live, revived(found, place=place)))
+                return made
+            self._later(lambda: _refill_sequence(live, made))
             return live
         new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
         if isinstance(live, tuple):

@@ -209,3 +209,8 @@ def references(value: Value) -> Iterator[ArrayReference | StateReference]:
 def holds_arrays(value: Value) -> bool:
     """Whether a reference to an array stands anywhere in the tree."""
     return next(references(value), None) is not None
+
+
+def holds_tensors(value: Value) -> bool:
+    """Whether a reference to a tensor stands anywhere in the tree; one to an array of numpy does not count."""
+    return any(one.origin == "torch" for one in references(value))

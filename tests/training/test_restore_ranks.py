@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from elastickpt.errors import LayoutUnsupported, StateMismatch, ValueNotCarried
+from elastickpt.errors import LayoutUnsupported, StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.testing.fingerprint import fingerprint
@@ -217,14 +217,17 @@ def odd_states(rank: int, world_size: int) -> None:
     with pytest.raises(StateMismatch, match="cannot be resharded"):
         checkpoint.fill(binding)
     assert fingerprint(alone) == before
-    large = original["optimizer"].state[original["model"].up.weight]
-    large["rows"] = torch.zeros(20_000)
-    with pytest.raises(ValueNotCarried, match=r"/optimizer/state/model/up\.weight/rows"):
-        capture(original, rank=rank, world_size=world_size, declared=None)
+    original["optimizer"].state[original["model"].up.weight]["rows"] = torch.full((20_000,), float(rank))
+    large = saved(original, rank, world_size)
+    name = f"@rank{rank}/state/model/up.weight/rows"
+    assert large.attributes[ArrayId("extra", "optimizer", name, "")] == {"rank": rank}
+    second = make_state(fsdp, world_size, 4)
+    load(large, second, rank, world_size)
+    assert torch.equal(second["optimizer"].state[second["model"].up.weight]["rows"], torch.full((20_000,), float(rank)))
 
 
 def test_a_plain_state_on_a_sharded_parameter_lies_as_its_shard_or_is_the_ranks_own() -> None:
-    """[UCF-87]"""
+    """[UCF-87, UCF-111]"""
     run_ranks(odd_states, 2)
 
 
