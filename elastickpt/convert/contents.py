@@ -14,7 +14,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Field, FieldKind, Item, OptimizerTable
 from elastickpt.format.values import Value, value_digest
 from elastickpt.language.scope import ConstantValue
-from elastickpt.language.tree import Names, Order, Pattern, Program, Within
+from elastickpt.language.tree import Let, Names, Needs, Number, Order, Pattern, Program, Within
 
 MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
 Name = tuple[str, str]  # (item, parameter name)
@@ -136,6 +136,14 @@ def with_orders(program: Program, orders: Mapping[str, tuple[str, ...]]) -> Prog
     clauses = tuple(Order(item, Names(tuple(Pattern((name,)) for name in names))) for item, names in fit.items())
     first = next((k for k, one in enumerate(program.statements) if isinstance(one, Within)), len(program.statements))
     return replace(program, statements=(*program.statements[:first], *clauses, *program.statements[first:]))
+
+
+def with_constants(program: Program, constants: Mapping[str, ConstantValue]) -> Program:
+    """The program with further constants, which a later conversion may need; those that it has stay as they are."""
+    known = {need.name for one in program.statements if isinstance(one, Needs) for need in one.needs}
+    known |= {one.name for one in program.statements if isinstance(one, Let)}
+    new = {name: value for name, value in constants.items() if name not in known and isinstance(value, int)}
+    return replace(program, statements=(*(Let(name, Number(value)) for name, value in new.items()), *program.statements))
 
 
 def _spellable(names: tuple[str, ...]) -> bool:

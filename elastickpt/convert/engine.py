@@ -6,8 +6,13 @@ With several workers each decides the same conversion and does its share; worker
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from numpy.typing import NDArray
 
 from elastickpt.commit.draft import Draft
 from elastickpt.convert.files import Delivery, FilesTarget, words_of
@@ -65,11 +70,12 @@ def _universal(job: Job, tell: Tell) -> Done:
 def _arrays(job: Job, target: UniversalTarget, worker: int, tell: Tell) -> tuple[FileDigest, tuple[str, ...]]:
     reading = job.source.reading
     tasks = units([(identity, array.node) for identity, array in job.contents.arrays.items()])
-    for unit in _share(tasks, job, worker):
-        reading.expect([node for _, node in unit])
-        for identity, node in unit:
-            target.put(identity, reading.words(node))
-            tell(nbytes_of(node))
+    with _Behind(1) as behind:
+        for unit in _share(tasks, job, worker):
+            reading.expect([node for _, node in unit])
+            for identity, node in unit:
+                behind.give(partial(target.put, identity, reading.words(node)))
+                tell(nbytes_of(node))
     return target.attest(), tuple(reading.notes)
 
 
@@ -89,14 +95,50 @@ def _slots(job: Job, form: Form, target: FilesTarget, worker: int, tell: Tell) -
     nodes: dict[int, list[Delivery]] = {}
     for delivery in form.deliveries:
         nodes.setdefault(id(delivery.node), []).append(delivery)
-    for unit in _share(units([(some, some[0].node) for some in nodes.values()]), job, worker):
-        reading.expect([node for _, node in unit])
-        for deliveries, node in unit:
-            words = reading.words(node)
-            for delivery in deliveries:
-                target.put(delivery.key, words_of(delivery, words))
-                tell(delivery.nbytes)
+    with _Behind(1 if target.shares_files else 0) as behind:
+        for unit in _share(units([(some, some[0].node) for some in nodes.values()]), job, worker):
+            reading.expect([node for _, node in unit])
+            for deliveries, node in unit:
+                behind.give(partial(_deliver, target, deliveries, reading.words(node)))
+                tell(sum(delivery.nbytes for delivery in deliveries))
     return tuple(reading.notes)
+
+
+def _deliver(target: FilesTarget, deliveries: Sequence[Delivery], words: NDArray[Any]) -> None:
+    for delivery in deliveries:
+        target.put(delivery.key, words_of(delivery, words))
+
+
+class _Behind:
+    """Work that a thread does while the next array is read: one piece at a time, in order; with no threads, at once."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="elastickpt-convert") if threads else None
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._settle()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(wait=True)
+
+    def give(self, work: Callable[[], None]) -> None:
+        """Begins the work once all before it is done. Raises what that raised."""
+        if self._pool is None:
+            work()
+            return
+        self._settle()
+        self._last = self._pool.submit(work)
+
+    def _settle(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _help(options: Options, worker: int, draft: Draft, tell: Tell) -> Written:

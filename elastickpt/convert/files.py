@@ -83,6 +83,11 @@ class FilesTarget:
         if not self._committed:
             abort(self._store, self.draft)
 
+    @property
+    def shares_files(self) -> bool:
+        """Whether all files stay open, so that one thread may write while another one decides what comes next."""
+        return len(self._plans) <= OPEN_FILES
+
     def put(self, key: str, words: NDArray[Any]) -> None:
         """Fills a slot: `words` are its elements in C order. Blocking."""
         path, offset = self._slots[key]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elastickpt.convert.configs import config_files
-from elastickpt.convert.contents import Contents, selected
+from elastickpt.convert.contents import Contents, selected, with_constants
 from elastickpt.convert.laid import lay
 from elastickpt.convert.names import apply_names
 from elastickpt.convert.nodes import nbytes_of
@@ -25,6 +25,7 @@ from elastickpt.foreign.linked_store import open_linked
 from elastickpt.foreign.listing import Format, NotCarried
 from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
+from elastickpt.language.printer import print_program
 from elastickpt.language.rules import axes_of
 from elastickpt.language.shelf import name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
@@ -170,6 +171,9 @@ def prepare(options: Options, source: Source) -> Job:
     for program in maps:
         contents, constants = apply_names(contents, program, known, options.constants)
         known = {**constants, **known}
+        if contents.layout_text is not None:  # a later conversion finds what this map found
+            text = print_program(with_constants(parse(contents.layout_text, name="layout_text"), constants))
+            contents = replace(contents, layout_text=text)
     contents = with_casts(contents, options.casts)
     if not contents.arrays:
         raise Refused(f"{options.source}: nothing is left to convert")

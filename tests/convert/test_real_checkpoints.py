@@ -193,7 +193,7 @@ def test_hugging_face_comes_in_and_goes_out(hf_case, tmp_path) -> None:
     assert torch.allclose(logits, torch.tensor(hf_case.facts["check"]["logits"]), atol=1e-5)
 
 
-def test_hugging_face_becomes_megatron_and_comes_back(hf_case, tmp_path) -> None:
+def test_hugging_face_becomes_megatron_and_comes_back(hf_case, tmp_path, capsys) -> None:
     source = hf_case.folder / "model"
     words = ["--to", "megatron", "--names", "llama-hf", "--mesh", "tp=2,pp=3", "--set", "make_vocab_size_divisible_by=8"]
     assert convert(source, tmp_path / "m", *words) == 0
@@ -203,6 +203,11 @@ def test_hugging_face_becomes_megatron_and_comes_back(hf_case, tmp_path) -> None
     assert found["model"]["decoder.layers.0.self_attention.linear_qkv.weight"].shape == (40, 48)
     assert convert(tmp_path / "m", tmp_path / "hf", "--to", "hf", "--names", "llama-hf", "--config", source) == 0
     assert main(["diff", str(source), str(tmp_path / "hf"), "--quiet"]) == 0
+    assert convert(source, tmp_path / "u", "--names", "llama-hf") == 0  # in two steps: the constants are in `layout_text`
+    assert convert(tmp_path / "u", tmp_path / "m2", "--to", "megatron", "--mesh", "tp=2") == 0
+    capsys.readouterr()
+    assert main(["diff", str(tmp_path / "u"), str(tmp_path / "m2"), "--json"]) == 6  # `args`, iteration and version are new
+    assert {one["what"] for one in json.loads(capsys.readouterr().out)["differences"]} == {"value"}
 
 
 def test_diff_tells_names_shapes_values_and_its_exit_code(megatron_case, tmp_path, capsys) -> None:
