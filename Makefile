@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint types imports spec bench chaos-save chaos-power chaos-flips clean
+.PHONY: setup demo test test-all lint types imports spec bench chaos-save chaos-power chaos-flips clients clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,13 @@ test-all: lint types imports spec
 bench: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	$(BIN)/python -m tools.bench
+
+# Objects of other libraries, killed and resumed; they have an environment of their own.
+CLIENTS := .venv-clients
+clients:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" --editable ".[clients]"
+	$(CLIENTS)/bin/python -m tools.clients --out tools/clients/results/README.md $(ARGS)
 
 # The longer forms of tests/crash, peers beside us: make chaos-power ARGS="--states 5000 --seed 7"
 chaos-save chaos-power chaos-flips: setup
