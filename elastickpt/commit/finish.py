@@ -16,7 +16,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import encode_manifest
-from elastickpt.format.features import features_used
+from elastickpt.format.features import OWN_ENTRIES, features_used, has_own_entries
 from elastickpt.format.keys import MANIFEST, index_file
 from elastickpt.format.records import (
     ArrayRecord,
@@ -81,7 +81,7 @@ def record(
     require_distinct_ranges(maps)
     tables = merge_tables(table for columns in maps for table in columns.tables)
     attempt.advance(Event.PROVE)
-    requires = _features(arrays, tables, [dict(contents.values), *(columns.values for columns in maps)])
+    requires = _features(arrays, tables, contents, [columns.values for columns in maps])
     recorded, created = _record(store, draft, contents, (arrays, tables, requires), attested, create)
     if durability == "power":
         many = len(created) > SYNC_TREE_FILES or len(arrays) > SYNC_TREE_ARRAYS
@@ -158,11 +158,16 @@ def _record(
     return Recorded(manifest, file_digest(data)), created
 
 
-def _features(arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], values: Sequence[Value]) -> tuple[str, ...]:
+def _features(
+    arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], contents: Contents, per_rank: Sequence[Value]
+) -> tuple[str, ...]:
     """What a reader must know beyond version 1. [UCF-100]"""
     fields = (field.values for table in tables for field in table.fields)
     attributes = {(name, id(value)): value for array in arrays for name, value in array.attributes}
-    return features_used([*values, *fields, *attributes.values()], (name for name, _ in attributes))
+    values = [dict(contents.values), *per_rank, *fields, *attributes.values()]
+    found = features_used(values, (name for name, _ in attributes))
+    models = (item.name for item in contents.outline.items if item.kind == "module")
+    return tuple(sorted((*found, OWN_ENTRIES))) if has_own_entries(models, contents.values) else found
 
 
 _DOCUMENTS: deque[tuple[tuple[ArrayRecord, ...], tuple[tuple[str, bytes], ...]]] = deque(maxlen=2)

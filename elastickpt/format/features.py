@@ -1,6 +1,7 @@
 """What a reader of version 1 does not know: features, as a manifest names them in `requires`. [UCF-73, UCF-100]
 
-A feature is a set of tags of values and of attributes of arrays; a checkpoint requires it if and only if it uses one.
+A feature is a set of tags of values, of attributes of arrays or of places of values; a checkpoint requires it if and only if it
+uses one.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ PYTHON_TYPES = "python-types"  # $deque, $defaultdict, $namedtuple, $dtype, $dev
 ARRAYS_IN_VALUES = "arrays-in-values"  # $numpy, $state; the attribute `rank`
 AXIS_ORDER = "axis-order"  # $strided
 COMPOSITES = "composites"  # the attribute `composition`
+OWN_ENTRIES = "own-entries"  # replicated values below a model
 
-FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES))
+FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES, OWN_ENTRIES))
 
 _OF_TYPE: Mapping[type, str] = {
     deque: PYTHON_TYPES,
@@ -44,6 +46,12 @@ def features_used(values: Iterable[Value], attributes: Iterable[str]) -> tuple[s
     for value in values:
         _collect(value, found)
     return tuple(sorted(found))
+
+
+def has_own_entries(models: Iterable[str], places: Iterable[str]) -> bool:
+    """Whether one of these places of replicated values, JSON pointers, lies below one of these models' items. [UCF-141]"""
+    below = tuple("/" + model.replace("~", "~0").replace("/", "~1") + "/" for model in models)
+    return bool(below) and any(place.startswith(below) for place in places)
 
 
 def _collect(value: Value, found: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def test_an_override_of_state_dict_is_carried_and_the_class_keeps_its_default(
     a.total = torch.tensor(7.0)
     roundtrip(wrap(a), wrap(b), tmp_path / "c")
     assert (b.total.item(), Metric.total.item()) == (7.0, 0.0)
+
+
+def test_a_checkpoint_with_own_entries_says_that_a_reader_must_know_them(tmp_path: Path) -> None:
+    """[UCF-100, UCF-141]"""
+    ek.save({"m": nn.Sequential(Metric())}, tmp_path / "own")
+    ek.save({"m": nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)), "mm": {"a": 1}}, tmp_path / "plain")
+    requires = [json.loads((tmp_path / name / "checkpoint.json").read_text())["requires"] for name in ("own", "plain")]
+    assert requires == [["own-entries"], []]
 
 
 def test_entries_stand_under_extra_with_their_own_key_and_plain_values_beside(tmp_path: Path) -> None:
