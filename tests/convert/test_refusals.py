@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,34 @@ def test_check_tells_whether_a_program_is_right(megatron, tmp_path, capsys) -> N
     (tmp_path / "wrong.ucl").write_text("ucl 1\nmesh m = tp\nin model\n    a  h\n")
     assert main(["check", str(tmp_path / "wrong.ucl")]) == 1
     assert "wrong.ucl:4:5: axis 'tp' is not mentioned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [[], ["llama-hf"]])
+def test_no_byte_of_a_tensor_is_read_twice(megatron, tmp_path, monkeypatch, names: list[str]) -> None:
+    """Counted at the store, for splits too: what several arrays come from is read once."""
+    options = Options(str(megatron), str(tmp_path / "out"), names=tuple(names))
+    job = prepare(options, open_source(options))
+    job.source.reading.close()
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    opened = LocalStore.open_reader
+
+    class Counting:
+        def __init__(self, path: str, inner) -> None:
+            self.path, self.inner, self.nbytes = path, inner, inner.nbytes
+
+        def read_into(self, offset: int, into: memoryview) -> None:
+            ranges.setdefault(self.path, []).append((offset, offset + into.nbytes))
+            self.inner.read_into(offset, into)
+
+        def close(self) -> None:
+            self.inner.close()
+
+    monkeypatch.setattr(LocalStore, "open_reader", lambda self, path, **more: Counting(path, opened(self, path, **more)))
+    engine.carry_out(job)
+    read = [one for path, some in ranges.items() if path.endswith(".pt") for one in [sorted(some)]]
+    assert len(read) == 4
+    for some in read:
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(some))
+    assert (
+        sum(stop - start for some in read for start, stop in some) > job.nbytes
+    )  # copies on other ranks are read to be compared
