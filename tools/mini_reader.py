@@ -324,7 +324,7 @@ def named_tuple(body: Json, depth: int) -> Json:
     return ("namedtuple", kind, *((name, value_of(one, depth + 1)) for name, one in fields))
 
 
-FEATURES = {"python-types", "arrays-in-values", "axis-order", "composites", "own-entries"}
+FEATURES = {"python-types", "arrays-in-values", "axis-order", "composites", "own-entries", "optimizer-parts"}
 FACTORIES = "bool bytes complex dict float frozenset int list set str tuple"
 PYTHON_TAGS: dict[str, Any] = {
     "$dtype": one_name("dtype"),

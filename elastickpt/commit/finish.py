@@ -162,10 +162,10 @@ def _features(
     arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], contents: Contents, per_rank: Sequence[Value]
 ) -> tuple[str, ...]:
     """What a reader must know beyond version 1. [UCF-100]"""
-    fields = (field.values for table in tables for field in table.fields)
+    fields = [field for table in tables for field in table.fields]
     attributes = {(name, id(value)): value for array in arrays for name, value in array.attributes}
-    values = [dict(contents.values), *per_rank, *fields, *attributes.values()]
-    found = features_used(values, (name for name, _ in attributes))
+    values = [dict(contents.values), *per_rank, *(field.values for field in fields), *attributes.values()]
+    found = features_used(values, (name for name, _ in attributes), (field.key for field in fields))
     models = (item.name for item in contents.outline.items if item.kind == "module")
     return tuple(sorted((*found, OWN_ENTRIES))) if has_own_entries(models, contents.values) else found
 

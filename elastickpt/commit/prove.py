@@ -102,11 +102,15 @@ def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]
             row = {(f.kind, f.key): f.values[f.which[place]] for f in table.fields if f.which[place] >= 0}
             known = of_item.setdefault(parameter, row)
             if known is not row and _digests(known) != _digests(row):
-                raise StructureConflict(
-                    f"optimizer {table.item!r}: two ranks hold different settings of parameter {'/'.join(parameter)}: "
-                    f"{known!r} and {row!r}"
-                )
+                raise StructureConflict(_different(table.item, parameter, known, row))
     return tuple(_table(item, of_item) for item, of_item in sorted(rows.items()))
+
+
+def _different(item: str, parameter: tuple[str, str], one: _Row, other: _Row) -> str:
+    mine, theirs = _digests(one), _digests(other)
+    differing = [key for key in dict.fromkeys((*one, *other)) if mine.get(key) != theirs.get(key)]
+    told = "; ".join(f"{key} ({kind}): {one.get((kind, key))!r} and {other.get((kind, key))!r}" for kind, key in differing[:4])
+    return f"optimizer {item!r}: two ranks hold different settings of parameter {'/'.join(parameter)}: {told}"
 
 
 def _digests(row: _Row) -> dict[tuple[FieldKind, str], str]:

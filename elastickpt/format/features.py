@@ -1,7 +1,7 @@
 """What a reader of version 1 does not know: features, as a manifest names them in `requires`. [UCF-73, UCF-100]
 
-A feature is a set of tags of values, of attributes of arrays or of places of values; a checkpoint requires it if and only if it
-uses one.
+A feature is a set of tags of values, of attributes of arrays, of fields of tables or of places of values; a checkpoint requires
+it if and only if it uses one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ ARRAYS_IN_VALUES = "arrays-in-values"  # $numpy, $state; the attribute `rank`
 AXIS_ORDER = "axis-order"  # $strided
 COMPOSITES = "composites"  # the attribute `composition`
 OWN_ENTRIES = "own-entries"  # replicated values below a model
+OPTIMIZER_PARTS = "optimizer-parts"  # fields `@part` and `<state>@in` of an optimizer's table
 
-FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES, OWN_ENTRIES))
+FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES, OWN_ENTRIES, OPTIMIZER_PARTS))
 
 _OF_TYPE: Mapping[type, str] = {
     deque: PYTHON_TYPES,
@@ -40,9 +41,10 @@ _OF_TYPE: Mapping[type, str] = {
 _OF_ATTRIBUTE: Mapping[str, str] = {"composition": COMPOSITES, "rank": ARRAYS_IN_VALUES}
 
 
-def features_used(values: Iterable[Value], attributes: Iterable[str]) -> tuple[str, ...]:
-    """The features that these values and these names of arrays' attributes need, sorted."""
-    found = {_OF_ATTRIBUTE[name] for name in attributes if name in _OF_ATTRIBUTE}
+def features_used(values: Iterable[Value], attributes: Iterable[str], fields: Iterable[str]) -> tuple[str, ...]:
+    """The features that these values, names of arrays' attributes and keys of tables' fields need, sorted."""
+    found = {OPTIMIZER_PARTS for key in fields if key.endswith(("@part", "@in"))}
+    found |= {_OF_ATTRIBUTE[name] for name in attributes if name in _OF_ATTRIBUTE}
     for value in values:
         _collect(value, found)
     return tuple(sorted(found))

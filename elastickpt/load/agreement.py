@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import msgpack
 import numpy as np
@@ -101,12 +102,24 @@ def _ranks_text(some: Sequence[int], every: Sequence[int]) -> str:
     return f"rank {shown}" if len(some) == 1 else f"ranks {shown}{', ...' if len(some) > 8 else ''}"
 
 
-def mismatch_message(path: str, refused: Iterable[str]) -> str:
-    texts = list(refused)
+def mismatch_message(path: str, refused: Sequence[tuple[str, str]], strict: str) -> str:
+    """`refused` are (what, text) of the differences that the mode `strict` does not let pass; says which mode would."""
+    texts = [text for _, text in refused]
     shown = "".join(f"\n  {text}" for text in texts[:SHOWN_MISMATCHES])
     more = f"\n  and {len(texts) - SHOWN_MISMATCHES} more" if len(texts) > SHOWN_MISMATCHES else ""
     noun = "difference" if len(texts) == 1 else "differences"
-    return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}"
+    way_out = _way_out({what for what, _ in refused}, strict)
+    return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}{way_out}"
+
+
+def _way_out(what: AbstractSet[str], strict: str) -> str:
+    if not what <= {"missing", "unexpected"}:
+        return f"\n  (strict={strict!r}; shapes, element types and values must fit in every mode)"
+    passes = "unexpected" if what == {"missing"} else "missing"
+    mode = passes if strict == "all" and len(what) == 1 else "none"
+    noun = {"missing": "the state has and the checkpoint lacks", "unexpected": "the checkpoint has beside"}
+    said = " and ".join(noun[one] for one in sorted(what))
+    return f"\n  (strict={strict!r}; strict={mode!r} lets pass what {said})"
 
 
 def joint_notes(notes: Sequence[Sequence[str]], ranks: Sequence[int]) -> list[str]:

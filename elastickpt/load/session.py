@@ -213,9 +213,9 @@ class _Load:
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
             listing, _ = bound[0]
             found = joint_mismatches(opened, listing, payloads, self.team.ranks)
-            refused = [text for what, text in found if self._counts(what)]
+            refused = [(what, text) for what, text in found if self._counts(what)]
             if refused:
-                raise StateMismatch(mismatch_message(os.fspath(self.path), refused))
+                raise StateMismatch(mismatch_message(os.fspath(self.path), refused, self.strict))
             return [bytes(msgpack.packb([text for _, text in found]))] * len(payloads)
 
         skipped = msgpack.unpackb(self.team.round("check", compare, decide), use_list=False)
@@ -251,7 +251,8 @@ class _Load:
         hosts = [host_elements(held.tensor) for held, _ in binding.ties]
         differing = list(differing_ties(opened, binding.ties, hosts, verify=self.verify))
         if differing:
-            raise StateMismatch(mismatch_message(os.fspath(self.path), differing))
+            told = [("value", text) for text in differing]
+            raise StateMismatch(mismatch_message(os.fspath(self.path), told, self.strict))
 
     # -- from here on the state changes --------------------------------------------------------------------------------
 
@@ -302,6 +303,11 @@ def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Li
         ranks=tuple(ranks),
         attributes={identity: dict(record.attributes) for identity, record in opened.records.items() if record.attributes},
         read=lambda identity: _read_whole(opened, opened.records[identity]),
+        layouts={
+            identity: (manifest.meshes[manifest.layouts[record.layout].mesh], manifest.layouts[record.layout].placements)
+            for identity, record in opened.records.items()
+            if identity.section == "extra" and record.layout is not None
+        },
     )
 
 

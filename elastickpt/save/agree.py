@@ -28,6 +28,7 @@ from elastickpt.save.drift import Hashed, Look, compare_sets, differing_keys, lo
 from elastickpt.save.merge import MergedStructure, SharedArray, decode_shared, encode_shared, merge
 from elastickpt.save.merge_values import merge_trees
 from elastickpt.save.messages import (
+    TABLE_PREFIX,
     Intention,
     Verdict,
     differing_values,
@@ -39,6 +40,7 @@ from elastickpt.save.outline import outline_of
 from elastickpt.save.plan import plan_writes
 from elastickpt.save.propose import Proposal, propose
 from elastickpt.save.request import Request
+from elastickpt.save.settings import require_same_tables
 from elastickpt.save.structure import StructureTable, decode_table
 from elastickpt.save.under_way import require_idle
 from elastickpt.storage.opening import locate_for_saving, place_in
@@ -210,7 +212,7 @@ class _Agreement:
         intentions = self.intentions
         intentions.extend(Intention.decode(payload) for payload in payloads)
         require_same_intention(intentions, team.ranks)
-        differing = differing_values(intentions, team.ranks)
+        differing = differing_values(intentions)
         require_plain(offer.store, team)
         offer.require_free()
         structure = structure_id(team.ranks, [intention.table for intention in intentions])
@@ -235,7 +237,8 @@ class _Agreement:
         merged: dict[str, Value] = {}
 
         def own() -> bytes:
-            mine = {p: dump(encode_value(live.values[p], where=p)) for p in differing if p in live.values}
+            held = {**live.values, **self.offer.proposal.tables}
+            mine = {p: dump(encode_value(held[p], where=p)) for p in differing if p in held}
             return bytes(msgpack.packb(mine))
 
         def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
@@ -243,7 +246,8 @@ class _Agreement:
                 rank: {pointer: decode_text(text, where=pointer) for pointer, text in msgpack.unpackb(payload).items()}
                 for rank, payload in zip(self.team.ranks, payloads, strict=True)
             }
-            merged.update(merge_trees(differing, trees))
+            require_same_tables(trees)
+            merged.update(merge_trees([pointer for pointer in differing if not pointer.startswith(TABLE_PREFIX)], trees))
             return [b""] * len(payloads)
 
         self.team.round("values", own, decide)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-from elastickpt.errors import Refused, ReplicaConflict, StructureConflict
+from elastickpt.errors import Refused, StructureConflict
 from elastickpt.format.digest import file_digest
 from elastickpt.format.records import FileDigest
 
@@ -113,21 +113,14 @@ def require_staged_alike(intentions: Sequence[Intention], ranks: Sequence[int], 
         )
 
 
-def differing_values(intentions: Sequence[Intention], ranks: Sequence[int]) -> tuple[str, ...]:
-    """JSON pointers of values that two ranks hold differently. Raises ReplicaConflict if it is what optimizers hold."""
-    seen: dict[str, tuple[str, int]] = {}
+def differing_values(intentions: Sequence[Intention]) -> tuple[str, ...]:
+    """JSON pointers of values that two ranks hold differently, and so of optimizer tables."""
+    seen: dict[str, str] = {}
     differing: dict[str, None] = {}
-    for rank, intention in zip(ranks, intentions, strict=True):
+    for intention in intentions:
         for pointer, digest in intention.values:
-            known, first = seen.setdefault(pointer, (digest, rank))
-            if known == digest:
-                continue
-            if pointer.startswith(TABLE_PREFIX):
-                raise ReplicaConflict(
-                    f"optimizer settings: ranks {first} and {rank} hold the same parameters "
-                    "with different settings or step counts"
-                )
-            differing[pointer] = None
+            if seen.setdefault(pointer, digest) != digest:
+                differing[pointer] = None
     return tuple(differing)
 
 

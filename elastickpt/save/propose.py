@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from elastickpt.format.arrays import ArraySpec
 from elastickpt.format.records import Item
-from elastickpt.format.values import value_digest
+from elastickpt.format.values import Value, value_digest
 from elastickpt.save.messages import TABLE_PREFIX
+from elastickpt.save.settings import settings_of
 from elastickpt.save.structure import encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState
@@ -33,7 +34,15 @@ class Proposal:
         """A digest of each replicated value, and one of the optimizer tables. Raises ValueNotCarried."""
         live = self.live
         values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
-        return (*values, (TABLE_PREFIX + self.digest, _tables_digest(live)))
+        return (
+            *values,
+            *((pointer, value_digest(table, where="optimizer settings")) for pointer, table in self.tables.items()),
+        )
+
+    @property
+    def tables(self) -> Mapping[str, Value]:
+        """The optimizer tables as a value, compared like one by ranks with one structure: by item, parameter and setting."""
+        return {TABLE_PREFIX + self.digest: {table.item: settings_of(table) for table in self.live.tables}}
 
 
 def propose(state: Mapping[str, object], mesh: DeviceMesh | None, *, rank: int, world_size: int) -> Proposal:
@@ -66,13 +75,3 @@ def _are_those(arrays: Sequence[HeldArray], specs: Sequence[ArraySpec]) -> bool:
 
 
 _TABLES = _Tables()
-
-
-def _tables_digest(live: LiveState) -> str:
-    return value_digest(
-        [
-            (table.item, list(table.parameters), [(f.kind, f.key, list(f.values), list(f.which)) for f in table.fields])
-            for table in live.tables
-        ],
-        where="optimizer settings",
-    )

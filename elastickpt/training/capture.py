@@ -9,29 +9,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job, placed
-from elastickpt.training.entries import code_of, entry_name
+from elastickpt.training.entries import code_of, elements, entry_name
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import Kind, item_of, kinds_of
-from elastickpt.training.members import shared_parameters
 from elastickpt.training.memo import remembering
 from elastickpt.training.modules import hold_module
-from elastickpt.training.optimizers import HeldOptimizer, hold_optimizer
+from elastickpt.training.optimizers import Beside, HeldOptimizer, hold_optimizer
 from elastickpt.training.own import hold_own
 from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import streams
-from elastickpt.training.schedulers import hold_scheduler
+from elastickpt.training.schedulers import LISTS, scheduler_state
 from elastickpt.training.stateful import hold_tree, is_stateful
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import carried
+from elastickpt.training.zero import refuse_zero
 
 
 def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> LiveState:
@@ -72,7 +72,7 @@ class _Gathering:
     items: dict[str, Item] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
     per_rank: dict[str, Value] = field(default_factory=dict)
-    held_optimizers: dict[int, HeldOptimizer] = field(default_factory=dict)
+    held_optimizers: dict[str, HeldOptimizer] = field(default_factory=dict)
 
     def of_kind(self, *kinds: Kind) -> Iterable[tuple[str, Any]]:
         return [(key, value) for key, value in self.state.items() if self.kinds[key] in kinds]
@@ -102,13 +102,15 @@ class _Gathering:
             self.values[place + PER_RANK] = True
 
     def optimizers(self) -> None:
-        optimizers: list[tuple[str, Optimizer]] = list(self.of_kind("optimizer"))
-        shared = shared_parameters(optimizer for _, optimizer in optimizers)
-        for key, optimizer in optimizers:
-            with taking(key, optimizer):
-                held = hold_optimizer(key, optimizer, job=self.job, identities=self.identities, shared=shared)
-            self.items[key] = item_of(key, optimizer, "optimizer")
-            self.held_optimizers[id(optimizer)] = held
+        entries = dict(self.of_kind("optimizer"))
+        beside = Beside.of(entries)
+        for key, entry in entries.items():
+            with taking(key, entry):
+                for one in elements(entry).values():
+                    refuse_zero(key, one)
+                held = hold_optimizer(key, entry, job=self.job, identities=self.identities, beside=beside)
+            self.items[key] = item_of(key, entry, "optimizer")
+            self.held_optimizers[key] = held
             self.arrays += held.arrays
             self.values |= held.values
             self.per_rank |= held.per_rank
@@ -136,15 +138,24 @@ class _Gathering:
             self.per_rank[place] = streams()
         elif kind == "per-rank":
             self._own(key, own_state(value), place)
-        elif kind == "scheduler":
-            self.values[place], held = hold_scheduler(
-                key, value, optimizers=self.held_optimizers, job=self.job, identities=self.identities
-            )
-            self.arrays += held
+        elif kind == "value":
+            self._tree(key, value, place)
         else:
-            tree = value.state_dict() if kind == "object" else value
-            self.values[place], held = hold_tree(key, tree, place=place, job=self.job, identities=self.identities)
-            self.arrays += held
+            for path, one in elements(value).items():
+                refuse_zero(key, one)
+                below = place_of(key, *((path,) if path else ()))
+                state = self._scheduler(one, below) if kind == "scheduler" else one.state_dict()
+                self._tree(key, state, below)
+
+    def _scheduler(self, scheduler: LRScheduler, place: str) -> object:
+        state, lists = scheduler_state(scheduler, place=place, optimizers=self.held_optimizers.values())
+        if lists:
+            self.per_rank[f"{place}/{LISTS}"] = dict(lists)
+        return state
+
+    def _tree(self, key: str, tree: object, place: str) -> None:
+        self.values[place], held = hold_tree(key, tree, place=place, job=self.job, identities=self.identities)
+        self.arrays += held
 
 
 def taking(key: str, value: object) -> AbstractContextManager[None]:

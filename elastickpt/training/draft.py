@@ -151,6 +151,15 @@ class Draft:
 
         return mapped(value, "", leaf)
 
+    def agreed_of_ranks(self, place: str) -> tuple[Value, ...]:
+        """What this rank has at `place` among its own values, on the layout that saved it; else what all ranks that have
+        something there have alike. () where there is no such value."""
+        if self.listing.same_layout:
+            own = self.of_writer(self.job.rank)
+            return (own[place],) if place in own else ()
+        saved = self.of_all_writers(place)
+        return (saved[0],) if len({typed_key(one) for one in saved}) == 1 else ()
+
     def finished(self) -> Binding:
         """The Binding; its `install` does what was added, entry by entry, in order."""
         entries, filled = tuple(self._entries), frozenset(held.spec.id for held in self.targets)

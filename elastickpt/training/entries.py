@@ -6,9 +6,10 @@ error then says is enough to know which of them hold the checkpoint's contents a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 from elastickpt.errors import CheckpointError, EntryFailed
 
@@ -26,6 +27,23 @@ class Install:
 def entry_name(key: str, value: object) -> str:
     """An entry in a message: its key and its class."""
     return f"entry {key!r} ({type(value).__name__})"
+
+
+def elements(value: object) -> Mapping[str, Any]:
+    """The objects of an entry by path: "" for a single one, else by place in a list or key of a dict."""
+    if type(value) is dict:
+        return {str(key): one for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return {str(index): one for index, one in enumerate(cast(Sequence[object], value))}
+    return {"": value}
+
+
+def type_name(value: object) -> str:
+    """The class of an entry; of several objects their number and classes."""
+    if type(value) not in (dict, list, tuple):
+        return type(value).__name__
+    each = elements(value).values()
+    return f"{len(each)} x {', '.join(sorted({type(one).__name__ for one in each}))}"
 
 
 @contextmanager

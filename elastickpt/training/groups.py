@@ -11,27 +11,38 @@ from typing import Any
 
 import torch
 
-from elastickpt.format.values import ArrayReference, ArrayValue, Value
+from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.elements import dtype_name
-from elastickpt.training.optimizers import options_of
+from elastickpt.training.optimizer_columns import group_place, options_of
+from elastickpt.training.optimizer_parts import Prefix
 from elastickpt.training.stateful import bind_tree, copy_into
 from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
-from elastickpt.training.values import place_of, shown, token, typed_key
+from elastickpt.training.trees import token, typed_key
+from elastickpt.training.values import member_of, shown
 
 _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
 
 
-def bind_groups(draft: Draft, item: str, view: TableView, groups: Iterable[tuple[dict[str, Any], Sequence[Name]]]) -> None:
-    """Gives each live param group the options that its parameters, by their names in `view`, were saved with."""
+Groups = Iterable[tuple[dict[str, Any], Sequence[Name]]]
+
+
+def bind_groups(draft: Draft, item: str, view: TableView, groups: Groups, path: str, prefix: Prefix) -> None:
+    """Gives each live param group the options that its parameters, by their names in `view`, were saved with; `path` and
+    `prefix` are those of the part whose groups they are.
+    """
+    saved = {key: stored for stored in view.keys("hyper") if (key := prefix.strip(stored)) is not None}
     for index, (group, names) in enumerate(groups):
-        place = place_of(item, "param_groups", index)
+        place = group_place(item, path, index)
+        if not group["params"]:
+            _bind_without_parameters(draft, group, place)
+            continue
         if not names:
             draft.note(f"{place} has no parameter that is in the checkpoint: its options stay")
             continue
         live = dict(options_of(group))
-        for key in dict.fromkeys((*view.keys("hyper"), *live)):
-            found = view.agreed("hyper", key, names)
+        for key in dict.fromkeys((*saved, *live)):
+            found = view.agreed("hyper", saved.get(key, key), names)
             where = f"{place}/{token(key)}"
             if isinstance(found, Disagreement):
                 differ(draft, where, found)
@@ -39,6 +50,17 @@ def bind_groups(draft: Draft, item: str, view: TableView, groups: Iterable[tuple
                 _bind_option(draft, group, key, found, where)
             elif key in live:
                 draft.note(f"{where} is not in the checkpoint: {shown(live[key])} stays")
+
+
+def _bind_without_parameters(draft: Draft, group: dict[str, Any], place: str) -> None:
+    """Gives a group without parameters the options that the group at its place was saved with, by this rank or alike by all."""
+    agreed = draft.agreed_of_ranks(place)
+    if not agreed:
+        draft.note(f"{place} has no parameters, and the checkpoint has no such group there: its options stay")
+        return
+    saved: Any = agreed[0]
+    for key, value in saved.items():
+        _bind_option(draft, group, str(key), Agreed(value), f"{place}/{token(key)}")
 
 
 def differ(draft: Draft, where: str, found: Disagreement) -> None:
@@ -61,6 +83,13 @@ def _bind_option(draft: Draft, group: dict[str, Any], key: str, found: Agreed, w
     if key in _EXECUTION and key in group:
         if typed_key(live) != typed_key(found.value):
             draft.note(f"{where}: {live!r} stays, as it is how a step is executed; the checkpoint has {found.value!r}")
+        return
+    if isinstance(found.value, EnumValue):
+        member = member_of(live, found.value)
+        if member is None:
+            draft.differs(where, "value", expected=f"{shown(live)}, a member of the same class", found=shown(found.value))
+        else:
+            draft.installs.append(lambda: group.__setitem__(key, member))
         return
     device = live.device if isinstance(live, torch.Tensor) else "cpu"
     new = bind_tree(draft, where.split("/")[1], found.value, place=where, live=None, device=device)

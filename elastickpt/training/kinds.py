@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.limits import MAX_NAME_NBYTES
 from elastickpt.format.records import Item, ItemKind
+from elastickpt.training.entries import elements, type_name
 from elastickpt.training.modules import is_model
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import RNG
@@ -34,15 +35,20 @@ def kind_of(value: object) -> Kind:
     """What one entry of `state` is. A value may still turn out to be one that no checkpoint can hold."""
     if is_model(value):
         return "model"
-    if isinstance(value, Optimizer):
+    each = elements(value).values()
+    if each and all(isinstance(one, Optimizer) for one in each):
         return "optimizer"
-    if isinstance(value, LRScheduler):
+    if each and all(isinstance(one, LRScheduler) for one in each):
         return "scheduler"
     if isinstance(value, RNG):
         return "rng"
     if isinstance(value, PerRank):
         return "per-rank"
-    return "object" if is_stateful(value) else "value"
+    return "object" if each and all(map(_is_object, each)) else "value"
+
+
+def _is_object(value: object) -> bool:
+    return is_stateful(value) and not isinstance(value, (nn.Module, Optimizer, LRScheduler, PerRank, RNG))
 
 
 def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
@@ -57,7 +63,8 @@ def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
         if not isinstance(key, str) or not key or len(key.encode(errors="surrogatepass")) > MAX_NAME_NBYTES:
             raise ValueNotCarried(f"key {key!r} of `state`: expected a str of 1 to {MAX_NAME_NBYTES} bytes")
         kinds[key] = kind_of(value)
-        if kinds[key] == "optimizer" and (first := seen.setdefault(id(value), key)) != key:
+        optimizers = elements(value).values() if kinds[key] == "optimizer" else ()
+        if any((first := seen.setdefault(id(one), key)) != key for one in optimizers):
             raise StructureConflict(f"`state` has one optimizer under two keys, {first!r} and {key!r}")
         if isinstance(value, PerRank) and isinstance(value.value, (nn.Module, Optimizer, LRScheduler, RNG, PerRank)):
             raise ValueNotCarried(
@@ -75,4 +82,4 @@ def _require_mapping(state: object) -> None:
 def item_of(key: str, value: object, kind: Kind) -> Item:
     """The record of an entry, for people who list a checkpoint."""
     inner = value.value if isinstance(value, PerRank) else value
-    return Item(key, _ITEM_KINDS[kind], type(inner).__name__)
+    return Item(key, _ITEM_KINDS[kind], type(inner).__name__ if kind in ("value", "per-rank") else type_name(inner))

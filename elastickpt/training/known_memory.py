@@ -76,3 +76,15 @@ class KnownMemory:
         """How far known memory reaches that starts before this byte; -1 without any."""
         count = bisect_left(self._starts.get(device, ()), before)
         return self._reach[device][count - 1] if count else -1
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from tensors_in(one)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from elastickpt.format.arrays import ArrayId, ArraySpec
+from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 from elastickpt.training.composites import Path, Saved, composition_in
@@ -55,7 +55,7 @@ class Listing:
     now what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item,
     name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps. `ranks` are
     those that load. `attributes` are those of arrays that have some; `read(id)` reads one array whole, and is called only for
-    what needs it.
+    what needs it. `layouts` are mesh and placements of the arrays of section `extra` that lay on one.
     """
 
     arrays: Mapping[ArrayId, ArraySpec]
@@ -70,6 +70,7 @@ class Listing:
     ranks: tuple[int, ...] = (0,)
     attributes: Mapping[ArrayId, Mapping[str, Value]] = field(default_factory=dict)
     read: Callable[[ArrayId], torch.Tensor] = _unread
+    layouts: Mapping[ArrayId, tuple[Mesh, tuple[str, ...]]] = field(default_factory=dict)
 
     def order(self, id_: ArrayId) -> Order:
         """How the axes of a tensor lay in memory; () for their own order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +134,3 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     """`optimizer.param_groups`; none for an optimizer that never called torch's own __init__."""
     found: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
     return found
-
-
-def shared_parameters(optimizers: Iterable[Optimizer]) -> frozenset[int]:
-    """Ids of the parameters that several of these optimizers have."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for optimizer in optimizers:
-        own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
-        shared |= seen & own
-        seen |= own
-    return frozenset(shared)

@@ -1,313 +1,338 @@
 """Optimizers taking a checkpoint's states and groups; the reverse of `optimizers`.
 
-States that exist are filled where they are, whatever their device. States that do not exist yet are made: like the
-parameter (same device, mesh and placements) where the shapes are equal, else whole. A 0-d `step` is made on the CPU, as
-torch does, unless the group is `fused` or `capturable`. `optimizer.step()` is never run.
+States and groups are filled where they are (`state_binding`, `groups`); `optimizer.step()` is never run. What overrides and
+hooks added to the state dict is handed back through the optimizer's own loading (`optimizer_loading`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
+from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import ArrayReference, StateReference, Value
-from elastickpt.training.anew import tensor_anew
-from elastickpt.training.composites import Saved, is_composite, is_sparse
+from elastickpt.format.values import Value
+from elastickpt.training.composites import Saved
 from elastickpt.training.draft import Draft
-from elastickpt.training.dtensors import hold_for_loading, placed, placed_as
-from elastickpt.training.groups import bind_groups, overwritten
-from elastickpt.training.members import Member, members_of, states_of
-from elastickpt.training.memory import numpy_over
-from elastickpt.training.optimizers import (
-    DTENSOR,
-    PER_RANK,
-    hold_state,
-    local_scalar,
-    state_place,
-)
-from elastickpt.training.state_anew import composite_state, fill_own, like_parameter, local_of, replicated_as
+from elastickpt.training.entries import elements, type_name
+from elastickpt.training.groups import bind_groups
+from elastickpt.training.members import Member, groups_of, states_of
+from elastickpt.training.optimizer_columns import ENTRIES, PART, PER_RANK
+from elastickpt.training.optimizer_entries import Keys, entry_place
+from elastickpt.training.optimizer_loading import containers_copied, has_own_way, load_own, packed, state_dict_of
+from elastickpt.training.optimizer_parts import Part, Prefix, parts_of
+from elastickpt.training.optimizers import Beside, entries_of
+from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import Name, TableView
-from elastickpt.training.trees import holds_arrays, mapped, named_tuple_of, place_of, references
-from elastickpt.training.values import revived, revived_leaf, shown
+from elastickpt.training.trees import place_of
+from elastickpt.training.values import shown
+
+log = logging.getLogger(__name__)
 
 
 class BoundOptimizer:
-    """One optimizer of `state` and the table that the checkpoint has for it (None when it has none)."""
+    """An entry with optimizers and the table that the checkpoint has for it (None when it has none)."""
 
-    def __init__(self, draft: Draft, item: str, optimizer: Optimizer) -> None:
+    def __init__(self, draft: Draft, item: str, entry: object, beside: Beside) -> None:
         self.item = item
-        self.optimizer = optimizer
-        self.members = members_of(item, optimizer, draft.identities)
+        self.entry = entry
+        self.parts = parts_of(item, entry, draft.identities, elsewhere=beside.elsewhere(item))
         self.view = next((TableView(table) for table in draft.listing.tables if table.item == item), None)
         self._draft = draft
         self._owners = sorted((table.item for table in draft.listing.tables), key=len, reverse=True)
+        self._composites: dict[Name, list[tuple[ArrayId, Saved]]] = {}
+        for id_, saved in draft.listing.composites.items():
+            if id_.section == "params":
+                self._composites.setdefault((id_.item, id_.name), []).append((id_, saved))
+        keys = () if self.view is None else self.view.keys("hyper")
+        prefixed = {path for part in self.parts if (path := part.path) and any(key.startswith(f"{path}.") for key in keys)}
+        others = tuple(f"{path}." for path in prefixed)
+        self.options = {part.path: Prefix(*_text(part.path, prefixed, others)) for part in self.parts}
+
+    def part_of(self, optimizer: object) -> Part | None:
+        """The part that an optimizer is, or whose states it gives as its own."""
+        return next((part for part in self.parts if optimizer in (part.optimizer, *part.delegates)), None)
+
+    def has_options(self, part: Part) -> bool:
+        """Whether the options that the checkpoint has for the part's parameters are its own, and no later part's."""
+        if not part.own_groups or self.options[part.path].text:
+            return part.own_groups
+        after = self.parts[self.parts.index(part) + 1 :]
+        others = (other for other in after if other.own_groups and not self.options[other.path].text)
+        own = {id(member.parameter) for member in part.members}
+        return not any(id(member.parameter) in own for other in others for member in other.members)
 
     def saved_name(self, member: Member) -> Name | None:
         """The name, its own or a tied one, under which the checkpoint's table has this parameter."""
         names = self._draft.names.candidates(*member.name)
         return next((name for name in names if self.view is not None and self.view.has(name)), None)
 
-    def saved_groups(self) -> list[list[Name]]:
-        """For each live group, the names of its parameters in the checkpoint's table."""
-        found: list[list[Name]] = [[] for _ in self.optimizer.param_groups]
-        for member in self.members:
+    def saved_groups(self, part: Part) -> list[list[Name]]:
+        """For each live group of a part, the names of its parameters in the checkpoint's table."""
+        found: list[list[Name]] = [[] for _ in groups_of(part.optimizer)]
+        for member in part.members:
             if (name := self.saved_name(member)) is not None:
                 found[member.group].append(name)
         return found
 
-    def saved_arrays(self, name: Name) -> tuple[str, dict[str, ArrayId]]:
-        """What stands before its states' names in the checkpoint, and the array of each state of this optimizer."""
-        prefix, found = "", {}
+    def saved_states(self, part: Part, member: Member, name: Name) -> SavedStates:
+        """What the checkpoint has of a parameter for this part's own states."""
+        having = [one.path for one in self.parts if any(each.parameter is member.parameter for each in one.members)]
+        fields = {} if self.view is None else self.view.of("scalar", name)
+        unnamed = fields.get(PART, having[0])
+        others = tuple(f"{path}." for path in having if path != unnamed)
+        return self._states(name, Prefix("", others) if part.path == unnamed else Prefix(f"{part.path}.")).only(None)
+
+    def saved_in_state_dict(self, name: Name) -> SavedStates:
+        """What the checkpoint has of a parameter for state dicts."""
+        return self._states(name, Prefix(""))
+
+    def _states(self, name: Name, prefix: Prefix) -> SavedStates:
+        fields = {} if self.view is None else self.view.of("scalar", name)
+        return SavedStates.of(name, prefix, fields, self._stored(name))
+
+    def _stored(self, name: Name) -> StoredStates:
+        """The arrays and composite tensors of a parameter that are states of this entry, and what stands before their names."""
+        prefix, arrays = "", {}
         for stored in self._draft.names.states.get(name, ()):
-            owner = next((item for item in self._owners if stored.startswith(f"{item}.")), None)
-            if stored == "value" or stored.startswith("value.") or owner not in (None, self.item):
-                continue
-            if owner is not None:
-                prefix = f"{owner}."
-            found[stored.removeprefix(f"{self.item}.")] = ArrayId("params", *name, stored)
-        return prefix, found
-
-    def saved_composites(self, name: Name, prefix: str) -> dict[str, tuple[ArrayId, Saved]]:
-        """The composite states of a parameter: what a plain tensor's id would be, and what they are made of."""
-        return {
-            id_.state.removeprefix(prefix): (id_, saved)
-            for id_, saved in self._draft.listing.composites.items()
-            if (id_.section, id_.item, id_.name) == ("params", *name) and id_.state != "value" and id_.state.startswith(prefix)
+            if self._is_mine(stored):
+                arrays[stored.removeprefix(f"{self.item}.")] = ArrayId("params", *name, stored)
+                if stored.startswith(f"{self.item}."):
+                    prefix = f"{self.item}."
+        composites = {
+            id_.state.removeprefix(f"{self.item}."): (id_, saved)
+            for id_, saved in self._composites.get(name, ())
+            if self._is_mine(id_.state)
         }
+        return StoredStates(prefix, arrays, composites)
+
+    def _is_mine(self, stored: str) -> bool:
+        """Whether a state, by its name in the checkpoint, is one of this entry."""
+        owner = next((item for item in self._owners if stored.startswith(f"{item}.")), None)
+        return not (stored == "value" or stored.startswith("value.")) and owner in (None, self.item)
 
 
-def bind_optimizer(draft: Draft, item: str, optimizer: Optimizer) -> BoundOptimizer:
-    """Binds states, groups and values of one optimizer. Raises StructureConflict as saving it would."""
+def bind_optimizer(draft: Draft, item: str, entry: object, beside: Beside) -> BoundOptimizer:
+    """Binds states, groups and values of one entry. Raises StructureConflict as saving it would."""
     place = place_of(item)
     draft.places.add(place)
-    bound = BoundOptimizer(draft, item, optimizer)
+    bound = BoundOptimizer(draft, item, entry, beside)
     if bound.view is None:
-        draft.missing(place, f"the state of {type(optimizer).__name__} over {len(bound.members)} parameters")
+        count = len({id(member.parameter) for part in bound.parts for member in part.members})
+        draft.missing(place, f"the state of {type_name(entry)} over {count} parameters")
         return bound
-    saved, now = next((one.type for one in draft.listing.items if one.name == item), ""), type(optimizer).__name__
+    saved, now = next((one.type for one in draft.listing.items if one.name == item), ""), type_name(entry)
     if saved not in ("", now):
         draft.note(
             f"{place}: saved by {saved}, now a {now}, which gets the states of the other: it may know them by other names"
         )
-    for member in bound.members:
+    for part in bound.parts:
+        _bind_part(draft, bound, part)
+    for path, root in elements(entry).items():
+        if has_own_way(root):
+            _OwnWay(draft, bound, path, root).bind()
+    return bound
+
+
+def _text(path: str, prefixed: set[str], others: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    return (f"{path}.", ()) if path in prefixed else ("", others)
+
+
+def _bind_part(draft: Draft, bound: BoundOptimizer, part: Part) -> None:
+    place, groups = place_of(bound.item), groups_of(part.optimizer)
+    assert bound.view is not None
+    for member in part.members:
         name = bound.saved_name(member)
         if name is None:
             draft.missing(place + place_of("state", *member.name), "a parameter of this optimizer")
         else:
-            _States(draft, bound, member, name).bind()
-    groups = zip(optimizer.param_groups, bound.saved_groups(), strict=True)
-    bind_groups(draft, item, bound.view, groups)
-    _bind_values(draft, item, optimizer)
-    return bound
+            saved = bound.saved_states(part, member, name)
+            ParameterStates(draft, bound.item, member, saved, states_of(part.optimizer), groups[member.group]).bind()
+    if bound.has_options(part):
+        pairs = zip(groups, bound.saved_groups(part), strict=True)
+        bind_groups(draft, bound.item, bound.view, pairs, part.path, bound.options[part.path])
+    _bind_values(draft, bound, part)
 
 
-class _States:
-    """The states of one parameter: what is live, what is saved, and what becomes of each."""
-
-    def __init__(self, draft: Draft, bound: BoundOptimizer, member: Member, name: Name) -> None:
-        self._draft = draft
-        self._member = member
-        self._item = bound.item
-        self._optimizer = bound.optimizer
-        self._prefix, arrays = bound.saved_arrays(name)
-        self._name = name
-        self._composites = bound.saved_composites(name, self._prefix)
-        fields = {} if bound.view is None else bound.view.of("scalar", name)
-        self._own = {key.removesuffix(PER_RANK): value for key, value in fields.items() if key.endswith(PER_RANK)}
-        self._scalars = {key: value for key, value in fields.items() if not key.endswith(PER_RANK)}
-        inner = {one.name for value in self._scalars.values() for one in references(value) if isinstance(one, StateReference)}
-        parts = {part for _, saved in self._composites.values() for part in saved.parts.values()}
-        self._referred = {key: id_ for key, id_ in arrays.items() if key in inner}
-        self._inner = {key: found for key, found in self._composites.items() if key in inner}
-        self._arrays = {key: id_ for key, id_ in arrays.items() if key not in inner and id_ not in parts}
-        self._composites = {key: found for key, found in self._composites.items() if key not in inner}
-
-    def bind(self) -> None:
-        live: Mapping[str, Any] = self._optimizer.state.get(self._member.parameter, {})
-        saved = (*self._scalars, *self._arrays, *self._composites, *sorted(self._own))
-        if live and not saved:
-            # saved before this parameter's first step: it has no state then, as in the run that is resumed
-            self._draft.note(f"{place_of(self._item)}: parameters had no state when they were saved, and have none now")
-            self._draft.installs.append(partial(self._optimizer.state.pop, self._member.parameter, None))
-            return
-        for key, entry in live.items():
-            if not isinstance(entry, torch.Tensor) or (is_sparse(entry) and key in self._composites):
-                self._replace(key, entry)
-            elif entry.ndim == 0 and not is_composite(entry):
-                self._fill_scalar(key, entry)
-            else:
-                self._fill_tensor(key, entry)
-        for key in saved:
-            if key not in live:
-                self._create(key, None)
-
-    def _replace(self, key: str, entry: object) -> None:
-        if key in self._scalars or key in self._arrays or key in self._composites or key in self._own:
-            self._create(key, entry)
-        elif entry is not None:
-            self._draft.missing(self._where(key), shown(entry))
-
-    def _fill_scalar(self, key: str, entry: torch.Tensor) -> None:
-        where, found = self._where(key), self._scalars.get(key)
-        if key not in self._scalars:
-            self._absent(key, entry)
-            return
-        local = local_scalar(entry)
-        if step := overwritten(self._draft, local, found, where):
-            self._draft.installs.append(step)
-
-    def _fill_tensor(self, key: str, entry: torch.Tensor) -> None:
-        id_ = ArrayId("params", *self._name, self._prefix + key)
-        held = hold_state(id_, entry, member=self._member, job=self._draft.job)
-        if key in self._own and (held is None or self._own[key] == DTENSOR):
-            self._fill_own(key, entry)
-            return
-        if held is None and key in self._composites and is_composite(local_of(entry)):
-            held = hold_for_loading(id_, entry, job=self._draft.job)
-        if key in self._own or key in self._scalars or (held is None and key not in self._arrays):
-            self._absent(key, entry)
-        elif held is None:
-            expected = f"{tuple(entry.shape)} on each rank"
-            self._draft.differs(self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape))
-        else:
-            for one in held:
-                self._draft.fill(one)
-            self._know(key)
-
-    def _fill_own(self, key: str, entry: torch.Tensor) -> None:
-        value, local = self._own_value(key), local_of(entry)
-        if isinstance(value, ArrayReference):
-            fill_own(self._draft, value, local, where=self._where(key))
-        elif value is not None and (step := overwritten(self._draft, local, value, self._where(key))):
-            self._draft.installs.append(step)
-
-    def _absent(self, key: str, entry: torch.Tensor) -> None:
-        """A live tensor whose like is not in the checkpoint."""
-        where = self._where(key)
-        if key in self._arrays:
-            found = str(self._draft.listing.arrays[self._arrays[key]].shape)
-            self._know(key)
-            self._draft.differs(where, "shape", expected=str(tuple(entry.shape)), found=found)
-        elif key in self._composites:
-            self._know(key)
-            self._draft.differs(where, "value", expected=shown(entry), found=self._composites[key][1].text)
-        elif key in self._own:
-            self._draft.differs(where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole")
-        elif key in self._scalars:
-            self._know(key)
-            self._draft.differs(where, "value", expected=shown(entry), found=shown(self._scalars[key]))
-        else:
-            self._draft.missing(where, shown(entry))
-
-    def _create(self, key: str, live: object) -> None:
-        if key in self._arrays:
-            self._attach(key, self._array_anew(key, self._arrays[key]))
-        elif key in self._composites:
-            made = self._composite_anew(key, *self._composites[key])
-            if made is not None:
-                self._attach(key, made)
-        elif key in self._own:
-            self._create_own(key)
-        else:
-            self._attach(key, self._revived(key, self._scalars[key], live))
-
-    def _array_anew(self, key: str, id_: ArrayId) -> torch.Tensor:
-        self._draft.know(id_)
-        made = like_parameter(self._draft, self._member, id_)
-        held = hold_state(id_, made, member=self._member, job=self._draft.job)
-        for one in held or ():
-            self._draft.fill(one)
-        return made
-
-    def _composite_anew(self, key: str, id_: ArrayId, saved: Saved) -> torch.Tensor | None:
-        return composite_state(self._draft, self._member, id_, saved)
-
-    def _create_own(self, key: str) -> None:
-        value, parts = self._own_value(key), placed(self._member.parameter)
-        if value is None:
-            return
-        device = self._member.parameter.device
-        tree = bind_tree(self._draft, self._item, value, place=self._where(key), live=None, device=device)
-        if self._own[key] == DTENSOR and parts is not None and isinstance(tree, torch.Tensor):
-            tree = placed_as(parts, tree)
-        self._attach(key, tree)
-
-    def _own_value(self, key: str) -> Value:
-        """This rank's own state, on the layout that saved it."""
-        if not self._draft.listing.same_layout:
-            self._draft.differs(
-                self._where(key),
-                "value",
-                expected="the layout that saved it",
-                found="each rank's own tensor, which has no place in the whole parameter: it cannot be resharded",
-            )
-            return None
-        place = state_place(self._item, self._name, key)
-        value = self._draft.of_writer(self._draft.job.rank).get(place)
-        if value is None:
-            self._draft.missing(place, "this rank's own state")
-        return value
-
-    def _revived(self, key: str, value: Value, live: object) -> object:
-        group = self._optimizer.param_groups[self._member.group]
-        parameter = self._member.parameter
-        on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-        if holds_arrays(value):
-            return mapped(value, self._where(key), self._inner_leaf, named_tuple_of)
-        made = revived(value, device="cpu" if on_cpu else parameter.device, place=self._where(key))
-        if isinstance(made, torch.Tensor) and parameter.ndim == made.ndim == 0 and key != "step":
-            return replicated_as(parameter, made)
-        return made
-
-    def _inner_leaf(self, one: object, where: str) -> object:
-        """What stands inside a state that is no tensor."""
-        if not isinstance(one, StateReference):
-            return revived_leaf(one, self._member.parameter.device)
-        if one.name in self._inner:
-            return self._composite_anew(one.name, *self._inner[one.name])
-        if one.name not in self._referred:
-            self._draft.missing(where, "an array")
-            return None
-        if one.origin == "numpy":
-            self._draft.know(self._referred[one.name])
-            return numpy_over(tensor_anew(self._draft, self._referred[one.name], device="cpu"))[()]
-        return self._array_anew(one.name, self._referred[one.name])
-
-    def _attach(self, key: str, entry: object) -> None:
-        optimizer, parameter = self._optimizer, self._member.parameter
-        self._draft.installs.append(lambda: optimizer.state[parameter].__setitem__(key, entry))
-
-    def _where(self, key: str) -> str:
-        return state_place(self._item, self._member.name, key)
-
-    def _know(self, key: str) -> None:
-        if key in self._arrays:
-            self._draft.know(self._arrays[key])
-        for saved in (self._composites[key][1],) if key in self._composites else ():
-            self._draft.arrays.update(saved.parts.values())
-        for one in references(self._scalars.get(key)):
-            if isinstance(one, StateReference):
-                self._draft.arrays.update(self._inner[one.name][1].parts.values() if one.name in self._inner else ())
-                self._draft.arrays.update((self._referred[one.name],) if one.name in self._referred else ())
-
-
-def _bind_values(draft: Draft, item: str, optimizer: Optimizer) -> None:
+def _bind_values(draft: Draft, bound: BoundOptimizer, part: Part) -> None:
     """State that belongs to no parameter."""
+    item, states = bound.item, states_of(part.optimizer)
+    others = tuple(f"{other.path}." for other in bound.parts[1:])
+    prefix = Prefix("", others) if part is bound.parts[0] else Prefix(f"{part.path}.")
     below = place_of(item, "state") + "/"
-    saved = {place: value for place, value in draft.listing.values.items() if place.startswith(below)}
-    states = states_of(optimizer)
-    live = {place_of(item, "state", key): key for key in states if isinstance(key, str)}
+    saved = {
+        place: key
+        for place in draft.listing.values
+        if place.startswith(below)
+        and (key := prefix.strip(place[len(below) :].replace("~1", "/").replace("~0", "~"))) is not None
+        and not _is_entry(draft, item, place)
+    }
+    live = {place_of(item, "state", prefix.text + key): key for key in states if isinstance(key, str)}
     for place, key in live.items():
         if place not in saved:
             draft.missing(place, shown(states[key]))
-    for place, value in saved.items():
+    for place, key in saved.items():
         draft.places.add(place)
-        key = live.get(place, place[len(below) :].replace("~1", "/").replace("~0", "~"))
-        tree = bind_tree(draft, item, value, place=place, live=states.get(key))
+        tree = bind_tree(draft, item, draft.listing.values[place], place=place, live=states.get(key))
         draft.installs.append(lambda key=key, tree=tree: states.__setitem__(key, tree))  # type: ignore[misc]
+
+
+def _is_entry(draft: Draft, item: str, place: str) -> bool:
+    return place.removesuffix(PER_RANK) in (saved_entries(draft, item) or {})
+
+
+def saved_entries(draft: Draft, item: str) -> Mapping[str, Any] | None:
+    """The place of each entry of the item's state dicts to its path, from all ranks that say so; None if nobody does."""
+    at = place_of(item, ENTRIES)
+    if at in draft.listing.values:
+        every: Sequence[Value] = [draft.listing.values[at]]
+    elif draft.listing.same_layout:
+        own = draft.of_writer(draft.job.rank)
+        every = [own[at]] if at in own else []
+    else:
+        every = draft.of_all_writers(at)
+    found: dict[str, Any] = {}
+    for one in every:
+        found.update(one if isinstance(one, dict) else {})
+    return found if every else None
+
+
+class _OwnWay:
+    """One optimizer with an override or hooks: the entries of its state dict, and its own loading."""
+
+    def __init__(self, draft: Draft, bound: BoundOptimizer, path: str, root: Optimizer) -> None:
+        self._draft = draft
+        self._bound = bound
+        self._path = path
+        self._root = root
+        self._parts = [part for part in bound.parts if part.root_path == path]
+        self._at: list[tuple[list[Any], object]] = []
+        self._made: list[tuple[dict[str, Any], Part, dict[Any, Any]]] = []
+        self._complete = False
+
+    def bind(self) -> None:
+        """Binds the entries, and adds the optimizer's own loading to what is done once all is filled."""
+        saved = saved_entries(self._draft, self._bound.item)
+        self._draft.places.add(place_of(self._bound.item, ENTRIES))
+        self._complete = saved is not None
+        live = state_dict_of(self._bound.item, self._root)
+        for place, way in (saved or {}).items():
+            self._entry(str(place), way, live)
+        if saved is None:
+            self._report(live)
+        for part in self._parts:
+            self._of_parameters(part)
+        self._draft.installs.append(self._load)
+
+    def _entry(self, place: str, way: Any, live: object) -> None:
+        root_path, *path = way
+        if root_path != self._path:
+            return
+        shared = self._draft.listing.values
+        if f"{place}{PER_RANK}" in shared:
+            self._draft.places.add(f"{place}{PER_RANK}")
+            agreed = self._draft.agreed_of_ranks(place)
+        else:
+            self._draft.places.add(place)
+            agreed = (shared[place],)
+        if not agreed:
+            expected = f"the entry of {type(self._root).__name__} that this rank had, or that all ranks had alike"
+            self._draft.differs(place, "value", expected=expected, found="others on other ranks, on another layout")
+            return
+        tree = bind_tree(self._draft, self._bound.item, agreed[0], place=place, live=_at(live, path))
+        self._at.append((path, tree))
+
+    def _report(self, live: object) -> None:
+        """A checkpoint of a release that did not look at state dicts has none of the entries that there are now."""
+        rest = entries_of(self._bound.item, self._path, self._bound.parts, live, self._draft.identities)
+        for path, entry in rest.at.items():
+            self._draft.missing(entry_place(self._bound.item, self._path, path), shown(entry))
+        for one in rest.of_parameters:
+            self._draft.missing(place_of(self._bound.item, "state", *one.member.name, one.name), shown(one.entry))
+
+    def _of_parameters(self, part: Part) -> None:
+        """Makes what the state dict has of parameters; the tensors that it has now are not the object's to keep."""
+        stores: dict[str, tuple[dict[str, Any], dict[Any, Any]]] = {}
+        for member in part.members:
+            name = self._bound.saved_name(member)
+            saved = None if name is None else self._bound.saved_in_state_dict(name)
+            for way in () if saved is None else saved.ways.values():
+                if not isinstance(way, dict) or way["part"] != part.path:
+                    continue
+                _, store = stores.setdefault(repr(way), (way, {}))
+                if member.parameter not in store and saved is not None:
+                    store[member.parameter] = {}
+                    group = groups_of(part.optimizer)[member.group]
+                    ParameterStates(self._draft, self._bound.item, member, saved.only(way), store, group).create({})
+        self._made.extend((way, part, store) for way, store in stores.values())
+
+    def _load(self) -> None:
+        """Builds the state dict of the filled optimizer with the checkpoint's entries, and lets the optimizer load it."""
+        state_dict = self._filled()
+        if self._complete:
+            rest = entries_of(self._bound.item, self._path, self._bound.parts, state_dict, self._draft.identities)
+            for where in rest.at:
+                _remove(state_dict, where)
+            for one in rest.of_parameters:
+                _remove(state_dict, (*one.path, one.key, *(() if one.state is None else (one.state,))))
+        for path, entry in self._at:
+            state_dict = _put(state_dict, path, entry)
+        for way, part, store in self._made:
+            keys = Keys.of(part).keys[way["by"]]
+            for key, member in zip(keys, part.members, strict=True):
+                for entry in store.get(member.parameter, {}).values():
+                    at = member.parameter if way["by"] == "parameter" else key
+                    last = () if way["state"] is None else (way["state"],)
+                    state_dict = _put(state_dict, (*way["path"], at, *last), entry)
+        load_own(self._bound.item, self._root, self._parts, state_dict)
+
+    def _filled(self) -> Any:
+        """The state dict of the optimizer now that states and groups are filled and the entries are not.
+
+        Where its override does not get along with that, it is of torch's form.
+        """
+        try:
+            return containers_copied(state_dict_of(self._bound.item, self._root))
+        except ValueNotCarried:
+            raise
+        except Exception as error:  # of code that is not ours
+            log.info("%s: state_dict of %s on what is filled: %r", self._bound.item, type(self._root).__name__, error)
+            return packed(self._root)
+
+
+def _at(tree: Any, path: Sequence[Any]) -> object:
+    for key in path:
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return tree
+
+
+def _remove(tree: Any, path: Sequence[Any]) -> None:
+    """What stands at a path below dicts; elements of lists stay."""
+    above = _at(tree, path[:-1])
+    if path and isinstance(above, dict):
+        above.pop(path[-1], None)
+
+
+def _put(tree: Any, path: Sequence[Any], entry: Any) -> Any:
+    """The tree with `entry` at the path; dicts that lead there are made."""
+    if not path:
+        return entry
+    key, *rest = path
+    if isinstance(tree, dict):
+        tree[key] = _put(tree.get(key, {}), rest, entry)
+    elif isinstance(tree, list) and isinstance(key, int):
+        tree.extend([None] * (key + 1 - len(tree)))
+        tree[key] = _put(tree[key], rest, entry)
+    elif isinstance(tree, tuple) and isinstance(key, int):
+        made = _put(list(tree), path, entry)
+        return tuple(made)
+    else:
+        return _put({}, path, entry)
+    return tree

@@ -7,322 +7,152 @@
     state[p]["exp_avg"]      (composite: 8-bit codes and scales)  -> arrays .../exp_avg.codes, exp_avg.scale
     state["counter"]         (belongs to no parameter)            -> value /<optimizer>/state/counter
     param_groups[k]["lr"]                                         -> field `hyper` "lr" of each parameter of group k
+    state_dict()["scaler"]   (from an override or a hook)         -> value /<optimizer>/scaler, tensors in extra/<optimizer>/...
 
 A plain tensor on a sharded parameter that does not have the local shard's shape has no place in a whole: it is this
 rank's own (per-rank value /<optimizer>/state/<item>/<FQN>/<state>), and the field `scalar` "<state>@per-rank" says so. [UCF-87]
 So is a composite one whose parts are not cut as its rows are, and a list or dict with such a tensor inside. Where ranks hold
 unevenly many rows, a low-bit optimizer may keep a composite state on one rank and a plain one on another: then both are own.
 
-States are named `<optimizer item>.<state>` when another optimizer of `state` has one of the same parameters, so that
-both find their own. This is decided from what this rank has; ranks that share parameters must have the same optimizers
-on them.
+An optimizer inside another one, or in a list or dict of them, is a part of the entry (`optimizer_parts`); its states and
+options are named `<path>.<state>` where another part has the same. States are named `<optimizer item>.<state>` when another
+optimizer of `state` has one of the same parameters, so that both find their own. This is decided from what this rank has;
+ranks that share parameters must have the same optimizers on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import inf, prod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.optim import Optimizer
 
-from elastickpt.errors import LayoutUnsupported, ValueNotCarried
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
-from elastickpt.format.values import ArrayReference, StateReference, Value
-from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import Job, Placed, has_place, hold, holders_of, is_even, memorable, parts_of_spec, placed
-from elastickpt.training.elements import elements_of, settled
+from elastickpt.format.values import Value
+from elastickpt.training.dtensors import Job
+from elastickpt.training.entries import elements
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
-from elastickpt.training.members import Lying, Member, members_of, states_of
-from elastickpt.training.memo import Seen
-from elastickpt.training.own import as_tensor, hold_own, is_large
+from elastickpt.training.known_entries import Computed, Known
+from elastickpt.training.known_memory import tensors_in
+from elastickpt.training.members import groups_of, states_of
+from elastickpt.training.optimizer_columns import StateColumns, require_text
+from elastickpt.training.optimizer_entries import Beyond, beyond
+from elastickpt.training.optimizer_loading import has_own_way, state_dict_of
+from elastickpt.training.optimizer_parts import (
+    Part,
+    Prefixes,
+    optimizers_inside,
+    parts_of,
+    prefixes_of,
+)
 from elastickpt.training.stateful import hold_tree
 from elastickpt.training.tables import Name, TableBuilder
-from elastickpt.training.trees import mapped, place_of
-from elastickpt.training.values import carried_leaf, scalar_values
-
-PER_RANK = "@per-rank"
-DTENSOR = "DTensor"  # what such a field says where the state is a DTensor: only its local tensor is this rank's own
-_NO_OPTION = ("params", "param_names")
+from elastickpt.training.trees import place_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOptimizer:
-    """What one optimizer contributes; `table` can still take the fields of its schedulers."""
+    """What an entry with optimizers contributes; `table` can still take the fields of their schedulers.
+
+    `rows` are the rows of the table for each group of each optimizer of the entry, by its id.
+    """
 
     table: TableBuilder
-    members: tuple[Member, ...]
+    rows: Mapping[int, Sequence[Sequence[int]]]
     arrays: tuple[HeldArray, ...]
     values: Mapping[str, Value]
     per_rank: Mapping[str, Value]
 
 
-def state_prefix(item: str, members: Sequence[Member], optimizer: Optimizer, shared: frozenset[int]) -> str:
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """The optimizers of all entries of `state`: `owners` are the entries with each, `shared` ids of parameters of several."""
+
+    items: tuple[str, ...]
+    owners: Mapping[int, str]
+    shared: frozenset[int]
+
+    @classmethod
+    def of(cls, entries: Mapping[str, object]) -> Beside:
+        """`entries` are all entries with optimizers."""
+        owners = {id(root): item for item, entry in entries.items() for root in elements(entry).values()}
+        seen: set[int] = set()
+        shared: set[int] = set()
+        for entry in entries.values():
+            own: set[int] = set()
+            roots = {id(root) for root in elements(entry).values()}
+            for one in optimizers_inside(entry):
+                if id(one) in roots or id(one) not in owners:
+                    own.update(id(parameter) for group in groups_of(one) for parameter in group["params"])
+            shared |= seen & own
+            seen |= own
+        return cls(tuple(entries), owners, frozenset(shared))
+
+    def elsewhere(self, item: str) -> frozenset[int]:
+        """Ids of the optimizers of other entries."""
+        return frozenset(which for which, owner in self.owners.items() if owner != item)
+
+
+def state_prefix(item: str, parts: Sequence[Part], prefixes: Mapping[str, Prefixes], beside: Beside) -> str:
     """What stands before each state's name: "<item>." where names alone would not say whose it is, else ""."""
     prefix = f"{item}."
-    for member in members:
-        names = optimizer.state.get(member.parameter, ())
-        unclear = any(str(name) == "value" or str(name).startswith(("value.", prefix)) for name in names)
-        if id(member.parameter) in shared or unclear:
+    others = tuple(f"{other}." for other in beside.items)
+    for part in parts:
+        if prefixes[part.path].states.startswith(others):
             return prefix
+        for member in part.members:
+            names = states_of(part.optimizer).get(member.parameter, ())
+            unclear = any(str(name) == "value" or str(name).startswith(("value.", prefix)) for name in names)
+            if id(member.parameter) in beside.shared or unclear:
+                return prefix
     return ""
 
 
-def options_of(group: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """The hyper-parameters of a param group."""
-    return ((key, value) for key, value in group.items() if key not in _NO_OPTION)
-
-
-def hold_optimizer(
-    item: str, optimizer: Optimizer, *, job: Job, identities: Identities, shared: frozenset[int]
-) -> HeldOptimizer:
-    """What this rank holds of an optimizer. `identities` knows all models of `state`; nothing is changed, and no step
-    is run.
+def hold_optimizer(item: str, entry: object, *, job: Job, identities: Identities, beside: Beside) -> HeldOptimizer:
+    """What this rank holds of an entry with optimizers. `identities` knows all models of `state`; nothing is changed, and no
+    step is run. The state dicts of optimizers that override them, or have hooks there, are called.
 
     Raises StructureConflict as `members_of` does, ValueNotCarried with the place of what no checkpoint can hold.
     """
-    members = members_of(item, optimizer, identities)
-    prefix = state_prefix(item, members, optimizer, shared)
-    saver = _Saver(item, job, prefix, _fewest_quantised(optimizer))
-    for member in members:
-        saver.add(member, optimizer.state.get(member.parameter, {}))
-    saver.put_scalars()
-    saver.put_groups(optimizer, members)
+    parts = parts_of(item, entry, identities, elsewhere=beside.elsewhere(item))
+    own = {path: state_dict_of(item, root) for path, root in elements(entry).items() if has_own_way(root)}
+    prefixes = prefixes_of(parts)
+    saver = StateColumns(item, job, state_prefix(item, parts, prefixes, beside))
+    for part in parts:
+        for member in part.members:
+            saver.add(member, states_of(part.optimizer).get(member.parameter, {}), part, prefixes[part.path].states)
     values: dict[str, Value] = {}
-    for key, entry in states_of(optimizer).items():
-        if not isinstance(key, torch.Tensor):
-            place = place_of(item, "state", require_text(item, key))
-            values[place], held = hold_tree(item, entry, place=place, job=job, identities=identities)
-            saver.arrays.extend(held)
-    return HeldOptimizer(saver.table, members, tuple(saver.arrays), values, saver.per_rank)
+    for part in parts:
+        if part.own_groups:
+            saver.put_groups(part, prefixes[part.path].options)
+        for key, value in states_of(part.optimizer).items():
+            if not isinstance(key, torch.Tensor):
+                place = place_of(item, "state", prefixes[part.path].values + require_text(item, key))
+                values[place], held = hold_tree(item, value, place=place, job=job, identities=identities)
+                saver.arrays.extend(held)
+    if own:
+        found = {path: entries_of(item, path, parts, own[path], identities) for path in own}
+        values |= saver.entries(found, identities)
+    saver.put_scalars()
+    return HeldOptimizer(saver.table, _rows(parts, saver.rows), tuple(saver.arrays), values, saver.per_rank)
 
 
-def require_text(item: str, key: object) -> str:
-    """A key of `optimizer.state` or of a parameter's state; raises ValueNotCarried for one that is no text."""
-    if not isinstance(key, str) or not key:
-        raise ValueNotCarried(f"optimizer {item!r}: a state under the key {key!r}, expected a non-empty str")
-    return key
+def entries_of(item: str, root_path: str, parts: Sequence[Part], state_dict: object, identities: Identities) -> Beyond:
+    """What the state dict of the root at `root_path` has beyond the entry's parts."""
+    within = [part for part in parts if part.root_path == root_path]
+    root = within[0].root
+    states = (tensor for part in parts for tensor in tensors_in(dict(states_of(part.optimizer))))
+    known = Known((*states, *(one.tensor for one in identities)))
+    return beyond(item, within, state_dict, known=known, computed=Computed(lambda: state_dict_of(item, root)))
 
 
-class _Saver:
-    """The states of one optimizer, sorted into arrays, fields and per-rank values."""
-
-    def __init__(self, item: str, job: Job, prefix: str, fewest_quantised: float) -> None:
-        self.item = item
-        self._fewest_quantised = fewest_quantised
-        self.table = TableBuilder(item)
-        self.arrays: list[HeldArray] = []
-        self.per_rank: dict[str, Value] = {}
-        self._job = job
-        self._prefix = prefix
-        self._scalars: list[tuple[str, int, torch.Tensor]] = []
-
-    def add(self, member: Member, states: Any) -> None:
-        row = self.table.row(member.name)
-        if not isinstance(states, dict):
-            place = place_of(self.item, "state", *member.name)
-            raise ValueNotCarried(f"value {place}: a {type(states).__name__}, expected a dict of states")
-        for key, entry in states.items():
-            name = require_text(self.item, key)
-            if not isinstance(entry, torch.Tensor):
-                self._add_tree(member, name, entry, row)
-            elif entry.ndim == 0 and not is_composite(entry):
-                self._scalars.append((name, row, local_scalar(entry)))
-            else:
-                self._add_tensor(member, name, entry, row)
-
-    def _add_tensor(self, member: Member, name: str, entry: torch.Tensor, row: int) -> None:
-        parts = placed(settled(entry))
-        may_differ = parts is not None and not is_composite(parts.local) and most_elements(parts) >= self._fewest_quantised
-        held = None if may_differ else hold_state(self._id(member, name), entry, member=member, job=self._job)
-        if held is not None:
-            self.arrays.extend(held)
-            return
-        self._add_own(member, name, entry if parts is None else parts.local, row, says=True if parts is None else DTENSOR)
-
-    def _add_own(self, member: Member, name: str, entry: object, row: int, *, says: Value) -> None:
-        self.table.put("scalar", name + PER_RANK, says, rows=(row,))
-        place = state_place(self.item, member.name, name)
-        self.per_rank[place], held = hold_own(self.item, entry, place=place, job=self._job)
-        self.arrays.extend(held)
-
-    def _add_tree(self, member: Member, name: str, entry: object, row: int) -> None:
-        """A state that is no tensor: its large tensors, and those of a sharded parameter, are states of their own. [UCF-112]"""
-        place, held = state_place(self.item, member.name, name), list[HeldArray]()
-        sharded = member.lying is not None and member.lying.sharded
-
-        def leaf(one: object, where: str) -> Value:
-            if isinstance(one, torch.Tensor) and one.ndim == 0 and not is_composite(one):
-                return carried_leaf(local_scalar(one), where)
-            if not (is_large(one) or (isinstance(one, torch.Tensor) and (sharded or placed(one) is not None))):
-                return carried_leaf(one, where)
-            state = inner_state(name, where[len(place) :])
-            found = hold_state(self._id(member, state), as_tensor(one), member=member, job=self._job)
-            if found is None:
-                raise _NoPlace
-            held.extend(found)
-            return StateReference(state, "torch" if isinstance(one, torch.Tensor) else "numpy")
-
-        try:
-            value = mapped(entry, place, leaf)
-        except _NoPlace:
-            self._add_own(member, name, entry, row, says=True)
-        else:
-            self.table.put("scalar", name, value, rows=(row,))
-            self.arrays.extend(held)
-
-    def _id(self, member: Member, state: str) -> ArrayId:
-        return ArrayId("params", *member.name, self._prefix + state)
-
-    def put_scalars(self) -> None:
-        """All 0-d states at once, so that those on a device cost one copy."""
-        for (name, row, _), value in zip(self._scalars, scalar_values([one for _, _, one in self._scalars]), strict=True):
-            self.table.put("scalar", name, value, rows=(row,))
-
-    def put_groups(self, optimizer: Optimizer, members: Sequence[Member]) -> None:
-        rows: dict[int, list[int]] = {}
-        for row, member in enumerate(members):
-            rows.setdefault(member.group, []).append(row)
-        for index, group in enumerate(optimizer.param_groups):
-            for key, value in options_of(group):
-                name, own = require_text(self.item, key), rows.get(index, ())
-                self.table.put("hyper", name, self._option(value, index, name, [members[row].name for row in own]), rows=own)
-
-    def _option(self, value: object, index: int, key: str, names: Sequence[Name]) -> Value:
-        """An option of a group; large arrays in it are extras, named by the group's first parameter, which it has anywhere."""
-        place = place_of(self.item, "param_groups", index, key)
-
-        def leaf(one: object, where: str) -> Value:
-            if not is_large(one) or not names:
-                return carried_leaf(one, where)
-            name = place_of("param_groups", *names[0], key)[1:] + where[len(place) :]
-            holders = holders_of(self._job)
-            held = hold(ArrayId("extra", self.item, name, ""), as_tensor(one), role="other", job=self._job, holders=holders)
-            self.arrays.extend(held)
-            return ArrayReference(self.item, name, "torch" if isinstance(one, torch.Tensor) else "numpy")
-
-        return mapped(value, place, leaf)
-
-
-FEW_ELEMENTS = 1024  # below this many nobody quantises a shard
-
-
-def _fewest_quantised(optimizer: Optimizer) -> float:
-    """From how many elements on a shard's state may be a composite tensor on one rank and a plain one on another; infinite for
-    an optimizer beside which no class of composite tensors is defined, which says the same on all ranks."""
-    beside = type(optimizer).__module__.rpartition(".")[0] or type(optimizer).__module__
-    kinds, seen = [torch.Tensor], set[type]()
-    while kinds:
-        kind = kinds.pop()
-        if kind in seen:
-            continue
-        seen.add(kind)
-        kinds += kind.__subclasses__()
-        if hasattr(kind, "__tensor_flatten__") and (kind.__module__.rpartition(".")[0] or kind.__module__) == beside:
-            return FEW_ELEMENTS
-    return inf
-
-
-def most_elements(parts: Placed) -> float:
-    """The elements of the largest shard of a DTensor of which ranks hold unevenly many rows; -1 for another one."""
-    ways = prod(
-        size for size, placement in zip(parts.device_mesh.shape, parts.placements, strict=True) if not placement.is_replicate()
-    )
-    return -1 if ways == 1 or is_even(parts) else -(-parts.shape[0] // ways) * prod(parts.shape[1:])
-
-
-class _NoPlace(Exception):
-    """A tensor inside a state has no place in the whole."""
-
-
-def inner_state(state: str, below: str) -> str:
-    """The state of what stands `below` another one (a JSON pointer): ("dirs", "/0") -> "dirs.0"; a point in a token is `~2`."""
-    return state + below.replace(".", "~2").replace("/", ".")
-
-
-def state_place(item: str, name: Name, state: str) -> str:
-    """The place of one state of one parameter, in messages; and in the per-rank values, if it is a rank's own."""
-    return place_of(item, "state", *name, state)
-
-
-def local_scalar(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain 0-d tensor of a 0-d state; raises LayoutUnsupported for one that is still to be reduced."""
-    parts = placed(settled(tensor))
-    if parts is None:
-        return tensor
-    if not all(placement.is_replicate() for placement in parts.placements):
-        raise LayoutUnsupported(f"a 0-d optimizer state placed as {parts.placements}, expected it to be replicated")
-    return parts.local
-
-
-def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) -> tuple[HeldArray, ...] | None:
-    """What this rank holds of a state; None when it is this rank's own, with no place in the whole.
-
-    A DTensor has its own shape and place. A plain tensor has its parameter's, if it has the shape of the local shard;
-    on a parameter that is not sharded it is whole, whatever its shape.
-    """
-    lying = member.lying
-    if lying is None:
-        return ()
-    memo, plain = job.memo, None if job.memo is None else memorable(tensor)
-    if memo is None or plain is None:
-        return _hold_state(id_, tensor, member=member, job=job, lying=lying)
-    local, spec = plain
-    cause = (lying.held.spec, spec, *parts_of_spec(spec))  # the parameter's spec is an object of its own: it says how that lies
-    if (again := memo.find(tensor, local, id_, "parameter", cause)) is not None:
-        return (again,)
-    found = _hold_state(id_, tensor, member=member, job=job, lying=lying)
-    if found is not None and len(found) == 1:
-        memo.put(tensor, Seen.of(found[0], local, role="parameter", cause=cause))
+def _rows(parts: Sequence[Part], rows: Mapping[Name, int]) -> dict[int, list[list[int]]]:
+    found: dict[int, list[list[int]]] = {}
+    for part in parts:
+        groups: list[list[int]] = [[] for _ in groups_of(part.optimizer)]
+        for member in part.members:
+            groups[member.group].append(rows[member.name])
+        for one in (part.optimizer, *part.delegates):
+            if len(groups_of(one)) == len(groups):
+                found[id(one)] = groups
     return found
-
-
-def _hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job, lying: Lying) -> tuple[HeldArray, ...] | None:
-    tensor = settled(tensor)
-    parts = placed(tensor)
-    local = tensor if parts is None else parts.local
-    if is_composite(local) or (parts is not None and not _same_place(parts, lying.own)):
-        if (parts is None and lying.sharded) or not has_place(tensor, job=job):
-            return None
-        return hold(id_, tensor, role="parameter", job=job, holders=member.known.holders)
-    if tuple(local.shape) == lying.box.shape or lying.box.count == 0 == local.numel():
-        return (_beside(id_, local, lying.held, box=lying.box, shape=lying.shape),)
-    if lying.sharded:
-        return None
-    whole = tuple(local.shape)
-    held = _beside(id_, local, lying.held, box=Box.whole(whole), shape=whole)
-    return (replace(held, placements=("R",) * len(held.placements)),)
-
-
-def _same_place(one: Placed, other: Placed | None) -> bool:
-    return (
-        other is not None
-        and one.shape == other.shape
-        and one.placements == other.placements
-        and one.device_mesh == other.device_mesh
-    )
-
-
-def _beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, *, box: Box, shape: tuple[int, ...]) -> HeldArray:
-    """A plain local tensor that lies in `box` and is shared as its parameter is."""
-    if tuple(tensor.shape) != box.shape:  # an empty shard, whose other axes torch leaves at any extent
-        tensor = tensor.new_empty(box.shape)
-    elements = elements_of(tensor, where=id_)
-    if tail := elements.tail:
-        shape, box = (*shape, *tail), Box((*box.start, *(0 for _ in tail)), (*box.stop, *tail))
-    return HeldArray(
-        ArraySpec(id_, shape, elements.dtype),
-        box,
-        elements.tensor,
-        "parameter",
-        held.sharing,
-        mesh=held.mesh,
-        placements=held.placements,
-        replicas=held.replicas,
-        attributes=elements.attributes,
-        order=elements.order,
-    )

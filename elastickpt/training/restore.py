@@ -7,20 +7,24 @@ from typing import Any
 
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.values import Value
+from elastickpt.training.containers import bind_container
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job
+from elastickpt.training.entries import elements
 from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import Kind, kinds_of
 from elastickpt.training.listing import Binding, Listing, Names
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
+from elastickpt.training.optimizers import Beside
 from elastickpt.training.own import in_memory
 from elastickpt.training.own_loading import bind_model
 from elastickpt.training.perrank import PerRank, Reshardable
 from elastickpt.training.rng import continued, rederived
 from elastickpt.training.schedulers import bind_scheduler
-from elastickpt.training.stateful import bind_container, bind_object, bind_tree, is_stateful
+from elastickpt.training.stateful import bind_object, bind_tree, is_stateful
 from elastickpt.training.values import carried, place_of, revived, shown, typed_key
+from elastickpt.training.zero import refuse_zero
 
 
 def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:
@@ -38,11 +42,14 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
         with draft.entry(model.item.name, state[model.item.name]):
             bind_model(draft, model)
     optimizers: list[BoundOptimizer] = []
+    beside = Beside.of(dict(_of_kinds(state, kinds, "optimizer")))
     binders: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
         "value": lambda key, value: _bind_value(draft, state, key, value),
-        "optimizer": lambda key, value: optimizers.append(bind_optimizer(draft, key, value)),
-        "scheduler": lambda key, value: bind_scheduler(draft, key, value, optimizers=optimizers),
-        "object": lambda key, value: bind_object(draft, key, value),
+        "optimizer": lambda key, value: optimizers.append(bind_optimizer(draft, key, value, beside)),
+        "scheduler": lambda key, value: _each(
+            draft, key, value, lambda one, place: bind_scheduler(draft, key, one, place=place, optimizers=optimizers)
+        ),
+        "object": lambda key, value: _each(draft, key, value, lambda one, place: bind_object(draft, key, one, place=place)),
         "per-rank": lambda key, value: _bind_per_rank(draft, key, value),
         "rng": lambda key, value: _bind_streams(draft, key),  # last: what the others do in install() may draw numbers
     }
@@ -55,6 +62,14 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
 
 def _of_kinds(state: Mapping[str, Any], kinds: Mapping[str, Kind], kind: Kind) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in state.items() if kinds[key] == kind]
+
+
+def _each(draft: Draft, key: str, value: object, binder: Callable[[Any, str], None]) -> None:
+    """Binds the objects of an entry, one or several, at their places."""
+    draft.places.add(place_of(key))
+    for path, one in elements(value).items():
+        refuse_zero(key, one)
+        binder(one, place_of(key, *((path,) if path else ())))
 
 
 def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: object) -> None:

@@ -12,7 +12,7 @@ stages. A list goes by groups if its name says so: torch's own are known, a clas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,13 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.records import OptimizerTable
 from elastickpt.format.values import Value
 from elastickpt.training.draft import Draft
-from elastickpt.training.dtensors import Job
 from elastickpt.training.groups import differ, option_lists
-from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
+from elastickpt.training.members import groups_of
 from elastickpt.training.optimizer_binding import BoundOptimizer
 from elastickpt.training.optimizers import HeldOptimizer
-from elastickpt.training.stateful import bind_tree, hold_tree
+from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
-from elastickpt.training.values import carried, place_of, revived, token
+from elastickpt.training.values import carried, revived, token, typed_key
 
 # The lists of torch's schedulers that have an entry for each param group (format-v1, *Optimizer tables*).
 _TORCH_GROUP_LISTS = frozenset(("_last_lr", "base_lrs", "base_momentums", "lr_lambdas", "max_lrs", "max_momentums", "min_lrs"))
@@ -71,32 +69,35 @@ def _is_group_list(scheduler: LRScheduler, key: str, value: object) -> bool:
     )
 
 
-def hold_scheduler(
-    item: str, scheduler: LRScheduler, *, optimizers: Mapping[int, HeldOptimizer], job: Job, identities: Identities
-) -> tuple[Value, tuple[HeldArray, ...]]:
-    """The value tree and tensors of a scheduler; its group lists go to the tables of `optimizers`, by id of the
-    optimizer.
+LISTS = "@lists"  # /<scheduler>/@lists, a per-rank value: the lists that went to a table, whole, by place [UCF-153]
+
+
+def scheduler_state(
+    scheduler: LRScheduler, *, place: str, optimizers: Iterable[HeldOptimizer]
+) -> tuple[dict[str, object], dict[str, Value]]:
+    """A scheduler's state without its group lists, which go to the table of that of `optimizers` which has its optimizer; and
+    these lists by place, as this rank has them.
 
     Raises ValueNotCarried with the place of what no checkpoint can hold.
     """
 
     def take(place: str, optimizer: Optimizer, entries: Sequence[object]) -> bool:
-        held = optimizers.get(id(optimizer))
+        held = next((one for one in optimizers if id(optimizer) in one.rows), None)
         if held is None:
             return False
-        for index, entry in enumerate(entries):
-            rows = [row for row, member in enumerate(held.members) if member.group == index]
+        lists[place] = carried(list(entries), place)
+        for index, (entry, rows) in enumerate(zip(entries, held.rows[id(optimizer)], strict=True)):
             held.table.put("schedule", place[1:], carried(entry, f"{place}/{index}"), rows=rows)
         return True
 
-    place = place_of(item)
-    masked = _masked(scheduler, scheduler.state_dict(), place, take)
-    return hold_tree(item, masked, place=place, job=job, identities=identities)
+    lists: dict[str, Value] = {}
+    return _masked(scheduler, scheduler.state_dict(), place, take), lists
 
 
-def bind_scheduler(draft: Draft, item: str, scheduler: LRScheduler, *, optimizers: Sequence[BoundOptimizer]) -> None:
+def bind_scheduler(
+    draft: Draft, item: str, scheduler: LRScheduler, *, place: str, optimizers: Sequence[BoundOptimizer]
+) -> None:
     """Gives a scheduler its state, with its group lists put together for the groups that there are now."""
-    place = place_of(item)
     draft.places.add(place)
     if place not in draft.listing.values:
         draft.missing(place, f"the state of a {type(scheduler).__name__}")
@@ -128,45 +129,77 @@ def _group_lists(
         if not keys:
             continue
         bound = next((one for one in optimizers if one.item == table.item), None)
-        view = TableView(table)
         if bound is None or bound.view is None:
-            names = _names_elsewhere(draft, place, scheduler, table, optimizers)
-        else:
-            names = bound.saved_groups()
-        if names is None:
-            draft.differs(place, "value", expected="a scheduler without optimizer", found=f"one of {table.item!r}")
+            found |= _elsewhere(draft, place, scheduler, (table, keys), optimizers, live)
             continue
-        for key in keys:
-            entries = option_lists(names, view, key)
-            found[f"/{key}"] = _entries(draft, f"/{key}", entries, live.get(f"/{key}"))
+        part = bound.part_of(getattr(scheduler, "optimizer", None)) or bound.parts[0]
+        names = bound.saved_groups(part)
+        empty = [index for index, group in enumerate(groups_of(part.optimizer)) if not group["params"]]
+        whole = _whole_lists(draft, place) if empty else None
+        for at, key in ((f"/{key}", key) for key in keys):
+            entries = option_lists(names, bound.view, key)
+            saved = (whole or {}).get(at, ())
+            for index in empty if len(saved) == len(entries) else ():
+                entries[index] = Agreed(carried(saved[index], at))
+            found[at] = _entries(draft, at, entries, live.get(at))
     return found
 
 
-def _names_elsewhere(
-    draft: Draft, place: str, scheduler: LRScheduler, table: OptimizerTable, optimizers: Sequence[BoundOptimizer]
-) -> list[list[Name]] | None:
-    """For each group of the scheduler's optimizer, the saved names of its parameters, where the item of `table` is not
-    in `state`: by the names that models of `state` give them, else by their place among all parameters; where these are
-    of another number, every group stands for all. None for a scheduler without optimizer.
+def _elsewhere(
+    draft: Draft,
+    place: str,
+    scheduler: LRScheduler,
+    saved: tuple[OptimizerTable, Sequence[str]],
+    optimizers: Sequence[BoundOptimizer],
+    live: Mapping[str, Sequence[object]],
+) -> dict[str, list[object]]:
+    """The lists of a scheduler, with these keys of a table, where the item of the table is not in `state`.
+
+    By the names that models of `state` give the parameters of its optimizer; else, by the places of groups, as the rank of
+    this number, or every rank, had them.
     """
+    table, keys = saved
     optimizer = getattr(scheduler, "optimizer", None)
     if not isinstance(optimizer, Optimizer):
-        return None
-    groups = [list(group["params"]) for group in optimizer.param_groups]
-    view = TableView(table)
-    named = [[_saved_name(draft, view, parameter) for parameter in group] for group in groups]
-    key = next((bound.item for bound in optimizers if bound.optimizer is optimizer), None)
+        draft.differs(place, "value", expected="a scheduler without optimizer", found=f"one of {table.item!r}")
+        return {}
+    key = next((bound.item for bound in optimizers if bound.part_of(optimizer) is not None), None)
     where = "is not in `state`" if key is None else f"stands under {key!r} in `state`"
-    saved = f"its optimizer {where}: entries of its groups come from {table.item!r} in the checkpoint"
+    note = f"{place}: its optimizer {where}: entries of its groups come from {table.item!r} in the checkpoint"
+    view = TableView(table)
+    named = [[_saved_name(draft, view, parameter) for parameter in group["params"]] for group in optimizer.param_groups]
     if all(name is not None for group in named for name in group):
-        draft.note(f"{place}: {saved}, by the names of their parameters")
-        return [[name for name in group if name is not None] for group in named]
-    if sum(map(len, groups)) != len(table.parameters):
-        draft.note(f"{place}: {saved}, which has {len(table.parameters)} parameters: what all of them agree on")
-        return [list(table.parameters) for _ in groups]
-    draft.note(f"{place}: {saved}, by the places of their parameters, which have no names here")
-    rows = iter(table.parameters)
-    return [[next(rows) for _ in group] for group in groups]
+        draft.note(f"{note}, by the names of their parameters")
+        names = [[name for name in group if name is not None] for group in named]
+        lists = {f"/{one}": option_lists(names, view, one) for one in keys}
+        return {at: _entries(draft, at, entries, live.get(at)) for at, entries in lists.items()}
+    whole = _whole_lists(draft, place)
+    if whole is not None:
+        draft.note(f"{note}, by the places of groups, as their parameters have no names here")
+        return _fitted(draft, whole, len(named))
+    draft.note(f"{note}: what all its parameters agree on, as they have no names here")
+    everybody = [list(table.parameters) for _ in named]
+    return {f"/{one}": _entries(draft, f"/{one}", option_lists(everybody, view, one), live.get(f"/{one}")) for one in keys}
+
+
+def _whole_lists(draft: Draft, place: str) -> dict[str, list[object]] | None:
+    """The lists of a scheduler as this rank, or every rank, had them; None where nobody, or not everybody, has the same."""
+    agreed = draft.agreed_of_ranks(f"{place}/{LISTS}")
+    if not agreed:
+        return None
+    lists: Any = revived(agreed[0])
+    return {str(where): list(entries) for where, entries in lists.items()}
+
+
+def _fitted(draft: Draft, lists: Mapping[str, list[object]], groups: int) -> dict[str, list[object]]:
+    found = {}
+    for at, entries in lists.items():
+        same = len({typed_key(carried(entry, at)) for entry in entries}) == 1
+        if len(entries) == groups or same:
+            found[at] = entries if len(entries) == groups else entries[:1] * groups
+        else:
+            draft.differs(at, "value", expected=f"entries for {groups} groups", found=f"entries for {len(entries)}")
+    return found
 
 
 def _saved_name(draft: Draft, view: TableView, parameter: torch.Tensor) -> Name | None:

@@ -11,8 +11,8 @@ from elastickpt.training.composites import Path, Saved, cuts_of, is_composite, m
 from elastickpt.training.contexts import NotMade
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Placed, hold, hold_for_loading, place_of_part, placed, placed_as
+from elastickpt.training.held_states import hold_state
 from elastickpt.training.members import Lying, Member
-from elastickpt.training.optimizers import hold_state
 from elastickpt.training.own import own_holders
 from elastickpt.training.strides import empty_in_order
 

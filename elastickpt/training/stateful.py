@@ -1,55 +1,40 @@
-"""Trees of values and tensors: state dicts of objects, and containers that stand in `state` themselves.
+"""Trees of values and tensors: state dicts of objects. Containers that stand in `state` themselves: `containers`.
 
 Saving: tensors become arrays of section `extra`, an ArrayReference stands in their place, all else is carried whole.
 
 Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
 into the one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one.
 The object gets the tree through `load_state_dict`, in `install()`.
-
-Loading a *container of the user* changes it in place, and keeps its structure:
-- tensors are read into the tensors that stand there;
-- a dict keeps its keys: keys on one side only are mismatches (a tensor's only if no rank has it), but an empty dict takes
-  all of a dict without tensors;
-- a list or deque takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and
-  Counters take all;
-- numbers, strings and other leaves become the checkpoint's, whatever they were;
-- what is immutable (a leaf, a tuple, a named tuple) is replaced in the container around it; at the top, in `state` itself.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeGuard
 
-import numpy
 import torch
 
+from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
+from elastickpt.format.values import ArrayReference, ArrayValue, Value
 from elastickpt.training.anew import referred_anew, shape_and_dtype
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
 from elastickpt.training.draft import Draft
-from elastickpt.training.dtensors import Job, hold, placed
-from elastickpt.training.elements import dtype_name
+from elastickpt.training.dtensors import Job, placed
+from elastickpt.training.fresh_tensors import NoPlaceSaid, placed_anew
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
-from elastickpt.training.memory import shares, tensor_over
 from elastickpt.training.modules import hold_tensor
-from elastickpt.training.own import as_tensor, is_large, own_holders
+from elastickpt.training.own import as_tensor, is_large
 from elastickpt.training.strides import order_of
 from elastickpt.training.trees import (
     children,
-    holds_tensors,
-    is_named_tuple,
     mapped,
     named_tuple_of,
     place_of,
-    token,
-    type_name,
     typed_key,
 )
-from elastickpt.training.values import carried_leaf, revived_leaf, shown, tensor_of
+from elastickpt.training.values import carried_leaf, revived_leaf, tensor_of
 
 
 class Stateful(Protocol):
@@ -68,23 +53,32 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
 def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
     """The tree of `value`, which stands at `place` below `item`, and its tensors.
 
-    Raises ValueNotCarried with the place.
+    Raises ValueNotCarried with the places of all that no checkpoint can hold.
     """
     arrays: list[HeldArray] = []
+    refused: list[ValueNotCarried] = []
     above = len(place_of(item)) + 1
 
     def leaf(one: object, where: str) -> Value:
         if not isinstance(one, torch.Tensor) and not is_large(one):
-            return carried_leaf(one, where)
+            try:
+                return carried_leaf(one, where)
+            except ValueNotCarried as error:
+                refused.append(error)
+                return None
         name = where[above:]
         arrays.extend(hold_tensor(item, name, as_tensor(one), job=job, identities=identities))
         return ArrayReference(item, name, "torch" if isinstance(one, torch.Tensor) else "numpy")
 
-    return mapped(value, place, leaf), tuple(arrays)
+    tree = mapped(value, place, leaf)
+    if refused:
+        others = [error.message.partition(";")[0] for error in refused[1:MAX_NAMED]]
+        more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
+        raise ValueNotCarried("; also ".join((refused[0].message, *others)) + more)
+    return tree, tuple(arrays)
 
 
-def _below(item: str, place: str) -> str:
-    return place[len(place_of(item)) + 1 :]
+MAX_NAMED = 20  # of the values that one error names
 
 
 def bind_tree(
@@ -101,7 +95,7 @@ def bind_tree(
 
     `instead` maps places at which the checkpoint has None to what shall stand there. New tensors are made on `device`.
     """
-    own = dict(_tensors(live, place))
+    own = dict(tensors_at(live, place))
     instead = instead or {}
 
     def leaf(one: object, where: str) -> object:
@@ -114,19 +108,22 @@ def bind_tree(
     return mapped(found, place, leaf, named_tuple_of)
 
 
-def _tensors(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_at(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a tree that stands at `place`, each with its own place."""
     if isinstance(value, torch.Tensor):
         yield place, value
     for name, one in children(value):
-        yield from _tensors(one, f"{place}/{name}")
+        yield from tensors_at(one, f"{place}/{name}")
 
 
 def _bind_reference(
     draft: Draft, item: str, found: ArrayReference, live: torch.Tensor | None, device: torch.device | str
 ) -> object:
+    wanted = ArrayId("extra", found.item, found.name, "")
+    if live is None and found.origin == "torch" and (id_ := draft.names.array(wanted)) is not None:
+        return _made_anew(draft, item, found, id_, device)
     if live is None or found.origin != "torch":
         return referred_anew(draft, found, device=device)
-    wanted = ArrayId("extra", found.item, found.name, "")
     if not _fits(draft, wanted, live):
         return referred_anew(draft, found, device=live.device)
     for held in hold_tensor(item, found.name, live, job=draft.job, identities=draft.identities):
@@ -134,6 +131,25 @@ def _bind_reference(
     if draft.names.array(wanted) is not None:
         draft.know(wanted)
     return live
+
+
+def _made_anew(draft: Draft, item: str, found: ArrayReference, id_: ArrayId, device: torch.device | str) -> object:
+    """A tensor that the object does not have yet: a DTensor where the parameters of this process are such; else plain."""
+    try:
+        made = placed_anew(draft, id_)
+    except NoPlaceSaid as reason:
+        draft.know(id_)
+        draft.differs(str(id_), "value", expected=RUN_ONE_STEP, found=str(reason))
+        return None
+    if made is None:
+        return referred_anew(draft, found, device=device)
+    for held in hold_tensor(item, found.name, made, job=draft.job, identities=draft.identities):
+        draft.fill(held)
+    draft.know(id_)
+    return made
+
+
+RUN_ONE_STEP = "a tensor there, to lie as that does: put the optimizer itself into `state`, or make its states before"
 
 
 def _fits(draft: Draft, wanted: ArrayId, live: torch.Tensor) -> bool:
@@ -150,194 +166,14 @@ def _fits(draft: Draft, wanted: ArrayId, live: torch.Tensor) -> bool:
     return (tuple(live.shape), live.dtype) == (shape, dtype) and not is_composite(live) and order in ((), order_of(live))
 
 
-def bind_object(draft: Draft, item: str, live: Stateful) -> None:
-    """Gives the checkpoint's tree of `item` to an object."""
-    place = place_of(item)
+def bind_object(draft: Draft, item: str, live: Stateful, *, place: str) -> None:
+    """Gives the checkpoint's tree at `place`, of `item` or below, to an object."""
     draft.places.add(place)
     if place not in draft.listing.values:
         draft.missing(place, f"the state of a {type(live).__name__}")
         return
     tree = bind_tree(draft, item, draft.listing.values[place], place=place, live=live.state_dict())
     draft.installs.append(lambda: live.load_state_dict(tree))
-
-
-def bind_container(draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
-    """Brings a value of the user to what the checkpoint has; `put` replaces the whole when it is immutable."""
-    new = _Container(draft, item).settled(live, found, place_of(item))
-    if new is not live:
-        draft.installs.append(lambda: put(new))
-
-
-class _Container:
-    """One walk over a container of the user and the checkpoint's tree of it, side by side."""
-
-    def __init__(self, draft: Draft, item: str) -> None:
-        self._draft = draft
-        self._item = item
-
-    def settled(self, live: object, found: Value, place: str) -> object:
-        """What shall stand at `place`: `live` itself where it is changed in place (or refused), or its successor."""
-        if isinstance(live, torch.Tensor):
-            return self._tensor(live, found, place)
-        if (
-            isinstance(found, ArrayReference)
-            and found.origin == "numpy"
-            and not (_opaque(live) or isinstance(live, _CONTAINERS))
-        ):
-            return self._large_numpy(live, found)
-        if type(found) is ArrayReference or _opaque(live):
-            return self._differs(live, found, place)
-        if isinstance(live, numpy.ndarray) and type(found) is ArrayValue:
-            return self._numpy(live, found)
-        if is_named_tuple(live):
-            return self._named_tuple(live, found, place)
-        if (tuple if type(live) is torch.Size else type(live)) is not type(found):
-            replaceable = not isinstance(live, _CONTAINERS) and not holds_tensors(found)
-            return self._new(found, place) if replaceable else self._differs(live, found, place)
-        if isinstance(live, (Counter, set)):
-            if holds_tensors(found):
-                return self._differs(live, found, place)
-            new = self._new(found, place)
-            self._later(lambda: _refill(live, new))
-            return live
-        if isinstance(live, dict):
-            return self._dict(live, found, place)
-        if isinstance(live, (list, tuple, deque)):
-            return self._sequence(live, found, place)
-        return self._new(found, place)
-
-    def _new(self, found: Value, place: str) -> object:
-        """What the checkpoint has, made anew."""
-        return bind_tree(self._draft, self._item, found, place=place, live=None)
-
-    def _later(self, step: Callable[[], None]) -> None:
-        self._draft.installs.append(step)
-
-    def _differs(self, live: object, found: Value, place: str) -> object:
-        self._draft.differs(place, "value", expected=_kind(live), found=_kind(found))
-        return live
-
-    def _tensor(self, live: torch.Tensor, found: Value, place: str) -> object:
-        if type(found) is ArrayReference:
-            wanted = ArrayId("extra", found.item, found.name, "")
-            if is_sparse(live) and wanted in self._draft.listing.composites:
-                return referred_anew(self._draft, found, device=live.device)
-            for held in self._held(found, live, place):
-                self._draft.fill(held)
-            if self._draft.names.array(wanted) is not None:
-                self._draft.know(wanted)
-        elif type(found) is not ArrayValue:
-            self._differs(live, found, place)
-        elif found.shape != tuple(live.shape):
-            self._draft.differs(place, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
-        elif found.dtype != dtype_name(live.dtype):
-            self._draft.differs(place, "dtype", expected=str(live.dtype), found=found.dtype)
-        else:
-            self._later(lambda: copy_into(live, found))
-        return live
-
-    def _held(self, found: ArrayReference, live: torch.Tensor, place: str) -> tuple[HeldArray, ...]:
-        draft, name = self._draft, _below(self._item, place)
-        wanted = ArrayId("extra", found.item, found.name, "")
-        if draft.listing.is_own(wanted):
-            return hold(wanted, live, role="other", job=draft.job, holders=own_holders(draft.job))
-        return hold_tensor(self._item, name, live, job=draft.job, identities=draft.identities)
-
-    def _large_numpy(self, live: object, found: ArrayReference) -> object:
-        """A large array of numpy is read into the one that stands there where that can hold it, else into a new one."""
-        id_ = ArrayId("extra", found.item, found.name, "")
-        spec = self._draft.listing.arrays.get(id_)
-        if not isinstance(live, numpy.ndarray) or spec is None or not live.flags.writeable:
-            return referred_anew(self._draft, found)
-        if (live.shape, live.dtype.name) != (spec.shape, spec.dtype) or not live.dtype.isnative or not shares(live):
-            return referred_anew(self._draft, found)
-        for held in hold(id_, tensor_over(live), role="other", job=self._draft.job, holders=own_holders(self._draft.job)):
-            self._draft.fill(held)
-        return live
-
-    def _numpy(self, live: numpy.ndarray[Any, Any], found: ArrayValue) -> object:
-        new = numpy.asarray(revived_leaf(found))
-        if (new.shape, new.dtype) != (live.shape, live.dtype) or not live.flags.writeable:
-            return new
-        self._later(lambda: live.__setitem__(..., new))
-        return live
-
-    def _dict(self, live: dict[Any, Any], found: Value, place: str) -> object:
-        saved = dict(found) if isinstance(found, dict) else {}
-        if not live and not holds_tensors(found):
-            new = self._new(found, place)
-            self._later(lambda: _refill(live, new))
-            return live
-        for key in live.keys() - saved.keys():
-            self._draft.missing(f"{place}/{token(key)}", _kind(live[key]))
-        for key, value in saved.items():
-            where = f"{place}/{token(key)}"
-            if key not in live:
-                if not _only_tensors(value):  # a tensor may be another rank's: all ranks together find what nobody has
-                    self._draft.unexpected(where, _kind(value))
-                continue
-            new = self.settled(live[key], value, where)
-            if new is not live[key]:
-                self._later(lambda key=key, new=new: live.__setitem__(key, new))  # type: ignore[misc]
-        return live
-
-    def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
-        expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]
-        if not isinstance(found, NamedTupleValue) or (found.type, found.fields) != expected:
-            return self._differs(live, found, place)
-        settled = (
-            self.settled(one, other, f"{place}/{k}") for one, other, k in zip(live, found.values, found.fields, strict=True)
-        )
-        new = tuple(settled)
-        return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple.__new__(type(live), new)
-
-    def _sequence(self, live: list[Any] | tuple[Any, ...] | deque[Any], found: Any, place: str) -> object:
-        if isinstance(live, deque) and live.maxlen != found.maxlen:
-            return self._differs(live, found, place) if holds_tensors(found) else self._new(found, place)
-        if len(live) != len(found):
-            if holds_tensors(found) or any(True for _ in _tensors(live, place)):
-                return self._differs(live, found, place)
-            made: Any = self._new(found, place)
-            if isinstance(live, tuple):
-                return made
-            self._later(lambda: _refill_sequence(live, made))
-            return live
-        new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
-        if isinstance(live, tuple):
-            return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple(new)
-        self._later(lambda: _refill_sequence(live, new))
-        return live
-
-
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-_LEAVES = (numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-
-
-def _opaque(live: object) -> bool:
-    """An object that no checkpoint holds: it cannot be replaced by a plain value without a word."""
-    return not isinstance(live, (*_CONTAINERS, *_LEAVES))
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, dict):
-        return f"a {type(value).__name__} with {len(value)} keys"
-    return shown(value)
-
-
-def _only_tensors(found: Value) -> bool:
-    return all(map(_only_tensors, found.values())) if type(found) is dict else type(found) is ArrayReference
-
-
-def _refill(live: Any, new: Any) -> None:
-    live.clear()
-    live.update(new)
-
-
-def _refill_sequence(live: list[Any] | deque[Any], new: Any) -> None:
-    live.clear()
-    live.extend(new)
 
 
 def copy_into(live: torch.Tensor, value: ArrayValue) -> None:

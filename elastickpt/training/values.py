@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 import ml_dtypes
@@ -77,6 +78,20 @@ def carried(value: object, place: str) -> Value:
     the plain types.
     """
     return mapped(value, place, carried_leaf)
+
+
+def carried_option(value: object, place: str) -> Value:
+    """`carried` for an option of a param group: a member of an enumeration too, by its name."""
+    if isinstance(value, Enum) and value.name in type(value).__members__:
+        return EnumValue(type_name(type(value)), value.name)
+    return carried(value, place)
+
+
+def member_of(live: object, found: EnumValue) -> Enum | None:
+    """The member with that name of the class of `live`; None if that is another class, or has no such member."""
+    if not isinstance(live, Enum) or type_name(type(live)) != found.type:
+        return None
+    return type(live).__members__.get(found.name)
 
 
 def carried_leaf(value: object, place: str) -> Value:

@@ -82,7 +82,7 @@ def test_all_differences_come_in_one_error(case: Any) -> None:
 
     message = str(case.load(change).error)
     assert "3 differences" in message
-    assert message.count("\n") == 3
+    assert message.count("\n") == 4
 
 
 PASSES = {"missing": {"unexpected"}, "unexpected": {"missing"}, "none": {"missing", "unexpected"}, "all": set()}
@@ -159,3 +159,22 @@ def test_a_draft_is_said_to_be_uncommitted(case: Any) -> None:
         error = _refusal(path)
         assert type(error) is Uncommitted
         assert path.name in str(error)
+
+
+@pytest.mark.parametrize(
+    ("saved", "live", "strict", "told"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1}, "all", "strict='missing' lets pass what the checkpoint has beside"),
+        ({"a": 1}, {"a": 1, "b": 2}, "all", "strict='unexpected' lets pass what the state has and the checkpoint lacks"),
+        ({"a": 1, "b": 2}, {"a": 1, "c": 2}, "all", "strict='none' lets pass what the state has and the checkpoint lacks and"),
+        ({"a": 1}, {"a": 1, "b": 2}, "missing", "strict='none' lets pass what the state has and the checkpoint lacks"),
+        ({"a": torch.zeros(2)}, {"a": torch.zeros(3)}, "none", "shapes, element types and values must fit in every mode"),
+    ],
+)
+def test_a_mismatch_says_which_mode_would_let_it_pass(
+    saved: dict[str, Any], live: dict[str, Any], strict: Any, told: str, tmp_path: Path
+) -> None:
+    ek.save(saved, tmp_path / "c")
+    with pytest.raises(StateMismatch) as error:
+        ek.load(live, tmp_path / "c", strict=strict)
+    assert f"(strict={strict!r}; {told}" in error.value.message

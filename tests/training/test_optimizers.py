@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from elastickpt.errors import StateMismatch, StructureConflict, ValueNotCarried
+from elastickpt.errors import LayoutUnsupported, StateMismatch, StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayValue
 from elastickpt.testing.fingerprint import fingerprint
@@ -553,3 +554,101 @@ def test_an_optimizer_of_another_class_is_said() -> None:
     original, other = make_state(OPTIMIZERS["adamw"], 0), make_state(OPTIMIZERS["sgd"], 1)
     train(original, 1)
     assert any(note.startswith("/optimizer: saved by AdamW, now a SGD") for note in load(saved(original), other))
+
+
+class Mode(enum.Enum):
+    SLOW = 1
+    FAST = 2
+
+
+class Level(enum.IntEnum):
+    ONE = 1
+
+
+def with_options(seed: int, **options: Any) -> State:
+    state = make_state(sgd, seed)
+    state["optimizer"].param_groups[0].update(options)
+    return state
+
+
+def test_options_that_are_a_dtype_a_device_or_an_enum_come_back() -> None:
+    own = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "mode": Mode.FAST, "level": Level.ONE}
+    original, other = with_options(0, **own), with_options(1, **{**own, "mode": Mode.SLOW, "dtype": torch.float32})
+    load(saved(original), other)
+    group = other["optimizer"].param_groups[0]
+    assert {key: group[key] for key in own} == own
+    assert group["mode"] is Mode.FAST
+    assert group["level"] is Level.ONE
+
+
+def test_an_enum_is_only_revived_as_a_member_of_the_live_options_class() -> None:
+    checkpoint = saved(with_options(0, mode=Mode.FAST))
+    for live in (Level.ONE, "FAST", None):
+        assert refused(checkpoint, with_options(1, mode=live)) == [("/optimizer/param_groups/0/mode", "value")]
+    assert refused(checkpoint, make_state(sgd, 1)) == [("/optimizer/param_groups/0/mode", "value")]
+
+
+def test_an_enum_inside_a_value_is_refused_with_its_place() -> None:
+    with pytest.raises(ValueNotCarried, match="/x/0"):
+        saved({"x": [Mode.FAST]})
+
+
+def test_a_state_dict_in_the_place_of_a_fresh_optimizer_gets_a_hint() -> None:
+    original = make_state(sgd, 0)
+    train(original, 1)
+    state = {"model": original["model"], "optimizer": original["optimizer"].state_dict()}
+    fresh = make_state(sgd, 1)
+    live = {"model": fresh["model"], "optimizer": fresh["optimizer"].state_dict()}
+    binding = bind(live, rank=0, world_size=1, declared=None, listing=saved(state).listing())
+    (found,) = binding.mismatches
+    assert str(found) == (
+        "/optimizer: value: expected states of 0 parameters (in this process), found states of 6; put the optimizer itself "
+        "into `state`, in place of its state_dict(): it makes the states that it lacks (in the checkpoint)"
+    )
+    live["optimizer"] = original["optimizer"].state_dict()
+    assert bind(live, rank=0, world_size=1, declared=None, listing=saved(state).listing()).mismatches == ()
+
+
+class Scaler:
+    """What DeepSpeed keeps beside its partitions."""
+
+
+def zero_optimizer() -> Any:
+    def state_dict(self: Any) -> dict[str, Any]:
+        return {"loss_scaler": Scaler(), "base": {"hook": sum, "fp32": torch.zeros(3)}, "zero_stage": 2}
+
+    methods = {"state_dict": state_dict, "load_state_dict": lambda self, state: None}
+    return type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2", **methods})()
+
+
+class Wrapping(torch.optim.SGD):
+    """As accelerate wraps it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__([nn.Parameter(torch.zeros(3))], lr=0.1)
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_zero_of_deepspeed_is_refused_once_with_all_that_stands_in_the_way(wrapped: bool) -> None:
+    entry = Wrapping(zero_optimizer()) if wrapped else zero_optimizer()
+    with pytest.raises(LayoutUnsupported) as error:
+        saved({"model": seeded(0), "optimizer": entry})
+    for told in (
+        "DeepSpeedZeroOptimizer is a ZeRO optimizer of DeepSpeed",
+        "/optimizer/loss_scaler (a Scaler)",
+        "/optimizer/base/hook (a builtin_function_or_method)",
+        "ek.PerRank",
+    ):
+        assert told in error.value.message
+
+
+def test_all_that_an_objects_state_dict_has_and_no_checkpoint_holds_is_named_at_once() -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"a": Scaler(), "b": [1, Scaler()], "c": 3}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    with pytest.raises(ValueNotCarried, match=r"value /odd/a: .*; also value /odd/b/1: "):
+        saved({"odd": Odd()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+import elastickpt as ek
 from elastickpt.errors import StateMismatch, ValueNotCarried
 from elastickpt.format.records import Field
 from elastickpt.testing.fingerprint import fingerprint
@@ -202,7 +204,7 @@ def test_a_scheduler_whose_optimizer_is_left_out_takes_the_lists_by_name(name: s
 
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-def test_a_scheduler_alone_takes_the_lists_by_the_places_of_parameters(make: Make) -> None:
+def test_a_scheduler_alone_takes_the_lists_by_the_places_of_groups(make: Make) -> None:
     original, other = make_state(make, 0, 0.1, 0.02), make_state(make, 1, 7.0, 8.0)
     train(original, 4)
     bound(saved(original), {"scheduler": other["scheduler"]})
@@ -214,22 +216,34 @@ def test_a_scheduler_alone_says_where_its_lists_come_from() -> None:
     (note,) = bound(saved(original), {"scheduler": other["scheduler"]})
     assert note == (
         "/scheduler: its optimizer is not in `state`: entries of its groups come from 'optimizer' in the checkpoint, "
-        "by the places of their parameters, which have no names here"
+        "by the places of groups, as their parameters have no names here"
     )
 
 
-def test_a_scheduler_alone_over_other_parameters_takes_what_all_agree_on() -> None:
+def test_a_scheduler_alone_over_other_groups_takes_what_all_agree_on() -> None:
     original = make_state(SCHEDULERS["step"], 0, 0.1)
     train(original, 3)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=3.0)
+    optimizer = torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.zeros(2))]}, {"params": [nn.Parameter(torch.zeros(3))]}], lr=3.0
+    )
     scheduler = SCHEDULERS["step"](optimizer)
     bound(saved(original), {"scheduler": scheduler})
-    assert scheduler.state_dict() == original["scheduler"].state_dict()
+    assert scheduler.base_lrs == [0.1, 0.1]
+    assert scheduler.last_epoch == 3
+    one = SCHEDULERS["step"](torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=3.0))
     original = make_state(SCHEDULERS["step"], 0, 0.1, 0.2)
-    assert refused(saved(original), {"scheduler": scheduler}) == [
-        ("/scheduler/base_lrs/0", "value"),
-        ("/scheduler/_last_lr/0", "value"),
-    ]
+    assert refused(saved(original), {"scheduler": one}) == [("/scheduler/base_lrs", "value"), ("/scheduler/_last_lr", "value")]
+
+
+@pytest.mark.parametrize("strict", ["missing", "none"])
+def test_a_scheduler_alone_is_loaded_from_disk(strict: Any, tmp_path: Path) -> None:
+    """[UCF-153] On disk parameters stand sorted by name, so that their places say nothing of groups."""
+    original, other = make_state(SCHEDULERS["step"], 0, 0.1, 0.02, reverse=True), make_state(SCHEDULERS["step"], 1, 7.0, 8.0)
+    train(original, 3)
+    ek.save(original, tmp_path / "c")
+    report = ek.load({"scheduler": other["scheduler"]}, tmp_path / "c", strict=strict)
+    assert state_of(other) == state_of(original)
+    assert len(report.notes) == 1
 
 
 def test_an_optimizer_under_another_key_is_found_by_identity() -> None:
@@ -313,6 +327,40 @@ def test_a_function_in_a_scheduler_is_refused_with_its_place() -> None:
     state["scheduler"].hook = lambda: None
     with pytest.raises(ValueNotCarried, match="/scheduler/hook: function"):
         saved(state)
+
+
+def with_empty_group(seed: int, lr: float) -> State:
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": lr}, {"params": [], "lr": lr / 2}], momentum=0.9)
+    return {"model": model, "optimizer": optimizer, "scheduler": lr_scheduler.ExponentialLR(optimizer, 0.5)}
+
+
+@pytest.mark.parametrize("layout", ["same", "another"])
+def test_a_group_without_parameters_gets_its_options_and_entries_back(layout: str) -> None:
+    """[UCF-154] And nothing is said of it."""
+    original, other = with_empty_group(0, 0.1), with_empty_group(1, 7.0)
+    original["optimizer"].step()
+    original["scheduler"].step()
+    checkpoint = saved(original)
+    listing = checkpoint.listing() if layout == "same" else replace(checkpoint.listing(), same_layout=False)
+    binding = bind(other, rank=0, world_size=1, declared=None, listing=listing)
+    assert binding.notes == ()
+    checkpoint.fill(binding)
+    assert fingerprint(other) == fingerprint(original)
+    assert [group["lr"] for group in other["optimizer"].param_groups] == [0.05, 0.025]
+    assert other["scheduler"].base_lrs == [0.1, 0.05]
+
+
+def test_a_group_without_parameters_that_the_checkpoint_lacks_is_said_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    original = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
+    other = with_empty_group(1, 7.0)
+    del other["scheduler"]
+    binding = bind(other, rank=0, world_size=1, declared=None, listing=saved(original).listing())
+    (note,) = [note for note in binding.notes if "param_groups/1" in note]
+    assert note == "/optimizer/param_groups/1 has no parameters, and the checkpoint has no such group there: its options stay"
 
 
 def test_tensor_learning_rates_are_kept_by_the_scheduler() -> None:

@@ -1,4 +1,4 @@
-"""What is known by its memory, and code of one rank that would communicate."""
+"""Code of one rank that would communicate is stopped before it does."""
 
 from __future__ import annotations
 
@@ -12,39 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.training.beyond import Known, memory_of, tensors_in
 from elastickpt.training.local_only import collectives_refused
-
-
-def test_a_tensor_is_known_by_its_elements_in_whatever_shape() -> None:
-    tensor = torch.arange(12.0).reshape(3, 4)
-    known = Known([tensor])
-    assert known.has(tensor)
-    assert known.has(tensor.detach().view(4, 3))
-    assert known.has(torch.nn.Parameter(tensor))
-    assert not known.has(tensor.clone())
-    assert not known.has(tensor[:2])
-    assert not known.has(tensor.view(torch.int32))
-
-
-def test_an_empty_tensor_is_known_by_identity_only() -> None:
-    one, other = torch.empty(0), torch.empty(0)
-    assert memory_of(one) is None
-    assert Known([one]).has(one)
-    assert not Known([one]).has(other)
-
-
-def test_the_memory_of_a_composite_tensor_is_that_of_its_parts() -> None:
-    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
-    a, b = torch.zeros(2), torch.zeros(2)
-    known = Known([two(a, b)])
-    assert known.has(two(a, b))
-    assert not known.has(two(b, a))
-
-
-def test_tensors_are_found_in_nested_containers() -> None:
-    one, other = torch.zeros(1), torch.zeros(2)
-    assert list(tensors_in({"a": [one, 3], "b": ({"c": other},)})) == [one, other]
 
 
 @pytest.fixture

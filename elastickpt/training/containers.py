@@ -1,0 +1,234 @@
+"""Containers that stand in `state` themselves, taking what a checkpoint has.
+
+Loading a *container of the user* changes it in place, and keeps its structure:
+- tensors are read into the tensors that stand there;
+- a dict keeps its keys: keys on one side only are mismatches (a tensor's only if no rank has it), but an empty dict takes
+  all of a dict without tensors;
+- a list or deque takes the checkpoint's length where no tensors are in it, else the lengths must be equal; sets and
+  Counters take all;
+- numbers, strings and other leaves become the checkpoint's, whatever they were;
+- what is immutable (a leaf, a tuple, a named tuple) is replaced in the container around it; at the top, in `state` itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import numpy
+import torch
+
+from elastickpt.format.arrays import ArrayId
+from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
+from elastickpt.training.anew import referred_anew
+from elastickpt.training.composites import is_sparse
+from elastickpt.training.draft import Draft
+from elastickpt.training.dtensors import hold
+from elastickpt.training.elements import dtype_name
+from elastickpt.training.held import HeldArray
+from elastickpt.training.memory import shares, tensor_over
+from elastickpt.training.modules import hold_tensor
+from elastickpt.training.own import own_holders
+from elastickpt.training.stateful import bind_tree, copy_into, tensors_at
+from elastickpt.training.trees import (
+    holds_tensors,
+    is_named_tuple,
+    place_of,
+    token,
+    type_name,
+)
+from elastickpt.training.values import revived_leaf, shown
+
+
+def bind_container(draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
+    """Brings a value of the user to what the checkpoint has; `put` replaces the whole when it is immutable."""
+    new = _Container(draft, item).settled(live, found, place_of(item))
+    if new is not live:
+        draft.installs.append(lambda: put(new))
+
+
+class _Container:
+    """One walk over a container of the user and the checkpoint's tree of it, side by side."""
+
+    def __init__(self, draft: Draft, item: str) -> None:
+        self._draft = draft
+        self._item = item
+
+    def settled(self, live: object, found: Value, place: str) -> object:
+        """What shall stand at `place`: `live` itself where it is changed in place (or refused), or its successor."""
+        if isinstance(live, torch.Tensor):
+            return self._tensor(live, found, place)
+        if (
+            isinstance(found, ArrayReference)
+            and found.origin == "numpy"
+            and not (_opaque(live) or isinstance(live, _CONTAINERS))
+        ):
+            return self._large_numpy(live, found)
+        if type(found) is ArrayReference or _opaque(live):
+            return self._differs(live, found, place)
+        if isinstance(live, numpy.ndarray) and type(found) is ArrayValue:
+            return self._numpy(live, found)
+        if is_named_tuple(live):
+            return self._named_tuple(live, found, place)
+        if (tuple if type(live) is torch.Size else type(live)) is not type(found):
+            replaceable = not isinstance(live, _CONTAINERS) and not holds_tensors(found)
+            return self._new(found, place) if replaceable else self._differs(live, found, place)
+        if isinstance(live, (Counter, set)):
+            if holds_tensors(found):
+                return self._differs(live, found, place)
+            new = self._new(found, place)
+            self._later(lambda: _refill(live, new))
+            return live
+        if isinstance(live, dict):
+            return self._dict(live, found, place)
+        if isinstance(live, (list, tuple, deque)):
+            return self._sequence(live, found, place)
+        return self._new(found, place)
+
+    def _new(self, found: Value, place: str) -> object:
+        """What the checkpoint has, made anew."""
+        return bind_tree(self._draft, self._item, found, place=place, live=None)
+
+    def _later(self, step: Callable[[], None]) -> None:
+        self._draft.installs.append(step)
+
+    def _differs(self, live: object, found: Value, place: str) -> object:
+        self._draft.differs(place, "value", expected=_kind(live), found=_kind(found))
+        return live
+
+    def _tensor(self, live: torch.Tensor, found: Value, place: str) -> object:
+        if type(found) is ArrayReference:
+            wanted = ArrayId("extra", found.item, found.name, "")
+            if is_sparse(live) and wanted in self._draft.listing.composites:
+                return referred_anew(self._draft, found, device=live.device)
+            for held in self._held(found, live, place):
+                self._draft.fill(held)
+            if self._draft.names.array(wanted) is not None:
+                self._draft.know(wanted)
+        elif type(found) is not ArrayValue:
+            self._differs(live, found, place)
+        elif found.shape != tuple(live.shape):
+            self._draft.differs(place, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
+        elif found.dtype != dtype_name(live.dtype):
+            self._draft.differs(place, "dtype", expected=str(live.dtype), found=found.dtype)
+        else:
+            self._later(lambda: copy_into(live, found))
+        return live
+
+    def _held(self, found: ArrayReference, live: torch.Tensor, place: str) -> tuple[HeldArray, ...]:
+        draft, name = self._draft, _below(self._item, place)
+        wanted = ArrayId("extra", found.item, found.name, "")
+        if draft.listing.is_own(wanted):
+            return hold(wanted, live, role="other", job=draft.job, holders=own_holders(draft.job))
+        return hold_tensor(self._item, name, live, job=draft.job, identities=draft.identities)
+
+    def _large_numpy(self, live: object, found: ArrayReference) -> object:
+        """A large array of numpy is read into the one that stands there where that can hold it, else into a new one."""
+        id_ = ArrayId("extra", found.item, found.name, "")
+        spec = self._draft.listing.arrays.get(id_)
+        if not isinstance(live, numpy.ndarray) or spec is None or not live.flags.writeable:
+            return referred_anew(self._draft, found)
+        if (live.shape, live.dtype.name) != (spec.shape, spec.dtype) or not live.dtype.isnative or not shares(live):
+            return referred_anew(self._draft, found)
+        for held in hold(id_, tensor_over(live), role="other", job=self._draft.job, holders=own_holders(self._draft.job)):
+            self._draft.fill(held)
+        return live
+
+    def _numpy(self, live: numpy.ndarray[Any, Any], found: ArrayValue) -> object:
+        new = numpy.asarray(revived_leaf(found))
+        if (new.shape, new.dtype) != (live.shape, live.dtype) or not live.flags.writeable:
+            return new
+        self._later(lambda: live.__setitem__(..., new))
+        return live
+
+    def _dict(self, live: dict[Any, Any], found: Value, place: str) -> object:
+        saved = dict(found) if isinstance(found, dict) else {}
+        if not live and not holds_tensors(found):
+            new = self._new(found, place)
+            self._later(lambda: _refill(live, new))
+            return live
+        if _state_dict_of_optimizer(live) and _state_dict_of_optimizer(saved) and len(live["state"]) < len(saved["state"]):
+            have, had = len(live["state"]), len(saved["state"])
+            hint = "put the optimizer itself into `state`, in place of its state_dict(): it makes the states that it lacks"
+            self._draft.differs(place, "value", expected=f"states of {have} parameters", found=f"states of {had}; {hint}")
+            return live
+        for key in live.keys() - saved.keys():
+            self._draft.missing(f"{place}/{token(key)}", _kind(live[key]))
+        for key, value in saved.items():
+            where = f"{place}/{token(key)}"
+            if key not in live:
+                if not _only_tensors(value):  # a tensor may be another rank's: all ranks together find what nobody has
+                    self._draft.unexpected(where, _kind(value))
+                continue
+            new = self.settled(live[key], value, where)
+            if new is not live[key]:
+                self._later(lambda key=key, new=new: live.__setitem__(key, new))  # type: ignore[misc]
+        return live
+
+    def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
+        expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]
+        if not isinstance(found, NamedTupleValue) or (found.type, found.fields) != expected:
+            return self._differs(live, found, place)
+        settled = (
+            self.settled(one, other, f"{place}/{k}") for one, other, k in zip(live, found.values, found.fields, strict=True)
+        )
+        new = tuple(settled)
+        return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple.__new__(type(live), new)
+
+    def _sequence(self, live: list[Any] | tuple[Any, ...] | deque[Any], found: Any, place: str) -> object:
+        if isinstance(live, deque) and live.maxlen != found.maxlen:
+            return self._differs(live, found, place) if holds_tensors(found) else self._new(found, place)
+        if len(live) != len(found):
+            if holds_tensors(found) or any(True for _ in tensors_at(live, place)):
+                return self._differs(live, found, place)
+            made: Any = self._new(found, place)
+            if isinstance(live, tuple):
+                return made
+            self._later(lambda: _refill_sequence(live, made))
+            return live
+        new = [self.settled(one, other, f"{place}/{k}") for k, (one, other) in enumerate(zip(live, found, strict=True))]
+        if isinstance(live, tuple):
+            return live if all(one is other for one, other in zip(live, new, strict=True)) else tuple(new)
+        self._later(lambda: _refill_sequence(live, new))
+        return live
+
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_LEAVES = (numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _state_dict_of_optimizer(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a dict is what torch's optimizers return from `state_dict`."""
+    return isinstance(value, dict) and isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
+
+
+def _opaque(live: object) -> bool:
+    """An object that no checkpoint holds: it cannot be replaced by a plain value without a word."""
+    return not isinstance(live, (*_CONTAINERS, *_LEAVES))
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with {len(value)} keys"
+    return shown(value)
+
+
+def _only_tensors(found: Value) -> bool:
+    return all(map(_only_tensors, found.values())) if type(found) is dict else type(found) is ArrayReference
+
+
+def _refill(live: Any, new: Any) -> None:
+    live.clear()
+    live.update(new)
+
+
+def _refill_sequence(live: list[Any] | deque[Any], new: Any) -> None:
+    live.clear()
+    live.extend(new)
+
+
+def _below(item: str, place: str) -> str:
+    return place[len(place_of(item)) + 1 :]
