@@ -177,7 +177,7 @@ def test_an_object_inside_a_state_is_refused_with_what_to_do(tmp_path: Path) -> 
         (_Object({}), "put it at the top of `state`"),
     ):
         with pytest.raises(ValueNotCarried, match=f"/v/a: .*{what}"):
-            ek.save({"v": {"a": value}}, tmp_path / "a")
+            ek.save({"v": {"a": value, "b": 1}}, tmp_path / "a")  # of objects alone a dict is taken
 
 
 def test_a_class_that_is_not_there_at_loading_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
