@@ -62,7 +62,7 @@ UNCARRIED: dict[str, tuple[Callable[[], object], str]] = {
     "key that is no plain value": (lambda: {"d": {_Thing(): 1}}, "/v/d"),
     "container inside itself": (_looped, "/v/0/0"),
     "too deep": (lambda: _nested(40), "/v/0/0"),
-    "sparse tensor": (lambda: {"t": torch.eye(2).to_sparse()}, "v/t"),
+    "sparse tensor by rows": (lambda: {"t": torch.eye(2).to_sparse_csr()}, "v/t"),
     "meta tensor": (lambda: {"t": torch.empty(2, device="meta")}, "v/t"),
     "quantised tensor": (lambda: {"t": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "v/t"),
     "conjugate view": (lambda: {"t": torch.ones(2, dtype=torch.complex64).conj()}, "v/t"),

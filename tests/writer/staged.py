@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from elastickpt.commit.contents import Contents, Outline
+from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.finish import finish
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.format.encode_fragments import encode_fragments
-from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap
+from elastickpt.format.records import FileDigest, FragmentMap
 from elastickpt.save.fragments import own_tables
 from elastickpt.save.merge import MergedStructure, SharedArray, merge
+from elastickpt.save.outline import outline_of, records_of
 from elastickpt.save.plan import plan_writes
 from elastickpt.save.staging import Stager
 from elastickpt.save.structure import table_of
@@ -65,23 +66,14 @@ class Rank:
         merged = merge([table_of(live)], [(0,)])
         shared = merged.shared[0]
         plan = plan_writes(live.arrays, shared, rank=0)
-        records = [
-            ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), held.attributes)
-            for held, fact in zip(live.arrays, shared, strict=True)
-        ]
-        return cls(live, shared, merged, prepare(plan, documents_of(plan, records), arena_nbytes=arena_nbytes))
+        documents = documents_of(plan, records_of(live.arrays, shared))
+        return cls(live, shared, merged, prepare(plan, documents, arena_nbytes=arena_nbytes))
 
     def arena(self) -> Arena:
         return Arena.create(self.prepared.arena_nbytes)
 
     def contents(self) -> Contents:
-        merged = self.merged
-        arrays = tuple(
-            ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
-            for a in sorted(merged.arrays.values(), key=lambda shared: shared.key)
-        )
-        outline = Outline(1, "plain", (), merged.items, merged.meshes, merged.layouts, arrays, merged.tied)
-        return Contents(outline, None, 0.0, dict(self.live.values))
+        return Contents(outline_of(self.merged, world_size=1), None, 0.0, dict(self.live.values))
 
     def template(self, draft: Draft) -> bytes:
         tables = own_tables(self.live, self.shared, rank=0)
