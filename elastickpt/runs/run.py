@@ -208,7 +208,8 @@ class Run:
             raise self._superseded
         number, known, refused = 0, metrics_of(()), None
         try:
-            number, known = step_number(step), metrics_of((metrics or {}).items())
+            number = step_number(step)
+            known = metrics_of((metrics or {}).items())
         except Refused as error:
             refused = error
         begun = time.monotonic()

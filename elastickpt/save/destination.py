@@ -66,6 +66,10 @@ class Destination(Protocol):
     @property
     def metrics(self) -> Metrics: ...
 
+    def require_accepted(self) -> None:
+        """Raises Refused if this rank's part of the save cannot be accepted: all ranks hear why, and the place is not taken."""
+        ...
+
     def locate(self) -> Located:
         """Opens the store; blocking, not on the thread that trains. Raises what opening raises."""
         ...
@@ -84,6 +88,9 @@ class PathDestination:
         """Relative paths are below the working directory of now."""
         text = os.fspath(path)
         return cls(text if "://" in text or not text else os.path.abspath(local_path(text)), step)
+
+    def require_accepted(self) -> None:
+        """Every path may be tried."""
 
     def locate(self) -> Located:
         return _Path(*locate_for_saving(self.place))
@@ -123,9 +130,11 @@ class RunDestination:
     def place(self) -> str:
         return f"{self.store.url}, step {self.step} of epoch {self.epoch}"
 
-    def locate(self) -> Located:
+    def require_accepted(self) -> None:
         if self.refused is not None:
             raise self.refused
+
+    def locate(self) -> Located:
         return _Step(self.store, self.holding, self.step)
 
 

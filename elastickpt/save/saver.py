@@ -146,6 +146,7 @@ class Saver:
         """Captures, and stages by a plan that is known; returns what is left to do once the rounds have begun. What fails is
         left to the rounds, in which all ranks learn of it."""
         try:
+            task.destination.require_accepted()
             under_way.begin(task.destination.place)
             task.marked = True
             task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)

@@ -27,6 +27,7 @@ from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMi
 from elastickpt.runs import restoring as restoring_module
 from elastickpt.runs.branch import history
 from elastickpt.runs.events import RestoreEvent, SaveEvent
+from elastickpt.save import under_way
 
 OPTIONS = ek.RunOptions(signals={})
 BOUND_S = 60.0
@@ -534,3 +535,25 @@ def test_a_path_from_home_leads_there(
     (work / "~").mkdir()
     ek.save(training.state, "./~/kept", step=1)
     assert (work / "~" / "kept" / "checkpoint.json").exists()
+
+
+@pytest.mark.parametrize(("step", "metrics", "place"), [("two", {}, 0), (2, {"loss": torch.ones(2)}, 2)])
+def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
+    tmp_path: Path, training: Training, caplog: pytest.LogCaptureFixture, step: object, metrics: dict[str, object], place: int
+) -> None:
+    """Saves follow each other at once: one to the same step is still under way."""
+    taken = f"{tmp_path.as_uri()}/run, step {place} of epoch 1"
+    with ek.Run(tmp_path / "run", training.state, options=OPTIONS) as run:
+        run.restore()
+        under_way.begin(taken)
+        try:
+            with pytest.raises(Refused) as refused:
+                run.save(step, metrics=metrics)  # type: ignore[arg-type]
+            run.close()
+            with pytest.raises(Refused, match="under way"):
+                under_way.require_idle(taken)
+        finally:
+            under_way.end(taken)
+    (said,) = [line for record in caplog.records if "not saved" in (line := record.getMessage())]
+    assert f"step {place} of epoch 1: not saved" in said
+    assert str(refused.value) in said
