@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tools.clients.case import Case, Job, Life, batch, digest, looped, model, states_of, train
-from tools.clients.library import cases_of, row
+from tools.clients.lives import cases_of, row
 from tools.clients.table import markdown
 
 

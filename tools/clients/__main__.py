@@ -22,7 +22,7 @@ LIBRARIES = (
 
 def rows_of(library: str, only: str) -> Iterator[Row]:
     """Rows as they are made; one that says so where the library cannot be imported."""
-    command = [sys.executable, "-m", "tools.clients.library", library, only]
+    command = [sys.executable, "-m", "tools.clients.lives", library, only]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as process:
         for line in process.stdout or ():
@@ -35,14 +35,14 @@ def rows_of(library: str, only: str) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.clients", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose library and name, with a space between, have this text")
-    parser.add_argument("--library", action="append", choices=LIBRARIES, help="these libraries only")
+    parser.add_argument("--package", action="append", choices=LIBRARIES, help="these libraries only")
     parser.add_argument("--out", type=Path, help="write the table there, too")
     options = parser.parse_args()
     rows: list[Row] = []
-    for library in options.library or LIBRARIES:
+    for library in options.package or LIBRARIES:
         for one in rows_of(library, options.only):
             rows.append(one)
-            print(f"{one.library:18} {one.name:28} {one.processes}  {one.verdict:12} {one.why}", file=sys.stderr, flush=True)
+            print(f"{one.package:18} {one.name:28} {one.processes}  {one.verdict:12} {one.why}", file=sys.stderr, flush=True)
     text = markdown(rows)
     print(text)
     if options.out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Life:
 class Case:
     """`run` is the whole script of a life, and returns all that has to be the same at its end. `processes`: on how many."""
 
-    library: str
+    package: str
     name: str
     run: Callable[[Life], object]
     processes: tuple[int, ...] = (1,)
@@ -73,7 +74,7 @@ class Case:
 class Row:
     """What became of a case: "bit for bit", "differs", "refused", "fails" or "not tried"."""
 
-    library: str
+    package: str
     name: str
     processes: int
     verdict: str
@@ -141,6 +142,8 @@ def wrapped(module: torch.nn.Module, processes: int) -> torch.nn.Module:
 
 def train(module: torch.nn.Module, optimizer: Any) -> Callable[[int], object]:
     """The usual step, with a closure for who wants one."""
+    closure_of = inspect.signature(optimizer.step).parameters.get("closure")
+    wants_closure = closure_of is not None and closure_of.default is closure_of.empty
 
     def step(number: int) -> object:
         inputs = batch(number)
@@ -151,7 +154,7 @@ def train(module: torch.nn.Module, optimizer: Any) -> Callable[[int], object]:
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
             return loss
 
-        if getattr(optimizer, "wants_closure", False):
+        if wants_closure:
             return optimizer.step(closure)
         closure()
         return optimizer.step()

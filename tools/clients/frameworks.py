@@ -219,7 +219,7 @@ def _skorch(life: Life) -> object:
 
 def cases(library: str) -> Iterator[Case]:
     """Those of one library; none of another one."""
-    yield from (case for case in _CASES if case.library == library)
+    yield from (case for case in _CASES if case.package == library)
 
 
 _CASES = (

@@ -114,7 +114,7 @@ def _torchao_weights(processes: int) -> Job:
 
 def cases(library: str) -> Iterator[Case]:
     """Those of one library; none of another one."""
-    yield from (case for case in _CASES if case.library == library)
+    yield from (case for case in _CASES if case.package == library)
 
 
 _CASES = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import elastickpt as ek
 from tools.clients.case import Case, Job, Life, looped, model, states_of, train, wrapped
 
 Make = Callable[[Any], Any]
@@ -19,7 +20,7 @@ def _script(make: Make) -> Callable[[Life], object]:
         net = wrapped(model(), processes)
         optimizer = make(net)
         return Job(
-            {"model": net, "optimizer": optimizer},
+            {"model": net, "optimizer": optimizer, "rng": ek.RNG()},
             train(net, optimizer),
             lambda: (dict(net.state_dict()), states_of(optimizer)),
         )

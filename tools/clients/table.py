@@ -34,8 +34,8 @@ def markdown(rows: Sequence[Row]) -> str:
     for one in rows:
         counts[one.verdict] = counts.get(one.verdict, 0) + 1
     total = ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items(), key=lambda item: -item[1]))
-    tried = ", ".join(f"{name} {at}" for name, at in versions(sorted({one.library for one in rows})).items())
+    tried = ", ".join(f"{name} {at}" for name, at in versions(sorted({one.package for one in rows})).items())
     lines = [_HEAD, f"{len(rows)} rows: {total}. {tried}.", "", "| library | what | processes | | |", "|---|---|---|---|---|"]
-    ranked = sorted(rows, key=lambda one: (_ORDER.get(one.verdict, 9), one.library, one.name, one.processes))
-    lines += [f"| {one.library} | {one.name} | {one.processes} | {one.verdict} | {one.why} |" for one in ranked]
+    ranked = sorted(rows, key=lambda one: (_ORDER.get(one.verdict, 9), one.package, one.name, one.processes))
+    lines += [f"| {one.package} | {one.name} | {one.processes} | {one.verdict} | {one.why} |" for one in ranked]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""All cases of one library, in a process that imports it once: `python -m tools.clients.library LIBRARY [TEXT]`.
+"""All cases of one library, in a process that imports it once: `python -m tools.clients.lives LIBRARY [TEXT]`.
 
 Each life of a case is a process of its own, forked from this one, which trains nothing itself. Prints a row a line, as JSON.
 """
@@ -61,7 +61,7 @@ def row(case: Case, processes: int) -> Row:
 
 
 def _row(case: Case, processes: int, verdict: str, why: str) -> Row:
-    return Row(case.library, case.name, processes, verdict, why)
+    return Row(case.package, case.name, processes, verdict, why)
 
 
 def _lived(case: Case, life: Life) -> _Ended:
@@ -135,7 +135,7 @@ def main(library: str, only: str = "") -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for case in cases_of(library):
-        if only.lower() in f"{case.library} {case.name}".lower():
+        if only.lower() in f"{case.package} {case.name}".lower():
             for processes in case.processes:
                 print(json.dumps(asdict(row(case, processes))), flush=True)
 
