@@ -106,6 +106,9 @@ def _parts(value: object) -> Iterator[bytes]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for one in value:
             yield from _parts(one)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield type(value).__name__.encode()
+        yield from _parts(vars(value))
     else:
         yield repr(value).encode()
 
@@ -142,6 +145,8 @@ def wrapped(module: torch.nn.Module, processes: int) -> torch.nn.Module:
 
 def train(module: torch.nn.Module, optimizer: Any) -> Callable[[int], object]:
     """The usual step, with a closure for who wants one."""
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()  # schedule-free ones ask for it
     closure_of = inspect.signature(optimizer.step).parameters.get("closure")
     wants_closure = closure_of is not None and closure_of.default is closure_of.empty
 
