@@ -12,9 +12,7 @@ ek.adopt(root)          # have whole checkpoints of a run count whose registers 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from elastickpt.format.release import RELEASE as __version__
@@ -22,8 +20,10 @@ from elastickpt.format.release import RELEASE as __version__
 if TYPE_CHECKING:
     from elastickpt import elastic as elastic
     from elastickpt import errors as errors
-    from elastickpt.load.checkpoint import Checkpoint as Checkpoint
-    from elastickpt.load.session import LoadReport as LoadReport
+    from elastickpt.ledger.retention import Best as Best
+    from elastickpt.ledger.retention import Keep as Keep
+    from elastickpt.loading.checkpoint import Checkpoint as Checkpoint
+    from elastickpt.loading.session import LoadReport as LoadReport
     from elastickpt.runs.adopting import AdoptReport as AdoptReport
     from elastickpt.runs.adopting import adopt as adopt
     from elastickpt.runs.due import Every as Every
@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from elastickpt.runs.opening import open_checkpoint as open
     from elastickpt.runs.options import RunOptions as RunOptions
     from elastickpt.runs.restoring import Restored as Restored
-    from elastickpt.runs.retention import Best as Best
-    from elastickpt.runs.retention import Keep as Keep
     from elastickpt.runs.run import Run as Run
-    from elastickpt.save.async_save import async_save as async_save
-    from elastickpt.save.handle import SaveHandle as SaveHandle
-    from elastickpt.save.info import CheckpointInfo as CheckpointInfo
-    from elastickpt.save.options import AsyncOptions as AsyncOptions
-    from elastickpt.save.session import save as save
+    from elastickpt.saving.async_save import async_save as async_save
+    from elastickpt.saving.handle import SaveHandle as SaveHandle
+    from elastickpt.saving.info import CheckpointInfo as CheckpointInfo
+    from elastickpt.saving.options import AsyncOptions as AsyncOptions
+    from elastickpt.saving.session import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
     from elastickpt.training.trainable import trainable as trainable
@@ -48,25 +46,25 @@ if TYPE_CHECKING:
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
     "AdoptReport": ("elastickpt.runs.adopting", "AdoptReport"),
-    "AsyncOptions": ("elastickpt.save.options", "AsyncOptions"),
-    "Checkpoint": ("elastickpt.load.checkpoint", "Checkpoint"),
-    "CheckpointInfo": ("elastickpt.save.info", "CheckpointInfo"),
-    "Best": ("elastickpt.runs.retention", "Best"),
+    "AsyncOptions": ("elastickpt.saving.options", "AsyncOptions"),
+    "Checkpoint": ("elastickpt.loading.checkpoint", "Checkpoint"),
+    "CheckpointInfo": ("elastickpt.saving.info", "CheckpointInfo"),
+    "Best": ("elastickpt.ledger.retention", "Best"),
     "Every": ("elastickpt.runs.due", "Every"),
-    "Keep": ("elastickpt.runs.retention", "Keep"),
-    "LoadReport": ("elastickpt.load.session", "LoadReport"),
+    "Keep": ("elastickpt.ledger.retention", "Keep"),
+    "LoadReport": ("elastickpt.loading.session", "LoadReport"),
     "PerRank": ("elastickpt.training.perrank", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
     "Restored": ("elastickpt.runs.restoring", "Restored"),
     "Run": ("elastickpt.runs.run", "Run"),
     "RunOptions": ("elastickpt.runs.options", "RunOptions"),
-    "SaveHandle": ("elastickpt.save.handle", "SaveHandle"),
+    "SaveHandle": ("elastickpt.saving.handle", "SaveHandle"),
     "YoungDaly": ("elastickpt.runs.due", "YoungDaly"),
     "adopt": ("elastickpt.runs.adopting", "adopt"),
-    "async_save": ("elastickpt.save.async_save", "async_save"),
+    "async_save": ("elastickpt.saving.async_save", "async_save"),
     "load": ("elastickpt.runs.loading", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
-    "save": ("elastickpt.save.session", "save"),
+    "save": ("elastickpt.saving.session", "save"),
     "trainable": ("elastickpt.training.trainable", "trainable"),
 }
 
@@ -111,14 +109,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """This package; importing a part of the package `elastickpt.load` would bind that package to the name `load` here."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -65,8 +65,8 @@ def imports_torch_for_types_only(tree: ast.Module) -> bool:
 def test_torch_is_imported_only_where_live_state_is() -> None:
     layers = {name.partition("/")[0] for name in importers("torch")}
     typing_only = {where(path) for path, tree in TREES.items() if imports_torch_for_types_only(tree)}
-    assert layers <= {"training", "testing", "save", "load", "runs", "elastic"}
-    assert {name for name in importers("torch") if name.startswith(("save/", "load/", "runs/"))} <= typing_only
+    assert layers <= {"training", "ranks", "testing", "saving", "loading", "runs", "elastic"}
+    assert {name for name in importers("torch") if name.startswith(("saving/", "loading/", "runs/"))} <= typing_only
 
 
 def test_names_that_torch_keeps_private_are_used_in_training_only() -> None:
@@ -76,7 +76,7 @@ def test_names_that_torch_keeps_private_are_used_in_training_only() -> None:
         for name, node in imports(tree):
             if name.startswith("torch") and any(part.startswith("_") for part in name.split(".")):
                 found.add(where(path, node).partition("/")[0])
-    assert found <= {"training", "testing"}  # the gloo harness opens its own store
+    assert found <= {"training", "ranks", "testing"}  # the gloo harness opens its own store
 
 
 def test_nothing_unpickles() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.runs.branch import history
+from elastickpt.ledger.branch import history
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

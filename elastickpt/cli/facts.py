@@ -14,7 +14,7 @@ from elastickpt.format.box import Box
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Field, FieldKind, Manifest, OptimizerTable
 from elastickpt.format.values import Value, pointer_token, value_digest
-from elastickpt.load.checkpoint import Checkpoint
+from elastickpt.loading.checkpoint import Checkpoint
 
 Setting = tuple[FieldKind, str]  # a column of an optimizer table: its kind and key
 

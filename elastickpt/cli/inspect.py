@@ -15,7 +15,7 @@ from elastickpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from elastickpt.cli.facts import Facts
-    from elastickpt.load.checkpoint import Checkpoint
+    from elastickpt.loading.checkpoint import Checkpoint
     from elastickpt.runs.opening import RunAt
 
 SCHEMA = "ckpt-convert.inspect/1"
@@ -68,7 +68,7 @@ def add(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the checkpoint or the run; the exit code."""
-    from elastickpt.load.checkpoint import Checkpoint
+    from elastickpt.loading.checkpoint import Checkpoint
     from elastickpt.runs.opening import open_path
 
     try:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _misplaced(args: argparse.Namespace, found: Checkpoint | RunAt) -> str:
     """Options that were given and are of the other kind, and what they are of; "" for none. [CLI-28]"""
-    from elastickpt.load.checkpoint import Checkpoint
+    from elastickpt.loading.checkpoint import Checkpoint
 
     options, of = _OF_CHECKPOINTS, "of a checkpoint, and this is a run: name one with RUN@STEP"
     if isinstance(found, Checkpoint):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from elastickpt.errors import Refused
 
 if TYPE_CHECKING:
-    from elastickpt.runs.retention import Keep
+    from elastickpt.ledger.retention import Keep
 
 
 def keep_argument(text: str) -> Keep:
     """The rules that the words say. Raises argparse's error for bad usage."""
-    from elastickpt.runs.keep_words import keep_of
+    from elastickpt.ledger.keep_words import keep_of
 
     try:
         return keep_of(text)

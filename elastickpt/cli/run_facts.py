@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastickpt.cli.exitcodes import code_of, gravest
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.records import Manifest
-from elastickpt.runs.branch import CommitEntry
-from elastickpt.runs.epoch_history import EpochEntry, epoch_history
-from elastickpt.runs.findings import Finding, Rules, read_told
-from elastickpt.runs.keep_words import keep_of, words_of
+from elastickpt.ledger.branch import CommitEntry
+from elastickpt.ledger.epoch_history import EpochEntry, epoch_history
+from elastickpt.ledger.findings import Finding, Rules, read_told
+from elastickpt.ledger.keep_words import keep_of, words_of
+from elastickpt.ledger.retention import Keep, Verdict, judge
+from elastickpt.ledger.steps import complete
 from elastickpt.runs.opening import RunAt
-from elastickpt.runs.retention import Keep, Verdict, judge
 
 
 @dataclass(frozen=True, slots=True)

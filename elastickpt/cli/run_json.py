@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from elastickpt.cli.run_facts import CheckpointFact, RunFacts
 from elastickpt.format.values import encode_value
-from elastickpt.runs.epoch_history import EpochEntry
-from elastickpt.runs.findings import Finding
+from elastickpt.ledger.epoch_history import EpochEntry
+from elastickpt.ledger.findings import Finding
 
 Json = dict[str, object]
 SCHEMA = "ckpt-convert.inspect-run/1"

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
 from elastickpt.cli.run_facts import CheckpointFact, KeepFact, RunFacts, layout_text
 from elastickpt.cli.text import age_text, nbytes_text, plural, printable, time_text
-from elastickpt.runs.epoch_history import EpochEntry
-from elastickpt.runs.findings import Finding
-from elastickpt.runs.retention import Keep, Verdict
+from elastickpt.ledger.epoch_history import EpochEntry
+from elastickpt.ledger.findings import Finding
+from elastickpt.ledger.retention import Keep, Verdict
 
 _CHECKPOINTS = (
     Column("step", "right", style="bold"),

@@ -18,8 +18,8 @@ from elastickpt.cli.text import nbytes_text, plural, printable
 from elastickpt.errors import CheckpointError, NotACheckpoint
 
 if TYPE_CHECKING:
-    from elastickpt.load.checkpoint import Checkpoint
-    from elastickpt.load.verify import Problem
+    from elastickpt.loading.checkpoint import Checkpoint
+    from elastickpt.loading.verify import Problem
 
 SCHEMA = "ckpt-convert.verify/1"
 MAX_PROBLEMS = 1000  # of one checkpoint that are listed [CLI-30]
@@ -122,7 +122,7 @@ def _raise(problem: CheckpointError) -> Checkpoint:
 
 
 def _verified(target: _Target, progress: Progress) -> Outcome:
-    from elastickpt.load.verify import Problem
+    from elastickpt.loading.verify import Problem
 
     step = None
     try:

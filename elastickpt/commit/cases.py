@@ -9,10 +9,10 @@ import msgpack
 
 from elastickpt.commit.draft import Draft
 from elastickpt.commit.orders import Committed
-from elastickpt.commit.registers.names import AttemptId, parse_id
-from elastickpt.commit.registers.records import Metrics
 from elastickpt.errors import Malformed, RankFailure
 from elastickpt.format.records import FileDigest
+from elastickpt.ledger.names import AttemptId, parse_id
+from elastickpt.ledger.records import Metrics
 from elastickpt.storage.store import Durability
 
 

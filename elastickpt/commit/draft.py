@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastickpt.commit.marks import marked
-from elastickpt.comms.processes import process_fields, process_start
 from elastickpt.errors import (
     CheckpointError,
     Malformed,
@@ -35,11 +34,11 @@ from elastickpt.format.arrays import Section
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.encode_manifest import decode_manifest
-from elastickpt.format.keys import MANIFEST
+from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.ranks.processes import process_fields, process_start
 from elastickpt.storage.store import Store
 
-TOKEN = "draft.json"
 CONTENTS = "draft.contents"  # what another committer needs, while the draft is one [SAVE-85]
 ABORTED = ".aborted"
 MAX_TOKEN_NBYTES = 4096
@@ -139,7 +138,7 @@ def begin(store: Store, draft: Draft, *, sections: Iterable[Section] = ()) -> No
     _UNDER_WAY.add(draft.attempt)
     try:
         store.make_directories(draft.folder)
-        store.create(draft.path(TOKEN), _token(draft))
+        store.create(draft.path(DRAFT_TOKEN), _token(draft))
         for folder in ("fragments", *sorted(sections)):
             store.make_directories(draft.path(folder))
     except CheckpointError as error:
@@ -153,7 +152,7 @@ def begin(store: Store, draft: Draft, *, sections: Iterable[Section] = ()) -> No
 def require_token(store: Store, draft: Draft) -> None:
     """Raises PlacementUnsupported if this writer does not see the committer's draft. [SAVE-21]"""
     try:
-        found = store.read(draft.path(TOKEN), MAX_TOKEN_NBYTES)
+        found = store.read(draft.path(DRAFT_TOKEN), MAX_TOKEN_NBYTES)
     except MissingFile:
         found = b""
     if found != _token(draft):

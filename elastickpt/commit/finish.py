@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from elastickpt.commit.attest import read_attested
 from elastickpt.commit.contents import Contents, parts_of
-from elastickpt.commit.draft import CONTENTS, TOKEN, Draft, commit
+from elastickpt.commit.draft import CONTENTS, Draft, commit
 from elastickpt.commit.prove import merge_tables, prove, require_distinct_ranges
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.errors import CheckpointError, NotDurable
@@ -17,7 +17,7 @@ from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import encode_manifest
 from elastickpt.format.features import OWN_ENTRIES, features_used, has_own_entries
-from elastickpt.format.keys import MANIFEST, index_file
+from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST, index_file
 from elastickpt.format.records import (
     ArrayRecord,
     FileDigest,
@@ -153,7 +153,7 @@ def _record(
     )
     data = encode_manifest(manifest)
     create(draft.path(MANIFEST), data)
-    for leftover in (TOKEN, CONTENTS):
+    for leftover in (DRAFT_TOKEN, CONTENTS):
         store.remove(draft.path(leftover))
     return Recorded(manifest, file_digest(data)), created
 

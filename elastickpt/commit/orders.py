@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Metrics
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Metrics
 
 
 @dataclass(frozen=True, slots=True)

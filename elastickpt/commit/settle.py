@@ -17,16 +17,10 @@ from enum import StrEnum
 from elastickpt.commit.cases import Case, Verdict
 from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.draft import CONTENTS, TOKEN, abort
+from elastickpt.commit.draft import CONTENTS, abort
 from elastickpt.commit.finish import publish, record, sync_name, sync_records
 from elastickpt.commit.handed import left_contents
 from elastickpt.commit.orders import Committed
-from elastickpt.commit.registers.epochs import Outcome, acknowledge, decide, superseded
-from elastickpt.commit.registers.folders import remove_folder
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort, Commit
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_register
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.errors import (
     CheckpointError,
@@ -42,9 +36,15 @@ from elastickpt.errors import (
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
-from elastickpt.format.keys import MANIFEST
+from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import ArrayRecord, FileDigest, Manifest
+from elastickpt.ledger.epochs import Outcome, acknowledge, decide, superseded
+from elastickpt.ledger.folders import remove_folder
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_register
 from elastickpt.storage.store import Store
 
 
@@ -135,7 +135,7 @@ def _abort_register(store: Store, case: Case, register: AttemptId, report: tuple
             return standing  # it has its name, which alone failed to be synced
         if not isinstance(error, NoSpace):
             raise
-        for leftover in (TOKEN, CONTENTS):
+        for leftover in (DRAFT_TOKEN, CONTENTS):
             store.remove(case.draft.path(leftover))
         said = complete(decide(store, Abort(register, reason)))
     return Standing.COMMITTED if isinstance(said, Commit) else Standing.ABORTED

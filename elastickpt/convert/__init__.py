@@ -1,1 +1,1 @@
-"""The conversion engine. Its place is kept; it is not built yet."""
+"""Conversions: one form of a checkpoint becomes another, by programs of the language, without torch."""

@@ -13,11 +13,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.commit.draft import TOKEN, Draft, abort, begin, commit, new_draft, require_free, sweep
+from elastickpt.commit.draft import Draft, abort, begin, commit, new_draft, require_free, sweep
 from elastickpt.convert.nodes import Node
 from elastickpt.convert.reading import OPEN_FILES, lattice
 from elastickpt.foreign.file_plans import FilePlan
 from elastickpt.format.dtypes import dtype_named
+from elastickpt.format.keys import DRAFT_TOKEN
 from elastickpt.language.held import HeldPiece
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import RangeWriter
@@ -109,7 +110,7 @@ class FilesTarget:
                 if data:
                     writer.write(offset, memoryview(data))
         self._close()
-        self._store.remove(self.draft.path(TOKEN))
+        self._store.remove(self.draft.path(DRAFT_TOKEN))
         self._sync()
         if self._single:
             (plan,) = self._plans

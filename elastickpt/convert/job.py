@@ -29,7 +29,7 @@ from elastickpt.language.printer import print_program
 from elastickpt.language.rules import axes_of
 from elastickpt.language.shelf import name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
-from elastickpt.load.opened import open_records
+from elastickpt.loading.opened import open_records
 from elastickpt.storage.opening import locate
 
 _PROGRAMS: Mapping[Format, str] = {"megatron-legacy": "megatron"}

@@ -24,9 +24,9 @@ from elastickpt.format.box import Box
 from elastickpt.format.digest import file_digest
 from elastickpt.format.dtypes import dtype_named
 from elastickpt.language.held import HeldPiece, Side
-from elastickpt.load.fetch import fetch
-from elastickpt.load.opened import Opened
-from elastickpt.load.plan import Wanted
+from elastickpt.loading.fetch import fetch
+from elastickpt.loading.opened import Opened
+from elastickpt.loading.plan import Wanted
 from elastickpt.storage.store import RangeReader, Store
 
 Words = NDArray[Any]

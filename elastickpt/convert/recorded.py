@@ -8,7 +8,7 @@ from elastickpt.foreign.listing import NotCarried
 from elastickpt.language import tree as t
 from elastickpt.language.parse import parse
 from elastickpt.language.rules import resolve, sizes_of
-from elastickpt.load.opened import Opened
+from elastickpt.loading.opened import Opened
 
 
 def recorded_contents(opened: Opened) -> Contents:

@@ -1,1 +1,1 @@
-"""Other libraries' files as fragments. Its place is kept; it is not built yet."""
+"""Other libraries' files, read without their code and written as they expect them."""

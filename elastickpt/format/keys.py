@@ -18,6 +18,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.limits import MAX_COMPONENT_NBYTES, MAX_NAME_NBYTES, MAX_PATH_NBYTES
 
 MANIFEST = "checkpoint.json"
+DRAFT_TOKEN = "draft.json"  # whose folder has it is no checkpoint yet
 DOCUMENT = "zarr.json"
 ROOT_DOCUMENT = DOCUMENT
 REFERENCES = "references.json"  # beside packs: addresses for readers of other libraries, derived from the records [UCF-6]

@@ -1,1 +1,1 @@
-"""The conversion language: text to tree to fragments. Its place is kept; it is not built yet."""
+"""The conversion language: a text says where each tensor of a file lies in the whole model."""

@@ -1,1 +1,1 @@
-"""A run and its history: commits, epochs, the live branch, what is kept. Rules over small objects on a store; no torch."""
+"""A run of a job: it claims an epoch, restores, saves when a save is due, and keeps what its rules say. No torch."""

@@ -18,7 +18,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from elastickpt.commit.registers.epochs import (
+from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpoint, StorageFailed, Uncommitted
+from elastickpt.format.digest import file_digest
+from elastickpt.format.keys import MANIFEST
+from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.ledger.branch import live_branch
+from elastickpt.ledger.epochs import (
     Holding,
     claim,
     claim_lost,
@@ -28,20 +33,15 @@ from elastickpt.commit.registers.epochs import (
     start,
     start_lost,
 )
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort, Commit, Found
-from elastickpt.commit.registers.steps import Steps, complete
-from elastickpt.commit.registers.stored import read_register, read_start, read_view
-from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpoint, StorageFailed, Uncommitted
-from elastickpt.format.digest import file_digest
-from elastickpt.format.keys import MANIFEST
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
-from elastickpt.load.opened import open_in
-from elastickpt.load.verify import verify
-from elastickpt.runs.branch import live_branch
-from elastickpt.runs.latest import point_latest
+from elastickpt.ledger.latest import point_latest
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort, Commit, Found
+from elastickpt.ledger.steps import Steps, complete
+from elastickpt.ledger.stored import read_register, read_start, read_view
+from elastickpt.ledger.unregistered import Standing, folders_text, holds_checkpoint, what_stands
+from elastickpt.loading.opened import open_in
+from elastickpt.loading.verify import verify
 from elastickpt.runs.trainer_address import claimer, require_no_living_trainer
-from elastickpt.runs.unregistered import Standing, folders_text, holds_checkpoint, what_stands
 from elastickpt.storage.opening import open_store, place_in
 from elastickpt.storage.store import Store
 

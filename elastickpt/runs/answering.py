@@ -12,8 +12,8 @@ import weakref
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from elastickpt.comms.hosts import socket_identity
 from elastickpt.errors import Refused
+from elastickpt.ranks.hosts import socket_identity
 from elastickpt.runs.trainer_address import QUESTION_NBYTES, TrainerAddress, answer
 
 PATIENCE_S = 1.0  # for a question to be whole

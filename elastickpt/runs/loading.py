@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsIndex
 
-from elastickpt.commit.teams import team_of
-from elastickpt.comms.team import Call, require_limit
-from elastickpt.load.fetch import Verify
-from elastickpt.load.session import LoadReport, Strict
-from elastickpt.load.session import load as load_folder
-from elastickpt.load.session import load_alone as load_folder_alone
+from elastickpt.loading.fetch import Verify
+from elastickpt.loading.session import LoadReport, Strict
+from elastickpt.loading.session import load as load_folder
+from elastickpt.loading.session import load_alone as load_folder_alone
+from elastickpt.ranks.process_group import job_group
+from elastickpt.ranks.team import Call, require_limit
+from elastickpt.ranks.teams import team_of
 from elastickpt.runs.opening import folder_of, place_of
-from elastickpt.training.group import job_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -19,15 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
-from elastickpt.commit.registers.names import LATEST, commits_path, parse_folder
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import list_commits, read_view
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpoint, Refused, Uncommitted
 from elastickpt.format.keys import MANIFEST
-from elastickpt.load.checkpoint import Checkpoint
-from elastickpt.load.opened import open_in, open_records
-from elastickpt.runs.branch import CommitEntry, at_step, entries_of
-from elastickpt.runs.unregistered import lost_text, what_stands
+from elastickpt.ledger.branch import CommitEntry, at_step, entries_of
+from elastickpt.ledger.names import LATEST, commits_path, parse_folder
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import list_commits, read_view
+from elastickpt.ledger.unregistered import lost_text, what_stands
+from elastickpt.loading.checkpoint import Checkpoint
+from elastickpt.loading.opened import open_in, open_records
 from elastickpt.storage.links import link_target
 from elastickpt.storage.opening import locate, open_store, place_in
 from elastickpt.storage.store import Store

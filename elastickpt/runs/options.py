@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol
 
-from elastickpt.comms.team import require_limit
 from elastickpt.errors import Refused
+from elastickpt.ranks.team import require_limit
 from elastickpt.runs.due import Every, YoungDaly
 from elastickpt.runs.events import RestoreEvent, SaveEvent
 from elastickpt.runs.preemption import SIGNALS
-from elastickpt.save.options import DEFAULT, AsyncOptions
-from elastickpt.save.request import PlacementChoice, Replicas, Request
+from elastickpt.saving.options import DEFAULT, AsyncOptions
+from elastickpt.saving.request import PlacementChoice, Replicas, Request
 from elastickpt.storage.store import Durability
 
 _LEAST_LOSS = YoungDaly(6 * 3600.0)

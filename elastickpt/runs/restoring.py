@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING
 import msgpack
 
 from elastickpt.commit.marks import marked
-from elastickpt.commit.registers.epochs import Holding, claim, remember, start
-from elastickpt.commit.registers.names import AttemptId, parse_id
-from elastickpt.commit.registers.records import Claimer, Found, PassedOver
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_view
-from elastickpt.comms.team import Call, Team
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused, StorageFailed
-from elastickpt.load.session import UNDEFINED, LoadReport, Strict, load
-from elastickpt.runs.branch import CommitEntry, at_step, entries_of
-from elastickpt.runs.epoch_history import is_claimed_by
-from elastickpt.runs.keep_words import words_of
-from elastickpt.runs.retention import Keep
+from elastickpt.ledger.branch import CommitEntry, at_step, entries_of
+from elastickpt.ledger.epoch_history import is_claimed_by
+from elastickpt.ledger.epochs import Holding, claim, remember, start
+from elastickpt.ledger.keep_words import words_of
+from elastickpt.ledger.names import AttemptId, parse_id
+from elastickpt.ledger.records import Claimer, Found, PassedOver
+from elastickpt.ledger.retention import Keep
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_view
+from elastickpt.ledger.unregistered import kept_note, require_registers
+from elastickpt.loading.session import UNDEFINED, LoadReport, Strict, load
+from elastickpt.ranks.team import Call, Team
 from elastickpt.runs.trainer_address import require_no_living_trainer
-from elastickpt.runs.unregistered import kept_note, require_registers
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Store
 

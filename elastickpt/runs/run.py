@@ -24,16 +24,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
-from elastickpt.commit.registers.epochs import Holding
-from elastickpt.commit.registers.names import AttemptId, step_number
-from elastickpt.commit.registers.records import metrics_of
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_claim
-from elastickpt.commit.teams import end_team
-from elastickpt.comms.addresses import own_address
-from elastickpt.comms.team import Call
 from elastickpt.errors import CheckpointError, Refused, Superseded
-from elastickpt.load.session import Strict
+from elastickpt.ledger.epochs import Holding
+from elastickpt.ledger.names import AttemptId, step_number
+from elastickpt.ledger.records import metrics_of
+from elastickpt.ledger.retention import Keep
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_claim
+from elastickpt.loading.session import Strict
+from elastickpt.ranks.addresses import own_address
+from elastickpt.ranks.process_group import job_group
+from elastickpt.ranks.team import Call
+from elastickpt.ranks.teams import end_team
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Measured
@@ -42,18 +44,16 @@ from elastickpt.runs.events import Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices, heard_here
 from elastickpt.runs.restoring import Choice, Restored, Restoring
-from elastickpt.runs.retention import Keep
 from elastickpt.runs.run_team import call_of, met, new_purpose
 from elastickpt.runs.trace import trace_in
 from elastickpt.runs.trainer_address import claimer
 from elastickpt.runs.upkeep import Upkeep
-from elastickpt.save.destination import RunDestination
-from elastickpt.save.handle import SaveHandle
-from elastickpt.save.info import CheckpointInfo
-from elastickpt.save.saver import Saver
+from elastickpt.saving.destination import RunDestination
+from elastickpt.saving.handle import SaveHandle
+from elastickpt.saving.info import CheckpointInfo
+from elastickpt.saving.saver import Saver
 from elastickpt.storage.opening import locate_for_saving, open_store, place_in
 from elastickpt.storage.store import Store
-from elastickpt.training.group import job_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from itertools import count
 
-from elastickpt.commit.teams import team_of
-from elastickpt.comms.team import Call, Team
 from elastickpt.format.digest import file_digest
+from elastickpt.ranks.process_group import Group
+from elastickpt.ranks.team import Call, Team
+from elastickpt.ranks.teams import team_of
 from elastickpt.storage.store import Store
-from elastickpt.training.group import Group
 
 # By process group and root: runs of one group at one root have teams of their own, which all of its ranks count alike.
 _COUNTS: weakref.WeakKeyDictionary[object, dict[str, count[int]]] = weakref.WeakKeyDictionary()

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from ipaddress import ip_address
 
-from elastickpt.commit.registers.records import Claim, Claimer
-from elastickpt.commit.registers.steps import Steps
-from elastickpt.commit.registers.stored import list_commits, read_claim
-from elastickpt.comms.hosts import socket_identity
-from elastickpt.comms.processes import process_start
 from elastickpt.errors import Damaged, RunBusy
+from elastickpt.ledger.records import Claim, Claimer
+from elastickpt.ledger.steps import Steps
+from elastickpt.ledger.stored import list_commits, read_claim
+from elastickpt.ranks.hosts import socket_identity
+from elastickpt.ranks.processes import process_start
 from elastickpt.storage.store import Store
 
 LIMIT_S = 2.0

@@ -8,18 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from elastickpt.commit.registers.epochs import Holding
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_view
 from elastickpt.errors import CheckpointError, NotACheckpoint, Superseded
-from elastickpt.runs.branch import at_step, entries_of
-from elastickpt.runs.epoch_history import is_claimed_by
-from elastickpt.runs.latest import point_latest
-from elastickpt.runs.metrics import add_metrics
-from elastickpt.runs.removal import remove_commits
-from elastickpt.runs.retention import Keep, judge, removable
-from elastickpt.runs.sweep import sweep
+from elastickpt.ledger.branch import at_step, entries_of
+from elastickpt.ledger.epoch_history import is_claimed_by
+from elastickpt.ledger.epochs import Holding
+from elastickpt.ledger.latest import point_latest
+from elastickpt.ledger.metrics import add_metrics
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.retention import Keep, judge, removable
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_view
+from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.store import Store
 
 log = logging.getLogger(__name__)

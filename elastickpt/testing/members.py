@@ -12,15 +12,15 @@ from pathlib import Path
 from elastickpt.commit.contents import Contents, Outline, encode_outline, encode_rest
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.orders import Order
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.comms.addresses import listen
 from elastickpt.format.encode_fragments import encode_fragments
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, OptimizerTable
-from elastickpt.save.fragments import own_tables
-from elastickpt.save.merge import MergedStructure, merge
-from elastickpt.save.plan import plan_writes
-from elastickpt.save.staging import Stager
-from elastickpt.save.structure import table_of
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ranks.addresses import listen
+from elastickpt.saving.fragments import own_tables
+from elastickpt.saving.merge import MergedStructure, merge
+from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.staging import Stager
+from elastickpt.saving.structure import table_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.training.capture import capture

@@ -30,10 +30,10 @@ from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.settle import Patience
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
-from elastickpt.comms.frames import Frame, Kind
-from elastickpt.comms.team import BEAT_S
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
+from elastickpt.ranks.frames import Frame, Kind
+from elastickpt.ranks.team import BEAT_S
 from elastickpt.storage.store import Store
 from elastickpt.writer.clients import Client, Clients
 from elastickpt.writer.endings import Endings

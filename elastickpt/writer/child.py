@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from elastickpt.commit.contents import outline_digest
-from elastickpt.comms.frames import PeerGone
+from elastickpt.ranks.frames import PeerGone
 from elastickpt.writer.messages import (
     ArenaHere,
     Hello,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import msgpack
 
 from elastickpt.commit.cases import Case
-from elastickpt.comms.frames import Connection, Frame, Kind
+from elastickpt.ranks.frames import Connection, Frame, Kind
 from elastickpt.writer.seats import Seat
 
 PAUSE_S = 0.05

@@ -12,9 +12,9 @@ from elastickpt.commit.cases import Case, Verdict
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.handed import find_attestation
 from elastickpt.commit.settle import STANDS, Patience, Standing, give_up, look, settle
-from elastickpt.comms.team import failure_of
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
+from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.workers import Worker
 

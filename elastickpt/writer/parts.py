@@ -10,11 +10,11 @@ from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents, Outline, decode_outline, decode_rest
 from elastickpt.commit.draft import Draft
 from elastickpt.commit.handed import find_attestation, leave_contents
-from elastickpt.commit.registers.names import parse_id
 from elastickpt.commit.settle import Patience, Standing, look
-from elastickpt.comms.team import failure_of
 from elastickpt.errors import CheckpointError, Malformed, RankFailure, Refused, WriterLost
 from elastickpt.format.records import FileDigest
+from elastickpt.ledger.names import parse_id
+from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.assembly import Assembly

@@ -20,9 +20,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from elastickpt.commit.cases import Verdict, encode_verdict
-from elastickpt.comms.frames import PeerGone
-from elastickpt.comms.team import failure_of
 from elastickpt.errors import Cancelled, RankLost
+from elastickpt.ranks.frames import PeerGone
+from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch

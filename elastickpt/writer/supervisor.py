@@ -25,8 +25,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from elastickpt.commit.cases import decode_verdict
-from elastickpt.comms.frames import PeerGone
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
+from elastickpt.ranks.frames import PeerGone
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.messages import (

@@ -9,8 +9,8 @@ import socket
 import threading
 
 from elastickpt.commit.cases import Verdict
-from elastickpt.comms.team import failure_of
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
+from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch

@@ -9,8 +9,8 @@ from enum import Enum, auto
 
 import msgpack
 
-from elastickpt.comms.addresses import dial
-from elastickpt.comms.frames import Connection, Frame, Kind, PeerGone, PeerSilent
+from elastickpt.ranks.addresses import dial
+from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
 from elastickpt.writer.seats import Seat
 
 log = logging.getLogger(__name__)

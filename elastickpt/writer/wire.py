@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from elastickpt.comms.frames import PeerGone
+from elastickpt.ranks.frames import PeerGone
 from elastickpt.writer.messages import ArenaHere, MarkHere, Message, SeatHere, decode, encode
 
 _LENGTH = struct.Struct("<Q")

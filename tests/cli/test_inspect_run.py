@@ -17,14 +17,14 @@ from elastickpt.cli.main import main
 from elastickpt.cli.run_facts import layout_text, run_facts
 from elastickpt.cli.run_text import run_lines
 from elastickpt.cli.text import age_text
-from elastickpt.commit.registers.epochs import claim, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Found, PassedOver
-from elastickpt.commit.registers.steps import complete
 from elastickpt.format.arrays import Mesh
-from elastickpt.load.checkpoint import Checkpoint
-from elastickpt.load.verify import VerifyReport
-from elastickpt.runs.latest import point_latest
+from elastickpt.ledger.epochs import claim, start
+from elastickpt.ledger.latest import point_latest
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Found, PassedOver
+from elastickpt.ledger.steps import complete
+from elastickpt.loading.checkpoint import Checkpoint
+from elastickpt.loading.verify import VerifyReport
 from elastickpt.runs.opening import run_at
 from elastickpt.storage.local import LocalStore
 

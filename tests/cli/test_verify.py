@@ -15,7 +15,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_fragments, encode_fragments
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.records import FileDigest, FragmentMap, Manifest
-from elastickpt.load.verify import Problem, VerifyReport
+from elastickpt.loading.verify import Problem, VerifyReport
 
 CHUNK = "params/model/head.weight/value/c.0.0"
 Answer = Callable[..., tuple[int, dict[str, object]]]
@@ -178,7 +178,9 @@ def test_beyond_a_thousand_problems_the_rest_is_counted(
     """[CLI-30]"""
     problems = tuple(Problem("stray-file", f"junk-{k}") for k in range(1234))
     monkeypatch.setattr(
-        import_module("elastickpt.load.checkpoint"), "verify", lambda opened, *, progress: VerifyReport("", 1, 1, 1, problems)
+        import_module("elastickpt.loading.checkpoint"),
+        "verify",
+        lambda opened, *, progress: VerifyReport("", 1, 1, 1, problems),
     )
     code, answer = json_of("verify", four_ranks)
     (found,) = answer["checkpoints"]

@@ -13,14 +13,10 @@ import torch
 import elastickpt as ek
 from elastickpt.commit.cases import Case, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents, decode_outline, decode_rest
-from elastickpt.commit.draft import CONTENTS, TOKEN, sweep
+from elastickpt.commit.draft import CONTENTS, sweep
 from elastickpt.commit.handed import find_attestation, leave_contents, left_contents
 from elastickpt.commit.marks import mark, marked
 from elastickpt.commit.orders import Committed
-from elastickpt.commit.registers.epochs import claim, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Claimer
-from elastickpt.commit.registers.steps import complete
 from elastickpt.commit.settle import Patience, Standing, give_up, look, settle
 from elastickpt.errors import (
     CheckpointError,
@@ -32,7 +28,12 @@ from elastickpt.errors import (
     Superseded,
     Uncommitted,
 )
+from elastickpt.format.keys import DRAFT_TOKEN
 from elastickpt.format.records import FileDigest
+from elastickpt.ledger.epochs import claim, start
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Claimer
+from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, RecordingStore
@@ -327,7 +328,7 @@ class Full:
 def test_on_a_full_disk_an_attempt_gives_its_room_back(tmp_path: Path, job: Job) -> None:
     """Else the disk stays full: the folder goes only behind a register that says abort."""
     written = in_a_run(job, tmp_path)
-    full = Full(written.store, written.draft.path(TOKEN))
+    full = Full(written.store, written.draft.path(DRAFT_TOKEN))
     assert give_up(full, written.case, REPORT, patience=PATIENCE) == REPORT  # type: ignore[arg-type]
     assert look(written.store, written.case) is Standing.ABORTED
     assert not place(written).exists()

@@ -14,13 +14,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import elastickpt as ek
-from elastickpt.commit.teams import team_of
 from elastickpt.errors import CheckpointError, RankFailure
-from elastickpt.save import agree as agreeing
+from elastickpt.ranks.process_group import job_group
+from elastickpt.ranks.teams import team_of
+from elastickpt.saving import agree as agreeing
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CallAt, FailAt, Fault, FaultyStore, Mode, Operation, RecordingStore
-from elastickpt.training.group import job_group
 
 Happening = Literal["nothing", "kill", "stop", "no space"]
 SHAPES = {"w": (8, 3), "b": (5,)}

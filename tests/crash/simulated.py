@@ -11,21 +11,21 @@ from types import ModuleType
 
 import torch
 
-from elastickpt.comms.hub import Hub
-from elastickpt.comms.processes import Acquaintances
-from elastickpt.comms.spoke import Spoke
-from elastickpt.comms.star import Star
-from elastickpt.comms.team import Alone, Call, Team
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
-from elastickpt.load import opened as opening
-from elastickpt.load import session as loading
-from elastickpt.load.checkpoint import Checkpoint
-from elastickpt.load.session import LoadReport, _Load
-from elastickpt.save import agree as agreeing
-from elastickpt.save import propose as proposing
-from elastickpt.save.agree import Request
-from elastickpt.save.session import CheckpointInfo, _Save
+from elastickpt.loading import opened as opening
+from elastickpt.loading import session as loading
+from elastickpt.loading.checkpoint import Checkpoint
+from elastickpt.loading.session import LoadReport, _Load
+from elastickpt.ranks.hub import Hub
+from elastickpt.ranks.processes import Acquaintances
+from elastickpt.ranks.spoke import Spoke
+from elastickpt.ranks.star import Star
+from elastickpt.ranks.team import Alone, Call, Team
+from elastickpt.saving import agree as agreeing
+from elastickpt.saving import propose as proposing
+from elastickpt.saving.agree import Request
+from elastickpt.saving.session import CheckpointInfo, _Save
 from elastickpt.storage.store import Durability, Store
 from elastickpt.testing.fingerprint import fingerprint
 

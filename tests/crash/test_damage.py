@@ -19,8 +19,8 @@ from simulated import Files, State, files, load_from, opened, save_on
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
 from elastickpt.layout import grid, replicas
-from elastickpt.load.fetch import _Fetching
-from elastickpt.save.session import CheckpointInfo
+from elastickpt.loading.fetch import _Fetching
+from elastickpt.saving.session import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.fingerprint import fingerprint
 

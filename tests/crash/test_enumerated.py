@@ -32,7 +32,7 @@ from simulated import (
 
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, NotACheckpoint, RankLost, ReadOnly, StorageFailed
 from elastickpt.layout import replicas
-from elastickpt.save.session import CheckpointInfo
+from elastickpt.saving.session import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store

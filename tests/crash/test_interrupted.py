@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.save.savers import close_all
+from elastickpt.saving.savers import close_all
 from elastickpt.storage import kernel
 from elastickpt.storage.kernel import direct_alignment
 from elastickpt.storage.local import LocalStore

@@ -17,8 +17,8 @@ import torch
 
 import elastickpt as ek
 from elastickpt.commit.marks import marked
+from elastickpt.ledger.branch import history
 from elastickpt.runs import run as run_module
-from elastickpt.runs.branch import history
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import open_store
 from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, Operation

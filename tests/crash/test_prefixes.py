@@ -11,7 +11,7 @@ from simulated import files, require_absent_or_whole, require_whole, save_on, st
 
 from elastickpt.errors import CheckpointError
 from elastickpt.layout import replicas
-from elastickpt.save.session import CheckpointInfo
+from elastickpt.saving.session import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 

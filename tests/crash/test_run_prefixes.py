@@ -20,18 +20,18 @@ from simulated import files
 import elastickpt as ek
 from elastickpt.commit.cases import Case
 from elastickpt.commit.contents import decode_outline, decode_rest
-from elastickpt.commit.registers.epochs import Holding, claim, open_attempt, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_view
 from elastickpt.commit.settle import Patience, settle
 from elastickpt.errors import Damaged, MissingFile, NotACheckpoint
 from elastickpt.format.records import FileDigest
-from elastickpt.runs.branch import CommitEntry, entries_of
-from elastickpt.runs.removal import remove_commits
-from elastickpt.runs.retention import Keep, removable
-from elastickpt.runs.retention import judge as judged
-from elastickpt.runs.sweep import sweep
+from elastickpt.ledger.branch import CommitEntry, entries_of
+from elastickpt.ledger.epochs import Holding, claim, open_attempt, start
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.retention import Keep, removable
+from elastickpt.ledger.retention import judge as judged
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_view
+from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import Job

@@ -12,8 +12,8 @@ from simulated import drafts, opened, save_on, state
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, NoSpace, RankLost, Refused, Uncommitted
-from elastickpt.save import agree as agreeing
-from elastickpt.save.session import CheckpointInfo
+from elastickpt.saving import agree as agreeing
+from elastickpt.saving.session import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.testing.faults import CrashAt, FailAt, FaultyStore, Operation, RecordingStore

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 from simulated import everywhere, stars
 
-from elastickpt.comms.frames import Connection, Frame, Kind, PeerSilent
-from elastickpt.comms.spoke import Spoke
-from elastickpt.comms.star import Star
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost
+from elastickpt.ranks.frames import Connection, Frame, Kind, PeerSilent
+from elastickpt.ranks.spoke import Spoke
+from elastickpt.ranks.star import Star
 
 BIG = b"x" * (8 << 20)  # beyond what sockets buffer
 

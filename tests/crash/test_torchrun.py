@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import elastickpt as ek
-from elastickpt.runs.branch import history
+from elastickpt.ledger.branch import history
 
 TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
 BOUND_S = 240.0

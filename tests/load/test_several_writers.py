@@ -17,9 +17,9 @@ import elastickpt as ek
 from elastickpt.errors import ChecksumMismatch, CoverageGap, WrongLength
 from elastickpt.format.box import Box
 from elastickpt.format.records import ArrayRecord
-from elastickpt.load.fetch import FetchReport, fetch
-from elastickpt.load.opened import Opened, open_records
-from elastickpt.load.plan import Wanted, require_stored
+from elastickpt.loading.fetch import FetchReport, fetch
+from elastickpt.loading.opened import Opened, open_records
+from elastickpt.loading.plan import Wanted, require_stored
 from elastickpt.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import elastickpt as ek
-from elastickpt.runs.branch import history
+from elastickpt.ledger.branch import history
 
 JOB = Path(__file__).with_name("two_hosts_job.py")
 LIMIT_S = 240.0

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import elastickpt as ek
-from elastickpt.comms.addresses import own_address
 from elastickpt.errors import PlacementUnsupported
+from elastickpt.ranks.addresses import own_address
 from elastickpt.storage import local
 
 PORT = 29777

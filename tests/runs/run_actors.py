@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from elastickpt.commit.registers.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort, Claimer, Commit
-from elastickpt.commit.registers.steps import NOW, Steps, complete
-from elastickpt.commit.registers.stored import read_view
 from elastickpt.errors import MissingFile, StorageFailed, Superseded
-from elastickpt.runs.branch import entries_of
-from elastickpt.runs.removal import remove_commits
-from elastickpt.runs.retention import Keep, judge, removable
-from elastickpt.runs.sweep import sweep
+from elastickpt.ledger.branch import entries_of
+from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort, Claimer, Commit
+from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.retention import Keep, judge, removable
+from elastickpt.ledger.steps import NOW, Steps, complete
+from elastickpt.ledger.stored import read_view
+from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import RecordingStore

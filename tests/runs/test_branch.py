@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import begun, by, commit_of, committed, memory_store, write_folder
 
-from elastickpt.commit.registers.epochs import claim, decide
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort, Adopted
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import RunView, read_view
 from elastickpt.errors import NotACheckpoint
-from elastickpt.runs.branch import at_step, entries_of, history, live_branch
-from elastickpt.runs.metrics import add_metrics
+from elastickpt.ledger.branch import at_step, entries_of, history, live_branch
+from elastickpt.ledger.epochs import claim, decide
+from elastickpt.ledger.metrics import add_metrics
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort, Adopted
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import RunView, read_view
 from elastickpt.storage.memory import MemoryStore
 
 

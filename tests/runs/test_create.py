@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from run_actors import Without, memory_store
 
-from elastickpt.commit.registers.create import create_exclusively
-from elastickpt.commit.registers.names import COMMITS, listing_of
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CapabilityMissing, StorageFailed
+from elastickpt.ledger.create import create_exclusively
+from elastickpt.ledger.names import COMMITS, listing_of
+from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store

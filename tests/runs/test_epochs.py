@@ -20,14 +20,14 @@ from run_actors import (
     write_folder,
 )
 
-from elastickpt.commit.registers.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
-from elastickpt.commit.registers.names import AttemptId, adopted_name, commits_path
-from elastickpt.commit.registers.records import Abort, Commit
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CheckpointError, Damaged, PathOccupied, Refused, StorageFailed, Superseded
-from elastickpt.runs.branch import history
-from elastickpt.runs.metrics import add_metrics
-from elastickpt.runs.removal import remove_commit
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
+from elastickpt.ledger.metrics import add_metrics
+from elastickpt.ledger.names import AttemptId, adopted_name, commits_path
+from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.removal import remove_commit
+from elastickpt.ledger.steps import complete
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import Crash, CrashAt, FailAt, FaultyStore, RecordingStore

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from run_actors import W, X, begun, by, committed, memory_store
 
-from elastickpt.commit.registers.epochs import claim, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Found, PassedOver
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_view
 from elastickpt.errors import StorageFailed
-from elastickpt.runs.branch import live_branch
-from elastickpt.runs.findings import Finding, Rules, Told, read_told
+from elastickpt.ledger.branch import live_branch
+from elastickpt.ledger.epochs import claim, start
+from elastickpt.ledger.findings import Finding, Rules, Told, read_told
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Found, PassedOver
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import RecordingStore
 

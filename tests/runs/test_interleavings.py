@@ -28,10 +28,10 @@ from run_actors import (
 )
 from schedules import Actor, Explored, Explorer, Seen, is_local, is_local_if_nothing_goes, temporary_name
 
-from elastickpt.commit.registers.epochs import Outcome
-from elastickpt.commit.registers.steps import Steps, complete
-from elastickpt.commit.registers.stored import read_view
-from elastickpt.runs.branch import entries_of
+from elastickpt.ledger.branch import entries_of
+from elastickpt.ledger.epochs import Outcome
+from elastickpt.ledger.steps import Steps, complete
+from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
 
 Objects = Mapping[str, bytes | None]
@@ -112,7 +112,7 @@ class Invariants:
 
 @pytest.fixture(autouse=True)
 def _temporary_names_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastickpt.commit.registers.create.temporary_name", temporary_name)
+    monkeypatch.setattr("elastickpt.ledger.create.temporary_name", temporary_name)
 
 
 def explore(actors: Mapping[str, Actor], *, linking: bool = False, local: Callable[[Seen], bool] = is_local) -> Invariants:
@@ -220,7 +220,7 @@ def _nothing(store: object, *args: object) -> Steps[None]:
 
 def test_without_closing_older_epochs_a_commit_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The schedules are rich enough to tell: the protocol less one of its steps is found wanting."""
-    monkeypatch.setattr("elastickpt.commit.registers.epochs._close_older", _nothing)
+    monkeypatch.setattr("elastickpt.ledger.epochs._close_older", _nothing)
     with pytest.raises(AssertionError, match=r"counts again|does not count"):
         explore({**WRITER, **starting(2, 3)})
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from run_actors import W, begun, committed, memory_store
 
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import NotACheckpoint
-from elastickpt.runs.branch import history
-from elastickpt.runs.latest import point_latest
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.latest import point_latest
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.sweep import sweep
 from elastickpt.runs.opening import open_checkpoint
-from elastickpt.runs.removal import remove_commits
-from elastickpt.runs.sweep import sweep
 from elastickpt.storage.links import replace_link
 from elastickpt.storage.local import LocalStore
 

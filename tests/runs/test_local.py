@@ -20,16 +20,16 @@ from run_actors import (
     write_folder,
 )
 
-from elastickpt.commit.registers.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort, Commit
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import NotACheckpoint, Superseded
-from elastickpt.runs.branch import at_step, history
-from elastickpt.runs.metrics import add_metrics
-from elastickpt.runs.removal import remove_commits
-from elastickpt.runs.retention import Best, Keep, judge, removable
-from elastickpt.runs.sweep import sweep
+from elastickpt.ledger.branch import at_step, history
+from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt
+from elastickpt.ledger.metrics import add_metrics
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.retention import Best, Keep, judge, removable
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.local import LocalStore
 
 

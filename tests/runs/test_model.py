@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-from elastickpt.commit.registers.epochs import counts
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Adopted, Void
+from elastickpt.ledger.epochs import counts
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Adopted, Void
 
 X = AttemptId(20, 1, 1)
 Job = tuple[str, int, bool]  # where it is, its epoch, whether it saw X listed

@@ -9,14 +9,14 @@ import pytest
 from run_actors import begun, by, commit_of, memory_store
 
 import elastickpt as ek
-from elastickpt.commit.registers.epochs import Holding, claim, decide, open_attempt
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import ChecksumMismatch, Damaged, MissingFile, NotACheckpoint, Refused, Uncommitted
 from elastickpt.format.digest import file_digest
-from elastickpt.load.opened import open_records
-from elastickpt.runs.branch import nearest_text
+from elastickpt.ledger.branch import nearest_text
+from elastickpt.ledger.epochs import Holding, claim, decide, open_attempt
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort
+from elastickpt.ledger.steps import complete
+from elastickpt.loading.opened import open_records
 from elastickpt.runs.opening import Choice, choose, run_at
 from elastickpt.storage.local import LocalStore
 

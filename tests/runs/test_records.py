@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import W, X, by, commit_of
 
-from elastickpt.commit.registers.names import (
+from elastickpt.errors import ChecksumMismatch, Damaged, Malformed, Refused, Unsupported
+from elastickpt.format.sealed import seal
+from elastickpt.ledger.names import (
     MAX_NUMBER,
     AttemptId,
     Name,
@@ -29,7 +31,7 @@ from elastickpt.commit.registers.names import (
     start_name,
     temporary_name,
 )
-from elastickpt.commit.registers.records import (
+from elastickpt.ledger.records import (
     Abort,
     Adopted,
     Claim,
@@ -52,8 +54,6 @@ from elastickpt.commit.registers.records import (
     encode_start,
     metrics_of,
 )
-from elastickpt.errors import ChecksumMismatch, Damaged, Malformed, Refused, Unsupported
-from elastickpt.format.sealed import seal
 from elastickpt.storage.store import Entry
 
 NUMBERS = st.integers(1, MAX_NUMBER)

@@ -13,15 +13,15 @@ import torch
 from run_actors import W, X, begun, by, committed, memory_store
 
 import elastickpt as ek
-from elastickpt.commit.registers.epochs import claim
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import Damaged, StorageFailed
-from elastickpt.load.session import UNDEFINED
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.epochs import claim
+from elastickpt.ledger.findings import Rules, Told, read_told
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.retention import Keep
+from elastickpt.ledger.steps import complete
+from elastickpt.loading.session import UNDEFINED
 from elastickpt.runs import restoring as restoring_module
-from elastickpt.runs.branch import history
-from elastickpt.runs.findings import Rules, Told, read_told
-from elastickpt.runs.retention import Keep
 from elastickpt.runs.upkeep import Upkeep
 from elastickpt.storage.local import LocalStore
 

@@ -7,15 +7,15 @@ import itertools
 import pytest
 from run_actors import MANIFEST, W, X, begun, by, commit_of, committed, memory_store, run_with_one_commit, write_folder
 
-from elastickpt.commit.registers.epochs import Holding, claim, decide, open_attempt
-from elastickpt.commit.registers.names import AttemptId, commits_path, temporary_name
-from elastickpt.commit.registers.records import Abort
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import Superseded
-from elastickpt.runs.branch import history
-from elastickpt.runs.metrics import add_metrics
-from elastickpt.runs.removal import remove_commit, remove_commits
-from elastickpt.runs.sweep import sweep
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.epochs import Holding, claim, decide, open_attempt
+from elastickpt.ledger.metrics import add_metrics
+from elastickpt.ledger.names import AttemptId, commits_path, temporary_name
+from elastickpt.ledger.records import Abort
+from elastickpt.ledger.removal import remove_commit, remove_commits
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import Crash, CrashAt, FaultyStore, RecordingStore

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_actors import commit_of
 
-from elastickpt.commit.registers.names import AttemptId
 from elastickpt.errors import Refused
-from elastickpt.runs.branch import CommitEntry, CommitState
-from elastickpt.runs.retention import Best, Keep, Verdict, best_of, judge, removable
+from elastickpt.ledger.branch import CommitEntry, CommitState
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.retention import Best, Keep, Verdict, best_of, judge, removable
 
 NOW = 10_000.0
 GOOD: dict[AttemptId, bool] = {}

@@ -22,12 +22,12 @@ import torch
 import elastickpt as ek
 from elastickpt.cli.main import main
 from elastickpt.commit import settle as settle_module
-from elastickpt.commit.registers.names import parse_id
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, StorageFailed, Superseded
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.names import parse_id
 from elastickpt.runs import restoring as restoring_module
-from elastickpt.runs.branch import history
 from elastickpt.runs.events import RestoreEvent, SaveEvent
-from elastickpt.save import under_way
+from elastickpt.saving import under_way
 
 OPTIONS = ek.RunOptions(signals={})
 BOUND_S = 60.0
@@ -270,7 +270,7 @@ def test_after_a_rollback_saves_by_clock_are_due_again(training: Training, open_
 def test_a_run_that_nobody_closes_saves_what_was_staged_last(tmp_path: Path) -> None:
     script = f"""
 import time, torch, elastickpt as ek
-from elastickpt.save import background
+from elastickpt.saving import background
 real = background.require_token
 background.require_token = lambda *args: (time.sleep(0.5), real(*args))  # it is handed over behind the end of the program
 run = ek.Run({str(tmp_path / "run")!r}, {{"t": torch.ones(1 << 20)}}, options=ek.RunOptions(signals={{}}))
@@ -406,7 +406,7 @@ def test_a_job_that_was_killed_leaves_what_it_staged_to_its_writer(tmp_path: Pat
     """Killed when its save is written: its writer commits alone, and the next job, which waits, adopts it. [SAVE-97]"""
     script = f"""
 import os, signal, torch, elastickpt as ek
-from elastickpt.save.background import Background
+from elastickpt.saving.background import Background
 state = {{"t": {{"w": torch.arange(300.0) * 5}}, "n": ek.PerRank({{"step": 0}})}}
 run = ek.Run({str(tmp_path / "run")!r}, state, options=ek.RunOptions(signals={{}}))
 run.restore()

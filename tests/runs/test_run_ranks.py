@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CheckpointError, RankLost, Refused
-from elastickpt.runs.branch import history
-from elastickpt.runs.findings import read_told
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.findings import read_told
+from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.ranks import run_ranks, spawn_ranks
 
@@ -96,7 +96,7 @@ def gives_metrics(rank: int, world_size: int, root: str) -> tuple[str, str, list
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("elastickpt.save.background").addHandler(handler)
+    logging.getLogger("elastickpt.saving.background").addHandler(handler)
     model = model_of(0)
     with ek.Run(root, {"model": model}, options=OPTIONS) as run:
         run.restore()

@@ -16,11 +16,11 @@ import pytest
 from run_actors import begun, by, memory_store
 
 import elastickpt
-from elastickpt.commit.registers.epochs import claim
-from elastickpt.commit.registers.records import Claim
-from elastickpt.commit.registers.steps import complete
-from elastickpt.comms.hosts import host_identity, socket_identity
 from elastickpt.errors import Refused, RunBusy
+from elastickpt.ledger.epochs import claim
+from elastickpt.ledger.records import Claim
+from elastickpt.ledger.steps import complete
+from elastickpt.ranks.hosts import host_identity, socket_identity
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.trainer_address import (
     DIGEST_NBYTES,

@@ -18,11 +18,11 @@ from whole_runs import BOUND_S, OPTIONS, Place, weights
 
 import elastickpt as ek
 from elastickpt.cli.main import main
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Abort
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused, RunBusy, Uncommitted
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Abort
+from elastickpt.ledger.unregistered import SHOWN_FOLDERS, folders_text
 from elastickpt.runs import adopting as adopting_module
-from elastickpt.runs.unregistered import SHOWN_FOLDERS, folders_text
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import Crash, CrashAt, FaultyStore

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from run_actors import MANIFEST, W, begun, by, committed, write_folder
 
-from elastickpt.commit.registers.epochs import Holding, claim, open_attempt, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.steps import complete
-from elastickpt.commit.registers.stored import read_view
-from elastickpt.runs.branch import CommitEntry, entries_of
-from elastickpt.runs.retention import Keep
+from elastickpt.ledger.branch import CommitEntry, entries_of
+from elastickpt.ledger.epochs import Holding, claim, open_attempt, start
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.retention import Keep
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_view
 from elastickpt.runs.upkeep import Upkeep
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store

@@ -10,9 +10,9 @@ import torch
 from run_actors import tree
 
 import elastickpt as ek
-from elastickpt.commit.registers.names import parse_folder
 from elastickpt.errors import Refused
-from elastickpt.runs.branch import history
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.names import parse_folder
 from elastickpt.storage.opening import open_store
 from elastickpt.storage.store import Store
 

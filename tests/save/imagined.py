@@ -20,11 +20,11 @@ from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item
 from elastickpt.layout.placement import physical_box
-from elastickpt.save.merge import MergedStructure, merge
-from elastickpt.save.outline import outline_of, records_of
-from elastickpt.save.plan import plan_writes
-from elastickpt.save.structure import StructureTable, table_of
-from elastickpt.save.write import write_plan
+from elastickpt.saving.merge import MergedStructure, merge
+from elastickpt.saving.outline import outline_of, records_of
+from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.structure import StructureTable, table_of
+from elastickpt.saving.write import write_plan
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState, Sharing
 from elastickpt.writer.carry import blocks_of

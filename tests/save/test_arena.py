@@ -23,9 +23,9 @@ from elastickpt.errors import LimitExceeded, NoSpace, Refused
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.layout.grid import Run, runs_of
-from elastickpt.save import staging
-from elastickpt.save.gather import gather, part_of
-from elastickpt.save.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of
+from elastickpt.saving import staging
+from elastickpt.saving.gather import gather, part_of
+from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena

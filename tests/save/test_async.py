@@ -19,18 +19,18 @@ import torch
 import elastickpt as ek
 from elastickpt.commit.draft import begin, new_draft
 from elastickpt.commit.marks import mark, marked
-from elastickpt.comms.addresses import listen
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
-from elastickpt.save import savers
-from elastickpt.save.destination import RunDestination
-from elastickpt.save.request import Request
-from elastickpt.save.saver import Saver
-from elastickpt.save.savers import close_all, saver_of
-from elastickpt.save.task import Ordered
+from elastickpt.ranks.addresses import listen
+from elastickpt.ranks.process_group import job_group
+from elastickpt.saving import savers
+from elastickpt.saving.destination import RunDestination
+from elastickpt.saving.request import Request
+from elastickpt.saving.saver import Saver
+from elastickpt.saving.savers import close_all, saver_of
+from elastickpt.saving.task import Ordered
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
-from elastickpt.training.group import job_group
 from elastickpt.writer import endings
 from elastickpt.writer.supervisor import Supervisor
 
@@ -108,7 +108,7 @@ class Slow:
     """Storage on which reads of the token wait until they are let."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from elastickpt.save import background
+        from elastickpt.saving import background
 
         self.let, real = threading.Event(), background.require_token
 
@@ -373,7 +373,7 @@ def test_a_save_that_is_under_way_when_the_process_ends_is_finished_by_its_write
         "options = ek.AsyncOptions(exit_limit_s=0.0)\n"
         "ek.async_save({'t': torch.ones(1000)}, sys.argv[1] + '/first', options=options).result(60)\n"
         "handle = ek.async_save({'t': torch.ones(4 << 20)}, sys.argv[1] + '/second', options=options)\n"
-        "from elastickpt.save.savers import _ALONE\n"
+        "from elastickpt.saving.savers import _ALONE\n"
         "saver = _ALONE.savers[options]\n"
         "while not any(task.times.submitted for task in list(saver._open)): pass\n"
     )
@@ -460,7 +460,7 @@ def test_ranks_that_do_not_agree_keep_training_no_longer_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, arena_nbytes: int | None
 ) -> None:
     """Wherever the rounds hang; in rounds of an arena, too, of a structure that is known. [SAVE-104, SAVE-9]"""
-    from elastickpt.save import background
+    from elastickpt.saving import background
 
     options = ek.AsyncOptions(executor="thread", stall_limit_s=2.0, arena_nbytes=arena_nbytes)
     live = state(numbers=1 << 20)

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 import elastickpt as ek
-from elastickpt.save.destination import PathDestination
-from elastickpt.save.gather import Bytes
-from elastickpt.save.options import AsyncOptions
-from elastickpt.save.request import Request
-from elastickpt.save.saver import Saver
-from elastickpt.save.savers import close_all
+from elastickpt.ranks.process_group import job_group
+from elastickpt.saving.destination import PathDestination
+from elastickpt.saving.gather import Bytes
+from elastickpt.saving.options import AsyncOptions
+from elastickpt.saving.request import Request
+from elastickpt.saving.saver import Saver
+from elastickpt.saving.savers import close_all
 from elastickpt.training.gates import StepGate
-from elastickpt.training.group import job_group
 from elastickpt.training.held import HeldArray
 from elastickpt.training.memory import host_elements
 

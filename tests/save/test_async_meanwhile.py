@@ -18,11 +18,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, RanksFailed, WriterLost
-from elastickpt.save import saver as saver_module
-from elastickpt.save import staging
-from elastickpt.save.savers import close_all, saver_of
+from elastickpt.ranks.process_group import job_group
+from elastickpt.saving import saver as saver_module
+from elastickpt.saving import staging
+from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.testing.ranks import spawn_ranks
-from elastickpt.training.group import job_group
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.supervisor import Supervisor
 

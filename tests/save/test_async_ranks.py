@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.comms import star
 from elastickpt.errors import NoSpace
-from elastickpt.save import background
-from elastickpt.save import saver as saver_module
-from elastickpt.save.savers import saver_of
+from elastickpt.ranks import star
+from elastickpt.ranks.process_group import job_group
+from elastickpt.saving import background
+from elastickpt.saving import saver as saver_module
+from elastickpt.saving.savers import saver_of
 from elastickpt.testing.ranks import run_ranks
-from elastickpt.training.group import job_group
 
 WORLD = 3
 LIMIT_S = 60.0

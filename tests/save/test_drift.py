@@ -15,16 +15,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import elastickpt as ek
-from elastickpt.comms import star
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
-from elastickpt.save.drift import NAMED, Hashed, Row, Why, differing_keys, drifted, looks_asked_for, looks_of
-from elastickpt.save.gather import DIGEST_NBYTES, range_digest
-from elastickpt.save.merge import SharedArray
-from elastickpt.save.request import SHARES, Replicas, Request
-from elastickpt.save.savers import saver_of
+from elastickpt.ranks import star
+from elastickpt.ranks.process_group import job_group
+from elastickpt.saving.drift import NAMED, Hashed, Row, Why, differing_keys, drifted, looks_asked_for, looks_of
+from elastickpt.saving.gather import DIGEST_NBYTES, range_digest
+from elastickpt.saving.merge import SharedArray
+from elastickpt.saving.request import SHARES, Replicas, Request
+from elastickpt.saving.savers import saver_of
 from elastickpt.testing.ranks import run_ranks
-from elastickpt.training.group import job_group
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 from elastickpt.writer.rounds import MIN_ARENA_NBYTES
 

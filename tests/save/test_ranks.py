@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.comms import processes, star
-from elastickpt.load import session as load_session
-from elastickpt.save import session as save_session
+from elastickpt.loading import session as load_session
+from elastickpt.ranks import processes, star
+from elastickpt.saving import session as save_session
 from elastickpt.testing.ranks import run_ranks
 
 WORLD = 3

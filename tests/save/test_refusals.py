@@ -18,7 +18,7 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.save import agree, session
+from elastickpt.saving import agree, session
 from elastickpt.storage import opening
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import FailAt, FaultyStore

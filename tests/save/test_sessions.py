@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import elastickpt as ek
-from elastickpt.comms.team import Alone
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
-from elastickpt.save import agree
+from elastickpt.ranks.team import Alone
+from elastickpt.saving import agree
 
 
 @pytest.fixture

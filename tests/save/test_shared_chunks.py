@@ -21,9 +21,9 @@ from elastickpt.commit.draft import Draft
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.records import FileDigest
-from elastickpt.load.fetch import fetch
-from elastickpt.load.opened import open_in
-from elastickpt.load.plan import Wanted
+from elastickpt.loading.fetch import fetch
+from elastickpt.loading.opened import open_in
+from elastickpt.loading.plan import Wanted
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.opening import open_store

@@ -18,9 +18,9 @@ from imagined import held, identity, job_of, live, part_of
 
 from elastickpt.format.arrays import Mesh
 from elastickpt.layout.placement import physical_box
-from elastickpt.load.fetch import carry_out
-from elastickpt.load.opened import Opened, open_in
-from elastickpt.load.plan import Wanted, plan_fetch
+from elastickpt.loading.fetch import carry_out
+from elastickpt.loading.opened import Opened, open_in
+from elastickpt.loading.plan import Wanted, plan_fetch
 from elastickpt.storage.memory import MemoryStore
 
 SHAPES = {

@@ -13,9 +13,9 @@ from imagined import held, job, live, plain, records
 from elastickpt.commit.prove import prove, require_distinct_ranges
 from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Mesh
-from elastickpt.save.merge import merge
-from elastickpt.save.plan import plan_writes
-from elastickpt.save.structure import table_of
+from elastickpt.saving.merge import merge
+from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.structure import table_of
 
 SHAPES = {
     "even": (64, 32),

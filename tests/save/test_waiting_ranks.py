@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import elastickpt as ek
-from elastickpt.commit import teams
 from elastickpt.errors import CheckpointError
+from elastickpt.ranks import teams
 from elastickpt.testing.ranks import run_ranks, spawn_ranks
 
 Told = tuple[str, str, tuple[int, ...]]  # kind, message, ranks in the report

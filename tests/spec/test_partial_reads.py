@@ -12,9 +12,9 @@ import elastickpt as ek
 from elastickpt.errors import ChecksumMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
-from elastickpt.load.fetch import fetch
-from elastickpt.load.opened import open_records
-from elastickpt.load.plan import Wanted
+from elastickpt.loading.fetch import fetch
+from elastickpt.loading.opened import open_records
+from elastickpt.loading.plan import Wanted
 
 ROWS, COLUMNS = 1024, 256  # rows of 1 KiB, so 256 rows a block, 4 blocks
 BLOCK_ROWS = 256

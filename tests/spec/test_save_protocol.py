@@ -18,8 +18,8 @@ import elastickpt as ek
 from elastickpt.commit import draft as drafting
 from elastickpt.commit.states import TABLE, Attempt, Event, State
 from elastickpt.errors import CheckpointError, CoverageGap, PathOccupied, ValueNotCarried
-from elastickpt.save import agree as agreeing
-from elastickpt.save import session as saving
+from elastickpt.saving import agree as agreeing
+from elastickpt.saving import session as saving
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, Crash, CrashAt, FailAt, Fault, FaultyStore, Operation, RecordingStore
@@ -256,7 +256,7 @@ COLLECTIVES |= {"gather", "gather_object", "reduce", "reduce_scatter", "scatter"
 def test_saving_and_loading_call_no_collective() -> None:
     """[SAVE-66]"""
     called = set()
-    for layer in ("comms", "commit", "save", "load", "training"):
+    for layer in ("ranks", "commit", "saving", "loading", "training"):
         for path in (PACKAGE / layer).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if (

@@ -30,9 +30,9 @@ from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.partition import balanced, even, explicit, flat_boxes, torch_chunk
 from elastickpt.layout.placement import physical_box
-from elastickpt.load.fetch import fetch
-from elastickpt.load.opened import open_records
-from elastickpt.load.plan import Wanted
+from elastickpt.loading.fetch import fetch
+from elastickpt.loading.opened import open_records
+from elastickpt.loading.plan import Wanted
 from tools import mini_reader
 
 ROOT = Path(__file__).parent.parent.parent

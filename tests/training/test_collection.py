@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.save import session
+from elastickpt.saving import session
 from elastickpt.training.collection import collection_paused
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from elastickpt.format.arrays import Mesh
-from elastickpt.save.propose import propose
+from elastickpt.saving.propose import propose
 from elastickpt.training import memo
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState

@@ -15,12 +15,12 @@ from elastickpt.commit.finish import finish
 from elastickpt.commit.states import Attempt, Event
 from elastickpt.format.encode_fragments import encode_fragments
 from elastickpt.format.records import FileDigest, FragmentMap
-from elastickpt.save.fragments import own_tables
-from elastickpt.save.merge import MergedStructure, SharedArray, merge
-from elastickpt.save.outline import outline_of, records_of
-from elastickpt.save.plan import plan_writes
-from elastickpt.save.staging import Stager
-from elastickpt.save.structure import table_of
+from elastickpt.saving.fragments import own_tables
+from elastickpt.saving.merge import MergedStructure, SharedArray, merge
+from elastickpt.saving.outline import outline_of, records_of
+from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.staging import Stager
+from elastickpt.saving.structure import table_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Durability
 from elastickpt.training.capture import capture

@@ -16,11 +16,11 @@ from trainer import BOUND_S
 import elastickpt as ek
 from elastickpt.commit.draft import is_draft
 from elastickpt.commit.orders import Committed
-from elastickpt.commit.registers.epochs import claim, start
-from elastickpt.commit.registers.names import AttemptId
-from elastickpt.commit.registers.records import Claimer
-from elastickpt.commit.registers.steps import complete
 from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
+from elastickpt.ledger.epochs import claim, start
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Claimer
+from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.members import Job, Writer, seats
 from elastickpt.testing.writer_hooks import hook

@@ -20,9 +20,9 @@ from elastickpt.commit.contents import decode_outline, decode_rest
 from elastickpt.commit.draft import CONTENTS
 from elastickpt.commit.marks import marked
 from elastickpt.commit.settle import Patience, Standing, look, settle
-from elastickpt.comms.addresses import dial
-from elastickpt.comms.frames import Connection, Frame, Kind
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
+from elastickpt.ranks.addresses import dial
+from elastickpt.ranks.frames import Connection, Frame, Kind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import QUICK, Attempt, Job, Writer, seats

@@ -17,7 +17,7 @@ from elastickpt.commit.draft import abort
 from elastickpt.errors import NoSpace, PathOccupied, StorageFailed
 from elastickpt.format.keys import fragments_file
 from elastickpt.format.records import FileDigest
-from elastickpt.save.staging import Stager
+from elastickpt.saving.staging import Stager
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import ALL, CHANGING, Crash, CrashAt, FailAt, FaultyStore, Lasting, Mode, RecordingStore
 from elastickpt.writer.jobs import perform

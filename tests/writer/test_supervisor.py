@@ -26,7 +26,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_fragments
 from elastickpt.format.keys import fragments_file
 from elastickpt.format.records import FileDigest
-from elastickpt.save.staging import Stager
+from elastickpt.saving.staging import Stager
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer import child as child_module

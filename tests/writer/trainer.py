@@ -23,7 +23,7 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from staged import Rank, begun
 
-    from elastickpt.save.staging import Stager
+    from elastickpt.saving.staging import Stager
     from elastickpt.testing.writer_hooks import hook
     from elastickpt.writer.child import WriterOptions
     from elastickpt.writer.supervisor import Supervisor

@@ -17,9 +17,9 @@ import torch
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.layout.grid import chunk_shape
-from elastickpt.save.merge import SharedArray
-from elastickpt.save.plan import plan_writes
-from elastickpt.save.staging import Stager
+from elastickpt.saving.merge import SharedArray
+from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.staging import Stager
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.prepared import prepare

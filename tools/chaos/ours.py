@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy.ma  # noqa: F401 (numpy.unique imports it at its first use, in every fork anew)
 
 import elastickpt as ek
-from elastickpt.runs.branch import history
-from elastickpt.save import saver, staging
+from elastickpt.ledger.branch import history
+from elastickpt.saving import saver, staging
 from elastickpt.writer.arena import Arena
 
 from .contents import State

@@ -1,1 +1,0 @@
-"""Loading and reading: records, plans, ranged reads, verification. Reading needs no torch."""

@@ -1,0 +1,131 @@
+"""What ranks tell each other in the rounds of a load, and what follows from all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+
+import msgpack
+import numpy as np
+
+from elastickpt.errors import Refused
+from elastickpt.format.arrays import ArrayId
+from elastickpt.loading.opened import Opened, is_converted
+from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
+
+SHOWN_MISMATCHES = 20
+BESIDE = "beside"  # what a converted checkpoint has and a job need not
+MASTER = "master"
+
+
+def require_same_load(meant: Sequence[tuple[str, str, str]], ranks: Sequence[int]) -> None:
+    """Raises Refused if ranks mean different loads; paths may differ where one checkpoint has several."""
+    path, *mine = meant[0]
+    for rank, (other, *theirs) in zip(ranks[1:], meant[1:], strict=True):
+        for what, one, two in zip(("checkpoint", "strict mode"), mine, theirs, strict=True):
+            if one != two:
+                raise Refused(
+                    f"{what} of this load: expected the same on all ranks, "
+                    f"found {one} ({path}) on rank {ranks[0]} and {two} ({other}) on rank {rank}"
+                )
+
+
+def encode_findings(opened: Opened, binding: Binding) -> bytes:
+    """This rank's differences, and which of the checkpoint's arrays (a bit each, in index order) and values it has a place
+    for: only all ranks together know what nobody has a place for."""
+    known = np.fromiter((identity in binding.arrays for identity in opened.records), dtype=np.bool_, count=len(opened.records))
+    rows = [(m.name, m.what, m.expected, m.found, m.side) for m in binding.mismatches]
+    return bytes(msgpack.packb((rows, np.packbits(known).tobytes(), sorted(binding.places))))
+
+
+def joint_mismatches(
+    opened: Opened, listing: Listing, payloads: Sequence[bytes], ranks: Sequence[int]
+) -> list[tuple[str, str]]:
+    """(what, text) of every difference on any rank, each once, with the ranks that have it.
+
+    `what` is "beside" for what a converted checkpoint has beyond a job's state: that is no difference. [UCF-120]
+    """
+    where: dict[Mismatch, list[int]] = {}
+    union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
+    places: set[str] = set()
+    for rank, payload in zip(ranks, payloads, strict=True):
+        rows, bits, known_places = msgpack.unpackb(payload, use_list=False)
+        for row in rows:
+            where.setdefault(Mismatch(*row), []).append(rank)
+        union |= np.frombuffer(bits, dtype=np.uint8)
+        places.update(known_places)
+    flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
+    arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
+    found: list[tuple[str, str]] = []
+    for mismatch, on in sorted(where.items()):
+        found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
+    beside = _Beside(opened, arrays, places)
+    more = unexpected(listing, arrays=arrays, places=places)
+    found.extend((BESIDE if beside.has(mismatch) else mismatch.what, str(mismatch)) for mismatch in more)
+    masters = [one for one in opened.records if one.state == MASTER] if is_converted(opened) else []
+    found.extend((BESIDE, f"{one}: a master, whose parameter's value is loaded") for one in masters)
+    return found
+
+
+class _Beside:
+    """What a converted checkpoint has and a job need not: masters, and whole items that its state does not name.
+
+    Other libraries save more than a job asks for, and the job had no say in it.
+    """
+
+    def __init__(self, opened: Opened, arrays: Sequence[ArrayId], places: Iterable[str]) -> None:
+        self._converted = is_converted(opened)
+        self._items = {identity.item for identity in arrays} | {_item_of(place) for place in places}
+        self._ids = {str(identity): identity for identity in opened.records}
+        optimizers = {table.item for part in opened.parts for table in part.tables}
+        self._optimizes = bool(optimizers & self._items) or not optimizers
+
+    def has(self, mismatch: Mismatch) -> bool:
+        if not self._converted:
+            return False
+        identity = self._ids.get(mismatch.name)
+        if identity is None:
+            return _item_of(mismatch.name) not in self._items
+        if identity.state not in ("", "value") and not self._optimizes:
+            return True
+        return identity.item not in self._items
+
+
+def _item_of(place: str) -> str:
+    return place.split("/")[1].replace("~1", "/").replace("~0", "~") if place.startswith("/") else place
+
+
+def _ranks_text(some: Sequence[int], every: Sequence[int]) -> str:
+    if len(some) == len(every):
+        return "every rank" if len(every) > 1 else "this process"
+    shown = ", ".join(str(rank) for rank in some[:8])
+    return f"rank {shown}" if len(some) == 1 else f"ranks {shown}{', ...' if len(some) > 8 else ''}"
+
+
+def mismatch_message(path: str, refused: Sequence[tuple[str, str]], strict: str) -> str:
+    """`refused` are (what, text) of the differences that the mode `strict` does not let pass; says which mode would."""
+    texts = [text for _, text in refused]
+    shown = "".join(f"\n  {text}" for text in texts[:SHOWN_MISMATCHES])
+    more = f"\n  and {len(texts) - SHOWN_MISMATCHES} more" if len(texts) > SHOWN_MISMATCHES else ""
+    noun = "difference" if len(texts) == 1 else "differences"
+    way_out = _way_out({what for what, _ in refused}, strict)
+    return f"{path}: {len(texts)} {noun} between the state and the checkpoint; nothing was changed:{shown}{more}{way_out}"
+
+
+def _way_out(what: AbstractSet[str], strict: str) -> str:
+    if not what <= {"missing", "unexpected"}:
+        return f"\n  (strict={strict!r}; shapes, element types and values must fit in every mode)"
+    passes = "unexpected" if what == {"missing"} else "missing"
+    mode = passes if strict == "all" and len(what) == 1 else "none"
+    noun = {"missing": "the state has and the checkpoint lacks", "unexpected": "the checkpoint has beside"}
+    said = " and ".join(noun[one] for one in sorted(what))
+    return f"\n  (strict={strict!r}; strict={mode!r} lets pass what {said})"
+
+
+def joint_notes(notes: Sequence[Sequence[str]], ranks: Sequence[int]) -> list[str]:
+    """Notes of all ranks, each once, in their order, with the ranks that have it if those are not all."""
+    where: dict[str, list[int]] = {}
+    for rank, own in zip(ranks, notes, strict=True):
+        for note in own:
+            where.setdefault(note, []).append(rank)
+    return [note if len(on) == len(ranks) else f"{note} (on {_ranks_text(on, ranks)})" for note, on in where.items()]

@@ -1,0 +1,212 @@
+"""A checkpoint to read from, as `ek.open` gives it. Imports no torch, writes nothing, runs no code of the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from operator import gt
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastickpt.errors import MissingFile, Refused
+from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.box import Box
+from elastickpt.format.documents import documents
+from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.records import ArrayRecord, Item, Manifest, OptimizerTable
+from elastickpt.format.values import Value
+from elastickpt.loading.fetch import fetch
+from elastickpt.loading.opened import Opened
+from elastickpt.loading.plan import Bytes, Wanted, require_stored
+from elastickpt.loading.verify import VerifyReport, verify
+from elastickpt.storage.opening import place_in
+
+if TYPE_CHECKING:
+    from elastickpt.storage.arrays import Group
+
+_WORDS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter (or buffer) and its states; `states` maps `value`, `exp_avg`, ... to their arrays."""
+
+    item: str
+    name: str
+    states: Mapping[str, ArrayRecord]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its value; of its first state where a checkpoint has no value of it."""
+        record = self.states.get("value") or next(iter(self.states.values()))
+        return record.spec.shape
+
+
+class Checkpoint:
+    """A committed checkpoint, read-only. Records are read when they are asked for, arrays never before."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+
+    @property
+    def path(self) -> str:
+        return place_in(self._opened.store, self._opened.name)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The record that makes it a checkpoint."""
+        return self._opened.manifest
+
+    @property
+    def step(self) -> int | None:
+        """Number of completed optimizer steps, as the writer said."""
+        return self.manifest.step
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The keys of the state that was saved, and what stood under them."""
+        return self.manifest.items
+
+    @property
+    def meshes(self) -> tuple[Mesh, ...]:
+        return self.manifest.meshes
+
+    @property
+    def values(self) -> Mapping[str, Value]:
+        """The replicated plain values, by JSON pointer."""
+        values = self.manifest.values
+        return MappingProxyType(values if isinstance(values, dict) else {})
+
+    @cached_property
+    def tables(self) -> tuple[OptimizerTable, ...]:
+        """What optimizers hold per parameter beside arrays: hyper-parameters, step counts."""
+        return tuple(table for part in self._opened.parts for table in part.tables)
+
+    @property
+    def records(self) -> Mapping[ArrayId, ArrayRecord]:
+        """Every array's record, by id. Raises Damaged kinds if the index is not what was written."""
+        return self._opened.records
+
+    @cached_property
+    def parameters(self) -> Mapping[tuple[str, str], Parameter]:
+        """(item, FQN) → parameter, in the order of keys."""
+        states: dict[tuple[str, str], dict[str, ArrayRecord]] = {}
+        for identity, record in self.records.items():
+            if identity.section == "params":
+                states.setdefault((identity.item, identity.name), {})[identity.state] = record
+        return MappingProxyType({key: Parameter(*key, MappingProxyType(of)) for key, of in states.items()})
+
+    def fragments(self) -> Iterator[FragmentColumns]:
+        """Every writer's fragment map, by writer. Raises Damaged kinds naming the file."""
+        return self._opened.all_fragments()
+
+    def per_rank(self, writer: int) -> Mapping[str, Value]:
+        """One writer's own values, by JSON pointer."""
+        return self._opened.per_rank(writer)
+
+    def read(self, array: ArrayId, *, box: Box | None = None) -> NDArray[Any]:
+        """The elements of an array, or of a box of it, verified; as numpy's type, or ml_dtypes' where numpy has none.
+
+        Raises KeyError for an array that is not there, Refused for a box beyond it, Damaged kinds for what is not as written.
+        """
+        record = self.records[array]
+        shape = record.spec.shape
+        box = Box.whole(shape) if box is None else box
+        if len(box.stop) != len(shape) or any(map(gt, box.stop, shape)):
+            raise Refused(f"array {array}: expected a box inside its shape {shape}, found {box}")
+        if box.count:
+            require_stored(self._opened, record, box)  # before memory is taken for what a forged index says
+        words = np.empty(box.shape, dtype=_WORDS[record.spec.type.itemsize])
+        self.read_into(array, box, words)
+        return words.view(_numpy_type(record.spec.dtype))
+
+    def read_into(self, array: ArrayId, box: Box, words: NDArray[Any]) -> None:
+        """Fills `words`, of the box's shape and of elements of the array's size, with a box that lies in the array, verified.
+
+        Raises KeyError, Damaged kinds as `read`."""
+        fetch(self._opened, [Wanted(self.records[array], box, words)])
+
+    def tree(self, item: str, *, arrays: Literal["numpy", "torch"] = "numpy", rank: int | None = None) -> object:
+        """What stood in `state` under `item`, as plain containers, values and arrays of host memory, all of it verified: an
+        entry that was a dict, a list, a tensor or a value, or the state dict of an object.
+
+        `arrays`: "numpy", without torch (types that numpy lacks are ml_dtypes', and torch's dtypes and devices are texts), or
+        "torch"; what was numpy's is so in both. `rank` chooses among values that are each rank's own. A named tuple comes back
+        with its fields, and a class of its own.
+
+        Raises NotACheckpoint for an item that is not there, Refused for a module, an optimizer and its schedulers, whose states
+        stand by parameter, StateMismatch for a tensor that only its class can put together, Damaged kinds.
+        """
+        from elastickpt.loading.trees import tree_of
+
+        return tree_of(self, item, arrays=arrays, rank=rank)
+
+    @cached_property
+    def arrays(self) -> Group:
+        """The tree as a `zarr.Group`; chunks are served through stored pieces, their blocks verified, and never filled."""
+        from elastickpt.storage.arrays import open_group
+
+        tree = _Tree(self._opened)
+        return open_group(tree.document, tree.chunk, names=tree.names)
+
+    def verify(self, *, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+        """Looks at every byte; damage is in the report. `progress(done, total)` counts bytes, from several threads."""
+        return verify(self._opened, progress=progress)
+
+
+def _numpy_type(name: str) -> np.dtype[Any]:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        named: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return named
+
+
+class _Tree:
+    """The zarr tree of a checkpoint without its files: documents from the index, chunks from stored pieces."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+
+    @cached_property
+    def _documents(self) -> Mapping[str, bytes]:
+        return dict(documents(self._opened.parts))
+
+    @cached_property
+    def _children(self) -> Mapping[str, set[str]]:
+        found: dict[str, set[str]] = {"": set()}
+        for path in self._documents:
+            parts = path.split("/")
+            for depth in range(len(parts)):
+                name = parts[depth] + ("" if depth == len(parts) - 1 else "/")
+                found.setdefault("/".join(parts[:depth]), set()).add(name)
+        return found
+
+    def document(self, path: str) -> bytes | None:
+        return self._documents.get(path)
+
+    def names(self, directory: str) -> list[str]:
+        return sorted(self._children.get(directory, ()))
+
+    def chunk(self, path: str) -> bytes:
+        """The bytes of a chunk, pads as zeros. Raises MissingFile for what is no chunk, Damaged kinds for a bad one."""
+        key, _, name = path.rpartition("/")
+        record = self._opened.by_key.get(key)
+        if record is None or not name.startswith("c"):
+            raise MissingFile(f"{path}: no chunk of this checkpoint")
+        place = tuple(int(index) for index in name.split(".")[1:])
+        start = tuple(index * extent for index, extent in zip(place, record.chunk_shape, strict=True))
+        stop = tuple(min(low + n, end) for low, n, end in zip(start, record.chunk_shape, record.spec.shape, strict=True))
+        box = Box(start, stop)
+        whole = np.zeros(record.chunk_shape, dtype=_WORDS[record.spec.type.itemsize])
+        part = np.empty(box.shape, dtype=whole.dtype)
+        fetch(self._opened, [Wanted(record, box, part)])
+        whole[tuple(slice(0, extent) for extent in box.shape)] = part
+        data: Bytes = whole.reshape(-1).view(np.uint8)
+        return data.tobytes()

@@ -1,0 +1,331 @@
+"""`load`: check everything, read straight into place, install; in place, at whatever layout `state` has now."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+import msgpack
+
+from elastickpt.errors import CheckpointError, Refused, StateMismatch
+from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.box import Box
+from elastickpt.format.records import ArrayRecord
+from elastickpt.format.values import Value
+from elastickpt.loading.agreement import (
+    BESIDE,
+    MASTER,
+    encode_findings,
+    joint_mismatches,
+    joint_notes,
+    mismatch_message,
+    require_same_load,
+)
+from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch
+from elastickpt.loading.layout import lacking_of, lies_as_saved
+from elastickpt.loading.opened import Opened, is_converted, open_records
+from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
+from elastickpt.loading.ties import differing_ties
+from elastickpt.ranks.process_group import Group, job_group
+from elastickpt.ranks.team import Alone, Call, Team, require_limit
+from elastickpt.ranks.teams import team_of
+from elastickpt.training.collection import collection_paused
+from elastickpt.training.held import HeldArray
+from elastickpt.training.layouts import held_by_models
+from elastickpt.training.listing import Binding, Listing
+from elastickpt.training.memory import fill_device, host_elements, host_tensor
+from elastickpt.training.meshes import mesh_of
+from elastickpt.training.restore import bind
+from elastickpt.training.rng import Continuation
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+UNDEFINED = "; the content of `state` is now undefined: load another checkpoint before going on"  # at the end of a message
+
+Strict = Literal["all", "missing", "unexpected", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A finished load. Byte counts and times are this rank's: needed by it, read from the store, seconds.
+
+    `skipped` are differences that the strict mode let pass; `notes` what could not be carried over exactly, and why: rank 0
+    logs those of all ranks.
+    """
+
+    path: str
+    step: int | None
+    nbytes: int
+    read_nbytes: int
+    plan_s: float
+    read_s: float
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    streams: tuple[Continuation, ...] = field(default=(), repr=False, compare=False)
+
+    def restore_streams(self) -> None:
+        """Sets the random streams once more as this load set them, after something drew numbers that did not in the run that
+        saved: `iter(loader)` draws a seed, and some loaders fetch a batch ahead. Of this process only; not blocking.
+
+        Raises Refused where this load set none.
+        """
+        if not self.streams:
+            raise Refused(
+                f"{self.path}: no random streams were loaded from it: put an ek.RNG() into `state`, saving and loading"
+            )
+        for streams in self.streams:
+            streams.install()
+
+
+def load(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    strict: Strict = "all",
+    verify: Verify = "on",
+    wait_limit_s: float | None = None,
+) -> LoadReport:
+    """Fills `state` in place with the checkpoint at `path`, at the layout that `state` has now, on all ranks. Blocking.
+
+    Every rank of the process group must call it with the same path and options. Everything that can be checked is checked on
+    all ranks before the first tensor changes. `strict`: "all" differences are errors; "missing": those of `state` that the
+    checkpoint lacks, but not what it has beside; "unexpected": the other way round; "none": only shapes and element types.
+    `verify="off"` skips block checksums, for measuring. `wait_limit_s`: for how long ranks that come later are waited for while
+    their processes live; without it as long as a collective of the process group waits.
+
+    Raises, the same on every rank with a `report`: StateMismatch naming every difference (nothing was changed),
+    NotACheckpoint, Unsupported, Damaged kinds, StorageFailed kinds, RankLost. An error while tensors are being filled says
+    that the content of `state` is now undefined.
+    """
+    with collection_paused():
+        require_limit("wait_limit_s", wait_limit_s)
+        group = job_group(process_group)
+        team = team_of(group)
+        team.enter(Call(f"load of {os.fspath(path)}", *group.limit(wait_limit_s)))
+        loading = _Load(group, team, path, strict, verify)
+        return loading.run(state, mesh)
+
+
+def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, strict: Strict = "missing") -> LoadReport:
+    """What `runs.loading.load_alone` says, for the folder of a checkpoint: by this process alone. Blocking."""
+    with collection_paused():
+        group = job_group(None)
+        return _Load(group, Alone(group.rank, ""), path, strict, "on").run(state, None)
+
+
+class _Load:
+    """One call of `load` on one rank: check together, read, install together."""
+
+    def __init__(self, group: Group, team: Team, path: str | os.PathLike[str], strict: Strict, verify: Verify) -> None:
+        self.group, self.team, self.path, self.strict, self.verify = group, team, path, strict, verify
+        self.told: list[str] = []  # on member 0: notes of all ranks
+
+    def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> LoadReport:
+        begun = time.perf_counter()
+        opened, declared, same = self._open(state, mesh)
+        binding, skipped = self._check(state, declared, opened, same)
+        hosts, plan = self._plan(opened, binding)
+        planned = time.perf_counter()
+        report = self._fill(opened, binding, hosts, plan)
+        ended = time.perf_counter()
+        for note in self.told:
+            log.warning("%s: %s", self.path, note)
+        return LoadReport(
+            path=os.fspath(self.path),
+            step=opened.manifest.step,
+            nbytes=report.wanted_nbytes,
+            read_nbytes=report.read_nbytes,
+            plan_s=planned - begun,
+            read_s=ended - planned,
+            skipped=skipped,
+            notes=binding.notes,
+            streams=binding.streams,
+        )
+
+    # -- before anything changes ---------------------------------------------------------------------------------------
+
+    def _open(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[Opened, Mesh | None, bool]:
+        """The checkpoint, the mesh declared, and whether every rank holds now what the writer of its number held."""
+        opened: list[tuple[Opened, Mesh | None]] = []
+        ids: set[ArrayId] = set()
+
+        def compare() -> bytes:
+            if self.strict not in get_args(Strict) or self.verify not in get_args(Verify):
+                raise Refused(
+                    f"strict {self.strict!r}, verify {self.verify!r}: expected one of {get_args(Strict)}, {get_args(Verify)}"
+                )
+            declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
+            found = open_records(self.path)
+            opened.append((found, declared))
+            held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
+            ranks = len(self.group.ranks)
+            same = ranks == found.manifest.world_size == len(found.manifest.fragments) and lies_as_saved(found, held)
+            ids.update(array.spec.id for array in held)
+            lacking = [str(one) for one in lacking_of(found, ids, self.group.member)] if same else []
+            meant = (os.fspath(self.path), f"attempt {found.manifest.attempt}", self.strict)
+            return bytes(msgpack.packb((same, lacking, meant)))
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            answers = [msgpack.unpackb(payload, use_list=False) for payload in payloads]
+            require_same_load([meant for _, _, meant in answers], self.team.ranks)
+            same = all(same for same, _, _ in answers)
+            return [bytes(msgpack.packb((same, sorted({one for _, lacking, _ in answers for one in lacking}))))] * len(payloads)
+
+        same, lacking = msgpack.unpackb(self.team.round("open", compare, decide), use_list=False)
+        return *opened[0], same and not (lacking and self._elsewhere(opened[0][0], ids, lacking))
+
+    def _elsewhere(self, opened: Opened, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:
+        """Whether some rank holds what a rank lacks whose writer had it; what nobody holds was left out of `state`. A round.
+
+        Where nobody is asked: whether this rank holds nothing of what the writer of its number had.
+        """
+        if len(self.team.ranks) < len(self.group.ranks):
+            items = {identity.item for identity in ids}
+            return all(record.spec.id not in ids for record in opened.stored_by(self.group.member, items))
+
+        def own() -> bytes:
+            return bytes([not {str(one) for one in ids}.isdisjoint(lacking)])
+
+        return self.team.round("elsewhere", own, lambda payloads: [max(payloads)] * len(payloads)) == b"\1"
+
+    def _check(
+        self, state: Mapping[str, object], declared: Mesh | None, opened: Opened, same: bool
+    ) -> tuple[Binding, tuple[str, ...]]:
+        bound: list[tuple[Listing, Binding]] = []
+
+        def compare() -> bytes:
+            listing = listing_of(opened, self.group.ranks, same_layout=same)
+            binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
+            bound.append((listing, binding))
+            return encode_findings(opened, binding)
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            listing, _ = bound[0]
+            found = joint_mismatches(opened, listing, payloads, self.team.ranks)
+            refused = [(what, text) for what, text in found if self._counts(what)]
+            if refused:
+                raise StateMismatch(mismatch_message(os.fspath(self.path), refused, self.strict))
+            return [bytes(msgpack.packb([text for _, text in found]))] * len(payloads)
+
+        skipped = msgpack.unpackb(self.team.round("check", compare, decide), use_list=False)
+        return bound[0][1], skipped
+
+    def _counts(self, what: str) -> bool:
+        """Whether a difference of this kind is an error in the strict mode asked for."""
+        if what == BESIDE:
+            return False
+        passes = {"all": (), "missing": ("unexpected",), "unexpected": ("missing",), "none": ("missing", "unexpected")}
+        return what not in passes[self.strict]
+
+    def _plan(self, opened: Opened, binding: Binding) -> tuple[Sequence[Elements], FetchPlan]:
+        """What this rank will read into what; on return every rank has found its records and files there and whole."""
+        planned: list[tuple[Sequence[Elements], FetchPlan]] = []
+
+        def plan() -> bytes:
+            hosts = [host_elements(target.tensor) for target in binding.targets]
+            wanted = [
+                Wanted(opened.records[target.spec.id], target.box, host, "spare" if target.held_alone else "fill")
+                for target, host in zip(binding.targets, hosts, strict=True)
+            ]
+            planned.append((hosts, plan_fetch(opened, wanted)))
+            require_files(opened, planned[0][1])
+            if self._counts("unexpected"):
+                self._require_equal_ties(opened, binding)
+            return b""
+
+        self.team.round("plan", plan, lambda payloads: [b""] * len(payloads))
+        return planned[0]
+
+    def _require_equal_ties(self, opened: Opened, binding: Binding) -> None:
+        hosts = [host_elements(held.tensor) for held, _ in binding.ties]
+        differing = list(differing_ties(opened, binding.ties, hosts, verify=self.verify))
+        if differing:
+            told = [("value", text) for text in differing]
+            raise StateMismatch(mismatch_message(os.fspath(self.path), told, self.strict))
+
+    # -- from here on the state changes --------------------------------------------------------------------------------
+
+    def _fill(self, opened: Opened, binding: Binding, hosts: Sequence[Elements], plan: FetchPlan) -> FetchReport:
+        reports: list[FetchReport] = []
+
+        def read() -> bytes:
+            reports.append(carry_out(opened, plan, verify=self.verify))
+            _to_devices(binding.targets, hosts)
+            return b""
+
+        def installed() -> bytes:
+            binding.install()
+            return bytes(msgpack.packb(binding.notes))
+
+        def tell(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            self.told += joint_notes([msgpack.unpackb(payload) for payload in payloads], self.team.ranks)
+            return [b""] * len(payloads)
+
+        try:
+            self.team.round("read", read, lambda payloads: [b""] * len(payloads))
+            self.team.round("install", installed, tell)
+        except CheckpointError as error:
+            raise _undefined(error) from error  # on every rank: whoever failed or is lost, the others have changed
+        return reports[0]
+
+
+def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Listing:
+    """What the checkpoint holds, as the training layer takes it; `ranks` are this job's by member, and their layout may be the
+    writers'."""
+    manifest = opened.manifest
+
+    def per_rank(writer: int) -> Mapping[str, Value]:
+        if same_layout:
+            writer = ranks.index(writer)  # on the same layout a rank asks for its own; writers count members of the group
+        return opened.per_rank(writer) if writer < len(manifest.fragments) else {}
+
+    return Listing(
+        arrays={one: record.spec for one, record in opened.records.items() if one.state != MASTER or not is_converted(opened)},
+        tables=tuple(table for part in opened.parts for table in part.tables),
+        values=manifest.values if isinstance(manifest.values, dict) else {},
+        per_rank=per_rank,
+        items=manifest.items,
+        world_size=manifest.world_size,
+        same_layout=same_layout,
+        step=manifest.step,
+        tied=manifest.tied,
+        ranks=tuple(ranks),
+        attributes={identity: dict(record.attributes) for identity, record in opened.records.items() if record.attributes},
+        read=lambda identity: _read_whole(opened, opened.records[identity]),
+        layouts={
+            identity: (manifest.meshes[manifest.layouts[record.layout].mesh], manifest.layouts[record.layout].placements)
+            for identity, record in opened.records.items()
+            if identity.section == "extra" and record.layout is not None
+        },
+    )
+
+
+def _read_whole(opened: Opened, record: ArrayRecord) -> torch.Tensor:
+    """One array, verified; blocking. Raises as `fetch` does."""
+    whole = Box.whole(record.spec.shape)
+    target = host_tensor(record.spec.dtype, record.spec.shape)
+    fetch(opened, [Wanted(record, whole, host_elements(target))])
+    return target
+
+
+def _undefined(error: CheckpointError) -> CheckpointError:
+    """The same error, saying what it means now that tensors were being filled."""
+    return type(error)(error.message + UNDEFINED, report=error.report)
+
+
+def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[Elements]) -> None:
+    """Copies what was read to host memory to targets on other devices; host tensors were filled in place."""
+    for target, host in zip(targets, hosts, strict=True):
+        if target.tensor.device.type != "cpu":
+            fill_device(target.tensor, host)

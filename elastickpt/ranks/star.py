@@ -1,0 +1,251 @@
+"""A team over sockets of its own: member 0 is the hub, every other member has one connection to it.
+
+What both ends have in common is here; `hub` has member 0's, `spoke` that of the others. No end holds a thread: `beats` has one
+for all teams of a process. A team meets by itself as its members make their calls, and meets again after a connection was lost,
+so no member counts meetings.
+
+    a call      ENTER, from every member to member 0 and back: "I have made the call". Until then a member is late.
+    its rounds  PAYLOAD or FAILURE, then VERDICT or REPORT, with beats meanwhile
+    given up    LEAVE: what this member has said of that call does not hold any more
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import msgpack
+
+from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, from_report
+from elastickpt.ranks.beats import HEART
+from elastickpt.ranks.door import KeyValue
+from elastickpt.ranks.frames import Connection, Frame, Kind
+from elastickpt.ranks.processes import Acquaintances, Process, this_process
+from elastickpt.ranks.team import SILENCE_S, Call, Contribute, Decide, failure_of
+
+TICK_S = 0.5  # between looks at limits, and at processes of this host
+DYING_S = 0.2  # from the end of a connection until the process behind it is gone, if it ends
+LOG_AFTER_S, LOG_EVERY_S = 10.0, 300.0
+
+Answer = bytes | RankFailure
+Report = tuple[RankFailure, ...]
+
+
+class Star(ABC):
+    """One member's end of the star; see `team.Team`. One thread at a time holds rounds; any thread may end it."""
+
+    def __init__(
+        self,
+        store: Callable[[], KeyValue],
+        member: int,
+        ranks: tuple[int, ...],
+        known: Acquaintances,
+        *,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self._open_store, self._member, self._ranks, self._known, self._silence_s = store, member, ranks, known, silence_s
+        self._processes = {member: this_process()}
+        self._call = Call("a round", silence_s)
+        self._begins = False
+        self._begun = 0.0  # when this member made the call
+        self._logged_at = 0.0
+        self._why_ended: str | None = None
+        self._using, self._ending = threading.Lock(), threading.Lock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        HEART.joined()
+        self._let_go = weakref.finalize(self, _let_go, self._wake)
+
+    @property
+    def member(self) -> int:
+        return self._member
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self._ranks
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        if len(self._processes) < len(self._ranks):
+            raise Refused("the members of this team have not met")
+        return tuple(self._processes[member].host for member in range(len(self._ranks)))
+
+    def enter(self, call: Call) -> None:
+        self._call, self._begins = call, True
+
+    def round(self, name: str, contribute: Contribute, decide: Decide) -> bytes:
+        if not self._using.acquire(blocking=False):
+            raise Refused(f"round {name!r}: expected one thread at a time in the rounds of a group, found two")
+        begins, self._begins = self._begins, False
+        cause: BaseException | None = None
+        try:
+            self._require_open()
+            with HEART.at_work(self):
+                report = self._arrive() if begins else ()
+                if report:
+                    raise from_report(report)
+                mine: Answer
+                try:
+                    mine = contribute()
+                except Exception as error:
+                    mine, cause = failure_of(error, self._ranks[self._member]), error
+                reply, report = self._exchange(name, mine, decide, begins=begins)
+        except Exception:
+            raise  # a report, or the end of this team
+        except BaseException as error:  # KeyboardInterrupt and the like: peers must hear of it now, not at the limit
+            self._say_left(_reason(error))
+            raise
+        finally:
+            self._using.release()
+            self._close_if_ended()
+        if report:
+            raise from_report(report) from cause
+        return reply
+
+    def leave(self, why: BaseException) -> None:
+        if self._why_ended is None:
+            self._say_left(_reason(why))
+
+    def end(self, why: str) -> None:
+        with self._ending:
+            if self._why_ended is None:
+                self._why_ended = why
+                self._say_left(why)
+                os.eventfd_write(self._wake, 1)
+        self._close_if_ended()
+
+    def _close_if_ended(self) -> None:
+        """Closes what is open, unless a round is held, which does it at its end."""
+        if self._why_ended is not None and self._using.acquire(blocking=False):
+            try:
+                with self._ending:
+                    self._close_all()
+                    self._let_go()
+            finally:
+                self._using.release()
+
+    def beat(self) -> None:
+        for peer in self._connections():
+            peer.beat(0)
+
+    @cached_property
+    def _store(self) -> KeyValue:
+        """Opened when it is needed: it may be gone with a rank that is known to be lost."""
+        return self._open_store()
+
+    # -- for both ends -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _connections(self) -> list[Connection]: ...
+
+    @abstractmethod
+    def _arrive(self) -> Report:
+        """This member has made a call; what is known of others for which nothing can come of it."""
+
+    @abstractmethod
+    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, Report]: ...
+
+    @abstractmethod
+    def _say_left(self, why: str) -> None:
+        """The others wait no longer for this member. Not blocking, from any thread."""
+
+    @abstractmethod
+    def _close_all(self) -> None:
+        """Closes what this end has open."""
+
+    def _require_open(self) -> None:
+        if self._why_ended is not None:
+            raise Cancelled(f"{self._call.what}: ended here, as {self._why_ended}")
+
+    def _losses(self, ranks: Iterable[int] | None = None) -> Report:
+        return self._known.losses(self._ranks if ranks is None else ranks)
+
+    def _note_loss(self, frame: Frame) -> None:
+        """Takes it in, if that is what is said."""
+        if frame.kind is Kind.LOSS:
+            for failure in decode_report(frame.data):
+                self._known.told(failure.rank, failure.message)
+
+    def _met(self, member: int, process: Process) -> None:
+        self._processes[member] = process
+        self._known.met(self._ranks[member], process)
+
+    def _disconnected(self, member: int, where: str) -> RankFailure:
+        """What it means that the connection of a member ended without a word."""
+        rank = self._ranks[member]
+        until = time.monotonic() + DYING_S
+        while not (gone := self._losses([rank])) and self._known.lives_here(rank) and time.monotonic() < until:
+            time.sleep(0.005)
+        if gone:
+            return RankFailure(rank, RankLost.kind, f"{gone[0].message} in {where}")
+        at = time.strftime("%H:%M:%S UTC", time.gmtime())
+        return RankFailure(rank, RankLost.kind, f"its connection was lost in {where} at {at}; its process may be gone")
+
+    def _silent(self, member: int, name: str) -> RankFailure:
+        text = f"did not answer in round {name!r} and sent nothing for {self._silence_s:g} s"
+        return RankFailure(self._ranks[member], DeadlineExceeded.kind, text)
+
+    def _too_late(self, member: int) -> RankFailure:
+        call = self._call
+        within = f"within {call.wait_limit_s:g} s ({call.limit_name})"
+        text = f"did not come to the {call.what} {within}; {self._everybody} must call it"
+        return RankFailure(self._ranks[member], DeadlineExceeded.kind, text)
+
+    @property
+    def _everybody(self) -> str:
+        return f"every rank of {name_ranks(self._ranks)}"
+
+    def _tick(self, *, waits: bool) -> float:
+        """For how long this end listens before it looks at its limits; `waits` for somebody who is late."""
+        left = self._begun + self._call.wait_limit_s - time.monotonic() if waits else TICK_S
+        return max(0.005, min(TICK_S, self._silence_s / 4, left))
+
+    def _time_to_log(self, now: float) -> bool:
+        """Whether it is said now for whom this member waits: after 10 s, and each time that the wait has doubled."""
+        waited = now - self._begun
+        due = LOG_AFTER_S if self._logged_at <= self._begun else min(2 * (self._logged_at - self._begun), LOG_EVERY_S + waited)
+        if waited < due:
+            return False
+        self._logged_at = now
+        return True
+
+    def _waiting_text(self, ranks: Sequence[int], now: float) -> str:
+        call = self._call
+        return (
+            f"{call.what}: waiting for {name_ranks(ranks)} since {now - self._begun:.0f} s, of at most {call.wait_limit_s:g} s "
+            f"({call.limit_name}); {self._everybody} must call it"
+        )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 1, 2`, of many the first ones."""
+    shown = ", ".join(str(rank) for rank in ranks[:16])
+    more = f" and {len(ranks) - 16} more" if len(ranks) > 16 else ""
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
+
+
+def encode_report(report: Sequence[RankFailure]) -> bytes:
+    return bytes(msgpack.packb([(f.rank, f.kind, f.message) for f in report]))
+
+
+def decode_report(data: bytes) -> Report:
+    return tuple(RankFailure(rank, kind, message) for rank, kind, message in msgpack.unpackb(data))
+
+
+def loss(failure: RankFailure) -> Frame:
+    """Tells of a rank whose process is certainly gone."""
+    return Frame(Kind.LOSS, 0, encode_report([failure]))
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _let_go(wake: int) -> None:
+    os.close(wake)
+    HEART.left()

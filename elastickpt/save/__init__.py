@@ -1,1 +1,0 @@
-"""Saving: plan, stage, write, commit."""

@@ -1,0 +1,160 @@
+"""Where the attempts of saves beside training go: a path of its own, or a step of a run.
+
+destination.locate()  on every rank, before anything is asked of the others      -> Located
+located.open(...)     on member 0: the attempt exists, and writers may write      -> Opened
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from elastickpt.commit.draft import Draft, begin, new_draft, require_free, sweep
+from elastickpt.errors import Refused
+from elastickpt.format.arrays import Section
+from elastickpt.ledger.epochs import Holding, open_attempt
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.records import Metrics
+from elastickpt.ledger.steps import complete
+from elastickpt.storage.opening import local_path, locate_for_saving
+from elastickpt.storage.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An attempt that exists: its draft, its register in a run, and what was found on the way."""
+
+    draft: Draft
+    register: AttemptId | None
+    notes: tuple[str, ...] = ()
+
+
+class Located(Protocol):
+    """A destination whose store is open."""
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def name(self) -> str:
+        """What all ranks must say alike."""
+        ...
+
+    def require_free(self) -> None:
+        """Raises on member 0 if nothing can be committed there."""
+        ...
+
+    def open(self, sections: Collection[Section]) -> Opened:
+        """Member 0 only, which holds arrays of these sections. Raises StorageFailed kinds, Superseded."""
+        ...
+
+
+class Destination(Protocol):
+    """Where one save goes. Made on every rank, from the same arguments."""
+
+    @property
+    def place(self) -> str:
+        """As people write it; of two saves to one place the second is refused while the first is under way."""
+        ...
+
+    @property
+    def step(self) -> int | None: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    def require_accepted(self) -> None:
+        """Raises Refused if this rank's part of the save cannot be accepted: all ranks hear why, and the place is not taken."""
+        ...
+
+    def locate(self) -> Located:
+        """Opens the store; blocking, not on the thread that trains. Raises what opening raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PathDestination:
+    """A path: the draft stands beside it, and its rename is the commit. A local path is absolute."""
+
+    place: str
+    step: int | None
+    metrics: Metrics = ()
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], step: int | None) -> PathDestination:
+        """Relative paths are below the working directory of now."""
+        text = os.fspath(path)
+        return cls(text if "://" in text or not text else os.path.abspath(local_path(text)), step)
+
+    def require_accepted(self) -> None:
+        """Every path may be tried."""
+
+    def locate(self) -> Located:
+        return _Path(*locate_for_saving(self.place))
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    store: Store
+    name: str
+
+    def require_free(self) -> None:
+        require_free(self.store, self.name)
+
+    def open(self, sections: Collection[Section]) -> Opened:
+        swept = sweep(self.store, self.name)
+        notes = [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
+        notes += [f"left {folder}: {why}" for folder, why in swept.left]
+        draft = new_draft(self.name, pid=os.getpid())
+        begin(self.store, draft, sections=sections)
+        return Opened(draft, None, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class RunDestination:
+    """A step of a run, whose root the store is: its register is the commit. `holding` is member 0's claim, None on others;
+    `epoch` that of the job, on all of them; `refused` why this rank's part of the save cannot be accepted, which all ranks are
+    to hear."""
+
+    store: Store
+    holding: Holding | None
+    step: int
+    epoch: int
+    metrics: Metrics = ()
+    refused: Refused | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.store.url}, step {self.step} of epoch {self.epoch}"
+
+    def require_accepted(self) -> None:
+        if self.refused is not None:
+            raise self.refused
+
+    def locate(self) -> Located:
+        return _Step(self.store, self.holding, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    store: Store
+    holding: Holding | None
+    step: int
+
+    @property
+    def name(self) -> str:
+        return f"step {self.step}"
+
+    def require_free(self) -> None:
+        """Opening the attempt finds out."""
+
+    def open(self, sections: Collection[Section]) -> Opened:
+        if self.holding is None:
+            raise Refused(f"{self.store.url}: expected the run's claim on member 0, found none")
+        register = complete(open_attempt(self.store, self.holding, step=self.step))
+        draft = Draft(register.folder, register.folder, secrets.token_hex(8))
+        begin(self.store, draft, sections=sections)
+        return Opened(draft, register)

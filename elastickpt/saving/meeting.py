@@ -1,0 +1,126 @@
+"""Where the writers of a job meet, and the writers themselves: one process for this rank, or a thread for each store."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgpack
+
+from elastickpt.errors import CheckpointError, Refused
+from elastickpt.ranks.addresses import listen, own_address
+from elastickpt.ranks.team import Team
+from elastickpt.saving.options import AsyncOptions
+from elastickpt.storage.memory import MemoryStore
+from elastickpt.storage.store import Store
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.child import WriterOptions
+from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, new_secret
+from elastickpt.writer.submissions import StagedRound, Submission
+from elastickpt.writer.supervisor import Supervisor
+from elastickpt.writer.thread import ThreadWriter
+
+
+class Writer(Protocol):
+    """What `Supervisor` and `ThreadWriter` have in common."""
+
+    def submit(self, staged: StagedRound, arena: Arena) -> Submission: ...
+
+    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission: ...
+
+    def cancel(self, submission: Submission) -> None: ...
+
+    def forget(self, arena: Arena) -> None: ...
+
+    def close(self, *, limit_s: float = 10.0) -> None: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+
+class Writers:
+    """This rank's writers. A writer is made once all members have said where theirs listen; all of it off the thread that
+    trains."""
+
+    def __init__(self, options: AsyncOptions) -> None:
+        self._options = options
+        self._writers: dict[str, Writer] = {}
+        self._listeners: list[socket.socket] = []
+        self._closed = False
+
+    def seated(self, store: str) -> bool:
+        """Whether there is a writer for that store. One that ended by a fault of its own is none: all meet again."""
+        writer = self._writers.get(self._key(store))
+        return writer is not None and (self._closed or not writer.closed)
+
+    def require_reachable(self, store: Store) -> None:
+        """Raises Refused for a store that is in this process, where another one is to write."""
+        if self._options.executor == "process" and isinstance(store, MemoryStore):
+            raise Refused(
+                f"{store.url}: expected a store that a writer process reaches, found this process's own memory; "
+                "save with AsyncOptions(executor='thread')"
+            )
+
+    def of(self, store: str) -> Writer:
+        """The writer for that store."""
+        return self._writers[self._key(store)]
+
+    def take_seats(self, team: Team, store: Store) -> None:
+        """A round in which members tell each other where they listen; then the writer is there. Raises what a round raises."""
+        if len(team.ranks) == 1:
+            self._make(store, ALONE, None)
+            return
+        listener: socket.socket | None = None
+
+        def tell() -> bytes:
+            nonlocal listener
+            if team.member >= CANDIDATES:
+                return b""
+            one_host = len(set(team.hosts)) == 1
+            listener, address = listen(host=None if one_host else own_address())
+            return address.encode()
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            seats = bytes(msgpack.packb(([payload.decode() for payload in payloads[:CANDIDATES]], new_secret())))
+            return [seats] * len(payloads)
+
+        try:
+            candidates, secret = msgpack.unpackb(team.round("seats", tell, decide), use_list=False)
+        except BaseException:
+            if listener is not None:
+                listener.close()
+            raise
+        self._make(store, Seat(team.member, team.ranks, candidates, secret), listener)
+
+    def _make(self, store: Store, seat: Seat, listener: socket.socket | None) -> None:
+        if self._closed:
+            if listener is not None:
+                listener.close()
+            raise Refused("these writers were closed")
+        key, options = self._key(store.url), self._options
+        old = self._writers.pop(key, None)  # of before somebody lost his
+        if old is not None:
+            old.close(limit_s=0.0)
+        if options.executor == "thread":
+            self._writers[key] = ThreadWriter(store, seat=seat, listener=listener)
+        else:
+            wanted = WriterOptions(niceness=options.niceness, io=options.io)
+            self._writers[key] = Supervisor(wanted, seat=seat, listener=listener)
+        if listener is not None:
+            self._listeners.append(listener)
+
+    def _key(self, store: str) -> str:
+        return store if self._options.executor == "thread" else ""
+
+    def forget(self, arena: Arena) -> None:
+        for writer in self._writers.values():
+            writer.forget(arena)
+
+    def close(self, *, limit_s: float) -> None:
+        """Ends the writers; see `Supervisor.close`. Blocking."""
+        self._closed = True
+        for writer in self._writers.values():
+            writer.close(limit_s=limit_s)
+        while self._listeners:
+            self._listeners.pop().close()

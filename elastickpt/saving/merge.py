@@ -1,0 +1,269 @@
+"""From the structure tables of all ranks to what each rank must know of the others: keys, grids, who shares what. [SAVE-30]
+
+No I/O. Runs on one rank, over the distinct tables only; its result for one table is a value of that table's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import msgpack
+
+from elastickpt.errors import StructureConflict
+from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.keys import array_keys
+from elastickpt.format.records import Item, Layout
+from elastickpt.layout.grid import chunk_shape
+from elastickpt.layout.placement import cuts_of
+from elastickpt.layout.replicas import MIN_SPLIT_NBYTES
+from elastickpt.saving.structure import HeldEntry, StructureTable
+
+
+@dataclass(frozen=True, slots=True)
+class SharedArray:
+    """What a rank learns of one array it holds.
+
+    `group`: the ranks among which the array's replicas are shared out; empty where the rank's own mesh and placements say it.
+    `writes` is False where another group of ranks holds the same array and writes it. `peers`: the ranks of all groups, where
+    nobody declared that they hold the same: contents are compared between them in every save; else empty. `documents`: the one
+    rank that writes its zarr documents; `heads_group`: that rank writes the parameter's group document too. `order`: of its
+    axes, on the first rank on which they lie in another one than their own.
+    """
+
+    key: str
+    chunk_shape: tuple[int, ...]
+    group: tuple[int, ...]
+    writes: bool
+    peers: tuple[int, ...]
+    documents: int
+    heads_group: bool
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergedArray:
+    """One array of the whole job, for the index."""
+
+    entry: HeldEntry
+    key: str
+    chunk_shape: tuple[int, ...]
+    layout: int | None
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergedStructure:
+    """The whole job's structure; `shared` are what the ranks of each table learn, by table. `file_parts`: of how many pairs of
+    a chunk file and a rank that writes into it a save consists, at most. `compares`: contents are compared in every save."""
+
+    arrays: Mapping[ArrayId, MergedArray]
+    meshes: tuple[Mesh, ...]
+    layouts: tuple[Layout, ...]
+    items: tuple[Item, ...]
+    tied: tuple[tuple[tuple[str, str], ...], ...]
+    shared: tuple[tuple[SharedArray, ...], ...]
+    file_parts: int
+    compares: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """One table's entry for an array, and the ranks that have that table."""
+
+    table: int
+    entry: HeldEntry
+    mesh: Mesh | None
+    ranks: tuple[int, ...]
+
+
+def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) -> MergedStructure:
+    """Joins distinct tables; `ranks[t]` are the ranks with table t, in order.
+
+    Raises StructureConflict naming the array, what each rank has, and the ranks.
+    """
+    holdings: dict[ArrayId, list[_Holding]] = {}
+    order = sorted(range(len(tables)), key=lambda t: ranks[t][0])
+    for t in order:
+        for entry in tables[t].entries:
+            mesh = None if entry.mesh is None else tables[t].meshes[entry.mesh]
+            holdings.setdefault(entry.spec.id, []).append(_Holding(t, entry, mesh, ranks[t]))
+    keys = array_keys(holdings)
+    heads = _group_heads(holdings)
+    meshes: dict[Mesh, int] = {}
+    layouts: dict[Layout, int] = {}
+    arrays: dict[ArrayId, MergedArray] = {}
+    shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
+    file_parts, compares = 0, False
+    for identity, found in holdings.items():
+        _require_agreement(identity, found)
+        first = found[0]
+        layout = None
+        if first.mesh is not None:
+            number = meshes.setdefault(first.mesh, len(meshes))
+            layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
+        grid = _grid(first)
+        axes = next((holding.entry.order for holding in found if holding.entry.order), ())
+        arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout, axes)
+        groups = _groups(identity, found)
+        primary = groups[0]
+        inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
+        peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
+        compares |= inferred or any(one.entry.kept == "loose" and len(one.entry.replicas) > 1 for one in found)
+        file_parts += _file_parts(first, grid, replicas=len(primary.ranks))
+        writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
+        for group in groups:
+            for holding in group.holdings:
+                shared[holding.table][identity] = SharedArray(
+                    keys[identity],
+                    grid,
+                    () if holding.mesh is not None else group.ranks,
+                    group is primary,
+                    peers,
+                    writer,
+                    identity in heads,
+                    axes,
+                )
+    return MergedStructure(
+        arrays,
+        tuple(meshes),
+        tuple(layouts),
+        _items(tables, ranks, order),
+        _ties(tables, order),
+        tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True)),
+        file_parts,
+        compares,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Ranks that hold one array between them, each element of it at least once."""
+
+    ranks: tuple[int, ...]
+    holdings: tuple[_Holding, ...]
+
+
+def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
+    """The groups of ranks that each hold the whole array; more than one only if nobody declared how they belong together."""
+    by: dict[tuple[object, ...], list[_Holding]] = {}
+    for holding in found:
+        entry = holding.entry
+        if entry.sharing == "placed" and holding.mesh is not None:
+            kind: tuple[object, ...] = (holding.mesh, entry.placements)
+        elif entry.sharing == "declared":
+            kind = entry.replicas
+        else:
+            kind = ()
+        by.setdefault(kind, []).append(holding)
+    groups = []
+    for holdings in by.values():
+        have = sorted(rank for holding in holdings for rank in holding.ranks)
+        entry, mesh = holdings[0].entry, holdings[0].mesh
+        members = mesh.ranks if mesh is not None else entry.replicas if entry.sharing == "declared" else tuple(have)
+        lacking = sorted(set(members) - set(have))
+        if lacking:
+            raise StructureConflict(
+                f"array {identity}: expected on all of the ranks {list(members)} "
+                f"(declared by rank {have[0]}), found on {have}; missing on {lacking}"
+            )
+        # a mesh over other ranks with the same axes is another group (a second pipeline stage, a second replica)
+        groups.append(_Group(tuple(members), tuple(holdings)))
+    return sorted(groups, key=lambda group: min(group.ranks))
+
+
+def _require_agreement(identity: ArrayId, found: Sequence[_Holding]) -> None:
+    first = found[0]
+    for other in found[1:]:
+        for what, mine, theirs in (
+            ("shape", first.entry.spec.shape, other.entry.spec.shape),
+            ("element type", first.entry.spec.dtype, other.entry.spec.dtype),
+            ("attributes", first.entry.attributes, other.entry.attributes),
+        ):
+            if mine != theirs:
+                raise StructureConflict(
+                    f"array {identity}: {what} is {mine} on rank {first.ranks[0]} and {theirs} on rank {other.ranks[0]}; "
+                    "give different tensors different names"
+                )
+        if (first.mesh is None) != (other.mesh is None) or (
+            first.mesh is not None
+            and other.mesh is not None
+            and (first.entry.placements, first.mesh.sizes) != (other.entry.placements, other.mesh.sizes)
+        ):
+            raise StructureConflict(
+                f"array {identity}: held in different ways on rank {first.ranks[0]} ({_way(first)}) "
+                f"and rank {other.ranks[0]} ({_way(other)}); contents cannot be compared, so give them different names"
+            )
+
+
+def _way(holding: _Holding) -> str:
+    if holding.mesh is None:
+        return "a plain tensor"
+    return f"{', '.join(holding.entry.placements)} on mesh {holding.mesh.name} {holding.mesh.sizes}"
+
+
+def _grid(holding: _Holding) -> tuple[int, ...]:
+    spec = holding.entry.spec
+    cuts: tuple[int, ...] = ()
+    if holding.mesh is not None:
+        cuts = cuts_of(spec.shape, holding.mesh.sizes, holding.entry.placements)
+    return chunk_shape(spec.shape, itemsize=spec.type.itemsize, cuts=cuts)
+
+
+def _file_parts(holding: _Holding, grid: Sequence[int], *, replicas: int) -> int:
+    """The most pairs of a chunk file of an array and a rank that writes into it."""
+    spec, shards = holding.entry.spec, 1
+    if holding.mesh is not None:
+        split = [size for size, way in zip(holding.mesh.sizes, holding.entry.placements, strict=True) if way != "R"]
+        shards, replicas = prod(split), prod(holding.mesh.sizes) // max(1, prod(split))
+    shared_out = holding.entry.role == "parameter" and spec.nbytes >= shards * MIN_SPLIT_NBYTES
+    chunks = prod(-(-extent // cut) for extent, cut in zip(spec.shape, grid, strict=True) if cut)
+    return chunks + shards * (replicas if shared_out else 1) - 1
+
+
+def _group_heads(holdings: Mapping[ArrayId, object]) -> set[ArrayId]:
+    """Of the arrays of one parameter the one whose document writer also writes the parameter's group document."""
+    heads: dict[tuple[str, str], ArrayId] = {}
+    for identity in sorted(holdings):
+        if identity.section == "params":
+            heads.setdefault((identity.item, identity.name), identity)
+    return set(heads.values())
+
+
+def _items(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], order: Sequence[int]) -> tuple[Item, ...]:
+    items: dict[str, tuple[Item, int]] = {}
+    for t in order:
+        for item in tables[t].items:
+            known, rank = items.setdefault(item.name, (item, ranks[t][0]))
+            if known.kind != item.kind:
+                raise StructureConflict(
+                    f"item {item.name!r} of the state is a {known.kind} on rank {rank} and a {item.kind} on rank {ranks[t][0]}"
+                )
+    return tuple(item for item, _ in items.values())
+
+
+def _ties(tables: Sequence[StructureTable], order: Sequence[int]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    ties: dict[tuple[tuple[str, str], ...], None] = {}
+    for t in order:
+        ties.update(dict.fromkeys(tables[t].tied))
+    return tuple(ties)
+
+
+def encode_shared(shared: Sequence[SharedArray]) -> bytes:
+    """What the ranks of one table learn, as bytes."""
+    found: dict[tuple[int, ...], int] = {}
+
+    def number(ranks: tuple[int, ...]) -> int:
+        return found.setdefault(ranks, len(found))
+
+    rows = [
+        (a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order) for a in shared
+    ]
+    return bytes(msgpack.packb((tuple(found), rows)))
+
+
+def decode_shared(data: bytes) -> tuple[SharedArray, ...]:
+    """What `encode_shared` encoded."""
+    ranks, rows = msgpack.unpackb(data, use_list=False)
+    return tuple(SharedArray(key, grid, ranks[g], writes, ranks[p], *rest) for key, grid, g, writes, p, *rest in rows)

@@ -1,0 +1,72 @@
+"""What one rank writes: derived from what it holds and what it learned of the others. No I/O, no torch operations. [SAVE-33]
+
+held arrays + shared facts --> own boxes (replicas split) --> runs in chunks --> pieces, grouped by file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from elastickpt.format.arrays import Mesh
+from elastickpt.format.box import Box
+from elastickpt.format.digest import block_checksum
+from elastickpt.format.keys import chunk_file
+from elastickpt.layout.algebra import relative
+from elastickpt.layout.grid import chunk_nbytes, runs_of
+from elastickpt.layout.placement import replica_ranks
+from elastickpt.layout.replicas import share_of
+from elastickpt.saving.merge import SharedArray
+from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPiece, WritePlan
+
+if TYPE_CHECKING:
+    from elastickpt.training.held import HeldArray
+
+
+def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> WritePlan:
+    """The plan of `rank`; `shared[i]` belongs to `held[i]`. Every element of every array is in exactly one rank's plan."""
+    files: list[PlannedFile] = []
+    documents: list[PlannedDocument] = []
+    groups = replicas_of(held, shared, rank=rank)
+    for number, (array, fact, group) in enumerate(zip(held, shared, groups, strict=True)):
+        if fact.documents == rank:
+            documents.append(PlannedDocument(number, fact.heads_group))
+        if fact.writes:
+            files.extend(_files_of(number, array, fact, own_boxes(array, group, rank=rank)))
+    return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
+
+
+def replicas_of(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[tuple[int, ...], ...]:
+    """For each array the ranks that hold the same box of it as `rank`, itself among them, as it is known on all of them."""
+    ways: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
+    groups = []
+    for array, fact in zip(held, shared, strict=True):
+        group = fact.group
+        if array.mesh is not None:
+            way = (array.mesh, array.placements)
+            if way not in ways:
+                ways[way] = replica_ranks(array.mesh, array.placements, rank)
+            group = ways[way]
+        groups.append(group)
+    return tuple(groups)
+
+
+def own_boxes(array: HeldArray, group: tuple[int, ...], *, rank: int) -> tuple[Box, ...]:
+    """The boxes, in global coordinates, that `rank` writes of what it and the other ranks of `group` hold alike."""
+    if array.box.count == 0:
+        return ()
+    index, count = group.index(rank), len(group)
+    if array.role != "parameter":
+        return (array.box,) if index == 0 else ()
+    salt = block_checksum(str(array.spec.id).encode())  # small arrays go whole to one replica: another one for each name
+    return share_of(array.box, itemsize=array.spec.type.itemsize, index=index, count=count, salt=salt)
+
+
+def _files_of(number: int, array: HeldArray, fact: SharedArray, boxes: Sequence[Box]) -> list[PlannedFile]:
+    itemsize = array.spec.type.itemsize
+    by_chunk: dict[tuple[int, ...], list[PlannedPiece]] = {}
+    for box in boxes:
+        for run in runs_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=itemsize):
+            by_chunk.setdefault(run.chunk, []).append(PlannedPiece(number, relative(run.box, array.box), run))
+    nbytes = chunk_nbytes(fact.chunk_shape, itemsize=itemsize)
+    return [PlannedFile(chunk_file(fact.key, chunk), nbytes, tuple(pieces)) for chunk, pieces in by_chunk.items()]

@@ -1,0 +1,344 @@
+"""Saves beside training, as the thread that trains sees them: capture, stage, go on.
+
+    save() --> capture --> a free slot  --> known structure: stage ----------------------------------> handle
+                                |             much of it: meanwhile the ranks agree and writers begin
+                                |                 new one: wait for the other ranks, then stage -----> handle
+                                '-- none within `stall_limit_s`: this rank's failure, so nobody saves -> handle
+
+With a known structure nobody is asked anything here: a rank that is dead or hangs keeps no other one from training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar
+
+from elastickpt.commit.draft import ended
+from elastickpt.commit.orders import Committed
+from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped
+from elastickpt.ranks.process_group import Group
+from elastickpt.ranks.team import Call, Team
+from elastickpt.ranks.teams import end_team, team_of
+from elastickpt.saving import under_way
+from elastickpt.saving.arenas import Arenas, Slot
+from elastickpt.saving.background import Background
+from elastickpt.saving.destination import Destination
+from elastickpt.saving.handle import SaveHandle
+from elastickpt.saving.meeting import Writers
+from elastickpt.saving.options import AsyncOptions
+from elastickpt.saving.outcome import info_of
+from elastickpt.saving.plans import Known, Plans
+from elastickpt.saving.propose import propose
+from elastickpt.saving.request import Request
+from elastickpt.saving.task import Ordered, Task, Times
+from elastickpt.training.gates import Beside, Cuda, StepGate
+from elastickpt.training.held import HeldArray
+from elastickpt.writer.arena import Arena
+from elastickpt.writer.submissions import Submission
+from elastickpt.writer.workers import Worker
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+UNDECIDED = 4  # saves that were written and are not committed, beside those that have an arena
+MEANWHILE_NBYTES = 128 << 20
+
+
+class Saver:
+    """One rank's saves beside training, for one process group; `purpose` tells the savers of a group apart, and is the same on
+    all ranks. All ranks call `save` in the same order, from one thread.
+    """
+
+    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, beside: Beside | None = None) -> None:
+        self._owner = os.getpid()
+        self._rank, self._world_size = group.rank, group.world_size
+        self._meet, self._end_team = _meeting(group, purpose, options)
+        self._options = options
+        self._beside = beside or Cuda()
+        self._gate = StepGate()
+        self._writers = Writers(options)
+        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._beside)
+        self._plans = Plans(arena_nbytes=options.arena_nbytes)
+        self._background = Background(self._meet, self._writers, self._plans, self._ended)
+        self._rounds = Worker("elastickpt-rounds")
+        self._endings = Worker("elastickpt-endings")
+        self._open: set[Task] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._saves = 0
+        self._skipped = 0
+
+    @property
+    def exit_limit_s(self) -> float:
+        return self._options.exit_limit_s
+
+    @property
+    def skipped(self) -> int:
+        """Saves that were left out, because some rank had no free arena."""
+        return self._skipped
+
+    def save(
+        self,
+        state: Mapping[str, object],
+        destination: Destination,
+        request: Request,
+        *,
+        mesh: DeviceMesh | None = None,
+    ) -> SaveHandle:
+        """Stages the state and returns; what follows goes on beside training, and its outcome is the handle's.
+
+        Blocking for capture and copy; for a structure that this rank has not saved before, also until the ranks agreed on it.
+        Raises Refused after `close` and in a forked process; all else is raised by the handle.
+        """
+        if self._closed or os.getpid() != self._owner:
+            raise Refused("this saver was closed" if self._closed else "a saver belongs to the process that made it")
+        self._saves += 1
+        task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()), self._saves)
+        with self._changed:
+            self._open.add(task)
+        left = False
+        try:
+            then = self._prepare(task, state, mesh)
+            task.times.staged = time.perf_counter()
+            self._rounds.put(lambda: self._background.carry_out(task))
+            left = True
+            then()
+        except BaseException as error:  # an interrupt
+            task.interrupt(_as_exception(error))
+            if not left:  # the other ranks find out by silence
+                task.give_up_slot()
+                self._end(task, None, error, time.perf_counter())
+            raise
+        return task.handle
+
+    def close(self, *, limit_s: float | None = None) -> None:
+        """Takes no more saves, waits for those under way at most `limit_s` (default: the option), and leaves the rest to the
+        writer process to finish. Blocking."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        limit_s = self._options.exit_limit_s if limit_s is None else limit_s
+        until = time.monotonic() + limit_s
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, limit_s)
+            left = sorted(task.handle.path for task in self._open)
+        if left:
+            log.warning("not waiting any longer for saves under way, which are left to their writers: %s", ", ".join(left))
+        self._writers.close(limit_s=max(0.0, until - time.monotonic()))
+        self._rounds.put(self._end_team)  # not before: saves that are in their rounds still end
+        self._rounds.put(self._endings.stop)
+        self._rounds.stop()
+        self._gate.open()
+        self._arenas.close()
+
+    # -- on the thread that trains -------------------------------------------------------------------------------------
+
+    def _prepare(self, task: Task, state: Mapping[str, object], mesh: DeviceMesh | None) -> Callable[[], None]:
+        """Captures, and stages by a plan that is known; returns what is left to do once the rounds have begun. What fails is
+        left to the rounds, in which all ranks learn of it."""
+        try:
+            task.destination.require_accepted()
+            under_way.begin(task.destination.place)
+            task.marked = True
+            task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
+            self._require_decisions(task)
+            task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
+            arrays = task.proposal.live.arrays
+            known = self._plans.of(task.proposal.digest)
+            if known is None or len(known.prepared.rounds) > 1:
+                return lambda: self._stage_together(task, arrays)
+            slot = task.slot
+            slot.fit(known.prepared)
+            task.hashed = known.structure.hashed(known.id, task.proposal.live, task.request, rank=self._rank)
+            task.known = known
+            if self._writes_meanwhile(known) and slot.copies_nothing_beside(arrays):
+                task.staged.set_running_or_notify_cancel()
+                return lambda: self._stage_meanwhile(task, slot, arrays)
+            self._stage(task, slot, arrays)
+            task.staged.set_result(None)
+        except Exception as error:
+            task.failure = error
+        return _nothing
+
+    def _writes_meanwhile(self, known: Known) -> bool:
+        """Whether what is staged is written while the rest is: by a process, as a thread would wait for this one, and of what
+        takes longer to copy than the ranks to agree."""
+        return self._options.executor == "process" and known.prepared.arena_nbytes >= MEANWHILE_NBYTES
+
+    def _stage_meanwhile(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+        """Copies, and says on the way how far. What fails is said by the writer, as the attempt may be open by now."""
+        try:
+            slot.stage(0, arrays)
+        except Exception as error:
+            task.staged.set_exception(error)
+        else:
+            task.times.staged = time.perf_counter()
+            task.staged.set_result(None)
+
+    def _require_decisions(self, task: Task) -> None:
+        """Storage that takes bytes and decides nothing must not be filled with drafts. Raises SaveSkipped. [SAVE-101]"""
+        with self._changed:
+            waiting = len(self._open - {task})
+        if waiting >= self._options.arenas + UNDECIDED:
+            raise SaveSkipped(
+                f"{waiting} earlier saves are under way and not decided yet; save less often, or look at the storage"
+            )
+
+    def _stage(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+        task.copies = copies = slot.stage(0, arrays)
+        if copies is not None:
+            self._gate.close_for(copies, until=task.handle.done)
+            task.handle.staging(copies.wait)
+
+    def _stage_together(self, task: Task, arrays: Sequence[HeldArray]) -> None:
+        """Waits until the ranks have agreed; then stages, or all rounds but the last are also written before this returns.
+
+        Where they take longer than training may wait, this rank gives the save up, and all ranks skip it. [SAVE-104]
+        """
+        try:
+            known = self._of_the_rounds(task.agreed)
+            if known is None:
+                return
+            if len(known.prepared.rounds) == 1:
+                if task.slot is None:
+                    raise Refused("no arena was reserved")
+                task.slot.fit(known.prepared)
+                self._stage(task, task.slot, arrays)
+                task.times.staged = time.perf_counter()
+                task.staged.set_result(None)
+        except BaseException as error:
+            task.staged.set_exception(failure := _as_exception(error))
+            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, failure))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if len(known.prepared.rounds) > 1:
+                self._stage_ordered(task, arrays)
+
+    def _stage_ordered(self, task: Task, arrays: Sequence[HeldArray]) -> None:
+        """Stages all rounds once the attempt is open, which nobody else hands to the writer."""
+        try:
+            ordered = self._of_the_rounds(task.ordered)
+        except BaseException as error:
+            failure = _as_exception(error)
+            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, failure))
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if ordered is not None:
+                self._stage_rounds(task, ordered, arrays)
+
+    def _of_the_rounds(self, found: Future[T]) -> T | None:
+        """What came of them; None if the save failed there, as its handle says. Blocking, at most `stall_limit_s`; then raises
+        SaveSkipped."""
+        limit_s = self._options.stall_limit_s
+        if not wait((found,), timeout=limit_s).done:
+            raise SaveSkipped(f"the ranks did not agree within {limit_s:g} s, for which training would have had to wait")
+        return None if found.exception() is not None else found.result()
+
+    def _withdraw(self, task: Task, opened: Future[Ordered], error: BaseException) -> None:
+        if opened.exception() is None:
+            self._background.withdraw(task, opened.result(), error)
+
+    def _stage_rounds(self, task: Task, ordered: Ordered, arrays: Sequence[HeldArray]) -> None:
+        prepared, slot, checksums = ordered.known.prepared, task.slot, b""
+        last, submission = len(prepared.rounds) - 1, None
+        words = (ordered.path, last + 1, prepared.arena_nbytes)
+        log.info("%s: in %d rounds of at most %d bytes, so training waits for all but one", *words)
+        try:
+            for number in range(last + 1):
+                if slot is None:
+                    raise Refused("no arena was reserved")
+                slot.fit(prepared)
+                task.copies = slot.stage(number, arrays)
+                submission = self._background.submit(task, ordered, number, checksums)
+                task.times.staged = time.perf_counter()
+                if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
+                    self._background.follow(task, ordered, submission)
+                    return
+                checksums += submission.result().checksums
+        except BaseException as error:
+            self._background.withdraw(task, ordered, error, writing=submission)
+            if not isinstance(error, Exception):
+                raise
+
+    # -- on other threads ----------------------------------------------------------------------------------------------
+
+    def _forget(self, arena: Arena) -> None:
+        self._writers.forget(arena)
+
+    def _ended(self, task: Task, ordered: Ordered | None, outcome: Committed | BaseException) -> None:
+        at = time.perf_counter()
+        self._endings.put(lambda: self._end(task, ordered, outcome, at))
+
+    def _end(self, task: Task, ordered: Ordered | None, outcome: Committed | BaseException, at: float) -> None:
+        if ordered is not None:
+            ended(ordered.draft)
+        if task.marked:
+            under_way.end(task.destination.place)
+        if isinstance(outcome, SaveSkipped):
+            self._skipped += 1
+            log.warning("%s: skipped (%d so far): %s", task.handle.path, self._skipped, outcome)
+        elif isinstance(outcome, BaseException):
+            log.error("%s: not saved: %s", task.handle.path, outcome)
+        if isinstance(outcome, Committed) and ordered is not None:
+            task.handle.end(info_of(task, ordered, outcome, at))
+        else:
+            task.handle.end(outcome if isinstance(outcome, BaseException) else CheckpointError("ended without an attempt"))
+        with self._changed:
+            self._open.discard(task)
+            self._changed.notify_all()
+
+
+def _meeting(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[Task], Team], Callable[[], None]]:
+    """The team of these savers, in the call that a save is, and its end. They hold no process group, so that one that is gone
+    takes its savers along. All ranks make as many saves: one that is behind is told so."""
+    rank, ranks = group.rank, group.ranks
+    handle = None if group.handle is None else weakref.ref(group.handle)
+    limit_s = group.timeout_s
+
+    def meet(task: Task) -> Team:
+        live = None if handle is None else handle()
+        if handle is not None and live is None:
+            raise Refused("the process group of this save is gone")
+        team = team_of(Group(rank, ranks, live), purpose=purpose)
+        what = f"save beside training to {task.handle.path}"
+        team.enter(Call(what, limit_s, "the process group's timeout", options.stall_limit_s, task.number))
+        return team
+
+    def end() -> None:
+        live = None if handle is None else handle()
+        if live is not None:
+            end_team(Group(rank, ranks, live), purpose, "its saver was closed")
+
+    return meet, end
+
+
+def _nothing() -> None:
+    return None
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else CheckpointError(f"interrupted: {type(error).__name__}")
+
+
+def _written(submission: Submission, *, limit_s: float) -> bool:
+    """Whether a round is written. Blocking as long as it gets on; False if it failed. Raises DeadlineExceeded where nothing
+    is written for `limit_s`: the storage must not keep training."""
+    seen, since = -1, time.monotonic()
+    while not submission.future.done():
+        wait((submission.future,), timeout=min(0.25, limit_s))
+        if submission.written != seen:
+            seen, since = submission.written, time.monotonic()
+        elif time.monotonic() - since > limit_s:
+            raise DeadlineExceeded(f"nothing was written for {limit_s:g} s while training waited for a round")
+    return submission.future.exception() is None
