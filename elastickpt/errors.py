@@ -36,6 +36,7 @@ CheckpointError
 ├── NotAcknowledged         a commit of which it is not known whether it counts
 ├── RunBusy                 the job that claimed the run last lives; it was not claimed anew
 ├── Superseded              a newer claim of the run exists; this job writes nothing more into it
+├── RecoveryFailed          a job under `elastickpt-run` cannot go on; `reason` says why in a word
 └── RanksFailed             other ranks of the job failed while this one worked
     ├── RankLost                a rank's process is gone
     └── DeadlineExceeded        a rank did not answer within the stated limit
@@ -208,6 +209,18 @@ class RunBusy(CheckpointError):
 
 class Superseded(CheckpointError):
     kind = "superseded"
+
+
+class RecoveryFailed(CheckpointError):
+    """`reason`: `no-spare`, `no-source`, `coordinator-lost`, `evicted` or `step-failed`; it stands in the message, too. `code` is
+    what the process exits with."""
+
+    kind = "recovery-failed"
+
+    def __init__(self, message: str, *, report: Sequence[RankFailure] = (), reason: str = "", code: int = 1) -> None:
+        super().__init__(message, report=report)
+        self.reason = reason
+        self.code = code
 
 
 class RanksFailed(CheckpointError):

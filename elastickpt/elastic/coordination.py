@@ -26,11 +26,13 @@ from elastickpt.elastic.job import (
     NOBODY,
     Choose,
     Chosen,
+    Ending,
     Event,
     Gone,
     Job,
     Loss,
     Order,
+    Over,
     Patience,
     Phase,
     Recovered,
@@ -84,11 +86,6 @@ def after(job: Job, event: Event) -> tuple[Job, tuple[Order, ...]]:
     return turn.job, tuple(turn.orders)
 
 
-def started_at(job: Job, step: int) -> Job:
-    """The job before its first view, where it begins from the state after `step` steps: all stages read that from storage."""
-    return replace(job, step=step, rollback=step > 0)
-
-
 # -- who is there
 
 
@@ -108,6 +105,9 @@ def _gone(turn: _Turn, _: str, event: Gone) -> None:
     places = tuple(NOBODY if uid == event.uid else uid for uid in job.places)
     _close_register(turn)
     loss = Loss(stage, event.uid, event.why, event.signal, event.traceback)
+    if event.why == "raised" and not job.began:
+        _end(turn, End(1, "step-failed", f"the code of stage {stage} raised before the first step", culprit=event.uid))
+        return
     lost = turn.job.lost | {stage} if job.began else turn.job.lost
     turn.set(places=places, lost=lost, failed=(*turn.job.failed, loss))
     _lose(turn)
@@ -173,11 +173,11 @@ def _formed(turn: _Turn, uid: str, message: Formed) -> None:
     if job.formed != frozenset(job.places):
         return
     turn.set(phase=Phase.REBUILDING)
-    if job.lost or job.rollback:
-        lost = tuple(sorted(job.lost))
-        turn.orders.append(Choose(job.generation, job.step, lost, job.finite - job.lost, job.rollback, job.refused))
+    if job.lost or job.rollback or not job.began:
+        lost, finite = tuple(sorted(job.lost)), job.finite - job.lost
+        turn.orders.append(Choose(job.generation, job.step, lost, finite, job.rollback, job.refused, not job.began))
     else:
-        turn.tell(Rebuild(job.generation, ()), *job.members)
+        turn.tell(Rebuild(job.generation, job.epoch, ()), *job.members)
 
 
 def _chosen(turn: _Turn, _: str, event: Chosen) -> None:
@@ -189,10 +189,10 @@ def _chosen(turn: _Turn, _: str, event: Chosen) -> None:
         _end(turn, End(75, "no-source", event.why_not))
         return
     back = next((one for one in event.sources if one.rung == "rollback"), None)
-    turn.set(sources=event.sources)
+    turn.set(sources=event.sources, epoch=job.epoch if event.epoch is None else event.epoch)
     if back is not None:
         turn.set(rollback=True, step=back.step or 0)
-    turn.tell(Rebuild(job.generation, event.sources), *job.members)
+    turn.tell(Rebuild(job.generation, turn.job.epoch, event.sources), *job.members)
 
 
 def _unbuilt(turn: _Turn, _: str, message: Unbuilt) -> None:
@@ -214,7 +214,7 @@ def _rebuilt(turn: _Turn, uid: str, message: Rebuilt) -> None:
     if job.began:
         turn.orders.append(Recovered(job.generation, job.step, job.decision, job.failed, job.sources))
     last = job.last if job.last is not None and job.last.step == job.step else None
-    turn.tell(Go(job.generation, job.step, last, job.evaluating), *job.members)
+    turn.tell(Go(job.generation, job.step, last, job.evaluating, job.ending), *job.members)
     turn.set(
         phase=Phase.WORKING,
         began=True,
@@ -248,7 +248,7 @@ def _ready(turn: _Turn, uid: str, message: Ready) -> None:
         return
     losses = [loss for one in told.values() for loss in one.losses]
     norms = tuple(told[holder].norm for holder in job.places)
-    commit = Commit(job.generation, message.step, norms, sum(losses) / len(losses) if losses else None)
+    commit = Commit(job.generation, message.step, norms, sum(losses) / len(losses) if losses else None, job.ending)
     turn.orders.append(Register(job.generation, message.step, "commit"))
     turn.set(step=message.step, last=commit, ready=(), stepped=frozenset(), losses_of_step=0)
     turn.tell(commit, *job.members)
@@ -302,7 +302,21 @@ def _left(turn: _Turn, uid: str, message: Left) -> None:
     if _ends_apart(turn, left, dict(job.ready)):
         return
     if set(left) == set(job.places):
-        _end(turn, End(0, "", f"done after step {message.step}"))
+        if job.ending:
+            _end(turn, End(75, "", f"ended after step {message.step}, as was asked for"))
+        else:
+            _end(turn, End(0, "", f"done after step {message.step}"))
+
+
+def _ending(turn: _Turn, _: str, __: Ending) -> None:
+    """After the next commit; where no step is in flight or follows soon, now."""
+    turn.set(ending=True)
+    if turn.job.phase is Phase.GATHERING:
+        _end(turn, End(75, "", f"ended after step {turn.job.step}, as was asked for, while places were empty"))
+
+
+def _over(turn: _Turn, _: str, event: Over) -> None:
+    _end(turn, event.end)
 
 
 def _ends_apart(turn: _Turn, left: dict[str, int], ready: dict[str, Ready]) -> bool:
@@ -331,7 +345,7 @@ def _no_effect(turn: _Turn, uid: str, message: object) -> None:
     """Comes from a view that is over, or after the end."""
 
 
-_EVENTS = (Join, Formed, Rebuilt, Unbuilt, Ready, Stepped, Broke, Raised, Left, Gone, Patience, Chosen)
+_EVENTS = (Join, Formed, Rebuilt, Unbuilt, Ready, Stepped, Broke, Raised, Left, Gone, Patience, Chosen, Ending, Over)
 _FORMED = (Phase.FORMING, Phase.REBUILDING, Phase.WORKING)
 _LIVE = (Phase.GATHERING, *_FORMED)
 
@@ -339,6 +353,8 @@ _WORKED: dict[tuple[Phase, type], Callable[..., None]] = {
     **{(phase, Join): _joined for phase in _LIVE},
     **{(phase, Gone): _gone for phase in _LIVE},
     **{(phase, Patience): _patience for phase in _LIVE},
+    **{(phase, Ending): _ending for phase in _LIVE},
+    **{(phase, Over): _over for phase in _LIVE},
     **{(phase, Broke): _broke for phase in _FORMED},
     **{(phase, Raised): _raised for phase in _FORMED},
     (Phase.FORMING, Formed): _formed,

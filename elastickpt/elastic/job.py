@@ -20,11 +20,10 @@ from elastickpt.elastic.messages import (
     Stepped,
     ToMember,
     Unbuilt,
-    Why,
 )
+from elastickpt.elastic.recovery import Decision, Why
 
 NOBODY = ""
-Decision = Literal["forward", "replay"]
 
 
 class Phase(StrEnum):
@@ -69,11 +68,25 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What the ladder says for the lost stages of a view: one Source each, or why there is none for them."""
+    """What the ladder says for the lost stages of a view: one Source each, or why there is none for them. `epoch`: the claim
+    under which things go on, None for the one before."""
 
     generation: int
     sources: tuple[Source, ...]
     why_not: str = ""
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The job is to end after the next step that is committed, with 75."""
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """The job ends now."""
+
+    end: End
 
 
 # What a coordinator orders besides messages.
@@ -97,7 +110,8 @@ class Register:
 @dataclass(frozen=True, slots=True)
 class Choose:
     """Ask the ladder for sources; answered by a Chosen. `finite`: stages that may be sources, their tensors being finite.
-    `rollback`: all stages are read from the checkpoint of `step`. `refused`: sources that were tried, and why they failed."""
+    `rollback`: all stages are read from the checkpoint of `step`. `refused`: sources that were tried, and why they failed.
+    `begins`: no step was taken yet, and all stages come from the newest checkpoint, if there is one."""
 
     generation: int
     step: int
@@ -105,6 +119,7 @@ class Choose:
     finite: frozenset[int]
     rollback: bool
     refused: tuple[tuple[Source, str], ...]
+    begins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +143,7 @@ class Recovered:
 
 Order = Tell | Register | Choose | Wait | Recovered
 Said = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left
-Event = tuple[str, Said] | Gone | Patience | Chosen
+Event = tuple[str, Said] | Gone | Patience | Chosen | Ending | Over
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +151,7 @@ class Job:
     """Where a job stands. `places` by stage: who holds it. `ready`, `stepped`, ... are uids of the newest view.
 
     `failed` since the last Go, `lost` their stages that have to be rebuilt; `losses_of_step` counts views at `step`;
-    `raised` are (uid, step) of exceptions of the user's code.
+    `raised` are (uid, step) of exceptions of the user's code. `ending`: it ends after the next commit.
     """
 
     stages: int
@@ -163,6 +178,7 @@ class Job:
     refused: tuple[tuple[Source, str], ...] = ()
     raised: frozenset[tuple[str, int]] = frozenset()
     losses_of_step: int = 0
+    ending: bool = False
     last: Commit | None = None
     end: End | None = None
 

@@ -71,18 +71,22 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Mend:
-    """Take part in rebuilding: fill the own stage if `sources` names it, give from it where another one needs it."""
+    """Take part in rebuilding: fill the own stage if `sources` names it, give from it where another one needs it. `epoch` is
+    that of the claim under which things go on."""
 
     view: View
     sources: tuple[Source, ...]
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute the gradients of `step`, from the state after `step` − 1; or evaluate, which the loop may ask for before."""
+    """Compute the gradients of `step`, from the state after `step` − 1; or evaluate, which the loop may ask for before.
+    `ending`: do neither, but save the state, say LoopEnded, and end."""
 
     step: int
     go: Go | None
+    ending: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ Event = View | Rebuild | Go | Commit | End | Made | Mended | NotMended | Compute
 class Member:
     """Where one member stands. `step`: completed steps of its state, None while it has no state to stand at.
 
-    `waiting` is the newest view that came while the optimizer stepped.
+    `waiting` is the newest view that came while the optimizer stepped; `ending`: the job ends at the next boundary of steps.
     """
 
     uid: str
@@ -172,6 +176,7 @@ class Member:
     view: View | None = None
     step: int | None = None
     waiting: View | None = None
+    ending: bool = False
 
     @property
     def generation(self) -> int:
@@ -246,7 +251,7 @@ def _rebuild(turn: _Turn, message: Rebuild) -> None:
     turn.set(duty=Duty.REBUILDING)
     if any(source.stage == member.stage for source in message.sources):
         turn.set(step=None)
-    turn.act = Mend(member.view, message.sources)
+    turn.act = Mend(member.view, message.sources, message.epoch)
 
 
 def _mended(turn: _Turn, event: Mended) -> None:
@@ -265,13 +270,13 @@ def _go(turn: _Turn, message: Go) -> None:
         return
     if member.step not in (None, message.step):
         raise Torn(f"stands after step {member.step}, and all are said to stand after step {message.step}")
-    turn.set(step=message.step)
+    turn.set(step=message.step, ending=message.ending)
     _next_step(turn, message)
 
 
 def _next_step(turn: _Turn, go: Go | None) -> None:
     turn.set(duty=Duty.COMPUTING)
-    turn.act = Compute((turn.member.step or 0) + 1, go)
+    turn.act = Compute((turn.member.step or 0) + 1, go, turn.member.ending)
 
 
 def _computed(turn: _Turn, event: Computed) -> None:
@@ -283,7 +288,7 @@ def _computed(turn: _Turn, event: Computed) -> None:
 def _committed(turn: _Turn, message: Commit) -> None:
     """[REC-10]"""
     if message.generation == turn.member.generation:
-        turn.set(duty=Duty.STEPPING)
+        turn.set(duty=Duty.STEPPING, ending=message.ending)
         turn.act = Step(message.step, message)
 
 

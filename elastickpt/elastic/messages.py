@@ -1,16 +1,20 @@
 """What the coordinator of a job and its members tell each other: the whole protocol.
 
     member -> coordinator                                    coordinator -> member
-    Join       first: who this process is                    View       who holds which place, and the step where all stand
+    Join       first: who this process is                    Welcome    it is in, with a place or as a spare
+    Terms      by what it trains                             View       who holds which place, and the step where all stand
     Formed     it stands at the view's step, its groups are  Rebuild    how each lost stage is rebuilt
                made                                          Go         every place stands: the next step begins
     Rebuilt    its part of the rebuilding is done            Commit     the step is decided: step the optimizer
-    Unbuilt    its part of it cannot be done
+    Unbuilt    its part of it cannot be done                 Held       what stands under a key of its view
     Ready      its gradients of a step are final             End        the job is over, and why
     Stepped    its optimizer has stepped
     Broke      it cannot reach other members
     Raised     the user's code raised before the decision
     Left       its loop ended
+    Quit       an error left its block: its process ends
+    Reached    a point of a recovery, for its timeline
+    Put, Ask   a key of its view is set, or wanted
     Beat       it lives, and what it is at
 
 1. A member takes messages in order; one that names another generation than its newest view's is of no effect.
@@ -25,11 +29,11 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from elastickpt.elastic.recovery import Recovery, Rung
 from elastickpt.errors import Malformed
 
-Rung = Literal["stale", "partner", "checkfree", "rollback"]
 _Union = TypeVar("_Union")
-Why = Literal["exit", "closed", "silent", "stalled", "raised"]
+Point = Literal["unblocked", "first_microbatch"]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
@@ -43,7 +47,18 @@ class Join(Message, frozen=True):
     pid: int
     host: str
     zone: str
-    token: str = ""
+
+
+class Terms(Message, frozen=True):
+    """By what a member trains; equal on all of them. `run` is the root of the run, "" for none; the rest is its policy."""
+
+    run: str = ""
+    rungs: tuple[Rung, ...] = ()
+    swap: bool = False
+    weighting: str = "norm"
+    max_stale_steps: int = 50
+    max_losses_of_step: int = 3
+    spare_wait_s: float = 600.0
 
 
 class Formed(Message, frozen=True):
@@ -103,11 +118,49 @@ class Left(Message, frozen=True):
     step: int
 
 
+class Quit(Message, frozen=True):
+    """`kind` is that of an error of this library, "" of any other one. `traceback` is text."""
+
+    kind: str
+    traceback: str
+
+
+class Reached(Message, frozen=True):
+    """`unblocked`: nothing of an older view is under way any more. `first_microbatch`: that of what runs after a Go begins."""
+
+    generation: int
+    point: Point
+
+
+class Put(Message, frozen=True):
+    generation: int
+    key: str
+    value: bytes
+
+
+class Ask(Message, frozen=True):
+    """Answered by a Held once the key is set; by nothing, where the view is over."""
+
+    generation: int
+    key: str
+
+
 class Beat(Message, frozen=True):
-    """`phase` is a declared phase, or "" outside of any; `count` grows with each microbatch and phase."""
+    """`phase` is a declared phase, or "" outside of any; `count` grows with each microbatch and phase. `limit_s` bounds the
+    time between two counts within the phase, None for what its history says. `own`: at work in its own code, and not waiting
+    for others."""
 
     phase: str
     count: int
+    limit_s: float | None = None
+    own: bool = False
+
+
+class Welcome(Message, frozen=True):
+    """`spare`: it holds no place, and waits for one. `beat_s`: how often a Beat is expected."""
+
+    spare: bool
+    beat_s: float
 
 
 class View(Message, frozen=True):
@@ -139,29 +192,41 @@ class Source(Message, frozen=True):
 
 
 class Rebuild(Message, frozen=True):
-    """`sources` of every lost stage, of all stages in a rollback."""
+    """`sources` of every lost stage, of all stages in a rollback. `epoch` is the claim under which things go on."""
 
     generation: int
+    epoch: int
     sources: tuple[Source, ...]
 
 
 class Commit(Message, frozen=True):
-    """`norms` by stage, of the gradients that are stepped with; `loss` is the mean over microbatches."""
+    """`norms` by stage, of the gradients that are stepped with; `loss` is the mean over microbatches. `ending`: the job ends
+    after this step, which is saved."""
 
     generation: int
     step: int
     norms: tuple[float | None, ...]
     loss: float | None
+    ending: bool = False
 
 
 class Go(Message, frozen=True):
     """`step` is where every member stands; `last` the newest commit of the job, None before the first and after a rollback.
-    `evaluating`: the view came while members evaluated, which begins again."""
+    `evaluating`: the view came while members evaluated, which begins again. `ending` as in Commit. `recovered`: what was
+    mended, None at the start."""
 
     generation: int
     step: int
     last: Commit | None
     evaluating: bool = False
+    ending: bool = False
+    recovered: Recovery | None = None
+
+
+class Held(Message, frozen=True):
+    generation: int
+    key: str
+    value: bytes
 
 
 class End(Message, frozen=True):
@@ -173,8 +238,10 @@ class End(Message, frozen=True):
     culprit: str = ""
 
 
-FromMember = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left | Beat
-ToMember = View | Rebuild | Go | Commit | End
+FromMember = (
+    Join | Terms | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left | Quit | Reached | Put | Ask | Beat
+)
+ToMember = Welcome | View | Rebuild | Go | Commit | Held | End
 
 _from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
 _to_member: msgspec.msgpack.Decoder[ToMember] = msgspec.msgpack.Decoder(ToMember)

@@ -8,7 +8,7 @@ import pytest
 from explore import Broken, Explorer, Faults
 
 from elastickpt.elastic import coordination, membership, messages
-from elastickpt.elastic.job import Gone, Job, Phase
+from elastickpt.elastic.job import Chosen, Gone, Job, Phase
 from elastickpt.elastic.membership import Duty
 from elastickpt.elastic.messages import Join, Ready, View, encode, from_member, to_member
 from elastickpt.errors import Malformed
@@ -100,7 +100,7 @@ def test_with_a_row_of_a_table_taken_out_a_promise_breaks(faults: Faults) -> Non
 
 
 def test_every_event_has_a_row_in_every_state() -> None:
-    assert len(coordination.TABLE) == len(Phase) * 12
+    assert len(coordination.TABLE) == len(Phase) * 14
     assert len(membership.TABLE) == len(Duty) * 13
 
 
@@ -121,9 +121,11 @@ def test_the_register_that_decides_is_said_with_a_loss() -> None:
 def begun(job: Job, *uids: str) -> Job:
     for number, uid in enumerate(uids):
         job, _ = coordination.after(job, (uid, Join(uid, number, "host", "zone")))
-    for make in (_S.Formed(job.generation, True), _S.Rebuilt(job.generation)):
-        for uid in job.members:
-            job, _ = coordination.after(job, (uid, make))
+    for uid in job.members:
+        job, _ = coordination.after(job, (uid, _S.Formed(job.generation, True)))
+    job, _ = coordination.after(job, Chosen(job.generation, ()))
+    for uid in job.members:
+        job, _ = coordination.after(job, (uid, _S.Rebuilt(job.generation)))
     return job
 
 
