@@ -39,6 +39,8 @@ from elastickpt.elastic.job import (
     Register,
     Tell,
     Wait,
+    batches_apart,
+    loops_apart,
 )
 from elastickpt.elastic.messages import (
     Broke,
@@ -241,10 +243,8 @@ def _ready(turn: _Turn, uid: str, message: Ready) -> None:
         return
     if set(told) != set(job.places):
         return
-    batches = {stage: told[holder].batch for stage, holder in enumerate(job.places) if told[holder].batch}
-    if len(set(batches.values())) > 1:
-        named = ", ".join(f"stage {stage} has {batch}" for stage, batch in batches.items())
-        _end(turn, End(1, "step-failed", f"step {message.step}: places have different batches: {named}"))
+    if apart := batches_apart(job.places, told):
+        _end(turn, End(1, "step-failed", f"step {message.step}: {apart}"))
         return
     losses = [loss for one in told.values() for loss in one.losses]
     norms = tuple(told[holder].norm for holder in job.places)
@@ -321,14 +321,10 @@ def _over(turn: _Turn, _: str, event: Over) -> None:
 
 def _ends_apart(turn: _Turn, left: dict[str, int], ready: dict[str, Ready]) -> bool:
     """Whether some members left the loop and others go on, or at another step: that is said, and ends the job."""
-    going_on = {uid: one.step for uid, one in ready.items()}
-    if len(set(left.values())) <= 1 and not going_on:
-        return False
-    stages = turn.job.places.index
-    gone = ", ".join(f"stage {stages(uid)} after step {step}" for uid, step in sorted(left.items()))
-    on = ", ".join(f"stage {stages(uid)}" for uid in sorted(going_on))
-    _end(turn, End(1, "step-failed", f"the loop ended at {gone}" + (f", and not at {on}" if on else "")))
-    return True
+    why = loops_apart(turn.job.places, left, ready)
+    if why:
+        _end(turn, End(1, "step-failed", why))
+    return bool(why)
 
 
 def _end(turn: _Turn, end: End) -> None:

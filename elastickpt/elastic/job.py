@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -189,3 +190,20 @@ class Job:
     @property
     def members(self) -> tuple[str, ...]:
         return tuple(uid for uid in self.places if uid != NOBODY)
+
+
+def batches_apart(places: tuple[str, ...], ready: Mapping[str, Ready]) -> str:
+    """In words, how the batches differ that places have seen of one step; "" where they do not."""
+    batches = {stage: ready[holder].batch for stage, holder in enumerate(places) if ready[holder].batch}
+    if len(set(batches.values())) <= 1:
+        return ""
+    return "places have different batches: " + ", ".join(f"stage {stage} has {batch}" for stage, batch in batches.items())
+
+
+def loops_apart(places: tuple[str, ...], left: Mapping[str, int], ready: Mapping[str, Ready]) -> str:
+    """In words, where some members left the loop and others go on, or at another step; "" where they do not."""
+    if len(set(left.values())) <= 1 and not ready:
+        return ""
+    gone = ", ".join(f"stage {places.index(uid)} after step {step}" for uid, step in sorted(left.items()))
+    on = ", ".join(f"stage {places.index(uid)}" for uid in sorted(ready))
+    return f"the loop ended at {gone}" + (f", and not at {on}" if on else "")
