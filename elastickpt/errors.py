@@ -212,8 +212,8 @@ class Superseded(CheckpointError):
 
 
 class RecoveryFailed(CheckpointError):
-    """`reason`: `no-spare`, `no-source`, `coordinator-lost`, `evicted` or `step-failed`; it stands in the message, too. `code` is
-    what the process exits with."""
+    """`reason`: `no-spare`, `no-source`, `coordinator-lost`, `evicted` or `step-failed`; it stands in the message, too.
+    `code` is what the process exits with."""
 
     kind = "recovery-failed"
 

@@ -299,13 +299,9 @@ def _left(turn: _Turn, uid: str, message: Left) -> None:
     job = turn.job
     turn.set(left=(*job.left, (uid, message.step)))
     left = dict(turn.job.left)
-    if _ends_apart(turn, left, dict(job.ready)):
-        return
-    if set(left) == set(job.places):
-        if job.ending:
-            _end(turn, End(75, "", f"ended after step {message.step}, as was asked for"))
-        else:
-            _end(turn, End(0, "", f"done after step {message.step}"))
+    if not _ends_apart(turn, left, dict(job.ready)) and set(left) == set(job.places):
+        code, how = (75, "ended, as was asked for,") if job.ending else (0, "done")
+        _end(turn, End(code, "", f"{how} after step {message.step}"))
 
 
 def _ending(turn: _Turn, _: str, __: Ending) -> None:
@@ -313,10 +309,6 @@ def _ending(turn: _Turn, _: str, __: Ending) -> None:
     turn.set(ending=True)
     if turn.job.phase is Phase.GATHERING:
         _end(turn, End(75, "", f"ended after step {turn.job.step}, as was asked for, while places were empty"))
-
-
-def _over(turn: _Turn, _: str, event: Over) -> None:
-    _end(turn, event.end)
 
 
 def _ends_apart(turn: _Turn, left: dict[str, int], ready: dict[str, Ready]) -> bool:
@@ -350,7 +342,7 @@ _WORKED: dict[tuple[Phase, type], Callable[..., None]] = {
     **{(phase, Gone): _gone for phase in _LIVE},
     **{(phase, Patience): _patience for phase in _LIVE},
     **{(phase, Ending): _ending for phase in _LIVE},
-    **{(phase, Over): _over for phase in _LIVE},
+    **{(phase, Over): lambda turn, _, event: _end(turn, event.end) for phase in _LIVE},
     **{(phase, Broke): _broke for phase in _FORMED},
     **{(phase, Raised): _raised for phase in _FORMED},
     (Phase.FORMING, Formed): _formed,
