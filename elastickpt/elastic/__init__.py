@@ -13,15 +13,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastickpt.elastic import checkfree as checkfree
+    from elastickpt.elastic.policy import Policy as Policy
+    from elastickpt.elastic.policy import Report as Report
+    from elastickpt.elastic.recovery import Recovery as Recovery
+    from elastickpt.elastic.stages import Place as Place
+    from elastickpt.elastic.stages import Stage as Stage
     from elastickpt.runs.loading import load_alone as load_alone
 
 # name → (module, attribute; "" for the module itself). Lazy (PEP 562): who reads checkpoints imports no torch.
 _PUBLIC = {
+    "Place": ("elastickpt.elastic.stages", "Place"),
+    "Policy": ("elastickpt.elastic.policy", "Policy"),
+    "Recovery": ("elastickpt.elastic.recovery", "Recovery"),
+    "Report": ("elastickpt.elastic.policy", "Report"),
+    "Stage": ("elastickpt.elastic.stages", "Stage"),
     "checkfree": ("elastickpt.elastic.checkfree", ""),
     "load_alone": ("elastickpt.runs.loading", "load_alone"),
 }
 
-__all__ = ["checkfree", "load_alone"]
+__all__ = ["Place", "Policy", "Recovery", "Report", "Stage", "checkfree", "load_alone"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,179 @@
+"""The groups over which members of one view send each other tensors: made, ended from another thread, made anew.
+
+Gloo has no abort. But a wait that times out closes every pair of its context, and every member that is connected with this one
+sees a closed connection: a receive that nothing can match, waited on for a millisecond from another thread, ends whatever this
+process waits for. The reverse of the coin: nothing may wait for a short time on a group that is to go on, so every wait names
+its limit here, and the group's own limit is only for the making of its connections.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
+from elastickpt.elastic.duties import Exchange
+from elastickpt.ranks.addresses import own_address
+from elastickpt.ranks.forks import not_in_forks
+from elastickpt.ranks.hosts import socket_identity
+
+FORM_LIMIT_S = 5.0
+"""For how long the connections of one group may take: a member that died since it said where it is reached."""
+
+_NEVER = timedelta(days=7)  # an interrupt ends a wait, not a clock: how long a step takes is the user's affair
+_POISON_TAG = 2**31 - 1
+_POISON_WAIT = timedelta(milliseconds=1)
+
+
+class LinkBroken(Exception):
+    """What was sent or waited for did not come about: a member is gone, or this group was ended."""
+
+
+class Sending(Protocol):
+    def wait(self) -> None:
+        """Until the tensor may change again. Raises LinkBroken."""
+        ...
+
+
+class Links(Protocol):
+    """Between the members of one view; a member is known by its stage. Re-formation makes new ones."""
+
+    stage: int
+    stages: int
+
+    def send(self, tensor: torch.Tensor, stage: int) -> Sending:
+        """Not blocking; the tensor must not change before the wait is over."""
+        ...
+
+    def receive(self, tensor: torch.Tensor, stage: int) -> None:
+        """Fills `tensor` with what was sent, in order. Blocking without a limit; raises LinkBroken."""
+        ...
+
+    def abort(self) -> None:
+        """Ends what any thread waits for here, and everything that is asked for from now on. From any thread; quick."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the links hold. By the thread that uses them."""
+        ...
+
+
+def told_by_all(links: Links, mine: torch.Tensor) -> list[torch.Tensor]:
+    """What every member says, by stage: tensors of one shape and type. Blocking; raises LinkBroken."""
+    others = [stage for stage in range(links.stages) if stage != links.stage]
+    sendings = [links.send(mine, stage) for stage in others]
+    told = [mine if stage == links.stage else torch.empty_like(mine) for stage in range(links.stages)]
+    for stage in others:
+        links.receive(told[stage], stage)
+    for sending in sendings:
+        sending.wait()
+    return told
+
+
+def told_by_one(links: Links, tensor: torch.Tensor, stage: int) -> torch.Tensor:
+    """What the member of `stage` says in `tensor`, which elsewhere is filled. Blocking; raises LinkBroken."""
+    if links.stage == stage:
+        for sending in [links.send(tensor, other) for other in range(links.stages) if other != stage]:
+            sending.wait()
+    else:
+        links.receive(tensor, stage)
+    return tensor
+
+
+class _GlooSending:
+    def __init__(self, work: dist.Work, tensor: torch.Tensor) -> None:
+        self._work, self._tensor = work, tensor  # the bytes have to stay where they are
+
+    def wait(self) -> None:
+        try:
+            self._work.wait(_NEVER)
+        except RuntimeError as error:
+            raise LinkBroken(str(error)) from error
+
+
+class GlooLinks:
+    """Links over the default process group, which is a gloo group while they are open. One at a time in a process.
+
+    Its store is kept by the member of stage 0 for one view only, so that nothing of it is needed once a member is gone.
+    """
+
+    def __init__(self, exchange: Exchange, *, stage: int, stages: int, limit_s: float) -> None:
+        """Makes the group, together with all others, which are waited for `limit_s` seconds. Blocking; raises LinkBroken, and
+        what `exchange` raises."""
+        self.stage, self.stages = stage, stages
+        self._aborting = threading.Lock()
+        self._aborted = False
+        exchange.set(f"here/{stage}", socket_identity().encode())
+        hosts = {exchange.get(f"here/{one}", limit_s=limit_s) for one in range(stages)}
+        self._store: Store | None = None
+        try:
+            self._store = self._met(exchange, "127.0.0.1" if len(hosts) == 1 else own_address())
+            limit = timedelta(seconds=FORM_LIMIT_S)
+            dist.init_process_group("gloo", store=self._store, rank=stage, world_size=stages, timeout=limit)
+        except RuntimeError as error:
+            self.close()
+            raise LinkBroken(str(error)) from error
+
+    def _met(self, exchange: Exchange, host: str) -> Store:
+        if self.stage == 0:
+            listener = not_in_forks(socket.create_server((host, 0)))
+            port = listener.getsockname()[1]
+            store = _store_at(host, port, listener=listener.detach())
+            exchange.set("store", f"{host}:{port}".encode())
+            return store
+        host, _, number = exchange.get("store", limit_s=FORM_LIMIT_S).decode().rpartition(":")
+        return _store_at(host, int(number), listener=None)
+
+    def send(self, tensor: torch.Tensor, stage: int) -> Sending:
+        try:
+            flat = tensor.detach().contiguous()
+            work = dist.isend(flat, stage)
+        except RuntimeError as error:
+            raise LinkBroken(str(error)) from error
+        assert work is not None
+        return _GlooSending(work, flat)
+
+    def receive(self, tensor: torch.Tensor, stage: int) -> None:
+        try:
+            work = dist.irecv(tensor, stage)
+            assert work is not None
+            work.wait(_NEVER)
+        except RuntimeError as error:
+            raise LinkBroken(str(error)) from error
+
+    def abort(self) -> None:
+        with self._aborting:
+            if self._aborted:
+                return
+            self._aborted = True
+            for peer in range(self.stages):
+                if peer != self.stage:  # a pair that is closed already raises, and closes no other one: so each is asked
+                    with suppress(RuntimeError, ValueError):
+                        work = dist.irecv(torch.zeros(1), peer, tag=_POISON_TAG)
+                        if work is not None:
+                            work.wait(_POISON_WAIT)
+
+    def close(self) -> None:
+        with self._aborting:
+            self._aborted = True
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self._store = None
+
+
+def _store_at(host: str, port: int, *, listener: int | None) -> TCPStore:
+    """`listener`: of the process that keeps it, a socket that listens at no other address."""
+    return TCPStore(
+        host,
+        port,
+        is_master=listener is not None,
+        timeout=timedelta(seconds=FORM_LIMIT_S),
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )

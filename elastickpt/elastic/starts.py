@@ -1,0 +1,118 @@
+"""What a step starts from besides parameters: its batch, its random streams, the buffers that forward changes.
+
+All of it can be had again, so that a step that is aborted is replayed with the same numbers, by whoever holds the place then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from elastickpt.errors import RecoveryFailed, Refused
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader(Protocol):
+    def batch(self, step: int) -> Batch:
+        """Inputs and targets of the whole batch after `step` completed steps; the same on every place that asks."""
+        ...
+
+
+class Batches:
+    """A loader's batches, each looked at before it is used."""
+
+    def __init__(self, loader: object, microbatches: int) -> None:
+        """Raises Refused for a loader without `batch`."""
+        batch = getattr(loader, "batch", None)
+        if not callable(batch):
+            raise Refused(f"loader: a {type(loader).__name__} without batch(step), which gives inputs and targets")
+        self._batch: Callable[[int], object] = batch
+        self._microbatches = microbatches
+        self._form = ""
+
+    def of(self, step: int) -> Batch:
+        """The batch after `step` completed steps.
+
+        Raises Refused for one that is not two tensors, or whose rows the microbatches do not divide; RecoveryFailed
+        (step-failed) for shapes or types other than the first one's; and what the loader raises.
+        """
+        batch = require_batch(self._batch(step), self._microbatches, what=f"batch({step})")
+        form = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in batch)
+        if self._form and form != self._form:
+            message = f"step-failed: step {step + 1}: batch({step}) is {form}, expected {self._form} as the first batch was"
+            raise RecoveryFailed(message, reason="step-failed")
+        self._form = form
+        return batch
+
+
+def require_batch(found: object, microbatches: int, *, what: str) -> Batch:
+    """Two tensors with the same rows, which the microbatches divide. Raises Refused."""
+    if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(one, Tensor) for one in found):
+        raise Refused(f"{what}: a {type(found).__name__}, expected two tensors, inputs and targets")
+    inputs, targets = found
+    for name, one in (("inputs", inputs), ("targets", targets)):
+        if one.dim() == 0 or one.shape[0] == 0 or one.shape[0] % microbatches:
+            rows = one.shape[0] if one.dim() else 0
+            raise Refused(f"{what}: {name} of {rows} rows, expected a multiple of microbatches={microbatches}")
+    return inputs, targets
+
+
+def digest_of(batch: Batch) -> str:
+    """The same for the same bytes, shapes and types."""
+    digest = xxhash.xxh3_128()
+    for one in batch:
+        digest.update(f"{one.dtype} {tuple(one.shape)};".encode())
+        digest.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def seed_streams(seed: int, step: int, stage: int) -> None:
+    """Seeds Python's, numpy's and torch's streams of this process from (seed, completed steps, stage)."""
+    number = int.from_bytes(hashlib.sha256(f"elastickpt {seed} {step} {stage}".encode()).digest()[:8], "little")
+    random.seed(number)
+    np.random.seed(number & 0xFFFF_FFFF)
+    torch.manual_seed(number)
+
+
+class KeptBuffers:
+    """The buffers of a module as they are now, to be put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept = [
+            (owner, name, buffer, buffer.detach().clone())
+            for owner in module.modules()
+            for name, buffer in owner.named_buffers(recurse=False)
+        ]
+
+    def put_back(self) -> None:
+        """Their contents, and the tensors themselves where forward has put others in their place."""
+        with torch.no_grad():
+            for owner, name, buffer, content in self._kept:
+                buffer.copy_(content)
+                setattr(owner, name, buffer)
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """In here the module is in evaluation mode; afterwards modes, buffers and random streams are what they were."""
+    modes = [(one, one.training) for one in module.modules()]
+    kept, python, numpy_state = KeptBuffers(module), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        module.eval()
+        try:
+            yield
+        finally:
+            for one, training in modes:
+                one.training = training
+            kept.put_back()
+            random.setstate(python)
+            np.random.set_state(numpy_state)

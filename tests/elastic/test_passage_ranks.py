@@ -1,0 +1,121 @@
+"""A step over real gloo ranks against the same step by one process: losses, gradients, norms, buffers, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
+from elastickpt.elastic.links import GlooLinks
+from elastickpt.elastic.passage import Passage, Passing, sees_batches
+from elastickpt.elastic.stages import Place, Stage, require_parts
+from elastickpt.elastic.starts import seed_streams
+from tests.elastic.files_exchange import FilesExchange
+from tests.elastic.members import run_members
+from tests.elastic.small_model import SEED, Corpus, Sequential, build
+from tests.elastic.watching import Unwatched
+
+pytestmark = pytest.mark.ranks
+Tensors = dict[str, Tensor]
+
+
+def gradients_of(stage: Stage) -> Tensors:
+    return {name: one.grad.clone() for name, one in stage.module.named_parameters() if one.grad is not None}
+
+
+def buffers_of(stage: Stage) -> Tensors:
+    return {name: one.clone() for name, one in stage.module.named_buffers()}
+
+
+def steps_of(rank: int, stages: int, folder: str, passing: Passing, clipping: Clipping, steps: int) -> list[object]:
+    """Per step: losses, the norm of the body, gradients as they are stepped with, buffers."""
+    links, place = GlooLinks(FilesExchange(folder), stage=rank, stages=stages, limit_s=60.0), Place(rank, stages)
+    stage = build(place, passing)
+    require_parts(stage, place, swap=passing.swap)
+    passage, found = Passage(stage, place, passing, links, Unwatched()), list[object]()
+    for step in range(steps):
+        batch = Corpus().batch(step) if sees_batches(passing, rank, stages=stages) else None
+        seed_streams(SEED, step, rank)
+        losses = [float(one) for one in passage.train(step, batch)]
+        if passing.swap is not None:
+            sum_over_replicas(stage, place, links)
+        divide(stage.module.parameters(), passing.microbatches)
+        norm = clip(stage, place, clipping, links)
+        found.append((losses, norm, gradients_of(stage), buffers_of(stage)))
+        stage.optimizer.step()
+        stage.optimizer.zero_grad()
+    links.close()
+    return found
+
+
+def expected_steps_of(alone: int, of: int, stages: int, passing: Passing, clipping: Clipping, steps: int) -> list[list[object]]:
+    """The same by one process, per stage."""
+    reference, found = Sequential(stages, passing), [list[object]() for _ in range(stages)]
+    for step in range(steps):
+        losses = reference.gradients(step, Corpus().batch(step))
+        reference.sum_replicas()
+        for stage in reference.stages:
+            divide(stage.module.parameters(), passing.microbatches)
+        before = [get_total_norm([p.grad for p in stage.parameters("body")]).item() for stage in reference.stages]
+        if clipping.limit is not None:
+            clip_by_torch(reference, clipping)
+        after = [get_total_norm([p.grad for p in stage.parameters("body")]).item() for stage in reference.stages]
+        for number, stage in enumerate(reference.stages):
+            norm = (before if clipping.reported == "before" else after)[number]
+            here = losses if number == stages - 1 else []
+            found[number].append((here, norm, gradients_of(stage), buffers_of(stage)))
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
+    return found
+
+
+def clip_by_torch(reference: Sequential, clipping: Clipping) -> None:
+    assert clipping.limit is not None
+    if clipping.scope == "stage":
+        for stage in reference.stages:
+            for part in ("embed", "body", "head"):
+                clip_grad_norm_(stage.parameters(part), clipping.limit)
+        return
+    clip_grad_norm_(reference.whole(), clipping.limit)
+    for part, one, other in (("embed", 0, 1), ("head", -1, -2)):
+        for a, b in zip(reference.stages[one].parameters(part), reference.stages[other].parameters(part), strict=False):
+            b.grad = a.grad.clone()
+
+
+def assert_same(found: object, expected: object, where: str) -> None:
+    assert type(found) is type(expected), where
+    if isinstance(found, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(found, dict):
+        assert found.keys() == expected.keys(), where
+        for name in found:
+            assert_same(found[name], expected[name], f"{where}.{name}")
+    elif isinstance(found, list | tuple):
+        assert len(found) == len(expected), where
+        for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_same(a, b, f"{where}[{number}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize(
+    ("stages", "passing", "clipping"),
+    [
+        (4, Passing(12, "1f1b", "microbatch"), Clipping(0.05, "stage", "before")),
+        (4, Passing(12, "1f1b", "step"), Clipping(0.05, "global")),
+        (2, Passing(1, "gpipe"), Clipping(0.05, "global")),
+        pytest.param(4, Passing(12), Clipping(), marks=pytest.mark.long),
+        pytest.param(3, Passing(4, "gpipe"), Clipping(0.05), marks=pytest.mark.long),
+        pytest.param(1, Passing(3), Clipping(0.05), marks=pytest.mark.long),
+        pytest.param(5, Passing(3, "gpipe", "microbatch"), Clipping(0.05, "global"), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_pipelined_step_is_the_step_of_one_process(stages: int, passing: Passing, clipping: Clipping, tmp_path: Path) -> None:
+    found = run_members(steps_of, stages, str(tmp_path / "view"), passing, clipping, 2)
+    (expected,) = run_members(expected_steps_of, 1, stages, passing, clipping, 2)
+    assert_same(found, expected, "stages")
