@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.errors import StructureConflict
-from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.arrays import Mesh
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job, placed
@@ -174,11 +175,9 @@ def own_state(value: PerRank) -> object:
 
 
 def _require_distinct(arrays: Iterable[HeldArray]) -> None:
-    seen: set[ArrayId] = set()
-    for held in arrays:
-        if held.spec.id in seen:
-            raise StructureConflict(
-                f"two tensors of `state` have the one name {held.spec.id}: keys of a dict must differ as text, "
-                f"which 1 and '1' do not"
-            )
-        seen.add(held.spec.id)
+    ids = [held.spec.id for held in arrays]
+    if len(set(ids)) < len(ids):
+        twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
+        raise StructureConflict(
+            f"two tensors of `state` have the one name {twice}: keys of a dict must differ as text, which 1 and '1' do not"
+        )

@@ -22,7 +22,7 @@ from elastickpt.errors import Malformed
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import DtypeValue, Value
 from elastickpt.training.contexts import NotMade, context_from, described, description_text, outer_shapes
-from elastickpt.training.elements import Attributes, settled
+from elastickpt.training.elements import PLAIN, Attributes, settled
 from elastickpt.training.loaded import is_loaded_instance
 from elastickpt.training.trees import loaded_class, type_name, typed_key
 
@@ -42,6 +42,8 @@ def is_composite(tensor: torch.Tensor) -> bool:
     """Whether it is made of several tensors. A DTensor is not: its parts are on other ranks."""
     if is_sparse(tensor):
         return True
+    if type(tensor) in PLAIN:
+        return False
     wrapper: bool = is_traceable_wrapper_subclass(tensor)  # its TypeIs says that no Tensor can be one
     return wrapper and not is_loaded_instance(tensor, "torch.distributed.tensor", "DTensor")
 

@@ -20,7 +20,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
 from elastickpt.layout.placement import physical_box
 from elastickpt.training.composites import Cut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
-from elastickpt.training.elements import elements_of, settled
+from elastickpt.training.elements import PLAIN, elements_of, settled
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 from elastickpt.training.loaded import is_loaded_instance, loaded_type
 from elastickpt.training.memo import Memo, Seen
@@ -86,7 +86,7 @@ def _declared(ranks: tuple[int, ...], kept: Kept) -> Holders:
 
 def placed(tensor: torch.Tensor) -> Placed | None:
     """A DTensor's parts; None for another tensor. DDP over a 2-D mesh keeps local tensors with the placement beside."""
-    if is_loaded_instance(tensor, *_DTENSOR):
+    if type(tensor) not in PLAIN and is_loaded_instance(tensor, *_DTENSOR):
         spec, local = tensor._spec, settled(tensor._local_tensor)  # type: ignore[attr-defined]
     else:
         spec, local = getattr(tensor, "_st_info", None), tensor
@@ -115,18 +115,15 @@ def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders:
     return found
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
 def memorable(tensor: torch.Tensor) -> tuple[torch.Tensor, object] | None:
     """The local tensor and the DTensor's spec (None for a plain tensor), if where it lies follows from those alone."""
     spec, local = None, tensor
-    if type(tensor) not in _PLAIN:
+    if type(tensor) not in PLAIN:
         cls = loaded_type(*_DTENSOR)
         if cls is None or type(tensor) is not cls:
             return None
         spec, local = tensor._spec, tensor._local_tensor  # type: ignore[attr-defined]
-        if type(local) not in _PLAIN:
+        if type(local) not in PLAIN:
             return None
     elif getattr(tensor, "_st_info", None) is not None:
         return None

@@ -20,6 +20,9 @@ from elastickpt.training.strides import Order, order_of
 Attributes = tuple[tuple[str, Value], ...]
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes of tensors that are nothing but one
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Elements:
     """A local tensor's memory in an element type that zarr knows; `tail` are the axes appended to its shape."""
@@ -82,6 +85,8 @@ def _require_memory(tensor: torch.Tensor, where: object) -> None:
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, or what an asynchronous collective left in it once that is complete."""
+    if type(tensor) in PLAIN:
+        return tensor
     if is_loaded_instance(tensor, "torch.distributed._functional_collectives", "AsyncCollectiveTensor"):
         done: torch.Tensor = tensor.wait()  # type: ignore[attr-defined]
         return done

@@ -49,7 +49,7 @@ class HeldArray:
     order: tuple[int, ...] = ()  # its axes by falling stride, () for their own order or where any order says the same
 
     def __post_init__(self) -> None:
-        if tuple(self.tensor.shape) != self.box.shape:
+        if self.tensor.shape != self.box.shape:
             raise LayoutUnsupported(
                 f"array {self.spec.id}: its box {self.box} has shape {self.box.shape}, "
                 f"this rank's local tensor has shape {tuple(self.tensor.shape)}"

@@ -118,8 +118,8 @@ class _Holding:
 
     def part(self, index: int) -> Part:
         module = self._modules[index]
-        sharded, trained_on = sharded_parameters(module), sharding_ranks(module, world_size=self._job.world_size)
-        own: dict[str, torch.Tensor] = {}
+        sharded = sharded_parameters(module)
+        trained_on = sharding_ranks(module, world_size=self._job.world_size) if sharded else {}
         registered, said, loaders = Registered(), list[Said](), dict[str, int]()
         for found in walk(module):
             if isinstance(found, NamedModule):
@@ -132,11 +132,12 @@ class _Holding:
                     said.append(ask(found.name, found.module, root=not found.name))
                 continue
             tensor = sharded.get((id(found.owner), found.attribute), found.tensor)
-            registered.add(found.name, tensor, found.tensor)
-            own[found.name] = tensor
+            registered.tensors[found.name] = tensor
+            if tensor is not found.tensor:
+                registered.gathered[found.name] = found.tensor
             self._tensor(found, tensor, index, trained_on.get(id(found.owner), ()) if found.role == "buffer" else ())
         entries = tuple(entry for one in said for entry in beyond(one, registered))
-        return Part(module, own, entries, loaders)
+        return Part(module, registered.tensors, entries, loaders)
 
     def trained(self, index: int) -> Part:
         """The parameters that require gradients, and nothing else; no code of the modules runs."""

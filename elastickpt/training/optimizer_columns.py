@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from enum import Enum
 from math import inf
 from typing import Any
@@ -61,7 +61,7 @@ class StateColumns:
         self._prefix = prefix
         self._fewest_quantised: float = inf
         self._scalars: list[tuple[str, int, torch.Tensor]] = []
-        self._put: set[tuple[int, str]] = set()
+        self._put: dict[int, list[Container[str]]] = {}
         self._fewest: dict[int, float] = {}
 
     def add(self, member: Member, states: Any, part: Part, prefix: str) -> None:
@@ -74,8 +74,13 @@ class StateColumns:
             place = place_of(self.item, "state", *member.name)
             raise ValueNotCarried(f"value {place}: a {type(states).__name__}, expected a dict of states")
         self._fewest_quantised = self._fewest_of(part.optimizer)
+        put = self._put.get(row, ())
         for key, entry in states.items():
-            self._add(member, row, prefix + require_text(self.item, key), entry)
+            name = prefix + require_text(self.item, key)
+            if put:
+                self._require_new(member, row, name)
+            self._add(member, row, name, entry)
+        self._put.setdefault(row, []).append({prefix + key for key in states} if prefix else states)
         self._fewest_quantised = inf
 
     def _fewest_of(self, optimizer: Optimizer) -> float:
@@ -90,18 +95,19 @@ class StateColumns:
         return row
 
     def _add(self, member: Member, row: int, name: str, entry: object) -> None:
-        if (row, name) in self._put:
-            raise StructureConflict(
-                f"optimizer {self.item!r}: two states of {'/'.join(member.name)} have the one name {name!r}; "
-                f"give one of them another key in the optimizer's state dict"
-            )
-        self._put.add((row, name))
         if not isinstance(entry, torch.Tensor):
             self._add_tree(member, name, entry, row)
         elif entry.ndim == 0 and not is_composite(entry):
             self._scalars.append((name, row, local_scalar(entry)))
         else:
             self._add_tensor(member, name, entry, row)
+
+    def _require_new(self, member: Member, row: int, name: str) -> None:
+        if any(name in names for names in self._put.get(row, ())):
+            raise StructureConflict(
+                f"optimizer {self.item!r}: two states of {'/'.join(member.name)} have the one name {name!r}; "
+                f"give one of them another key in the optimizer's state dict"
+            )
 
     def entries(self, found: Mapping[str, Beyond], identities: Identities) -> dict[str, Value]:
         """Takes what state dicts, by the path of their root, have beyond parts; gives the values for the places of the rest."""
@@ -110,6 +116,8 @@ class StateColumns:
         for root_path, rest in found.items():
             for one in rest.of_parameters:
                 row = self._row(one.member)
+                self._require_new(one.member, row, one.name)
+                self._put.setdefault(row, []).append((one.name,))
                 self._add(one.member, row, one.name, one.entry)
                 self.table.put("scalar", one.name + IN_STATE_DICT, one.way, rows=(row,))
             for path, entry in rest.at.items():
@@ -129,13 +137,20 @@ class StateColumns:
         return values
 
     def _add_tensor(self, member: Member, name: str, entry: torch.Tensor, row: int) -> None:
+        if not self._may_differ(entry):
+            held = hold_state(self._id(member, name), entry, member=member, job=self._job)
+            if held is not None:
+                self.arrays.extend(held)
+                return
         parts = placed(settled(entry))
-        may_differ = parts is not None and not is_composite(parts.local) and most_elements(parts) >= self._fewest_quantised
-        held = None if may_differ else hold_state(self._id(member, name), entry, member=member, job=self._job)
-        if held is not None:
-            self.arrays.extend(held)
-            return
         self._add_own(member, name, entry if parts is None else parts.local, row, says=True if parts is None else DTENSOR)
+
+    def _may_differ(self, entry: torch.Tensor) -> bool:
+        """Whether one rank's part may be quantised and another's plain."""
+        if self._fewest_quantised == inf:
+            return False
+        parts = placed(settled(entry))
+        return parts is not None and not is_composite(parts.local) and most_elements(parts) >= self._fewest_quantised
 
     def _add_own(self, member: Member, name: str, entry: object, row: int, *, says: Value) -> None:
         self.table.put("scalar", name + PER_RANK, says, rows=(row,))

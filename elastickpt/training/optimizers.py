@@ -100,8 +100,9 @@ def state_prefix(item: str, parts: Sequence[Part], prefixes: Mapping[str, Prefix
     for part in parts:
         if prefixes[part.path].states.startswith(others):
             return prefix
+        states = states_of(part.optimizer)
         for member in part.members:
-            names = states_of(part.optimizer).get(member.parameter, ())
+            names = states.get(member.parameter, ())
             unclear = any(str(name) == "value" or str(name).startswith(("value.", prefix)) for name in names)
             if id(member.parameter) in beside.shared or unclear:
                 return prefix
@@ -119,8 +120,9 @@ def hold_optimizer(item: str, entry: object, *, job: Job, identities: Identities
     prefixes = prefixes_of(parts)
     saver = StateColumns(item, job, state_prefix(item, parts, prefixes, beside))
     for part in parts:
+        states, before = states_of(part.optimizer), prefixes[part.path].states
         for member in part.members:
-            saver.add(member, states_of(part.optimizer).get(member.parameter, {}), part, prefixes[part.path].states)
+            saver.add(member, states.get(member.parameter, {}), part, before)
     values: dict[str, Value] = {}
     for part in parts:
         if part.own_groups:

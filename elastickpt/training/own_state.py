@@ -51,13 +51,14 @@ class Said:
 
 @dataclass(slots=True, eq=False)
 class Registered:
-    """What is registered in a model: canonical names to the tensors there, and for gathered ones also to the shard."""
+    """What is registered in a model, by canonical names: its tensors, and of those that are gathered now also the copy."""
 
-    tensors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    gathered: dict[str, torch.Tensor] = field(default_factory=dict)
     extra_states: set[str] = field(default_factory=set)
 
-    def add(self, name: str, *tensors: torch.Tensor) -> None:
-        self.tensors.setdefault(name, []).extend(tensors)
+    def named(self, name: str) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors[name] for tensors in (self.tensors, self.gathered) if name in tensors)
 
 
 def ask(name: str, module: nn.Module, *, root: bool) -> Said:
@@ -80,11 +81,11 @@ def beyond(said: Said, registered: Registered) -> tuple[OwnEntry, ...]:
     Raises ValueNotCarried, naming class and entry, for other contents under the name of a parameter or buffer, and for one of
     these that the state dict leaves out.
     """
-    known = KnownMemory(tensor for tensors in registered.tensors.values() for tensor in tensors)
+    known = KnownMemory((*registered.tensors.values(), *registered.gathered.values()))
     found = []
     for key, value in said.entries.items():
         if key in registered.tensors:
-            _require_same(said, key, value, registered.tensors[key])
+            _require_same(said, key, value, registered.named(key))
         elif key not in registered.extra_states and not (isinstance(value, torch.Tensor) and known.covers(value)):
             found.append(OwnEntry(key, value, said.owners[key]))
     _require_all(said, registered)

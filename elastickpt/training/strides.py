@@ -26,7 +26,7 @@ def axis_order(shape: Sequence[int], strides: Sequence[int]) -> Order:
 
 def order_of(tensor: torch.Tensor) -> Order:
     """The order of a strided tensor's axes."""
-    return () if tensor.is_contiguous() else axis_order(tensor.shape, tensor.stride())
+    return () if tensor.ndim < 2 or tensor.is_contiguous() else axis_order(tensor.shape, tensor.stride())
 
 
 def empty_in_order(shape: Sequence[int], order: Order, *, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
