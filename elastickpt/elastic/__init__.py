@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from elastickpt.elastic.recovery import Recovery as Recovery
     from elastickpt.elastic.stages import Place as Place
     from elastickpt.elastic.stages import Stage as Stage
+    from elastickpt.elastic.trainer import PipelineTrainer as PipelineTrainer
     from elastickpt.runs.loading import load_alone as load_alone
 
 # name → (module, attribute; "" for the module itself). Lazy (PEP 562): who reads checkpoints imports no torch.
 _PUBLIC = {
+    "PipelineTrainer": ("elastickpt.elastic.trainer", "PipelineTrainer"),
     "Place": ("elastickpt.elastic.stages", "Place"),
     "Policy": ("elastickpt.elastic.policy", "Policy"),
     "Recovery": ("elastickpt.elastic.recovery", "Recovery"),
@@ -31,7 +33,7 @@ _PUBLIC = {
     "load_alone": ("elastickpt.runs.loading", "load_alone"),
 }
 
-__all__ = ["Place", "Policy", "Recovery", "Report", "Stage", "checkfree", "load_alone"]
+__all__ = ["PipelineTrainer", "Place", "Policy", "Recovery", "Report", "Stage", "checkfree", "load_alone"]
 
 
 def __getattr__(name: str) -> object:

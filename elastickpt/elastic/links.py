@@ -86,6 +86,13 @@ def told_by_one(links: Links, tensor: torch.Tensor, stage: int) -> torch.Tensor:
     return tensor
 
 
+class _Gone:
+    """Nothing was to be sent."""
+
+    def wait(self) -> None:
+        """At once."""
+
+
 class _GlooSending:
     def __init__(self, work: dist.Work, tensor: torch.Tensor) -> None:
         self._work, self._tensor = work, tensor  # the bytes have to stay where they are
@@ -131,6 +138,8 @@ class GlooLinks:
         return _store_at(host, int(number), listener=None)
 
     def send(self, tensor: torch.Tensor, stage: int) -> Sending:
+        if tensor.numel() == 0:
+            return _Gone()
         try:
             flat = tensor.detach().contiguous()
             work = dist.isend(flat, stage)
@@ -140,6 +149,8 @@ class GlooLinks:
         return _GlooSending(work, flat)
 
     def receive(self, tensor: torch.Tensor, stage: int) -> None:
+        if tensor.numel() == 0:
+            return
         try:
             work = dist.irecv(tensor, stage)
             assert work is not None

@@ -111,6 +111,7 @@ class Passage:
 
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
         """The mean over batches of their mean loss, in the normal order, the same on all members. As `train` raises."""
+        self._watch.began()
         with torch.no_grad():
             means = [self._forward(inputs, targets) for inputs, targets in batches]
         mean = torch.tensor([sum(means) / len(means)], dtype=torch.float64)

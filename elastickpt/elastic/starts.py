@@ -45,20 +45,28 @@ class Batches:
         Raises Refused for one that is not two tensors, or whose rows the microbatches do not divide; RecoveryFailed
         (step-failed) for shapes or types other than the first one's; and what the loader raises.
         """
-        batch = require_batch(self._batch(step), self._microbatches, what=f"batch({step})")
-        form = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in batch)
+        what = f"batch({step})"
+        inputs, targets = require_two(self._batch(step), what=what)
+        form = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in (inputs, targets))
         if self._form and form != self._form:
-            message = f"step-failed: step {step + 1}: batch({step}) is {form}, expected {self._form} as the first batch was"
+            message = f"step-failed: step {step + 1}: {what} is {form}, expected {self._form} as the first batch was"
             raise RecoveryFailed(message, reason="step-failed")
+        batch = require_batch((inputs, targets), self._microbatches, what=what)
         self._form = form
         return batch
 
 
-def require_batch(found: object, microbatches: int, *, what: str) -> Batch:
-    """Two tensors with the same rows, which the microbatches divide. Raises Refused."""
+def require_two(found: object, *, what: str) -> Batch:
+    """Raises Refused for what is not two tensors."""
     if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(one, Tensor) for one in found):
         raise Refused(f"{what}: a {type(found).__name__}, expected two tensors, inputs and targets")
     inputs, targets = found
+    return inputs, targets
+
+
+def require_batch(found: object, microbatches: int, *, what: str) -> Batch:
+    """Two tensors whose rows the microbatches divide. Raises Refused."""
+    inputs, targets = require_two(found, what=what)
     for name, one in (("inputs", inputs), ("targets", targets)):
         if one.dim() == 0 or one.shape[0] == 0 or one.shape[0] % microbatches:
             rows = one.shape[0] if one.dim() else 0

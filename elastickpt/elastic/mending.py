@@ -1,0 +1,318 @@
+"""How lost stages get their state back: read from a checkpoint, copied from a partner, averaged from neighbours. [REC-3..7]
+
+Every member goes through the lost stages in order, and for each gives, takes or does nothing. What is rebuilt stands where the
+lost stage stood: parameters and buffers of the body by its rung, embedding and head from the replica that lives, the
+scheduler at the step of the view. Members that give change nothing of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from elastickpt.elastic import checkfree
+from elastickpt.elastic.alike import in_order
+from elastickpt.elastic.duties import Exchange
+from elastickpt.elastic.gradients import REPLICATED
+from elastickpt.elastic.history import History
+from elastickpt.elastic.links import Links
+from elastickpt.elastic.messages import Source
+from elastickpt.elastic.policy import Policy
+from elastickpt.elastic.stages import Part, Stage, Swap
+from elastickpt.errors import CheckpointError, Refused
+from elastickpt.runs.loading import load_alone
+
+HEAR_LIMIT_S = 60.0
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class NoGood(Exception):
+    """The source of the own stage cannot be used; the message says why."""
+
+
+@dataclass(slots=True)
+class Rebuilding:
+    """What came of it: bytes moved between members and read from storage; the factors of rebuilt bodies, by name."""
+
+    moved: int = 0
+    read: int = 0
+    factors: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """One entry of an optimizer's state of one parameter: a tensor of this type and shape, or a plain value."""
+
+    key: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    value: bool | int | float | str | None = None
+
+
+class Ticks(msgspec.Struct, frozen=True):
+    """Where a scheduler stands: its state and the options of the optimizer's groups, as far as they are plain."""
+
+    scheduler: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = []
+
+
+class Mending:
+    """One stage's part in rebuilding. `fresh` is its optimizer's state as `build` left it, by parameter."""
+
+    def __init__(self, stage: Stage, policy: Policy, *, swap: Swap | None) -> None:
+        self._stage, self._policy, self._swap = stage, policy, swap
+        optimizer = stage.optimizer
+        self._fresh = {id(one): copy.deepcopy(dict(state)) for one, state in optimizer.state.items()}
+        self._options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        self._scheduler = None if stage.scheduler is None else copy.deepcopy(stage.scheduler.state_dict())
+
+    def load_all(self, path: str, history: History) -> int:
+        """The whole stage as the checkpoint has it; a rollback. Returns the bytes read. Raises NoGood."""
+        state: dict[str, object] = {"model": self._stage.module, "optimizer": self._stage.optimizer, "elastic": history}
+        if self._stage.scheduler is not None:
+            state["scheduler"] = self._stage.scheduler
+        return _loaded(state, path)
+
+    def take_part(
+        self,
+        sources: Sequence[Source],
+        step: int,
+        history: History,
+        trained: Mapping[int, list[str]],
+        links: Links,
+        exchange: Exchange,
+    ) -> Rebuilding:
+        """Gives and takes for all lost stages. `trained`: the names of each body's parameters. Raises LinkBroken, NoGood where
+        the own source cannot be used, and what `exchange` raises."""
+        lost, found = {one.stage for one in sources}, Rebuilding()
+        for source in sorted(sources, key=lambda one: one.stage):
+            self._rebuild(source, step, lost, links, exchange, found)
+            found.factors[source.stage] = self._factors(source, history, trained[source.stage], links, exchange)
+        return found
+
+    def _rebuild(self, source: Source, step: int, lost: set[int], links: Links, exchange: Exchange, found: Rebuilding) -> None:
+        me, away = links.stage, source.stage
+        twin = checkfree.partner(away, links.stages) if self._swap is not None else None
+        twin = None if twin in lost else twin
+        standing = [one for one in range(links.stages) if one not in lost]
+        donor = source.stages[0] if source.stages else standing[0] if twin is None and standing else twin
+        way = _Way(links, exchange, away, found)
+        if me == away:
+            self._take(source, step, donor, twin, way)
+            return
+        if me in source.stages:
+            way.give_tensors(self._body())
+            if self._policy.optimizer == "average":
+                way.give_moments(self._stage, "body")
+        if me == donor:
+            exchange.set(f"ticks/{away}", self._ticks())
+        if me == twin:
+            for part in REPLICATED:
+                if part in self._stage.parts:
+                    way.give_tensors([tensor for _, tensor in in_order(self._stage.tensors[part])])
+                    way.give_moments(self._stage, part)
+
+    def _take(self, source: Source, step: int, donor: int | None, twin: int | None, way: _Way) -> None:
+        self._as_built()
+        if source.rung == "stale":
+            way.found.read += _loaded({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
+            self._options_as_built()
+        else:
+            self._mix(source, way)
+        self._keep_time(step, b"" if donor is None else way.exchange.get(f"ticks/{way.away}", limit_s=HEAR_LIMIT_S))
+        if twin is not None:
+            for part in REPLICATED:
+                if part in self._stage.parts:
+                    tensors = [tensor for _, tensor in in_order(self._stage.tensors[part])]
+                    for mine, theirs in zip(tensors, way.take_tensors(tensors, twin), strict=True):
+                        mine.data.copy_(theirs)
+                    self._put_moments(part, [way.take_moments(twin, part)], 1.0)
+
+    def _mix(self, source: Source, way: _Way) -> None:
+        """The body of its sources: a copy of one, or the average of two."""
+        names = [name for name, _ in in_order(self._stage.tensors["body"])]
+        mine = self._body()
+        average = self._policy.optimizer == "average"
+        given, moments = [], []
+        for one in source.stages:
+            given.append(dict(zip(names, way.take_tensors(mine, one), strict=True)))
+            if average:
+                moments.append(way.take_moments(one, "body"))
+        alpha = 1.0 if len(given) == 1 else float(source.alpha if source.alpha is not None else 0.5)
+        try:
+            made = given[0] if len(given) == 1 else checkfree.average(given[0], given[1], alpha)
+        except Refused as error:
+            raise NoGood(error.message) from error
+        with torch.no_grad():
+            for name, tensor in zip(names, mine, strict=True):
+                tensor.copy_(made[name])
+        if average:
+            self._put_moments("body", moments, alpha)
+
+    def _factors(
+        self, source: Source, history: History, names: Iterable[str], links: Links, exchange: Exchange
+    ) -> dict[str, float]:
+        """What the learning rates of the rebuilt body are multiplied by, by name; known to all members."""
+        if source.rung != "stale":
+            return {name: self._policy.factor_after(history.lr_factors.get(name, 1.0)) for name in names}
+        key = f"factors/{source.stage}"
+        if links.stage == source.stage:
+            saved = History()
+            _loaded({"elastic": saved}, source.path)
+            exchange.set(key, msgspec.msgpack.encode({name: saved.lr_factors.get(name, 1.0) for name in names}))
+        return msgspec.msgpack.decode(exchange.get(key, limit_s=HEAR_LIMIT_S), type=dict[str, float])
+
+    # -- the own state
+
+    def _body(self) -> list[Tensor]:
+        return [tensor for _, tensor in in_order(self._stage.tensors["body"])]
+
+    def _as_built(self) -> None:
+        """Optimizer and scheduler are what `build` made of them."""
+        optimizer = self._stage.optimizer
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for one in group["params"]:
+                if id(one) in self._fresh:
+                    optimizer.state[one] = copy.deepcopy(self._fresh[id(one)])
+        self._options_as_built()
+        if self._stage.scheduler is not None and self._scheduler is not None:
+            self._stage.scheduler.load_state_dict(copy.deepcopy(self._scheduler))
+
+    def _options_as_built(self) -> None:
+        for group, options in zip(self._stage.optimizer.param_groups, self._options, strict=True):
+            group.update(copy.deepcopy(options))
+
+    def _ticks(self) -> bytes:
+        scheduler, groups = self._stage.scheduler, self._stage.optimizer.param_groups
+        state = {} if scheduler is None else scheduler.state_dict()
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        if not all(_is_plain(one) for one in (state, options)):
+            return b""
+        return msgspec.msgpack.encode(Ticks(state, options))
+
+    def _keep_time(self, step: int, told: bytes) -> None:
+        """The scheduler stands where those of other stages do: by what one of them says, else by as many steps of its own."""
+        scheduler, optimizer = self._stage.scheduler, self._stage.optimizer
+        if told:
+            ticks = msgspec.msgpack.decode(told, type=Ticks)
+            mine = {} if scheduler is None else scheduler.state_dict()
+            if _same_shape(ticks.scheduler, mine) and [set(one) for one in ticks.groups] == [set(one) for one in self._options]:
+                for group, options in zip(optimizer.param_groups, ticks.groups, strict=True):
+                    group.update({key: _as_type(value, group[key]) for key, value in options.items()})
+                if scheduler is not None:
+                    scheduler.load_state_dict(ticks.scheduler)
+                return
+        if scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # no step of the optimizer lies between these
+                for _ in range(step):
+                    scheduler.step()
+
+    def _put_moments(self, part: Part, given: Sequence[list[dict[str, Any]]], alpha: float) -> None:
+        for number, parameter in enumerate(self._stage.parameters(part)):
+            states = [one[number] for one in given]
+            if not states[0] and not states[-1]:
+                continue
+            if len(states) == 1:
+                self._stage.optimizer.state[parameter] = states[0]
+                continue
+            before, after = states
+            if before.keys() != after.keys():
+                raise NoGood(f"moments of the stages beside it differ: {sorted(before)} and {sorted(after)}")
+            mixed = {key: one for key, one in before.items() if isinstance(one, Tensor) and one.shape == parameter.shape}
+            mixed = checkfree.average(mixed, {key: after[key] for key in mixed}, alpha)
+            self._stage.optimizer.state[parameter] = {**before, **mixed}
+
+
+@dataclass(slots=True)
+class _Way:
+    """From members that stand to the one of a lost stage."""
+
+    links: Links
+    exchange: Exchange
+    away: int
+    found: Rebuilding
+
+    def give_tensors(self, tensors: Sequence[Tensor]) -> None:
+        for sending in [self.links.send(one, self.away) for one in tensors]:
+            sending.wait()
+        self.found.moved += sum(one.nbytes for one in tensors)
+
+    def take_tensors(self, like: Sequence[Tensor], stage: int) -> list[Tensor]:
+        taken = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in like]
+        for one in taken:
+            self.links.receive(one, stage)
+        return taken
+
+    def give_moments(self, stage: Stage, part: Part) -> None:
+        told: list[list[Moment]] = []
+        tensors: list[Tensor] = []
+        why = ""
+        for parameter in stage.parameters(part):
+            entries = []
+            for key, value in sorted(stage.optimizer.state.get(parameter, {}).items()):
+                if isinstance(value, Tensor):
+                    entries.append(Moment(key, str(value.dtype).removeprefix("torch."), tuple(value.shape)))
+                    tensors.append(value)
+                elif isinstance(value, _SCALARS):
+                    entries.append(Moment(key, value=value))
+                else:
+                    kind = type(stage.optimizer).__name__
+                    why = f"{key!r} of {kind} is a {type(value).__name__}, which is not carried between stages"
+            told.append(entries)
+        self.exchange.set(self._key(self.links.stage, part), msgspec.msgpack.encode((why, told)))
+        if not why:
+            self.give_tensors(tensors)
+
+    def take_moments(self, stage: int, part: Part) -> list[dict[str, Any]]:
+        data = self.exchange.get(self._key(stage, part), limit_s=HEAR_LIMIT_S)
+        why, told = msgspec.msgpack.decode(data, type=tuple[str, list[list[Moment]]])
+        if why:
+            raise NoGood(f"stage {stage}: {why}")
+        states: list[dict[str, Any]] = []
+        for entries in told:
+            state: dict[str, Any] = {}
+            for one in entries:
+                state[one.key] = one.value
+                if one.dtype:
+                    (state[one.key],) = self.take_tensors([torch.empty(one.shape, dtype=getattr(torch, one.dtype))], stage)
+            states.append(state)
+        return states
+
+    def _key(self, giver: int, part: Part) -> str:
+        return f"moments/{part}/{giver}/{self.away}"
+
+
+def _loaded(state: Mapping[str, object], path: str) -> int:
+    try:
+        return load_alone(state, path).read_nbytes
+    except CheckpointError as error:
+        raise NoGood(f"{path}: {error.message}") from error
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return type(value) is not Counter and all(type(key) is str and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return type(value) in _SCALARS
+
+
+def _same_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether these are states of two schedulers of one kind: the same entries, lists of the same lengths."""
+    return one.keys() == other.keys() and all(
+        not isinstance(value, list | tuple) or (isinstance(other[key], list | tuple) and len(other[key]) == len(value))
+        for key, value in one.items()
+    )
+
+
+def _as_type(value: object, like: object) -> object:
+    return tuple(value) if isinstance(like, tuple) and isinstance(value, list) else value

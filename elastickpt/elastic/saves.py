@@ -1,0 +1,49 @@
+"""What the trainer asks of where it saves to; without a run, nothing is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from elastickpt.saving.handle import SaveHandle
+
+
+class Saves(Protocol):
+    """See `runs.view_saves.ViewSaves`."""
+
+    @property
+    def root(self) -> str: ...
+
+    def stand(self, view: str) -> None: ...
+
+    def goes_on(self, epoch: int) -> None: ...
+
+    def at(self, step: int, state: Mapping[str, object]) -> SaveHandle | None: ...
+
+    def now(self, step: int, state: Mapping[str, object]) -> SaveHandle | None: ...
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoSaves:
+    root = ""
+
+    def stand(self, view: str) -> None:
+        """Nothing is made for it."""
+
+    def goes_on(self, epoch: int) -> None:
+        """Nothing is claimed."""
+
+    def at(self, step: int, state: Mapping[str, object]) -> SaveHandle | None:
+        return None
+
+    def now(self, step: int, state: Mapping[str, object]) -> SaveHandle | None:
+        return None
+
+    def interrupt(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,71 @@
+"""The members of a view say what they have built, before they train together; what does not fit is refused on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+
+from elastickpt.elastic.alike import About, about, why_apart
+from elastickpt.elastic.checkfree import partner
+from elastickpt.elastic.duties import Exchange
+from elastickpt.elastic.gradients import REPLICATED
+from elastickpt.elastic.passage import Passage, Passing
+from elastickpt.elastic.stages import Place, Stage, require_parts
+from elastickpt.errors import Refused
+from elastickpt.format.digest import file_digest
+
+HEAR_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Standing:
+    """What a view has besides its links. `trained`: the names of each stage's body parameters."""
+
+    passage: Passage
+    trained: Mapping[int, list[str]]
+
+
+def stand_together(
+    stage: Stage, place: Place, passing: Passing, passage: Passage, exchange: Exchange, *, equal: bool, ask: Callable[[], None]
+) -> Standing:
+    """All members of a view call this. `equal`: a stage may be made of others; `ask`: looks at the next batch, where this stage
+    sees one. Raises Refused, on all members alike, and what `exchange` raises."""
+    mine = about(stage, place.stage)
+    try:
+        require_parts(stage, place, swap=passing.swap)
+        ask()
+    except Refused as error:
+        mine = About(place.stage, refused=error.message)
+    exchange.set(f"about/{place.stage}", msgspec.msgpack.encode(mine))
+    members = [
+        msgspec.msgpack.decode(exchange.get(f"about/{one}", limit_s=HEAR_LIMIT_S), type=About) for one in range(place.stages)
+    ]
+    if why := why_apart(members, passing, equal=equal):
+        raise Refused(why)
+    return Standing(passage, {one.stage: one.trained for one in members})
+
+
+def require_equal_replicas(stage: Stage, place: Place, exchange: Exchange) -> None:
+    """Both replicas of an embedding and a head begin alike, bit for bit. Raises Refused, naming the first tensor."""
+    mine = {name: _digest(tensor) for part in REPLICATED for name, tensor in stage.tensors.get(part, {}).items()}
+    exchange.set(f"replicas/{place.stage}", msgspec.msgpack.encode(mine))
+    told = [
+        msgspec.msgpack.decode(exchange.get(f"replicas/{one}", limit_s=HEAR_LIMIT_S), type=dict[str, str])
+        for one in range(place.stages)
+    ]
+    for one, tensors in enumerate(told):
+        twin = partner(one, place.stages)
+        if twin is not None and twin > one:
+            for name, digest in tensors.items():
+                if told[twin].get(name) != digest:
+                    raise Refused(
+                        f"{name!r} begins with other values on stage {one} than on stage {twin}, which has a replica of it"
+                    )
+
+
+def _digest(tensor: Tensor) -> str:
+    return file_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,198 @@
+"""`PipelineTrainer`: trains the stages of one model on the members of a job, and goes on when some of them are lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import get_args
+
+from elastickpt.elastic.duties import Task
+from elastickpt.elastic.gradients import Clipping, Scope
+from elastickpt.elastic.links import LinkBroken
+from elastickpt.elastic.membership import Compute, LoopEnded
+from elastickpt.elastic.mending import Rebuilding
+from elastickpt.elastic.messages import Terms
+from elastickpt.elastic.passage import OwnCodeRaised, Passing, Schedule
+from elastickpt.elastic.policy import Policy, Report
+from elastickpt.elastic.recovery import Recovery
+from elastickpt.elastic.reports import by_stage
+from elastickpt.elastic.saves import NoSaves, Saves
+from elastickpt.elastic.stages import Place, Stage, Swap
+from elastickpt.elastic.starts import Batch, Batches, require_batch, untouched
+from elastickpt.elastic.tasks import Job, Tasks, Training
+from elastickpt.errors import RecoveryFailed, Refused
+from elastickpt.runs.run import Run
+from elastickpt.runs.view_saves import ViewSaves
+
+log = logging.getLogger(__name__)
+
+
+class PipelineTrainer:
+    """The trainer of one member. All members make it with the same arguments, in `with ek.elastic.join() as job`.
+
+    `build(place)` makes the Stage of a place, once in a process. `loader.batch(step)` gives inputs and targets of the whole
+    batch after `step` completed steps, on every place that asks the same. `clip` limits gradient norms, by `clip_scope` of each
+    stage, embedding and head, or of all. `run`, a Run without a state, is restored first, and saved to when it is due.
+    `on_rebuilt(trainer, recovery)` runs on every member after a recovery, before the next step.
+
+    Raises Refused, here or on the first step, for what cannot be trained together.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        build: Callable[[Place], Stage],
+        *,
+        loader: object,
+        microbatches: int,
+        schedule: Schedule = "1f1b",
+        swap: Swap | None = None,
+        clip: float | None = None,
+        clip_scope: Scope = "stage",
+        run: Run | None = None,
+        policy: Policy | None = None,
+        seed: int = 0,
+        on_rebuilt: Callable[[PipelineTrainer, Recovery], object] | None = None,
+    ) -> None:
+        policy = policy or Policy()
+        _require("schedule", schedule, get_args(Schedule))
+        _require("swap", swap, (None, *get_args(Swap)))
+        _require("clip_scope", clip_scope, get_args(Scope))
+        if type(microbatches) is not int or microbatches < 1:
+            raise Refused(f"microbatches={microbatches!r}: expected an integer from 1 on")
+        if clip is not None and not clip > 0:
+            raise Refused(f"clip={clip!r}: expected a norm above 0, or None")
+        saves: Saves = NoSaves() if run is None else ViewSaves(run)
+        clipping = Clipping(clip, clip_scope, "after" if policy.clipped else "before")
+        passing = Passing(microbatches, schedule, swap)
+        training = Training(build, Batches(loader, microbatches), passing, clipping, policy, seed)
+        self._job, self._passing, self._on_rebuilt = job, passing, on_rebuilt
+        self._tasks = Tasks(job, training, saves)
+        self._arrived: Task | None = None  # of which what it says has been taken in
+        job.declare(_terms(policy, passing, saves.root))
+        job.on_interrupt(self._tasks.interrupt)
+        job.on_leaving(self._leave)
+
+    @property
+    def stage(self) -> Stage:
+        """What `build` returned. Raises Refused before this process has a place."""
+        return self._tasks.require_held().stage
+
+    @property
+    def place(self) -> Place:
+        """Raises Refused before this process has one."""
+        return self._tasks.require_held().place
+
+    @property
+    def step(self) -> int:
+        """Completed steps; during a step those before it."""
+        return self._tasks.step
+
+    def steps(self, until: int) -> Iterator[Report]:
+        """Trains until `until` steps are completed in all; yields one report per committed step. A spare blocks in here until
+        it gets a place, or the job ends.
+
+        Raises RecoveryFailed with its reason where the job cannot go on, Refused before the first step, and what the user's
+        own code raised where a step cannot do without it.
+        """
+        while (task := self._at_boundary()) is not None:
+            report = self._tasks.reports.next(self._job.epoch, self._job.generation)
+            if report is not None:
+                yield report
+            elif _act(task).ending:
+                self._end(task)
+            elif self._tasks.step >= until:
+                return
+            else:
+                self._tasks.compute(task)
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The mean over batches of what `Report.loss` is, in the normal order, the same on all members, which all call it with
+        the same batches. Changes nothing. Begun again after a loss. Raises as `steps` does."""
+        given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
+        if not given:
+            raise Refused("evaluate: expected at least one batch")
+        self._tasks.evaluating = True
+        while (task := self._at_boundary()) is not None:
+            held, standing = self._tasks.require_standing()
+            try:
+                with untouched(held.stage.module):
+                    loss = standing.passage.evaluate(given)
+            except (LinkBroken, OwnCodeRaised) as error:
+                self._tasks.give_up(task, error)
+            else:
+                self._tasks.evaluating = False
+                return loss
+        raise RecoveryFailed("the job ended while it evaluated", code=75)
+
+    def _at_boundary(self) -> Task | None:
+        """Every member stands after the same step, and what that brings is done: the task to compute the next one."""
+        task = self._tasks.standing()
+        if task is not None and task is not self._arrived:
+            self._arrived = task
+            self._arrive(_act(task))
+        return task
+
+    def _arrive(self, act: Compute) -> None:
+        tasks, go = self._tasks, act.go
+        if go is not None:
+            tasks.reports.arrived(go)
+            if go.last is not None:
+                tasks.history.norms = by_stage(go.last)
+        if go is None or (go.recovered is not None and go.recovered.decision == "forward"):
+            tasks.reports.saved(tasks.saves.at(tasks.step, tasks.state()))
+        if go is not None and go.recovered is not None:
+            self._recovered(go.recovered)
+
+    def _recovered(self, recovery: Recovery) -> None:
+        tasks = self._tasks
+        _, standing = tasks.require_standing()
+        for stage, factors in tasks.pending.factors.items():
+            tasks.history.put_factors(standing.trained[stage], factors)
+        tasks.pending = Rebuilding()
+        tasks.history.mended(recovery)
+        tasks.reports.recovered(recovery)
+        if self._on_rebuilt is not None:
+            self._on_rebuilt(self, recovery)
+
+    def _end(self, task: Task) -> None:
+        """The job is to end here: what is not saved yet is, and waited for."""
+        tasks = self._tasks
+        handle = tasks.reports.saving or tasks.saves.now(tasks.step, tasks.state())
+        if handle is not None and (error := handle.exception()) is not None:
+            log.warning("step %d is not saved at the end: %s", tasks.step, error)
+        self._job.done(task, LoopEnded())
+
+    def _leave(self) -> None:
+        """The user's loop is over on this member; what becomes of the others is waited for. After a rollback the way back to
+        where the loop ended is gone without it."""
+        ended_at = self._tasks.step
+        while (task := self._at_boundary()) is not None:
+            if _act(task).ending:
+                self._end(task)
+            elif self._tasks.step < ended_at:
+                self._tasks.compute(task)
+            else:
+                self._job.done(task, LoopEnded())
+
+
+def _terms(policy: Policy, passing: Passing, run: str) -> Terms:
+    return Terms(
+        run=run,
+        rungs=policy.rungs,
+        swap=passing.swap is not None,
+        weighting=policy.weighting,
+        max_stale_steps=policy.max_stale_steps,
+        max_losses_of_step=policy.max_losses_of_step,
+        spare_wait_s=policy.spare_wait_s,
+    )
+
+
+def _act(task: Task) -> Compute:
+    assert isinstance(task.act, Compute)
+    return task.act
+
+
+def _require(name: str, value: object, words: tuple[object, ...]) -> None:
+    if value not in words:
+        raise Refused(f"{name}={value!r}: expected one of {', '.join(map(repr, words))}")

@@ -1,0 +1,200 @@
+"""What members agree on before they train, the factors of learning rates, and which steps are reported: values only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from elastickpt.elastic.alike import About, about, in_order, why_apart
+from elastickpt.elastic.history import History, scaled
+from elastickpt.elastic.messages import Commit, Go
+from elastickpt.elastic.passage import Passing
+from elastickpt.elastic.policy import Policy
+from elastickpt.elastic.reports import Reports
+from elastickpt.elastic.stages import Place, Stage
+from elastickpt.errors import Refused
+from tests.elastic.small_model import build
+
+
+def members(stages: int, passing: Passing) -> list[About]:
+    return [about(build(Place(stage, stages), passing), stage) for stage in range(stages)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "passing"),
+    [
+        (1, Passing(1)),
+        (4, Passing(4)),
+        (6, Passing(12, swap="microbatch")),
+        (4, Passing(4, swap="step")),
+        (3, Passing(2, "gpipe")),
+    ],
+)
+def test_stages_of_one_model_fit(stages: int, passing: Passing) -> None:
+    assert why_apart(members(stages, passing), passing, equal=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("stages", "passing", "said"),
+    [
+        (4, Passing(3), "microbatches=3 with 4 stages under 1f1b: expected at least 4"),
+        (4, Passing(6, swap="microbatch"), "expected at least 8, as each of two flushes needs one per stage"),
+        (4, Passing(1, "gpipe", "microbatch"), "microbatches=1: expected at least one in each flush"),
+    ],
+)
+def test_too_few_microbatches_are_refused(stages: int, passing: Passing, said: str) -> None:
+    assert said in why_apart(members(stages, passing), passing, equal=False)
+
+
+def changed(one: About, **changes: Any) -> About:
+    fields = {name: getattr(one, name) for name in one.__struct_fields__}
+    return About(**{**fields, **changes})
+
+
+def test_stages_that_cannot_stand_in_for_each_other_are_named() -> None:
+    fit = members(4, Passing(4))
+    deeper = [*fit[2].parts["body"], ("layers.9.extra", "float32", (3,))]
+    found = [*fit[:2], changed(fit[2], parts={"body": deeper}), fit[3]]
+    assert why_apart(found, Passing(4), equal=False) == ""
+    assert "only stage 2 has 'layers.9.extra', float32 (3,)" in why_apart(found, Passing(4), equal=True)
+    wider = [(name, "float64", shape) for name, _, shape in fit[2].parts["body"]]
+    said = why_apart([*fit[:2], changed(fit[2], parts={"body": wider}), fit[3]], Passing(4), equal=True)
+    assert (
+        "body of stages 0 and 2: 'layers.0.linear.bias', float32 (8,), of the one is 'layers.4.linear.bias', float64 (8,)"
+        in said
+    )
+
+
+def test_what_one_stage_gives_the_next_one_takes() -> None:
+    fit = members(4, Passing(4))
+    found = [fit[0], changed(fit[1], example=[("float32", (7, 8)), ("float32", (6, 8))]), *fit[2:]]
+    assert why_apart(found, Passing(4), equal=True) == "stage 0 gives float32 (6, 8) to stage 1, which takes float32 (7, 8)"
+
+
+def test_a_refusal_of_one_member_is_that_of_all() -> None:
+    fit = members(2, Passing(2))
+    assert why_apart([fit[0], About(1, refused="no loss")], Passing(2), equal=True) == "stage 1: no loss"
+
+
+def test_replicas_have_the_same_names() -> None:
+    passing = Passing(8, swap="step")
+    fit = members(4, passing)
+    parts = {**fit[3].parts, "head": [("other.weight", *fit[3].parts["head"][1][1:])]}
+    said = why_apart([*fit[:3], changed(fit[3], parts=parts)], passing, equal=True)
+    assert said.startswith("head of stages 2 and 3")
+    assert said.endswith("these are replicas")
+
+
+@settings(deadline=None)
+@given(st.permutations(["h.10.w", "h.9.w", "h.9.b", "g.2.1", "g.11.0"]))
+def test_the_order_of_tensors_is_by_kind_and_number(names: list[str]) -> None:
+    tensors = {name: torch.zeros(1) for name in names}
+    assert [name for name, _ in in_order(tensors)] == ["g.2.1", "g.11.0", "h.9.b", "h.9.w", "h.10.w"]
+
+
+def test_factors_hold_for_single_parameters_while_the_optimizer_steps() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[1].parameters(), "lr": 0.25}], lr=1
+    )
+    stage = Stage(model, optimizer)
+    groups = list(optimizer.param_groups)
+    with scaled(stage, {"0.weight": 1.5, "1.weight": 3.0, "1.bias": 3.0}):
+        seen = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+        optimizer.param_groups[0]["note"] = "written by the optimizer"
+    rates = {name: seen[id(one)] for name, one in model.named_parameters()}
+    assert rates == {"0.weight": 0.75, "0.bias": 0.5, "1.weight": 0.75, "1.bias": 0.75}
+    assert all(one is two for one, two in zip(optimizer.param_groups, groups, strict=True))
+    assert [group["lr"] for group in groups] == [0.5, 0.25]
+    assert groups[0]["note"] == "written by the optimizer"
+    assert [len(group["params"]) for group in groups] == [2, 2]
+
+
+def test_factors_are_put_back_when_the_step_raises() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with pytest.raises(RuntimeError), scaled(Stage(model, optimizer), {"weight": 2.0}):
+        raise RuntimeError
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_factors_are_set_or_multiplied_up_to_a_cap() -> None:
+    assert [Policy().factor_after(one) for one in (1.0, 1.1)] == [1.1, 1.1]
+    paper = Policy(lr_mode="multiply")
+    assert [paper.factor_after(one) for one in (1.0, 1.1, 1.2)] == [1.1, 1.2, 1.2]
+
+
+def test_a_history_survives_its_own_state() -> None:
+    one = History(3, {"w": 1.1}, {0: 0.5, 11: 2.0}, [{"step": 4, "stage": 1, "rung": "checkfree", "generation": 2}])
+    other = History()
+    other.load_state_dict(one.state_dict())
+    assert other == one
+    other.put_factors(["w", "v"], {"v": 1.2})
+    assert other.lr_factors == {"v": 1.2}
+    assert one.lr_factors == {"w": 1.1}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rungs": ("stale", "luck")},
+        {"rungs": ("stale", "stale")},
+        {"weighting": "max"},
+        {"optimizer": "keep"},
+        {"lr_factor": 0.0},
+        {"max_stale_steps": -1},
+        {"max_losses_of_step": 0},
+        {"spare_wait_s": -1.0},
+        {"lr_mode": "add"},
+    ],
+)
+def test_policies_that_mean_nothing_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match=next(iter(values))):
+        Policy(**values)
+
+
+def commit(step: int) -> Commit:
+    return Commit(1, step, (1.0, None), 2.0)
+
+
+def told(reports: Reports) -> list[int]:
+    found = []
+    while (one := reports.next(1, 1)) is not None:
+        found.append(one.step)
+    return found
+
+
+def test_every_committed_step_is_reported_once() -> None:
+    reports = Reports()
+    reports.arrived(Go(1, 0, None))
+    assert told(reports) == []
+    reports.committed(commit(1))
+    assert told(reports) == [1]
+    reports.committed(commit(2))  # and a view comes before the report
+    reports.arrived(Go(2, 2, commit(2)))
+    assert told(reports) == [2]
+    reports.arrived(Go(3, 2, commit(2)))  # replayed
+    assert told(reports) == []
+    reports.arrived(Go(4, 3, commit(3)))  # rolled forward: stepped without a commit of its own
+    assert told(reports) == [3]
+    reports.committed(commit(4))
+    reports.rolled_back(2)
+    reports.arrived(Go(5, 2, None))
+    assert told(reports) == []
+    reports.committed(commit(3))
+    assert told(reports) == [3]
+
+
+@pytest.mark.parametrize(("evaluating", "expected"), [(False, []), (True, [7])])
+def test_a_replacement_reports_the_last_step_again_only_to_join_an_evaluation(evaluating: bool, expected: list[int]) -> None:
+    reports = Reports()
+    reports.arrived(Go(2, 7, commit(7), evaluating=evaluating))
+    assert told(reports) == expected
+    reports.committed(commit(8))
+    assert told(reports) == [8]
