@@ -114,7 +114,7 @@ def test_only_the_command_line_exits_and_nothing_reads_the_environment() -> None
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"sys.exit", "os.environ", "os.getenv"}
     }
-    allowed = ("cli/", "testing/", "__main__.py")
+    allowed = ("cli/", "testing/", "elastic/environment.py", "__main__.py")
     assert {place for place in found if not place.startswith(allowed)} == set()
 
 

@@ -1,0 +1,55 @@
+"""What the launcher tells the processes that it starts through their environment, and which of their errors it says itself."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+ENDPOINT, TOKEN, UID = "ELASTICKPT_ENDPOINT", "ELASTICKPT_TOKEN", "ELASTICKPT_UID"
+HOST, ZONE = "ELASTICKPT_HOST", "ELASTICKPT_ZONE"
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """`endpoint`: where the coordinator listens, "" for nowhere. `uid`: as which worker of a launcher this process was
+    started, "" for none."""
+
+    endpoint: str
+    token: str
+    uid: str
+    host: str
+    zone: str
+    torchrun: bool
+
+    def variables(self) -> dict[str, str]:
+        return {ENDPOINT: self.endpoint, TOKEN: self.token, UID: self.uid, HOST: self.host, ZONE: self.zone}
+
+
+def told() -> Told:
+    """What this process was told."""
+    of = os.environ
+    endpoint, token, uid, host, zone = (of.get(name, "") for name in (ENDPOINT, TOKEN, UID, HOST, ZONE))
+    return Told(endpoint, token, uid, host, zone, torchrun=TORCHRUN in of)
+
+
+def tell(variables: dict[str, str]) -> None:
+    """This process, and those that it starts, are told this."""
+    os.environ.update(variables)
+
+
+def of_children(**defaults: str) -> dict[str, str]:
+    """This process's environment, for a process that it starts; `defaults` where a variable is not set."""
+    return {**defaults, **os.environ}
+
+
+_TOLD: list[BaseException] = []
+
+
+def say_is_told(error: BaseException) -> None:
+    """The launcher says this error; its process need not."""
+    _TOLD[:] = [error]
+
+
+def is_told(error: BaseException) -> bool:
+    return any(one is error for one in _TOLD)

@@ -1,0 +1,335 @@
+"""A process as a member of its job: the connection to the coordinator, and the tasks of the thread that trains.
+
+`join()` connects and starts one thread, which holds the connection, sends beats, and runs the table of `membership`. What the
+thread that trains sees of it is `duties.Duties`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+from elastickpt.elastic import environment, membership
+from elastickpt.elastic.calling import connected
+from elastickpt.elastic.duties import Outcome, TaskOver
+from elastickpt.elastic.limits import LEAVING_S, MAX_BEAT_S
+from elastickpt.elastic.line import Line
+from elastickpt.elastic.membership import Act, Compute, Form, LoopEnded, Made, Member, Mend, Mended, Stop
+from elastickpt.elastic.messages import (
+    Ask,
+    Beat,
+    End,
+    FromMember,
+    Held,
+    Join,
+    Point,
+    Put,
+    Quit,
+    Reached,
+    Rebuild,
+    Terms,
+    View,
+    Welcome,
+    encode,
+    to_member,
+)
+from elastickpt.elastic.stream import Stream
+from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused
+
+log = logging.getLogger(__name__)
+
+_INTERRUPTED = (Form, Mend, Compute)
+
+
+class Task:
+    """One act; see `duties.Task`."""
+
+    def __init__(self, act: Act, generation: int) -> None:
+        self.act, self.generation = act, generation
+        self.over = False
+        self.taken = False
+
+
+class Exchange:
+    """See `duties.Exchange`."""
+
+    def __init__(self, job: Job, task: Task) -> None:
+        self._job, self._task = job, task
+
+    def set(self, key: str, value: bytes) -> None:
+        self._job._say(Put(self._task.generation, key, value))
+
+    def get(self, key: str, *, limit_s: float) -> bytes:
+        return self._job._ask(self._task, key, limit_s)
+
+
+class Job:
+    """This process's part in a job. Attributes may be read from any thread; the rest is for the thread that trains."""
+
+    def __init__(self, stream: Stream, who: Join, *, leaves: Callable[[], None] | None = None) -> None:
+        self._uid, self._leaves = who.uid, leaves
+        stream.send(encode(who))
+        self._changing = threading.Condition()
+        self._member = Member(who.uid)
+        self._task: Task | None = None
+        self._interrupt: Callable[[], None] = _nothing
+        self._interrupting = False
+        self._leave: Callable[[], None] = self._leave_quietly
+        self._welcome: Welcome | None = None
+        self._end: End | None = None
+        self._epoch = 0
+        self._held: dict[tuple[int, str], bytes] = {}
+        self._count, self._own, self._phases = 0, False, [("", None)]
+        self._reached: set[tuple[int, Point]] = set()
+        self._line = Line(stream, beat=self._beat, hear=self._hear, lost=self._lost)
+        self._line.open()
+
+    # -- what a user sees
+
+    @property
+    def rank(self) -> int | None:
+        """The number of the place that this process holds; None for a spare."""
+        return self._member.stage
+
+    @property
+    def epoch(self) -> int:
+        """The claim of the run under which this job goes on; 0 before the first step."""
+        return self._epoch
+
+    @property
+    def generation(self) -> int:
+        """The number of the newest view; 0 for a spare."""
+        return self._member.generation
+
+    @contextmanager
+    def phase(self, name: str, *, limit_s: float | None = None) -> Iterator[None]:
+        """Within it, something must move every `limit_s` seconds; None: as its own history says. Of a phase that is over, the
+        time does not count."""
+        if limit_s is not None and not limit_s > 0:
+            raise Refused(f"phase {name!r}: limit_s={limit_s!r}: expected seconds above 0")
+        self._phases.append((name, limit_s))  # type: ignore[arg-type]
+        self._count += 1
+        self._line.beat_now()
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self._count += 1
+            self._line.beat_now()
+
+    # -- what a trainer sees: duties.Duties
+
+    def declare(self, terms: Terms) -> None:
+        self._say(terms)
+
+    def next_task(self) -> Task:
+        with self._changing:
+            while self._interrupting or self._task is None or self._task.taken:
+                self._changing.wait()
+            self._task.taken = True
+            task = self._task
+        if isinstance(task.act, Form):
+            self._reach("unblocked")
+        return task
+
+    def done(self, task: Task, outcome: Outcome) -> None:
+        with self._changing:
+            if not task.over and task is self._task:
+                self._count += 1
+                self._turn(outcome)
+
+    def exchange(self, task: Task) -> Exchange:
+        return Exchange(self, task)
+
+    def on_interrupt(self, call: Callable[[], None]) -> None:
+        self._interrupt = call
+
+    def on_leaving(self, call: Callable[[], None]) -> None:
+        self._leave = call
+
+    def began(self) -> None:
+        self._count += 1
+        self._reach("first_microbatch")
+
+    def progress(self) -> None:
+        self._count += 1
+
+    @contextmanager
+    def own_code(self) -> Iterator[None]:
+        self._count, self._own = self._count + 1, True
+        try:
+            yield
+        finally:
+            self._count, self._own = self._count + 1, False
+
+    # -- the end
+
+    @property
+    def end(self) -> End | None:
+        """Why the job is over; None while it is not."""
+        return self._end
+
+    def require_good_end(self) -> None:
+        """Raises RecoveryFailed, if the job is over and that was not done or asked for."""
+        end = self._end
+        if end is not None and end.reason:
+            raise RecoveryFailed(f"{end.reason}: {end.message}", reason=end.reason, code=end.code)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                if self._end is None:
+                    self._leave()
+                self.require_good_end()
+            elif self._end is None:
+                text = "".join(traceback.format_exception(error))
+                self._say(Quit(error.kind if isinstance(error, CheckpointError) else "", text))
+                environment.say_is_told(error)
+            elif self._end.culprit == self._uid or isinstance(error, RecoveryFailed):
+                environment.say_is_told(error)
+        finally:
+            self.close()
+
+    def _leave_quietly(self) -> None:
+        """For who trains nothing: takes part until the end."""
+        while not isinstance(act := (task := self.next_task()).act, Stop):
+            outcomes: dict[type, Outcome] = {Form: Made(), Mend: Mended(), Compute: LoopEnded()}
+            self.done(task, outcomes[type(act)])
+
+    def close(self) -> None:
+        """Ends the thread and the connection. The second call does nothing."""
+        self._line.close()
+
+    # -- the thread of the job
+
+    def wait_until_in(self) -> None:
+        """Blocks until this process is known to hold a place or to be a spare. Raises RecoveryFailed if the job is over."""
+        with self._changing:
+            self._changing.wait_for(lambda: self._welcome is not None or self._end is not None)
+        if self._welcome is None:
+            self.require_good_end()
+
+    def _lost(self, why: str) -> None:
+        """In the line's thread: nothing more will be heard."""
+        if self._end is not None:
+            return
+        self._take(End(75, "coordinator-lost", why))
+        if self._leaves is not None:
+            timer = threading.Timer(LEAVING_S, self._leaves)
+            timer.daemon = True
+            timer.start()
+
+    def _beat(self) -> tuple[bytes, float]:
+        name, limit_s = self._phases[-1]
+        beat_s = MAX_BEAT_S if self._welcome is None else self._welcome.beat_s
+        return encode(Beat(name, self._count, limit_s, self._own)), beat_s
+
+    def _hear(self, data: bytes) -> None:
+        message = to_member(data)
+        if isinstance(message, Welcome):
+            with self._changing:
+                self._welcome = message
+                self._changing.notify_all()
+        elif isinstance(message, Held):
+            with self._changing:
+                self._held[message.generation, message.key] = message.value
+                self._changing.notify_all()
+        else:
+            self._take(message)
+
+    def _take(self, message: membership.Event) -> None:
+        with self._changing:
+            if isinstance(message, End):
+                self._end = self._end or message
+            elif isinstance(message, View):
+                self._held = {key: value for key, value in self._held.items() if key[0] >= message.generation}
+            elif isinstance(message, Rebuild):
+                self._epoch = message.epoch
+            before = self._task
+            try:
+                self._turn(message)
+            except membership.Torn as torn:
+                log.error("this member cannot go on: %s", torn)
+                self._end = End(1, "step-failed", f"our own mistake: {torn}")
+                self._turn(self._end)
+            self._interrupting = before is not None and before.over and before.taken and isinstance(before.act, _INTERRUPTED)
+        if self._interrupting:
+            with suppress(Exception):
+                self._interrupt()
+            with self._changing:
+                self._interrupting = False
+                self._changing.notify_all()
+
+    def _turn(self, event: membership.Event) -> None:
+        """One row of the table, in which both threads take turns."""
+        before = self._member
+        self._member, said, act = membership.after(before, event)
+        if act is not None or self._member.duty is not before.duty:
+            if self._task is not None:
+                self._task.over = True
+            self._task = None if act is None else Task(act, self._member.generation)
+        for message in said:
+            self._say(message)
+        self._changing.notify_all()
+
+    def _say(self, message: FromMember) -> None:
+        self._line.say(encode(message))
+
+    def _reach(self, point: Point) -> None:
+        reached = (self._member.generation, point)
+        if reached not in self._reached:
+            self._reached = {one for one in self._reached if one[0] == reached[0]} | {reached}
+            self._say(Reached(*reached))
+
+    def _ask(self, task: Task, key: str, limit_s: float) -> bytes:
+        self._say(Ask(task.generation, key))
+        with self._changing:
+            wanted = (task.generation, key)
+            self._changing.wait_for(lambda: task.over or wanted in self._held, limit_s)
+            if task.over:
+                raise TaskOver(f"generation {task.generation} is over")
+            if wanted not in self._held:
+                raise DeadlineExceeded(f"nobody set {key!r} of generation {task.generation} within {limit_s:g} s")
+            return self._held[wanted]
+
+
+def join(endpoint: str | None = None) -> Job:
+    """This process's part in the job whose coordinator listens at `endpoint`, by default where the launcher says.
+
+    To be used in a `with` block. Returns once this process holds a place or is a spare, and blocks until then. An error that
+    leaves the block is the loss of this place. Raises Refused outside of `elastickpt-run`, and RecoveryFailed of a job that
+    is over.
+    """
+    here = environment.told()
+    where = here.endpoint if endpoint is None else endpoint
+    if here.torchrun and not here.uid:
+        raise Refused("this process was started by torchrun, which elastic.join cannot use yet: start it by elastickpt-run")
+    if not where:
+        raise Refused("elastic.join: no coordinator: expected a process started by elastickpt-run, or an endpoint")
+    uid = here.uid or f"{socket.gethostname()}-{os.getpid()}"
+    host = here.host or socket.gethostname()
+    who = Join(uid, os.getpid(), host, here.zone)
+    job = Job(connected(where, here.token), who, leaves=_leave_now if here.uid else None)
+    try:
+        job.wait_until_in()
+    except BaseException:
+        job.close()
+        raise
+    return job
+
+
+def _leave_now() -> None:
+    os._exit(75)
+
+
+def _nothing() -> None:
+    """Nobody waits for interrupts."""

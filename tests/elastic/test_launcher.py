@@ -1,0 +1,270 @@
+"""`elastickpt-run` with workers that sleep: who dies, is stopped or raises, and what becomes of the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launched import LIMIT_S, SLEEPER, alive, launched
+
+from elastickpt.cli.launch import main
+
+QUICK = (SLEEPER, 5, 0.01)
+
+
+def stands(folder: Path) -> dict[int, int]:
+    """By stage, where its member stood when the job was done."""
+    return {int(one.name.removeprefix("end-")): int(one.read_text()) for one in folder.glob("end-*")}
+
+
+def one(events: list[dict[str, Any]]) -> dict[str, Any]:
+    (found,) = events
+    return found
+
+
+def test_a_job_is_done(tmp_path: Path) -> None:
+    """[CLI-90, REC-40, REC-44]"""
+    with launched(tmp_path, "--stages", 3, "--spares", 1, script=QUICK) as job:
+        assert job.code() == 0, job.stderr
+    members = job.events("member")
+    assert sorted(e["place"]["stage"] for e in members if e["place"]) == [0, 1, 2]
+    assert [e["place"] for e in members].count(None) == 1
+    ended = job.events()[-1]
+    assert (ended["event"], ended["code"], ended["step"]) == ("ended", 0, 5)
+    assert len({e["uid"] for e in members}) == 4
+    assert alive([e["pid"] for e in members]) == []
+    assert stands(tmp_path) == {0: 5, 1: 5, 2: 5}
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop", "exit"])
+def test_a_spare_takes_the_place_of_a_worker_that_is_gone(tmp_path: Path, fault: str) -> None:
+    """[REC-30, REC-31, REC-41, REC-42, REC-43]"""
+    script = (*QUICK, f"{fault}:compute:0:3")
+    with launched(tmp_path, "--stages", 4, "--spares", 1, "--heartbeat", 1.5, script=script) as job:
+        assert job.code() == 0, job.stderr
+    event = one(job.events("recovery"))
+    lost = one(event["lost"])
+    first = next(e for e in job.events("member") if e["place"] and e["place"]["stage"] == 0)
+    why, number = {"kill": ("exit", 9), "stop": ("silent", None), "exit": ("exit", None)}[fault]
+    assert (lost["stage"], lost["pid"], lost["why"], lost["signal"]) == (0, first["pid"], why, number)
+    assert (event["step"], event["decision"], event["rung"], event["approximate"]) == (2, "replay", "partner", True)
+    assert event["from"] == lost["from"] == {"stages": [1], "alpha": None}
+    assert event["considered"] == [{"rung": "partner", "why": "possible", "stage": 0}]
+    seconds = list(event["seconds"].values())
+    assert None not in seconds
+    assert seconds == sorted(seconds)
+    assert event["bytes"] == {"moved": 32, "read": 0}
+    assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
+    assert alive([e["pid"] for e in job.events("member")]) == []
+
+
+def test_without_a_spare_another_worker_is_forked(tmp_path: Path) -> None:
+    """[REC-34, REC-35]"""
+    script = (*QUICK, "kill:compute:1:3")
+    with launched(tmp_path, "--stages", 4, "--max-replacements", 1, "--spare-wait", 0.2, script=script) as job:
+        assert job.code() == 0, job.stderr
+    assert one(job.events("recovery"))["lost"][0]["stage"] == 1
+
+
+def test_without_a_spare_the_job_ends(tmp_path: Path) -> None:
+    script = (*QUICK, "kill:compute:1:3")
+    with launched(tmp_path, "--stages", 3, "--spare-wait", 0.2, script=script) as job:
+        assert job.code() == 75, job.stderr
+    ended = job.events()[-1]
+    assert (ended["event"], ended["code"], ended["step"]) == ("ended", 75, 2)
+    assert ended["why"].startswith("no-spare: ")
+    assert "stages [1] of 3" in ended["why"]
+
+
+def test_no_rung_is_possible(tmp_path: Path) -> None:
+    """Both of an end pair are lost; why each rung is passed over is said."""
+    script = (SLEEPER, 5, 0.05, "kill:compute:0:3", "kill:compute:1:3")
+    with launched(tmp_path, "--stages", 4, "--spares", 2, script=script) as job:
+        assert job.code() == 75, job.stderr
+    why = job.events()[-1]["why"]
+    assert why.startswith("no-source: ")
+    assert "its partner is lost too" in why
+    assert "it has one neighbour only" in why
+
+
+def test_what_raises_once_is_replayed(tmp_path: Path) -> None:
+    """[REC-15, CLI-94]"""
+    script = (*QUICK, "raise:compute:1:3")
+    with launched(tmp_path, "--stages", 3, "--log-dir", tmp_path / "logs", script=script) as job:
+        assert job.code() == 0, job.stderr
+    event = one(job.events("recovery"))
+    lost = one(event["lost"])
+    assert (event["rung"], event["approximate"], event["step"], event["from"]) == (
+        "replay",
+        False,
+        2,
+        {"stages": [], "alpha": None},
+    )
+    assert (lost["stage"], lost["why"], lost["signal"]) == (1, "raised", None)
+    assert "ValueError: a fault of the test at compute" in lost["traceback"]
+    assert len(job.events("member")) == 3
+    assert "stage 1" in job.stderr
+    assert "ValueError: a fault of the test at compute" in job.stderr
+
+
+def test_what_raises_twice_ends_the_job(tmp_path: Path) -> None:
+    script = (*QUICK, "raise-always:compute:1:3")
+    with launched(tmp_path, "--stages", 3, "--spares", 1, script=script) as job:
+        assert job.code() == 1, job.stderr
+    assert job.events()[-1]["why"].startswith("step-failed: ")
+    assert "ValueError: a fault of the test at compute" in job.stderr
+
+
+def test_an_error_that_leaves_the_block_is_the_loss_of_the_place(tmp_path: Path) -> None:
+    """[CLI-94]"""
+    script = (*QUICK, "raise:step:1:3")
+    with launched(tmp_path, "--stages", 4, "--spares", 1, script=script) as job:
+        assert job.code() == 0, job.stderr
+    event = one(job.events("recovery"))
+    assert (event["decision"], event["step"], event["lost"][0]["why"]) == ("forward", 3, "raised")
+    assert job.stderr.count("ValueError: a fault of the test at step") == 1
+    assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
+
+
+def test_a_step_that_is_lost_again_and_again_ends_the_job(tmp_path: Path) -> None:
+    script = (*QUICK, *["kill:compute:1:3"] * 3)
+    with launched(tmp_path, "--stages", 4, "--spares", 3, script=script) as job:
+        assert job.code() == 1, job.stderr
+    assert "failed 3 times" in job.events()[-1]["why"]
+
+
+def test_an_error_before_the_first_step_ends_the_job(tmp_path: Path) -> None:
+    with launched(tmp_path, "--stages", 2, "--spares", 1, script=(*QUICK, "raise:form:1:0")) as job:
+        assert job.code() == 1, job.stderr
+    assert "ValueError: a fault of the test at form" in job.stderr
+
+
+def test_a_script_that_never_joins(tmp_path: Path) -> None:
+    """[REC-36]"""
+    with launched(tmp_path, "--stages", 2, script=(*QUICK, "raise-always:start:*:0")) as job:
+        assert job.code() == 1, job.stderr
+    assert "before it joined" in job.events()[-1]["why"]
+    assert "ValueError: a fault of the test at start" in job.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_end_the_job(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """[CLI-90, CLI-92]"""
+    with launched(tmp_path, "--stages", 2, "--spares", 1, script=(SLEEPER, 100_000, 0.01)) as job:
+        job.until(lambda: len(list(tmp_path.glob("in-*"))) == 3, "all workers")
+        job.process.send_signal(number)
+        assert job.code() == code, job.stderr
+    ended = job.events()[-1]
+    assert (ended["event"], ended["code"]) == ("ended", code)
+    if number is signal.SIGTERM:
+        assert set(stands(tmp_path).values()) == {ended["step"]}
+    assert alive([e["pid"] for e in job.events("member")]) == []
+
+
+def test_a_signal_to_a_worker_ends_no_other_one(tmp_path: Path) -> None:
+    with launched(tmp_path, "--stages", 4, "--spares", 1, script=(SLEEPER, 40, 0.02)) as job:
+        pid = job.pid_of(3)
+        job.until(lambda: len(job.events("member")) == 5, "the spare")
+        os.kill(pid, signal.SIGTERM)
+        assert job.code() == 0, job.stderr
+    lost = [e for event in job.events("recovery") for e in event["lost"]]
+    assert [(e["stage"], e["signal"]) for e in lost] in ([(3, 15)], [])  # it may have come before the first step
+
+
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_when_the_launcher_is_killed_its_workers_leave(tmp_path: Path, *, stopped: bool) -> None:
+    """A worker that is stopped cannot leave by itself, and is killed. [REC-23]"""
+    with launched(tmp_path, "--stages", 3, script=(SLEEPER, 100_000, 0.01)) as job:
+        job.until(lambda: len(list(tmp_path.glob("in-*"))) == 3, "all workers")
+        pids = [e["pid"] for e in job.events("member")]
+        zygote = [child.pid for child in job.children() if child.pid not in pids]
+        if stopped:
+            os.kill(pids[1], signal.SIGSTOP)
+        job.process.kill()
+        job.process.wait()
+        wait_for_end([*pids, *zygote])
+
+
+def wait_for_end(pids: list[int]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while alive(pids):
+        assert time.monotonic() < end, f"still there: {alive(pids)}"
+        time.sleep(0.02)
+
+
+def test_a_second_machine_is_lost_as_a_whole(tmp_path: Path) -> None:
+    """[REC-20, CLI-93]"""
+    port = free_port()
+    at = f"127.0.0.1:{port}"
+    script = (SLEEPER, 60, 0.05)
+    first = launched(tmp_path, "--stages", 4, "--coordinator", at, "--workers", 4, script=script, token="secret")
+    with first as job:
+        job.until(lambda: len(job.events("member")) >= 1, "a member")
+        arguments = ("--join", at, "--workers", 2, "--host", "far", "--zone", "z")
+        with launched(tmp_path, *arguments, script=script, token="secret") as far:
+            job.until(lambda: [e for e in job.events("member") if e["host"] == "far"], "a worker of the second machine")
+            far.process.kill()
+            far.process.wait()
+            assert job.code() == 0, job.stderr
+        assert {e["zone"] for e in job.events("member") if e["host"] == "far"} == {"z"}
+        wait_for_end([e["pid"] for e in job.events("member")])
+    assert stands(tmp_path) == {0: 60, 1: 60, 2: 60, 3: 60}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--join", "a:1", "--stages", "2", "x"], ["--join", "--stages"]),
+        (["--join", "a:1", "--coordinator", "b:1", "x"], ["--join", "--coordinator"]),
+        (["--join", "a:1", "--heartbeat", "2", "x"], ["--join", "--heartbeat"]),
+        (["--stages", "2", "--workers", "2", "x"], ["--workers", "--coordinator"]),
+        (["--stages", "2", "--coordinator", "a:1", "--workers", "2", "--spares", "1", "x"], ["--workers", "--spares"]),
+        (["--stages", "0", "x"], ["--stages"]),
+        (["--stages", "2", "--heartbeat", "0", "x"], ["--heartbeat"]),
+        (["--stages", "2", "--coordinator", "1234", "x"], ["--coordinator"]),
+        (["--stages", "2"], ["SCRIPT"]),
+        (["x"], ["--stages"]),
+        (["--stages", "2", "--coordinator", "a:1", "x"], ["--coordinator", "ELASTICKPT_TOKEN"]),
+        (["--stages", "2", "no-such-file.py"], ["no-such-file.py"]),
+    ],
+)
+def test_bad_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], named: list[str]
+) -> None:
+    """[CLI-90, CLI-91]"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ELASTICKPT_TOKEN", raising=False)
+    (tmp_path / "x").touch()
+    assert main(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert [name for name in named if name not in stderr.splitlines()[-1]] == []
+
+
+def test_limits_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """[REC-33]"""
+    assert main(["--limits", "--heartbeat", "2.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("heartbeat") and "2.5 s" in line and "--heartbeat" in line for line in lines)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_help_comes_at_once_without_torch() -> None:
+    code = (
+        "import sys; from elastickpt.cli.launch import main; main(['--limits']); "
+        "print([m for m in sys.modules if m in ('torch', 'zarr', 'numpy')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
