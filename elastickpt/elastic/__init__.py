@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastickpt.elastic import checkfree as checkfree
+    from elastickpt.elastic.joining import Job as Job
+    from elastickpt.elastic.joining import join as join
     from elastickpt.elastic.policy import Policy as Policy
     from elastickpt.elastic.policy import Report as Report
     from elastickpt.elastic.recovery import Recovery as Recovery
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # name → (module, attribute; "" for the module itself). Lazy (PEP 562): who reads checkpoints imports no torch.
 _PUBLIC = {
+    "Job": ("elastickpt.elastic.joining", "Job"),
     "PipelineTrainer": ("elastickpt.elastic.trainer", "PipelineTrainer"),
     "Place": ("elastickpt.elastic.stages", "Place"),
     "Policy": ("elastickpt.elastic.policy", "Policy"),
@@ -30,10 +33,11 @@ _PUBLIC = {
     "Report": ("elastickpt.elastic.policy", "Report"),
     "Stage": ("elastickpt.elastic.stages", "Stage"),
     "checkfree": ("elastickpt.elastic.checkfree", ""),
+    "join": ("elastickpt.elastic.joining", "join"),
     "load_alone": ("elastickpt.runs.loading", "load_alone"),
 }
 
-__all__ = ["PipelineTrainer", "Place", "Policy", "Recovery", "Report", "Stage", "checkfree", "load_alone"]
+__all__ = ["Job", "PipelineTrainer", "Place", "Policy", "Recovery", "Report", "Stage", "checkfree", "join", "load_alone"]
 
 
 def __getattr__(name: str) -> object:

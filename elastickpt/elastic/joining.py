@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from elastickpt.elastic import environment, membership
 from elastickpt.elastic.calling import connected
@@ -41,6 +42,9 @@ from elastickpt.elastic.messages import (
 )
 from elastickpt.elastic.stream import Stream
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused
+
+if TYPE_CHECKING:
+    from elastickpt.elastic.stages import Place
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +100,14 @@ class Job:
     def rank(self) -> int | None:
         """The number of the place that this process holds; None for a spare."""
         return self._member.stage
+
+    @property
+    def place(self) -> Place | None:
+        """What this process holds; None for a spare."""
+        from elastickpt.elastic.stages import Place  # imports torch
+
+        view, stage = self._member.view, self._member.stage
+        return None if view is None or stage is None else Place(stage, len(view.places))
 
     @property
     def epoch(self) -> int:
