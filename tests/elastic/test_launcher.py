@@ -54,7 +54,8 @@ def test_a_spare_takes_the_place_of_a_worker_that_is_gone(tmp_path: Path, fault:
     first = next(e for e in job.events("member") if e["place"] and e["place"]["stage"] == 0)
     why, number = {"kill": ("exit", 9), "stop": ("silent", None), "exit": ("exit", None)}[fault]
     assert (lost["stage"], lost["pid"], lost["why"], lost["signal"]) == (0, first["pid"], why, number)
-    assert (event["step"], event["decision"], event["rung"], event["approximate"]) == (2, "replay", "partner", True)
+    assert (event["step"], event["rung"], event["approximate"]) == (2, "partner", True)
+    assert event["decision"] in ("replay", "forward")  # as others have said by then that they have stepped, or not
     assert event["from"] == lost["from"] == {"stages": [1], "alpha": None}
     assert event["considered"] == [{"rung": "partner", "why": "possible", "stage": 0}]
     seconds = list(event["seconds"].values())
