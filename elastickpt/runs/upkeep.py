@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -20,6 +18,7 @@ from elastickpt.ledger.retention import Keep, judge, removable
 from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.ledger.sweep import sweep
+from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,9 +49,7 @@ class Upkeep:
         self._tokens: tuple[str, ...] = ()
         self._verified: dict[AttemptId, bool] = {}
         self._waiting = False  # folders with a manifest and no register that counts, until the live branch has passed them
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="elastickpt-upkeep", daemon=True)
-        self._thread.start()
+        self._worker = Worker("elastickpt-upkeep")
 
     def claiming(self, token: str) -> None:
         """This job claims the run with this token next: what that supersedes of its own is no news."""
@@ -67,7 +64,7 @@ class Upkeep:
             self._sweep(holding)
             self._retain(holding)
 
-        self._work.put(work)
+        self._put(work)
 
     def committed(self) -> None:
         """There is a new commit: what is not to be kept any more goes."""
@@ -77,7 +74,7 @@ class Upkeep:
                 self._sweep(self._holding)
             self._retain(self._holding)
 
-        self._work.put(work)
+        self._put(work)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """The checkpoint of this step has these metrics from now on."""
@@ -96,28 +93,30 @@ class Upkeep:
                 return
             self._retain(holding)
 
-        self._work.put(work)
+        self._put(work)
 
     def call(self, tell: Callable[[], None]) -> None:
         """Calls this here, and logs what it raises."""
-        self._work.put(tell)
+        self._put(tell)
 
     def close(self, *, limit_s: float) -> None:
         """What was begun is done, at most within the limit. Blocking."""
-        self._work.put(None)
-        self._thread.join(limit_s)
+        self._worker.stop()
+        self._worker.join(limit_s)
 
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            try:
-                work()
-            except Superseded as error:
-                if not self._is_rolling_back():
-                    log.warning("%s", error)
-            except CheckpointError as error:
-                log.warning("%s: %s", self._store.url, error)
-            except Exception:
-                log.exception("%s: upkeep of the run met a fault", self._store.url)
+    def _put(self, work: Callable[[], None]) -> None:
+        self._worker.put(lambda: self._carry_out(work))
+
+    def _carry_out(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Superseded as error:
+            if not self._is_rolling_back():
+                log.warning("%s", error)
+        except CheckpointError as error:
+            log.warning("%s: %s", self._store.url, error)
+        except Exception:
+            log.exception("%s: upkeep of the run met a fault", self._store.url)
 
     def _is_rolling_back(self) -> bool:
         """Whether it was this job's own claim that superseded its work."""

@@ -25,6 +25,7 @@ from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSk
 from elastickpt.ranks.process_group import Group
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.teams import end_team, team_of
+from elastickpt.ranks.workers import Worker
 from elastickpt.saving import under_way
 from elastickpt.saving.arenas import Arenas, Slot
 from elastickpt.saving.background import Background
@@ -41,7 +42,6 @@ from elastickpt.training.gates import Beside, Cuda, StepGate
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.submissions import Submission
-from elastickpt.writer.workers import Worker
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

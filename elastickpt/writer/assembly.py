@@ -17,12 +17,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import selectors
 import socket
-import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,6 +29,7 @@ from elastickpt.commit.settle import Patience
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
+from elastickpt.ranks.actor import Actor
 from elastickpt.ranks.frames import Frame, Kind
 from elastickpt.ranks.team import BEAT_S
 from elastickpt.storage.store import Store
@@ -72,26 +70,19 @@ class Assembly:
         patience: Patience | None = None,
     ) -> None:
         self._seat, self._tell = seat, tell
-        self._commands: deque[Callable[[], None]] = deque()
-        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self._clients = Clients(seat, listener, self._selector)
+        self._actor = Actor("elastickpt-assembly", self._run)
+        self._clients = Clients(seat, listener, self._actor.selector)
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tallies: dict[str, Tally] = {}
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self._strangers: dict[str, tuple[Case, float]] = {}
         self._turned_at = time.monotonic()
-        self._way = Way(seat, self._selector)
+        self._way = Way(seat, self._actor.selector)
         self._beaten_at = 0.0
         rank = seat.ranks[seat.member]
         self._endings = Endings(rank, stores, patience or Patience(), self._leave, self._decided)
-        self._idle = threading.Event()
-        self._idle.set()
-        self._leaving = threading.Lock()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="elastickpt-assembly", daemon=True)
-        self._thread.start()
+        self._actor.start()
 
     def enroll(self, case: Case, contents: Read) -> None:
         """This writer takes part in the attempt from now on. `contents` is called if it commits, by another thread."""
@@ -111,7 +102,7 @@ class Assembly:
 
     def join(self, limit_s: float) -> bool:
         """Whether all attempts were decided within the limit. Blocking."""
-        return self._idle.wait(limit_s)
+        return self._actor.idle_within(limit_s)
 
     def close(self) -> None:
         """Takes no part any more; what is open stays open."""
@@ -121,12 +112,7 @@ class Assembly:
     # -- everything below runs in the assembly's thread ----------------------------------------------------------------
 
     def _leave(self, command: Callable[[], None]) -> None:
-        with self._leaving:
-            if self._woken < 0:
-                return  # closed: nobody takes part any more
-            self._idle.clear()
-            self._commands.append(command)
-            os.eventfd_write(self._woken, 1)
+        self._actor.leave(command)  # after the end nobody takes part any more
 
     def _run(self) -> None:
         while not self._closed:
@@ -138,24 +124,18 @@ class Assembly:
         self._clients.close()
         self._way.close()
         self._endings.stop()
-        self._selector.close()
-        with self._leaving:
-            descriptor, self._woken = self._woken, -1
-        os.close(descriptor)
+        self._actor.end()
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(TURN_S if self._open or self._tallies else None):
-            if key.fileobj is self._woken:
-                os.eventfd_read(self._woken)
-            elif isinstance(key.data, Client):
+        for key in self._actor.wait(TURN_S if self._open or self._tallies else None):
+            if isinstance(key.data, Client):
                 self._hear_client(key.data)
             elif isinstance(key.data, Way):
                 for frame in self._way.hear():
                     self._decided(*decode_verdict(frame.data))
             else:
                 self._clients.accept()
-        while self._commands:
-            self._commands.popleft()()
+        self._actor.carry_out()
         now = time.monotonic()
         self._excuse(now)
         self._reach(now)
@@ -164,9 +144,7 @@ class Assembly:
         self._act(now)
         if not self._open:
             self._way.begin_anew()
-            with self._leaving:
-                if not self._commands:
-                    self._idle.set()
+            self._actor.rest()
 
     def _excuse(self, now: float) -> None:
         """Silence counts only while this process was listening and had something open, so that the others beat."""

@@ -15,8 +15,8 @@ from elastickpt.commit.settle import STANDS, Patience, Standing, give_up, look, 
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.team import failure_of
+from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
-from elastickpt.writer.workers import Worker
 
 log = logging.getLogger(__name__)
 

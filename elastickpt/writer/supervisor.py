@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import logging
 import os
-import select
+import selectors
 import signal
 import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 from elastickpt.commit.cases import decode_verdict
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
+from elastickpt.ranks.actor import Actor
 from elastickpt.ranks.frames import PeerGone
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
@@ -61,8 +60,7 @@ class Supervisor:
         self._seat, self._listener = seat, listener
         self._owner = os.getpid()
         self._hooks = iter(self._options.hooks)
-        self._commands: deque[Callable[[], None]] = deque()
-        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._actor = Actor("elastickpt-supervisor", self._run)
         self._pending: dict[int, Submission] = {}  # to be written
         self._awaiting: dict[int, Submission] = {}  # to be decided
         self._count = 0
@@ -71,10 +69,7 @@ class Supervisor:
         self._stillborn = 0
         self._leave_at: float | None = None
         self._closed = False
-        self._over = False  # nobody carries out what is left from now on
-        self._waking = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="elastickpt-supervisor", daemon=True)
-        self._thread.start()
+        self._actor.start()
 
     @property
     def pid(self) -> int | None:
@@ -138,21 +133,14 @@ class Supervisor:
 
         with suppress(Refused):
             self._leave(leave)
-        self._thread.join(limit_s + QUIT_S + self._options.reap_s + 1)
-        if not self._thread.is_alive():
-            with self._waking:
-                descriptor, self._woken = self._woken, -1
-            os.close(descriptor)
+        self._actor.join(limit_s + QUIT_S + self._options.reap_s + 1)
 
     # -- everything below runs in the supervisor's thread --------------------------------------------------------------
 
     def _leave(self, command: Callable[[], None]) -> None:
         """From any thread. Raises Refused where nobody carries it out any more."""
-        with self._waking:
-            if self._over:
-                raise Refused("this writer was closed")
-            self._commands.append(command)
-            os.eventfd_write(self._woken, 1)
+        if not self._actor.leave(command):
+            raise Refused("this writer was closed")
 
     def _run(self) -> None:
         why = "not written when it was closed; what was handed to the writer process is left to it to finish"
@@ -175,15 +163,11 @@ class Supervisor:
         if self._child is None and self._open_work:
             self._start()
         child = self._child
-        poll = select.poll()
-        poll.register(self._woken, select.POLLIN)
-        if child is not None:
-            poll.register(child.wire, select.POLLIN)
         begun = time.monotonic()
-        ready = {descriptor for descriptor, _ in poll.poll(min(self._options.beat_s, self._options.silence_s / 4) * 1000)}
+        ready = self._actor.wait(min(self._options.beat_s, self._options.silence_s / 4))
         now = time.monotonic()
         try:
-            if child is not None and child.wire.fileno() in ready:
+            if child is not None and ready:
                 child.heard_at = now
                 for message, _ in child.wire.receive():
                     self._heard(message)
@@ -191,10 +175,7 @@ class Supervisor:
                 child.heard_at = now  # it was this process that stood still
             elif child is not None and now - child.heard_at > self._options.silence_s:
                 return self._lost(child, f"silent for {now - child.heard_at:.1f} s")
-            if self._woken in ready:
-                os.eventfd_read(self._woken)
-            while self._commands:
-                self._commands.popleft()()
+            self._actor.carry_out()
             self._hand_over()
         except PeerGone as gone:
             if child is not None:
@@ -204,6 +185,7 @@ class Supervisor:
     def _start(self) -> None:
         try:
             self._child = Child.spawn(self._options, wrap=next(self._hooks, ""))
+            self._actor.selector.register(self._child.wire, selectors.EVENT_READ)
             if self._seat.candidates:  # at once, so that it can say farewell if nothing ever comes
                 with suppress(PeerGone):  # whoever listens next finds out
                     self._child.seat(self._seat, self._listener)
@@ -264,6 +246,7 @@ class Supervisor:
     def _lost(self, child: Child, why: str) -> None:
         """Kills and reaps it; what it had is handed to the next one, but for what it may still be writing."""
         reaped = child.put_down(self._options.reap_s)
+        self._actor.selector.unregister(child.wire)
         self._child = None
         self.deaths += 1
         messages, said = child.last_words()
@@ -314,9 +297,7 @@ class Supervisor:
 
     def _end(self, why: str) -> None:
         child, self._child = self._child, None
-        with self._waking:
-            self._over = True
-        for command in self._commands:
+        for command in self._actor.end():
             with suppress(PeerGone):
                 command()
         at_work = [one for one in (*self._pending.values(), *self._awaiting.values()) if one.handed]

@@ -11,6 +11,7 @@ import threading
 from elastickpt.commit.cases import Verdict
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
+from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch
@@ -19,7 +20,6 @@ from elastickpt.writer.messages import Done, Failed
 from elastickpt.writer.parts import Part
 from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of
-from elastickpt.writer.workers import Worker
 
 
 class ThreadWriter:

@@ -11,25 +11,30 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """A thread that carries out what is put, in order; started by the first, and never joined without a limit."""
+    """A thread that carries out what is put, in order; started by the first."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
-        self._started = False
+        self._thread: threading.Thread | None = None
 
     def put(self, work: Callable[[], None]) -> None:
         """Carried out after what was put before; not blocking. From any thread."""
         self._work.put(work)
         with self._starting:
-            if not self._started:
-                threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True).start()
-                self._started = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True)
+                self._thread.start()
 
     def stop(self) -> None:
         """Ends after what was put; not blocking."""
         self._work.put(None)
+
+    def join(self, limit_s: float) -> None:
+        """After `stop`: waits at most so long for what was put. Blocking."""
+        if self._thread is not None:
+            self._thread.join(limit_s)
 
 
 def _work_off(items: queue.SimpleQueue[Callable[[], None] | None]) -> None:
