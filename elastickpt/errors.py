@@ -9,6 +9,7 @@ CheckpointError
 │   ├── PlacementUnsupported    this placement is not possible here, or not built yet
 │   ├── LayoutUnsupported       local tensors whose place in the whole is not known
 │   └── ProgramFault            a program of the conversion language that is wrong, or does not fit
+├── InternalError           a fault of this library itself, nobody's input: please report it
 ├── StateMismatch           `state` and checkpoint differ in names, shapes, dtypes or values
 ├── EntryFailed             code of an entry of `state` raised: its state_dict, load_state_dict or a hook
 ├── NotACheckpoint          the path holds no checkpoint
@@ -101,6 +102,10 @@ class LayoutUnsupported(Refused):
 
 class ProgramFault(Refused):
     kind = "program"
+
+
+class InternalError(CheckpointError):
+    kind = "internal"
 
 
 class StateMismatch(CheckpointError):
@@ -233,6 +238,11 @@ class RankLost(RanksFailed):
 
 class DeadlineExceeded(RanksFailed):
     kind = "deadline-exceeded"
+
+
+def fault(message: str) -> InternalError:
+    """The error for what cannot be, and is: nothing that a caller did explains it."""
+    return InternalError(f"{message}; this is a fault of elastickpt itself: please report it")
 
 
 def _tree(root: type[CheckpointError]) -> Iterator[type[CheckpointError]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
-import msgpack
 import numpy as np
 
 from elastickpt.errors import Refused
 from elastickpt.format.arrays import ArrayId
 from elastickpt.loading.opened import Opened, is_converted
+from elastickpt.ranks.messages import Message
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
 
 SHOWN_MISMATCHES = 20
@@ -18,28 +18,57 @@ BESIDE = "beside"  # what a converted checkpoint has and a job need not
 MASTER = "master"
 
 
-def require_same_load(meant: Sequence[tuple[str, str, str]], ranks: Sequence[int]) -> None:
+class Meant(Message, frozen=True):
+    """Which load a rank means: `path` as it was given there, the attempt that it found, the mode. `same`: this rank holds what
+    the writer of its number held, but for the arrays `lacking`."""
+
+    path: str
+    attempt: str
+    strict: str
+    same: bool
+    lacking: tuple[str, ...]
+
+
+class Opening(Message, frozen=True):
+    """Whether every rank holds what the writer of its number held, and what some rank lacks of that."""
+
+    same: bool
+    lacking: tuple[str, ...]
+
+
+def require_same_load(meant: Sequence[Meant], ranks: Sequence[int]) -> Opening:
     """Raises Refused if ranks mean different loads; paths may differ where one checkpoint has several."""
-    path, *mine = meant[0]
-    for rank, (other, *theirs) in zip(ranks[1:], meant[1:], strict=True):
-        for what, one, two in zip(("checkpoint", "strict mode"), mine, theirs, strict=True):
+    first = meant[0]
+    for rank, other in zip(ranks[1:], meant[1:], strict=True):
+        for what, one, two in (
+            ("checkpoint", f"attempt {first.attempt}", f"attempt {other.attempt}"),
+            ("strict mode", first.strict, other.strict),
+        ):
             if one != two:
                 raise Refused(
                     f"{what} of this load: expected the same on all ranks, "
-                    f"found {one} ({path}) on rank {ranks[0]} and {two} ({other}) on rank {rank}"
+                    f"found {one} ({first.path}) on rank {ranks[0]} and {two} ({other.path}) on rank {rank}"
                 )
+    return Opening(all(one.same for one in meant), tuple(sorted({name for one in meant for name in one.lacking})))
 
 
-def encode_findings(opened: Opened, binding: Binding) -> bytes:
-    """This rank's differences, and which of the checkpoint's arrays (a bit each, in index order) and values it has a place
+class Differences(Message, frozen=True):
+    """What differs on one rank, and which of the checkpoint's arrays (a bit each, in index order) and values it has a place
     for: only all ranks together know what nobody has a place for."""
+
+    mismatches: tuple[Mismatch, ...]
+    arrays: bytes
+    places: tuple[str, ...]
+
+
+def differences_of(opened: Opened, binding: Binding) -> Differences:
+    """What this rank tells of what it bound."""
     known = np.fromiter((identity in binding.arrays for identity in opened.records), dtype=np.bool_, count=len(opened.records))
-    rows = [(m.name, m.what, m.expected, m.found, m.side) for m in binding.mismatches]
-    return bytes(msgpack.packb((rows, np.packbits(known).tobytes(), sorted(binding.places))))
+    return Differences(tuple(binding.mismatches), np.packbits(known).tobytes(), tuple(sorted(binding.places)))
 
 
 def joint_mismatches(
-    opened: Opened, listing: Listing, payloads: Sequence[bytes], ranks: Sequence[int]
+    opened: Opened, listing: Listing, told: Sequence[Differences], ranks: Sequence[int]
 ) -> list[tuple[str, str]]:
     """(what, text) of every difference on any rank, each once, with the ranks that have it.
 
@@ -48,12 +77,11 @@ def joint_mismatches(
     where: dict[Mismatch, list[int]] = {}
     union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
     places: set[str] = set()
-    for rank, payload in zip(ranks, payloads, strict=True):
-        rows, bits, known_places = msgpack.unpackb(payload, use_list=False)
-        for row in rows:
-            where.setdefault(Mismatch(*row), []).append(rank)
-        union |= np.frombuffer(bits, dtype=np.uint8)
-        places.update(known_places)
+    for rank, own in zip(ranks, told, strict=True):
+        for mismatch in own.mismatches:
+            where.setdefault(mismatch, []).append(rank)
+        union |= np.frombuffer(own.arrays, dtype=np.uint8)
+        places.update(own.places)
     flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
     arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
     found: list[tuple[str, str]] = []

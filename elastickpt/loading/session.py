@@ -7,9 +7,8 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Literal, get_args
-
-import msgpack
 
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
 from elastickpt.format.arrays import ArrayId, Mesh
@@ -19,7 +18,10 @@ from elastickpt.format.values import Value
 from elastickpt.loading.agreement import (
     BESIDE,
     MASTER,
-    encode_findings,
+    Differences,
+    Meant,
+    Opening,
+    differences_of,
     joint_mismatches,
     joint_notes,
     mismatch_message,
@@ -31,6 +33,7 @@ from elastickpt.loading.opened import Opened, is_converted, open_records
 from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
 from elastickpt.loading.ties import differing_ties
 from elastickpt.ranks.process_group import Group, job_group
+from elastickpt.ranks.questions import Question, all_do
 from elastickpt.ranks.team import Alone, Call, Team, require_limit
 from elastickpt.ranks.teams import team_of
 from elastickpt.training.collection import collection_paused
@@ -52,6 +55,12 @@ log = logging.getLogger(__name__)
 UNDEFINED = "; the content of `state` is now undefined: load another checkpoint before going on"  # at the end of a message
 
 Strict = Literal["all", "missing", "unexpected", "none"]
+
+# What the ranks ask each other, in this order.
+OPEN = Question("open", Meant, Opening)
+ELSEWHERE = Question("elsewhere", bool, bool)
+CHECK = Question("check", Differences, tuple[str, ...])
+INSTALL = Question("install", tuple[str, ...], NoneType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +169,7 @@ class _Load:
         opened: list[tuple[Opened, Mesh | None]] = []
         ids: set[ArrayId] = set()
 
-        def compare() -> bytes:
+        def compare() -> Meant:
             if self.strict not in get_args(Strict) or self.verify not in get_args(Verify):
                 raise Refused(
                     f"strict {self.strict!r}, verify {self.verify!r}: expected one of {get_args(Strict)}, {get_args(Verify)}"
@@ -172,18 +181,11 @@ class _Load:
             ranks = len(self.group.ranks)
             same = ranks == found.manifest.world_size == len(found.manifest.fragments) and lies_as_saved(found, held)
             ids.update(array.spec.id for array in held)
-            lacking = [str(one) for one in lacking_of(found, ids, self.group.member)] if same else []
-            meant = (os.fspath(self.path), f"attempt {found.manifest.attempt}", self.strict)
-            return bytes(msgpack.packb((same, lacking, meant)))
+            lacking = tuple(str(one) for one in lacking_of(found, ids, self.group.member)) if same else ()
+            return Meant(os.fspath(self.path), found.manifest.attempt, self.strict, same, lacking)
 
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            answers = [msgpack.unpackb(payload, use_list=False) for payload in payloads]
-            require_same_load([meant for _, _, meant in answers], self.team.ranks)
-            same = all(same for same, _, _ in answers)
-            return [bytes(msgpack.packb((same, sorted({one for _, lacking, _ in answers for one in lacking}))))] * len(payloads)
-
-        same, lacking = msgpack.unpackb(self.team.round("open", compare, decide), use_list=False)
-        return *opened[0], same and not (lacking and self._elsewhere(opened[0][0], ids, lacking))
+        told = OPEN.ask(self.team, compare, lambda meant: require_same_load(meant, self.team.ranks))
+        return *opened[0], told.same and not (told.lacking and self._elsewhere(opened[0][0], ids, told.lacking))
 
     def _elsewhere(self, opened: Opened, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:
         """Whether some rank holds what a rank lacks whose writer had it; what nobody holds was left out of `state`. A round.
@@ -194,31 +196,28 @@ class _Load:
             items = {identity.item for identity in ids}
             return all(record.spec.id not in ids for record in opened.stored_by(self.group.member, items))
 
-        def own() -> bytes:
-            return bytes([not {str(one) for one in ids}.isdisjoint(lacking)])
-
-        return self.team.round("elsewhere", own, lambda payloads: [max(payloads)] * len(payloads)) == b"\1"
+        return ELSEWHERE.ask(self.team, lambda: not {str(one) for one in ids}.isdisjoint(lacking), any)
 
     def _check(
         self, state: Mapping[str, object], declared: Mesh | None, opened: Opened, same: bool
     ) -> tuple[Binding, tuple[str, ...]]:
         bound: list[tuple[Listing, Binding]] = []
 
-        def compare() -> bytes:
+        def compare() -> Differences:
             listing = listing_of(opened, self.group.ranks, same_layout=same)
             binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
             bound.append((listing, binding))
-            return encode_findings(opened, binding)
+            return differences_of(opened, binding)
 
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        def judge(differences: Sequence[Differences]) -> tuple[str, ...]:
             listing, _ = bound[0]
-            found = joint_mismatches(opened, listing, payloads, self.team.ranks)
+            found = joint_mismatches(opened, listing, differences, self.team.ranks)
             refused = [(what, text) for what, text in found if self._counts(what)]
             if refused:
                 raise StateMismatch(mismatch_message(os.fspath(self.path), refused, self.strict))
-            return [bytes(msgpack.packb([text for _, text in found]))] * len(payloads)
+            return tuple(text for _, text in found)
 
-        skipped = msgpack.unpackb(self.team.round("check", compare, decide), use_list=False)
+        skipped = CHECK.ask(self.team, compare, judge)
         return bound[0][1], skipped
 
     def _counts(self, what: str) -> bool:
@@ -232,7 +231,7 @@ class _Load:
         """What this rank will read into what; on return every rank has found its records and files there and whole."""
         planned: list[tuple[Sequence[Elements], FetchPlan]] = []
 
-        def plan() -> bytes:
+        def plan() -> None:
             hosts = [host_elements(target.tensor) for target in binding.targets]
             wanted = [
                 Wanted(opened.records[target.spec.id], target.box, host, "spare" if target.held_alone else "fill")
@@ -242,9 +241,8 @@ class _Load:
             require_files(opened, planned[0][1])
             if self._counts("unexpected"):
                 self._require_equal_ties(opened, binding)
-            return b""
 
-        self.team.round("plan", plan, lambda payloads: [b""] * len(payloads))
+        all_do(self.team, "plan", plan)
         return planned[0]
 
     def _require_equal_ties(self, opened: Opened, binding: Binding) -> None:
@@ -259,22 +257,20 @@ class _Load:
     def _fill(self, opened: Opened, binding: Binding, hosts: Sequence[Elements], plan: FetchPlan) -> FetchReport:
         reports: list[FetchReport] = []
 
-        def read() -> bytes:
+        def read() -> None:
             reports.append(carry_out(opened, plan, verify=self.verify))
             _to_devices(binding.targets, hosts)
-            return b""
 
-        def installed() -> bytes:
+        def installed() -> tuple[str, ...]:
             binding.install()
-            return bytes(msgpack.packb(binding.notes))
+            return binding.notes
 
-        def tell(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            self.told += joint_notes([msgpack.unpackb(payload) for payload in payloads], self.team.ranks)
-            return [b""] * len(payloads)
+        def note(notes: Sequence[tuple[str, ...]]) -> None:
+            self.told += joint_notes(notes, self.team.ranks)
 
         try:
-            self.team.round("read", read, lambda payloads: [b""] * len(payloads))
-            self.team.round("install", installed, tell)
+            all_do(self.team, "read", read)
+            INSTALL.ask(self.team, installed, note)
         except CheckpointError as error:
             raise _undefined(error) from error  # on every rank: whoever failed or is lost, the others have changed
         return reports[0]

@@ -12,15 +12,13 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
-import msgpack
-
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, InternalError
 from elastickpt.ranks.addresses import dial, listen, own_address
 from elastickpt.ranks.forks import not_in_forks
 from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
+from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.ranks.processes import Process
 
 HUB, FAR = "hub", "far"
@@ -40,8 +38,7 @@ class KeyValue(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(Message, frozen=True):
     """Where member 0 is: its host, and where it listens there and by TCP, "" for nowhere."""
 
     host: str
@@ -49,33 +46,13 @@ class Address:
     far: str
     secret: bytes
 
-    def encode(self) -> bytes:
-        return bytes(msgpack.packb((self.host, self.near, self.far, self.secret)))
 
-    @classmethod
-    def decode(cls, data: bytes) -> Address:
-        return cls(*msgpack.unpackb(data))
+class Hello(Message, frozen=True):
+    """Who a caller is, who knows the secret of the team."""
 
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """Who a caller is."""
-
+    secret: bytes
     member: int
     process: Process
-
-    def encode(self, secret: bytes) -> bytes:
-        return bytes(msgpack.packb((secret, self.member, self.process.host, self.process.pid, self.process.start)))
-
-    @classmethod
-    def decode(cls, data: bytes, secret: bytes) -> Hello | None:
-        """None from whoever does not know the secret."""
-        try:
-            said, member, host, pid, start = msgpack.unpackb(data)
-            known = isinstance(said, bytes) and secrets.compare_digest(said, secret)
-            return cls(int(member), Process(str(host), int(pid), int(start))) if known else None
-        except (ValueError, TypeError):
-            return None
 
 
 class Door:
@@ -87,7 +64,7 @@ class Door:
         self._listeners = [near := listen(host=None, backlog=self._backlog)]
         self._address = Address(host, near[1], "", self._secret)
         self._callers: list[tuple[Connection, float]] = []
-        store.set(HUB, self._address.encode())
+        store.set(HUB, encode(self._address))
 
     def look_for_far_members(self) -> bool:
         """Listens by TCP once a member on another host has asked for it; whether it began to now. One question to the store."""
@@ -95,7 +72,7 @@ class Door:
             return False
         self._listeners.append(far := listen(host=own_address(), backlog=self._backlog))
         self._address = Address(self._address.host, self._address.near, far[1], self._secret)
-        self._store.set(HUB, self._address.encode())
+        self._store.set(HUB, encode(self._address))
         return True
 
     @property
@@ -125,11 +102,19 @@ class Door:
             if said is None and time.monotonic() - since < HELLO_S:
                 self._callers.append((caller, since))
                 continue
-            hello = Hello.decode(said.data, self._secret) if said is not None and said.kind is Kind.HELLO else None
+            hello = None if said is None else self._known(said)
             if hello is None:
                 caller.close()
             else:
                 yield hello, caller
+
+    def _known(self, said: Frame) -> Hello | None:
+        """Who says hello; None for whoever does not know the secret."""
+        try:
+            hello = decode(said.data, Hello) if said.kind is Kind.HELLO else None
+        except InternalError:  # a stranger
+            return None
+        return hello if hello is not None and secrets.compare_digest(hello.secret, self._secret) else None
 
     def close(self) -> None:
         for listener, _ in self._listeners:
@@ -152,7 +137,7 @@ def call_at(address: Address, hello: Hello) -> Connection:
     sock = _kept_alive(not_in_forks(dial(place, timeout_s=DIAL_S)))
     connection = Connection(sock)
     try:
-        connection.send(Frame(Kind.HELLO, 0, hello.encode(address.secret)), silence_s=DIAL_S)
+        connection.send(Frame(Kind.HELLO, 0, encode(hello)), silence_s=DIAL_S)
     except (PeerGone, PeerSilent) as gone:
         connection.close()
         raise ConnectionError(str(gone)) from gone

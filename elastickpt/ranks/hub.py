@@ -9,20 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import msgpack
-
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost, RanksFailed
 from elastickpt.ranks.door import Door, KeyValue
 from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
+from elastickpt.ranks.messages import decode, encode
 from elastickpt.ranks.processes import Acquaintances
-from elastickpt.ranks.star import (
-    Answer,
-    Report,
-    Star,
-    decode_report,
-    encode_report,
-    loss,
-)
+from elastickpt.ranks.star import Answer, Report, Star, loss
 from elastickpt.ranks.team import SILENCE_S, Decide, failure_of
 
 log = logging.getLogger(__name__)
@@ -74,7 +66,7 @@ class Hub(Star):
         failure = RankFailure(self._ranks[0], RankLost.kind, f"gave up: {why}")
         for member, peer in tuple(self._peers.items()):
             if member in self._inside:
-                peer.say(Frame(Kind.REPORT, 0, encode_report([failure])))
+                peer.say(Frame(Kind.REPORT, 0, encode((failure,))))
             else:
                 peer.say(Frame(Kind.LEAVE, 0, why.encode(errors="replace")))
             if peer.broken or self._why_ended is not None:
@@ -161,14 +153,13 @@ class Hub(Star):
     def _welcome(self) -> None:
         """Members learn who the others are, once all are there."""
         if len(self._processes) == len(self._ranks) and len(self._welcomed) < len(self._peers):
-            processes = {member: (one.host, one.pid, one.start) for member, one in self._processes.items()}
-            frame = Frame(Kind.WELCOME, 0, bytes(msgpack.packb(processes)))
+            frame = Frame(Kind.WELCOME, 0, encode(self._processes))
             for member in self._peers.keys() - self._welcomed:
                 self._send(member, frame)
                 self._welcomed.add(member)
 
     def _reply(self, replies: Sequence[bytes], report: Report) -> None:
-        data = encode_report(report) if report else b""
+        data = encode(report) if report else b""
         for member in list(self._peers):
             if member not in self._inside:
                 self._send(member, Frame(Kind.LEAVE, 0, b"others did not come"))
@@ -281,7 +272,7 @@ class Hub(Star):
             elif member in self._inside and frame.kind is Kind.PAYLOAD:
                 answers.payloads[member] = frame.data
             elif member in self._inside and frame.kind is Kind.FAILURE:
-                (answers.failures[member],) = decode_report(frame.data)
+                (answers.failures[member],) = decode(frame.data, Report)
             if not answers.begins and answers.has(member):
                 break
         answers.met.add(member)
@@ -298,7 +289,7 @@ class Hub(Star):
         if mine and its < mine:
             text = f"came to this call when the other ranks had given it up; rank {self._ranks[0]} makes a later one"
             failure = RankFailure(self._ranks[member], DeadlineExceeded.kind, text)
-            self._send(member, Frame(Kind.REPORT, 0, encode_report([failure])))
+            self._send(member, Frame(Kind.REPORT, 0, encode((failure,))))
             self._send(member, Frame(Kind.ENTER, mine, b""))  # it is on its way to this one
             return False
         self._inside.add(member)
@@ -328,7 +319,7 @@ class Hub(Star):
         elif self._time_to_log(now):
             log.warning("%s", self._waiting_text([self._ranks[member] for member in late], now))
             for member in self._inside:
-                self._peers[member].say(Frame(Kind.LATE, 0, bytes(msgpack.packb(late))))
+                self._peers[member].say(Frame(Kind.LATE, 0, encode(late)))
 
     def _stays_away(self, member: int) -> bool:
         """Whether it was here, and nobody can say from here whether its process lives."""

@@ -8,20 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-import msgpack
-
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost
 from elastickpt.ranks.door import FAR, HUB, Address, Hello, call_at
 from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
+from elastickpt.ranks.messages import decode, encode
 from elastickpt.ranks.processes import Process
-from elastickpt.ranks.star import (
-    Answer,
-    Report,
-    Star,
-    decode_report,
-    encode_report,
-    loss,
-)
+from elastickpt.ranks.star import Answer, Report, Star, loss
 from elastickpt.ranks.team import Decide
 
 log = logging.getLogger(__name__)
@@ -114,21 +106,21 @@ class Spoke(Star):
 
     def _connects(self) -> bool:
         """One try to get a connection to member 0."""
-        me, address = Hello(self._member, self._processes[self._member]), self._read_address()
+        me, address = self._processes[self._member], self._read_address()
         if address is None:
             if not self._left_word:
                 self._left_word = True
                 self._store.set(f"here/{self._member}", b"")
-        elif address.host != me.process.host and not address.far:
+        elif address.host != me.host and not address.far:
             self._store.set(FAR, b"")
         else:
             with suppress(OSError):  # nobody is there; or it is the address of an earlier life of this job, not overwritten yet
-                self._hub, self._address = call_at(address, me), address
+                self._hub, self._address = call_at(address, Hello(address.secret, self._member, me)), address
                 return True
         return False
 
     def _read_address(self) -> Address | None:
-        return Address.decode(self._store.get(HUB, timeout_s=ANSWERS_S)) if self._store.has(HUB) else None
+        return decode(self._store.get(HUB, timeout_s=ANSWERS_S), Address) if self._store.has(HUB) else None
 
     def _pause(self, seconds: float) -> None:
         with selectors.DefaultSelector() as selector:
@@ -156,7 +148,7 @@ class Spoke(Star):
     # -- a round -------------------------------------------------------------------------------------------------------
 
     def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, Report]:
-        kind, data = (Kind.PAYLOAD, mine) if isinstance(mine, bytes) else (Kind.FAILURE, encode_report([mine]))
+        kind, data = (Kind.PAYLOAD, mine) if isinstance(mine, bytes) else (Kind.FAILURE, encode((mine,)))
         own = (mine,) if isinstance(mine, RankFailure) else ()
         while True:
             hub = self._hub
@@ -190,7 +182,7 @@ class Spoke(Star):
         report: Report = ()
         for frame in _taken(hub):
             if frame.kind is Kind.REPORT and (self._hub_inside or not begins):
-                report = decode_report(frame.data)
+                report = decode(frame.data, Report)
             self._note(frame)
         self._drop_hub()
         return report
@@ -206,7 +198,7 @@ class Spoke(Star):
                         text = f"gave up in round {name!r}: {frame.data.decode(errors='replace')}"
                         return b"", (*own, RankFailure(self._ranks[0], RankLost.kind, text))
                     if frame.kind in (Kind.VERDICT, Kind.REPORT) and (self._hub_inside or not begins):
-                        return (frame.data, ()) if frame.kind is Kind.VERDICT else (b"", decode_report(frame.data))
+                        return (frame.data, ()) if frame.kind is Kind.VERDICT else (b"", decode(frame.data, Report))
                     self._note(frame)
                     if frame.kind is Kind.LOSS:
                         return b"", (*own, *self._losses())
@@ -235,10 +227,10 @@ class Spoke(Star):
         elif frame.kind is Kind.LOSS:
             self._note_loss(frame)
         elif frame.kind is Kind.WELCOME:
-            for member, process in msgpack.unpackb(frame.data, strict_map_key=False).items():
-                self._met(member, Process(*process))
+            for member, process in decode(frame.data, dict[int, Process]).items():
+                self._met(member, process)
         elif frame.kind is Kind.LATE:
-            late = [self._ranks[member] for member in msgpack.unpackb(frame.data)]
+            late = [self._ranks[member] for member in decode(frame.data, list[int])]
             log.warning("%s", self._waiting_text(late, time.monotonic()))
 
 

@@ -19,12 +19,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-import msgpack
-
 from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, from_report
 from elastickpt.ranks.beats import HEART
 from elastickpt.ranks.door import KeyValue
 from elastickpt.ranks.frames import Connection, Frame, Kind
+from elastickpt.ranks.messages import decode, encode
 from elastickpt.ranks.processes import Acquaintances, Process, this_process
 from elastickpt.ranks.team import SILENCE_S, Call, Contribute, Decide, failure_of
 
@@ -167,7 +166,7 @@ class Star(ABC):
     def _note_loss(self, frame: Frame) -> None:
         """Takes it in, if that is what is said."""
         if frame.kind is Kind.LOSS:
-            for failure in decode_report(frame.data):
+            for failure in decode(frame.data, Report):
                 self._known.told(failure.rank, failure.message)
 
     def _met(self, member: int, process: Process) -> None:
@@ -228,17 +227,9 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
 
 
-def encode_report(report: Sequence[RankFailure]) -> bytes:
-    return bytes(msgpack.packb([(f.rank, f.kind, f.message) for f in report]))
-
-
-def decode_report(data: bytes) -> Report:
-    return tuple(RankFailure(rank, kind, message) for rank, kind, message in msgpack.unpackb(data))
-
-
 def loss(failure: RankFailure) -> Frame:
     """Tells of a rank whose process is certainly gone."""
-    return Frame(Kind.LOSS, 0, encode_report([failure]))
+    return Frame(Kind.LOSS, 0, encode((failure,)))
 
 
 def _reason(error: BaseException) -> str:

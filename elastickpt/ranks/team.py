@@ -90,8 +90,13 @@ class Team(Protocol):
 def failure_of(error: BaseException, rank: int) -> RankFailure:
     """What crosses to other ranks of an error raised here."""
     if isinstance(error, CheckpointError):
-        return RankFailure(rank, error.kind, error.message)
-    return RankFailure(rank, CheckpointError.kind, f"{type(error).__name__}: {error}")
+        return RankFailure(rank, error.kind, _as_text(error.message))
+    return RankFailure(rank, CheckpointError.kind, _as_text(f"{type(error).__name__}: {error}"))
+
+
+def _as_text(message: str) -> str:
+    """What a message can carry: names of files may be no valid text."""
+    return message.encode(errors="backslashreplace").decode()
 
 
 class Alone:

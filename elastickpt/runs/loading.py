@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, SupportsIndex
 
 from elastickpt.loading.fetch import Verify
@@ -11,6 +12,7 @@ from elastickpt.loading.session import LoadReport, Strict
 from elastickpt.loading.session import load as load_folder
 from elastickpt.loading.session import load_alone as load_folder_alone
 from elastickpt.ranks.process_group import job_group
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Call, require_limit
 from elastickpt.ranks.teams import team_of
 from elastickpt.runs.opening import folder_of, place_of
@@ -18,6 +20,9 @@ from elastickpt.runs.opening import folder_of, place_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+
+CHOOSE = Question("choose", NoneType, str)
 
 
 def load(
@@ -53,10 +58,7 @@ def load(
     team = team_of(group)
     team.enter(Call(f"load of {os.fspath(path)}", *group.limit(wait_limit_s)))
 
-    def choose(payloads: Sequence[bytes]) -> Sequence[bytes]:
-        return [folder_of(path, step=step, epoch=epoch).encode()] * len(payloads)
-
-    folder = team.round("choose", lambda: b"", choose).decode()
+    folder = CHOOSE.ask(team, lambda: None, lambda _: folder_of(path, step=step, epoch=epoch))
     chosen = place_of(path, folder, step=step) if folder else path
     return load_folder(
         state, chosen, process_group=process_group, mesh=mesh, strict=strict, verify=verify, wait_limit_s=wait_limit_s

@@ -16,10 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgpack
-
 from elastickpt.commit.marks import marked
-from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused, StorageFailed
+from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, StorageFailed, fault
 from elastickpt.ledger.branch import CommitEntry, at_step, entries_of
 from elastickpt.ledger.epoch_history import is_claimed_by
 from elastickpt.ledger.epochs import Holding, claim, remember, start
@@ -31,6 +29,8 @@ from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.ledger.unregistered import kept_note, require_registers
 from elastickpt.loading.session import UNDEFINED, LoadReport, Strict, load
+from elastickpt.ranks.messages import Message
+from elastickpt.ranks.questions import Question, first_does
 from elastickpt.ranks.team import Call, Team
 from elastickpt.runs.trainer_address import require_no_living_trainer
 from elastickpt.storage.opening import place_in
@@ -92,6 +92,19 @@ class Candidate:
     path: str
 
 
+class Claimed(Message, frozen=True):
+    """What rank 0 tells of its claim: attempts as (id, path) in the order in which they are to be tried, those that cannot be
+    opened as (id, path, why), notes."""
+
+    epoch: int
+    good: tuple[tuple[str, str], ...]
+    broken: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+
+CLAIM = Question("claim", int, Claimed)  # each says how many writers of earlier jobs are left on its host
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """What became of the candidates: the one that was taken, None where there were none; newer ones that were not; which of
@@ -110,7 +123,7 @@ class Loaded:
 
 
 class Restoring:
-    """One call of `Run.restore` on one rank. All ranks go through the same rounds."""
+    """One call of `Run.restore` on one rank. All ranks are asked the same questions."""
 
     def __init__(self, team: Team, store: Store, group: ProcessGroup | None, *, call: Call) -> None:
         self._team, self._store, self._group, self._call = team, store, group, call
@@ -127,17 +140,12 @@ class Restoring:
         """
         notes: list[str] = []
 
-        def ask(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        def ask() -> None:
             if not take_over and not complete(is_claimed_by(self._store, tokens)):
                 complete(require_no_living_trainer(self._store))
-            return [b""] * len(payloads)
 
-        def wait() -> bytes:
-            left = _wait_for_orphans(self._store, limit_s=orphans_s)
-            return bytes(msgpack.packb(left))
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            left = sum(int(msgpack.unpackb(payload)) for payload in payloads)
+        def take(orphans: Sequence[int]) -> Claimed:
+            left = sum(orphans)
             own = complete(is_claimed_by(self._store, tokens))
             if left and not own:
                 notes.append(f"{left} writers of an earlier job still work on the run; what they commit from now on is inert")
@@ -147,20 +155,21 @@ class Restoring:
             self.holding = complete(claim(self._store, by))
             entries = entries_of(complete(read_view(self._store)))
             wanted = _chosen(entries, choice, where=self._store.url)
-            good = [(str(one.id), place_in(self._store, one.folder)) for one in wanted if one.commit]
-            broken = [(str(one.id), place_in(self._store, one.folder), one.problem) for one in wanted if one.commit is None]
+            places = [(one, place_in(self._store, one.folder)) for one in wanted]
+            good = tuple((str(one.id), path) for one, path in places if one.commit)
+            broken = tuple((str(one.id), path, one.problem) for one, path in places if one.commit is None)
             notes.extend(kept_note(self._store, one) for one in beside)
             for note in notes:
                 log.warning("%s: %s", self._store.url, note)
-            reply = bytes(msgpack.packb((self.holding.epoch, good, broken, notes)))
-            return [reply] * len(payloads)
+            return Claimed(self.holding.epoch, good, broken, tuple(notes))
 
         self._team.enter(self._call)
         if orphans_s:  # a job that lives has writers, too: nobody waits for those
-            self._team.round("ask", lambda: b"", ask)
-        epoch, good, broken, told = msgpack.unpackb(self._team.round("claim", wait, decide), use_list=False)
-        candidates = tuple(Candidate(_id(text), path) for text, path in good)
-        return epoch, candidates, tuple(Skipped(_id(text), path, Damaged.kind, why) for text, path, why in broken), told
+            first_does(self._team, "ask", ask)
+        told = CLAIM.ask(self._team, lambda: _wait_for_orphans(self._store, limit_s=orphans_s), take)
+        candidates = tuple(Candidate(_id(text), path) for text, path in told.good)
+        broken = tuple(Skipped(_id(text), path, Damaged.kind, why) for text, path, why in told.broken)
+        return told.epoch, candidates, broken, told.notes
 
     def load_first(
         self,
@@ -218,15 +227,14 @@ class Restoring:
         keeps. [RUN-65, RUN-66]"""
         continued = None if loaded.taken is None else loaded.taken.id
 
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        def begin() -> None:
             if self.holding is None:
-                raise Refused("a run is started by whoever claimed it")
+                raise fault("expected a run to be started by whoever claimed it")
             found = loaded.found(time.time())
             complete(start(self._store, self.holding, continued=continued, keep=words_of(keep), found=found))
-            return [b""] * len(payloads)
 
         self._team.enter(self._call)  # some may have loaded long before others
-        self._team.round("start", lambda: b"", decide)
+        first_does(self._team, "start", begin)
 
 
 def _wait_for_orphans(store: Store, *, limit_s: float) -> int:
@@ -274,5 +282,5 @@ def _chosen(entries: Sequence[CommitEntry], choice: Choice, *, where: str) -> li
 def _id(text: str) -> AttemptId:
     found = parse_id(text)
     if found is None:
-        raise Refused(f"{text!r} is no attempt")
+        raise fault(f"{text!r} is no attempt")
     return found

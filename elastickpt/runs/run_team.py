@@ -7,6 +7,7 @@ from itertools import count
 
 from elastickpt.format.digest import file_digest
 from elastickpt.ranks.process_group import Group
+from elastickpt.ranks.questions import all_do
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.teams import team_of
 from elastickpt.storage.store import Store
@@ -30,5 +31,5 @@ def met(group: Group, purpose: str, call: Call) -> Team:
     """The team of that purpose, whose members know each other. Blocking; all ranks call it."""
     team = team_of(group, purpose=purpose)
     team.enter(call)
-    team.round("meet", lambda: b"", lambda payloads: [b""] * len(payloads))
+    all_do(team, "meet", lambda: None)
     return team

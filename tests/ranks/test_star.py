@@ -14,7 +14,6 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,11 +34,12 @@ from elastickpt.ranks import beats
 from elastickpt.ranks import star as starred
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.beats import Heart
-from elastickpt.ranks.door import HUB, Address
+from elastickpt.ranks.door import HUB, Address, Hello
 from elastickpt.ranks.frames import Connection as Peer
 from elastickpt.ranks.frames import Frame, Kind
 from elastickpt.ranks.hub import Hub
-from elastickpt.ranks.processes import Acquaintances
+from elastickpt.ranks.messages import decode, encode
+from elastickpt.ranks.processes import Acquaintances, Process
 from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Star
 from elastickpt.ranks.team import Alone, Call, require_limit
@@ -375,10 +375,10 @@ def test_a_stranger_without_the_secret_is_turned_away() -> None:
         first = pool.submit(call, hub)
         while not store.has(HUB):
             time.sleep(0.01)
-        address = Address.decode(store.get(HUB, timeout_s=5))
+        address = decode(store.get(HUB, timeout_s=5), Address)
         silent = dial(address.near, timeout_s=5.0)
         stranger = Peer(dial(address.near, timeout_s=5.0))
-        stranger.send(Frame(Kind.HELLO, 0, msgpack.packb([b"?" * 16, 1, "h", 1, 1])), silence_s=5.0)
+        stranger.send(Frame(Kind.HELLO, 0, encode(Hello(b"?" * 16, 1, Process("h", 1, 1)))), silence_s=5.0)
         noise = dial(address.near, timeout_s=5.0)
         noise.sendall(b"\xff" * 64)
         assert pool.submit(call, member).result(timeout=10) == b"0|1>1"
