@@ -37,7 +37,7 @@ from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
 
 Writer = Supervisor | ThreadWriter
-QUICK = Limits(succession_s=0.5, silence_s=1.5, missing_s=1.5, adopt_s=1.0)
+QUICK = Limits(succession_s=2.0, silence_s=5.0, missing_s=5.0, adopt_s=1.0)
 
 
 def seats(world: int, limits: Limits = QUICK) -> list[tuple[Seat, socket.socket | None]]:

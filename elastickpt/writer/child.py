@@ -42,11 +42,12 @@ KNOWN = 4  # plans, and outlines, that a process keeps
 class WriterOptions:
     """How a writer process behaves.
 
-    It sends a beat each `beat_s`, and is presumed dead after `silence_s` without one; then it is killed, and waited for at most
-    `reap_s`. After its trainer has ended it lives at most `lease_s`. `hooks` are for tests: `Hello.wrap` of the first, second,
-    ... process.
+    It is ready within `start_s`. From then on it sends a beat each `beat_s`, and is presumed dead after `silence_s` without
+    one; then it is killed, and waited for at most `reap_s`. After its trainer has ended it lives at most `lease_s`. `hooks`
+    are for tests: `Hello.wrap` of the first, second, ... process.
     """
 
+    start_s: float = 60.0
     beat_s: float = 1.0
     silence_s: float = 30.0
     reap_s: float = 10.0

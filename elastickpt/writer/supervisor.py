@@ -173,7 +173,7 @@ class Supervisor:
                     self._heard(message)
             elif child is not None and now - begun > self._options.silence_s / 2:
                 child.heard_at = now  # it was this process that stood still
-            elif child is not None and now - child.heard_at > self._options.silence_s:
+            elif child is not None and now - child.heard_at > self._limit_of(child):
                 return self._lost(child, f"silent for {now - child.heard_at:.1f} s")
             self._actor.carry_out()
             self._hand_over()
@@ -181,6 +181,10 @@ class Supervisor:
             if child is not None:
                 self._lost(child, str(gone))
         return None
+
+    def _limit_of(self, child: Child) -> float:
+        """For how long it may say nothing: on a busy host a start takes much longer than a beat."""
+        return self._options.silence_s if child.ready else max(self._options.start_s, self._options.silence_s)
 
     def _start(self) -> None:
         try:

@@ -22,9 +22,10 @@ from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.records import Claimer
 from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
-from elastickpt.testing.members import Job, Writer, seats
+from elastickpt.testing.members import QUICK, Job, Writer, seats
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
+from elastickpt.writer.seats import Limits
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
@@ -37,13 +38,16 @@ def job() -> Job:
     return Job(big_state(1), 3)
 
 
+PATIENT = Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0)  # nobody is passed over, however busy the host
+
+
 @pytest.fixture
 def processes() -> Iterator[Start]:
     """A writer process for each member, with the hooks given for some of them."""
     started: list[Supervisor] = []
 
-    def begin(world: int, silence_s: float = 1.5, **hooks: tuple[str, ...]) -> list[Supervisor]:
-        for seat, listener in seats(world):
+    def begin(world: int, *, limits: Limits = QUICK, silence_s: float = 4.0, **hooks: tuple[str, ...]) -> list[Supervisor]:
+        for seat, listener in seats(world, limits):
             told = hooks.get(f"member{seat.member}", ())
             options = WriterOptions(beat_s=0.1, silence_s=silence_s, reap_s=5.0, hooks=told)
             started.append(Supervisor(options, seat=seat, listener=listener))  # type: ignore[arg-type]
@@ -89,7 +93,7 @@ def test_three_writers_commit_without_their_trainers(tmp_path: Path, job: Job) -
 
 def test_two_attempts_under_way_are_decided_in_order(tmp_path: Path, job: Job, processes: Start) -> None:
     """The second has attested everywhere long before the first, one member of which comes last. [SAVE-88]"""
-    writers = processes(3)
+    writers = processes(3, limits=PATIENT)
     other = Job(big_state(1), 3)
     order: list[str] = []
     first = job.attempt(tmp_path / "first")
@@ -107,7 +111,7 @@ def test_two_attempts_under_way_are_decided_in_order(tmp_path: Path, job: Job, p
 
 def test_a_committer_that_is_revived_decides_in_the_order_of_its_trainer(tmp_path: Path, job: Job, processes: Start) -> None:
     """Killed when it has attested the first attempt and writes the second one. [SAVE-88]"""
-    writers = processes(3)
+    writers = processes(3, limits=PATIENT)
     other = Job(big_state(1), 3)
     order: list[str] = []
     first = job.attempt(tmp_path / "first")
@@ -129,7 +133,7 @@ def test_a_committer_that_is_revived_decides_in_the_order_of_its_trainer(tmp_pat
 
 
 def test_processes_commit_one_attempt_after_the_other(tmp_path: Path, job: Job, processes: Start) -> None:
-    writers = processes(3)
+    writers = processes(3, limits=PATIENT)
     for step in range(3):
         submissions = job.submit(job.attempt(tmp_path / f"c{step}", step=step), writers)
         for one in submissions:
@@ -158,7 +162,7 @@ def test_a_failure_of_one_is_the_same_report_for_all(tmp_path: Path, job: Job) -
 def test_a_writer_that_is_killed_at_work_is_revived_and_the_attempt_commits(
     tmp_path: Path, job: Job, processes: Start, victim: int
 ) -> None:
-    writers = processes(3, **{f"member{victim}": (hook("kill", 5),)})
+    writers = processes(3, limits=PATIENT, **{f"member{victim}": (hook("kill", 5),)})
     submissions = job.submit(job.attempt(tmp_path / "c"), writers)
     assert len({outcome(one) for one in submissions}) == 1
     demand_sound(tmp_path / "c")
@@ -177,7 +181,7 @@ def test_a_committer_that_is_killed_at_each_change_in_turn_is_revived_until_the_
 ) -> None:
     """Its first process is killed at its first change, the next one at its second, and so on. [SAVE-89, SAVE-95]"""
     small = Job({"t": {"a": torch.arange(9.0), "b": torch.arange(4)}, "n": 1}, 3)
-    writers = processes(3, member0=tuple(hook("kill", f"{at}{mode}") for at in range(1, 41)))
+    writers = processes(3, limits=PATIENT, member0=tuple(hook("kill", f"{at}{mode}") for at in range(1, 41)))
     submissions = small.submit(small.attempt(tmp_path / "c"), writers)
     assert len({outcome(one) for one in submissions}) == 1
     assert writers[0].deaths > 15

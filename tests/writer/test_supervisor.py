@@ -38,7 +38,7 @@ from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
 
 Start = Callable[..., Supervisor]
-FAST = WriterOptions(beat_s=0.1, silence_s=1.5, reap_s=5.0, lease_s=30.0)
+FAST = WriterOptions(beat_s=0.1, silence_s=4.0, reap_s=5.0, lease_s=30.0)
 
 
 @pytest.fixture
