@@ -21,15 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
-
-import msgpack
 
 from elastickpt.errors import ReplicaConflict
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.limits import MIB
+from elastickpt.ranks.messages import Message, encode
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.digests import Digests
 from elastickpt.saving.merge import SharedArray
@@ -51,8 +52,7 @@ class Look:
     arrays: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Message, frozen=True):
     """The digest of what one rank holds of one array, in a look."""
 
     key: int
@@ -60,6 +60,12 @@ class Row:
     array: ArrayId
     box: Box
     digest: bytes
+
+
+Summary = tuple[tuple[int, int], ...]  # the key of each look, and a checksum of its digests
+
+REPLICAS = Question("replicas", Summary, tuple[int, ...])
+DRIFT = Question("drift", tuple[Row, ...], NoneType)
 
 
 def looks_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[Look, ...]:
@@ -112,7 +118,7 @@ def _coordinate(held: HeldArray, rank: int) -> tuple[int, ...]:
 
 def _looks(found: Mapping[tuple[object, ...], list[int]]) -> tuple[Look, ...]:
     return tuple(
-        Look(kind[0], block_checksum(bytes(msgpack.packb(kind))), tuple(numbers))  # type: ignore[arg-type]
+        Look(kind[0], block_checksum(encode(kind)), tuple(numbers))  # type: ignore[arg-type]
         for kind, numbers in found.items()
     )
 
@@ -142,8 +148,8 @@ class Hashed:
         digests = iter(self._digests.found())
         return [Row(look.key, look.why, *one, next(digests)) for look, named in self._rows for one in named]
 
-    def summary(self) -> tuple[tuple[int, int], ...]:
-        """The key of each look, and a checksum of its digests. Blocking likewise."""
+    def summary(self) -> Summary:
+        """Blocking likewise."""
         digests = iter(self._digests.found())
         return tuple((look.key, block_checksum(b"".join([next(digests) for _ in named]))) for look, named in self._rows)
 
@@ -161,12 +167,7 @@ def differing_keys(summaries: Iterable[Sequence[tuple[int, int]]]) -> tuple[int,
 
 def compare_sets(team: Team, hashed: Hashed) -> tuple[int, ...]:
     """`differing_keys` of all ranks, in a round; blocking."""
-
-    def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-        keys = differing_keys(msgpack.unpackb(payload, use_list=False) for payload in payloads)
-        return [bytes(msgpack.packb(keys))] * len(payloads)
-
-    return tuple(msgpack.unpackb(team.round("replicas", lambda: bytes(msgpack.packb(hashed.summary())), decide)))
+    return REPLICAS.ask(team, hashed.summary, differing_keys)
 
 
 def name_drift(team: Team, hashed: Hashed, keys: Sequence[int]) -> tuple[str, ...]:
@@ -176,17 +177,16 @@ def name_drift(team: Team, hashed: Hashed, keys: Sequence[int]) -> tuple[str, ..
     """
     notes: list[str] = []
 
-    def own() -> bytes:
-        return encode_rows([row for row in hashed.rows() if row.key in keys])
+    def own() -> tuple[Row, ...]:
+        return tuple(row for row in hashed.rows() if row.key in keys)
 
-    def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-        found = drifted({rank: decode_rows(data) for rank, data in zip(team.ranks, payloads, strict=True)})
+    def judge(rows: Sequence[tuple[Row, ...]]) -> None:
+        found = drifted(dict(zip(team.ranks, rows, strict=True)))
         if refused := [_REFUSED[why].format(_listed(names)) for why, names in found.items() if why in _REFUSED]:
             raise ReplicaConflict(f"{'; '.join(refused)}; nothing was saved")
         notes.extend(_NOTED[why].format(_listed(names)) for why, names in found.items())
-        return [b""] * len(payloads)
 
-    team.round("drift", own, decide)
+    DRIFT.ask(team, own, judge)
     return tuple(notes)
 
 
@@ -222,23 +222,6 @@ def drifted(by_rank: Mapping[int, Sequence[Row]]) -> dict[Why, list[str]]:
 def _listed(names: Sequence[str]) -> str:
     more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more}"
-
-
-def encode_rows(rows: Sequence[Row]) -> bytes:
-    """Rows as other ranks are told of them."""
-    told = [
-        (r.key, r.why, (r.array.section, r.array.item, r.array.name, r.array.state), r.box.start, r.box.stop, r.digest)
-        for r in rows
-    ]
-    return bytes(msgpack.packb(told))
-
-
-def decode_rows(data: bytes) -> tuple[Row, ...]:
-    """What `encode_rows` encoded."""
-    return tuple(
-        Row(key, why, ArrayId(*identity), Box(start, stop), digest)
-        for key, why, identity, start, stop, digest in msgpack.unpackb(data, use_list=False)
-    )
 
 
 def _part(held: HeldArray, share: int) -> tuple[int, int]:

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import msgpack
-
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.keys import array_keys
@@ -18,6 +16,7 @@ from elastickpt.format.records import Item, Layout
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.placement import cuts_of
 from elastickpt.layout.replicas import MIN_SPLIT_NBYTES
+from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.saving.structure import HeldEntry, StructureTable
 
 
@@ -250,6 +249,26 @@ def _ties(tables: Sequence[StructureTable], order: Sequence[int]) -> tuple[tuple
     return tuple(ties)
 
 
+class _SharedRow(Message, frozen=True):
+    """A `SharedArray` in a message: `group` and `peers` are numbers in the message's list of sets of ranks."""
+
+    key: str
+    chunk_shape: tuple[int, ...]
+    group: int
+    writes: bool
+    peers: int
+    documents: int
+    heads_group: bool
+    order: tuple[int, ...]
+
+
+class _SharedRows(Message, frozen=True):
+    """What the ranks of one table learn of its arrays, in their order."""
+
+    sets: tuple[tuple[int, ...], ...]
+    rows: tuple[_SharedRow, ...]
+
+
 def encode_shared(shared: Sequence[SharedArray]) -> bytes:
     """What the ranks of one table learn, as bytes."""
     found: dict[tuple[int, ...], int] = {}
@@ -257,13 +276,18 @@ def encode_shared(shared: Sequence[SharedArray]) -> bytes:
     def number(ranks: tuple[int, ...]) -> int:
         return found.setdefault(ranks, len(found))
 
-    rows = [
-        (a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order) for a in shared
-    ]
-    return bytes(msgpack.packb((tuple(found), rows)))
+    rows = tuple(
+        _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
+        for a in shared
+    )
+    return encode(_SharedRows(tuple(found), rows))
 
 
 def decode_shared(data: bytes) -> tuple[SharedArray, ...]:
     """What `encode_shared` encoded."""
-    ranks, rows = msgpack.unpackb(data, use_list=False)
-    return tuple(SharedArray(key, grid, ranks[g], writes, ranks[p], *rest) for key, grid, g, writes, p, *rest in rows)
+    told = decode(data, _SharedRows)
+    sets = told.sets
+    return tuple(
+        SharedArray(r.key, r.chunk_shape, sets[r.group], r.writes, sets[r.peers], r.documents, r.heads_group, r.order)
+        for r in told.rows
+    )

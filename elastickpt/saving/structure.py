@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgpack
-
 from elastickpt.errors import Unsafe, ValueNotCarried
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
+from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh, Section
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import file_digest
 from elastickpt.format.keys import checked_name
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.training.held import HeldArray, Kept, LiveState, Role, Sharing
 
 
@@ -70,10 +69,35 @@ def _require_name(name: str, where: str) -> None:
         raise ValueNotCarried(f"{where}: {error.message}") from error
 
 
+class _Entry(Message, frozen=True):
+    """A `HeldEntry` in a message; values of attributes are typed JSON text."""
+
+    id: tuple[Section, str, str, str]
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    sharing: Sharing
+    mesh: int | None
+    placements: tuple[str, ...]
+    replicas: tuple[int, ...]
+    attributes: tuple[tuple[str, str], ...]
+    kept: Kept
+    order: tuple[int, ...]
+
+
+class _Table(Message, frozen=True):
+    """A `StructureTable` in a message."""
+
+    entries: tuple[_Entry, ...]
+    meshes: tuple[Mesh, ...]
+    items: tuple[Item, ...]
+    tied: tuple[tuple[tuple[str, str], ...], ...]
+
+
 def encode_table(table: StructureTable) -> bytes:
     """Canonical bytes: equal tables give equal bytes, so their digest identifies them."""
-    entries = [
-        (
+    entries = tuple(
+        _Entry(
             (e.spec.id.section, e.spec.id.item, e.spec.id.name, e.spec.id.state),
             e.spec.shape,
             e.spec.dtype,
@@ -82,39 +106,33 @@ def encode_table(table: StructureTable) -> bytes:
             e.mesh,
             e.placements,
             e.replicas,
-            [(key, dump(encode_value(value, where=f"{e.spec.id}, attribute {key}"))) for key, value in e.attributes],
+            tuple((key, dump(encode_value(value, where=f"{e.spec.id}, attribute {key}"))) for key, value in e.attributes),
             e.kept,
             e.order,
         )
         for e in table.entries
-    ]
-    meshes = [(mesh.name, mesh.axes, mesh.sizes, mesh.ranks) for mesh in table.meshes]
-    items = [(item.name, item.kind, item.type) for item in table.items]
-    return bytes(msgpack.packb((entries, meshes, items, table.tied)))
+    )
+    return encode(_Table(entries, table.meshes, table.items, table.tied))
 
 
 def decode_table(data: bytes) -> StructureTable:
     """What `encode_table` encoded."""
-    entries, meshes, items, tied = msgpack.unpackb(data, use_list=False, strict_map_key=False)
-    return StructureTable(
-        tuple(
-            HeldEntry(
-                ArraySpec(ArrayId(*identity), shape, dtype),
-                role,
-                sharing,
-                mesh,
-                placements,
-                replicas,
-                tuple((key, decode_text(value, where=key)) for key, value in attributes),
-                kept,
-                order,
-            )
-            for identity, shape, dtype, role, sharing, mesh, placements, replicas, attributes, kept, order in entries
-        ),
-        tuple(Mesh(*mesh) for mesh in meshes),
-        tuple(Item(*item) for item in items),
-        tied,
+    table = decode(data, _Table)
+    entries = tuple(
+        HeldEntry(
+            ArraySpec(ArrayId(*e.id), e.shape, e.dtype),
+            e.role,
+            e.sharing,
+            e.mesh,
+            e.placements,
+            e.replicas,
+            tuple((key, decode_text(value, where=key)) for key, value in e.attributes),
+            e.kept,
+            e.order,
+        )
+        for e in table.entries
     )
+    return StructureTable(entries, table.meshes, table.items, table.tied)
 
 
 def table_digest(data: bytes) -> str:
