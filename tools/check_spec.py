@@ -2,8 +2,8 @@
 
 Identifiers are unique; every MUST has one; each is exercised by a vector (one that names a kind of error: by an invalid vector
 of that kind), cited by a test, or listed in coverage.md;
-what code and tests cite exists; kinds are those of errors.py, and spec/errors.md lists them; vectors follow their schema and
-are what generators make.
+what code and tests cite exists; a word has one meaning; kinds are those of errors.py, and spec/errors.md lists them; vectors
+follow their schema and are what generators make.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ DEFINED = re.compile(rf"\[((?:{PREFIXES})-\d+)(?: ([a-z-]+))?\]")
 CITED = re.compile(rf"\[((?:(?:{PREFIXES})-\d+(?:\.\.\d+)?(?:, )?)+)\]")
 ONE = re.compile(rf"({PREFIXES})-(\d+)(?:\.\.(\d+))?")
 LISTED = re.compile(rf"^\| ((?:{PREFIXES})-\d+)(?: to (\d+))? \| (.+) \|$", re.MULTILINE)
+MOST_CORE_WORDS, MOST_WORDS = 40, 20  # of the glossary, and of a document's own
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
@@ -89,6 +90,21 @@ class Check:
                 for sentence in re.split(r"(?=\bMUST\b)", block)[1:]:
                     if not DEFINED.search(sentence):
                         self.say(f"{name}: a MUST without an identifier: ...{sentence[:80]}")
+
+    def words(self) -> None:
+        """A term has one meaning, in the glossary or in the document of its part."""
+        seen: dict[str, str] = {}
+        for path in sorted(SPEC.glob("*.md")):
+            table = path.read_text().partition("| term | meaning |\n")[2].partition("\n\n")[0]
+            terms = [term for term in re.findall(r"^\| (.+?) \| ", table, re.M) if term != "---"]
+            core = path.name == "glossary.md"
+            most = MOST_CORE_WORDS if core else MOST_WORDS
+            if len(terms) > most:
+                self.say(f"{path.name}: {len(terms)} words, expected at most {most}")
+            for term in terms:
+                if term in seen:
+                    self.say(f"{path.name}: {term!r} has a meaning in {seen[term]} already")
+                seen[term] = path.name
 
     def links(self) -> None:
         for path in SPEC.rglob("*.md"):
@@ -171,6 +187,7 @@ def problems() -> list[str]:
     check.definitions()
     check.kinds_are_those_of_the_code()
     check.every_must_has_an_identifier()
+    check.words()
     check.links()
     check.vectors_are_generated()
     check.vectors_follow_the_schema()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from elastickpt.errors import DeadlineExceeded, Refused
+from elastickpt.errors import DeadlineExceeded, Refused, fault
 
 NO_STORE = "the process that keeps it is gone, often that of rank 0, or cannot be reached"
 
@@ -95,7 +95,7 @@ class Group:
 
     def _job_store(self) -> tuple[Store, str]:
         if self.handle is None:
-            raise Refused("a process without a process group has no store")
+            raise fault("the job's store was asked for in a process without a process group")
         name = distributed_c10d._get_process_group_name(self.handle)
         return distributed_c10d._get_process_group_store(self.handle), name
 

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, from_report
+from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, fault, from_report
 from elastickpt.ranks.beats import HEART
 from elastickpt.ranks.door import KeyValue
 from elastickpt.ranks.frames import Connection, Frame, Kind
@@ -70,7 +70,7 @@ class Star(ABC):
     @property
     def hosts(self) -> tuple[str, ...]:
         if len(self._processes) < len(self._ranks):
-            raise Refused("the members of this team have not met")
+            raise fault("hosts were asked for before the members of a team had met")
         return tuple(self._processes[member].host for member in range(len(self._ranks)))
 
     def enter(self, call: Call) -> None:
