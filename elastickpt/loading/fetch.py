@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +20,7 @@ from elastickpt.layout.reads import Direct, segments
 from elastickpt.loading.join import joined, span_of
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import UNIT_NBYTES, Bytes, Elements, FetchPlan, Target, Unit, Wanted, plan_fetch, require_length
+from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import RangeReader
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
@@ -96,12 +96,9 @@ class _Fetching:
         self, opened: Opened, reads: Sequence[tuple[Unit, ...]], verify: Verify, progress: Callable[[int], None]
     ) -> None:
         self._opened = opened
-        self._pending = iter(reads)
-        self._count = len(reads)
+        self._reads = reads
         self._verify = verify
         self._progress = progress
-        self._taking = threading.Lock()
-        self._failed = threading.Event()
         self._scratch = threading.local()
         self._files: dict[StoredFile, _Open] = {}
         for unit, *_ in reads:
@@ -112,30 +109,12 @@ class _Fetching:
 
     def run(self) -> None:
         try:
-            if self._count <= 1:
-                self._work()
-                return
-            with ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-read") as pool:
-                futures = [pool.submit(self._work) for _ in range(min(THREADS, self._count))]
-                wait(futures, return_when=FIRST_EXCEPTION)
-                for future in sorted(futures, key=lambda future: not (future.done() and future.exception())):
-                    future.result()
+            with Pool("elastickpt-read", THREADS) as pool:
+                pool.share_out(self._reads, self._carry_out)
         finally:
             for file in self._files.values():
                 if file.reader is not None:
                     file.reader.close()
-
-    def _work(self) -> None:
-        while not self._failed.is_set():
-            with self._taking:
-                units = next(self._pending, None)
-            if units is None:
-                return
-            try:
-                self._carry_out(units)
-            except BaseException:
-                self._failed.set()
-                raise
 
     def _reader(self, unit: Unit) -> RangeReader:
         file = self._files[unit.file]

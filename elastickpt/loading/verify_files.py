@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +15,7 @@ from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.layout.reads import segments
 from elastickpt.loading.opened import Opened
+from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import RangeReader
 
 THREADS = 4
@@ -54,9 +54,11 @@ def verify_files(
     `pads`: bytes outside of all pieces read as "zero"; "unknown" where pieces are missing, so that nobody knows which they are.
     """
     checking = _Checking(opened, sum(task.nbytes for task in tasks), pads, progress)
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-verify") as pool:
-        for errors in pool.map(lambda task: list(checking.file(task)), tasks):
-            yield from errors
+    found: list[list[CheckpointError]] = [[] for _ in tasks]
+    with Pool("elastickpt-verify", THREADS) as pool:
+        pool.share_out(range(len(tasks)), lambda number: found[number].extend(checking.file(tasks[number])))
+    for errors in found:
+        yield from errors
 
 
 class _Checking:

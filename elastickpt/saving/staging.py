@@ -9,15 +9,14 @@ Tensors on a device are not copied here but by `training.device_staging`, into t
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
 
 from elastickpt.errors import LimitExceeded, Refused
 from elastickpt.format.box import Box
+from elastickpt.ranks.workers import Pool
 from elastickpt.saving.gather import Bytes, flat_bytes, gather, part_of
 from elastickpt.storage.direct import address_of
 from elastickpt.training.held import HeldArray
@@ -75,8 +74,7 @@ class Stager:
         self._rounds = [slices_of(prepared, arena, number) for number in range(len(prepared.rounds))]
         self._needs = [one.nbytes for one in prepared.rounds]
         self._moves: list[list[_Move]] = []
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="elastickpt-stage") if threads > 1 else None
-        self._threads = threads
+        self._pool = Pool("elastickpt-stage", threads) if threads > 1 else None
 
     @property
     def rounds(self) -> int:
@@ -105,7 +103,7 @@ class Stager:
             parts: list[Callable[[], object]] = []
             for move in moves:
                 parts += _parts_of_move(move, addresses[move.array], held)
-            self._in_threads(self._pool, parts)
+            self._pool.share_out(parts, lambda part: part())
         fill_to(self._needs[number])
         return nbytes
 
@@ -113,27 +111,11 @@ class Stager:
         """The slices of a round with their places."""
         return self._rounds[number]
 
-    def _in_threads(self, pool: ThreadPoolExecutor, parts: Sequence[Callable[[], object]]) -> None:
-        left = iter(parts)
-
-        def work() -> None:
-            for part in left:  # a list's iterator gives each part to one thread
-                part()
-
-        others = [pool.submit(work) for _ in range(self._threads - 1)]
-        try:
-            work()
-        finally:  # whatever fails or interrupts it: nobody may copy into an arena that was given back
-            deque(left, maxlen=0)
-            wait(others)
-        for other in others:
-            other.result()
-
     def close(self) -> None:
         """Ends the threads and lets go of the arena."""
         self._rounds, self._moves = [], []
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.close()
 
 
 def _nobody(filled: int) -> None:

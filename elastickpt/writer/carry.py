@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from elastickpt.errors import CheckpointError, MissingFile
 from elastickpt.format.digest import block_checksum
+from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import Durability, RangeWriter, Store
 from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePlan
 from elastickpt.writer.rounds import BLOCK_NBYTES, Slice
@@ -95,12 +95,8 @@ def write_round(
         if target.sync == "tree":  # names reach the device while bytes are written, and the last sync finds less to do
             target.store.sync_tree()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="elastickpt-documents") as side:
-        try:
-            made = side.submit(make_rest_beside)
-        except RuntimeError:  # a process at its end begins no more threads, and waits for what is still written
-            make_rest()
-            return write_slices(target, plan.files, slices, source)
+    with Pool("elastickpt-documents", 1) as side:
+        made = side.begin(make_rest_beside)
         checksums = write_slices(target, plan.files, slices, source)
         made.result()
     return checksums
@@ -205,7 +201,8 @@ def write_slices(target: Target, files: Sequence[PlannedFile], slices: Sequence[
         target.watch(data.size)
 
     try:
-        _in_threads(carry_out, units, _threads_for(target, slices))
+        with Pool("elastickpt-write", _threads_for(target, slices)) as pool:
+            pool.share_out(units, carry_out)
     except BaseException:
         for file in opened.values():
             file.abandon()
@@ -245,40 +242,6 @@ def _threads_for(target: Target, slices: Sequence[Slice]) -> int:
     if target.store.capabilities.past_cache:
         return THREADS
     return min(THREADS, 1 + sum(at.stop - at.start for at in slices) // IN_MEMORY_NBYTES)
-
-
-def _in_threads(carry_out: Callable[[_Unit], None], units: Sequence[_Unit], threads: int) -> None:
-    if min(len(units), threads) <= 1:
-        for unit in units:
-            carry_out(unit)
-        return
-    failed = threading.Event()
-    pending = iter(units)
-    taking = threading.Lock()
-
-    def work() -> None:
-        while not failed.is_set():
-            with taking:
-                unit = next(pending, None)
-            if unit is None:
-                return
-            try:
-                carry_out(unit)
-            except BaseException:
-                failed.set()
-                raise
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="elastickpt-write") as pool:
-        futures: list[Future[None]] = []
-        with suppress(RuntimeError):  # a process at its end begins no more threads, and waits for what is still written
-            for _ in range(min(threads, len(units))):
-                futures.append(pool.submit(work))  # noqa: PERF401  # those before an error count
-        if not futures:
-            work()
-        wait(futures, return_when=FIRST_EXCEPTION)
-        failed_first = [future for future in futures if future.done() and future.exception() is not None]
-        for future in (*failed_first, *futures):
-            future.result()
 
 
 def _write_unit(writer: RangeWriter, piece: PlannedPiece, unit: _Unit, data: Bytes) -> None:
