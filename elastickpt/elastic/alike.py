@@ -9,7 +9,7 @@ from itertools import pairwise
 import msgspec
 from torch import Tensor
 
-from elastickpt.elastic.checkfree import partner
+from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.passage import Passing, flushes_of, orders_of
 from elastickpt.elastic.stages import PARTS, Stage
 

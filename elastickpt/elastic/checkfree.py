@@ -10,53 +10,20 @@ have learned each other's part, and one is a copy of the other. Rules and vector
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Mapping
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 
+from elastickpt.elastic.neighbours import EPS as EPS
+from elastickpt.elastic.neighbours import alpha as alpha
+from elastickpt.elastic.neighbours import partner as partner
+from elastickpt.elastic.neighbours import sources as sources
 from elastickpt.errors import Refused
-
-EPS = 1e-4
-"""What is added to each norm, so that two norms of 0 make an average: the published code's 1e-4. [REC-1]"""
-
-Weighting = Literal["norm", "norm2", "uniform"]
-_WEIGHTINGS = ("norm", "norm2", "uniform")
-
-MIN_SWAPPED_STAGES = 4
-"""Below this the two end pairs of a swapped order share a stage."""
 
 _NUMBER = re.compile(r"\d+")
 _KEPT = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _KEPT |= {torch.uint16, torch.uint32, torch.uint64}
-
-
-def alpha(before: float | None, after: float | None, *, weighting: Weighting = "norm") -> float:
-    """The share of the stage before the lost one, from the gradient norms of both neighbours; in [0, 1]. [REC-1, REC-2]
-
-    (x + ε) / ((x + y) + 2ε) in float64, evaluated left to right, with x = `before` and y = `after` ("norm"), or their
-    squares ("norm2"). 0.5 for "uniform", for a norm that is None or not finite, and where a square or the sum overflows.
-
-    Raises Refused for a negative norm and for another word as `weighting`.
-
-    >>> alpha(3.0, 1.0)
-    0.7499875006249688
-    >>> alpha(None, 1.0)
-    0.5
-    """
-    if weighting not in _WEIGHTINGS:
-        raise Refused(f"weighting {weighting!r}: expected one of {', '.join(map(repr, _WEIGHTINGS))}")
-    if before is None or after is None or weighting == "uniform":
-        return 0.5
-    x, y = float(before), float(after)
-    if x < 0 or y < 0:
-        raise Refused(f"gradient norms {x} and {y}: expected norms, which are not negative")
-    if weighting == "norm2":
-        x, y = x * x, y * y
-    above, below = x + EPS, (x + y) + 2 * EPS
-    return above / below if math.isfinite(above) and math.isfinite(below) else 0.5
 
 
 def match(
@@ -166,38 +133,3 @@ def _mixed(before: torch.Tensor, after: torch.Tensor, alpha: float) -> torch.Ten
     mixed = torch.mul(before.to(wide), share)
     mixed += torch.mul(after.to(wide), rest)
     return mixed.to(before.dtype)
-
-
-def partner(stage: int, stages: int) -> int | None:
-    """The stage with which `stage` changes places in the swapped order of CheckFree+: 0↔1 and S−1↔S−2; else None. [REC-6]
-
-    None for every stage of fewer than four, whose end pairs would share a stage. Raises Refused for a stage that is none.
-
-    >>> [partner(stage, 6) for stage in range(6)]
-    [1, 0, None, None, 5, 4]
-    """
-    if not 0 <= stage < stages:
-        raise Refused(f"stage {stage}: expected one of the {stages} stages, from 0")
-    if stages < MIN_SWAPPED_STAGES:
-        return None
-    return {0: 1, 1: 0, stages - 1: stages - 2, stages - 2: stages - 1}.get(stage)
-
-
-def sources(lost: Collection[int], *, stages: int, swap: str | None) -> dict[int, tuple[int, ...]]:
-    """For each lost stage the stages that it can be made of, in order; () where there are none. [REC-7]
-
-    Both neighbours, of which none is lost. With `swap` ("microbatch" or "step") a stage of an end pair has its partner only.
-    A lost stage is never a source. Raises Refused for a stage that is none.
-
-    >>> sources({1, 2}, stages=6, swap="microbatch")
-    {1: (0,), 2: ()}
-    """
-    found: dict[int, tuple[int, ...]] = {}
-    for stage in sorted(lost):
-        twin = partner(stage, stages)
-        if swap and twin is not None:
-            wanted: tuple[int, ...] = (twin,)
-        else:
-            wanted = (stage - 1, stage + 1) if 0 < stage < stages - 1 else ()
-        found[stage] = () if any(source in lost for source in wanted) else wanted
-    return found

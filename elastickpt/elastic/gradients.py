@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from elastickpt.elastic.checkfree import partner
 from elastickpt.elastic.links import Links, told_by_all
+from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.stages import PARTS, Part, Place, Stage
 from elastickpt.errors import Refused
 

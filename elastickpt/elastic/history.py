@@ -65,9 +65,8 @@ def scaled(stage: Stage, factors: Mapping[str, float]) -> Iterator[None]:
     A group whose parameters have several factors is as many groups meanwhile; what the optimizer writes into one of them is
     kept. Afterwards groups and learning rates are what the scheduler left.
     """
-    by_tensor = {
-        id(tensor): factors[name] for tensors in stage.tensors.values() for name, tensor in tensors.items() if name in factors
-    }
+    mine = {name: tensor for tensors in (stage.tensors.values() if factors else ()) for name, tensor in tensors.items()}
+    by_tensor = {id(tensor): factors[name] for name, tensor in mine.items() if name in factors}
     if not by_tensor:
         yield
         return

@@ -1,76 +1,142 @@
-"""From what lost stages are rebuilt: each takes the first rung of the policy that is possible for it. [REC-43]"""
+"""From what lost stages are rebuilt: each takes the first rung of the policy that is possible for it. [REC-43]
+
+If one of them needs `rollback`, all members roll back. Before its first step a job goes on from its run's newest checkpoint.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from elastickpt.elastic import checkfree
+from elastickpt.elastic import neighbours
+from elastickpt.elastic.held_run import HeldRun, Newest
 from elastickpt.elastic.job import Choose, Chosen
 from elastickpt.elastic.messages import Commit, Source, Terms
 from elastickpt.elastic.recovery import Considered, Rung
 
+POSSIBLE = "possible"
 
-class Neighbours:
-    """The rungs that need no storage: a job without a run."""
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What one choice goes by. `newest`: the checkpoint that may be read, None for none; `norms` by stage, of the last step
+    that was committed."""
+
+    order: Choose
+    newest: Newest | None
+    norms: dict[int, float]
+
+
+class RunLadder:
+    """The ladder of a job of `stages` stages; see `duties.Ladder`. It holds the run, if there is one."""
 
     def __init__(self, terms: Terms, stages: int) -> None:
         self._terms, self._stages = terms, stages
+        self._run = HeldRun(terms.run) if terms.run else None
+        self._saved_norms: dict[int, float] = {}
 
     def choose(self, order: Choose, last: Commit | None) -> tuple[Chosen, tuple[Considered, ...]]:
         """See `duties.Ladder`."""
-        if order.begins:
-            return Chosen(order.generation, ()), ()
-        considered: list[Considered] = []
-        sources: list[Source] = []
-        for stage in order.lost:
-            found = None
-            for rung, source, why in self._rungs(stage, order, last):
-                considered.append(Considered(rung, why, stage))
-                if source is not None:
-                    found = source
-                    break
-            if found is None:
-                passed = "; ".join(f"{one.rung}: {one.why}" for one in considered if one.stage == stage)
-                return Chosen(order.generation, (), f"stage {stage} cannot be rebuilt: {passed}"), tuple(considered)
-            sources.append(found)
-        return Chosen(order.generation, tuple(sources)), tuple(considered)
+        refused = {source.path: why for source, why in order.refused if source.path}
+        newest = None
+        if self._run is not None:
+            newest = self._run.newest(up_to=None if order.begins else order.step, refused=refused)
+        if order.begins or order.rollback:
+            return self._all_from(order, newest, refused), ()
+        norms = self._saved_norms
+        if last is not None:
+            norms = {stage: norm for stage, norm in enumerate(last.norms) if norm is not None}
+        sources, considered = sources_of(Known(order, newest, norms), self._terms, self._stages)
+        failed = [stage for stage in order.lost if stage not in sources]
+        if failed:
+            passed = "; ".join(f"{one.rung}: {one.why}" for one in considered if one.stage == failed[0])
+            return Chosen(order.generation, (), f"stage {failed[0]} cannot be rebuilt: {passed}"), considered
+        if any(one.rung == "rollback" for one in sources.values()):
+            return self._all_from(order, newest, refused), considered
+        return Chosen(order.generation, tuple(sources[stage] for stage in order.lost)), considered
 
     def close(self) -> None:
-        return None
+        if self._run is not None:
+            self._run.close()
 
-    def _rungs(self, stage: int, order: Choose, last: Commit | None) -> Iterator[tuple[Rung, Source | None, str]]:
-        of = checkfree.sources(order.lost, stages=self._stages, swap="step" if self._terms.swap else None)[stage]
-        for rung in self._terms.rungs:
-            failed = next((why for source, why in order.refused if (source.stage, source.rung) == (stage, rung)), "")
-            if failed:
-                yield rung, None, f"it was tried, and failed: {failed}"
-            elif rung in ("stale", "rollback"):
-                yield rung, None, "the job has no run with checkpoints"
-            elif len(of) != (1 if rung == "partner" else 2):
-                yield rung, None, self._no_partner(stage) if rung == "partner" else self._no_neighbours(stage)
-            elif not set(of) <= order.finite:
-                yield rung, None, f"tensors of stage {min(set(of) - order.finite)} are not finite"
-            else:
-                alpha = self._alpha(of, last) if rung == "checkfree" else None
-                yield rung, Source(stage, rung, of, alpha), "possible"
-
-    def _no_partner(self, stage: int) -> str:
-        if not self._terms.swap or checkfree.partner(stage, self._stages) is None:
-            return "it has no partner"
-        return "its partner is lost too"
-
-    def _no_neighbours(self, stage: int) -> str:
-        if stage in (0, self._stages - 1):
-            return "it has one neighbour only"
-        if self._terms.swap and checkfree.partner(stage, self._stages) is not None:
-            return "it is of an end pair"
-        return "a neighbour is lost too"
-
-    def _alpha(self, of: tuple[int, ...], last: Commit | None) -> float:
-        before, after = (None, None) if last is None else (last.norms[stage] for stage in of)
-        return checkfree.alpha(before, after, weighting=self._terms.weighting)  # type: ignore[arg-type]
+    def _all_from(self, order: Choose, newest: Newest | None, refused: dict[str, str]) -> Chosen:
+        """All stages from one checkpoint, or from the beginning where a run has none; the run is claimed for that."""
+        if self._run is None:
+            return Chosen(order.generation, ())
+        if newest is None and (refused or not order.begins):
+            why = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "there is none"
+            return Chosen(order.generation, (), f"no checkpoint of {self._terms.run} can be read: {why}")
+        epoch = self._run.go_on_from(newest)
+        if newest is None:
+            return Chosen(order.generation, (), epoch=epoch)
+        self._saved_norms = self._run.norms(newest)
+        back = (Source(stage, "rollback", path=newest.path, step=newest.step) for stage in range(self._stages))
+        return Chosen(order.generation, tuple(back), epoch=epoch)
 
 
-def ladder_of(terms: Terms, stages: int) -> Neighbours:
+def sources_of(known: Known, terms: Terms, stages: int) -> tuple[dict[int, Source], tuple[Considered, ...]]:
+    """For each lost stage that can be rebuilt, from what; and every rung that was looked at for it, with the reason."""
+    sources: dict[int, Source] = {}
+    considered: list[Considered] = []
+    for stage in known.order.lost:
+        for rung, source, why in _rungs(stage, known, terms, stages):
+            considered.append(Considered(rung, why, stage))
+            if source is not None:
+                sources[stage] = source
+                break
+    return sources, tuple(considered)
+
+
+def _rungs(stage: int, known: Known, terms: Terms, stages: int) -> Iterator[tuple[Rung, Source | None, str]]:
+    for rung in terms.rungs:
+        tried = [why for source, why in known.order.refused if (source.stage, source.rung) == (stage, rung)]
+        if rung == "stale" or rung == "rollback":
+            yield rung, *_of_checkpoint(rung, stage, known, terms, tried)
+        elif tried:
+            yield rung, None, f"it was tried, and failed: {tried[-1]}"
+        else:
+            yield rung, *_of_stages(rung, stage, known, terms, stages)
+
+
+def _of_checkpoint(rung: Rung, stage: int, known: Known, terms: Terms, tried: list[str]) -> tuple[Source | None, str]:
+    newest = known.newest
+    if not terms.run:
+        return None, "the job has no run with checkpoints"
+    if newest is None:
+        return None, f"it was tried, and failed: {tried[-1]}" if tried else "the run has no checkpoint"
+    age = known.order.step - newest.step
+    if rung == "stale" and age > terms.max_stale_steps:
+        return None, f"the newest checkpoint is {age} steps old, more than max_stale_steps={terms.max_stale_steps}"
+    return Source(stage, rung, path=newest.path, step=newest.step), POSSIBLE
+
+
+def _of_stages(rung: Rung, stage: int, known: Known, terms: Terms, stages: int) -> tuple[Source | None, str]:
+    order = known.order
+    of = neighbours.sources(order.lost, stages=stages, swap="step" if terms.swap else None)[stage]
+    if len(of) != (1 if rung == "partner" else 2):
+        return None, _no_partner(stage, terms, stages) if rung == "partner" else _no_neighbours(stage, terms, stages)
+    if not set(of) <= order.finite:
+        return None, f"tensors of stage {min(set(of) - order.finite)} are not finite"
+    if rung == "partner":
+        return Source(stage, rung, of), POSSIBLE
+    before, after = (known.norms.get(one) for one in of)
+    return Source(stage, rung, of, neighbours.alpha(before, after, weighting=terms.weighting)), POSSIBLE  # type: ignore[arg-type]
+
+
+def _no_partner(stage: int, terms: Terms, stages: int) -> str:
+    if not terms.swap:
+        return "no order is swapped, so no stage has a partner"
+    return "it has no partner" if neighbours.partner(stage, stages) is None else "its partner is lost too"
+
+
+def _no_neighbours(stage: int, terms: Terms, stages: int) -> str:
+    if terms.swap and neighbours.partner(stage, stages) is not None:
+        return "it is of an end pair, which has its partner only"
+    if stage in (0, stages - 1):
+        return "it has one neighbour only"
+    return "a neighbour is lost too"
+
+
+def ladder_of(terms: Terms, stages: int) -> RunLadder:
     """The ladder of a job of so many stages that trains by these terms."""
-    return Neighbours(terms, stages)
+    return RunLadder(terms, stages)

@@ -25,6 +25,7 @@ from elastickpt.elastic.gradients import REPLICATED
 from elastickpt.elastic.history import History
 from elastickpt.elastic.links import Links
 from elastickpt.elastic.messages import Source
+from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.stages import Part, Stage, Swap
 from elastickpt.errors import CheckpointError, Refused
@@ -99,7 +100,7 @@ class Mending:
 
     def _rebuild(self, source: Source, step: int, lost: set[int], links: Links, exchange: Exchange, found: Rebuilding) -> None:
         me, away = links.stage, source.stage
-        twin = checkfree.partner(away, links.stages) if self._swap is not None else None
+        twin = partner(away, links.stages) if self._swap is not None else None
         twin = None if twin in lost else twin
         standing = [one for one in range(links.stages) if one not in lost]
         donor = source.stages[0] if source.stages else standing[0] if twin is None and standing else twin

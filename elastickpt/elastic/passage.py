@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from elastickpt.elastic.checkfree import partner
 from elastickpt.elastic.links import LinkBroken, Links, Sending, told_by_all, told_by_one
+from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.stages import Place, Stage, Swap
 from elastickpt.errors import Refused
 

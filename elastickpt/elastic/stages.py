@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from elastickpt.elastic.checkfree import MIN_SWAPPED_STAGES
+from elastickpt.elastic.neighbours import MIN_SWAPPED_STAGES
 from elastickpt.errors import PlacementUnsupported, Refused
 
 Part = Literal["embed", "body", "head"]
@@ -68,17 +68,25 @@ class Stage:
         self.example = None if example is None else _metas(example)
         self.names = _names_of(module)
         self._require_whole()
-        self.tensors: dict[Part, dict[str, Tensor]] = {part: self._named(part) for part in PARTS if part in self.parts}
+        self._tensor_names = {part: list(self._named(part)) for part in self.parts}
+        self._parameters = {part: [one for one in self.tensors[part].values() if _is_trained(one)] for part in self.parts}
         self._require_apart()
         self._require_optimizer()
         self._require_scheduler()
 
+    @property
+    def tensors(self) -> dict[Part, dict[str, Tensor]]:
+        """Parameters and buffers of each part that are saved, by the module's names and in its order. As they are now: forward
+        may put another tensor in a buffer's place."""
+        now = dict(_unique(self.module))
+        return {part: {name: now[name] for name in names} for part, names in self._tensor_names.items()}
+
     def parameters(self, part: Part) -> list[nn.Parameter]:
         """Those of a part that are trained, in the module's order; none for a part that is not there."""
-        return [one for one in self.tensors.get(part, {}).values() if isinstance(one, nn.Parameter) and one.requires_grad]
+        return self._parameters.get(part, [])  # type: ignore[return-value]
 
     def _named(self, part: Part) -> dict[str, Tensor]:
-        """Parameters and buffers of a part that are saved, under the module's names, in the module's order."""
+        """The tensors of a part that are saved, by the module's names. Raises Refused for one that is not the module's."""
         mine: set[int] = set()
         for own, tensor in _tensors_of(self.parts[part]):
             if id(tensor) not in self.names:
@@ -139,6 +147,10 @@ def require_parts(stage: Stage, place: Place, *, swap: Swap | None) -> None:
         raise Refused(f"stage {place.stage} of {place.stages}: expected a loss, as it can be the last one")
     if place.stages > 1 and stage.example is None:
         raise Refused(f"stage {place.stage} of {place.stages}: expected example=(input, output) of one microbatch of its body")
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
 def _metas(example: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from elastickpt.elastic.alike import About, about, why_apart
-from elastickpt.elastic.checkfree import partner
 from elastickpt.elastic.duties import Exchange
 from elastickpt.elastic.gradients import REPLICATED
+from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.passage import Passage, Passing
 from elastickpt.elastic.stages import Place, Stage, require_parts
 from elastickpt.errors import Refused

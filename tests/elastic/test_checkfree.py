@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickpt.elastic import checkfree
+from elastickpt.elastic import checkfree, neighbours
 from elastickpt.errors import Refused
 
 VECTORS = Path(__file__).parent.parent.parent / "spec" / "vectors" / "checkfree"
@@ -63,8 +63,9 @@ def test_what_is_refused(path: Path) -> None:
 
 
 def test_examples_of_the_docstrings_hold() -> None:
-    assert doctest.testmod(checkfree).failed == 0
-    assert doctest.testmod(checkfree).attempted >= 6
+    results = [doctest.testmod(one) for one in (checkfree, neighbours)]
+    assert sum(one.failed for one in results) == 0
+    assert sum(one.attempted for one in results) >= 6
 
 
 @given(

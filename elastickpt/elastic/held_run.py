@@ -1,0 +1,111 @@
+"""The run of a job, held by its coordinator: claimed at the start and at each rollback, answered for, its checkpoints listed.
+
+Members save into the epoch that is claimed here; they claim nothing themselves, so that a member can be lost like any other. No
+torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from elastickpt.commit.marks import marked
+from elastickpt.errors import CheckpointError
+from elastickpt.ledger.branch import entries_of
+from elastickpt.ledger.epoch_history import is_claimed_by
+from elastickpt.ledger.epochs import claim, start
+from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.steps import complete
+from elastickpt.ledger.stored import read_view
+from elastickpt.ledger.unregistered import require_registers
+from elastickpt.loading.opened import open_in
+from elastickpt.runs.answering import Answering
+from elastickpt.runs.trainer_address import claimer, require_no_living_trainer
+from elastickpt.storage.opening import open_store, place_in
+
+log = logging.getLogger(__name__)
+
+ORPHANS_S = 60.0
+"""For how long the start of a job waits for what writers of an earlier one have staged."""
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """A checkpoint of the live branch."""
+
+    id: AttemptId
+    path: str
+
+    @property
+    def step(self) -> int:
+        return self.id.step
+
+
+class HeldRun:
+    """The run at `root`, whose folder exists. Blocking; by one thread at a time."""
+
+    def __init__(self, root: str) -> None:
+        self._root, self._store = root, open_store(root)
+        self._answering = Answering()
+        self._tokens: tuple[str, ...] = ()
+        self._continued: AttemptId | None = None
+        self._epoch = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether this job has claimed the run."""
+        return self._epoch > 0
+
+    def newest(self, *, up_to: int | None, refused: Collection[str]) -> Newest | None:
+        """The newest checkpoint of the live branch, of at most `up_to` steps, that is none of the `refused` paths; None where
+        there is none. Raises StorageFailed kinds, Damaged kinds for objects that say what counts."""
+        for entry in entries_of(complete(read_view(self._store))):
+            path = place_in(self._store, entry.folder)
+            readable = entry.state == "live" and entry.commit is not None and path not in refused
+            if readable and (up_to is None or entry.step <= up_to):
+                return Newest(entry.id, path)
+        return None
+
+    def norms(self, newest: Newest) -> dict[int, float]:
+        """The gradient norms by stage that the checkpoint holds; none where it cannot be read, or another trainer saved it."""
+        try:
+            opened = open_in(self._store, newest.id.folder)
+        except CheckpointError:
+            return {}
+        values = opened.manifest.values
+        found = values.get("/elastic") if isinstance(values, dict) else None
+        norms = found.get("norms") if isinstance(found, dict) else None
+        return {int(stage): float(norm) for stage, norm in norms.items()} if isinstance(norms, dict) else {}
+
+    def go_on_from(self, continued: Newest | None) -> int:
+        """The live branch goes on from there, in an epoch of this job's own: its number. A second call from the same place
+        changes nothing. Raises RunBusy, Refused for a run whose registers are lost, Superseded, StorageFailed kinds."""
+        wanted = None if continued is None else continued.id
+        if self.begun and wanted == self._continued:
+            return self._epoch
+        if not self.begun:
+            complete(require_no_living_trainer(self._store))
+            self._wait_for_orphans()
+        token = secrets.token_hex(16)
+        self._answering.answer_for(token)
+        if not complete(is_claimed_by(self._store, self._tokens)):
+            complete(require_no_living_trainer(self._store))
+        complete(require_registers(self._store))
+        holding = complete(claim(self._store, claimer(self._answering.address, token)))
+        complete(start(self._store, holding, continued=wanted))
+        self._tokens, self._continued, self._epoch = (*self._tokens, token), wanted, holding.epoch
+        log.info("%s: epoch %d goes on from %s", self._root, holding.epoch, "nothing" if continued is None else continued.path)
+        return holding.epoch
+
+    def close(self) -> None:
+        """Nobody answers for the run any more."""
+        self._answering.close()
+
+    def _wait_for_orphans(self) -> None:
+        until = time.monotonic() + ORPHANS_S
+        while marked(self._store.url) and time.monotonic() < until:
+            time.sleep(_POLL_S)

@@ -1,0 +1,135 @@
+"""Whole jobs under `elastickpt-run`: members are killed and raise at ordered moments. What everybody has afterwards is, bit for
+bit, what one process has that takes the same steps and applies the formulas of the specification."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from elastickpt.elastic.passage import Passing
+from tests.elastic.simulated import Simulated
+
+TRAINEE = Path(__file__).parent / "trainee.py"
+RUN = "import sys; from elastickpt.cli.launch import main; sys.exit(main())"
+LIMIT_S = 240.0
+Event = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the members have: the backward of a norm sums by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_job(folder: Path, *arguments: object, expected: int = 0, **told: object) -> list[Event]:
+    """The events of a job that trains the small model."""
+    folder.mkdir(exist_ok=True)
+    events = folder / "events.jsonl"
+    script = [TRAINEE, json.dumps({"folder": str(folder), "faults": [], **told})]
+    command = [sys.executable, "-c", RUN, "--events", events, *arguments, *script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(one) for one in command], capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment
+    )
+    assert done.returncode == expected, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return [json.loads(line) for line in events.read_text().splitlines()]
+
+
+def notes(folder: Path, kind: str, stage: int) -> list[dict[str, Any]]:
+    """What the holders of a stage noted, in order."""
+    files = sorted(folder.glob(f"{kind}-{stage}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return [torch.load(path, weights_only=False) for path in files]
+
+
+def assert_same(found: Any, expected: Any, where: str) -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            assert_same(found[name], expected[name], f"{where}.{name}")
+    else:
+        assert found == expected, where
+
+
+def assert_stands(note: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    assert_same({key: note[key] for key in expected}, expected, where)
+
+
+def recoveries(events: list[Event]) -> list[tuple[object, ...]]:
+    found = [one for one in events if one["event"] == "recovery"]
+    return [(one["step"], one["rung"], [lost["stage"] for lost in one["lost"]], one["approximate"]) for one in found]
+
+
+@pytest.mark.ranks
+def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None:
+    """[REC-1, REC-4, REC-10..16]"""
+    faults = [[2, 1, "forward"], [1, 2, "optimizer"], [3, 4, "evaluate"], [0, 5, "raise-forward"]]
+    events = run_job(tmp_path, "--stages", 5, "--spares", 3, faults=faults, until=6, evaluate=[4])
+    assert recoveries(events) == [
+        (1, "checkfree", [2], True),
+        (3, "checkfree", [1], True),
+        (4, "checkfree", [3], True),
+        (5, "replay", [0], False),
+    ]
+    job = Simulated(5, Passing(12), clip=0.05)
+    losses, reported, rebuilt = {}, {}, []
+    for step, lost in ((1, 2), (2, None), (3, 1), (4, 3), (5, None), (6, None)):
+        losses[step] = (job.take_step(), dict(enumerate(job.norms)))
+        reported[step] = [job.state(stage) for stage in range(5)]
+        if lost is not None:
+            job.average(lost)
+            rebuilt.append([job.state(stage) for stage in range(5)])
+    rebuilt.append(reported[5])  # a replay changes nothing
+    reported[4] = rebuilt[2]  # noted behind the evaluation
+    for stage in range(5):
+        assert [one["reported"] for one in notes(tmp_path, "report", stage)] == [
+            one
+            for one in range(1, 7)
+            if (stage, one) != (1, 3)  # who takes a place reports the next step first
+        ]
+        for note in notes(tmp_path, "report", stage):
+            step = note["reported"]
+            assert (note["loss"], note["norms"]) == losses[step]
+            assert_stands(note, reported[step][stage], f"step {step}, stage {stage}")
+        found = notes(tmp_path, "rebuilt", stage)
+        assert len(found) == 4
+        for number, note in enumerate(found):
+            assert_stands(note, rebuilt[number][stage], f"recovery {number}, stage {stage}")
+    assert len({note["evaluated"] for stage in range(5) for note in notes(tmp_path, "report", stage)}) == 2
+
+
+@pytest.mark.ranks
+def test_stages_of_end_pairs_are_copied_from_their_partners(tmp_path: Path) -> None:
+    """[REC-6, REC-7, REC-10..16]"""
+    faults = [[0, 1, "backward"], [3, 2, "optimizer"], [1, 4, "boundary"], [2, 4, "boundary"]]
+    events = run_job(tmp_path, "--stages", 4, "--spares", 4, faults=faults, until=5, swap="microbatch")
+    found = recoveries(events)
+    assert found[:2] == [(1, "partner", [0], True), (3, "partner", [3], True)]
+    assert sorted(stage for one in found[2:] for stage in one[2]) == [1, 2]  # at once, or one in the recovery of the other
+    job, losses = Simulated(4, Passing(12, swap="microbatch"), clip=0.05), {}
+    rebuilt = []
+    for step, copies in ((1, [(0, 1)]), (2, []), (3, [(3, 2)]), (4, [(1, 0), (2, 3)]), (5, [])):
+        losses[step] = (job.take_step(), dict(enumerate(job.norms)))
+        for lost, partner in copies:
+            job.copy(lost, partner)
+        if copies:
+            rebuilt.append([job.state(stage) for stage in range(4)])
+    for stage in range(4):
+        for note in notes(tmp_path, "report", stage):
+            assert (note["loss"], note["norms"]) == losses[note["reported"]]
+        assert_stands(notes(tmp_path, "report", stage)[-1], job.state(stage), f"stage {stage}")
+        for number, note in enumerate(notes(tmp_path, "rebuilt", stage)[:2]):
+            assert_stands(note, rebuilt[number][stage], f"recovery {number}, stage {stage}")
