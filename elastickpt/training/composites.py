@@ -240,17 +240,29 @@ def cuts_of(tensor: torch.Tensor) -> Cuts | None:
 def _probed(tensor: torch.Tensor, leaves: Sequence[tuple[Path, torch.Tensor]]) -> Cuts | None:
     rows = tensor.shape[0] if tensor.ndim else 0
     for some in _fewer(rows):
-        try:
-            with torch.no_grad():
-                sliced = torch.ops.aten.slice.Tensor(tensor, 0, 0, some)
-        except Exception:  # whatever a class raises for a slice that it does not take
-            continue
-        if type(sliced) is not type(tensor) or sliced.shape != (some, *tensor.shape[1:]):
-            return None
-        after = dict(leaves_of(sliced))
-        cuts = {path: _cut(leaf, after.get(path), tuple(tensor.shape), some) for path, leaf in leaves}
-        return None if None in cuts.values() else Cuts(cast(dict[Path, Cut], cuts), _follows(tensor, sliced))
+        for first_rows in (_sliced, _split):
+            try:
+                with torch.no_grad():
+                    sliced = first_rows(tensor, some)
+            except Exception:  # whatever a class raises for what it does not take
+                continue
+            if type(sliced) is not type(tensor) or sliced.shape != (some, *tensor.shape[1:]):
+                return None
+            after = dict(leaves_of(sliced))
+            cuts = {path: _cut(leaf, after.get(path), tuple(tensor.shape), some) for path, leaf in leaves}
+            return None if None in cuts.values() else Cuts(cast(dict[Path, Cut], cuts), _follows(tensor, sliced))
     return None
+
+
+def _sliced(tensor: torch.Tensor, some: int) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.aten.slice.Tensor(tensor, 0, 0, some)
+    return found
+
+
+def _split(tensor: torch.Tensor, some: int) -> torch.Tensor:
+    """As `fully_shard` cuts a parameter."""
+    found: torch.Tensor = torch.split(tensor, some)[0]
+    return found
 
 
 def _follows(tensor: torch.Tensor, sliced: torch.Tensor) -> bool:
@@ -259,13 +271,13 @@ def _follows(tensor: torch.Tensor, sliced: torch.Tensor) -> bool:
 
 
 def _fewer(rows: int) -> list[int]:
-    """Numbers of rows below all of them: halves first, as blocks end there."""
+    """Numbers of rows below all of them: halves first, as blocks end there, then thirds and the like."""
     found = []
     half = rows
     while half > 1:
         half = -(-half // 2)
         found.append(half)
-    return found[:16]
+    return [*found[:16], *(rows // ways for ways in (3, 5, 7) if rows > ways and rows % ways == 0)]
 
 
 def _cut(before: torch.Tensor, after: torch.Tensor | None, outer: tuple[int, ...], some: int) -> Cut | None:

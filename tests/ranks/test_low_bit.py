@@ -1,4 +1,4 @@
-"""torchao's optimizers and weights: resumed bit for bit, in one process and from FSDP2 on 2 ranks to 2 and to 1."""
+"""torchao's optimizers and weights: resumed bit for bit, in one process and from FSDP2 on 2 ranks to others."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import elastickpt as ek
 from elastickpt.errors import StateMismatch
 from elastickpt.testing.ranks import run_ranks
+from elastickpt.training.composites import leaves_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,6 +24,7 @@ with warnings.catch_warnings():
     nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
     quantized_training = pytest.importorskip("torchao.prototype.quantized_training")
     quantize_ = pytest.importorskip("torchao.quantization").quantize_
+    float8 = pytest.importorskip("torchao.float8")
 
 OPTIMIZERS = ("AdamW8bit", "AdamW4bit", "AdamWFp8")
 WEIGHTS = ("nf4", "int8", "int8_mixed", "bitnet")
@@ -156,8 +158,6 @@ def _weights(kind: str, *, seed: int) -> nn.Module:
 
 
 def _bits(model: nn.Module) -> list[torch.Tensor]:
-    from elastickpt.training.composites import leaves_of
-
     return [leaf.detach().clone() for p in model.parameters() for _, leaf in leaves_of(p)]
 
 
@@ -170,3 +170,78 @@ def test_low_bit_weights_are_loaded_bit_for_bit(tmp_path: Path, kind: str) -> No
     ek.load({"m": other}, tmp_path / "a")
     assert all(map(torch.equal, _bits(model), _bits(other)))
     assert ek.open(tmp_path / "a").verify().problems == ()
+
+
+# -- weights under FSDP2 -----------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A frozen NF4 weight and the low-rank change of it that is trained, as QLoRA does."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nf4.to_nf4(torch.randn(outer, inner), 64, 1), requires_grad=False)
+        self.down = nn.Parameter(torch.randn(4, inner) / 8)
+        self.up = nn.Parameter(torch.zeros(outer, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        changed: torch.Tensor = nf4.linear_nf4(x, self.weight) + x @ self.down.T @ self.up.T
+        return changed
+
+
+def _layers(kind: str, *, seed: int, world_size: int) -> dict[str, Any]:
+    torch.compiler.set_stance("force_eager")
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(Adapted(*sizes) if kind == "nf4" else nn.Linear(*sizes) for sizes in ((16, 128), (128, 64))))
+    if kind == "float8":
+        config = float8.Float8LinearConfig(enable_fsdp_float8_all_gather=True, emulate=True)
+        float8.convert_to_float8_training(model, config=config)
+    if world_size > 1 or kind == "float8":  # torchao gathers no NF4 over one rank
+        mesh = init_device_mesh("cpu", (world_size,))
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {"model": model, "optimizer": torch.optim.AdamW(trained, lr=1e-2 / (seed + 1))}
+
+
+def _told(model: nn.Module) -> list[torch.Tensor]:
+    """The whole of what is trained, then this rank's parts of the rest."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in trained)
+    frozen = [getattr(p, "_local_tensor", p) for p in model.parameters() if not p.requires_grad]
+    parts = [leaf for p in frozen for _, leaf in leaves_of(p)]
+    return [one.detach().clone() for one in (*(getattr(one, "_tensor", one) for one in whole), *parts)]
+
+
+def _save_layers(rank: int, world_size: int, root: str, kind: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What this rank has after 4 steps: never interrupted, and resumed after 2."""
+    state = _layers(kind, seed=0, world_size=world_size)
+    _train(state, range(2))
+    ek.save(state, f"{root}/{kind}")
+    _train(state, range(2, 4))
+    return _told(state["model"]), _resume_layers(rank, world_size, root, kind)
+
+
+def _resume_layers(rank: int, world_size: int, root: str, kind: str) -> list[torch.Tensor]:
+    state = _layers(kind, seed=1, world_size=world_size)
+    ek.load(state, f"{root}/{kind}")
+    _train(state, range(2, 4))
+    return _told(state["model"])
+
+
+def test_nf4_weights_under_fully_shard_go_on_with_their_adapters_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """The class says by its own split how its parts follow the rows. [UCF-109]"""
+    told = run_ranks(_save_layers, 2, str(tmp_path), "nf4")
+    assert all(torch.equal(a, b) for truth, resumed in told for a, b in zip(truth, resumed, strict=True))
+    shapes = {name: array.shape for name, array in ek.open(tmp_path / "nf4").arrays["params/model/0.weight"].arrays()}
+    assert (shapes["value.quantized_data"], shapes["value.scaler_mean"]) == ((1024,), ())
+    (alone,) = run_ranks(_resume_layers, 1, str(tmp_path), "nf4")
+    assert all(map(torch.equal, alone[:4], told[0][0][:4]))  # what is trained
+    assert torch.equal(alone[4], torch.cat([truth[4] for truth, _ in told]))  # the codes of the first weight
+
+
+def test_float8_all_gather_under_fully_shard_goes_from_two_ranks_to_two_and_to_one(tmp_path: Path) -> None:
+    (truth, resumed), _ = run_ranks(_save_layers, 2, str(tmp_path), "float8")
+    (alone,) = run_ranks(_resume_layers, 1, str(tmp_path), "float8")
+    assert all(map(torch.equal, resumed, truth))
+    assert all(map(torch.equal, alone, truth))
