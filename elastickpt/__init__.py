@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from elastickpt.saving.handle import SaveHandle as SaveHandle
     from elastickpt.saving.info import CheckpointInfo as CheckpointInfo
     from elastickpt.saving.options import AsyncOptions as AsyncOptions
-    from elastickpt.saving.session import save as save
+    from elastickpt.saving.save import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
     from elastickpt.training.trainable import trainable as trainable
@@ -64,7 +64,7 @@ _PUBLIC = {
     "async_save": ("elastickpt.saving.async_save", "async_save"),
     "load": ("elastickpt.runs.loading", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
-    "save": ("elastickpt.saving.session", "save"),
+    "save": ("elastickpt.saving.save", "save"),
     "trainable": ("elastickpt.training.trainable", "trainable"),
 }
 

@@ -141,7 +141,7 @@ def begin(store: Store, draft: Draft, *, sections: Iterable[Section] = ()) -> No
         store.create(draft.path(DRAFT_TOKEN), _token(draft))
         for folder in ("fragments", *sorted(sections)):
             store.make_directories(draft.path(folder))
-    except CheckpointError as error:
+    except BaseException as error:  # an interrupt, too: nobody else has the draft yet
         _UNDER_WAY.discard(draft.attempt)
         if not isinstance(error, PathOccupied):  # else it is not ours
             with suppress(CheckpointError):

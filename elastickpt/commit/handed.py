@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from elastickpt.commit.cases import Case
+from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.completing import Create
-from elastickpt.commit.contents import Contents, decode_outline, decode_rest
+from elastickpt.commit.contents import Contents, EncodedContents, decode_contents
 from elastickpt.commit.draft import CONTENTS
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed
 from elastickpt.format.digest import file_digest
@@ -18,11 +18,11 @@ _DIGEST_NBYTES = 32
 _LENGTH_NBYTES = 8
 
 
-def find_attestation(store: Store, case: Case, member: int) -> FileDigest | None:
+def find_attestation(store: Store, attempt: Attempt, member: int) -> FileDigest | None:
     """A writer's attestation in the draft, made durable, if it is there and whole. Blocking. Raises StorageFailed kinds."""
     path = fragments_file(member)
     try:
-        data = store.read(case.draft.path(path), MAX_FRAGMENTS_NBYTES)
+        data = store.read(attempt.path(path), MAX_FRAGMENTS_NBYTES)
         columns = decode_columns(data, path=path)
     except MissingFile:
         return None
@@ -30,31 +30,31 @@ def find_attestation(store: Store, case: Case, member: int) -> FileDigest | None
         raise
     except CheckpointError:
         return None  # begun, and never finished
-    if (columns.writer, columns.attempt) != (member, case.draft.attempt):
+    if (columns.writer, columns.attempt) != (member, attempt.id):
         return None
-    if case.durability == "power":
-        store.sync_file(case.draft.path(path))
-        store.sync_directory(case.draft.path("fragments"))
+    if attempt.durability == "power":
+        store.sync_file(attempt.path(path))
+        store.sync_directory(attempt.path("fragments"))
     return FileDigest(path, len(data), file_digest(data))
 
 
-def leave_contents(store: Store, case: Case, outline: bytes, rest: bytes, *, create: Create | None = None) -> None:
+def leave_contents(store: Store, attempt: Attempt, contents: EncodedContents, *, create: Create | None = None) -> None:
     """Puts into the draft what another committer would need. Not durable: after a crash of the host nobody commits it.
 
     `create`: in place of `store.create`, for a writer that takes over from one that died meanwhile.
     """
-    body = len(outline).to_bytes(_LENGTH_NBYTES, "big") + outline + rest
-    (create or store.create)(case.draft.path(CONTENTS), body + file_digest(body).encode())
+    body = len(contents.outline).to_bytes(_LENGTH_NBYTES, "big") + contents.outline + contents.values
+    (create or store.create)(attempt.path(CONTENTS), body + file_digest(body).encode())
 
 
-def left_contents(store: Store, case: Case) -> Contents | None:
+def left_contents(store: Store, attempt: Attempt) -> Contents | None:
     """What `leave_contents` left; None if it is not there, or was not finished."""
     try:
-        data = store.read(case.draft.path(CONTENTS), MAX_FRAGMENTS_NBYTES)
+        data = store.read(attempt.path(CONTENTS), MAX_FRAGMENTS_NBYTES)
     except MissingFile:
         return None
     body, digest = data[:-_DIGEST_NBYTES], data[-_DIGEST_NBYTES:]
     if len(body) < _LENGTH_NBYTES or file_digest(body).encode() != digest:
         return None
     middle = _LENGTH_NBYTES + int.from_bytes(body[:_LENGTH_NBYTES], "big")
-    return decode_rest(body[middle:], decode_outline(body[_LENGTH_NBYTES:middle]))
+    return decode_contents(EncodedContents(body[_LENGTH_NBYTES:middle], body[middle:]))

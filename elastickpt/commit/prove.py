@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -12,29 +12,51 @@ import numpy as np
 from elastickpt.errors import CoverageOverlap, StructureConflict
 from elastickpt.format.box import Box
 from elastickpt.format.columns import IntColumn
+from elastickpt.format.documents import upper_documents
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
 from elastickpt.format.records import ArrayRecord, Field, FieldKind, OptimizerTable
 from elastickpt.format.values import Value, value_digest
 from elastickpt.layout.coverage import require_coverage
 
+_Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
 
-def prove(expected: tuple[ArrayRecord, ...], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """Arrays with their writers, as they follow from these boxes."""
+
+    boxes: tuple[_Boxes, ...]
+    arrays: tuple[ArrayRecord, ...]
+
+    @cached_property
+    def documents(self) -> tuple[tuple[str, bytes], ...]:
+        """Those that a committer writes, by path."""
+        return tuple(upper_documents(self.arrays))
+
+
+@dataclass(slots=True)
+class ProofMemory:
+    """What was proven of the arrays of one outline last; None at first."""
+
+    last: Proof | None = None
+
+
+def prove(
+    expected: tuple[ArrayRecord, ...], maps: Sequence[FragmentColumns], memory: ProofMemory | None = None
+) -> tuple[ArrayRecord, ...]:
     """The expected arrays with their writers, in the order of their keys.
 
-    What was proven of the very same boxes of the same arrays, a save before, is not proven again. Raises CoverageGap or
+    What was proven of the very same boxes, as the memory of these arrays has it, is not proven again. Raises CoverageGap or
     CoverageOverlap naming array, box and writers; StructureConflict for a piece of an array that nobody announced.
     """
     boxes = tuple((columns.writer, *_boxes_of(columns.pieces)) for columns in maps)
-    for known, proven_boxes, proven in tuple(_PROVEN):
-        if known is expected and len(boxes) == len(proven_boxes) and all(map(_same, boxes, proven_boxes)):
-            return proven
+    last = None if memory is None else memory.last
+    if last is not None and len(boxes) == len(last.boxes) and all(map(_same, boxes, last.boxes)):
+        return last.arrays
     proven = _prove(expected, maps)
-    _PROVEN.append((expected, boxes, proven))
+    if memory is not None:
+        memory.last = Proof(boxes, proven)
     return proven
-
-
-_Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
-_PROVEN: deque[tuple[tuple[ArrayRecord, ...], tuple[_Boxes, ...], tuple[ArrayRecord, ...]]] = deque(maxlen=2)
 
 
 def _boxes_of(pieces: PieceColumns) -> tuple[tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]:

@@ -13,25 +13,26 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import attest
 from elastickpt.commit.contents import Contents as Whole
 from elastickpt.commit.contents import Outline
 from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_free, sweep
-from elastickpt.commit.finish import finish
-from elastickpt.commit.states import Attempt, Event, State
+from elastickpt.commit.outcome import commit
 from elastickpt.convert.contents import Array, Contents
+from elastickpt.errors import NotDurable
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.keys import array_keys, chunk_file
-from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, StoredFile, StoredPiece
+from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Frame, StoredFile, StoredPiece
 from elastickpt.format.release import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_nbytes, chunk_shape, runs_of
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability
 from elastickpt.writer.carry import Target, directories_of, unwatched, write_round
-from elastickpt.writer.fragments import fragments_of
 from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPiece, WritePlan, documents_of
 from elastickpt.writer.rounds import BLOCK_NBYTES, Slice, whole_pieces
+from elastickpt.writer.share import stored_pieces
 
 
 def records_of(arrays: Iterable[Array]) -> dict[ArrayId, ArrayRecord]:
@@ -73,9 +74,9 @@ class UniversalTarget:
         self._heads = set(first.values())  # arrays with which the document of their parameter's group is written
         able = self._store.capabilities.directory_sync
         self._durability: Durability = durability if able else "process"
-        self._attempt = Attempt()
         self.draft: Draft = new_draft(self._name, pid=os.getpid())
         self._writer = 0
+        self._committed = False
         self._written = _Written()
 
     @classmethod
@@ -88,12 +89,10 @@ class UniversalTarget:
     def __enter__(self) -> Self:
         sweep(self._store, self._name)
         begin(self._store, self.draft, sections={one.section for one in self.records})
-        self._attempt.advance(Event.DRAFT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._attempt.state is not State.COMMITTED:
-            self._attempt.advance(Event.FAIL)
+        if not self._committed:
             abort(self._store, self.draft)
 
     def put(self, identity: ArrayId, words: NDArray[Any]) -> None:
@@ -105,10 +104,9 @@ class UniversalTarget:
         source = _InMemory(plan, record, words)
         checksums = write_round(target, plan, documents, whole_pieces(plan.files), source, create=self._store.create)
         self._written.documents.extend(document.path for document in documents)
-        made = fragments_of(plan, checksums, writer=self._writer, attempt=self.draft.attempt, tables=(), values={})
         first = len(self._written.files)
-        self._written.files.extend(made.files)
-        self._written.pieces.extend(_moved(piece, first) for piece in made.pieces)
+        self._written.files.extend(StoredFile(0, file.path, file.nbytes) for file in plan.files)
+        self._written.pieces.extend(_moved(piece, first) for piece in stored_pieces(plan, checksums))
 
     def attest(self) -> FileDigest:
         """All that this writer stored is durable, and it says so. Blocking."""
@@ -126,19 +124,24 @@ class UniversalTarget:
     def commit(self, attested: Sequence[FileDigest]) -> None:
         """Proves, records and commits what all writers attested; on return the checkpoint exists. Blocking."""
         contents = self._contents
-        outline = Outline(
+        frame = Frame(
             world_size=1,
             placement="plain",
             versions=((CONVERTER, RELEASE), ("elastickpt", RELEASE), ("python", platform.python_version())),
             items=contents.items,
             meshes=(),
             layouts=(),
-            arrays=tuple(sorted(self.records.values(), key=lambda record: record.key)),
             tied=contents.tied,
             layout_text=contents.layout_text,
         )
-        whole = Whole(outline, contents.step, time.time(), dict(contents.values))
-        finish(self._store, self.draft, whole, attested, durability=self._durability, attempt=self._attempt)
+        outline = Outline(frame, tuple(sorted(self.records.values(), key=lambda record: record.key)))
+        attempt = Attempt(self._store.url, self.draft, self._durability, step=contents.step, time=time.time())
+        try:
+            commit(self._store, attempt, Whole(outline, dict(contents.values)), attested)
+        except NotDurable:
+            self._committed = True  # and whole
+            raise
+        self._committed = True
 
     def _make_durable(self) -> None:
         if self._durability == "process":

@@ -23,7 +23,7 @@ from elastickpt.format.limits import (
 )
 from elastickpt.format.members import Members, text
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, starts
-from elastickpt.format.records import FORMAT_VERSION, FragmentMap, StoredFile
+from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
 from elastickpt.format.values import Value, decode_pointers, encode_pointers
 
 FORMAT = "elastickpt-fragments"
@@ -71,6 +71,17 @@ def encode_fragments(fragments: FragmentMap | FragmentColumns) -> bytes:
 def _values_text(values: Value) -> str | None:
     where = "per-rank values"
     return None if values is None else dump_bounded(encode_pointers(values, where=where), where=where)
+
+
+def encode_beside(tables: tuple[OptimizerTable, ...], values: Value) -> bytes:
+    """What a writer contributes to its fragment file beside pieces, for another process. Raises ValueNotCarried."""
+    return pack({"tables": pack_tables(tables), "values": _values_text(values)})
+
+
+def decode_beside(data: bytes, *, path: str) -> tuple[tuple[OptimizerTable, ...], Value]:
+    """What `encode_beside` encoded. `path` is for messages."""
+    members = unpack(data, path=path)
+    return take_tables(members, "tables"), _values(members)
 
 
 def decode_fragments(data: bytes, *, path: str) -> FragmentMap:

@@ -20,8 +20,10 @@ from elastickpt.format.keys import checked_name, checked_path
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
 from elastickpt.format.members import Members, integers, is_int, pair, text
 from elastickpt.format.records import (
+    FORMAT_VERSION,
     Base,
     FileDigest,
+    Frame,
     IndexEntry,
     Item,
     ItemKind,
@@ -30,9 +32,10 @@ from elastickpt.format.records import (
     Placement,
 )
 from elastickpt.format.sealed import check_seal, seal
-from elastickpt.format.values import decode_pointers, encode_pointers
+from elastickpt.format.values import Value, decode_pointers, encode_pointers
 
 FORMAT = "elastickpt"
+FRAME = "elastickpt-frame"
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _PLACEMENT = re.compile(r"R|_?S\((0|[1-9][0-9]?)\)")
 _ITEM_KINDS: dict[str, ItemKind] = {kind: kind for kind in get_args(ItemKind)}
@@ -51,25 +54,104 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "attempt": manifest.attempt,
         "step": manifest.step,
         "time": manifest.time,
-        "world_size": manifest.world_size,
-        "placement": manifest.placement,
-        "versions": dict(manifest.versions),
-        "items": [{"name": item.name, "kind": item.kind, "type": item.type} for item in manifest.items],
-        "meshes": [
-            {"name": mesh.name, "axes": list(mesh.axes), "sizes": list(mesh.sizes), "ranks": pack_runs(mesh.ranks)}
-            for mesh in manifest.meshes
-        ],
-        "layouts": [{"mesh": one.mesh, "placements": list(one.placements)} for one in manifest.layouts],
-        "layout_text": manifest.layout_text,
+        **_frame_members(manifest),
         "bases": [{"uri": base.uri, "digest": base.digest} for base in manifest.bases],
         "index": [{**_file(entry.file), "first": entry.first, "last": entry.last} for entry in manifest.index],
         "fragments": [_file(file) for file in manifest.fragments],
-        "tied": [[list(one) for one in group] for group in manifest.tied],
+        "tied": _tied_members(manifest),
         "values": encode_pointers(manifest.values, where="replicated values"),
     }
     data = seal(record, where="manifest")
     decode_manifest(data, path="manifest about to be written")
     return data
+
+
+def _frame_members(frame: Frame) -> dict[str, object]:
+    return {
+        "world_size": frame.world_size,
+        "placement": frame.placement,
+        "versions": dict(frame.versions),
+        "items": [{"name": item.name, "kind": item.kind, "type": item.type} for item in frame.items],
+        "meshes": [
+            {"name": mesh.name, "axes": list(mesh.axes), "sizes": list(mesh.sizes), "ranks": pack_runs(mesh.ranks)}
+            for mesh in frame.meshes
+        ],
+        "layouts": [{"mesh": one.mesh, "placements": list(one.placements)} for one in frame.layouts],
+        "layout_text": frame.layout_text,
+    }
+
+
+def _tied_members(frame: Frame) -> list[object]:
+    return [[list(one) for one in group] for group in frame.tied]
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The members of a frame, sealed like a manifest, for other processes of one job; `decode_frame` takes what this returns.
+
+    Raises what `decode_frame` raises for a member that no reader of a manifest would take.
+    """
+    record = {"format": FRAME, "version": FORMAT_VERSION, **_frame_members(frame), "tied": _tied_members(frame)}
+    data = seal(record, where="frame")
+    decode_frame(data, path="frame of a manifest about to be written")
+    return data
+
+
+def decode_frame(data: bytes, *, path: str) -> Frame:
+    """What `encode_frame` encoded. `path` is for messages. Raises as `decode_manifest`."""
+    check_seal(data, where=path)
+    members = Members(parse(data, where=path), where=path)
+    check_version(members, FRAME)
+    frame = _frame(members)
+    members.take("digest")
+    members.close()
+    return frame
+
+
+def _frame(members: Members) -> Frame:
+    meshes = tuple(_meshes(members))
+    return Frame(
+        world_size=members.integer("world_size", low=1, high=MAX_WRITERS),
+        placement=_one_of(members, "placement", _PLACEMENTS),
+        versions=_versions(members),
+        items=_items(members),
+        meshes=meshes,
+        layouts=_layouts(members, meshes),
+        tied=_tied(members),
+        layout_text=_optional_text(members, "layout_text"),
+    )
+
+
+def manifest_in(
+    frame: Frame,
+    *,
+    attempt: str,
+    step: int | None,
+    time: float,
+    index: tuple[IndexEntry, ...],
+    fragments: tuple[FileDigest, ...],
+    values: Value,
+    bases: tuple[Base, ...] = (),
+    requires: tuple[str, ...] = (),
+) -> Manifest:
+    """The manifest of one save with this frame."""
+    return Manifest(
+        world_size=frame.world_size,
+        placement=frame.placement,
+        versions=frame.versions,
+        items=frame.items,
+        meshes=frame.meshes,
+        layouts=frame.layouts,
+        tied=frame.tied,
+        layout_text=frame.layout_text,
+        attempt=attempt,
+        step=step,
+        time=time,
+        index=index,
+        fragments=fragments,
+        values=values,
+        bases=bases,
+        requires=requires,
+    )
 
 
 def _file(file: FileDigest) -> dict[str, object]:
@@ -91,23 +173,15 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     unknown = sorted(set(requires) - FEATURES)
     if unknown:  # [UCF-73]
         raise Unsupported(f"{path}: requires {', '.join(unknown)}, which this release does not know")
-    meshes = tuple(_meshes(members))
-    manifest = Manifest(
+    manifest = manifest_in(
+        _frame(members),
         attempt=members.text("attempt"),
         step=_step(members),
         time=_time(members),
-        world_size=members.integer("world_size", low=1, high=MAX_WRITERS),
-        placement=_one_of(members, "placement", _PLACEMENTS),
-        versions=_versions(members),
-        items=_items(members),
-        meshes=meshes,
-        layouts=_layouts(members, meshes),
         index=_index(members),
         fragments=_fragments(members),
         values=decode_pointers(members.take("values"), where=f"{path}/values"),
-        tied=_tied(members),
         bases=_bases(members),
-        layout_text=_optional_text(members, "layout_text"),
         requires=requires,
     )
     members.take("digest")

@@ -154,28 +154,35 @@ class Item:
     type: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """`checkpoint.json`: the record that makes a folder a checkpoint. [UCF-70]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The members of a manifest that all saves of one structure by one release have in common. `tied` lists groups of (item,
+    name) that are one tensor in memory."""
 
-    `step` counts completed optimizer steps; `time` is seconds since 1970 UTC. `tied` lists groups of (item, name)
-    that are one tensor in memory. `values` maps the JSON pointer of each replicated value to it.
-    """
-
-    attempt: str
-    step: int | None
-    time: float
     world_size: int
     placement: Placement
     versions: tuple[tuple[str, str], ...]
     items: tuple[Item, ...]
     meshes: tuple[Mesh, ...]
     layouts: tuple[Layout, ...]
+    tied: tuple[tuple[tuple[str, str], ...], ...] = ()
+    layout_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Frame):
+    """`checkpoint.json`: the record that makes a folder a checkpoint. [UCF-70]
+
+    `step` counts completed optimizer steps; `time` is seconds since 1970 UTC. `values` maps the JSON pointer of each replicated
+    value to it.
+    """
+
+    attempt: str
+    step: int | None
+    time: float
     index: tuple[IndexEntry, ...]
     fragments: tuple[FileDigest, ...]  # by writer
     values: Value
-    tied: tuple[tuple[tuple[str, str], ...], ...] = ()
     bases: tuple[Base, ...] = ()
-    layout_text: str | None = None
     requires: tuple[str, ...] = ()
     version: int = field(default=FORMAT_VERSION)

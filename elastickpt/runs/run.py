@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
+from elastickpt.commit.destination import RunDestination
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.names import AttemptId, step_number
@@ -48,7 +49,6 @@ from elastickpt.runs.run_team import call_of, met, new_purpose
 from elastickpt.runs.trace import trace_in
 from elastickpt.runs.trainer_address import claimer
 from elastickpt.runs.upkeep import Upkeep
-from elastickpt.saving.destination import RunDestination
 from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.info import CheckpointInfo
 from elastickpt.saving.saver import Saver

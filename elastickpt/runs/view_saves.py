@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
+from elastickpt.commit.destination import RunDestination
 from elastickpt.errors import CheckpointError
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.records import Adopted
@@ -20,7 +21,6 @@ from elastickpt.ranks.teams import end_team
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Every, Measured
 from elastickpt.runs.run import Run
-from elastickpt.saving.destination import RunDestination
 from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.info import CheckpointInfo
 from elastickpt.saving.saver import Saver

@@ -7,17 +7,14 @@ free --reserve--> taken --stage--> filled --submitted, written, or given up--> f
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from elastickpt.errors import SaveSkipped
-from elastickpt.saving.staging import Stager
+from elastickpt.ranks.workers import Pool
+from elastickpt.saving.staging import Stager, slices_of
 from elastickpt.training.gates import Beside, Copies
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.prepared import Prepared
-
-KNOWN_PLANS = 4  # as many as structures
 
 Forget = Callable[[Arena], None]
 
@@ -28,13 +25,12 @@ class Slot:
     `forget` tells the writer of an arena that is given up.
     """
 
-    def __init__(self, pool: Arenas, *, threads: int, forget: Forget, beside: Beside) -> None:
+    def __init__(self, pool: Arenas, *, copiers: Pool | None, forget: Forget, beside: Beside) -> None:
         self._pool = pool
-        self._threads = threads
+        self._copiers = copiers
         self._forget = forget
         self._beside = beside
         self._arena: Arena | None = None
-        self._stagers: OrderedDict[str, Stager] = OrderedDict()  # by the digest of their plan
         self._fitted: Stager | None = None
         self._copies: dict[str, Copies] = {}
         self.taken = False
@@ -45,21 +41,21 @@ class Slot:
             raise ValueError("nothing was staged here")
         return self._arena
 
-    def fit(self, prepared: Prepared) -> None:
+    @property
+    def lent(self) -> bool:
+        """Whether a writer reads its arena."""
+        return self._arena is not None and self._arena.lent
+
+    def fit(self, stager: Stager) -> None:
         """The arena is there, empty, and as large as the plan needs. Raises NoSpace, and Refused while a writer reads it."""
-        arena = self._arena
+        arena, prepared = self._arena, stager.prepared
         if arena is not None and (arena.retired or arena.nbytes < prepared.arena_nbytes):
             self.drop()
             arena = None
         if arena is None:
             self._arena = arena = Arena.create(prepared.arena_nbytes)
-        if prepared.digest not in self._stagers:
-            self._stagers[prepared.digest] = Stager(prepared, arena, threads=self._threads)
-            while len(self._stagers) > KNOWN_PLANS:
-                self._stagers.popitem(last=False)[1].close()
         arena.empty()
-        self._stagers.move_to_end(prepared.digest)
-        self._fitted = self._stagers[prepared.digest]
+        self._fitted = stager
 
     def stage(self, number: int, held: Sequence[HeldArray]) -> Copies | None:
         """Copies a round of the plan that fits; what goes on beside training, if anything does. The device's own copies come
@@ -70,19 +66,19 @@ class Slot:
         devices = [self._beside.device(one) for one in held]
         first = next(filter(None, devices), None)
         if first is None:
-            stager.stage(number, held)
+            stager.stage(self.arena, number, held, (), self._copiers)
             return None
         skip = frozenset(array for array, device in enumerate(devices) if device == first)
         if first not in self._copies:
             self._copies[first] = self._beside.copies(self.arena.memory, first)
         copies = self._copies[first]
         copies.begin()
-        for one in stager.slices(number):
+        for one in slices_of(stager.prepared, self.arena, number):
             if one.piece.array in skip:
                 local = tuple(slice(low, high) for low, high in zip(one.piece.local.start, one.piece.local.stop, strict=True))
                 copies.copy(held[one.piece.array].tensor[local], one.at.start, one.into)
         copies.end()
-        stager.stage(number, held, skip)
+        stager.stage(self.arena, number, held, skip, self._copiers)
         return copies
 
     def copies_nothing_beside(self, held: Sequence[HeldArray]) -> bool:
@@ -95,9 +91,6 @@ class Slot:
 
     def drop(self) -> None:
         """Gives the arena up."""
-        for stager in self._stagers.values():
-            stager.close()
-        self._stagers.clear()
         self._fitted = None
         for copies in self._copies.values():
             copies.close()
@@ -114,7 +107,8 @@ class Arenas:
     def __init__(self, count: int, *, threads: int, forget: Forget, beside: Beside) -> None:
         self._changed = threading.Condition()
         self._closed = False
-        self._slots = [Slot(self, threads=threads, forget=forget, beside=beside) for _ in range(count)]
+        self._copiers = Pool("elastickpt-stage", threads) if threads > 1 else None
+        self._slots = [Slot(self, copiers=self._copiers, forget=forget, beside=beside) for _ in range(count)]
 
     def reserve(self, *, limit_s: float) -> Slot:
         """A free slot. Blocking, at most `limit_s`; then raises SaveSkipped."""
@@ -134,6 +128,7 @@ class Arenas:
             slot.taken = False
             if self._closed:
                 slot.drop()
+                self._end_copiers()
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -143,3 +138,8 @@ class Arenas:
             for slot in self._slots:
                 if not slot.taken:
                     slot.drop()
+            self._end_copiers()
+
+    def _end_copiers(self) -> None:
+        if self._copiers is not None and not any(slot.taken for slot in self._slots):
+            self._copiers.close()

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, SupportsIndex
 
+from elastickpt.commit.destination import PathDestination
 from elastickpt.ranks.process_group import job_group
-from elastickpt.saving.destination import PathDestination
 from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.options import DEFAULT, AsyncOptions
 from elastickpt.saving.request import PlacementChoice, Replicas, Request, step_of

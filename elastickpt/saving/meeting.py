@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgpack
 
+from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
 from elastickpt.ranks.team import Team
@@ -27,7 +28,7 @@ class Writer(Protocol):
 
     def submit(self, staged: StagedRound, arena: Arena) -> Submission: ...
 
-    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission: ...
+    def withdraw(self, attempt: Attempt, failure: CheckpointError) -> Submission: ...
 
     def cancel(self, submission: Submission) -> None: ...
 

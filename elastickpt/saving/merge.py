@@ -9,15 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from elastickpt.commit.contents import Outline
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.keys import array_keys
-from elastickpt.format.records import Item, Layout
+from elastickpt.format.records import ArrayRecord, Frame, Item, Layout
+from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.placement import cuts_of
 from elastickpt.layout.replicas import MIN_SPLIT_NBYTES
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.saving.structure import HeldEntry, StructureTable
+
+Attributes = tuple[tuple[str, Value], ...]
+AXIS_ORDER = "axis_order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +47,12 @@ class SharedArray:
 
 
 @dataclass(frozen=True, slots=True)
-class MergedArray:
-    """One array of the whole job, for the index."""
-
-    entry: HeldEntry
-    key: str
-    chunk_shape: tuple[int, ...]
-    layout: int | None
-    order: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class MergedStructure:
-    """The whole job's structure; `shared` are what the ranks of each table learn, by table. `file_parts`: of how many pairs of
-    a chunk file and a rank that writes into it a save consists, at most. `compares`: contents are compared in every save."""
+    """The whole job's structure: the outline of its checkpoints. `shared` are what the ranks of each table learn, by table.
+    `file_parts`: of how many pairs of a chunk file and a rank that writes into it a save consists, at most. `compares`:
+    contents are compared in every save."""
 
-    arrays: Mapping[ArrayId, MergedArray]
-    meshes: tuple[Mesh, ...]
-    layouts: tuple[Layout, ...]
-    items: tuple[Item, ...]
-    tied: tuple[tuple[tuple[str, str], ...], ...]
+    outline: Outline
     shared: tuple[tuple[SharedArray, ...], ...]
     file_parts: int
     compares: bool
@@ -77,8 +68,10 @@ class _Holding:
     ranks: tuple[int, ...]
 
 
-def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) -> MergedStructure:
-    """Joins distinct tables; `ranks[t]` are the ranks with table t, in order.
+def merge(
+    tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], *, versions: tuple[tuple[str, str], ...] = ()
+) -> MergedStructure:
+    """Joins distinct tables; `ranks[t]` are the ranks with table t, in order. `versions` of what writes are for people.
 
     Raises StructureConflict naming the array, what each rank has, and the ranks.
     """
@@ -92,7 +85,7 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
     heads = _group_heads(holdings)
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
-    arrays: dict[ArrayId, MergedArray] = {}
+    arrays: list[ArrayRecord] = []
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
     file_parts, compares = 0, False
     for identity, found in holdings.items():
@@ -104,7 +97,8 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
             layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
         grid = _grid(first)
         axes = next((holding.entry.order for holding in found if holding.entry.order), ())
-        arrays[identity] = MergedArray(first.entry, keys[identity], grid, layout, axes)
+        attributes = with_order(first.entry.attributes, axes)
+        arrays.append(ArrayRecord(first.entry.spec, keys[identity], grid, layout, (), attributes))
         groups = _groups(identity, found)
         primary = groups[0]
         inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
@@ -124,16 +118,24 @@ def merge(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]]) ->
                     identity in heads,
                     axes,
                 )
-    return MergedStructure(
-        arrays,
-        tuple(meshes),
-        tuple(layouts),
-        _items(tables, ranks, order),
-        _ties(tables, order),
-        tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True)),
-        file_parts,
-        compares,
+    frame = Frame(
+        world_size=sum(map(len, ranks)),
+        placement="plain",
+        versions=versions,
+        items=_items(tables, ranks, order),
+        meshes=tuple(meshes),
+        layouts=tuple(layouts),
+        tied=_ties(tables, order),
     )
+    by_table = tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True))
+    outline = Outline(frame, tuple(sorted(arrays, key=lambda record: record.key)))
+    return MergedStructure(outline, by_table, file_parts, compares)
+
+
+def with_order(attributes: Attributes, order: Sequence[int]) -> Attributes:
+    """An array's attributes in the index: its own, and the order of its axes in memory if it is another than their own.
+    [UCF-107]"""
+    return (*attributes, (AXIS_ORDER, list(order))) if order else attributes
 
 
 @dataclass(frozen=True, slots=True)

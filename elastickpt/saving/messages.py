@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import msgpack
 
+from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import Refused, StructureConflict
 from elastickpt.format.digest import file_digest
 from elastickpt.format.records import FileDigest
@@ -66,21 +67,41 @@ class Verdict:
         return cls(structure, known, sends, differing, seats, compared, drifted, opened)
 
 
-@dataclass(frozen=True, slots=True)
-class Attested:
-    """What one rank wrote: its fragment file, bytes of arrays, and the replicated values asked of it as typed JSON text."""
+TypedValues = tuple[tuple[str, str], ...]  # by JSON pointer, as typed JSON text
 
-    file: FileDigest
-    nbytes: int
-    values: tuple[tuple[str, str], ...]
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a member is told of the attempt that member 0 opened: the replicated values `wanted` of it, and whether any are
+    wanted of others than member 0."""
+
+    attempt: Attempt
+    wanted: tuple[str, ...]
+    gathers: bool
 
     def encode(self) -> bytes:
-        return bytes(msgpack.packb(((self.file.path, self.file.nbytes, self.file.digest), self.nbytes, self.values)))
+        return bytes(msgpack.packb((self.attempt.fields(), self.wanted, self.gathers)))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Opened:
+        fields, wanted, gathers = msgpack.unpackb(data, use_list=False)
+        return cls(Attempt.of(fields), wanted, gathers)
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """What one rank wrote: its fragment file, and the replicated values asked of it as typed JSON text."""
+
+    file: FileDigest
+    values: TypedValues
+
+    def encode(self) -> bytes:
+        return bytes(msgpack.packb(((self.file.path, self.file.nbytes, self.file.digest), self.values)))
 
     @classmethod
     def decode(cls, data: bytes) -> Attested:
-        file, nbytes, values = msgpack.unpackb(data, use_list=False)
-        return cls(FileDigest(*file), nbytes, values)
+        file, values = msgpack.unpackb(data, use_list=False)
+        return cls(FileDigest(*file), values)
 
 
 def structure_id(ranks: Sequence[int], tables: Sequence[str]) -> str:

@@ -12,11 +12,12 @@ from elastickpt.format.arrays import Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.keys import chunk_file
+from elastickpt.format.records import ArrayRecord
 from elastickpt.layout.algebra import relative
 from elastickpt.layout.grid import chunk_nbytes, runs_of
 from elastickpt.layout.placement import replica_ranks
 from elastickpt.layout.replicas import share_of
-from elastickpt.saving.merge import SharedArray
+from elastickpt.saving.merge import SharedArray, with_order
 from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPiece, WritePlan
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, ran
         if fact.writes:
             files.extend(_files_of(number, array, fact, own_boxes(array, group, rank=rank)))
     return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
+
+
+def records_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray]) -> tuple[ArrayRecord, ...]:
+    """The held arrays as the index will list them, as far as their documents need it (writers and layout are not in those)."""
+    return tuple(
+        ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), with_order(held.attributes, fact.order))
+        for held, fact in zip(arrays, shared, strict=True)
+    )
 
 
 def replicas_of(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[tuple[int, ...], ...]:

@@ -19,29 +19,33 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, TypeVar
 
+from elastickpt.commit.attempt import Committed
+from elastickpt.commit.destination import Destination, leave_place, take_place
 from elastickpt.commit.draft import ended
-from elastickpt.commit.orders import Committed
 from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped
 from elastickpt.ranks.process_group import Group
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.teams import end_team, team_of
 from elastickpt.ranks.workers import Worker
-from elastickpt.saving import under_way
 from elastickpt.saving.arenas import Arenas, Slot
-from elastickpt.saving.background import Background
-from elastickpt.saving.destination import Destination
+from elastickpt.saving.beside import Beside
 from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.meeting import Writers
 from elastickpt.saving.options import AsyncOptions
 from elastickpt.saving.outcome import info_of
-from elastickpt.saving.plans import Known, Plans
 from elastickpt.saving.propose import propose
 from elastickpt.saving.request import Request
-from elastickpt.saving.task import Ordered, Task, Times
-from elastickpt.training.gates import Beside, Cuda, StepGate
+from elastickpt.saving.save_states import Event
+from elastickpt.saving.staging import Stager
+from elastickpt.saving.structures import KNOWN
+from elastickpt.saving.task import Task, Times
+from elastickpt.training.gates import Beside as DeviceCopies
+from elastickpt.training.gates import Cuda, StepGate
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.submissions import Submission
+from elastickpt.writer.prepared import Prepared
+from elastickpt.writer.share import Share
+from elastickpt.writer.submissions import StagedRound, Submission
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,17 +62,16 @@ class Saver:
     all ranks. All ranks call `save` in the same order, from one thread.
     """
 
-    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, beside: Beside | None = None) -> None:
+    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, copies: DeviceCopies | None = None) -> None:
         self._owner = os.getpid()
         self._rank, self._world_size = group.rank, group.world_size
         self._meet, self._end_team = _meeting(group, purpose, options)
         self._options = options
-        self._beside = beside or Cuda()
+        self._copies = copies or Cuda()
         self._gate = StepGate()
         self._writers = Writers(options)
-        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._beside)
-        self._plans = Plans(arena_nbytes=options.arena_nbytes)
-        self._background = Background(self._meet, self._writers, self._plans, self._ended)
+        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._copies)
+        self._beside = Beside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
         self._rounds = Worker("elastickpt-rounds")
         self._endings = Worker("elastickpt-endings")
         self._open: set[Task] = set()
@@ -109,14 +112,13 @@ class Saver:
         try:
             then = self._prepare(task, state, mesh)
             task.times.staged = time.perf_counter()
-            self._rounds.put(lambda: self._background.carry_out(task))
+            self._rounds.put(lambda: self._beside.carry_out(task))
             left = True
             then()
         except BaseException as error:  # an interrupt
             task.interrupt(_as_exception(error))
-            if not left:  # the other ranks find out by silence
-                task.give_up_slot()
-                self._end(task, None, error, time.perf_counter())
+            if not left:
+                self._beside.fail(task, Event.INTERRUPTED, error)
             raise
         return task.handle
 
@@ -147,32 +149,33 @@ class Saver:
         left to the rounds, in which all ranks learn of it."""
         try:
             task.destination.require_accepted()
-            under_way.begin(task.destination.place)
+            take_place(task.destination.place)
             task.marked = True
             task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
             self._require_decisions(task)
             task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
             arrays = task.proposal.live.arrays
-            known = self._plans.of(task.proposal.digest)
-            if known is None or len(known.prepared.rounds) > 1:
+            known = KNOWN.to_stage_by(self, task.proposal.table.digest)
+            stager = None if known is None else known.stager(self._options.arena_nbytes)
+            if known is None or stager is None or len(stager.prepared.rounds) > 1:
                 return lambda: self._stage_together(task, arrays)
             slot = task.slot
-            slot.fit(known.prepared)
-            task.hashed = known.structure.hashed(known.id, task.proposal.live, task.request, rank=self._rank)
+            slot.fit(stager)
+            task.hashed = known.hashed(arrays, task.request)
             task.known = known
-            if self._writes_meanwhile(known) and slot.copies_nothing_beside(arrays):
+            if self._writes_meanwhile(stager.prepared) and slot.copies_nothing_beside(arrays):
                 task.staged.set_running_or_notify_cancel()
                 return lambda: self._stage_meanwhile(task, slot, arrays)
             self._stage(task, slot, arrays)
             task.staged.set_result(None)
         except Exception as error:
-            task.failure = error
+            self._beside.fail(task, Event.FAILED, error)
         return _nothing
 
-    def _writes_meanwhile(self, known: Known) -> bool:
+    def _writes_meanwhile(self, prepared: Prepared) -> bool:
         """Whether what is staged is written while the rest is: by a process, as a thread would wait for this one, and of what
         takes longer to copy than the ranks to agree."""
-        return self._options.executor == "process" and known.prepared.arena_nbytes >= MEANWHILE_NBYTES
+        return self._options.executor == "process" and prepared.arena_nbytes >= MEANWHILE_NBYTES
 
     def _stage_meanwhile(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
         """Copies, and says on the way how far. What fails is said by the writer, as the attempt may be open by now."""
@@ -205,37 +208,37 @@ class Saver:
         Where they take longer than training may wait, this rank gives the save up, and all ranks skip it. [SAVE-104]
         """
         try:
-            known = self._of_the_rounds(task.agreed)
-            if known is None:
+            stager = self._of_the_rounds(task.agreed)
+            if stager is None:
                 return
-            if len(known.prepared.rounds) == 1:
+            if len(stager.prepared.rounds) == 1:
                 if task.slot is None:
                     raise Refused("no arena was reserved")
-                task.slot.fit(known.prepared)
+                task.slot.fit(stager)
                 self._stage(task, task.slot, arrays)
                 task.times.staged = time.perf_counter()
                 task.staged.set_result(None)
         except BaseException as error:
             task.staged.set_exception(failure := _as_exception(error))
-            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, failure))
+            task.open.add_done_callback(lambda share: self._withdraw(task, share, failure))
             if not isinstance(error, Exception):
                 raise
         else:
-            if len(known.prepared.rounds) > 1:
-                self._stage_ordered(task, arrays)
+            if len(stager.prepared.rounds) > 1:
+                self._stage_open(task, stager, arrays)
 
-    def _stage_ordered(self, task: Task, arrays: Sequence[HeldArray]) -> None:
+    def _stage_open(self, task: Task, stager: Stager, arrays: Sequence[HeldArray]) -> None:
         """Stages all rounds once the attempt is open, which nobody else hands to the writer."""
         try:
-            ordered = self._of_the_rounds(task.ordered)
+            share = self._of_the_rounds(task.open)
         except BaseException as error:
             failure = _as_exception(error)
-            task.ordered.add_done_callback(lambda opened: self._withdraw(task, opened, failure))
+            task.open.add_done_callback(lambda share: self._withdraw(task, share, failure))
             if not isinstance(error, Exception):
                 raise
         else:
-            if ordered is not None:
-                self._stage_rounds(task, ordered, arrays)
+            if share is not None:
+                self._stage_rounds(task, share, stager, arrays)
 
     def _of_the_rounds(self, found: Future[T]) -> T | None:
         """What came of them; None if the save failed there, as its handle says. Blocking, at most `stall_limit_s`; then raises
@@ -245,29 +248,29 @@ class Saver:
             raise SaveSkipped(f"the ranks did not agree within {limit_s:g} s, for which training would have had to wait")
         return None if found.exception() is not None else found.result()
 
-    def _withdraw(self, task: Task, opened: Future[Ordered], error: BaseException) -> None:
+    def _withdraw(self, task: Task, opened: Future[Share], error: BaseException) -> None:
         if opened.exception() is None:
-            self._background.withdraw(task, opened.result(), error)
+            self._beside.fail(task, Event.NOT_STAGED, error)
 
-    def _stage_rounds(self, task: Task, ordered: Ordered, arrays: Sequence[HeldArray]) -> None:
-        prepared, slot, checksums = ordered.known.prepared, task.slot, b""
+    def _stage_rounds(self, task: Task, share: Share, stager: Stager, arrays: Sequence[HeldArray]) -> None:
+        prepared, slot, checksums = share.prepared, task.slot, b""
         last, submission = len(prepared.rounds) - 1, None
-        words = (ordered.path, last + 1, prepared.arena_nbytes)
+        words = (task.handle.path, last + 1, prepared.arena_nbytes)
         log.info("%s: in %d rounds of at most %d bytes, so training waits for all but one", *words)
         try:
             for number in range(last + 1):
                 if slot is None:
                     raise Refused("no arena was reserved")
-                slot.fit(prepared)
+                slot.fit(stager)
                 task.copies = slot.stage(number, arrays)
-                submission = self._background.submit(task, ordered, number, checksums)
+                submission = self._beside.submit(task, StagedRound(share, number, checksums))
                 task.times.staged = time.perf_counter()
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
-                    self._background.follow(task, ordered, submission)
+                    self._beside.follow(task, submission)
                     return
                 checksums += submission.result().checksums
         except BaseException as error:
-            self._background.withdraw(task, ordered, error, writing=submission)
+            self._beside.fail(task, Event.NOT_STAGED, error, writing=submission)
             if not isinstance(error, Exception):
                 raise
 
@@ -276,24 +279,21 @@ class Saver:
     def _forget(self, arena: Arena) -> None:
         self._writers.forget(arena)
 
-    def _ended(self, task: Task, ordered: Ordered | None, outcome: Committed | BaseException) -> None:
+    def _ended(self, task: Task, outcome: Committed | BaseException) -> None:
         at = time.perf_counter()
-        self._endings.put(lambda: self._end(task, ordered, outcome, at))
+        self._endings.put(lambda: self._end(task, outcome, at))
 
-    def _end(self, task: Task, ordered: Ordered | None, outcome: Committed | BaseException, at: float) -> None:
-        if ordered is not None:
-            ended(ordered.draft)
+    def _end(self, task: Task, outcome: Committed | BaseException, at: float) -> None:
+        if task.attempt is not None:
+            ended(task.attempt.draft)
         if task.marked:
-            under_way.end(task.destination.place)
+            leave_place(task.destination.place)
         if isinstance(outcome, SaveSkipped):
             self._skipped += 1
             log.warning("%s: skipped (%d so far): %s", task.handle.path, self._skipped, outcome)
         elif isinstance(outcome, BaseException):
             log.error("%s: not saved: %s", task.handle.path, outcome)
-        if isinstance(outcome, Committed) and ordered is not None:
-            task.handle.end(info_of(task, ordered, outcome, at))
-        else:
-            task.handle.end(outcome if isinstance(outcome, BaseException) else CheckpointError("ended without an attempt"))
+        task.handle.end(info_of(task, outcome, at) if isinstance(outcome, Committed) else outcome)
         with self._changed:
             self._open.discard(task)
             self._changed.notify_all()

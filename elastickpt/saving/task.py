@@ -6,18 +6,19 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastickpt.commit.draft import Draft
-from elastickpt.commit.orders import Order
+from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.destination import Destination
 from elastickpt.saving.arenas import Slot
-from elastickpt.saving.destination import Destination
 from elastickpt.saving.drift import Hashed
 from elastickpt.saving.handle import SaveHandle
-from elastickpt.saving.plans import Known
+from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.propose import Proposal
 from elastickpt.saving.request import Request
-from elastickpt.storage.store import Durability
+from elastickpt.saving.save_states import Progress
+from elastickpt.saving.staging import Stager
+from elastickpt.saving.structures import KnownStructure
 from elastickpt.training.gates import Copies
-from elastickpt.writer.submissions import StagedRound
+from elastickpt.writer.share import Share
 
 
 @dataclass(slots=True)
@@ -28,25 +29,6 @@ class Times:
     staged: float = 0.0  # also the end of the stall
     submitted: float = 0.0
     written: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ordered:
-    """An attempt that exists, with all that a writer needs to write and commit this rank's part."""
-
-    known: Known
-    store: str
-    draft: Draft
-    durability: Durability
-    template: bytes
-    order: Order
-    path: str
-    notes: tuple[str, ...]
-
-    def round(self, number: int, checksums: bytes) -> StagedRound:
-        """Round `number`, after rounds with these checksums."""
-        prepared = self.known.prepared
-        return StagedRound(prepared, number, self.store, self.draft, self.durability, self.template, checksums, self.order)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,16 +42,24 @@ class Task:
     request: Request
     times: Times
     number: int  # of the saves of this saver, from 1
+    progress: Progress = field(default_factory=Progress)
     proposal: Proposal | None = None
-    failure: Exception | None = None
+    failure: BaseException | None = None
     slot: Slot | None = None
-    known: Known | None = None  # staged by it, or being staged
+    known: KnownStructure | None = None  # staged by it, or being staged
     hashed: Hashed | None = None  # before that: what is compared with other ranks
     marked: bool = False  # its destination is taken
     copies: Copies | None = None
-    agreed: Future[Known] = field(default_factory=Future)
+    pipeline: Pipeline | None = None  # once the ranks talk about it
+    agreed: Future[Stager] = field(default_factory=Future)  # what it is to stage by
     staged: Future[None] = field(default_factory=Future)
-    ordered: Future[Ordered] = field(default_factory=Future)  # for who stages in rounds, and so submits by himself
+    open: Future[Share] = field(default_factory=Future)  # for who stages in rounds, and so submits by himself
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """Once it is open."""
+        opened = getattr(self.pipeline, "opened", None)
+        return None if opened is None else opened.attempt
 
     def give_up_slot(self) -> None:
         """Its arena is free again, once no copies into it are on their way. Blocking until then."""
@@ -90,7 +80,7 @@ class Task:
 
     def fail(self, error: BaseException) -> None:
         """Whoever waits for this save waits no longer."""
-        waited_for: tuple[Future[Any], ...] = (self.agreed, self.ordered)
+        waited_for: tuple[Future[Any], ...] = (self.agreed, self.open)
         for future in waited_for:
             if not future.done():
                 future.set_exception(error)

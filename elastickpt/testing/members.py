@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastickpt.commit.contents import Contents, Outline, encode_outline, encode_rest
+from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.contents import EncodedContents, decode_contents, encode_outline, encode_values
 from elastickpt.commit.draft import Draft, begin, new_draft
-from elastickpt.commit.orders import Order
-from elastickpt.format.encode_fragments import encode_fragments
-from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, OptimizerTable
+from elastickpt.format.records import FileDigest, OptimizerTable
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ranks.addresses import listen
 from elastickpt.saving.fragments import own_tables
 from elastickpt.saving.merge import MergedStructure, merge
-from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.plan import plan_writes, records_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import table_of
 from elastickpt.storage.local import LocalStore
@@ -27,11 +26,11 @@ from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import unwatched
-from elastickpt.writer.jobs import perform
 from elastickpt.writer.plans import documents_of
-from elastickpt.writer.prepared import Prepared, prepare
-from elastickpt.writer.rounds import BLOCK_NBYTES
+from elastickpt.writer.prepared import Prepared, WriterStructure, prepare
 from elastickpt.writer.seats import CANDIDATES, Limits, Seat, new_secret
+from elastickpt.writer.share import Share, write_whole_share
+from elastickpt.writer.staged import Staged
 from elastickpt.writer.submissions import StagedRound, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
@@ -59,23 +58,27 @@ class Member:
     tables: tuple[OptimizerTable, ...]
     arena: Arena
 
-    def staged(self, attempt: Attempt) -> StagedRound:
+    def staged(self, open: OpenAttempt) -> StagedRound:
         """Its round of the attempt, staged."""
-        stager = Stager(self.prepared, self.arena)
         self.arena.empty()
-        stager.stage(0, self.live.arrays)
-        template = FragmentMap(self.number, attempt.draft.attempt, BLOCK_NBYTES, (), (), self.tables, None)
-        order = Order(attempt.register, *(attempt.contents if self.number == 0 else (b"", b"")))
-        store = attempt.store
-        return StagedRound(self.prepared, 0, store.url, attempt.draft, "process", encode_fragments(template), order=order)
+        Stager(self.prepared).stage(self.arena, 0, self.live.arrays)
+        contents = decode_contents(open.contents) if self.number == 0 else None
+        structure = WriterStructure(self.prepared, None if contents is None else contents.outline)
+        values = {} if contents is None else contents.values
+        return StagedRound(Share(open.attempt, self.number, structure, self.tables, {}, values), 0)
 
 
 @dataclass(frozen=True)
-class Attempt:
+class OpenAttempt:
+    """An attempt with its store, and what its first committer knows beside."""
+
     store: Store
-    draft: Draft
-    register: AttemptId | None
-    contents: tuple[bytes, bytes]
+    attempt: Attempt
+    contents: EncodedContents
+
+    @property
+    def draft(self) -> Draft:
+        return self.attempt.draft
 
 
 class Job:
@@ -89,46 +92,32 @@ class Job:
         self.members = []
         for m, live in enumerate(lives):
             plan = plan_writes(live.arrays, shared, rank=m)
-            records = [
-                ArrayRecord(held.spec, fact.key, fact.chunk_shape, None, (), held.attributes)
-                for held, fact in zip(live.arrays, shared, strict=True)
-            ]
-            prepared = prepare(plan, documents_of(plan, records))
+            prepared = prepare(plan, documents_of(plan, records_of(live.arrays, shared)))
             tables = own_tables(live, shared, rank=m)
             self.members.append(Member(m, live, prepared, tables, Arena.create(prepared.arena_nbytes)))
 
-    def contents(self, step: int) -> tuple[bytes, bytes]:
-        merged = self.merged
-        arrays = tuple(
-            ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), a.entry.attributes)
-            for a in sorted(merged.arrays.values(), key=lambda shared: shared.key)
-        )
-        outline = Outline(len(self.members), "plain", (), merged.items, merged.meshes, merged.layouts, arrays, merged.tied)
-        return encode_outline(outline), encode_rest(Contents(outline, step, 1.5, self.values))
+    def contents(self) -> EncodedContents:
+        return EncodedContents(encode_outline(self.merged.outline), encode_values(self.values))
 
-    def attempt(self, path: Path, *, step: int = 1) -> Attempt:
+    def attempt(self, path: Path, *, step: int = 1) -> OpenAttempt:
         """A draft beside the path."""
         store = LocalStore(path.parent)
         draft = new_draft(path.name, pid=os.getpid())
         begin(store, draft)
-        return Attempt(store, draft, None, self.contents(step))
+        return OpenAttempt(store, Attempt(store.url, draft, "process", step=step, time=1.5), self.contents())
 
-    def attempt_in_run(self, store: Store, register: AttemptId) -> Attempt:
+    def attempt_in_run(self, store: Store, register: AttemptId) -> OpenAttempt:
         draft = Draft(register.folder, register.folder, secrets.token_hex(8))
         begin(store, draft)
-        return Attempt(store, draft, register, self.contents(register.step))
+        attempt = Attempt(store.url, draft, "process", register, (), register.step, 1.5)
+        return OpenAttempt(store, attempt, self.contents())
 
-    def write(self, attempt: Attempt) -> tuple[FileDigest, ...]:
+    def write(self, open: OpenAttempt) -> tuple[FileDigest, ...]:
         """Every member's share, written and attested here; the attestations."""
-        files = []
-        for member in self.members:
-            staged = member.staged(attempt)
-            job = Submission(1, staged, member.arena).write()
-            files.append(FileDigest(*perform(attempt.store, job, staged.prepared, member.arena, watch=unwatched).file))
-        return tuple(files)
+        return tuple(
+            write_whole_share(open.store, member.staged(open).share, Staged(member.arena, unwatched)) for member in self.members
+        )
 
-    def submit(self, attempt: Attempt, writers: Sequence[Writer]) -> list[Submission]:
+    def submit(self, open: OpenAttempt, writers: Sequence[Writer]) -> list[Submission]:
         """Every member's share, staged and handed to its writer."""
-        return [
-            writer.submit(member.staged(attempt), member.arena) for member, writer in zip(self.members, writers, strict=True)
-        ]
+        return [writer.submit(member.staged(open), member.arena) for member, writer in zip(self.members, writers, strict=True)]

@@ -6,10 +6,10 @@
     hears the verdict                   <- verdict --      to all that spoke of the attempt, and to all that ask later
 
 1. The committer is the first candidate that a member reaches. One that cannot be reached for `succession_s`, or that is silent
-   for `silence_s`, is passed over for the next; after the last a member gives the attempt up by itself (`settle.give_up`).
+   for `silence_s`, is passed over for the next; after the last a member gives the attempt up by itself (`outcome.give_up`).
 2. A candidate acts only while it is its own committer. As a member it passes on the verdicts that it hears.
 3. Attempts are decided one after the other, in the order in which this member enrolled them.
-4. Two committers at once are no harm: the attempt's register, or the name of its path, decides (`settle.py`).
+4. Two committers at once are no harm: the attempt's register, or the name of its path, decides (`outcome.py`).
 5. A member that lost its connection says everything open again. Nothing here is remembered by a writer that is revived: its
    trainer tells it again, and what was decided is found where it is decided.
 """
@@ -23,9 +23,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.settle import Patience
+from elastickpt.commit.outcome import Patience
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
@@ -52,7 +52,7 @@ Tell = Callable[[str, Verdict], None]
 class _Open:
     """An attempt that this member enrolled and that is not decided."""
 
-    case: Case
+    attempt: Attempt
     contents: Read
     said: Said = None
 
@@ -75,7 +75,7 @@ class Assembly:
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tallies: dict[str, Tally] = {}
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
-        self._strangers: dict[str, tuple[Case, float]] = {}
+        self._strangers: dict[str, tuple[Attempt, float]] = {}
         self._turned_at = time.monotonic()
         self._way = Way(seat, self._actor.selector)
         self._beaten_at = 0.0
@@ -84,9 +84,9 @@ class Assembly:
         self._closed = False
         self._actor.start()
 
-    def enroll(self, case: Case, contents: Read) -> None:
+    def enroll(self, attempt: Attempt, contents: Read) -> None:
         """This writer takes part in the attempt from now on. `contents` is called if it commits, by another thread."""
-        self._leave(lambda: self._enroll(case, contents))
+        self._leave(lambda: self._enroll(attempt, contents))
 
     def say(self, key: str, what: FileDigest | RankFailure) -> None:
         """This writer's last word on an attempt that it enrolled."""
@@ -154,17 +154,17 @@ class Assembly:
             self._way.excuse(now)
         self._turned_at = now
 
-    def _enroll(self, case: Case, contents: Read) -> None:
-        self._strangers.pop(case.key, None)
-        if case.key in self._open:
+    def _enroll(self, attempt: Attempt, contents: Read) -> None:
+        self._strangers.pop(attempt.id, None)
+        if attempt.id in self._open:
             return
-        if (known := self._verdicts.get(case.key)) is not None:  # told again by a trainer that had not heard
-            self._tell(case.key, known)
+        if (known := self._verdicts.get(attempt.id)) is not None:  # told again by a trainer that had not heard
+            self._tell(attempt.id, known)
             return
         if not self._open:
             self._way.excuse(time.monotonic())
-        entry = _Open(case, contents)
-        self._open[case.key] = entry
+        entry = _Open(attempt, contents)
+        self._open[attempt.id] = entry
         self._speak(entry)
 
     def _say(self, key: str, what: FileDigest | RankFailure) -> None:
@@ -178,14 +178,14 @@ class Assembly:
         if entry is None or not self._way.ends_here:  # the committer answers the others
             return
         lost = RankFailure(self._seat.ranks[self._seat.member], WriterLost.kind, "ended with why the attempt was aborted")
-        self._endings.find_out(entry.case, (lost,))
+        self._endings.find_out(entry.attempt, (lost,))
 
     def _speak(self, entry: _Open) -> None:
         """Says to the committer of now what is to be said of the attempt."""
         if self._way.ends_here:
-            self._count(self._seat.member, entry.case, entry.said)
+            self._count(self._seat.member, entry.attempt, entry.said)
         else:
-            self._way.send(encode_vote(entry.case, entry.said))
+            self._way.send(encode_vote(entry.attempt, entry.said))
 
     # -- the member ----------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Assembly:
             case Step.ENDED:
                 report = (RankFailure(self._seat.ranks[0], RankLost.kind, "no writer that could commit was reached"),)
                 for entry in list(self._open.values()):
-                    self._endings.give_up(entry.case, report)
+                    self._endings.give_up(entry.attempt, report)
             case _:
                 pass
 
@@ -211,38 +211,38 @@ class Assembly:
 
     def _hear_client(self, client: Client) -> None:
         for frame in self._clients.read(client):
-            case, said = decode_vote(frame.data)
-            if (known := self._verdicts.get(case.key)) is not None:
-                self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(case.key, known)))
+            attempt, said = decode_vote(frame.data)
+            if (known := self._verdicts.get(attempt.id)) is not None:
+                self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(attempt.id, known)))
             else:
-                client.cases[case.key] = case
-                self._count(client.member, case, said)
+                client.attempts[attempt.id] = attempt
+                self._count(client.member, attempt, said)
         if client.gone:
             self._lost(client, time.monotonic())
 
     def _lost(self, client: Client, now: float) -> None:
         """Nothing is heard by this connection any more; its member may have another one by now."""
-        for key in client.cases:
+        for key in client.attempts:
             if key in self._tallies and not self._clients.has(client.member, key):
                 self._tallies[key].lost(client.member, now=now)
 
-    def _count(self, member: int, case: Case, said: Said) -> None:
-        tally = self._tallies.get(case.key)
+    def _count(self, member: int, attempt: Attempt, said: Said) -> None:
+        tally = self._tallies.get(attempt.id)
         if tally is None:
             now = time.monotonic()
-            tally = self._tallies[case.key] = Tally(self._seat.ranks, now=now)
-            if case.key not in self._open:
-                self._strangers[case.key] = (case, now)
+            tally = self._tallies[attempt.id] = Tally(self._seat.ranks, now=now)
+            if attempt.id not in self._open:
+                self._strangers[attempt.id] = (attempt, now)
         tally.present(member)
         if said is not None:
             tally.said(member, said)
 
     def _take_in(self, now: float) -> None:
         """Attempts that others spoke of and that this member's trainer never told it of: they wait for a verdict."""
-        for key, (case, since) in list(self._strangers.items()):
+        for key, (attempt, since) in list(self._strangers.items()):
             if now - since >= self._seat.limits.missing_s:
                 rank = self._seat.ranks[self._seat.member]
-                self._enroll(case, lambda: None)
+                self._enroll(attempt, lambda: None)
                 self._say(key, RankFailure(rank, RankLost.kind, "its trainer is gone, and had not staged it"))
 
     def _act(self, now: float) -> None:
@@ -252,17 +252,17 @@ class Assembly:
         if self._endings.at_work or not self._way.ends_here or not self._open:
             return
         entry = next(iter(self._open.values()))
-        tally = self._tallies.get(entry.case.key)
+        tally = self._tallies.get(entry.attempt.id)
         if tally is None:
             return
         tally.passed_over([*range(self._seat.member), *self._clients.departed])
         match tally.next(now=now, missing_s=self._seat.limits.missing_s):
             case Finish(files):
-                self._endings.settle(entry.case, entry.contents, files)
+                self._endings.commit(entry.attempt, entry.contents, files)
             case Abort(report):
-                self._endings.give_up(entry.case, report)
+                self._endings.give_up(entry.attempt, report)
             case LookFor(members):
-                self._endings.look_for(entry.case, members, lambda found: self._looked_for(entry.case.key, found))
+                self._endings.look_for(entry.attempt, members, lambda found: self._looked_for(entry.attempt.id, found))
             case _:
                 pass
 

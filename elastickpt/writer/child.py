@@ -15,18 +15,15 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
 
-from elastickpt.commit.contents import outline_digest
 from elastickpt.ranks.frames import PeerGone
 from elastickpt.writer.messages import (
     ArenaHere,
     Hello,
     MarkHere,
     Message,
-    OutlineGone,
-    OutlineHere,
-    PlanGone,
-    PlanHere,
     SeatHere,
+    StructureGone,
+    StructureHere,
 )
 from elastickpt.writer.priority import IoPriority
 from elastickpt.writer.seats import Seat
@@ -35,7 +32,7 @@ from elastickpt.writer.wire import Wire
 
 _MAIN = Path(__file__).resolve().parent / "__main__.py"
 _SAID_NBYTES = 2000
-KNOWN = 4  # plans, and outlines, that a process keeps
+KNOWN = 4  # structures that a process keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,7 @@ class Child:
         self.ready = False
         self.heard_at = time.monotonic()
         self.arenas: set[int] = set()
-        self._plans: OrderedDict[str, None] = OrderedDict()
-        self._outlines: OrderedDict[str, None] = OrderedDict()
+        self._structures: OrderedDict[str, None] = OrderedDict()  # that it was sent, by digest
         self._seated = False
         self._errors = errors
 
@@ -112,24 +108,20 @@ class Child:
 
     def hand(self, submission: Submission) -> None:
         """It is told of the submission, and before of all that this names. Raises PeerGone."""
-        staged, arena, order = submission.staged, submission.arena, submission.staged.order
+        structure, arena = submission.structure, submission.arena
         if submission.mark is not None:
-            self.wire.send(MarkHere(staged.draft.attempt), descriptors=(submission.mark.fileno(),))
-        if order is not None and order.outline:
-            digest = outline_digest(order.outline)
-            if not _touch(self._outlines, digest):
-                self.wire.send(OutlineHere(digest, order.outline))
-            for old in _oldest(self._outlines):
-                self.wire.send(OutlineGone(old))
-        if submission.said is not None:
+            self.wire.send(MarkHere(submission.attempt.id), descriptors=(submission.mark.fileno(),))
+        if structure is not None and not _touch(self._structures, structure.digest):
+            self.wire.send(StructureHere(structure.digest, structure.prepared.encoded, structure.encoded_outline))
+        for old in _oldest(self._structures):
+            self.wire.send(StructureGone(old))
+        if submission.takes_part:
+            self.wire.send(submission.enroll())
+        if submission.said is not None or arena is None:
             return self.wire.send(submission.say())
-        if arena is not None and arena.number not in self.arenas:
+        if arena.number not in self.arenas:
             self.arenas.add(arena.number)
             self.wire.send(ArenaHere(arena.number, arena.nbytes), descriptors=(arena.descriptor,))
-        if not _touch(self._plans, staged.prepared.digest):
-            self.wire.send(PlanHere(staged.prepared.digest, staged.prepared.encoded))
-        for old in _oldest(self._plans):
-            self.wire.send(PlanGone(old))
         return self.wire.send(submission.write())
 
     def put_down(self, limit_s: float) -> bool:

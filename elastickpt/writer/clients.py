@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgpack
 
-from elastickpt.commit.cases import Case
+from elastickpt.commit.attempt import Attempt
 from elastickpt.ranks.frames import Connection, Frame, Kind
 from elastickpt.writer.seats import Seat
 
@@ -21,12 +21,12 @@ SEND_S = 5.0  # what a client that takes nothing is waited for; it comes back by
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """One connection; `member` is -1 until it has said hello. `cases` are the attempts that it spoke of, by key."""
+    """One connection; `member` is -1 until it has said hello. `attempts` are the attempts that it spoke of, by key."""
 
     connection: Connection
     member: int = -1
     gone: bool = False
-    cases: dict[str, Case] = field(default_factory=dict)
+    attempts: dict[str, Attempt] = field(default_factory=dict)
 
 
 class Clients:
@@ -86,7 +86,7 @@ class Clients:
     def silent(self, now: float) -> list[Client]:
         """Those that have something open and said nothing within the limit; they are dropped."""
         limit = self._seat.limits.silence_s
-        found = [one for one in self._all if one.cases and now - one.connection.heard_at > limit]
+        found = [one for one in self._all if one.attempts and now - one.connection.heard_at > limit]
         for client in found:
             self._drop(client)
         return found
@@ -98,13 +98,13 @@ class Clients:
 
     def has(self, member: int, key: str) -> bool:
         """Whether a connection of that member is there by which it spoke of the attempt."""
-        return any(client.member == member and key in client.cases for client in self._all)
+        return any(client.member == member and key in client.attempts for client in self._all)
 
     def that_spoke_of(self, key: str) -> Iterable[Client]:
         """Those who wait for the verdict on the attempt; they are taken to have it."""
-        found = [client for client in self._all if key in client.cases]
+        found = [client for client in self._all if key in client.attempts]
         for client in found:
-            del client.cases[key]
+            del client.attempts[key]
         return found
 
     def close(self) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from elastickpt.commit.cases import Case, Verdict
+from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.handed import find_attestation
-from elastickpt.commit.settle import STANDS, Patience, Standing, give_up, look, settle
+from elastickpt.commit.outcome import STANDS, Patience, Standing, commit, give_up, look
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.team import failure_of
@@ -44,76 +44,78 @@ class Endings:
         """Whether something was begun that has not ended."""
         return self._count > 0
 
-    def settle(self, case: Case, contents: Callable[[], Contents | None], files: tuple[FileDigest, ...]) -> None:
+    def commit(self, attempt: Attempt, contents: Callable[[], Contents | None], files: tuple[FileDigest, ...]) -> None:
         """All have attested: it is committed, or found so."""
 
         def act(store: Store) -> None:
             verdict: Verdict
             try:
-                verdict = settle(store, case, contents(), files, patience=self._patience)
+                verdict = commit(store, attempt, contents(), files, patience=self._patience)
             except STANDS as error:
                 verdict = self._report(error)
-            self._tell(case, verdict)
+            self._tell(attempt, verdict)
 
-        self._do(case, act)
+        self._do(attempt, act)
 
-    def give_up(self, case: Case, report: Report) -> None:
+    def give_up(self, attempt: Attempt, report: Report) -> None:
         """It is aborted, or found committed."""
-        self._do(case, lambda store: self._abort(store, case, report))
+        self._do(attempt, lambda store: self._abort(store, attempt, report))
 
-    def find_out(self, case: Case, report: Report) -> None:
+    def find_out(self, attempt: Attempt, report: Report) -> None:
         """It is looked whether it has ended; `report` is said of it if it was aborted."""
 
         def act(store: Store) -> None:
-            if look(store, case) is not Standing.OPEN:
-                self._abort(store, case, report)
+            if look(store, attempt) is not Standing.OPEN:
+                self._abort(store, attempt, report)
 
-        self._do(case, act)
+        self._do(attempt, act)
 
-    def look_for(self, case: Case, members: tuple[int, ...], found: Callable[[Mapping[int, FileDigest | None]], None]) -> None:
+    def look_for(
+        self, attempt: Attempt, members: tuple[int, ...], found: Callable[[Mapping[int, FileDigest | None]], None]
+    ) -> None:
         """`found` is told which of these members have attested in the draft."""
 
         def act(store: Store) -> None:
-            files = {member: find_attestation(store, case, member) for member in members}
+            files = {member: find_attestation(store, attempt, member) for member in members}
             self._leave(lambda: found(files))
 
-        self._do(case, act)
+        self._do(attempt, act)
 
     def stop(self) -> None:
         """Ends behind what was begun."""
         self._worker.stop()
 
-    def _do(self, case: Case, act: Callable[[Store], None]) -> None:
+    def _do(self, attempt: Attempt, act: Callable[[Store], None]) -> None:
         def done() -> None:
             self._count -= 1
 
         def work() -> None:
             try:
-                store = self._stores(case.store)
+                store = self._stores(attempt.store)
                 try:
                     act(store)
                 except Exception as error:
-                    self._abort(store, case, self._report(error))
+                    self._abort(store, attempt, self._report(error))
             except Exception as error:  # nothing can be done there
-                self._tell(case, self._report(error))
+                self._tell(attempt, self._report(error))
             finally:
                 self._leave(done)
 
         self._count += 1
         self._worker.put(work)
 
-    def _abort(self, store: Store, case: Case, report: Report) -> None:
+    def _abort(self, store: Store, attempt: Attempt, report: Report) -> None:
         verdict: Verdict
         try:
-            verdict = give_up(store, case, report, patience=self._patience)
+            verdict = give_up(store, attempt, report, patience=self._patience)
         except Exception as error:  # it is open still, unless it is committed: all are told what is known
             more = self._report(error)
             verdict = more if isinstance(error, STANDS) else tuple(dict.fromkeys((*report, *more)))
-            log.warning("%s: %s", case.where, error)
-        self._tell(case, verdict)
+            log.warning("%s: %s", attempt.where, error)
+        self._tell(attempt, verdict)
 
-    def _tell(self, case: Case, verdict: Verdict) -> None:
-        self._leave(lambda: self._decided(case.key, verdict))
+    def _tell(self, attempt: Attempt, verdict: Verdict) -> None:
+        self._leave(lambda: self._decided(attempt.id, verdict))
 
     def _report(self, error: Exception) -> Report:
         return (failure_of(error, self._rank),)

@@ -4,28 +4,29 @@
     Hello       first; how to behave                       Ready       answer to Hello: imported and waiting
     ArenaHere   with a descriptor: an arena to read from   Beat        each `beat_s`: alive
     ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's round written so far
-    PlanHere    a plan, by digest; sent once               Done        the round is written, and after the last one attested
-    PlanGone    no job will name it again                  Failed      the job ended; nothing more is done for it
+    StructureHere   what all saves of a structure share,   Done        the round is written, and after the last one attested
+                by digest; sent once
+    StructureGone   no job will name it again              Failed      the job ended; nothing more is done for it
     SeatHere    with a descriptor, if it listens: where
-                it sits among the job's writers            Decided     what became of the attempt of a job with an order
+                it sits among the job's writers            Decided     what became of the attempt of a job that enrolled
     MarkHere    with a descriptor: the mark of an attempt,
                 to be held until that is decided
-    OutlineHere what all saves of a structure share
-    OutlineGone no job will name it again
+    Enroll      before Write or Say: take part in the
+                decision of a job's attempt
     Write       a round of a job is staged, or begins to be:
                 write it
     Say         a job's attempt is attested, or failed
     Cancel      end the job as soon as may be
     Quit        end now, whatever is left
 
-1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives.
-2. A Write names only arenas and plans that came before it. From Write to its answer the writer reads of the arena what this
+1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives. 2. A Write names only
+arenas and structures that came before it. From Write to its answer the writer reads of the arena what this
    says is filled, and waits for more: the trainer may still be filling it.
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
 4. Bytes of a round that is not the last are as durable as asked when Done is sent, so that no later writer needs them again.
-5. After the last round of a job with an order, or its first that failed, or a Say, comes one Decided. A Say repeats what a
+5. After the last round of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
 6. When the connection or the trainer's process ends, the writer finishes the last rounds it was given, then ends; at the latest
    `lease_s` later. It ends no attempt before it is decided. Earlier rounds are dropped, and a round that was not staged to its
@@ -38,10 +39,8 @@ from dataclasses import dataclass, fields
 
 import msgpack
 
+from elastickpt.commit.attempt import AttemptFields
 from elastickpt.errors import Malformed
-from elastickpt.storage.store import Durability
-
-OrderFields = tuple[str, str, bytes, tuple[tuple[str, float], ...]] | tuple[()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +68,17 @@ class ArenaGone:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanHere:
-    plan: str
-    data: bytes
+class StructureHere:
+    """`plan` as `Prepared.encoded`, `outline` as `WriterStructure.encoded_outline`."""
+
+    structure: str
+    plan: bytes
+    outline: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class PlanGone:
-    plan: str
+class StructureGone:
+    structure: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,44 +99,38 @@ class MarkHere:
 
 
 @dataclass(frozen=True, slots=True)
-class OutlineHere:
-    outline: str
-    data: bytes
+class Enroll:
+    """`attempt` as `Attempt.fields` has it. `structure` by its digest, "" for none: whose outline, and `values`
+    (`contents.encode_values`), a committer needs."""
 
-
-@dataclass(frozen=True, slots=True)
-class OutlineGone:
-    outline: str
+    job: int
+    attempt: AttemptFields
+    structure: str
+    values: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """`draft` is (name, folder, attempt). `template` is a fragment map without pieces: writer, attempt, tables, values; `known`
-    are the checksums of all earlier rounds, as little-endian 64-bit integers; both are used in the last round. `order` is an
-    `Order` as (register, outline, rest, metrics), the outline by its digest, "" for none; () without an order."""
+    """`attempt` as `Attempt.fields` has it. `beside` as `Share.beside`; `known` are the checksums of all earlier rounds, as
+    little-endian 64-bit integers; both are used in the last round."""
 
     job: int
-    plan: str
+    attempt: AttemptFields
+    structure: str
     round: int
     arena: int
-    store: str
-    draft: tuple[str, str, str]
-    durability: Durability
-    template: bytes
+    member: int
+    beside: bytes
     known: bytes
     repeated: bool
-    order: OrderFields = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """`said` is an attestation as (path, nbytes, digest), or a failure as (kind, message)."""
+    """`said` of the attempt with this id is an attestation as (path, nbytes, digest), or a failure as (kind, message)."""
 
     job: int
-    store: str
-    draft: tuple[str, str, str]
-    durability: Durability
-    order: OrderFields
+    attempt: str
     said: tuple[str, int, str] | tuple[str, str]
 
 
@@ -183,21 +179,21 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """`verdict` as `cases.encode_verdict` encodes it."""
+    """`verdict` as `attempt.encode_verdict` encodes it."""
 
     job: int
     verdict: bytes
 
 
-Here = ArenaHere | PlanHere | SeatHere | MarkHere | OutlineHere
-Gone = ArenaGone | PlanGone | OutlineGone
-ToWriter = Hello | Here | Gone | Write | Say | Cancel | Quit
+Here = ArenaHere | StructureHere | SeatHere | MarkHere
+Gone = ArenaGone | StructureGone
+ToWriter = Hello | Here | Gone | Enroll | Write | Say | Cancel | Quit
 FromWriter = Ready | Beat | Progress | Done | Failed | Decided
 Message = ToWriter | FromWriter
 _TYPES: dict[str, type[Message]] = {
     cls.__name__: cls
     for cls in (
-        Hello, ArenaHere, ArenaGone, PlanHere, PlanGone, SeatHere, MarkHere, OutlineHere, OutlineGone, Write, Say, Cancel, Quit,
+        Hello, ArenaHere, ArenaGone, StructureHere, StructureGone, SeatHere, MarkHere, Enroll, Write, Say, Cancel, Quit,
         Ready, Beat, Progress, Done, Failed, Decided,
     )
 }  # fmt: skip

@@ -5,24 +5,24 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from elastickpt.commit.cases import Case, Verdict
+from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.commit.completing import completing
-from elastickpt.commit.contents import Contents, Outline, decode_outline, decode_rest
-from elastickpt.commit.draft import Draft
+from elastickpt.commit.contents import Contents, EncodedContents, decode_values
 from elastickpt.commit.handed import find_attestation, leave_contents
-from elastickpt.commit.settle import Patience, Standing, look
-from elastickpt.errors import CheckpointError, Malformed, RankFailure, Refused, WriterLost
+from elastickpt.commit.outcome import Patience, Standing, look
+from elastickpt.errors import CheckpointError, RankFailure, WriterLost
 from elastickpt.format.records import FileDigest
-from elastickpt.ledger.names import parse_id
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.assembly import Assembly
 from elastickpt.writer.carry import Watch
-from elastickpt.writer.jobs import perform
-from elastickpt.writer.messages import Done, Say, Write
-from elastickpt.writer.prepared import Prepared
+from elastickpt.writer.messages import Done, Enroll, Say, Write
+from elastickpt.writer.prepared import WriterStructure
 from elastickpt.writer.seats import Seat
+from elastickpt.writer.share import share_of, write_share
+from elastickpt.writer.staged import Staged
+from elastickpt.writer.submissions import done_of
 from elastickpt.writer.way import say_farewell
 
 Tell = Callable[[int, Verdict], None]
@@ -37,8 +37,7 @@ class Part:
         self._leaves_contents = seat.member == 0 and len(seat.candidates) > 1
         self._stores = stores
         self._tell_trainer = tell
-        self._jobs: dict[str, list[int]] = {}  # of an attempt: what is written of it, and its withdrawal
-        self._decoded: tuple[str, Outline] | None = None
+        self._enrolled: dict[str, _Enrolled] = {}
         self._marks: dict[str, socket.socket] = {}
         patience = Patience(limit_s=seat.limits.adopt_s)
         self._assembly = Assembly(seat, listener, stores, self._tell, patience=patience)
@@ -49,64 +48,59 @@ class Part:
         if earlier is not None:
             earlier.close()
 
-    def begin(self, job: Write | Say, outline: bytes) -> None:
-        """This writer takes part in the job's attempt from now on. Does not block."""
-        case = case_of(job)
-        _, digest, rest, _ = _order(job)
-        self._jobs.setdefault(case.key, []).append(job.job)
+    def begin(self, enroll: Enroll, structure: WriterStructure | None) -> None:
+        """This writer takes part in the attempt of a job from now on. Does not block."""
+        attempt = Attempt.of(enroll.attempt)
+        enrolled = self._enrolled.setdefault(attempt.id, _Enrolled(enroll, structure))
+        enrolled.jobs.append(enroll.job)
+        self._assembly.enroll(attempt, enrolled.contents)
 
-        def contents() -> Contents | None:
-            return decode_rest(rest, self._outline(digest, outline)) if digest else None
-
-        self._assembly.enroll(case, contents)
-
-    def _outline(self, digest: str, encoded: bytes) -> Outline:
-        """Decoded, and kept for the next save of the structure. By the thread that commits alone."""
-        if self._decoded is None or self._decoded[0] != digest:
-            self._decoded = (digest, decode_outline(encoded))
-        return self._decoded[1]
-
-    def carry_out(self, job: Write, prepared: Prepared, arena: Arena, outline: bytes, *, watch: Watch) -> Done:
-        """Writes the round, and says so or why not. Blocking. Raises what `perform` and `watch` raise."""
-        case = case_of(job)
+    def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
+        """Writes the round, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
+        attempt = Attempt.of(job.attempt)
 
         def watch_both(nbytes: int) -> None:
-            if self._assembly.settled(case.key):
-                raise CheckpointError(f"{case.draft.folder}: the attempt is decided already")
+            if self._assembly.settled(attempt.id):
+                raise CheckpointError(f"{attempt.draft.folder}: the attempt is decided already")
             watch(nbytes)
 
         try:
-            store = self._stores(job.store)
-            if job.repeated and look(store, case) is not Standing.OPEN:
-                raise WriterLost(f"{case.draft.folder}: the attempt was decided before this writer process began")
+            watch_both(0)
+            store = self._stores(attempt.store)
+            if job.repeated and look(store, attempt) is not Standing.OPEN:
+                raise WriterLost(f"{attempt.draft.folder}: the attempt was decided before this writer process began")
             if self._leaves_contents and job.round == 0:
-                self._leave_contents(store, case, job, outline)
-            done = perform(store, job, prepared, arena, watch=watch_both)
+                self._leave_contents(store, attempt, repeated=job.repeated)
+            done = perform(store, job, structure, arena, watch=watch_both)
         except Exception as error:
-            self._assembly.say(case.key, failure_of(error, self._rank))
+            self._assembly.say(attempt.id, failure_of(error, self._rank))
             raise
         if done.file:
-            self._assembly.say(case.key, FileDigest(*done.file))
+            self._assembly.say(attempt.id, FileDigest(*done.file))
         return done
 
-    def _leave_contents(self, store: Store, case: Case, job: Write, outline: bytes) -> None:
+    def _leave_contents(self, store: Store, attempt: Attempt, *, repeated: bool) -> None:
         """Before this member attests, so that its attestation says that they are whole. Not behind that: another committer may
         have removed them, as it is about to commit. [SAVE-85]"""
-        if not job.repeated:
-            leave_contents(store, case, outline, _order(job)[2])
-        elif find_attestation(store, case, 0) is None:
-            leave_contents(store, case, outline, _order(job)[2], create=completing(store))
+        enrolled = self._enrolled.get(attempt.id)
+        contents = None if enrolled is None else enrolled.encoded()
+        if contents is None:
+            return  # it is decided
+        if not repeated:
+            leave_contents(store, attempt, contents)
+        elif find_attestation(store, attempt, 0) is None:
+            leave_contents(store, attempt, contents, create=completing(store))
 
     def fail(self, job: Write, error: CheckpointError) -> None:
         """The round cannot be written."""
-        self._assembly.say(case_of(job).key, failure_of(error, self._rank))
+        self._assembly.say(Attempt.of(job.attempt).id, failure_of(error, self._rank))
 
     def repeat(self, say: Say) -> None:
         """Says what was said before, or what its trainer found."""
         said = say.said
         what = FileDigest(*said) if len(said) == 3 else RankFailure(self._rank, *said)
-        self._assembly.say(case_of(say).key, what)
-        self._assembly.find_out(case_of(say).key)
+        self._assembly.say(say.attempt, what)
+        self._assembly.find_out(say.attempt)
 
     def join(self, limit_s: float) -> bool:
         """Whether all attempts were decided within the limit. Blocking."""
@@ -123,20 +117,35 @@ class Part:
         held = self._marks.pop(key, None)
         if held is not None:
             held.close()
-        for job in self._jobs.pop(key, ()):
+        enrolled = self._enrolled.pop(key, None)
+        for job in () if enrolled is None else enrolled.jobs:
             self._tell_trainer(job, verdict)
 
 
-def case_of(job: Write | Say) -> Case:
-    """The attempt that a job with an order is for."""
-    register, _, _, metrics = _order(job)
-    attempt = parse_id(register) if register else None
-    if register and attempt is None:
-        raise Malformed(f"register {register!r} in an order between a trainer and its writer")
-    return Case(job.store, Draft(*job.draft), job.durability, attempt, metrics)
+class _Enrolled:
+    """An attempt in which this writer takes part, and for which of the trainer's jobs: what is written of it, and its
+    withdrawal."""
+
+    def __init__(self, enroll: Enroll, structure: WriterStructure | None) -> None:
+        self._values = enroll.values
+        self._structure = structure
+        self.jobs: list[int] = []
+
+    def contents(self) -> Contents | None:
+        """Those of the checkpoint, if this writer is the first to commit it. By the thread that commits."""
+        outline = None if self._structure is None else self._structure.outline
+        return None if outline is None else Contents(outline, decode_values(self._values))
+
+    def encoded(self) -> EncodedContents | None:
+        """The same for another committer."""
+        if self._structure is None or not self._structure.encoded_outline:
+            return None
+        return EncodedContents(self._structure.encoded_outline, self._values)
 
 
-def _order(job: Write | Say) -> tuple[str, str, bytes, tuple[tuple[str, float], ...]]:
-    if not job.order:
-        raise Refused(f"job {job.job} has no order")
-    return job.order
+def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
+    """The job's round is written from the arena. Blocking. Raises what `write_share` raises."""
+    share = share_of(Attempt.of(job.attempt), job.member, structure, job.beside)
+    source = Staged(arena, watch)
+    written = write_share(store, share, job.round, source, known=job.known, repeated=job.repeated, watch=watch)
+    return done_of(job.job, written)

@@ -1,14 +1,17 @@
-"""A plan as a writer process gets it, once: identified by a digest, so that no later save sends it again."""
+"""What a writer knows of a structure: its rank's plan, laid out for an arena, and on the committer's the outline. A writer
+process gets it once: it is identified by a digest, so that no later save sends it again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import msgpack
 import numpy as np
 
+from elastickpt.commit.contents import Outline, decode_outline, encode_outline
 from elastickpt.format.box import Box
 from elastickpt.format.columns import pack_ints
 from elastickpt.format.digest import file_digest
@@ -20,15 +23,23 @@ _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A plan with its documents and its rounds through an arena; `encoded` says the same, `digest` identifies it."""
+    """A plan with its documents and its rounds through an arena."""
 
     plan: WritePlan
     documents: tuple[Document, ...]
     rounds: tuple[Round, ...]
-    encoded: bytes
-    digest: str
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """It says the same, for `decode_prepared`."""
+        return _encode(self.plan, self.documents, self.rounds)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies it."""
+        return file_digest(self.encoded)
 
     @property
     def arena_nbytes(self) -> int:
@@ -36,15 +47,58 @@ class Prepared:
         return max(one.nbytes for one in self.rounds)
 
 
+class WriterStructure:
+    """What all saves of one structure have in common for one writer. `outline` on the committer's, else None."""
+
+    def __init__(self, prepared: Prepared, outline: Outline | None = None) -> None:
+        self._prepared, self._outline = prepared, outline
+
+    @property
+    def prepared(self) -> Prepared:
+        return self._prepared
+
+    @property
+    def outline(self) -> Outline | None:
+        return self._outline
+
+    @cached_property
+    def encoded_outline(self) -> bytes:
+        """b"" without one. Raises what `encode_outline` raises."""
+        return b"" if self._outline is None else encode_outline(self._outline)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies it."""
+        return file_digest((self._prepared.digest + file_digest(self.encoded_outline)).encode())
+
+
+class SentStructure(WriterStructure):
+    """The same as a writer process was sent it, decoded by whoever needs it first: not by the thread that beats."""
+
+    def __init__(self, plan: bytes, outline: bytes) -> None:
+        self._plan, self._encoded_outline = plan, outline
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        prepared, self._plan = decode_prepared(self._plan), b""
+        return prepared
+
+    @cached_property
+    def outline(self) -> Outline | None:
+        return decode_outline(self._encoded_outline) if self._encoded_outline else None
+
+    @property
+    def encoded_outline(self) -> bytes:
+        return self._encoded_outline
+
+
 def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> Prepared:
     """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
-    rounds = lay_out(plan.files, arena_nbytes=arena_nbytes)
-    encoded = _encode(plan, documents, rounds)
-    return Prepared(plan, tuple(documents), rounds, encoded, file_digest(encoded))
+    return Prepared(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes))
 
 
 def decode_prepared(data: bytes) -> Prepared:
-    """What `prepare` encoded."""
+    """The plan that was encoded so."""
     keys, paths, sizes, counts, pieces, documents, written, rounds = msgpack.unpackb(data, use_list=False)
     every = _decode_pieces(_ints(pieces))
     ends = [0, *accumulate(_ints(counts))]
@@ -57,7 +111,7 @@ def decode_prepared(data: bytes) -> Prepared:
     for nbytes, column in rounds:
         rows = iter(_ints(column))
         found.append(Round(tuple(Slice(*row) for row in zip(*[rows] * _SLICE, strict=True)), nbytes))
-    return Prepared(plan, tuple(Document(*one) for one in written), tuple(found), data, file_digest(data))
+    return Prepared(plan, tuple(Document(*one) for one in written), tuple(found))
 
 
 def _encode(plan: WritePlan, documents: Sequence[Document], rounds: Sequence[Round]) -> bytes:

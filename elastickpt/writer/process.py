@@ -19,14 +19,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from elastickpt.commit.cases import Verdict, encode_verdict
+from elastickpt.commit.attempt import Verdict, encode_verdict
 from elastickpt.errors import Cancelled, RankLost
 from elastickpt.ranks.frames import PeerGone
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch
-from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import (
     ArenaGone,
     ArenaHere,
@@ -34,23 +33,22 @@ from elastickpt.writer.messages import (
     Cancel,
     Decided,
     Done,
+    Enroll,
     Failed,
     Hello,
     MarkHere,
     Message,
-    OutlineGone,
-    OutlineHere,
-    PlanGone,
-    PlanHere,
     Progress,
     Quit,
     Ready,
     Say,
     SeatHere,
+    StructureGone,
+    StructureHere,
     Write,
 )
-from elastickpt.writer.parts import Part
-from elastickpt.writer.prepared import Prepared, decode_prepared
+from elastickpt.writer.parts import Part, perform
+from elastickpt.writer.prepared import SentStructure, WriterStructure
 from elastickpt.writer.priority import lower
 from elastickpt.writer.seats import Limits, Seat
 from elastickpt.writer.wire import Wire
@@ -72,26 +70,11 @@ def main(descriptor: int) -> None:
     os._exit(0)  # without joining threads that wait for a device
 
 
-class _Plan:
-    """A plan that came, decoded by whoever needs it first: not by the thread that beats."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._prepared: Prepared | None = None
-
-    def prepared(self) -> Prepared:
-        if self._prepared is None:
-            self._prepared = decode_prepared(self._data)
-            self._data = b""
-        return self._prepared
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
     write: Write
-    plan: _Plan
+    structure: WriterStructure
     arena: Arena
-    outline: bytes
 
 
 class _Process:
@@ -99,11 +82,11 @@ class _Process:
         self._wire = wire
         self._hello = Hello(os.getppid(), 1.0, 0.0, 0, "normal", "")
         self._arenas: dict[int, Arena] = {}
-        self._plans: dict[str, _Plan] = {}
+        self._structures: dict[str, WriterStructure] = {}
         self._stores: dict[str, Store] = {}
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
-        self._outlines: dict[str, bytes] = {"": b""}
+        self._enrolled: set[int] = set()  # jobs whose attempt this writer has a part in
         self._part: Part | None = None
         self._opening = threading.Lock()
         self._quitting = False
@@ -158,23 +141,20 @@ class _Process:
                 self._arenas[arena] = Arena.attach(descriptor, nbytes)
             case ArenaGone(arena):
                 self._arenas.pop(arena).close()
-            case PlanHere(plan, data):
-                self._plans[plan] = _Plan(data)
-            case PlanGone(plan):
-                del self._plans[plan]
+            case StructureHere(structure, plan, outline):
+                self._structures[structure] = SentStructure(plan, outline)
+            case StructureGone(structure):
+                del self._structures[structure]
             case SeatHere():
                 self._sit(message, descriptor)
             case MarkHere(attempt):
                 self._taking_part().hold(attempt, socket.socket(fileno=descriptor))
-            case OutlineHere(digest, data):
-                self._outlines[digest] = data
-            case OutlineGone(digest):
-                del self._outlines[digest]
+            case Enroll(job):
+                self._enrolled.add(job)
+                self._taking_part().begin(message, self._structures.get(message.structure))
             case Write():
-                outline = self._begin(message) if message.order else b""
-                self._tasks.put(_Task(message, self._plans[message.plan], self._arenas[message.arena], outline))
+                self._tasks.put(_Task(message, self._structures[message.structure], self._arenas[message.arena]))
             case Say():
-                self._begin(message)
                 self._taking_part().repeat(message)
             case Cancel(job):
                 self._cancelled.add(job)
@@ -193,11 +173,6 @@ class _Process:
             gc.collect()  # not before: it would keep the commit waiting, 20 ms for 333 arrays
 
         self._part = Part(seat, listener, self._store, tell)
-
-    def _begin(self, job: Write | Say) -> bytes:
-        outline = self._outlines[job.order[1]] if job.order else b""
-        self._taking_part().begin(job, outline)
-        return outline
 
     def _taking_part(self) -> Part:
         if self._part is None:
@@ -252,19 +227,20 @@ class _Process:
             return Failed(job, failure.kind, failure.message)
         finally:
             self._cancelled.discard(job)
+            self._enrolled.discard(job)
 
     def _carry_out(self, task: _Task, watch: Watch) -> Done:
-        write = task.write
-        prepared = task.plan.prepared()
-        if self._orphaned and write.round < len(prepared.rounds) - 1:
+        write, structure = task.write, task.structure
+        part = self._taking_part() if write.job in self._enrolled else None
+        if self._orphaned and write.round < len(structure.prepared.rounds) - 1:
             lost = RankLost("the trainer ended before it had staged the rest")
-            if write.order:
-                self._taking_part().fail(write, lost)
+            if part is not None:
+                part.fail(write, lost)
             raise lost
         watch(0)
-        if write.order:
-            return self._taking_part().carry_out(write, prepared, task.arena, task.outline, watch=watch)
-        return perform(self._store(write.store), write, prepared, task.arena, watch=watch)
+        if part is not None:
+            return part.carry_out(write, structure, task.arena, watch=watch)
+        return perform(self._store(write.attempt[0]), write, structure, task.arena, watch=watch)
 
     def _store(self, url: str) -> Store:
         with self._opening:

@@ -6,60 +6,54 @@ import socket
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from elastickpt.commit.cases import Verdict
-from elastickpt.commit.contents import outline_digest
-from elastickpt.commit.draft import Draft
+from elastickpt.commit.attempt import Attempt, Committed, Verdict
 from elastickpt.commit.marks import mark
-from elastickpt.commit.orders import Committed, Order
 from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, from_report, kinds
 from elastickpt.format.records import FileDigest
-from elastickpt.storage.store import Durability
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.messages import Done, Failed, OrderFields, Say, Write
-from elastickpt.writer.prepared import Prepared
+from elastickpt.writer.messages import Done, Enroll, Failed, Say, Write
+from elastickpt.writer.prepared import WriterStructure
+from elastickpt.writer.share import Share, Written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedRound:
-    """A round that lies in an arena, and what a writer needs to know beside. See `messages.Write` for the last two."""
+    """A round of a rank's share that lies in an arena, or is being staged there. `known`: the checksums of all earlier ones."""
 
-    prepared: Prepared
-    round: int
-    store: str
-    draft: Draft
-    durability: Durability
-    template: bytes
+    share: Share
+    number: int
     known: bytes = b""
-    order: Order | None = None  # the same in each round: after the last its writer goes on to commit; None: somebody else does
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A round that was written: its bytes, and the checksums of its blocks; after the last one `file`, the attestation."""
+def submission_of(number: int, staged: StagedRound, arena: Arena) -> Submission:
+    """A new one; its attempt is marked as being worked on from now on, if its writer takes part in the decision."""
+    submission = Submission(number, staged.share.attempt, staged, arena)
+    if submission.takes_part:
+        submission.mark = mark(submission.attempt.store, submission.attempt.id)
+    return submission
 
-    nbytes: int
-    checksums: bytes
-    file: FileDigest | None
 
-
-def submission_of(number: int, staged: StagedRound, arena: Arena | None) -> Submission:
-    """A new one; with an order it is marked as being worked on from now on."""
-    marked = None if staged.order is None else mark(staged.store, staged.draft.attempt)
-    return Submission(number, staged, arena, mark=marked)
+def withdrawal_of(number: int, attempt: Attempt, failure: CheckpointError) -> Submission:
+    """This rank takes no part in the attempt after all, and says so."""
+    submission = Submission(number, attempt, None, None, mark=mark(attempt.store, attempt.id))
+    submission.end(failure)
+    return submission
 
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """A round on its way. The arena is the writer's until `result` returned or raised; there is none for what was withdrawn.
+    """A round on its way. The arena is the writer's until `result` returned or raised; what was withdrawn has none, nor a
+    round.
 
-    With an order, `decided` of the last round, or of the first that failed, is what became of the attempt: the same on all
-    ranks, or the error that all of them raise. `said` is this rank's last word on it.
+    Of a writer that takes part in the decision, `decided` of the last round, or of the first that failed, is what became of the
+    attempt: the same on all ranks, or the error that all of them raise. `said` is this rank's last word on it.
     """
 
     number: int
-    staged: StagedRound
+    attempt: Attempt
+    staged: StagedRound | None
     arena: Arena | None
-    future: Future[Outcome] = field(default_factory=Future)
+    future: Future[Written] = field(default_factory=Future)
     decided: Future[Committed] = field(default_factory=Future)
     said: FileDigest | CheckpointError | None = None
     mark: socket.socket | None = None  # held as long as somebody may work on the attempt, here or by a writer that has it too
@@ -68,20 +62,20 @@ class Submission:
     handed: bool = False  # to the writer of now
     cancelled: bool = False
 
-    def result(self, timeout_s: float | None = None) -> Outcome:
+    def result(self, timeout_s: float | None = None) -> Written:
         """Blocks until it is written. Raises what the writer raised, WriterLost, or DeadlineExceeded and goes on."""
         try:
             return self.future.result(timeout_s)
         except TimeoutError:
-            raise DeadlineExceeded(f"{self.staged.draft.folder}: not written within {timeout_s:g} s") from None
+            raise DeadlineExceeded(f"{self.attempt.draft.folder}: not written within {timeout_s:g} s") from None
 
-    def end(self, outcome: Outcome | CheckpointError) -> None:
+    def end(self, outcome: Written | CheckpointError) -> None:
         """The last word of its writer, or of whoever gave up on it. The arena is free again, unless it was retired."""
         if self.arena is not None:
             self.arena.lent = False
         if self.future.done():
             return
-        if isinstance(outcome, Outcome):
+        if isinstance(outcome, Written):
             self.written = outcome.nbytes
             self.said = outcome.file
             self.future.set_result(outcome)
@@ -90,9 +84,14 @@ class Submission:
             self.future.set_exception(outcome)
 
     @property
+    def takes_part(self) -> bool:
+        """Whether its writer has a part in the decision of the attempt: at least that it failed."""
+        return self.staged is None or self.staged.share.replicated is not None
+
+    @property
     def awaits_decision(self) -> bool:
         """Whether its attempt is to be decided, and this rank has had its last word."""
-        return self.staged.order is not None and self.said is not None and not self.decided.done()
+        return self.takes_part and self.said is not None and not self.decided.done()
 
     def decide(self, verdict: Verdict) -> None:
         """What became of the attempt."""
@@ -117,49 +116,53 @@ class Submission:
             self.mark.close()
             self.mark = None
 
+    @property
+    def structure(self) -> WriterStructure | None:
+        """What its writer has to know of the structure."""
+        return None if self.staged is None else self.staged.share.structure
+
+    def enroll(self) -> Enroll:
+        """What a writer is told first that takes part."""
+        if self.staged is None or self.staged.share.structure.outline is None:
+            return Enroll(self.number, self.attempt.fields(), "", b"")
+        share = self.staged.share
+        return Enroll(self.number, self.attempt.fields(), share.structure.digest, share.encoded_values)
+
     def write(self) -> Write:
         """What its writer is told."""
-        staged = self.staged
-        if self.arena is None:
+        staged, arena = self.staged, self.arena
+        if staged is None or arena is None:
             raise Refused("what was withdrawn is not written")
         return Write(
             job=self.number,
-            plan=staged.prepared.digest,
-            round=staged.round,
-            arena=self.arena.number,
-            store=staged.store,
-            draft=_draft(staged),
-            durability=staged.durability,
-            template=staged.template,
+            attempt=self.attempt.fields(),
+            structure=staged.share.structure.digest,
+            round=staged.number,
+            arena=arena.number,
+            member=staged.share.member,
+            beside=staged.share.beside,
             known=staged.known,
-            order=_order(staged),
             repeated=self.deaths > 0,
         )
 
     def say(self) -> Say:
         """What a writer is told that only has to pass on this rank's last word."""
-        staged, said = self.staged, self.said
+        said = self.said
         if said is None:
             raise Refused("this rank has not said anything of the attempt")
         words = (said.path, said.nbytes, said.digest) if isinstance(said, FileDigest) else (said.kind, said.message)
-        return Say(self.number, staged.store, _draft(staged), staged.durability, _order(staged), words)
+        return Say(self.number, self.attempt.id, words)
 
 
-def _draft(staged: StagedRound) -> tuple[str, str, str]:
-    return staged.draft.name, staged.draft.folder, staged.draft.attempt
-
-
-def _order(staged: StagedRound) -> OrderFields:
-    order = staged.order
-    if order is None:
-        return ()
-    register = "" if order.register is None else str(order.register)
-    return register, outline_digest(order.outline) if order.outline else "", order.rest, order.metrics
-
-
-def outcome_of(done: Done) -> Outcome:
+def outcome_of(done: Done) -> Written:
     """What a writer said it wrote."""
-    return Outcome(done.nbytes, done.checksums, FileDigest(*done.file) if done.file else None)
+    return Written(done.nbytes, done.checksums, FileDigest(*done.file) if done.file else None)
+
+
+def done_of(job: int, written: Written) -> Done:
+    """As a writer says it."""
+    file = written.file
+    return Done(job, written.nbytes, written.checksums, () if file is None else (file.path, file.nbytes, file.digest))
 
 
 def error_of(failed: Failed) -> CheckpointError:

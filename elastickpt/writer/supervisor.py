@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from elastickpt.commit.cases import decode_verdict
+from elastickpt.commit.attempt import Attempt, decode_verdict
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.ranks.actor import Actor
 from elastickpt.ranks.frames import PeerGone
@@ -40,7 +40,7 @@ from elastickpt.writer.messages import (
     Ready,
 )
 from elastickpt.writer.seats import ALONE, Seat
-from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of
+from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of, withdrawal_of
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +91,12 @@ class Supervisor:
             raise
         return submission
 
-    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission:
+    def withdraw(self, attempt: Attempt, failure: CheckpointError) -> Submission:
         """This rank takes no part in the attempt after all, which ends it on all ranks; `decided` tells. Raises Refused after
         `close`."""
         self._require_open()
         self._count += 1
-        submission = submission_of(self._count, staged, None)
-        submission.end(failure)
+        submission = withdrawal_of(self._count, attempt, failure)
         self._leave(lambda: self._awaiting.__setitem__(submission.number, submission))
         return submission
 
@@ -205,7 +204,7 @@ class Supervisor:
             if submission.handed:
                 continue
             submission.handed = True
-            if submission.staged.order is not None:
+            if submission.takes_part:
                 child.seat(self._seat, self._listener)
             child.hand(submission)
 
@@ -287,7 +286,7 @@ class Supervisor:
     def _give_up(self, submission: Submission, why: str) -> None:
         """It is not written; the next writer process says so to the others."""
         if self._pending.pop(submission.number, None) is not None:
-            submission.end(WriterLost(f"{submission.staged.draft.folder}: {why}"))
+            submission.end(WriterLost(f"{submission.attempt.draft.folder}: {why}"))
             submission.handed = False
             self._await(submission)
 
@@ -297,7 +296,7 @@ class Supervisor:
         self._pending.clear()
         self._awaiting.clear()
         for submission in failed:
-            submission.give_up(WriterLost(f"{submission.staged.draft.folder}: {why}"))
+            submission.give_up(WriterLost(f"{submission.attempt.draft.folder}: {why}"))
 
     def _end(self, why: str) -> None:
         child, self._child = self._child, None

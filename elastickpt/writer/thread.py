@@ -8,18 +8,17 @@ from __future__ import annotations
 import socket
 import threading
 
-from elastickpt.commit.cases import Verdict
+from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.carry import Watch
-from elastickpt.writer.jobs import perform
 from elastickpt.writer.messages import Done, Failed
-from elastickpt.writer.parts import Part
+from elastickpt.writer.parts import Part, perform
 from elastickpt.writer.seats import ALONE, Seat
-from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of
+from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of, withdrawal_of
 
 
 class ThreadWriter:
@@ -41,19 +40,18 @@ class ThreadWriter:
         arena.require_free()
         self._count += 1
         submission = submission_of(self._count, staged, arena)
-        if staged.order is not None:
+        if submission.takes_part:
             self._begin(submission)
         arena.lent = True
         self._worker.put(lambda: self._perform(submission, arena))
         return submission
 
-    def withdraw(self, staged: StagedRound, failure: CheckpointError) -> Submission:
+    def withdraw(self, attempt: Attempt, failure: CheckpointError) -> Submission:
         """This rank takes no part in the attempt after all, which ends it on all ranks; `decided` tells. Raises Refused after
         `close`."""
         self._require_open()
         self._count += 1
-        submission = submission_of(self._count, staged, None)
-        submission.end(failure)
+        submission = withdrawal_of(self._count, attempt, failure)
         part = self._begin(submission)
         part.repeat(submission.say())
         return submission
@@ -81,7 +79,7 @@ class ThreadWriter:
             _, submission = self._ordered.popitem()
             if submission.arena is not None and not submission.future.done():
                 submission.arena.retire()
-            submission.give_up(WriterLost(f"{submission.staged.draft.folder}: not decided when its writer was closed"))
+            submission.give_up(WriterLost(f"{submission.attempt.draft.folder}: not decided when its writer was closed"))
 
     @property
     def closed(self) -> bool:
@@ -93,21 +91,19 @@ class ThreadWriter:
             raise Refused("this writer was closed")
 
     def _begin(self, submission: Submission) -> Part:
-        order = submission.staged.order
         with self._taking_part:
             if self._part is None:
                 self._part = Part(self._seat, self._listener, lambda _: self._store, self._tell)
-        earlier = self._ordered.get(submission.staged.draft.attempt)
-        self._ordered[submission.staged.draft.attempt] = submission
+        earlier = self._ordered.get(submission.attempt.id)
+        self._ordered[submission.attempt.id] = submission
         if earlier is not None:
             earlier.unmark()
-        job = submission.say() if submission.arena is None else submission.write()
-        self._part.begin(job, b"" if order is None else order.outline)
+        self._part.begin(submission.enroll(), submission.structure)
         return self._part
 
     def _tell(self, job: int, verdict: Verdict) -> None:
         submission = next((one for one in list(self._ordered.values()) if one.number == job), None)
-        if submission is not None and self._ordered.pop(submission.staged.draft.attempt, None) is submission:
+        if submission is not None and self._ordered.pop(submission.attempt.id, None) is submission:
             submission.decide(verdict)
 
     def _perform(self, submission: Submission, arena: Arena) -> None:
@@ -125,8 +121,10 @@ class ThreadWriter:
             submission.end(outcome_of(done))
 
     def _carry_out(self, submission: Submission, arena: Arena, watch: Watch) -> Done:
-        staged, write = submission.staged, submission.write()
-        if staged.order is None or self._part is None:
-            watch(0)
-            return perform(self._store, write, staged.prepared, arena, watch=watch)
-        return self._part.carry_out(write, staged.prepared, arena, staged.order.outline, watch=watch)
+        structure, write = submission.structure, submission.write()
+        if structure is None:
+            raise Refused("what was withdrawn is not written")
+        if self._part is not None and submission.takes_part:
+            return self._part.carry_out(write, structure, arena, watch=watch)
+        watch(0)
+        return perform(self._store, write, structure, arena, watch=watch)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+from elastickpt.commit import destination
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.loading import opened as opening
@@ -22,10 +23,9 @@ from elastickpt.ranks.processes import Acquaintances
 from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Star
 from elastickpt.ranks.team import Alone, Call, Team
-from elastickpt.saving import agree as agreeing
 from elastickpt.saving import propose as proposing
-from elastickpt.saving.agree import Request
-from elastickpt.saving.session import CheckpointInfo, _Save
+from elastickpt.saving.request import Request
+from elastickpt.saving.save import CheckpointInfo, save_with
 from elastickpt.storage.store import Durability, Store
 from elastickpt.testing.fingerprint import fingerprint
 
@@ -121,7 +121,7 @@ def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, dura
     def one(member: int) -> Outcome:
         request = Request(f"{member}/{name}", 7, "auto", durability)
         try:
-            return _Save(Member(member, ranks), joined[member], request).run(states[member], mesh(len(stores)))  # type: ignore[arg-type]
+            return save_with(joined[member], Member(member, ranks), request, states[member], mesh(len(stores)))  # type: ignore[arg-type]
         except BaseException as error:
             return error
 
@@ -130,7 +130,7 @@ def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, dura
         return stores[int(member)], last
 
     try:
-        with replaced(agreeing, "locate_for_saving", located), replaced(proposing, "mesh_of", lambda mesh, world_size: mesh):
+        with replaced(destination, "locate_for_saving", located), replaced(proposing, "mesh_of", lambda mesh, world_size: mesh):
             found.extend(everywhere(len(stores), one))  # type: ignore[arg-type]
     finally:
         for team in joined:

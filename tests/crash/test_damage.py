@@ -20,7 +20,7 @@ import elastickpt as ek
 from elastickpt.errors import CheckpointError
 from elastickpt.layout import grid, replicas
 from elastickpt.loading.fetch import _Fetching
-from elastickpt.saving.session import CheckpointInfo
+from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.fingerprint import fingerprint
 

@@ -32,7 +32,7 @@ from simulated import (
 
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, NotACheckpoint, RankLost, ReadOnly, StorageFailed
 from elastickpt.layout import replicas
-from elastickpt.saving.session import CheckpointInfo
+from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
@@ -206,7 +206,7 @@ def test_a_tree_synced_while_data_is_written_with_a_fault_at_every_operation(mon
     """As saves of many files do it: what that sync could not write is an error as well as what the last one could not."""
     monkeypatch.setattr("elastickpt.writer.carry.SIDE_BY_SIDE_NBYTES", 0)
     monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
-    monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
+    monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     name = f"crash-{uuid.uuid4().hex}"
     assert enumerate_faults(JournalStore(name, tree_sync=True), 1, 0, FAST) >= 30
     MemoryStore("").remove_tree(name)

@@ -14,7 +14,7 @@ from killed import SHAPES, Ended, Plan, save_and_tell, whole
 from simulated import State, drafts, files, save_on, state
 
 import elastickpt as ek
-from elastickpt.saving.session import CheckpointInfo
+from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import Mode
 from elastickpt.testing.ranks import Outcome, Ranks, run_ranks, spawn_ranks

@@ -11,7 +11,7 @@ from simulated import files, require_absent_or_whole, require_whole, save_on, st
 
 from elastickpt.errors import CheckpointError
 from elastickpt.layout import replicas
-from elastickpt.saving.session import CheckpointInfo
+from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 
@@ -74,7 +74,7 @@ def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pyte
     if beside:
         monkeypatch.setattr("elastickpt.writer.carry.SIDE_BY_SIDE_NBYTES", 0)
     monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
-    monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
+    monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=True)
     assert {change.verb for change in journal} >= {"sync tree"}
     assert judge(journal, acknowledged, [*FATES, *map(drawn, range(3))], top) > 300
@@ -85,7 +85,7 @@ def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pyte
 def test_many_drawn_states_of_every_prefix(top: str, tree_sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if tree_sync:
         monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
-        monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
+        monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=tree_sync)
     assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 4000
 

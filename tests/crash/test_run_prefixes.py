@@ -18,11 +18,9 @@ from run_actors import Without, by
 from simulated import files
 
 import elastickpt as ek
-from elastickpt.commit.cases import Case
-from elastickpt.commit.contents import decode_outline, decode_rest
-from elastickpt.commit.settle import Patience, settle
+from elastickpt.commit.contents import decode_contents
+from elastickpt.commit.outcome import Patience, commit
 from elastickpt.errors import Damaged, MissingFile, NotACheckpoint
-from elastickpt.format.records import FileDigest
 from elastickpt.ledger.branch import CommitEntry, entries_of
 from elastickpt.ledger.epochs import Holding, claim, open_attempt, start
 from elastickpt.ledger.names import AttemptId
@@ -36,9 +34,6 @@ from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import Job
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
-from elastickpt.writer.carry import unwatched
-from elastickpt.writer.jobs import perform
-from elastickpt.writer.submissions import Submission
 
 KEEP = Keep(last=2)
 PATIENCE = Patience(poll_s=0.01, limit_s=0.05)
@@ -63,16 +58,10 @@ class Trainer:
         """As writers do it: all shares, attested and durable, then the register."""
         fill(self.state, step)
         attempt = self.job.attempt_in_run(store, complete(open_attempt(store, holding, step=step)))
-        attested = []
-        for member in self.job.members:
-            staged = replace(member.staged(attempt), durability="power")
-            job = Submission(1, staged, member.arena).write()
-            attested.append(FileDigest(*perform(store, job, staged.prepared, member.arena, watch=unwatched).file))
-        case = Case(store.url, attempt.draft, "power", attempt.register, ())
-        outline, rest = attempt.contents
-        settle(store, case, decode_rest(rest, decode_outline(outline)), tuple(attested), patience=PATIENCE)
-        assert attempt.register is not None
-        return attempt.register
+        power = replace(attempt, attempt=replace(attempt.attempt, durability="power"))
+        commit(store, power.attempt, decode_contents(power.contents), self.job.write(power), patience=PATIENCE)
+        assert attempt.attempt.register is not None
+        return attempt.attempt.register
 
 
 def fill(state: dict[str, object], step: int) -> None:
@@ -196,7 +185,7 @@ def test_a_power_cut_after_every_change_of_a_run_leaves_what_was_acknowledged(to
 def test_many_drawn_states_of_every_prefix_of_a_run(top: str, tree_sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if tree_sync:
         monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
-        monkeypatch.setattr("elastickpt.commit.finish.SYNC_TREE_FILES", 0)
+        monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     journal, promise = two_jobs(top, tree_sync=tree_sync)
     assert judge_all(journal, promise, [*FATES, *map(drawn, range(40))], top) > 8000
 

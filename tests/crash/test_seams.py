@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from simulated import drafts, opened, save_on, state
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, NoSpace, RankLost, Refused, Uncommitted
 from elastickpt.saving import agree as agreeing
-from elastickpt.saving.session import CheckpointInfo
+from elastickpt.saving.save import CheckpointInfo
+from elastickpt.saving.structures import KNOWN
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.testing.faults import CrashAt, FailAt, FaultyStore, Operation, RecordingStore
@@ -88,7 +90,7 @@ def test_a_rank_that_fails_between_rounds_is_noticed_at_once(tmp_path: Path, mon
         return plan_writes(*args, rank=rank)  # type: ignore[arg-type]
 
     monkeypatch.setattr(agreeing, "plan_writes", fails_on_one)
-    monkeypatch.setattr(agreeing, "_KNOWN", type(agreeing._KNOWN)())
+    monkeypatch.setattr(KNOWN, "_known", OrderedDict())
     committer, other = save_on([store, store], "new", [state(1)] * 2)
     assert isinstance(committer, RankLost)
     assert committer.report[0].rank == 1

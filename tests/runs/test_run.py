@@ -21,13 +21,13 @@ import torch
 
 import elastickpt as ek
 from elastickpt.cli.main import main
-from elastickpt.commit import settle as settle_module
+from elastickpt.commit import destination
+from elastickpt.commit import outcome as outcome_module
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, StorageFailed, Superseded
 from elastickpt.ledger.branch import history
 from elastickpt.ledger.names import parse_id
 from elastickpt.runs import restoring as restoring_module
 from elastickpt.runs.events import RestoreEvent, SaveEvent
-from elastickpt.saving import under_way
 
 OPTIONS = ek.RunOptions(signals={})
 BOUND_S = 60.0
@@ -197,7 +197,7 @@ def test_a_save_that_a_rollback_gave_up_does_not_stop_the_job(
     run = open_run(saving=ek.AsyncOptions(executor="thread", exit_limit_s=0.01))
     run.restore()
     saved(run, training, 1)
-    committing, let, real = threading.Event(), threading.Event(), settle_module.decide
+    committing, let, real = threading.Event(), threading.Event(), outcome_module.decide
 
     def late(*about: object) -> object:
         committing.set()
@@ -205,7 +205,7 @@ def test_a_save_that_a_rollback_gave_up_does_not_stop_the_job(
         return real(*about)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(settle_module, "decide", late)
+        patch.setattr(outcome_module, "decide", late)
         left = run.save(2)
         assert committing.wait(BOUND_S)
         assert run.restore().step == 1
@@ -270,9 +270,9 @@ def test_after_a_rollback_saves_by_clock_are_due_again(training: Training, open_
 def test_a_run_that_nobody_closes_saves_what_was_staged_last(tmp_path: Path) -> None:
     script = f"""
 import time, torch, elastickpt as ek
-from elastickpt.saving import background
-real = background.require_token
-background.require_token = lambda *args: (time.sleep(0.5), real(*args))  # it is handed over behind the end of the program
+from elastickpt.saving import beside
+real = beside.require_token
+beside.require_token = lambda *args: (time.sleep(0.5), real(*args))  # it is handed over behind the end of the program
 run = ek.Run({str(tmp_path / "run")!r}, {{"t": torch.ones(1 << 20)}}, options=ek.RunOptions(signals={{}}))
 run.restore()
 run.save(1)
@@ -406,14 +406,14 @@ def test_a_job_that_was_killed_leaves_what_it_staged_to_its_writer(tmp_path: Pat
     """Killed when its save is written: its writer commits alone, and the next job, which waits, adopts it. [SAVE-97]"""
     script = f"""
 import os, signal, torch, elastickpt as ek
-from elastickpt.saving.background import Background
+from elastickpt.saving.beside import Beside
 state = {{"t": {{"w": torch.arange(300.0) * 5}}, "n": ek.PerRank({{"step": 0}})}}
 run = ek.Run({str(tmp_path / "run")!r}, state, options=ek.RunOptions(signals={{}}))
 run.restore()
-def killed(background, task, ordered, submission):
+def killed(beside, task, submission):
     submission.future.result(60)  # its writer has written and attested, and commits
     os.kill(os.getpid(), signal.SIGKILL)
-Background.follow = killed
+Beside.follow = killed
 run.save(5).result(60)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -545,15 +545,15 @@ def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
     taken = f"{tmp_path.as_uri()}/run, step {place} of epoch 1"
     with ek.Run(tmp_path / "run", training.state, options=OPTIONS) as run:
         run.restore()
-        under_way.begin(taken)
+        destination.take_place(taken)
         try:
             with pytest.raises(Refused) as refused:
                 run.save(step, metrics=metrics)  # type: ignore[arg-type]
             run.close()
             with pytest.raises(Refused, match="under way"):
-                under_way.require_idle(taken)
+                destination.require_idle(taken)
         finally:
-            under_way.end(taken)
+            destination.leave_place(taken)
     (said,) = [line for record in caplog.records if "not saved" in (line := record.getMessage())]
     assert f"step {place} of epoch 1: not saved" in said
     assert str(refused.value) in said

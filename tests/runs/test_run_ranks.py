@@ -96,7 +96,7 @@ def gives_metrics(rank: int, world_size: int, root: str) -> tuple[str, str, list
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("elastickpt.saving.background").addHandler(handler)
+    logging.getLogger("elastickpt.saving.beside").addHandler(handler)
     model = model_of(0)
     with ek.Run(root, {"model": model}, options=OPTIONS) as run:
         run.restore()

@@ -9,27 +9,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from elastickpt.commit.attest import attest
+from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
-from elastickpt.commit.finish import finish
-from elastickpt.commit.states import Attempt, Event
+from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item
 from elastickpt.layout.placement import physical_box
+from elastickpt.saving.live_tensors import LiveTensors
 from elastickpt.saving.merge import MergedStructure, merge
-from elastickpt.saving.outline import outline_of, records_of
-from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.plan import plan_writes, records_of
 from elastickpt.saving.structure import StructureTable, table_of
-from elastickpt.saving.write import write_plan
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState, Sharing
 from elastickpt.writer.carry import blocks_of
-from elastickpt.writer.fragments import fragments_of
 from elastickpt.writer.plans import WritePlan, documents_of
+from elastickpt.writer.prepared import WriterStructure, prepare
+from elastickpt.writer.share import Share, fragments_of, write_whole_share
 
 
 def identity(name: str) -> ArrayId:
@@ -56,7 +55,7 @@ def live(*arrays: HeldArray) -> LiveState:
 
 
 def records(merged: MergedStructure) -> list[ArrayRecord]:
-    return [ArrayRecord(a.entry.spec, a.key, a.chunk_shape, a.layout, (), ()) for a in merged.arrays.values()]
+    return list(merged.outline.arrays)
 
 
 def part_of(whole: np.ndarray, box: Box) -> np.ndarray:
@@ -80,7 +79,8 @@ class Job:
         for rank in range(len(self.states)):
             plan = self.plan(rank)
             written = np.zeros(sum(blocks_of(p.run.nbytes) for file in plan.files for p in file.pieces), dtype=np.uint64)
-            data = encode_fragments(fragments_of(plan, written, writer=rank, attempt="00" * 8, tables=(), values={}))
+            share = Share(Attempt("", Draft("", "", "00" * 8), "process"), rank, WriterStructure(prepare(plan, ())))
+            data = encode_fragments(fragments_of(share, written))
             found.append(decode_columns(data, path=f"writer {rank}"))
         return found
 
@@ -95,15 +95,12 @@ class Job:
         plan, arrays = self.plan(rank), self.states[rank].arrays
         sources = [part_of(wholes[one.spec.id.name], one.box).copy() for one in arrays]
         documents = documents_of(plan, records_of(arrays, self.merged.shared[self.place[rank]]))
-        written = write_plan(store, draft.folder, plan, documents, sources, durability="process")
-        fragments = fragments_of(plan, written, writer=rank, attempt=draft.attempt, tables=(), values={})
-        return attest(store, draft, fragments, durability="process")
+        share = Share(Attempt(store.url, draft, "process"), rank, WriterStructure(prepare(plan, documents)))
+        return write_whole_share(store, share, LiveTensors(plan, sources, store))
 
     def commit(self, store: Store, draft: Draft, attested: Sequence[FileDigest]) -> None:
-        attempt = Attempt()
-        attempt.advance(Event.DRAFT)
-        contents = Contents(outline_of(self.merged, world_size=len(self.states)), None, 0.0, {})
-        finish(store, draft, contents, attested, durability="process", attempt=attempt)
+        contents = Contents(self.merged.outline, {})
+        commit(store, Attempt(store.url, draft, "process"), contents, attested)
 
 
 def job_of(states: Sequence[LiveState]) -> Job:

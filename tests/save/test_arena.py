@@ -23,6 +23,7 @@ from elastickpt.errors import LimitExceeded, NoSpace, Refused
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.layout.grid import Run, runs_of
+from elastickpt.ranks.workers import Pool
 from elastickpt.saving import staging
 from elastickpt.saving.gather import gather, part_of
 from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of
@@ -182,15 +183,15 @@ def held_of(source: np.ndarray) -> HeldArray:
 def staged(prepared: Prepared, sources: Sequence[np.ndarray], *, threads: int = 1) -> bytes:
     """All bytes in the order of the plan, through one arena."""
     arena = Arena.create(prepared.arena_nbytes)
-    stager = Stager(prepared, arena, threads=threads)
+    stager, pool = Stager(prepared), Pool("elastickpt-stage", threads)
     held = [held_of(source) for source in sources]
     found = b""
-    for number in range(stager.rounds):
+    for number in range(len(prepared.rounds)):
         arena.memory[:] = 0xEE
         arena.empty()
-        assert stager.stage(number, held) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
+        assert stager.stage(arena, number, held, (), pool) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
         found += b"".join(one.into.tobytes() for one in slices_of(prepared, arena, number))
-    stager.close()
+    pool.close()
     arena.close()
     return found
 
@@ -241,14 +242,14 @@ def test_what_the_mark_says_is_staged_lies_there(order: str, monkeypatch: pytest
 
     monkeypatch.setattr(staging, "PART_NBYTES", 250_000)
     monkeypatch.setattr(Arena, "fill_to", fill_to)
-    Stager(prepared, arena).stage(0, [held_of(source)])
+    Stager(prepared).stage(arena, 0, [held_of(source)])
     assert marks == sorted(marks)
     assert len(marks) >= 10
     assert marks[-1] == arena.filled == prepared.rounds[0].nbytes
     with pytest.raises(Refused, match="emptied before it is filled again"):
-        Stager(prepared, arena).stage(0, [held_of(source)])
+        Stager(prepared).stage(arena, 0, [held_of(source)])
     arena.empty()
-    Stager(prepared, arena).stage(0, [held_of(source)], skip={0})
+    Stager(prepared).stage(arena, 0, [held_of(source)], skip={0})
     assert arena.filled == 0, "whoever stages what was skipped says it"
     arena.close()
 
@@ -266,7 +267,7 @@ def test_nobody_copies_any_more_once_one_thread_failed(monkeypatch: pytest.Monke
     whole = Box((0,), source.shape)
     prepared = prepare(plan_of(whole, shape=source.shape, itemsize=1, held=whole), ())
     arena = Arena.create(prepared.arena_nbytes)
-    stager = Stager(prepared, arena, threads=3)
+    stager, pool = Stager(prepared), Pool("elastickpt-stage", 3)
     together, failed, copying = threading.Barrier(3), threading.Event(), Counter[str]()
 
     def copy(target: int, start: int, nbytes: int) -> None:
@@ -283,10 +284,10 @@ def test_nobody_copies_any_more_once_one_thread_failed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(staging, "ctypes", SimpleNamespace(memmove=copy))
     with pytest.raises(OSError, match="no such page"):
-        stager.stage(0, [held_of(source)])
+        stager.stage(arena, 0, [held_of(source)], (), pool)
     assert copying["ended"] == copying["begun"] >= 3
     assert arena.filled == 0
-    stager.close()
+    pool.close()
     arena.close()
 
 
@@ -302,7 +303,7 @@ def test_an_arena_that_is_too_small_for_the_plan_is_refused() -> None:
     prepared = prepare(plan_of(whole, shape=(2 * PAGE,), itemsize=1, held=whole), ())
     arena = Arena.create(PAGE)
     with pytest.raises(LimitExceeded, match=f"needs an arena of {2 * PAGE} bytes, found one of {PAGE}"):
-        Stager(prepared, arena)
+        Stager(prepared).stage(arena, 0, [])
     arena.close()
 
 

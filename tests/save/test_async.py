@@ -17,21 +17,22 @@ import pytest
 import torch
 
 import elastickpt as ek
+from elastickpt.commit.destination import RunDestination
 from elastickpt.commit.draft import begin, new_draft
 from elastickpt.commit.marks import mark, marked
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
 from elastickpt.ranks.addresses import listen
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import savers
-from elastickpt.saving.destination import RunDestination
+from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import Request
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.savers import close_all, saver_of
-from elastickpt.saving.task import Ordered
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
 from elastickpt.writer import endings
+from elastickpt.writer.share import Share
 from elastickpt.writer.supervisor import Supervisor
 
 LIMIT_S = 60.0
@@ -108,15 +109,15 @@ class Slow:
     """Storage on which reads of the token wait until they are let."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from elastickpt.saving import background
+        from elastickpt.saving import beside
 
-        self.let, real = threading.Event(), background.require_token
+        self.let, real = threading.Event(), beside.require_token
 
         def waiting(*args: Any) -> None:
             self.let.wait(LIMIT_S)
             real(*args)
 
-        monkeypatch.setattr(background, "require_token", waiting)
+        monkeypatch.setattr(beside, "require_token", waiting)
 
 
 def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,13 +140,13 @@ def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path
 def test_storage_that_decides_nothing_is_not_filled_with_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """[SAVE-101]"""
     ek.async_save(state(), tmp_path / "known", options=THREAD).result(LIMIT_S)
-    let, real = threading.Event(), endings.settle
+    let, real = threading.Event(), endings.commit
 
     def waiting(*args: Any, **options: Any) -> Any:
         let.wait(LIMIT_S)
         return real(*args, **options)
 
-    monkeypatch.setattr(endings, "settle", waiting)
+    monkeypatch.setattr(endings, "commit", waiting)
     handles = [ek.async_save(state(), tmp_path / f"{number}", options=THREAD) for number in range(6)]
     with pytest.raises(SaveSkipped, match="5 earlier saves are under way and not decided yet"):
         handles[5].result(LIMIT_S)
@@ -276,7 +277,7 @@ def test_an_interrupt_while_rounds_are_awaited_ends_the_save(tmp_path: Path, mon
 
     def interrupted(saver: Saver, future: Any) -> Any:
         found = real(saver, future)
-        if isinstance(found, Ordered):
+        if isinstance(found, Share):
             handles.extend(task.handle for task in saver_of(job_group(None), options)._open)
             raise KeyboardInterrupt
         return found
@@ -454,25 +455,25 @@ def test_a_run_that_was_not_claimed_here_is_said_on_all(tmp_path: Path) -> None:
     assert not issubclass(Superseded, Refused)
 
 
-@pytest.mark.parametrize("where", ["reach", "open", "complete"])
+@pytest.mark.parametrize("where", ["agree", "open", "_share"])
 @pytest.mark.parametrize("arena_nbytes", [None, (1 << 20) + 4096])
 def test_ranks_that_do_not_agree_keep_training_no_longer_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, arena_nbytes: int | None
 ) -> None:
     """Wherever the rounds hang; in rounds of an arena, too, of a structure that is known. [SAVE-104, SAVE-9]"""
-    from elastickpt.saving import background
+    from elastickpt.saving import beside
 
     options = ek.AsyncOptions(executor="thread", stall_limit_s=2.0, arena_nbytes=arena_nbytes)
     live = state(numbers=1 << 20)
     if arena_nbytes is not None:
         ek.async_save(live, tmp_path / "known", options=options).result(LIMIT_S)
     let = threading.Event()
-    owner: Any = background if where == "reach" else background._Rounds
+    owner: Any = beside.Beside if where == "_share" else Pipeline
     real = getattr(owner, where)
 
-    def hanging(*args: Any) -> Any:
+    def hanging(*args: Any, **options: Any) -> Any:
         let.wait(LIMIT_S)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(owner, where, hanging)
     handle = ek.async_save(live, tmp_path / "c", options=options)
@@ -480,7 +481,7 @@ def test_ranks_that_do_not_agree_keep_training_no_longer_than_the_limit(
     monkeypatch.setattr(owner, where, real)
     let.set()
     outcome = handle.exception(LIMIT_S)
-    if where == "complete" and arena_nbytes is None:
+    if where == "_share" and arena_nbytes is None:
         assert outcome is None  # all had agreed, and what it staged is written
     else:
         assert isinstance(outcome, SaveSkipped), outcome

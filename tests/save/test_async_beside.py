@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 import elastickpt as ek
+from elastickpt.commit.destination import PathDestination
 from elastickpt.ranks.process_group import job_group
-from elastickpt.saving.destination import PathDestination
 from elastickpt.saving.gather import Bytes
 from elastickpt.saving.options import AsyncOptions
 from elastickpt.saving.request import Request
@@ -92,7 +92,7 @@ class Job:
         self.model = nn.Sequential(nn.Linear(300, 400), nn.BatchNorm1d(400)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.step()
-        self.saver = Saver(job_group(None), AsyncOptions(executor="thread", **options), purpose="test", beside=beside)
+        self.saver = Saver(job_group(None), AsyncOptions(executor="thread", **options), purpose="test", copies=beside)
 
     def step(self) -> None:
         for parameter in self.model.parameters():

@@ -25,7 +25,7 @@ from elastickpt import errors
 from elastickpt.errors import NoSpace
 from elastickpt.ranks import star
 from elastickpt.ranks.process_group import job_group
-from elastickpt.saving import background
+from elastickpt.saving import beside
 from elastickpt.saving import saver as saver_module
 from elastickpt.saving.savers import saver_of
 from elastickpt.testing.ranks import run_ranks
@@ -149,12 +149,12 @@ def _same_as_blocking(job: Job) -> None:
 
 def _failures(job: Job) -> None:
     job.saved("value", job.state(bad=[lambda: 0] if job.rank == 1 else [0]))
-    real = background.require_token
+    real = beside.require_token
     if job.rank == 1:
-        background.require_token = _raising(NoSpace("write /x: No space left on device"))
+        beside.require_token = _raising(NoSpace("write /x: No space left on device"))
     handle = job.asked(job.state(), "token/c")
     job.seen["token"] = outcome(handle)
-    background.require_token = real
+    beside.require_token = real
     dist.barrier()
     again = outcome(job.asked(job.state(), "token/c"))
     job.seen["token"] |= {"next": again["error"] or ek.open(again["path"]).verify().sound}
@@ -207,11 +207,11 @@ def _structures(job: Job) -> None:
     job.seen["alternating"] = {"rounds": job.rounds[before:]}
     stage = {f"stage_{job.rank}": {"w": torch.full((3,), float(job.rank)), "n": job.rank}}
     pieces = [outcome(ek.async_save(stage, job.path(f"alternating/p{number}"))) for number in range(2)]
-    real = background.require_token
+    real = beside.require_token
     if job.rank == 2:
-        background.require_token = _raising(NoSpace("write /x: No space left on device"))
+        beside.require_token = _raising(NoSpace("write /x: No space left on device"))
     failed = outcome(ek.async_save(stage, job.path("alternating/failed")))
-    background.require_token = real
+    beside.require_token = real
     dist.barrier()
     job.seen["alternating"] |= {"failed": (failed["error"], os.path.exists(job.path("alternating/failed")))}
     opened = ek.open(pieces[1]["path"])

@@ -20,7 +20,7 @@ import elastickpt as ek
 from elastickpt import errors
 from elastickpt.loading import session as load_session
 from elastickpt.ranks import processes, star
-from elastickpt.saving import session as save_session
+from elastickpt.saving import save as save_session
 from elastickpt.testing.ranks import run_ranks
 
 WORLD = 3
@@ -117,21 +117,21 @@ def _failures(job: _Job) -> None:
     (Path(job.root) / "file").write_text("x")
     job.save("parent", {"t": torch.ones(2)}, file="../file/c" if rank == 2 else "c")
     for name, failing in (("write", 1), ("write on the committer", 0)):
-        real = save_session.write_plan
+        real = save_session.write_whole_share
         if rank == failing:
-            save_session.write_plan = _raising(errors.NoSpace("write /x: No space left on device"))
+            save_session.write_whole_share = _raising(errors.NoSpace("write /x: No space left on device"))
         path = job.path(name)
         job.seen[name] = _attempt(lambda path=path: ek.save({"t": torch.ones(2)}, path))
-        save_session.write_plan = real
+        save_session.write_whole_share = real
         dist.barrier()
         job.seen[name]["left"] = sorted(os.listdir(f"{job.root}/{name}"))
         again = _attempt(lambda path=path: ek.save({"t": torch.ones(2)}, path))
         job.seen[name]["next"] = again["error"] or ek.open(path).verify().sound
-    real_finish = save_session.finish
-    save_session.finish = _raising(errors.CoverageGap("array t: elements [0:1] are stored nowhere"))
+    real_commit = save_session.commit
+    save_session.commit = _raising(errors.CoverageGap("array t: elements [0:1] are stored nowhere"))
     path = job.path("commit")
     job.seen["commit"] = _attempt(lambda: ek.save({"t": torch.ones(2)}, path))
-    save_session.finish = real_finish
+    save_session.commit = real_commit
     dist.barrier()
     job.seen["commit"] |= {"left": sorted(os.listdir(f"{job.root}/commit")), "next": True}
 

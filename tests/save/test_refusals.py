@@ -18,7 +18,9 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.saving import agree, session
+from elastickpt.commit import destination
+from elastickpt.saving import agree
+from elastickpt.saving import save as saving
 from elastickpt.storage import opening
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import FailAt, FaultyStore
@@ -152,15 +154,15 @@ def test_a_path_that_holds_something_is_never_overwritten(tmp_path: Path) -> Non
 
 
 def test_a_path_that_is_taken_while_writing_stays_the_winners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = session.finish
+    real = saving.commit
 
     def overtaken(*args: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(session, "finish", real)
+            patch.setattr(saving, "commit", real)
             ek.save({"t": torch.ones(1)}, tmp_path / "c", step=1)
         return real(*args, **options)
 
-    monkeypatch.setattr(session, "finish", overtaken)
+    monkeypatch.setattr(saving, "commit", overtaken)
     with pytest.raises(errors.PathOccupied, match="/c"):
         ek.save({"t": torch.zeros(1)}, tmp_path / "c", step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
@@ -238,7 +240,7 @@ def test_each_storage_operation_that_fails_fails_the_save_and_leaves_nothing(
         parent.mkdir()
         faulty = FaultyStore(LocalStore(parent), FailAt(number, errno=code))
         with monkeypatch.context() as patch:
-            patch.setattr(agree, "locate_for_saving", lambda path, store=faulty: (store, "c"))
+            patch.setattr(destination, "locate_for_saving", lambda path, store=faulty: (store, "c"))
             try:
                 ek.save(STATE, parent / "c")
                 raised: errors.CheckpointError | None = None
@@ -304,7 +306,7 @@ def test_a_store_that_cannot_hold_a_plain_tree_is_refused_with_the_reason(
 ) -> None:
     store = LocalStore(tmp_path)
     store.capabilities = replace(store.capabilities, ranged_writes=False, name="objects")
-    monkeypatch.setattr(agree, "locate_for_saving", lambda path: (store, "c"))
+    monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, "c"))
     with pytest.raises(errors.PlacementUnsupported, match=r"objects.*packed"):
         ek.save(STATE, tmp_path / "c")
     assert list(tmp_path.iterdir()) == []

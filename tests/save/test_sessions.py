@@ -15,7 +15,7 @@ import elastickpt as ek
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.ranks.team import Alone
-from elastickpt.saving import agree
+from elastickpt.saving.structures import KNOWN
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return real(self, name, contribute, decide)
 
     monkeypatch.setattr(Alone, "round", counted)
-    monkeypatch.setattr(agree, "_KNOWN", OrderedDict())
+    monkeypatch.setattr(KNOWN, "_known", OrderedDict())
     return names  # type: ignore[return-value]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from imagined import held, job, live, plain, records
 
-from elastickpt.commit.prove import prove, require_distinct_ranges
+from elastickpt.commit.prove import ProofMemory, prove, require_distinct_ranges
 from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Mesh
 from elastickpt.saving.merge import merge
@@ -128,21 +128,21 @@ def test_what_was_proven_is_not_proven_again_and_nothing_else_is_taken_for_it() 
     """The next save's maps have other checksums and the same boxes; a box too few, or one at another place, is seen."""
     mesh = Mesh("fsdp", ("fsdp",), (4,), tuple(range(4)))
     merged, maps = job([live(held("w", (10, 6), rank, mesh, ("S(0)",))) for rank in range(4)])
-    expected = tuple(records(merged))
-    proven = prove(expected, maps)
+    expected, memory = tuple(records(merged)), ProofMemory()
+    proven = prove(expected, maps, memory)
     again = [replace(m, pieces=replace(m.pieces, checksums=m.pieces.checksums + np.uint64(1))) for m in maps]
-    assert prove(expected, again) is proven
+    assert prove(expected, again, memory) is proven
     assert prove(tuple(records(merged)), maps) == proven
     with pytest.raises(CoverageGap):
-        prove(expected, maps[:3])
+        prove(expected, maps[:3], memory)
     moved = replace(maps[0], pieces=replace(maps[0].pieces, start=maps[0].pieces.start + np.array([1, 0])))
     with pytest.raises(CoverageOverlap):
-        prove(expected, [moved, *maps[1:]])
+        prove(expected, [moved, *maps[1:]], memory)
     with pytest.raises(CoverageOverlap):
-        prove(expected, [*maps, maps[0]])
+        prove(expected, [*maps, maps[0]], memory)
     other = replace(maps[0], pieces=replace(maps[0].pieces, arrays=("params/model/v/value",)))
     with pytest.raises(StructureConflict, match="which no rank announced"):
-        prove(expected, [other, *maps[1:]])
+        prove(expected, [other, *maps[1:]], memory)
 
 
 # -- contradictions between ranks --------------------------------------------------------------------------------------

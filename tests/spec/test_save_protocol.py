@@ -15,14 +15,14 @@ import pytest
 import torch
 
 import elastickpt as ek
+from elastickpt.commit import destination, outcome
 from elastickpt.commit import draft as drafting
-from elastickpt.commit.states import TABLE, Attempt, Event, State
+from elastickpt.commit.outcome import STEPS, State
 from elastickpt.errors import CheckpointError, CoverageGap, PathOccupied, ValueNotCarried
-from elastickpt.saving import agree as agreeing
-from elastickpt.saving import session as saving
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, Crash, CrashAt, FailAt, Fault, FaultyStore, Operation, RecordingStore
+from elastickpt.writer import share as sharing
 
 PACKAGE = Path(__file__).parent.parent.parent / "elastickpt"
 SaveTo = Callable[..., ek.CheckpointInfo]
@@ -38,7 +38,7 @@ def save_to(monkeypatch: pytest.MonkeyPatch) -> SaveTo:
     """Saves through a given store, as `name` in it."""
 
     def save(store: Store, name: str, held: dict[str, Any] | None = None) -> ek.CheckpointInfo:
-        monkeypatch.setattr(agreeing, "locate_for_saving", lambda path: (store, path))
+        monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, path))
         return ek.save(state(2) if held is None else held, name, step=1)
 
     return save
@@ -233,20 +233,32 @@ def test_a_value_that_cannot_be_carried_is_refused_before_a_byte_is_written(tmp_
 
 def test_a_gap_is_never_committed(tmp_path: Path, save_to: SaveTo, monkeypatch: pytest.MonkeyPatch) -> None:
     """[SAVE-50]"""
-    whole = saving.fragments_of
-    monkeypatch.setattr(saving, "fragments_of", lambda *a, **k: (m := whole(*a, **k)) and replace(m, pieces=m.pieces[1:]))
+    whole = sharing.fragments_of
+    monkeypatch.setattr(sharing, "fragments_of", lambda *a, **k: (m := whole(*a, **k)) and replace(m, pieces=m.pieces[1:]))
     with pytest.raises(CoverageGap):
         save_to(LocalStore(tmp_path), "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_counts_as_aborted_stays_so() -> None:
-    """Whatever failed before the commit; nothing leads back, and nothing leads out of a commit."""
-    for before in State:
-        failed = TABLE.get((before, Event.FAIL))
-        assert failed is (None if before in (State.COMMITTED, State.ABORTED) else State.ABORTED)
-    assert not [event for state, event in TABLE if state in (State.COMMITTED, State.ABORTED)]
-    assert Attempt().state is State.PLANNED
+def test_no_step_of_a_commit_leads_back() -> None:
+    """From each state straight to the end; nothing that is committed is undone."""
+    for state in State:
+        way = [state]
+        while way[-1] is not State.SETTLED:
+            way.append(STEPS[way[-1]].then)
+        assert len(set(way)) == len(way)
+        assert state is State.SETTLED or State.COMMITTED in way
+
+
+@pytest.mark.parametrize("missing", [State.ATTESTED, State.PROVEN, State.RECORDED, State.COMMITTED])
+def test_a_state_without_a_step_fails_the_save(
+    tmp_path: Path, save_to: SaveTo, monkeypatch: pytest.MonkeyPatch, missing: State
+) -> None:
+    """The table drives the commit: without a row it does not go on."""
+    monkeypatch.setattr(outcome, "STEPS", {state: step for state, step in STEPS.items() if state is not missing})
+    with pytest.raises(CheckpointError, match=f"no step leads on from {missing}"):
+        save_to(LocalStore(tmp_path), "new")
+    assert os.listdir(tmp_path) == (["new"] if missing is State.COMMITTED else [])
 
 
 COLLECTIVES = {"all_reduce", "all_gather", "all_gather_object", "all_to_all", "barrier", "broadcast", "broadcast_object_list"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.saving import session
+from elastickpt.saving import save
 from elastickpt.training.collection import collection_paused
 
 
@@ -62,8 +62,10 @@ def test_the_last_of_several_threads_lets_it_go_on():
 
 def test_save_and_load_collect_nothing_and_leave_it_running(tmp_path, monkeypatch):
     seen = []
-    real = session.write_plan
-    monkeypatch.setattr(session, "write_plan", lambda *given, **named: (seen.append(gc.isenabled()), real(*given, **named))[1])
+    real = save.write_whole_share
+    monkeypatch.setattr(
+        save, "write_whole_share", lambda *given, **named: (seen.append(gc.isenabled()), real(*given, **named))[1]
+    )
     ek.save({"x": torch.arange(3)}, tmp_path / "a")
     assert seen == [False]
     assert gc.isenabled()

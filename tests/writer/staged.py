@@ -9,16 +9,14 @@ from pathlib import Path
 
 import torch
 
+from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
-from elastickpt.commit.finish import finish
-from elastickpt.commit.states import Attempt, Event
-from elastickpt.format.encode_fragments import encode_fragments
-from elastickpt.format.records import FileDigest, FragmentMap
+from elastickpt.commit.outcome import commit as commit_attempt
+from elastickpt.format.records import FileDigest
 from elastickpt.saving.fragments import own_tables
 from elastickpt.saving.merge import MergedStructure, SharedArray, merge
-from elastickpt.saving.outline import outline_of, records_of
-from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.plan import plan_writes, records_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import table_of
 from elastickpt.storage.local import LocalStore
@@ -27,8 +25,8 @@ from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.plans import documents_of
-from elastickpt.writer.prepared import Prepared, prepare
-from elastickpt.writer.rounds import BLOCK_NBYTES
+from elastickpt.writer.prepared import Prepared, WriterStructure, prepare
+from elastickpt.writer.share import Share
 from elastickpt.writer.submissions import StagedRound
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
@@ -73,14 +71,14 @@ class Rank:
         return Arena.create(self.prepared.arena_nbytes)
 
     def contents(self) -> Contents:
-        return Contents(outline_of(self.merged, world_size=1), None, 0.0, dict(self.live.values))
+        return Contents(self.merged.outline, dict(self.live.values))
 
-    def template(self, draft: Draft) -> bytes:
+    def share(self, draft: Draft, store: LocalStore, durability: Durability) -> Share:
         tables = own_tables(self.live, self.shared, rank=0)
-        return encode_fragments(FragmentMap(0, draft.attempt, BLOCK_NBYTES, (), (), tables, dict(self.live.per_rank) or None))
+        return Share(Attempt(store.url, draft, durability), 0, WriterStructure(self.prepared), tables, dict(self.live.per_rank))
 
     def staged(self, draft: Draft, store: LocalStore, number: int, known: bytes, durability: Durability) -> StagedRound:
-        return StagedRound(self.prepared, number, store.url, draft, durability, self.template(draft), known)
+        return StagedRound(self.share(draft, store, durability), number, known)
 
 
 def begun(folder: Path, name: str) -> tuple[LocalStore, Draft]:
@@ -101,12 +99,12 @@ def save_through(
 ) -> FileDigest:
     """Stages every round, has it written, and commits; returns the attestation."""
     store, draft = begun(path.parent, path.name)
-    stager = Stager(rank.prepared, arena)
+    stager = Stager(rank.prepared)
     known = b""
     file = None
-    for number in range(stager.rounds):
+    for number in range(len(rank.prepared.rounds)):
         arena.empty()
-        stager.stage(number, rank.live.arrays)
+        stager.stage(arena, number, rank.live.arrays)
         outcome = writer.submit(rank.staged(draft, store, number, known, durability), arena).result(timeout_s)
         known += outcome.checksums
         file = outcome.file
@@ -116,9 +114,7 @@ def save_through(
 
 
 def commit(rank: Rank, store: LocalStore, draft: Draft, file: FileDigest, durability: Durability = "process") -> None:
-    attempt = Attempt()
-    attempt.advance(Event.DRAFT)
-    finish(store, draft, rank.contents(), [file], durability=durability, attempt=attempt)
+    commit_attempt(store, Attempt(store.url, draft, durability), rank.contents(), [file])
 
 
 def tree(folder: Path) -> dict[str, bytes]:

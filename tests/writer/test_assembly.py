@@ -14,8 +14,8 @@ from staged import big_state
 from trainer import BOUND_S
 
 import elastickpt as ek
+from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import is_draft
-from elastickpt.commit.orders import Committed
 from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
 from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
@@ -86,7 +86,7 @@ def test_three_writers_commit_without_their_trainers(tmp_path: Path, job: Job) -
     submissions = job.submit(attempt, threads(LocalStore(tmp_path), 3))
     found = [outcome(one) for one in submissions]
     assert len(set(found)) == 1
-    assert found[0].arrays == len(job.merged.arrays)
+    assert found[0].arrays == len(job.merged.outline.arrays)
     demand_sound(tmp_path / "c")
     assert drafts(tmp_path) == []
 
@@ -147,7 +147,7 @@ def test_a_failure_of_one_is_the_same_report_for_all(tmp_path: Path, job: Job) -
     writers = threads(LocalStore(tmp_path), 3)
     attempt = job.attempt(tmp_path / "c")
     submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (0, 1)]
-    submissions.append(writers[2].withdraw(job.members[2].staged(attempt), NoSpace("no room here")))
+    submissions.append(writers[2].withdraw(attempt.attempt, NoSpace("no room here")))
     errors = [one.decided.exception(BOUND_S) for one in submissions]
     assert {type(error) for error in errors} == {NoSpace}
     assert {str(error) for error in errors} == {"rank 2: no room here"}
@@ -268,7 +268,7 @@ class TestInARun:
         attempt = job.attempt_in_run(store, register)
         writers = threads(store, 3)
         submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (0, 1)]
-        submissions.append(writers[2].withdraw(job.members[2].staged(attempt), StorageFailed("no")))
+        submissions.append(writers[2].withdraw(attempt.attempt, StorageFailed("no")))
         for one in submissions:
             assert isinstance(one.decided.exception(BOUND_S), CheckpointError)
         assert b'"abort"' in (tmp_path / "commits" / register.register).read_bytes()

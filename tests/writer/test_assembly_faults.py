@@ -15,23 +15,23 @@ import pytest
 import torch
 from trainer import BOUND_S
 
-from elastickpt.commit.cases import Case, Said, Verdict, decode_verdict, encode_vote
-from elastickpt.commit.contents import decode_outline, decode_rest
+from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
+from elastickpt.commit.contents import decode_contents
 from elastickpt.commit.draft import CONTENTS
 from elastickpt.commit.marks import marked
-from elastickpt.commit.settle import Patience, Standing, look, settle
+from elastickpt.commit.outcome import Standing, commit, look
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.frames import Connection, Frame, Kind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
-from elastickpt.testing.members import QUICK, Attempt, Job, Writer, seats
+from elastickpt.testing.members import QUICK, Job, Writer, seats
 from elastickpt.writer.assembly import Assembly
 from elastickpt.writer.carry import unwatched
 from elastickpt.writer.messages import Write
 from elastickpt.writer.parts import Part
 from elastickpt.writer.seats import Limits, Seat
-from elastickpt.writer.submissions import Submission
+from elastickpt.writer.submissions import submission_of
 from elastickpt.writer.thread import ThreadWriter
 from elastickpt.writer.way import say_farewell
 
@@ -50,10 +50,6 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def case_of(attempt: Attempt) -> Case:
-    return Case(attempt.store.url, attempt.draft, "process", attempt.register, ())
 
 
 class Unreadable:
@@ -77,7 +73,7 @@ def test_a_committer_that_cannot_look_for_an_attestation_gives_the_attempt_up(tm
     (first, *_) = threads(Unreadable(LocalStore(tmp_path)), 5)  # type: ignore[arg-type]
     submission = first.submit(job.members[0].staged(attempt), job.members[0].arena)
     assert isinstance(submission.decided.exception(BOUND_S), StorageFailed)
-    assert look(attempt.store, case_of(attempt)) is Standing.ABORTED
+    assert look(attempt.store, attempt.attempt) is Standing.ABORTED
 
 
 def test_members_that_are_no_candidates_give_up_when_no_candidate_is_reached(tmp_path: Path, job: Job) -> None:
@@ -89,14 +85,14 @@ def test_members_that_are_no_candidates_give_up_when_no_candidate_is_reached(tmp
     submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (3, 4)]
     kinds = {type(one.decided.exception(BOUND_S)).__name__ for one in submissions}
     assert kinds <= {"RankLost"}
-    assert look(attempt.store, case_of(attempt)) is Standing.ABORTED
+    assert look(attempt.store, attempt.attempt) is Standing.ABORTED
 
 
 class Fake:
     """A member whose writer this test plays."""
 
-    def __init__(self, seat: Seat, case: Case) -> None:
-        self._case = case
+    def __init__(self, seat: Seat, attempt: Attempt) -> None:
+        self._attempt = attempt
         self._link = Connection(dial(seat.candidates[0], timeout_s=BOUND_S))
         self._send(Kind.HELLO, msgpack.packb((seat.secret, seat.member)))
 
@@ -104,7 +100,7 @@ class Fake:
         self._link.send(Frame(kind, 0, data), silence_s=BOUND_S)
 
     def vote(self, said: Said) -> None:
-        self._send(Kind.PAYLOAD, encode_vote(self._case, said))
+        self._send(Kind.PAYLOAD, encode_vote(self._attempt, said))
 
     def verdict(self) -> Verdict:
         while (frame := self._link.take()) is None:
@@ -119,43 +115,43 @@ class TestOneAssembly:
     """Member 0 of two."""
 
     @pytest.fixture
-    def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[Assembly, Seat, Case]]:
+    def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[Assembly, Seat, Attempt]]:
         (first, listener), (second, unused) = seats(2, Limits(missing_s=0.3))
         attempt = job.attempt(tmp_path / "c")
         assembly = Assembly(first, listener, lambda _: attempt.store, lambda key, verdict: None)
-        yield assembly, second, case_of(attempt)
+        yield assembly, second, attempt.attempt
         assembly.close()
         assert unused is not None
         unused.close()
 
-    def test_a_member_with_a_newer_connection_is_not_missing(self, played: tuple[Assembly, Seat, Case]) -> None:
+    def test_a_member_with_a_newer_connection_is_not_missing(self, played: tuple[Assembly, Seat, Attempt]) -> None:
         """The older one may be found gone long afterwards. [SAVE-82]"""
-        assembly, seat, case = played
-        older, newer = Fake(seat, case), Fake(seat, case)
-        assembly.enroll(case, lambda: None)
+        assembly, seat, attempt = played
+        older, newer = Fake(seat, attempt), Fake(seat, attempt)
+        assembly.enroll(attempt, lambda: None)
         older.vote(None)
         newer.vote(None)
-        until(lambda: len([one for one in assembly._clients._all if one.cases]) == 2)
+        until(lambda: len([one for one in assembly._clients._all if one.attempts]) == 2)
         older.close()
         until(lambda: len(assembly._clients._all) == 1)
         turned = threading.Event()
         assembly._leave(turned.set)
         assert turned.wait(BOUND_S)
-        assert 1 not in assembly._tallies[case.key]._missing_since
+        assert 1 not in assembly._tallies[attempt.id]._missing_since
         newer.vote(RankFailure(1, "no-space", "no room"))
         assert newer.verdict() == (RankFailure(1, "no-space", "no room"),)
 
-    def test_one_that_asks_again_is_told_and_forgotten(self, played: tuple[Assembly, Seat, Case]) -> None:
+    def test_one_that_asks_again_is_told_and_forgotten(self, played: tuple[Assembly, Seat, Attempt]) -> None:
         """[SAVE-89]"""
-        assembly, seat, case = played
-        member = Fake(seat, case)
-        assembly.enroll(case, lambda: None)
+        assembly, seat, attempt = played
+        member = Fake(seat, attempt)
+        assembly.enroll(attempt, lambda: None)
         for _ in range(3):
             member.vote(RankFailure(1, "no-space", "no room"))
             assert member.verdict() == (RankFailure(1, "no-space", "no room"),)
-        assert [one.cases for one in assembly._clients._all] == [{}]
+        assert [one.attempts for one in assembly._clients._all] == [{}]
 
-    def test_who_talks_nonsense_is_hung_up_on(self, played: tuple[Assembly, Seat, Case]) -> None:
+    def test_who_talks_nonsense_is_hung_up_on(self, played: tuple[Assembly, Seat, Attempt]) -> None:
         assembly, seat, _ = played
         stranger = dial(seat.candidates[0], timeout_s=BOUND_S)
         stranger.sendall(struct.pack("<QBI", 0, 200, 0))
@@ -164,15 +160,15 @@ class TestOneAssembly:
         stranger.close()
         assert assembly._clients._all == []
 
-    def test_it_is_not_idle_when_an_attempt_comes_at_the_end_of_a_turn(self, played: tuple[Assembly, Seat, Case]) -> None:
+    def test_it_is_not_idle_when_an_attempt_comes_at_the_end_of_a_turn(self, played: tuple[Assembly, Seat, Attempt]) -> None:
         """Else an orphan would end before its attempt is decided. [SAVE-97]"""
-        assembly, _, case = played
+        assembly, _, attempt = played
         real, enrolled = assembly._way.begin_anew, threading.Event()
 
         def begin_anew() -> None:
             real()
             if not enrolled.is_set():
-                assembly.enroll(case, lambda: None)  # by another thread
+                assembly.enroll(attempt, lambda: None)  # by another thread
                 enrolled.set()
 
         assembly._way.begin_anew = begin_anew  # type: ignore[method-assign]
@@ -189,13 +185,15 @@ def test_a_revived_writer_completes_what_other_committers_need_before_it_attests
     attempt, member = job.attempt(tmp_path / "c"), job.members[0]
     ((seat, listener), *_) = seats(5)
     part = Part(seat, listener, lambda _: attempt.store, lambda number, verdict: None)
-    submission = Submission(1, member.staged(attempt), member.arena)
-    again = replace(submission.write(), repeated=True)
+    submission = submission_of(1, member.staged(attempt), member.arena)
+    again, structure = replace(submission.write(), repeated=True), submission.structure
+    assert structure is not None
     left = tmp_path / attempt.draft.path(CONTENTS)
     attested = tmp_path / attempt.draft.path("fragments/00000.msgpack")
 
     def carry_out(write: Write) -> None:
-        part.carry_out(write, member.prepared, member.arena, attempt.contents[0], watch=unwatched)
+        part.begin(submission.enroll(), submission.structure)
+        part.carry_out(write, structure, member.arena, watch=unwatched)
 
     carry_out(submission.write())
     whole = left.read_bytes()
@@ -246,16 +244,14 @@ def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) 
     """The others have heard the verdict, and say nothing any more. [SAVE-89]"""
     small = Job({"t": {"a": torch.arange(9.0)}}, 2)
     attempt = small.attempt(tmp_path / "c")
-    case = case_of(attempt)
-    contents = decode_rest(attempt.contents[1], decode_outline(attempt.contents[0]))
     files = small.write(attempt)
-    committed = settle(attempt.store, case, contents, files, patience=Patience())
+    committed = commit(attempt.store, attempt.attempt, decode_contents(attempt.contents), files)
     (seat, listener), _ = seats(2, Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
     told: SimpleQueue[Verdict] = SimpleQueue()
     part = Part(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
-    submission = Submission(1, small.members[0].staged(attempt), None)
+    submission = submission_of(1, small.members[0].staged(attempt), small.members[0].arena)
     submission.said = files[0]
-    part.begin(submission.say(), attempt.contents[0])
+    part.begin(submission.enroll(), submission.structure)
     part.repeat(submission.say())
     assert told.get(timeout=BOUND_S) == committed
     part.close()

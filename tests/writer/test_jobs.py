@@ -16,12 +16,12 @@ import elastickpt as ek
 from elastickpt.commit.draft import abort
 from elastickpt.errors import NoSpace, PathOccupied, StorageFailed
 from elastickpt.format.keys import fragments_file
-from elastickpt.format.records import FileDigest
 from elastickpt.saving.staging import Stager
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import ALL, CHANGING, Crash, CrashAt, FailAt, FaultyStore, Lasting, Mode, RecordingStore
-from elastickpt.writer.jobs import perform
-from elastickpt.writer.messages import Done, Write
+from elastickpt.writer.carry import unwatched
+from elastickpt.writer.share import Written, write_share
+from elastickpt.writer.staged import Staged
 
 
 def small_state(seed: int = 0) -> dict[str, object]:
@@ -36,23 +36,21 @@ class Job:
         self.rank = Rank.of(small_state(), arena_nbytes=arena_nbytes)
         self.store, self.draft = begun(folder, "c")
         self.arena = self.rank.arena()
-        self.stager = Stager(self.rank.prepared, self.arena)
+        self.stager = Stager(self.rank.prepared)
         self.known = b""
 
     def stage(self, number: int) -> None:
         self.arena.empty()
-        self.stager.stage(number, self.rank.live.arrays)
+        self.stager.stage(self.arena, number, self.rank.live.arrays)
 
-    def perform(self, store: Store, number: int, *, repeated: bool) -> Done:
-        draft = (self.draft.name, self.draft.folder, self.draft.attempt)
-        template = self.rank.template(self.draft)
-        digest = self.rank.prepared.digest
-        write = Write(1, digest, number, 0, store.url, draft, "power", template, self.known, repeated)
-        return perform(store, write, self.rank.prepared, self.arena, watch=lambda _: None)
+    def perform(self, store: Store, number: int, *, repeated: bool) -> Written:
+        share = self.rank.share(self.draft, self.store, "power")
+        return write_share(store, share, number, Staged(self.arena, unwatched), known=self.known, repeated=repeated)
 
-    def finish(self, done: Done) -> dict[str, bytes]:
+    def finish(self, done: Written) -> dict[str, bytes]:
         """Commits and returns the tree but for the fragment file, which names the attempt."""
-        commit(self.rank, self.store, self.draft, FileDigest(*done.file), "power")
+        assert done.file is not None
+        commit(self.rank, self.store, self.draft, done.file, "power")
         assert ek.open(Path(self.store.url.removeprefix("file://")) / "c").verify().sound
         found = tree(Path(self.store.url.removeprefix("file://")) / "c")
         del found[fragments_file(0)]

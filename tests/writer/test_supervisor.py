@@ -88,7 +88,7 @@ def submit(supervisor: Supervisor, rank: Rank, arena: Arena, path: Path) -> tupl
     """A staged save on its way, and what commits it."""
     store, draft = begun(path.parent, path.name)
     arena.empty()
-    Stager(rank.prepared, arena).stage(0, rank.live.arrays)
+    Stager(rank.prepared).stage(arena, 0, rank.live.arrays)
     submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
 
     def finish() -> None:
@@ -158,7 +158,7 @@ def test_a_plan_and_an_arena_are_sent_once(tmp_path: Path, start: Start, monkeyp
     arena = rank.arena()
     for number in range(3):
         save_through(supervisor, rank, arena, tmp_path / str(number))
-    assert sent == ["Hello", "ArenaHere", "PlanHere", "Write", "Write", "Write"]
+    assert sent == ["Hello", "StructureHere", "ArenaHere", "Write", "Write", "Write"]
 
 
 def test_the_process_has_a_session_of_its_own_and_ignores_what_ends_a_job(tmp_path: Path, start: Start) -> None:

@@ -36,7 +36,7 @@ def main() -> None:
         arena = rank.arena()
         store, draft = begun(Path(folder), "c")
         arena.empty()
-        Stager(rank.prepared, arena).stage(0, rank.live.arrays)
+        Stager(rank.prepared).stage(arena, 0, rank.live.arrays)
         submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
         while not submission.handed:
             time.sleep(0.01)

@@ -17,6 +17,7 @@ import torch
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.layout.grid import chunk_shape
+from elastickpt.ranks.workers import Pool
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.plan import plan_writes
 from elastickpt.saving.staging import Stager
@@ -46,14 +47,14 @@ def main() -> None:
     ]
     prepared = prepare(plan_writes(held, shared, rank=0), ())
     arena = Arena.create(prepared.arena_nbytes)
-    stagers = {threads: Stager(prepared, arena, threads=threads) for threads in THREADS}
+    stager, copiers = Stager(prepared), {threads: Pool("elastickpt-stage", threads) for threads in THREADS}
     whole = np.ones(arena.nbytes, dtype=np.uint8)
     seconds: dict[str, list[float]] = {}
     for _ in range(REPEATS + 1):
-        for threads, stager in stagers.items():
+        for threads, others in copiers.items():
             arena.empty()
             begun = time.perf_counter()
-            stager.stage(0, held)
+            stager.stage(arena, 0, held, (), others)
             seconds.setdefault(f"{threads} threads", []).append(time.perf_counter() - begun)
         begun = time.perf_counter()
         ctypes.memmove(arena.memory.ctypes.data, whole.ctypes.data, arena.nbytes)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.commit.cases import Case, decode_verdict, decode_vote, encode_verdict, encode_vote
-from elastickpt.commit.contents import Contents, decode_outline, decode_rest
+from elastickpt.commit.attempt import Committed, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.contents import Contents, decode_contents
 from elastickpt.commit.draft import CONTENTS, sweep
 from elastickpt.commit.handed import find_attestation, leave_contents, left_contents
 from elastickpt.commit.marks import mark, marked
-from elastickpt.commit.orders import Committed
-from elastickpt.commit.settle import Patience, Standing, give_up, look, settle
+from elastickpt.commit.outcome import Patience, Standing, commit, give_up, look
 from elastickpt.errors import (
     CheckpointError,
     NoSpace,
@@ -37,7 +37,7 @@ from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, RecordingStore
-from elastickpt.testing.members import Attempt, Job
+from elastickpt.testing.members import Job, OpenAttempt
 
 PATIENCE = Patience(poll_s=0.01, limit_s=0.05)
 REPORT = (RankFailure(1, "no-space", "no room"),)
@@ -55,15 +55,15 @@ def job() -> Job:
 class Written:
     """An attempt whose members have all attested, and what its committers know."""
 
-    def __init__(self, job: Job, attempt: Attempt) -> None:
-        self.store, self.draft = attempt.store, attempt.draft
-        self.case = Case(attempt.store.url, attempt.draft, "power", attempt.register, ())
-        self.outline, self.rest = attempt.contents
-        self.contents = decode_rest(self.rest, decode_outline(self.outline))
-        self.files = job.write(attempt)
+    def __init__(self, job: Job, open: OpenAttempt) -> None:
+        self.store, self.draft = open.store, open.draft
+        self.attempt = replace(open.attempt, durability="power")
+        self.encoded = open.contents
+        self.contents = decode_contents(self.encoded)
+        self.files = job.write(open)
 
-    def settle(self, store: Store | None = None, contents: Contents | None = None) -> Committed:
-        return settle(store or self.store, self.case, contents or self.contents, self.files, patience=PATIENCE)
+    def commit(self, store: Store | None = None, contents: Contents | None = None) -> Committed:
+        return commit(store or self.store, self.attempt, contents or self.contents, self.files, patience=PATIENCE)
 
 
 def by_path(job: Job, folder: Path) -> Written:
@@ -91,36 +91,36 @@ def place(written: Written) -> Path:
 
 
 def demand_committed(written: Written) -> None:
-    assert look(written.store, written.case) is Standing.COMMITTED
+    assert look(written.store, written.attempt) is Standing.COMMITTED
     assert ek.open(place(written)).verify().problems == ()
 
 
 @both
 def test_it_is_committed_once_and_found_so_by_all_others(tmp_path: Path, job: Job, make: Make) -> None:
     written = make(job, tmp_path)
-    assert look(written.store, written.case) is Standing.OPEN
-    first = written.settle()
+    assert look(written.store, written.attempt) is Standing.OPEN
+    first = written.commit()
     assert first.arrays == 2
     assert first.nbytes == 9 * 4 + 4 * 8
-    assert written.settle() == first
-    assert give_up(written.store, written.case, REPORT, patience=PATIENCE) == first
+    assert written.commit() == first
+    assert give_up(written.store, written.attempt, REPORT, patience=PATIENCE) == first
     demand_committed(written)
 
 
 @both
 def test_what_was_aborted_is_never_committed(tmp_path: Path, job: Job, make: Make) -> None:
     written = make(job, tmp_path)
-    assert give_up(written.store, written.case, REPORT, patience=PATIENCE) == REPORT
+    assert give_up(written.store, written.attempt, REPORT, patience=PATIENCE) == REPORT
     with pytest.raises(Uncommitted):
-        written.settle()
-    assert look(written.store, written.case) is Standing.ABORTED
+        written.commit()
+    assert look(written.store, written.attempt) is Standing.ABORTED
     assert not place(written).exists()
 
 
 def stopping_points(job: Job, folder: Path, make: Make) -> int:
     written = make(job, folder)
     recording = RecordingStore(written.store)
-    written.settle(recording)
+    written.commit(recording)
     return sum(one.name in CHANGING for one in recording.operations)
 
 
@@ -128,7 +128,7 @@ def stopping_points(job: Job, folder: Path, make: Make) -> int:
 @pytest.mark.parametrize("mode", ["before", "torn", "after"])
 def test_wherever_a_committer_stops_another_one_commits_the_same_bytes(tmp_path: Path, job: Job, make: Make, mode: str) -> None:
     whole = make(job, tmp_path / "whole")
-    whole.settle()
+    whole.commit()
     count = stopping_points(job, tmp_path / "count", make)
     assert count > 8
 
@@ -137,10 +137,10 @@ def test_wherever_a_committer_stops_another_one_commits_the_same_bytes(tmp_path:
 
     for at in range(1, count + 1):
         written = make(job, tmp_path / f"{at}")
-        leave_contents(written.store, written.case, written.outline, written.rest)
+        leave_contents(written.store, written.attempt, written.encoded)
         with pytest.raises(Stop):
-            written.settle(FaultyStore(written.store, CallAt(at, stop, mode=mode), counted=CHANGING))  # type: ignore[arg-type]
-        settle(written.store, written.case, None, written.files, patience=PATIENCE)
+            written.commit(FaultyStore(written.store, CallAt(at, stop, mode=mode), counted=CHANGING))  # type: ignore[arg-type]
+        commit(written.store, written.attempt, None, written.files, patience=PATIENCE)
         demand_committed(written)
         assert not (place(written) / CONTENTS).exists()
 
@@ -155,43 +155,43 @@ def test_wherever_a_committer_stops_another_one_may_give_up(tmp_path: Path, job:
         written = make(job, tmp_path / f"{at}")
 
         def abort(_: object, written: Written = written) -> None:
-            verdict = give_up(written.store, written.case, REPORT, patience=PATIENCE)
+            verdict = give_up(written.store, written.attempt, REPORT, patience=PATIENCE)
             seen.add(type(verdict))
 
         late = FaultyStore(written.store, CallAt(at, abort, mode=mode), counted=CHANGING)  # type: ignore[arg-type]
         with suppress(CheckpointError):
-            assert written.settle(late).arrays == 2
+            assert written.commit(late).arrays == 2
             demand_committed(written)
             continue
-        assert look(written.store, written.case) is Standing.ABORTED
+        assert look(written.store, written.attempt) is Standing.ABORTED
         assert not place(written).exists()
     assert seen == {tuple, Committed} or mode != "after"
 
 
 def test_contents_that_were_cut_short_are_none(tmp_path: Path, job: Job) -> None:
     written = by_path(job, tmp_path)
-    leave_contents(written.store, written.case, written.outline, written.rest)
-    found = left_contents(written.store, written.case)
+    leave_contents(written.store, written.attempt, written.encoded)
+    found = left_contents(written.store, written.attempt)
     assert found == written.contents
     path = tmp_path / written.draft.path(CONTENTS)
     data = path.read_bytes()
     for cut in (0, 7, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
-        assert left_contents(written.store, written.case) is None
+        assert left_contents(written.store, written.attempt) is None
 
 
 def test_an_attestation_is_found_if_it_is_whole_and_of_this_attempt(tmp_path: Path, job: Job) -> None:
     written = by_path(job, tmp_path)
-    assert find_attestation(written.store, written.case, 1) == written.files[1]
+    assert find_attestation(written.store, written.attempt, 1) == written.files[1]
     other = by_path(job, tmp_path / "other")
     path = tmp_path / written.draft.path(written.files[1].path)
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    assert find_attestation(written.store, written.case, 1) is None
+    assert find_attestation(written.store, written.attempt, 1) is None
     path.write_bytes((tmp_path / "other" / other.draft.path(other.files[1].path)).read_bytes())
-    assert find_attestation(written.store, written.case, 1) is None
+    assert find_attestation(written.store, written.attempt, 1) is None
     path.unlink()
-    assert find_attestation(written.store, written.case, 1) is None
+    assert find_attestation(written.store, written.attempt, 1) is None
 
 
 def test_a_commit_that_a_newer_claim_left_out_is_superseded(tmp_path: Path, job: Job) -> None:
@@ -199,7 +199,7 @@ def test_a_commit_that_a_newer_claim_left_out_is_superseded(tmp_path: Path, job:
     written = in_a_run(job, tmp_path)
     claimed(written.store, "two")
     with pytest.raises(Superseded):
-        written.settle()
+        written.commit()
 
 
 def test_a_commit_that_no_newer_claim_adopts_in_time_is_not_acknowledged(tmp_path: Path, job: Job) -> None:
@@ -209,7 +209,7 @@ def test_a_commit_that_no_newer_claim_adopts_in_time_is_not_acknowledged(tmp_pat
     while not (tmp_path / "commits" / "epoch-2.json").exists():
         next(second)  # it stops before it has adopted anything
     with pytest.raises(NotAcknowledged):
-        written.settle()
+        written.commit()
 
 
 @pytest.mark.parametrize("make", [by_path])
@@ -222,7 +222,7 @@ def test_a_commit_whose_last_sync_fails_is_committed_and_said_not_to_be_durable(
 
     count = stopping_points(job, tmp_path / "count", make)
     with pytest.raises(NotDurable, match="committed and whole"):
-        written.settle(FaultyStore(written.store, CallAt(count, fail), counted=CHANGING))
+        written.commit(FaultyStore(written.store, CallAt(count, fail), counted=CHANGING))
     demand_committed(written)
 
 
@@ -245,7 +245,7 @@ def test_a_draft_is_not_swept_while_its_attempt_is_marked(tmp_path: Path, job: J
 def test_votes_and_verdicts_are_read_as_they_were_said(tmp_path: Path, job: Job) -> None:
     for written in (by_path(job, tmp_path), in_a_run(job, tmp_path / "run")):
         for said in (None, FileDigest("fragments/00001.msgpack", 3, "0" * 32), RankFailure(4, "no-space", "no room")):
-            assert decode_vote(encode_vote(written.case, said)) == (written.case, said)
+            assert decode_vote(encode_vote(written.attempt, said)) == (written.attempt, said)
     for verdict in (Committed(5, 2, "f" * 32), REPORT):
         assert decode_verdict(encode_verdict("key", verdict)) == ("key", verdict)
 
@@ -268,13 +268,13 @@ def test_whatever_operation_fails_it_is_committed_and_whole_or_absent(
 
         faulty = FaultyStore(written.store, CallAt(at, fail), counted=CHANGING)
         try:
-            verdict: object = written.settle(faulty)
+            verdict: object = written.commit(faulty)
         except NotDurable:
             seen.add("not durable")
             demand_committed(written)
             continue
         except CheckpointError:
-            verdict = give_up(written.store, written.case, REPORT, patience=PATIENCE)
+            verdict = give_up(written.store, written.attempt, REPORT, patience=PATIENCE)
         seen.add(type(verdict).__name__)
         if isinstance(verdict, Committed):
             demand_committed(written)
@@ -293,9 +293,9 @@ def test_what_cannot_be_aborted_is_not_said_to_be(tmp_path: Path, job: Job, make
 
     faulty = FaultyStore(written.store, CallAt(1, fail, lasting="from then on"), counted=CHANGING)
     with pytest.raises(StorageFailed):
-        give_up(faulty, written.case, REPORT, patience=PATIENCE)
-    assert look(written.store, written.case) is Standing.OPEN
-    written.settle()
+        give_up(faulty, written.attempt, REPORT, patience=PATIENCE)
+    assert look(written.store, written.attempt) is Standing.OPEN
+    written.commit()
     demand_committed(written)
 
 
@@ -306,8 +306,8 @@ def test_an_abort_whose_sync_fails_is_one(tmp_path: Path, job: Job) -> None:
         raise StorageFailed("input/output error")
 
     faulty = FaultyStore(written.store, CallAt(1, fail), counted=frozenset({"sync_directory"}))
-    assert give_up(faulty, written.case, REPORT, patience=PATIENCE) == REPORT
-    assert look(written.store, written.case) is Standing.ABORTED
+    assert give_up(faulty, written.attempt, REPORT, patience=PATIENCE) == REPORT
+    assert look(written.store, written.attempt) is Standing.ABORTED
 
 
 class Full:
@@ -329,6 +329,6 @@ def test_on_a_full_disk_an_attempt_gives_its_room_back(tmp_path: Path, job: Job)
     """Else the disk stays full: the folder goes only behind a register that says abort."""
     written = in_a_run(job, tmp_path)
     full = Full(written.store, written.draft.path(DRAFT_TOKEN))
-    assert give_up(full, written.case, REPORT, patience=PATIENCE) == REPORT  # type: ignore[arg-type]
-    assert look(written.store, written.case) is Standing.ABORTED
+    assert give_up(full, written.attempt, REPORT, patience=PATIENCE) == REPORT  # type: ignore[arg-type]
+    assert look(written.store, written.attempt) is Standing.ABORTED
     assert not place(written).exists()

@@ -1,35 +1,55 @@
-"""Where the attempts of saves beside training go: a path of its own, or a step of a run.
+"""Where saves go, and where their attempts are opened: a path of its own, or a step of a run.
 
 destination.locate()  on every rank, before anything is asked of the others      -> Located
-located.open(...)     on member 0: the attempt exists, and writers may write      -> Opened
+located.open(...)     on member 0: the attempt exists, and writers may write      -> Attempt
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import threading
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.draft import Draft, begin, new_draft, require_free, sweep
 from elastickpt.errors import Refused
 from elastickpt.format.arrays import Section
 from elastickpt.ledger.epochs import Holding, open_attempt
-from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.records import Metrics
 from elastickpt.ledger.steps import complete
 from elastickpt.storage.opening import local_path, locate_for_saving
-from elastickpt.storage.store import Store
+from elastickpt.storage.store import Durability, Store
+
+_TAKEN: set[str] = set()
+_CHANGING = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """An attempt that exists: its draft, its register in a run, and what was found on the way."""
+def take_place(place: str) -> None:
+    """A save to this place is under way in this process until `leave_place`. Raises Refused if one is."""
+    with _CHANGING:
+        _require_idle(place)
+        _TAKEN.add(place)
 
-    draft: Draft
-    register: AttemptId | None
-    notes: tuple[str, ...] = ()
+
+def leave_place(place: str) -> None:
+    """The place is free again."""
+    with _CHANGING:
+        _TAKEN.discard(place)
+
+
+def require_idle(place: str) -> None:
+    """Raises Refused while a save to the place is under way."""
+    with _CHANGING:
+        _require_idle(place)
+
+
+def _require_idle(place: str) -> None:
+    if place in _TAKEN:
+        raise Refused(f"{place}: a save to it is still under way in this process; wait for its result, or choose another path")
 
 
 class Located(Protocol):
@@ -47,8 +67,9 @@ class Located(Protocol):
         """Raises on member 0 if nothing can be committed there."""
         ...
 
-    def open(self, sections: Collection[Section]) -> Opened:
-        """Member 0 only, which holds arrays of these sections. Raises StorageFailed kinds, Superseded."""
+    def open(self, sections: Collection[Section], durability: Durability) -> tuple[Attempt, tuple[str, ...]]:
+        """Member 0 only, which holds arrays of these sections; what was found on the way, too. Raises StorageFailed kinds,
+        Superseded."""
         ...
 
 
@@ -93,24 +114,25 @@ class PathDestination:
         """Every path may be tried."""
 
     def locate(self) -> Located:
-        return _Path(*locate_for_saving(self.place))
+        return _Path(*locate_for_saving(self.place), self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class _Path:
     store: Store
     name: str
+    step: int | None
 
     def require_free(self) -> None:
         require_free(self.store, self.name)
 
-    def open(self, sections: Collection[Section]) -> Opened:
+    def open(self, sections: Collection[Section], durability: Durability) -> tuple[Attempt, tuple[str, ...]]:
         swept = sweep(self.store, self.name)
         notes = [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
         notes += [f"left {folder}: {why}" for folder, why in swept.left]
         draft = new_draft(self.name, pid=os.getpid())
         begin(self.store, draft, sections=sections)
-        return Opened(draft, None, tuple(notes))
+        return Attempt(self.store.url, draft, durability, step=self.step, time=time.time()), tuple(notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +157,7 @@ class RunDestination:
             raise self.refused
 
     def locate(self) -> Located:
-        return _Step(self.store, self.holding, self.step)
+        return _Step(self.store, self.holding, self.step, self.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +165,7 @@ class _Step:
     store: Store
     holding: Holding | None
     step: int
+    metrics: Metrics
 
     @property
     def name(self) -> str:
@@ -151,10 +174,10 @@ class _Step:
     def require_free(self) -> None:
         """Opening the attempt finds out."""
 
-    def open(self, sections: Collection[Section]) -> Opened:
+    def open(self, sections: Collection[Section], durability: Durability) -> tuple[Attempt, tuple[str, ...]]:
         if self.holding is None:
             raise Refused(f"{self.store.url}: expected the run's claim on member 0, found none")
         register = complete(open_attempt(self.store, self.holding, step=self.step))
         draft = Draft(register.folder, register.folder, secrets.token_hex(8))
         begin(self.store, draft, sections=sections)
-        return Opened(draft, register)
+        return Attempt(self.store.url, draft, durability, register, self.metrics, self.step, time.time()), ()

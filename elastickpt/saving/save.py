@@ -1,0 +1,150 @@
+"""`save`: the pipeline from live tensors, and the commit in one more round; whole or absent, on all ranks together. [SAVE-3,
+SAVE-54]"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, SupportsIndex
+
+from elastickpt.commit.attempt import Committed
+from elastickpt.commit.destination import PathDestination, require_idle
+from elastickpt.commit.draft import require_token
+from elastickpt.commit.outcome import commit
+from elastickpt.errors import RanksFailed
+from elastickpt.ranks.process_group import Group, job_group
+from elastickpt.ranks.team import Call, Team, require_limit
+from elastickpt.ranks.teams import team_of
+from elastickpt.saving.agree import Offer
+from elastickpt.saving.info import CheckpointInfo
+from elastickpt.saving.live_tensors import LiveTensors
+from elastickpt.saving.messages import Attested
+from elastickpt.saving.pipeline import Pipeline
+from elastickpt.saving.propose import propose
+from elastickpt.saving.request import PlacementChoice, Replicas, Request, step_of
+from elastickpt.storage.opening import place_in
+from elastickpt.storage.store import Durability
+from elastickpt.training.collection import collection_paused
+from elastickpt.training.memory import host_elements
+from elastickpt.writer.share import write_whole_share
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+log = logging.getLogger(__name__)
+
+
+def save(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    step: SupportsIndex | None = None,
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    placement: PlacementChoice = "auto",
+    durability: Durability = "power",
+    replicas: Replicas = "owner",
+    wait_limit_s: float | None = None,
+) -> CheckpointInfo:
+    """Saves `state` at `path`; on return the checkpoint exists there, whole and as durable as asked. Blocking.
+
+    Every rank of the process group (default: all) must call it with the same path, step and options. `state` maps names to
+    modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
+    runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
+    Tensors of one name that nothing declares to be replicas (no DDP, placement or `mesh`) are compared in every save, for a
+    pass over their memory, and refused if they differ. Buffers of DDP and `fully_shard` may differ: the first rank's are saved;
+    where nothing keeps them equal, a note names those that do.
+    `durability`: "power" survives a power cut, "process" only the end of processes; a store that cannot promise "power" gives
+    "process", and a note says so. `replicas`: of what several ranks are declared to hold alike each byte is written by one of
+    them, "owner"; "verify" first compares all of it and refuses the save if some differs; "sample" compares another sixteenth
+    in each save, and a note names what differs.
+    `placement`: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else it refuses the
+    save by name, as "packed" is not built yet.
+    `wait_limit_s`: for how long ranks that come later are waited for while their processes live; without it as long as a
+    collective of the process group waits. After 10 s, and again, a warning names them.
+
+    Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
+    StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
+    """
+    with collection_paused():
+        require_limit("wait_limit_s", wait_limit_s)
+        group = job_group(process_group)
+        team = team_of(group)
+        team.enter(Call(f"save to {os.fspath(path)}", *group.limit(wait_limit_s)))
+        return save_with(team, group, Request(os.fspath(path), step_of(step), placement, durability, replicas), state, mesh)
+
+
+def save_with(
+    team: Team, group: Group, request: Request, state: Mapping[str, object], mesh: DeviceMesh | None
+) -> CheckpointInfo:
+    """The same with a team that has entered the call."""
+    begun = time.perf_counter()
+    pipeline = Pipeline(team, request)
+
+    def capture() -> Offer:
+        proposal = propose(state, mesh, rank=group.rank, world_size=group.world_size)
+        located = PathDestination(request.path, request.step).locate()  # last, as it makes missing parents
+        require_idle(place_in(located.store, located.name))
+        return Offer(proposal, located)
+
+    try:
+        pipeline.agree(capture)
+        pipeline.open()
+        planned = time.perf_counter()
+        committed, written = _write_and_commit(pipeline)
+    except BaseException as error:
+        pipeline.give_up(error)
+        raise
+    ended = time.perf_counter()
+    info = CheckpointInfo(
+        path=pipeline.path,
+        step=request.step,
+        attempt=pipeline.opened.attempt.id,
+        nbytes=committed.nbytes,
+        arrays=committed.arrays,
+        plan_s=planned - begun,
+        write_s=written - planned,
+        commit_s=ended - written,
+        stall_s=ended - begun,
+        notes=pipeline.notes,
+    )
+    rate = info.nbytes / 1e9 / max(info.stall_s, 1e-9)
+    words = (info.path, info.arrays, info.nbytes / 1e9, info.stall_s, rate)
+    level = logging.INFO if team.member == 0 else logging.DEBUG
+    log.log(level, "saved %s: %d arrays, %.3f GB in %.2f s (%.2f GB/s)", *words)
+    return info
+
+
+def _write_and_commit(pipeline: Pipeline) -> tuple[Committed, float]:
+    """One round: every rank writes and attests its share, member 0 commits. And when this rank had written."""
+    store, attempt, arrays = pipeline.agreed.located.store, pipeline.opened.attempt, pipeline.agreed.live.arrays
+    written_at: list[float] = []
+
+    def write() -> bytes:
+        require_token(store, attempt.draft)
+        share = pipeline.share()
+        source = LiveTensors(share.prepared.plan, [host_elements(held.tensor) for held in arrays], store)
+        file = write_whole_share(store, share, source)
+        written_at.append(time.perf_counter())
+        return Attested(file, pipeline.own_values()).encode()
+
+    def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        attested = [Attested.decode(payload) for payload in payloads]
+        contents = pipeline.contents(one.values for one in attested)
+        committed = commit(store, attempt, contents, [one.file for one in attested])
+        return [committed.encode()] * len(payloads)
+
+    try:
+        committed = Committed.decode(pipeline.team.round("write", write, decide))
+    except RanksFailed as error:
+        if any(failure.rank == pipeline.team.ranks[0] for failure in error.report):
+            raise type(error)(
+                f"{error.message}; it was the one to commit, so whether {attempt.draft.name} was committed is not known: "
+                "open it to find out",
+                report=error.report,
+            ) from error
+        raise
+    return committed, written_at[0]

@@ -1,0 +1,155 @@
+"""The structures of jobs that this process knows, and all that was found out about each: the one cache of its kind.
+
+    known by                     gives                                       asked by
+    the very arrays of a state   the encoded table of this rank              `propose`
+    rank and id                  shared facts, plan, looks, outline          `agree`, which says to others which ids it knows
+    table, for one saver         the structure by which it may stage         `Saver`, which then asks nobody
+    a structure and an arena     the plan in rounds, and who stages it       `Pipeline`, `Saver`
+
+What a structure says is a function of its id and of the rank alone, so it may outlive any one save.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from elastickpt.commit.contents import Outline
+from elastickpt.format.arrays import ArraySpec
+from elastickpt.format.records import Item
+from elastickpt.saving.drift import Hashed, Look, looks_asked_for
+from elastickpt.saving.merge import SharedArray
+from elastickpt.saving.request import Request
+from elastickpt.saving.staging import Stager
+from elastickpt.saving.structure import encode_table, table_digest, table_of
+from elastickpt.training.held import HeldArray, LiveState
+from elastickpt.writer.plans import Document, WritePlan
+from elastickpt.writer.prepared import WriterStructure, prepare
+
+KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer state, model only, ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedTable:
+    """A rank's structure table, encoded; `digest` identifies it. Arrays that a capture found as the one before have the same
+    `spec` objects, each of which was made for one array lying in one way: states that have them all, and the same items and
+    ties, have one table."""
+
+    encoded: bytes
+    digest: str
+    specs: tuple[ArraySpec, ...]
+    items: tuple[Item, ...]
+    tied: object
+
+    def is_that_of(self, live: LiveState) -> bool:
+        """Whether it is certain to be."""
+        if (self.items, self.tied) != (live.items, live.tied) or len(self.specs) != len(live.arrays):
+            return False
+        return all(held.spec is spec for held, spec in zip(live.arrays, self.specs, strict=True))
+
+
+def encoded_table(live: LiveState) -> EncodedTable:
+    """Of a state that is not known. Raises ValueNotCarried for a name that no checkpoint carries."""
+    encoded = encode_table(table_of(live))
+    return EncodedTable(encoded, table_digest(encoded), tuple(held.spec for held in live.arrays), live.items, live.tied)
+
+
+@dataclass(eq=False)
+class KnownStructure:
+    """A job's structure, `id`, as one rank knows it, whose own table is `table`, of the newest state with it. `looks`: what
+    this rank compares with others in every save; `compares`: some rank does. On the committer only: `outline`, one object for
+    all saves, so that what was proven of its arrays is known again; `file_parts` as in `MergedStructure`."""
+
+    id: str
+    rank: int
+    table: EncodedTable
+    shared: tuple[SharedArray, ...]
+    plan: WritePlan
+    documents: tuple[Document, ...]
+    looks: tuple[Look, ...]
+    compares: bool
+    outline: Outline | None
+    file_parts: int = 0
+
+    def hashed(self, arrays: Sequence[HeldArray], request: Request) -> Hashed:
+        """Digests of what this rank compares in a save of this structure, and what was asked for beside. Blocking for a pass
+        over that memory."""
+        asked = looks_asked_for(arrays, self.shared, request, rank=self.rank)
+        return Hashed(self.id, (*self.looks, *asked), arrays, share=request.share)
+
+    def for_writer(self, arena_nbytes: int | None = None) -> WriterStructure:
+        """With the plan in rounds through an arena of at most so many bytes. Raises LimitExceeded where it cannot go in one."""
+        if arena_nbytes not in self._for_writer:
+            prepared = prepare(self.plan, self.documents, arena_nbytes=arena_nbytes)
+            self._for_writer[arena_nbytes] = WriterStructure(prepared, self.outline)
+        return self._for_writer[arena_nbytes]
+
+    def stager(self, arena_nbytes: int | None) -> Stager:
+        """Who stages it for that. Raises likewise."""
+        if arena_nbytes not in self._stagers:
+            self._stagers[arena_nbytes] = Stager(self.for_writer(arena_nbytes).prepared)
+        return self._stagers[arena_nbytes]
+
+    @cached_property
+    def _for_writer(self) -> dict[int | None, WriterStructure]:
+        return {}
+
+    @cached_property
+    def _stagers(self) -> dict[int | None, Stager]:
+        return {}
+
+    @cached_property
+    def savers(self) -> weakref.WeakSet[object]:
+        """Those whose ranks have agreed on it: they may stage by it before they ask again."""
+        return weakref.WeakSet()
+
+
+class KnownStructures:
+    """The newest ones. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[int, str], KnownStructure] = OrderedDict()
+        self._changing = threading.Lock()
+
+    def to_rank(self, rank: int) -> Mapping[str, KnownStructure]:
+        """Those that this rank knows, by id, the newest last. A snapshot: another save may evict some before this one
+        agrees."""
+        with self._changing:
+            return {id: found for (of, id), found in self._known.items() if of == rank}
+
+    def remember(self, structure: KnownStructure, table: EncodedTable) -> None:
+        """It is the newest one, by a state with this table."""
+        key = structure.rank, structure.id
+        with self._changing:
+            structure.table = table
+            self._known[key] = structure
+            self._known.move_to_end(key)
+            while len(self._known) > KNOWN_STRUCTURES:
+                self._known.popitem(last=False)
+
+    def table_of(self, live: LiveState) -> EncodedTable:
+        """The encoded table of a state, without encoding it again if it is known. Raises ValueNotCarried."""
+        found = next((one.table for one in self._all() if one.table.is_that_of(live)), None)
+        return found or encoded_table(live)
+
+    def to_stage_by(self, saver: object, table: str) -> KnownStructure | None:
+        """The structure of which this table was a part when the ranks of this saver agreed last; None: they must be asked."""
+        return next((one for one in self._all() if one.table.digest == table and saver in one.savers), None)
+
+    def forget(self, saver: object, table: str) -> None:
+        """The job has another structure by now: the next save with this table asks."""
+        for one in self._all():
+            if one.table.digest == table:
+                one.savers.discard(saver)
+
+    def _all(self) -> list[KnownStructure]:
+        """The newest first."""
+        with self._changing:
+            return list(reversed(self._known.values()))
+
+
+KNOWN = KnownStructures()

@@ -1,0 +1,149 @@
+"""One rank's share of an attempt: bytes from a source into files, made durable, and attested. Blocking, in any process.
+
+Saves differ in their source alone (`carry.Source`): live tensors, an arena, files of another library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.attest import attest
+from elastickpt.commit.completing import completing
+from elastickpt.commit.contents import encode_values
+from elastickpt.errors import LimitExceeded
+from elastickpt.format.encode_fragments import decode_beside, encode_beside
+from elastickpt.format.records import FileDigest, FragmentMap, OptimizerTable, StoredFile, StoredPiece
+from elastickpt.format.values import Value
+from elastickpt.storage.store import Store
+from elastickpt.writer.carry import Checksums, Source, Target, Watch, blocks_of, make_durable, sync_way, unwatched, write_round
+from elastickpt.writer.plans import WritePlan
+from elastickpt.writer.prepared import Prepared, WriterStructure
+from elastickpt.writer.rounds import BLOCK_NBYTES
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one rank brings to an attempt beside its bytes: what it writes and where, its rows of the optimizer tables, and its
+    per-rank values, by JSON pointer. `replicated` are the values of the manifest, which the committer's alone has; None for a
+    writer that takes no part in the decision."""
+
+    attempt: Attempt
+    member: int
+    structure: WriterStructure
+    tables: tuple[OptimizerTable, ...] = ()
+    values: Mapping[str, Value] = field(default_factory=dict)
+    replicated: Mapping[str, Value] | None = None
+
+    @cached_property
+    def beside(self) -> bytes:
+        """Tables and values, for `share_of`. Raises ValueNotCarried."""
+        return encode_beside(self.tables, dict(self.values) or None)
+
+    @cached_property
+    def encoded_values(self) -> bytes:
+        """The replicated ones. Raises ValueNotCarried."""
+        return encode_values(self.replicated or {})
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.structure.prepared
+
+
+def share_of(attempt: Attempt, member: int, structure: WriterStructure, beside: bytes) -> Share:
+    """The share that another process told of so."""
+    tables, values = decode_beside(beside, path="what this process was told")
+    return Share(attempt, member, structure, tables, values if isinstance(values, dict) else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A round that was written: its bytes, and the checksums of its blocks as little-endian 64-bit integers; after the last one
+    `file`, the attestation."""
+
+    nbytes: int
+    checksums: bytes
+    file: FileDigest | None
+
+
+def write_share(
+    store: Store,
+    share: Share,
+    number: int,
+    source: Source,
+    *,
+    known: bytes = b"",
+    repeated: bool = False,
+    watch: Watch = unwatched,
+) -> Written:
+    """Writes a round of the share; the last one also makes documents and names, and attests. On return what was written is as
+    durable as was asked.
+
+    `known` are the checksums of all earlier rounds. `repeated`: another writer may have begun the same, which is completed.
+    Raises StorageFailed kinds, and whatever source and `watch` raise.
+    """
+    attempt, prepared = share.attempt, share.prepared
+    plan, now = prepared.plan, prepared.rounds[number]
+    way = sync_way(store, len(plan.files) + len(plan.documents), durability=attempt.durability)
+    target = Target(store, attempt.draft.folder, way, watch)
+    create = completing(store) if repeated else store.create
+    last = number == len(prepared.rounds) - 1
+    checksums = write_round(target, plan, prepared.documents if last else (), now.slices, source, create=create)
+    nbytes = sum(at.stop - at.start for at in now.slices)
+    if not last:
+        if way == "tree":
+            store.sync_tree()
+        return Written(nbytes, _encode(checksums), None)
+    make_durable(target, plan, prepared.documents)
+    every = np.concatenate([np.frombuffer(known, dtype="<u8").astype(np.uint64), checksums])
+    fragments = fragments_of(share, every)
+    return Written(nbytes, b"", attest(store, attempt.draft, fragments, durability=attempt.durability, create=create))
+
+
+def write_whole_share(store: Store, share: Share, source: Source) -> FileDigest:
+    """The same of a share that goes in one round; returns the attestation."""
+    file = write_share(store, share, 0, source).file
+    if file is None:
+        raise LimitExceeded(f"a share in {len(share.prepared.rounds)} rounds, where one was expected")
+    return file
+
+
+def _encode(checksums: Checksums) -> bytes:
+    return checksums.astype("<u8", copy=False).tobytes()
+
+
+def fragments_of(share: Share, checksums: Checksums) -> FragmentMap:
+    """The fragment map of this writer, with the checksums of all its pieces in order."""
+    plan = share.prepared.plan
+    files = tuple(StoredFile(0, file.path, file.nbytes) for file in plan.files)
+    pieces = stored_pieces(plan, checksums)
+    return FragmentMap(share.member, share.attempt.id, BLOCK_NBYTES, files, pieces, share.tables, dict(share.values) or None)
+
+
+def stored_pieces(plan: WritePlan, checksums: Checksums) -> tuple[StoredPiece, ...]:
+    """Every piece with its place and checksums."""
+    pieces = []
+    every = checksums.tolist()
+    first = 0
+    for number, file in enumerate(plan.files):
+        for piece in file.pieces:
+            run = piece.run
+            stop = first + blocks_of(run.nbytes)
+            pieces.append(
+                StoredPiece(
+                    array=plan.keys[piece.array],
+                    box=run.box,
+                    file=number,
+                    offset=run.offset,
+                    nbytes=run.nbytes,
+                    row_nbytes=run.row_nbytes,
+                    row_stride=run.row_stride,
+                    checksums=tuple(every[first:stop]),
+                )
+            )
+            first = stop
+    return tuple(pieces)

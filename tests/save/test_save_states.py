@@ -1,0 +1,323 @@
+"""Every state of a save beside training × everything that may happen in it, by real saves: the outcome is what the table says.
+
+[SAVE-94, SAVE-99, SAVE-104]
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import elastickpt as ek
+from elastickpt.errors import CheckpointError, NoSpace, RankFailure, Refused, StorageFailed
+from elastickpt.ranks.process_group import job_group
+from elastickpt.saving import beside, save_states, saver
+from elastickpt.saving.beside import Beside
+from elastickpt.saving.save_states import TABLE, Event, IllegalStep, Progress, Room, Row, State, Tell
+from elastickpt.saving.saver import Saver
+from elastickpt.saving.savers import close_all, saver_of
+from elastickpt.saving.staging import Stager
+from elastickpt.saving.task import Task
+from elastickpt.writer import endings
+from elastickpt.writer.parts import Part
+from elastickpt.writer.submissions import Submission
+from elastickpt.writer.thread import ThreadWriter
+
+LIMIT_S = 60.0
+THREAD = ek.AsyncOptions(executor="thread")
+ROUNDS = ek.AsyncOptions(executor="thread", arena_nbytes=(1 << 20) + 4096)
+FULL = NoSpace("no space left on device")
+
+Cell = tuple[State, Event]
+
+
+def state(numbers: int = 5000) -> dict[str, Any]:
+    return {"t": torch.full((numbers,), 1.0), "note": "always the same"}
+
+
+class Scene:
+    """One save in which something happens."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.path, self.patch, self.options = folder / "c", patch, THREAD
+        self.live = state()
+        self.handle: ek.SaveHandle | None = None
+        self.seen: list[Cell] = []
+        patch.setattr(Progress, "advance", self._advance(Progress.advance))
+
+    def _advance(self, real: Callable[[Progress, Event], Row]) -> Callable[[Progress, Event], Row]:
+        def advance(progress: Progress, event: Event) -> Row:
+            self.seen.append((progress.state, event))
+            return real(progress, event)
+
+        return advance
+
+    def known(self, options: ek.AsyncOptions = THREAD, numbers: int = 5000) -> None:
+        """The structure is known, and its arena there."""
+        self.options, self.live = options, state(numbers)
+        ek.async_save(self.live, self.path.parent / "known", options=options).result(LIMIT_S)
+        self.seen.clear()
+
+    def failing(self, owner: Any, name: str, error: BaseException = FULL, *, then: Callable[[], object] | None = None) -> None:
+        """From now on this function raises; it first waits for `then`."""
+
+        def fail(*args: Any, **options: Any) -> Any:
+            if then is not None:
+                then()
+            raise error
+
+        self.patch.setattr(owner, name, fail)
+
+    def before(self, owner: Any, name: str, wait: Callable[..., object]) -> None:
+        """From now on this function waits first."""
+        real = getattr(owner, name)
+
+        def waiting(*args: Any, **options: Any) -> Any:
+            wait(*args)
+            return real(*args, **options)
+
+        self.patch.setattr(owner, name, waiting)
+
+    def demand(self, cell: Cell) -> None:
+        """It was reached, or is in a moment, as some come behind the outcome."""
+        until = time.monotonic() + LIMIT_S
+        while cell not in self.seen:
+            assert time.monotonic() < until, self.seen
+            time.sleep(0.005)
+
+    def save(self) -> BaseException | None:
+        """How it ended."""
+        taken: list[Task] = []
+        real = saver.Task
+
+        def made(*args: Any) -> Task:
+            taken.append(real(*args))
+            return taken[0]
+
+        with self.patch.context() as patch:
+            patch.setattr(saver, "Task", made)
+            with suppress(KeyboardInterrupt):
+                ek.async_save(self.live, self.path, options=self.options)
+        self.handle = taken[0].handle
+        return self.handle.exception(LIMIT_S)
+
+
+def goes_well(scene: Scene) -> None:
+    scene.known()
+
+
+def goes_in_rounds(scene: Scene) -> None:
+    scene.known(ROUNDS, 1 << 20)
+
+
+def cannot_be_captured(scene: Scene) -> None:
+    scene.live = {**state(), "f": print}
+
+
+def is_interrupted(scene: Scene) -> None:
+    scene.failing(saver, "propose", KeyboardInterrupt())
+
+
+def is_refused_where_it_goes(scene: Scene) -> None:
+    (scene.path).mkdir()
+    (scene.path / "x").write_text("x")
+
+
+def meets_a_fault_in_a_round(scene: Scene) -> None:
+    """Which is reported, also by one rank to itself."""
+    scene.failing(beside.Pipeline, "_open", RuntimeError("a fault"))
+
+
+def is_not_staged_before_the_opening(scene: Scene) -> None:
+    scene.failing(Stager, "stage")
+
+
+def does_not_see_the_draft(scene: Scene) -> None:
+    scene.known()
+    scene.failing(beside, "require_token")
+
+
+def hears_of_a_failure_after_the_opening(scene: Scene) -> None:
+    """As from a rank that does not see the draft, in a round that gathers values."""
+    scene.known()
+    scene.failing(beside, "require_token", StorageFailed("rank 0: no", report=((RankFailure(0, "storage-failed", "no")),)))
+
+
+def is_staged_too_late(scene: Scene) -> None:
+    """All rounds are staged behind the opening."""
+    scene.known(ek.AsyncOptions(executor="thread", arena_nbytes=(1 << 20) + 4096, stall_limit_s=0.5), 1 << 20)
+    left = threading.Event()
+    real = Saver._of_the_rounds
+
+    def awaited(self: Saver, future: Any) -> Any:
+        try:
+            return real(self, future)
+        finally:
+            if not future.done():
+                left.set()
+
+    scene.patch.setattr(Saver, "_of_the_rounds", awaited)
+    scene.before(Beside, "_share", lambda *_: left.wait(LIMIT_S))
+
+
+def has_a_writer_that_takes_nothing_more(scene: Scene) -> None:
+    scene.known()
+    scene.failing(ThreadWriter, "submit", Refused("this writer was closed"))
+
+
+def is_not_staged_while_written(scene: Scene) -> None:
+    scene.known(ROUNDS, 1 << 20)
+    real, calls = Stager.stage, []
+
+    def second_fails(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise FULL
+        return real(*args)
+
+    scene.patch.setattr(Stager, "stage", second_fails)
+
+
+def is_not_written(scene: Scene) -> None:
+    from elastickpt.writer import carry
+
+    scene.known()
+    scene.failing(carry, "write_slices")
+
+
+def is_decided_while_written(scene: Scene) -> None:
+    """By another rank's failure, as its vote comes to the committer."""
+    from elastickpt.writer import carry
+
+    scene.known()
+    decided = threading.Event()
+    scene.before(carry, "write_slices", lambda *_: (abort(scene), decided.wait(LIMIT_S)))
+    scene.patch.setattr(Submission, "decide", _then(Submission.decide, decided.set))
+
+
+def abort(scene: Scene) -> None:
+    (writer,) = saver_of(job_group(None), scene.options)._writers._writers.values()
+    assert isinstance(writer, ThreadWriter)
+    assert writer._part is not None
+    (key,) = writer._part._assembly._open
+    writer._part._assembly.say(key, RankFailure(0, "no-space", "no space left on another device"))
+
+
+def _then(real: Callable[..., Any], call: Callable[[], object]) -> Callable[..., Any]:
+    def both(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        call()
+        return found
+
+    return both
+
+
+def is_decided_before_it_is_known_to_be_written(scene: Scene) -> None:
+    """It has attested, and the commit fails, a moment before its writer says that it has written."""
+    is_not_committed(scene)
+    decided = threading.Event()
+    scene.patch.setattr(Submission, "decide", _then(Submission.decide, decided.set))
+    scene.patch.setattr(Part, "carry_out", _then(Part.carry_out, lambda: decided.wait(LIMIT_S)))
+
+
+def is_not_committed(scene: Scene) -> None:
+    scene.known()
+    scene.failing(endings, "commit")
+
+
+def is_given_up_behind_its_attestation(scene: Scene) -> None:
+    scene.known()
+    real = Part.carry_out
+
+    def late(*args: Any, **options: Any) -> Any:
+        real(*args, **options)
+        raise FULL
+
+    scene.patch.setattr(Part, "carry_out", late)
+
+
+SCENES: dict[Cell, Callable[[Scene], None]] = {
+    (State.CAPTURED, Event.ASKED): goes_well,
+    (State.CAPTURED, Event.FAILED): cannot_be_captured,
+    (State.CAPTURED, Event.INTERRUPTED): is_interrupted,
+    (State.AGREEING, Event.OPENED): goes_well,
+    (State.AGREEING, Event.FAILED): is_refused_where_it_goes,
+    (State.AGREEING, Event.NOT_STAGED): is_not_staged_before_the_opening,
+    (State.AGREEING, Event.REPORTED): meets_a_fault_in_a_round,
+    (State.OPEN, Event.HANDED_OVER): goes_well,
+    (State.OPEN, Event.FAILED): does_not_see_the_draft,
+    (State.OPEN, Event.NOT_STAGED): is_staged_too_late,
+    (State.OPEN, Event.REPORTED): hears_of_a_failure_after_the_opening,
+    (State.WRITING, Event.HANDED_OVER): goes_in_rounds,
+    (State.WRITING, Event.WRITTEN): goes_well,
+    (State.WRITING, Event.FAILED): has_a_writer_that_takes_nothing_more,
+    (State.WRITING, Event.NOT_STAGED): is_not_staged_while_written,
+    (State.WRITING, Event.NOT_WRITTEN): is_not_written,
+    (State.WRITING, Event.REPORTED): is_decided_while_written,
+    (State.ATTESTED, Event.COMMITTED): goes_well,
+    (State.ATTESTED, Event.REPORTED): is_not_committed,
+    (State.WITHDRAWN, Event.REPORTED): does_not_see_the_draft,
+    (State.WITHDRAWN, Event.COMMITTED): is_given_up_behind_its_attestation,
+    (State.ENDED, Event.WRITTEN): is_decided_before_it_is_known_to_be_written,
+    (State.ENDED, Event.NOT_WRITTEN): is_decided_while_written,
+}
+GOES_WELL = {goes_well, goes_in_rounds, is_given_up_behind_its_attestation}
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    yield
+    close_all()
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    with monkeypatch.context() as patch:
+        yield Scene(tmp_path, patch)
+
+
+def test_every_cell_of_the_table_has_a_scene() -> None:
+    assert SCENES.keys() == TABLE.keys()
+
+
+@pytest.mark.parametrize("cell", TABLE, ids=lambda cell: " ".join(cell))
+def test_the_outcome_is_what_the_table_says(scene: Scene, tmp_path: Path, cell: Cell) -> None:
+    SCENES[cell](scene)
+    error = scene.save()
+    scene.demand(cell)
+    assert error is None or isinstance(error, CheckpointError | KeyboardInterrupt)
+    assert (error is None) == (SCENES[cell] in GOES_WELL)
+    assert (scene.path / "checkpoint.json").exists() == (error is None)
+    scene.patch.undo()
+    again = ek.async_save(state(), tmp_path / "next", options=scene.options).result(LIMIT_S)  # its arena is free, too
+    assert ek.open(again.path).verify().sound
+    assert [path.name for path in tmp_path.glob(".c.*")] == []
+
+
+@pytest.mark.parametrize("cell", TABLE, ids=lambda cell: " ".join(cell))
+def test_a_save_without_its_row_fails(scene: Scene, cell: Cell) -> None:
+    """It does not go on: the table drives it."""
+    SCENES[cell](scene)
+    scene.patch.setattr(save_states, "TABLE", {one: row for one, row in TABLE.items() if one != cell})
+    error = scene.save()
+    scene.demand(cell)
+    if cell[0] is not State.ENDED:  # it had failed before
+        assert isinstance(error, IllegalStep) or "and then" in str(error)
+
+
+def test_the_table_leaves_nobody_waiting() -> None:
+    """From each state a failure leads to the end, and whoever ends a save has made room or has a writer that does."""
+    for state in State:
+        ways = {row.then for (at, _), row in TABLE.items() if at is state}
+        assert ways & {State.ENDED, State.WITHDRAWN, State.LET_GO} or state is State.LET_GO
+    for (at, event), row in TABLE.items():
+        if at in (State.OPEN, State.WRITING) and event in (Event.FAILED, Event.NOT_STAGED):
+            assert row.tell is Tell.WITHDRAW
+            assert row.room is not Room.KEPT
