@@ -14,7 +14,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Field, FieldKind, Item, OptimizerTable
 from elastickpt.format.values import Value, value_digest
 from elastickpt.language.scope import ConstantValue
-from elastickpt.language.tree import Let, Names, Needs, Number, Order, Pattern, Program, Within
+from elastickpt.language.tree import Let, Member, Names, Needs, Number, Order, Pattern, Program, Within
 
 MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
 Name = tuple[str, str]  # (item, parameter name)
@@ -133,7 +133,7 @@ def with_orders(program: Program, orders: Mapping[str, tuple[str, ...]]) -> Prog
     """The program with these orders written out, where they fit a text of the language."""
     known = {one.name for one in program.statements if isinstance(one, Order)}
     fit = {item: names for item, names in orders.items() if item not in known and item.isidentifier() and _spellable(names)}
-    clauses = tuple(Order(item, Names(tuple(Pattern((name,)) for name in names))) for item, names in fit.items())
+    clauses = tuple(Order(item, Names(tuple(Member(Pattern((name,))) for name in names))) for item, names in fit.items())
     first = next((k for k, one in enumerate(program.statements) if isinstance(one, Within)), len(program.statements))
     return replace(program, statements=(*program.statements[:first], *clauses, *program.statements[first:]))
 

@@ -151,8 +151,16 @@ def _source_program(options: Options, format_: Format) -> t.Program:
     program = program_of(options.rules)
     if any(isinstance(one, t.Within) for one in program.statements):
         return program
-    rest = tuple(one for one in default.statements if not isinstance(one, t.Needs))
-    return replace(program, statements=(*program.statements, *rest), name=default.name)
+    return _joined(program, default)
+
+
+def _joined(program: t.Program, default: t.Program) -> t.Program:
+    """A program without rules, and the default one below it as one text; an order that both have is the first one's."""
+    below = default.source.replace(f"ucl {default.version}", f"# {default.name}", 1)
+    whole = parse(f"{program.source.rstrip()}\n{below}", name=program.name)
+    orders = {one.name: one for one in reversed(whole.statements) if isinstance(one, t.Order)}
+    stays = tuple(one for one in whole.statements if not isinstance(one, t.Order) or orders[one.name] is one)
+    return replace(whole, statements=stays)
 
 
 def _needs(program: t.Program) -> set[str]:

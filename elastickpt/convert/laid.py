@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents, Laid, Name, Row, with_orders
+from elastickpt.convert.local_tensors import Local, local_ranks
 from elastickpt.convert.nodes import Agreement, Gathered, Share
-from elastickpt.errors import ProgramFault, Refused, StructureConflict
-from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, NotCarried, StoredTensor
+from elastickpt.convert.owners import Key, Owners
+from elastickpt.errors import Refused, StructureConflict
+from elastickpt.foreign.listing import ForeignCheckpoint, LocalName, NotCarried, StoredTensor
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
 from elastickpt.format.records import FieldKind, Item
 from elastickpt.format.values import ArrayValue, Value, value_digest
 from elastickpt.language import tree as t
 from elastickpt.language.held import lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray
 from elastickpt.language.matching import Matched, match
-from elastickpt.language.orders import counted
 from elastickpt.language.printer import filled_in, print_program
 from elastickpt.language.rules import Rules, resolve
 from elastickpt.language.scope import ConstantValue, Scope
 
 ReadBytes = Callable[[StoredTensor], bytes]
 MODEL = "model"
-Holds = dict[tuple[str, int], list[tuple[WholeArray, Holder]]]  # (local name, chunk) → the arrays that it is a part of
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor of a rank: a box of it may lie apart."""
-
-    item: str
-    name: LocalName
-    state: str
-    shape: tuple[int, ...]
-    dtype: str
-    parts: tuple[tuple[Box, StoredTensor], ...]
-    chunk: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Rank:
-    coordinate: Mapping[str, int]
-    where: str
-    tensors: tuple[_Tensor, ...]
-    groups: tuple[Group, ...]
-    empty: tuple[str, ...]
+Holds = dict[Key, list[tuple[WholeArray, Holder]]]  # a value → the arrays that it is a part of
 
 
 def lay(found: ForeignCheckpoint, program: t.Program, given: Mapping[str, ConstantValue], read: ReadBytes) -> Contents:
@@ -65,7 +42,7 @@ class _Laying:
     ) -> None:
         self._found, self._program, self._read = found, program, read
         self._constants = constants_for(program, found.constants, given)
-        self._ranks = tuple(_ranks_of(found))
+        self._ranks = tuple(local_ranks(found))
         self._sizes = {
             axis: 1 + max(rank.coordinate[axis] for rank in self._ranks)
             for axis in (self._ranks[0].coordinate if self._ranks else ())
@@ -74,18 +51,21 @@ class _Laying:
         self._values = [[k for k, one in enumerate(rank.tensors) if one.state == "value"] for rank in self._ranks]
         self._arrays: dict[ArrayId, Array] = {}
         self._rows: dict[str, dict[Name, Row]] = {}
+        self._lost: dict[str, NotCarried] = {}
+        self._owners: list[Owners] = []
 
     def run(self) -> Contents:
         matched = match(self._rules, [self._shapes(k) for k in range(len(self._ranks))])
         for array in matched.arrays:
             self._value(array)
         holds = self._holds(matched)
+        self._owners = [self._owners_of(k, held) for k, held in enumerate(holds)]
         self._states(holds)
         self._state_values(holds)
         self._groups(holds)
         self._extras()
         found = self._found
-        tied = [(self._item(name), alias, name) for alias, name in matched.tied.items()]
+        tied = [(item, alias, name) for (item, alias), name in matched.tied.items()]
         tied += [(one.item, one.alias, one.name) for one in found.tied]
         constants = dict(self._rules.scope.constants) | dict(matched.sizes)
         orders = self._counted(holds) if len(self._ranks) == 1 else {}
@@ -100,8 +80,8 @@ class _Laying:
             layout=Laid(self._program, constants, self._sizes),
             layout_text=print_program(program),
             orders=orders,
-            not_carried=(*found.not_carried, *self._dropped(matched)),
-            said=found.said,
+            not_carried=(*found.not_carried, *self._dropped(matched), *self._lost.values()),
+            said=(*found.said, *dict.fromkeys(note for one in self._owners for note in one.notes)),
         )
 
     def _shapes(self, rank: int) -> RankShapes:
@@ -122,11 +102,11 @@ class _Laying:
     def _value(self, array: WholeArray) -> None:
         self._add(array, "value", [(holder, self._tensor(holder)) for holder in array.holders])
 
-    def _tensor(self, holder: Holder) -> _Tensor:
+    def _tensor(self, holder: Holder) -> Local:
         """The value that a holder is of."""
         return self._ranks[holder.rank].tensors[self._values[holder.rank][holder.tensor]]
 
-    def _add(self, array: WholeArray, state: str, tensors: Sequence[tuple[Holder, _Tensor]]) -> None:
+    def _add(self, array: WholeArray, state: str, tensors: Sequence[tuple[Holder, Local]]) -> None:
         first = tensors[0][1]
         for holder, other in tensors:
             if other.dtype != first.dtype:
@@ -140,10 +120,10 @@ class _Laying:
             raise StructureConflict(f"array {identity} stands twice in the files")
         divided = not any(one.rule.flag("equal") for one, _ in tensors)
         shares = tuple(self._share(holder, tensor, state) for holder, tensor in tensors)
-        node = Gathered(array.shape, first.dtype, shares, divided, tensors[0][0].rule.at)
+        node = Gathered(array.shape, first.dtype, shares, divided, tensors[0][0].rule.at, self._rules.scope)
         self._arrays[identity] = Array(identity, node, array.true)
 
-    def _share(self, holder: Holder, tensor: _Tensor, state: str) -> Share:
+    def _share(self, holder: Holder, tensor: Local, state: str) -> Share:
         words = {hold.word for hold in holder.rule.holds}
         agreement: Agreement = "average" if "average" in words else "any" if "any" in words else "same"
         divisor = Fraction(1)
@@ -158,46 +138,49 @@ class _Laying:
             divisor = 1 / Fraction(self._rules.scope.value(stored.by)) ** powers.get(state, 1)
         return Share(tensor.shape, tensor.parts, holder.held.pieces, self._said(holder, tensor), agreement, 1 / divisor)
 
-    def _said(self, holder: Holder, tensor: _Tensor) -> str:
+    def _said(self, holder: Holder, tensor: Local) -> str:
         return f"{tensor.name} of {self._ranks[holder.rank].where}"
 
     def _model_item(self, holder: Holder) -> str:
         return self._tensor(holder).item
 
-    def _item(self, name: str) -> str:
-        return next((one.item for one in self._arrays if one.name == name and one.state == "value"), MODEL)
-
     # -- states
 
     def _holds(self, matched: Matched) -> list[Holds]:
-        """For each rank: (local name, chunk) of a value → the whole arrays that it is a part of."""
         found: list[Holds] = [{} for _ in self._ranks]
         for array in matched.arrays:
             for holder in array.holders:
                 tensor = self._tensor(holder)
-                found[holder.rank].setdefault((str(tensor.name), tensor.chunk), []).append((array, holder))
+                key = (tensor.item, str(tensor.name), tensor.chunk)
+                found[holder.rank].setdefault(key, []).append((array, holder))
         return found
 
+    def _owners_of(self, rank: int, held: Holds) -> Owners:
+        values = [self._ranks[rank].tensors[k] for k in self._values[rank]]
+        return Owners(self._rules, self._ranks[rank], [one for one in values if (one.item, str(one.name), one.chunk) in held])
+
     def _states(self, holds: Sequence[Holds]) -> None:
-        collected: dict[tuple[str, str], tuple[WholeArray, list[tuple[Holder, _Tensor]]]] = {}
+        collected: dict[tuple[str, str, str], tuple[WholeArray, list[tuple[Holder, Local]]]] = {}
         for number, rank in enumerate(self._ranks):
-            names = self._names(number, holds[number])
             for tensor in rank.tensors:
                 if tensor.state == "value":
                     continue
-                for array, holder in holds[number].get(names(tensor.item, tensor.name), ()):
-                    if tensor.shape == ():
-                        if array.shape != ():
-                            self._scalar(tensor, array, holder)
-                            continue
-                    elif tensor.shape != self._local_shape(holder):
-                        raise Refused(
-                            f"{tensor.state} of {array.name}: shape {tensor.shape}, its value has {self._local_shape(holder)}; "
-                            "how such a state lies is not known: leave it out with --skip"
-                        )
-                    _, held = collected.setdefault((array.name, tensor.state), (array, []))
+                owner = self._owners[number].find(tensor.item, tensor.name)
+                found = holds[number].get(owner, ())
+                if rank.whole and (not found or tensor.shape not in ((), self._local_shape(found[0][1]))):
+                    self._alone(tensor, owner)
+                    continue
+                if not found:
+                    said = f"{rank.where}: {tensor.item}: {tensor.state} of {tensor.name!r}, which is no tensor of a model"
+                    raise StructureConflict(f"{said} there: leave it out with --skip")
+                for array, holder in found:
+                    if tensor.shape == () and array.shape != ():
+                        self._scalar(tensor, (owner[0], array.name))
+                        continue
+                    self._require_shape(tensor, array, holder)
+                    _, held = collected.setdefault((owner[0], array.name, tensor.state), (array, []))
                     held.append((holder, tensor))
-        for (_, state), (array, held) in collected.items():
+        for (_, _, state), (array, held) in collected.items():
             if len(held) != len(array.holders):
                 lacking = sorted(
                     {self._ranks[h.rank].where for h in array.holders} - {self._ranks[h.rank].where for h, _ in held}
@@ -205,29 +188,60 @@ class _Laying:
                 raise StructureConflict(f"array {array.name}: {', '.join(lacking[:3])} lacks its state {state!r}")
             self._add(array, state, held)
 
+    def _require_shape(self, tensor: Local, array: WholeArray, holder: Holder) -> None:
+        """A state lies as its value does, or it is not known how."""
+        if tensor.shape not in ((), self._local_shape(holder)):
+            raise Refused(
+                f"{tensor.state} of {array.name}: shape {tensor.shape}, its value has {self._local_shape(holder)}; "
+                "how such a state lies is not known: leave it out with --skip"
+            )
+
+    def _alone(self, tensor: Local, owner: Key) -> None:
+        """A state of a whole source that has a shape of its own, or whose parameter is not in the file."""
+        if tensor.shape == ():
+            self._scalar(tensor, owner[:2])
+            return
+        identity = ArrayId("params", owner[0], owner[1], tensor.state)
+        if identity in self._arrays:
+            raise StructureConflict(f"array {identity} stands twice in the files")
+        self._arrays[identity] = Array(identity, self._as_it_is(tensor, str(identity)))
+
+    def _as_it_is(self, tensor: Local, where: str) -> Gathered:
+        held = lower([t.Number(extent) for extent in tensor.shape], Scope(), {})
+        share = Share(tensor.shape, tensor.parts, held.pieces, where)
+        return Gathered(tensor.shape, tensor.dtype, (share,), False, t.NOWHERE, self._rules.scope)
+
     def _local_shape(self, holder: Holder) -> tuple[int, ...]:
         return self._tensor(holder).shape
 
-    def _scalar(self, tensor: _Tensor, array: WholeArray, holder: Holder) -> None:
+    def _scalar(self, tensor: Local, name: Name) -> None:
         data = self._read(tensor.parts[0][1])
-        value = ArrayValue(tensor.dtype, (), data, "torch")
-        self._put((self._model_item(holder), array.name), tensor.item, ("scalar", tensor.state), value)
+        self._put(name, tensor.item, ("scalar", tensor.state), ArrayValue(tensor.dtype, (), data, "torch"))
 
     def _state_values(self, holds: Sequence[Holds]) -> None:
         """States that are plain values in the file."""
-        names = self._names(0, holds[0])
         for scalar in self._found.scalars:
-            for array, holder in holds[0].get(names(scalar.item, scalar.name), ()):
-                self._put((self._model_item(holder), array.name), scalar.item, ("scalar", scalar.state), scalar.value)
+            for name in self._named(0, holds[0], scalar.item, scalar.name):
+                self._put(name, scalar.item, ("scalar", scalar.state), scalar.value)
+
+    def _named(self, rank: int, held: Holds, optimizer: str, member: LocalName) -> list[Name]:
+        """The whole arrays that an optimizer's parameter is a part of."""
+        owner = self._owners[rank].find(optimizer, member)
+        names = [(owner[0], array.name) for array, _ in held.get(owner, ())]
+        if not names and any((one.item, one.name) == owner[:2] for one in self._arrays):
+            names = [owner[:2]]  # only states of it are there
+        if not names:
+            place = f"{optimizer}/{member}"
+            self._lost[place] = NotCarried(place, "settings of a parameter of which nothing is in the files")
+        return names
 
     def _counted(self, holds: Sequence[Holds]) -> dict[str, tuple[str, ...]]:
         """Whole names in the order in which each optimizer's groups have them."""
-        names = self._names(0, holds[0])
         found: dict[str, dict[str, None]] = {}
         for group in self._ranks[0].groups:
             for member in group.members:
-                for array, _ in holds[0].get(names(group.item, member), ()):
-                    found.setdefault(group.item, {})[array.name] = None
+                for _, name in self._named(0, holds[0], group.item, member):
+                    found.setdefault(group.item, {})[name] = None
         return {item: tuple(some) for item, some in found.items()}
 
     def _extras(self) -> None:
@@ -236,9 +250,8 @@ class _Laying:
             if one.state == "":
                 identity = ArrayId("extra", one.item, str(one.name), "")
                 parts = tuple((piece.box, piece.stored) for piece in one.pieces)
-                held = lower([t.Number(extent) for extent in one.shape], Scope(), {})
-                share = Share(one.shape, parts, held.pieces, str(identity))
-                self._arrays[identity] = Array(identity, Gathered(one.shape, one.dtype, (share,), False, t.NOWHERE))
+                tensor = Local(one.item, one.name, "", one.shape, one.dtype, parts, 0)
+                self._arrays[identity] = Array(identity, self._as_it_is(tensor, str(identity)))
 
     def _put(self, name: Name, optimizer: str, key: tuple[FieldKind, str], value: Value) -> None:
         row = self._rows.setdefault(optimizer, {}).setdefault(name, {})
@@ -246,52 +259,13 @@ class _Laying:
         if known is not value and value_digest(known) != value_digest(value):
             raise StructureConflict(f"{key[1]} of {name[1]}: {known!r} on one rank, {value!r} on another")
 
-    def _names(self, rank: int, held: Holds) -> Callable[[str, LocalName], tuple[str, int]]:
-        """(optimizer item, name or number) → (local name, chunk) of the parameter that is meant."""
-        of = self._ranks[rank]
-        values = [one for k in self._values[rank] if (str((one := of.tensors[k]).name), one.chunk) in held]
-        chunks = {str(one.name): one.chunk for one in values}
-        orders: dict[str, tuple[_Tensor, ...]] = {}
-
-        def find(item: str, name: LocalName) -> tuple[str, int]:
-            if isinstance(name, str):
-                return name, chunks.get(name, 0)
-            if item not in orders:
-                orders[item] = self._order(item, of, values)
-            if name >= len(orders[item]):
-                raise Refused(f"{of.where}: {item} counts to {name}, its order has {len(orders[item])} names")
-            one = orders[item][name]
-            return str(one.name), one.chunk
-
-        return find
-
-    def _order(self, item: str, rank: _Rank, values: Sequence[_Tensor]) -> tuple[_Tensor, ...]:
-        members = [member for group in rank.groups if group.item == item for member in group.members]
-        order = self._rules.orders.get(item)
-        if order is None:
-            raise ProgramFault(_wanted_order(item, rank, members))
-        shapes = [LocalShape(one.item, str(k), one.shape, one.chunk) for k, one in enumerate(values)]
-        named = [LocalShape(one.item, str(one.name), one.shape, one.chunk) for one in values]
-        if isinstance(order.by, tuple):
-            found = tuple(values[int(k)] for k in counted(order, self._rules, shapes, {}))
-        else:
-            by_name = {str(one.name): one for one in values}
-            found = tuple(by_name[name] for name in counted(order, self._rules, named, {}))
-        if members and len(found) != len(members):
-            raise self._rules.scope.fault(
-                f"order {item!r} has {len(found)} names, the files count {len(members)} parameters in {rank.where}", order.at
-            )
-        return found
-
     # -- hyper-parameters
 
     def _groups(self, holds: Sequence[Holds]) -> None:
         for number, rank in enumerate(self._ranks):
-            names = self._names(number, holds[number])
             for group in rank.groups:
                 for member in group.members:
-                    for array, holder in holds[number].get(names(group.item, member), ()):
-                        name = (self._model_item(holder), array.name)
+                    for name in self._named(number, holds[number], group.item, member):
                         self._rows.setdefault(group.item, {}).setdefault(name, {})
                         for key, value in group.options.items():
                             if key != "param_names":
@@ -306,41 +280,3 @@ class _Laying:
             if name not in models and name not in self._rows:
                 yield Item(name, "values", type(self._found.values[pointer]).__name__)
         yield from (Item(one.item, "values", "Tensor") for one in self._arrays if one.section == "extra")
-
-
-def _wanted_order(item: str, rank: _Rank, members: Sequence[LocalName]) -> str:
-    """A refusal with a clause to fill in."""
-    shapes = {one.name: one.shape for one in rank.tensors if one.item == item and one.state == "exp_avg"}
-    shapes = shapes or {one.name: one.shape for one in rank.tensors if one.item == item and one.shape != ()}
-    numbers = sorted({*(m for m in members if isinstance(m, int)), *(n for n in shapes if isinstance(n, int))})
-    lines = [f"    NAME    # {number}{f', shape {shapes[number]}' if number in shapes else ', no state'}" for number in numbers]
-    return (
-        f"{rank.where}: {item} counts its parameters, in which order is in no file: give --rules a program with this, or "
-        f"leave them out with --skip:\norder {item}:\n" + "\n".join(lines)
-    )
-
-
-def _ranks_of(found: ForeignCheckpoint) -> Iterator[_Rank]:
-    for rank in found.ranks:
-        tensors = tuple(
-            _Tensor(
-                one.item,
-                one.name,
-                one.state,
-                one.stored.shape,
-                one.stored.dtype,
-                ((Box.whole(one.stored.shape), one.stored),),
-                one.chunk,
-            )
-            for one in rank.tensors
-        )
-        yield _Rank(dict(rank.coordinate), rank.file, tensors, rank.groups, rank.empty)
-    if found.wholes or not found.ranks:
-        wholes = tuple(
-            _Tensor(
-                one.item, one.name, one.state, one.shape, one.dtype, tuple((piece.box, piece.stored) for piece in one.pieces), 0
-            )
-            for one in found.wholes
-            if one.state
-        )
-        yield _Rank({}, found.folder, wholes, found.groups, ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -10,10 +10,11 @@ from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents, Name, Row
 from elastickpt.convert.nodes import Cast, Mapped, Node, Term
 from elastickpt.errors import Refused
+from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import value_digest
 from elastickpt.language import tree as t
-from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, link, renamed
+from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, left_out, link, renamed
 from elastickpt.language.rules import declared, needed
 from elastickpt.language.scope import ConstantValue
 
@@ -30,25 +31,39 @@ def apply_names(
     wanted = {name: value for name, value in given.items() if name in names}
     scope = declared(program, constants_for(program, known, wanted))
     parameters = contents.parameters()
-    shapes = [NamedShape(name, *_shape(states)) for (_, name), states in parameters.items()]
-    lines = fitting(equations(program, scope), [one.name for one in shapes])
-    links = link(lines, shapes, scope)
-    items = {name: item for item, name in parameters}
-    arrays = [one for one in contents.arrays.values() if one.id.section == "extra"]
+    arrays = {one.id: one for one in contents.arrays.values() if one.id.section != "params"}
+    rows: dict[str, dict[Name, Row]] = {}
+    orders: dict[str, tuple[str, ...]] = {}
+    tied: list[tuple[Name, ...]] = []
+    lost: list[NotCarried] = []
+    for item in dict.fromkeys(item for item, _ in parameters):
+        shapes = [NamedShape(name, *_shape(states), item) for (of, name), states in parameters.items() if of == item]
+        lines = fitting(equations(program, scope), [one.name for one in shapes])
+        links = link(lines, shapes, scope)
+        for array in _made_of(item, links, contents, program):
+            if array.id in arrays:
+                raise Refused(f"{program.name}: it gives the name {array.id} twice")
+            arrays[array.id] = array
+        for optimizer, of_optimizer in contents.rows.items():
+            own = {name: row for name, row in of_optimizer.items() if name[0] == item}
+            rows.setdefault(optimizer, {}).update(_rows(own, links))
+            if own and optimizer in contents.orders:
+                orders[optimizer] = _order(contents.orders[optimizer], links)
+        dropped = left_out(lines, [one.name for one in shapes])
+        tied += _tied([group for group in contents.tied if group[0][0] == item], lines, links, dropped)
+        lost += [NotCarried(f"{item}/{name}", f"the map {program.name} drops it") for name in dropped]
+    renewed = replace(
+        contents, arrays=arrays, rows=rows, tied=tuple(tied), orders=orders, not_carried=(*contents.not_carried, *lost)
+    )
+    return renewed, dict(scope.constants)
+
+
+def _made_of(item: str, links: Sequence[Link], contents: Contents, program: t.Program) -> Iterator[Array]:
     by_target: dict[str, list[Link]] = {}
     for one in links:
         by_target.setdefault(one.target, []).append(one)
     for target, parts in by_target.items():
-        arrays.extend(_made(target, parts, items, contents, program))
-    found: dict[ArrayId, Array] = {}
-    for array in arrays:
-        if array.id in found:
-            raise Refused(f"{program.name}: it gives the name {array.id} twice")
-        found[array.id] = array
-    rows = {item: _rows(of, links) for item, of in contents.rows.items()}
-    orders = {item: _order(names, links) for item, names in contents.orders.items()}
-    renewed = replace(contents, arrays=found, rows=rows, tied=_tied(contents, lines, by_target), orders=orders)
-    return renewed, dict(scope.constants)
+        yield from _made(target, parts, item, contents, program)
 
 
 def _order(names: Sequence[str], links: Sequence[Link]) -> tuple[str, ...]:
@@ -64,9 +79,8 @@ def _shape(states: Mapping[str, Array]) -> tuple[tuple[int, ...], tuple[int, ...
     return one.node.shape, one.true
 
 
-def _made(target: str, parts: Sequence[Link], items: Mapping[str, str], contents: Contents, program: t.Program) -> list[Array]:
+def _made(target: str, parts: Sequence[Link], item: str, contents: Contents, program: t.Program) -> list[Array]:
     """The arrays of one new name: one for each state that its sources have."""
-    item = items[parts[0].source]
     sources = {part.source: contents.parameters_of(item, part.source) for part in parts}
     first = sources[parts[0].source]
     for source, states in sources.items():
@@ -118,16 +132,21 @@ def _rows(rows: Mapping[Name, Row], links: Sequence[Link]) -> dict[Name, Row]:
 
 
 def _tied(
-    contents: Contents, lines: Sequence[Equation], by_target: Mapping[str, Sequence[Link]]
-) -> tuple[tuple[Name, ...], ...]:
-    targets = {part.source: target for target, parts in by_target.items() for part in parts if len(parts) == 1}
+    groups: Sequence[tuple[Name, ...]], lines: Sequence[Equation], links: Sequence[Link], dropped: Sequence[str]
+) -> list[tuple[Name, ...]]:
+    parts: dict[str, int] = {}
+    for one in links:
+        parts[one.target] = parts.get(one.target, 0) + 1
+    targets = {one.source: one.target for one in links if parts[one.target] == 1}
     found = []
-    for group in contents.tied:
+    for group in groups:
         names = []
         for item, name in group:
             new = targets.get(name) or renamed(lines, name)
-            if new is None:
+            if new is None and name not in dropped:
                 raise Refused(f"tied name {name!r}: the map does not say what becomes of it")
-            names.append((item, new))
-        found.append(tuple(names))
-    return tuple(found)
+            if new is not None:
+                names.append((item, new))
+        if len(names) > 1:
+            found.append(tuple(names))
+    return found

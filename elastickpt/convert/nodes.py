@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
 from typing import Literal, TypeAlias
@@ -12,6 +12,7 @@ from elastickpt.format.box import Box
 from elastickpt.format.dtypes import dtype_named
 from elastickpt.format.records import ArrayRecord
 from elastickpt.language.held import HeldPiece, Side
+from elastickpt.language.scope import Scope
 from elastickpt.language.tree import Place
 
 Agreement = Literal["same", "any", "average"]
@@ -38,7 +39,7 @@ class Gathered:
     """An array that is put together from ranks' tensors.
 
     `divided`: the program says that ranks hold different parts, and not that equal ones are meant. `rule` is its place in the
-    program, for messages.
+    program of `scope`, for messages.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Gathered:
     shares: tuple[Share, ...]
     divided: bool
     rule: Place
+    scope: Scope = field(default_factory=Scope)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

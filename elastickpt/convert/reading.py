@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.convert.nodes import Cast, Gathered, Mapped, Node, Recorded, Share, leaves
-from elastickpt.errors import ProgramFault, ReplicaConflict, Unsupported
+from elastickpt.errors import ReplicaConflict, Unsupported
 from elastickpt.foreign.listing import StoredTensor
 from elastickpt.foreign.tensor_bytes import read_tensor
 from elastickpt.format.box import Box
 from elastickpt.format.digest import file_digest
 from elastickpt.format.dtypes import dtype_named
+from elastickpt.language.faults import located
 from elastickpt.language.held import HeldPiece, Side
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import Opened
@@ -178,16 +179,18 @@ class _Gathering:
         if share.agreement == "any":
             self._reading.notes.append(f"{share.where} differs from {first} at {said}; the first is kept")
             return
-        raise ReplicaConflict(f"the program says that ranks hold the same, and they do not: {said}")  # [LANG-20]
+        scope, message = self._node.scope, f"the program says that ranks hold the same, and they do not: {said}"
+        raise ReplicaConflict(located(message, at=self._node.rule, source=scope.source, name=scope.name))  # [LANG-20]
 
     def _refuse_equal(self) -> None:
         share = self._node.shares[0]
         words = self._made
         if prod(share.shape) <= MAX_EQUAL_COUNT or bool((words == words[0]).all()):
             return
-        raise ProgramFault(
-            f"line {self._node.rule.line}: {share.where}: the program says that ranks hold different parts, and all hold the "
-            "same: say 'same AXIS' if they are copies, or 'equal' if it is meant"
+        raise self._node.scope.fault(
+            f"{share.where}: the program says that ranks hold different parts, and all hold the same: say 'same AXIS' if they "
+            "are copies, or 'equal' if it is meant",
+            self._node.rule,
         )
 
     def _averaged(self) -> Words:

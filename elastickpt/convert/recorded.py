@@ -6,6 +6,7 @@ from elastickpt.convert.contents import Array, Contents, Laid, rows_of
 from elastickpt.convert.nodes import Recorded
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.language import tree as t
+from elastickpt.language.orders import written_names
 from elastickpt.language.parse import parse
 from elastickpt.language.rules import resolve, sizes_of
 from elastickpt.loading.opened import Opened
@@ -42,11 +43,7 @@ def recorded_contents(opened: Opened) -> Contents:
 def orders_in(text: str | None) -> dict[str, tuple[str, ...]]:
     """The orders that a `layout_text` writes out."""
     statements = parse(text, name="layout_text").statements if text is not None else ()
-    return {
-        one.name: tuple("".join(map(str, name.pieces)) for name in one.by.names)
-        for one in statements
-        if isinstance(one, t.Order) and isinstance(one.by, t.Names)
-    }
+    return {one.name: written_names(one) for one in statements if isinstance(one, t.Order) and isinstance(one.by, t.Names)}
 
 
 def laid_by(text: str | None) -> Laid | None:

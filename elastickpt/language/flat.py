@@ -8,16 +8,21 @@ Padding is on no rank: whatever stands there is nobody's element.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from elastickpt.errors import ProgramFault
 from elastickpt.language import tree as t
-from elastickpt.language.held import Held, flat_part
+from elastickpt.language.held import Held, flat_part, lower
+from elastickpt.language.holders import global_names
+from elastickpt.language.orders import plain_name
+from elastickpt.language.rules import Rule, Rules, filled, regex_of
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Coordinate
 from elastickpt.layout.partition import balanced, torch_chunk
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]  # names in an order, with the shapes that the rank has of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,80 @@ class Flat:
 
     count: int
     parts: tuple[Listed, ...]
+
+
+def cat_of(dims: object) -> t.Cat | None:
+    """The order that a tensor of one dimension lays flat; None where it lays none."""
+    inner = dims[0] if isinstance(dims, tuple) and len(dims) == 1 else None
+    while isinstance(inner, t.Cut | t.Pad):
+        inner = inner.inner if isinstance(inner, t.Cut) else inner.size
+    return inner if isinstance(inner, t.Cat) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The orders of a program on one rank. `listings` are those that its files hold."""
+
+    rules: Rules
+    scope: Scope
+    at: Coordinate
+    listings: Mapping[str, Shapes]
+
+    def parts(self, rule: Rule, shape: tuple[int, ...]) -> tuple[Listed, ...]:
+        """What a flat tensor of this shape holds. Raises ProgramFault where its order makes another size."""
+        cat = cat_of(rule.dims)
+        if cat is None or not isinstance(rule.dims, tuple):
+            raise AssertionError("a rule that lays nothing flat")
+        flat = lay_flat(rule.dims[0], self.listed(cat), self.scope, self.at)
+        if shape != (flat.count,):
+            said = f"expected {flat.count} elements of order {cat.order!r} by the program, found shape {shape}"
+            raise self.scope.fault(said, rule.at)
+        return flat.parts
+
+    def listed(self, cat: t.Cat) -> tuple[Listed, ...]:
+        """The tensors of an order: those of a listing of the files, or those that the order writes out.
+
+        A name that a rule has lies in the whole as that rule says; another one is whole. Raises ProgramFault for an order that
+        is none, a listing that the files lack, and a name whose shape nobody states.
+        """
+        order = self.rules.orders.get(cat.order)
+        if order is None:
+            raise self.scope.fault(f"order {cat.order!r}: expected one of {', '.join(self.rules.orders) or 'none'}", cat.at)
+        if isinstance(order.by, t.Names):
+            return tuple(self._written(one) for one in order.by.members)
+        if not isinstance(order.by, str):
+            raise self.scope.fault(f"order {cat.order!r} counts kinds: expected names, or a listing, to lay flat", cat.at)
+        if order.by not in self.listings:
+            there = ", ".join(self.listings) or "none"
+            raise self.scope.fault(f"listing {order.by!r}: expected one that the files hold ({there})", order.at)
+        return tuple(self._held(name, shape) for name, shape in self.listings[order.by])
+
+    def _written(self, member: t.Member) -> Listed:
+        name = plain_name(member.name)
+        if member.dims is not None:
+            return Listed(name, lower(member.dims, self.scope, self.at))
+        found = self._by_rule(name)
+        if found is None:
+            raise self.scope.fault(f"{name!r}: no rule states its shape: write its dimensions behind it", member.name.at)
+        return found[1]
+
+    def _held(self, name: str, shape: tuple[int, ...]) -> Listed:
+        found = self._by_rule(name)
+        if found is None:
+            return Listed(name, lower([t.Number(extent) for extent in shape], Scope(), {}))
+        rule, one = found
+        if one.held.local != shape:
+            raise self.scope.fault(f"{name!r}: expected shape {one.held.local} by the program, found {shape}", rule.at)
+        return one
+
+    def _by_rule(self, name: str) -> tuple[Rule, Listed] | None:
+        for rule in self.rules.rules:
+            found = regex_of(rule.pattern).fullmatch(name)
+            if found is not None and isinstance(rule.dims, tuple) and cat_of(rule.dims) is None and not rule.flag("drop"):
+                holes = {hole: int(text) if text.isdecimal() else text for hole, text in found.groupdict().items()}
+                whole = filled(rule.whole, global_names(rule, holes, self.scope, self.at))
+                return rule, Listed(whole, lower(rule.dims, self.scope, self.at))
+        return None
 
 
 def lay_flat(factor: t.Factor, order: Sequence[Listed], scope: Scope, at: Coordinate) -> Flat:
@@ -53,11 +132,18 @@ def lay_flat(factor: t.Factor, order: Sequence[Listed], scope: Scope, at: Coordi
         return _whole(order, step, cuts, scope, at)
     if isinstance(inner, t.Cat):
         return _whole(order, 1, cuts, scope, at)
-    raise scope.fault("expected cat(order) or pad(cat(order), n), cut along axes or not", getattr(factor, "at", t.NOWHERE))
+    raise scope.fault("expected cat(order) or pad(cat(order), n), cut along axes or not", factor.at)
+
+
+def _step(step: int, scope: Scope, cuts: Sequence[t.Cut]) -> int:
+    if step < 1:
+        raise scope.fault(f"pad to a multiple of {step}: expected at least 1", cuts[0].at if cuts else t.NOWHERE)
+    return step
 
 
 def _whole(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Scope, at: Coordinate) -> Flat:
     total = sum(prod(one.held.local) for one in order)
+    step = _step(step, scope, cuts)
     low, high = _share(-(-total // step) * step, cuts, scope, at)
     parts, first = [], 0
     for one in order:
@@ -71,6 +157,7 @@ def _whole(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Sco
 
 def _each(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Scope, at: Coordinate) -> Flat:
     parts, place = [], 0
+    step = _step(step, scope, cuts)
     for one in order:
         count = prod(one.held.local)
         low, high = _share(-(-count // step) * step, cuts, scope, at)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 
-from elastickpt.language.held import Held, HeldPiece
-from elastickpt.language.labels import axes_in, labelled, labels_of
+from elastickpt.language.held import Held, HeldPiece, prove_pieces
+from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
+from elastickpt.language.strands import Lowering, axes_of_factor, whole_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,15 @@ class LocalShape:
 
 @dataclass(frozen=True, slots=True)
 class RankShapes:
-    """What one rank holds, in the order of its file. `where` names the rank in messages."""
+    """What one rank holds, in the order of its file. `where` names the rank in messages.
+
+    `listings`: orders that its file states, as names with the shapes that the rank has of them.
+    """
 
     coordinate: Mapping[str, int]
     tensors: tuple[LocalShape, ...]
     where: str = ""
+    listings: Mapping[str, Sequence[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,29 @@ class WholeArray:
     shape: tuple[int, ...]
     true: tuple[int, ...] | None
     holders: tuple[Holder, ...]
+
+
+def global_names(rule: Rule, holes: Mapping[str, int | str], scope: Scope, at: Mapping[str, int]) -> dict[str, int | str]:
+    """The holes of a name as the whole has them. Raises ProgramFault for a number beyond the rank's share."""
+    names = dict(holes)
+    for hole in rule.pattern.holes:
+        if hole.share is not None:
+            extent = Lowering(scope, at, {}).extent(hole.share)
+            local = int(names[hole.name])
+            if local >= extent.local:
+                said = f"number {local} in a name of {dict(at)}: expected below {extent.local}, its share of {extent.whole}"
+                raise scope.fault(said, hole.at)
+            names[hole.name] = whole_index(extent, local)
+    return names
+
+
+def require_whole(name: str, shape: tuple[int, ...], holders: Sequence[Holder], scope: Scope) -> None:
+    """What flat tensors hold of an array is all of it: each element in one piece, which several ranks may hold."""
+    distinct = {(p.extents, p.whole): p for one in holders for p in one.held.pieces if p.count}
+    report = prove_pieces(shape, list(distinct.values()))
+    if not report.exact:
+        problem = f"nobody holds {report.gaps[0]}" if report.gaps else f"two parts hold {report.overlaps[0][2]}"
+        raise scope.fault(f"array {name!r} of shape {shape}: {problem} of its elements", holders[0].rule.at)
 
 
 def require_all(name: str, holders: list[Holder], rules: Rules, scope: Scope) -> None:
@@ -80,10 +108,10 @@ def _fixed_axes(rule: Rule, rules: Rules) -> set[str]:
     fixed: set[str] = {axis for hold in rule.holds if hold.word in ("first", "last") for axis in hold.axes}
     for hole in rule.pattern.holes:
         if hole.share is not None:
-            fixed |= axes_in(hole.share)
+            fixed |= axes_of_factor(hole.share)
     stacked = {hole.name for hole in rule.whole.holes} - {hole.name for hole in rule.pattern.holes}
     for label in stacked & set(labels_of(rule.dims)):
-        fixed |= axes_in(labelled(label, rule.dims if isinstance(rule.dims, tuple) else ()))
+        fixed |= axes_of_factor(labelled(label, rule.dims if isinstance(rule.dims, tuple) else ()))
     for split in rules.splits:
         if fixed & set(split.into):
             fixed.add(split.axis)

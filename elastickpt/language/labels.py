@@ -32,16 +32,3 @@ def labelled(label: str, dims: Sequence[t.Factor]) -> t.Factor:
         elif isinstance(factor, t.Cut | t.Deal) and label in set(labels_of((factor.inner,))):
             return labelled(label, (factor.inner,))
     raise KeyError(label)
-
-
-def axes_in(factor: t.Factor) -> set[str]:
-    """All axes that cut a factor."""
-    match factor:
-        case t.Cut(inner, axes):
-            return {*axes, *axes_in(inner)}
-        case t.Deal(inner, axis):
-            return {axis, *axes_in(inner)}
-        case t.Sum(parts):
-            return {axis for part in parts for one in part.factors for axis in axes_in(one)}
-        case _:
-            return set()

@@ -12,8 +12,9 @@ from fractions import Fraction
 from itertools import product
 
 from elastickpt.language import tree as t
+from elastickpt.language.flat import Orders, cat_of
 from elastickpt.language.held import Held, lower
-from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray, require_all
+from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray, global_names, require_all, require_whole
 from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.rules import Rule, Rules, filled, regex_of, ways
 from elastickpt.language.scope import Scope
@@ -22,13 +23,16 @@ from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_i
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """`sizes` were found from shapes. `dropped` are (rank, tensor) of rules that say so. `tied`: alias → array."""
+    """`sizes` were found from shapes. `dropped` are (rank, tensor) of rules that say so. `tied`: (container, alias) → array.
+
+    Arrays of two containers are two, whatever their names.
+    """
 
     rules: Rules
     sizes: Mapping[str, int]
     arrays: tuple[WholeArray, ...]
     dropped: tuple[tuple[int, int], ...]
-    tied: Mapping[str, str]
+    tied: Mapping[tuple[str, str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +52,18 @@ def match(rules: Rules, ranks: Sequence[RankShapes]) -> Matched:
     """
     hits, dropped = _hits(rules, ranks)
     scope = _with_found_sizes(rules, ranks, hits)
-    collected: dict[str, list[Holder]] = {}
-    tied: dict[str, str] = {}
+    _require_flat(hits, rules, scope, ranks)
+    collected: dict[tuple[str, str], list[Holder]] = {}
+    tied: dict[tuple[str, str], str] = {}
     for hit in hits:
-        for name, holder in _holders(hit, scope, ranks):
-            collected.setdefault(name, []).append(holder)
+        container = ranks[hit.rank].tensors[hit.tensor].container
+        for name, holder in _holders(hit, rules, scope, ranks):
+            collected.setdefault((container, name), []).append(holder)
             if hit.rule.tied is not None:
                 alias = filled(hit.rule.whole, hit.holes)
                 if alias != name:
-                    tied[alias] = name
-    arrays = tuple(_array(name, holders, rules, scope) for name, holders in collected.items())
+                    tied[container, alias] = name
+    arrays = tuple(_array(name, holders, rules, scope) for (_, name), holders in collected.items())
     return Matched(rules, scope.sizes, arrays, tuple(dropped), tied)
 
 
@@ -98,7 +104,8 @@ def _chunk_place(rules: Rules, tensor: LocalShape) -> dict[str, int]:
         left, place[axis] = divmod(left, rules.scope.axes[axis])
     if left:
         there = ways({axis: rules.scope.axes[axis] for axis in rules.chunks})
-        raise rules.scope.fault(f"tensor {tensor.name!r} of chunk {tensor.chunk}: the program has {there}", t.NOWHERE)
+        at = next((one.at for one in rules.program.statements if isinstance(one, t.Chunks)), rules.block_of(tensor.container))
+        raise rules.scope.fault(f"tensor {tensor.name!r} of chunk {tensor.chunk}: expected {there} by the program", at)
     return place
 
 
@@ -109,7 +116,8 @@ def _no_rule(rules: Rules, rank: RankShapes, tensor: LocalShape, found: Sequence
         return rules.scope.fault(f"{what}: several rules match it, of lines {lines}; expected one", found[-1].at)
     if found:
         return rules.scope.fault(f"{what}: its rule says that other ranks only have it", found[0].at)
-    return rules.scope.fault(f"{what}: no rule matches it; write one, or one that drops it", t.NOWHERE)
+    at = rules.block_of(tensor.container)
+    return rules.scope.fault(f"{what}: no rule matches it; expected one here, or one that drops it", at)
 
 
 class _Finder:
@@ -175,12 +183,17 @@ def _find_sizes(dims: Sequence[t.Factor], scope: Scope, shapes: Sequence[tuple[i
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _holders(hit: _Hit, scope: Scope, ranks: Sequence[RankShapes]) -> Iterator[tuple[str, Holder]]:
+def _holders(hit: _Hit, rules: Rules, scope: Scope, ranks: Sequence[RankShapes]) -> Iterator[tuple[str, Holder]]:
     """(whole name, holder) of a tensor: one, or as many as it has numbers stacked."""
     rule = hit.rule
     tensor = ranks[hit.rank].tensors[hit.tensor]
-    names = _global_names(rule, hit, scope)
+    names = global_names(rule, hit.holes, scope, hit.at)
     target = rule.tied or rule.whole
+    if cat_of(rule.dims) is not None:
+        rank = ranks[hit.rank]
+        for part in Orders(rules, scope, hit.at, rank.listings).parts(rule, tensor.shape):
+            yield part.name, Holder(hit.rank, hit.tensor, rule, part.held, hit.at)
+        return
     if isinstance(rule.dims, str):
         held = _as_it_is(tensor.shape)
         yield filled(target, names), Holder(hit.rank, hit.tensor, rule, held, hit.at)
@@ -211,19 +224,16 @@ def _label_extent(label: str, dims: Sequence[t.Factor], scope: Scope, at: Mappin
     return extent.local, tuple(whole_index(extent, k) for k in range(extent.local))
 
 
-def _global_names(rule: Rule, hit: _Hit, scope: Scope) -> dict[str, int | str]:
-    names = dict(hit.holes)
-    for hole in rule.pattern.holes:
-        if hole.share is not None:
-            extent = Lowering(scope, hit.at, {}).extent(hole.share)
-            local = int(names[hole.name])
-            if local >= extent.local:
-                raise scope.fault(
-                    f"number {local} in a name of {dict(hit.at)}: expected below {extent.local}, its share of {extent.whole}",
-                    hole.at,
-                )
-            names[hole.name] = whole_index(extent, local)
-    return names
+def _require_flat(hits: Sequence[_Hit], rules: Rules, scope: Scope, ranks: Sequence[RankShapes]) -> None:
+    """Every rank has its flat tensors, whether anything of an array stands in them or not."""
+    found: dict[tuple[int, str], list[Holder]] = {}
+    for hit in hits:
+        if cat_of(hit.rule.dims) is not None:
+            tensor = ranks[hit.rank].tensors[hit.tensor]
+            holder = Holder(hit.rank, hit.tensor, hit.rule, _as_it_is(tensor.shape), hit.at)
+            found.setdefault((id(hit.rule), tensor.name), []).append(holder)
+    for (_, name), holders in found.items():
+        require_all(name, holders, rules, scope)
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
@@ -246,5 +256,8 @@ def _array(name: str, holders: list[Holder], rules: Rules, scope: Scope) -> Whol
             f"array {name!r} is made by several rules, of lines {lines}; only 'tied' ones may", holders[-1].rule.at
         )
     for group in by_rule.values():
-        require_all(name, group, rules, scope)
+        if cat_of(group[0].rule.dims) is None:
+            require_all(name, group, rules, scope)
+        else:
+            require_whole(name, first.held.whole, group, scope)
     return WholeArray(name, first.held.whole, first.held.true, tuple(holders))

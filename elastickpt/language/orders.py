@@ -12,6 +12,16 @@ from elastickpt.language.rules import Rules
 _AXES: dict[t.Kind, range] = {"matrices": range(2, 33), "vectors": range(2), "all": range(33)}
 
 
+def plain_name(pattern: t.Pattern) -> str:
+    """The text of a name without holes."""
+    return pattern_text(pattern).strip('"')
+
+
+def written_names(order: t.Order) -> tuple[str, ...]:
+    """The names of an order that is written out; none of another one."""
+    return tuple(plain_name(one.name) for one in order.by.members) if isinstance(order.by, t.Names) else ()
+
+
 def counted(
     order: t.Order, rules: Rules, values: Sequence[LocalShape], listings: Mapping[str, Sequence[str]]
 ) -> tuple[str, ...]:
@@ -27,12 +37,12 @@ def counted(
     if isinstance(order.by, t.Names):
         known = {one.name for one in values}
         names = []
-        for pattern in order.by.names:
-            name = pattern_text(pattern).strip('"')
+        for member in order.by.members:
+            name = plain_name(member.name)
             if name not in known:
-                raise rules.scope.fault(f"order {order.name!r} names {name!r}, which is no tensor there", pattern.at)
+                raise rules.scope.fault(f"order {order.name!r} names {name!r}, which is no tensor there", member.name.at)
+            if name in names:
+                raise rules.scope.fault(f"order {order.name!r} has the name {name!r} twice", member.name.at)
             names.append(name)
-        if len(set(names)) != len(names):
-            raise rules.scope.fault(f"order {order.name!r} has a name twice", order.at)
         return tuple(names)
     return tuple(one.name for kind in order.by for one in values if len(one.shape) in _AXES[kind])

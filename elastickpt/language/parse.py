@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -26,12 +27,19 @@ VERSION = 1
 
 
 class _Indents(Indenter):
+    """Blocks by indentation; `line` is the one that it looks at, for messages."""
+
+    line = 1
     NL_type = "_NL"
     OPEN_PAREN_types: list[str] = []  # noqa: RUF012  # lark declares it so
     CLOSE_PAREN_types: list[str] = []  # noqa: RUF012
     INDENT_type = "_INDENT"
     DEDENT_type = "_DEDENT"
     tab_len = 8
+
+    def handle_NL(self, token: Token) -> Iterator[Token]:  # lark's name
+        self.line = token.end_line or 1
+        return super().handle_NL(token)
 
 
 def grammar_text() -> str:
@@ -40,12 +48,17 @@ def grammar_text() -> str:
 
 
 @lru_cache(maxsize=1)
+def _indents() -> _Indents:
+    return _Indents()
+
+
+@lru_cache(maxsize=1)
 def _parsers() -> tuple[Lark, Lark]:
     """For programs, and for the share inside a hole of a name."""
     grammar = grammar_text()
     common: dict[str, Any] = {"parser": "lalr", "lexer": "contextual", "maybe_placeholders": True}
     return (
-        Lark(grammar, start="start", postlex=_Indents(), propagate_positions=True, **common),
+        Lark(grammar, start="start", postlex=_indents(), propagate_positions=True, **common),
         Lark(grammar, start="factor", propagate_positions=True, **common),
     )
 
@@ -67,7 +80,8 @@ def parse(text: str, *, name: str = "program") -> t.Program:
     except UnexpectedInput as error:
         raise unexpected(error, text, name) from None
     except DedentError as error:
-        raise fault(f"the indentation fits no block above: {error}", at=t.NOWHERE, source=text, name=name) from None
+        at = t.Place(_indents().line, 1)
+        raise fault(f"the indentation fits no block above: {error}", at=at, source=text, name=name) from None
     except RecursionError:
         raise LimitExceeded(f"{name}: nested too deeply") from None
     if found.version != VERSION:
@@ -82,6 +96,10 @@ def _nesting(line: str) -> int:
         depth += (character == "(") - (character == ")")
         most = max(most, depth)
     return most
+
+
+def _first_place(parts: tuple[t.Product, ...]) -> t.Place:
+    return next((one.at for part in parts for one in part.factors), t.NOWHERE)
 
 
 def _at(token: Token) -> t.Place:
@@ -131,8 +149,11 @@ class _Builder(Transformer[Token, Any]):
     def order(self, name: Token, by: Any) -> t.Order:
         return t.Order(str(name), by, at=_at(name))
 
-    def order_names(self, name: Token, *names: Token) -> t.Order:
-        return t.Order(str(name), t.Names(tuple(map(self._pattern, names))), at=_at(name))
+    def order_names(self, name: Token, *members: t.Member) -> t.Order:
+        return t.Order(str(name), t.Names(members), at=_at(name))
+
+    def member(self, name: Token, dims: _Dims | None) -> t.Member:
+        return t.Member(self._pattern(name), None if dims is None else dims.factors)
 
     def listing(self, name: Token) -> str:
         return str(name)
@@ -181,13 +202,19 @@ class _Builder(Transformer[Token, Any]):
         return t.Number(int(value), at=_at(value))
 
     def sum(self, *parts: t.Product) -> t.Sum:
-        return t.Sum(parts)
+        return t.Sum(parts, at=_first_place(parts))
 
     def product(self, label: Token | None, *factors: t.Factor) -> t.Product:
         return t.Product(factors, None if label is None else str(label).rstrip("= \t"))
 
-    def pad(self, size: t.Size | t.Cat, multiple: t.Expr | None) -> t.Pad:
-        return t.Pad(size, multiple, at=size.at)
+    def pad(self, size: t.Size | t.Cat, *rest: Any) -> t.Pad:
+        *cuts, multiple = rest
+        inner: t.Factor = size
+        for wrap in cuts:
+            inner = wrap(inner)
+        if isinstance(inner, t.Deal) or (isinstance(size, t.Cat) and cuts):
+            raise self._fault("expected pad(size), pad(size/axis, n) or pad(cat(order), n)", size.at)
+        return t.Pad(inner, multiple, at=size.at)  # type: ignore[arg-type]  # a size, a cat or cuts of a size
 
     def cat(self, order: Token, each: t.Expr | None) -> t.Cat:
         return t.Cat(str(order), each, at=_at(order))

@@ -9,6 +9,7 @@ from itertools import product
 from math import prod
 
 from elastickpt.language import tree as t
+from elastickpt.language.flat import Orders, Shapes, cat_of, lay_flat
 from elastickpt.language.held import Held, lower
 from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.renaming import NamedShape
@@ -100,24 +101,28 @@ def _without(factor: t.Factor, labels: set[str]) -> t.Factor:
     return factor
 
 
-def place(rules: Rules, arrays: Sequence[NamedShape]) -> tuple[Placed, ...]:
-    """Every rank's tensors, in the order of the program.
+def place(rules: Rules, arrays: Sequence[NamedShape], *, listings: Mapping[str, Shapes] | None = None) -> tuple[Placed, ...]:
+    """Every rank's tensors, in the order of the program; flat ones by orders that are written out, or by `listings`.
 
     Raises ProgramFault for an array that no rule has, a rule that has none and is not optional, and sizes that do not fit.
     """
     scope = whole_sizes(rules, arrays)
     used: set[int] = set()
     made: dict[tuple[object, ...], _Under] = {}
+    flat = tuple(_flat(rules, scope, arrays, listings or {}))
+    laid = {part.array for one in flat for part in one.parts}
+    used.update(id(one.rule) for one in flat)
     finders = [regex_of(rule.tied or rule.whole) for rule in rules.rules]
     for array in arrays:
         fitting = [
             (rule, m)
             for rule, finder in zip(rules.rules, finders, strict=True)
-            if not rule.flag("drop") and (m := finder.fullmatch(array.name))
+            if not rule.flag("drop") and cat_of(rule.dims) is None and (m := finder.fullmatch(array.name))
         ]
         own = [rule for rule, _ in fitting if rule.tied is None]
-        if not fitting:
-            raise rules.scope.fault(f"array {array.name!r}, shape {array.shape}: no rule of the program has it", t.NOWHERE)
+        if not fitting and array.name not in laid:
+            at = rules.block_of(array.item)
+            raise rules.scope.fault(f"array {array.name!r}, shape {array.shape}: no rule has it; expected one here", at)
         if len(own) > 1:
             lines = ", ".join(str(rule.at.line) for rule in own)
             raise rules.scope.fault(f"array {array.name!r}: several rules have it, of lines {lines}", own[-1].at)
@@ -130,7 +135,30 @@ def place(rules: Rules, arrays: Sequence[NamedShape]) -> tuple[Placed, ...]:
     for rule in rules.rules:
         if id(rule) not in used and not rule.flag("optional") and not rule.flag("drop"):
             raise rules.scope.fault("no array has such a name: mark the rule 'optional' if that may be", rule.at)
-    return tuple(sorted((one.finished(rules) for one in made.values()), key=lambda p: (p.coordinate, p.chunk, p.key)))
+    placed = (*(one.finished(rules) for one in made.values()), *flat)
+    return tuple(sorted(placed, key=lambda p: (p.coordinate, p.chunk, p.key)))
+
+
+def _flat(rules: Rules, scope: Scope, arrays: Sequence[NamedShape], listings: Mapping[str, Shapes]) -> Iterator[Placed]:
+    """The flat tensors of all ranks; a rule of which no array is there has none."""
+    names = {one.name for one in arrays}
+    for rule in rules.rules:
+        cat = cat_of(rule.dims)
+        if cat is None or not isinstance(rule.dims, tuple):
+            continue
+        if rule.pattern.holes:
+            raise scope.fault("a flat tensor that is to be made has a plain name", rule.at)
+        for index in product(*(range(scope.axes[axis]) for axis in rules.axes)):
+            coordinate = tuple(zip(rules.axes, index, strict=True))
+            at = rules.coordinate(dict(coordinate))
+            order = Orders(rules, scope, at, listings).listed(cat)
+            if not _allowed(rule, at, scope) or not names & {one.name for one in order}:
+                continue
+            laid = lay_flat(rule.dims[0], order, scope, at)
+            parts = tuple(Part(one.name, one.held) for one in laid.parts)
+            key: Key = tuple((line, ()) for line, _ in rule.path)
+            container = filled(rule.containers[0], {})
+            yield Placed(coordinate, 0, container, filled(rule.pattern, {}), (laid.count,), parts, rule, key)
 
 
 class _Under:

@@ -70,8 +70,8 @@ def _order(order: t.Order) -> Iterator[str]:
         yield f"order {order.name} = listing {order.by}"
     elif isinstance(order.by, t.Names):
         yield f"order {order.name}:"
-        for name in order.by.names:
-            yield _INDENT + pattern_text(name)
+        for member in order.by.members:
+            yield _INDENT + "  ".join((pattern_text(member.name), *([] if member.dims is None else [dims_text(member.dims)])))
     else:
         yield f"order {order.name} = {', '.join(map(str, order.by))}"
 

@@ -35,9 +35,10 @@ class Equation:
     left: Half
     right: Half
     at: t.Place
+    drops: bool = False  # its names are left out, whatever the direction
 
     def turned(self) -> Equation:
-        return Equation(self.right, self.left, self.at)
+        return self if self.drops else Equation(self.right, self.left, self.at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,11 @@ def _equations(line: t.Line, scope: Scope) -> Iterator[Equation]:
     if line.arrow is not None:
         yield Equation(Half(line.pattern, left), _half(line.arrow), line.at)
         return
+    if any(isinstance(one, t.Flag) and one.word == "drop" for one in line.clauses):
+        yield Equation(Half(line.pattern, None), Half(line.pattern, None), line.at, drops=True)
+        return
     if not line.body or left is None:
-        raise scope.fault("expected a map: 'name  dims  ->  name  dims', or parts of it in lines below", line.at)
+        raise scope.fault("expected a map: 'name  dims  ->  name  dims', parts of it in lines below, or 'name  drop'", line.at)
     labels = {part.label for factor in left if isinstance(factor, t.Sum) for part in _parts(factor)}
     for part in line.body:
         label = "".join(piece for piece in part.pattern.pieces if isinstance(piece, str))
@@ -101,7 +105,8 @@ def _half(arrow: t.Arrow) -> Half:
 
 def fitting(lines: Sequence[Equation], names: Sequence[str]) -> tuple[Equation, ...]:
     """The equations, turned if the names fit their right side better; lines that fit every name say nothing."""
-    halves = ([line.left for line in lines], [line.right for line in lines])
+    maps = [line for line in lines if not line.drops]
+    halves = ([line.left for line in maps], [line.right for line in maps])
     sides = [[regex_of(half.pattern) for half in side if not _fits_all(half)] for side in halves]
     counts = [sum(any(one.fullmatch(name) for one in side) for name in names) for side in sides]
     return tuple(lines) if not counts or counts[0] >= counts[1] else tuple(one.turned() for one in lines)
@@ -121,13 +126,23 @@ def link(lines: Sequence[Equation], arrays: Sequence[NamedShape], scope: Scope) 
     for array in arrays:
         hits = [(line, _holes(m)) for line, finder in zip(lines, finders, strict=True) if (m := finder.fullmatch(array.name))]
         if not hits:
-            raise scope.fault(f"no line of the map has {array.name!r}, shape {array.shape}", t.NOWHERE)
+            at = lines[-1].at if lines else t.NOWHERE
+            raise scope.fault(f"no line of the map has {array.name!r}, shape {array.shape}; expected one, up to here", at)
+        if hits[0][0].drops:
+            continue
         found[array.name] = [hit for hit in hits if _source(hit[0]) == _source(hits[0][0])]
     scope = _with_sizes(arrays, found, scope)
     by_name = {array.name: array for array in arrays}
     return tuple(
         one for name, hits in found.items() for line, holes in hits for one in _links(by_name[name], line, holes, scope)
     )
+
+
+def left_out(lines: Sequence[Equation], names: Sequence[str]) -> tuple[str, ...]:
+    """The names that the map drops."""
+    finders = [(line, regex_of(line.left.pattern)) for line in lines]
+    firsts = {name: next((line for line, finder in finders if finder.fullmatch(name)), None) for name in names}
+    return tuple(name for name, line in firsts.items() if line is not None and line.drops)
 
 
 def _source(line: Equation) -> tuple[object, ...]:
@@ -153,7 +168,7 @@ def _with_sizes(
     while True:
         sizes: dict[str, int] = {}
         for array in arrays:
-            for line, _ in found[array.name]:
+            for line, _ in found.get(array.name, ()):
                 _sizes_of(array, line, scope, sizes)
         if not sizes:
             return scope
@@ -194,7 +209,7 @@ def _digit(factor: t.Factor, scope: Scope, seen: dict[str, int]) -> tuple[str, i
         case t.Size(name) | t.Pad(t.Size(name)):
             return _turn(name, seen), _known(name, factor.at, scope)
         case _:
-            raise scope.fault("a map has no axes, and no cat", factor.at if not isinstance(factor, t.Sum) else t.NOWHERE)
+            raise scope.fault("a map has no axes, and no cat", factor.at)
 
 
 def _known(name: str, at: t.Place, scope: Scope) -> int:
@@ -255,7 +270,7 @@ def _place(
                 inner *= _extent(one, scope)
             return before * stride + offset
         before += prod(_extent(one, scope) for one in part.factors)
-    raise scope.fault("a sum of which no part is chosen: give its parts labels, and a line for each", t.NOWHERE)
+    raise scope.fault("a sum of which no part is chosen: give its parts labels, and a line for each", factor.at)
 
 
 def _has(part: t.Product, label: str | None) -> bool:
@@ -310,9 +325,12 @@ def _links(array: NamedShape, line: Equation, holes: Mapping[str, int | str], sc
 
 
 def renamed(lines: Sequence[Equation], name: str) -> str | None:
-    """What becomes of a name that has no array of its own, as an alias; None where no line, or more than one, has it."""
+    """What becomes of a name that has no array of its own, as an alias.
+
+    None where no line has it, and where the first that does drops or splits it.
+    """
     found = [(line, m) for line in lines if (m := regex_of(line.left.pattern).fullmatch(name))]
-    if len(found) != 1:
+    if not found or found[0][0].drops or found[0][0].left.label is not None:
         return None
     line, match = found[0]
     holes = _holes(match)

@@ -64,6 +64,12 @@ class Rules:
     orders: Mapping[str, t.Order]
     rules: tuple[Rule, ...]
 
+    def block_of(self, container: str) -> t.Place:
+        """Where a rule for tensors of a container would stand: its block, or the last one."""
+        blocks = [one for one in self.program.statements if isinstance(one, t.Within)]
+        own = [one for one in blocks if any(regex_of(pattern).fullmatch(container) for pattern in one.containers)]
+        return next((one.at for one in (*own, *reversed(blocks))), t.NOWHERE)
+
     @property
     def axes(self) -> tuple[str, ...]:
         """All axes of all meshes, each once, in the order of the text."""
@@ -103,11 +109,13 @@ def resolve(program: t.Program, constants: Mapping[str, ConstantValue | None], s
     """
     scope = Scope({}, {}, {}, program.source, program.name)
     axes = axes_of(program)
+    meshes = [one.at for one in program.statements if isinstance(one, t.MeshLine)]
+    at = meshes[0] if meshes else t.NOWHERE
     for axis, size in sizes.items():
         if axis not in axes:
-            raise scope.fault(f"mesh axis {axis!r}: expected one of {', '.join(axes) or 'none'}", t.NOWHERE)
+            raise scope.fault(f"mesh axis {axis!r}: expected one of {', '.join(axes) or 'none'}", at)
         if size < 1:
-            raise scope.fault(f"mesh axis {axis!r} of size {size}: expected at least 1", t.NOWHERE)
+            raise scope.fault(f"mesh axis {axis!r} of size {size}: expected at least 1", at)
     stated = sizes_of(program)
     scope = replace(scope, axes={axis: sizes.get(axis, stated.get(axis, 1)) for axis in axes})
     return _Resolving(program, scope, constants).run()
@@ -276,6 +284,8 @@ def _paths(factor: t.Factor) -> list[tuple[str, ...]]:
             return [(*path, *axes) for path in _paths(inner)]
         case t.Deal(inner, axis):
             return [(*path, axis) for path in _paths(inner)]
+        case t.Pad(size):
+            return _paths(size)
         case t.Sum(parts):
             return [path for part in parts for path in _across(part.factors)]
         case _:

@@ -81,14 +81,30 @@ class Lowering:
             raise self.scope.fault(f"the size {name!r} cannot be found from the files: give --set {name}=N", at)
         return found
 
-    def _pad(self, size: t.Size | t.Cat, multiple: t.Expr | None, at: t.Place) -> Extent:
+    def _pad(self, size: t.Size | t.Cat | t.Cut, multiple: t.Expr | None, at: t.Place) -> Extent:
         if isinstance(size, t.Cat):
             raise self.scope.fault("cat(...) can stand alone only", at)
-        true = self._size(size.name, size.at)
         step = 1 if multiple is None else self.scope.value(multiple)
         if step < 1:
             raise self.scope.fault(f"pad to a multiple of {step}: expected at least 1", at)
+        if isinstance(size, t.Cut):
+            return self._pad_each(size, step)
+        true = self._size(size.name, size.at)
         return replace(_atom(-(-true // step) * step), true=true)
+
+    def _pad_each(self, cut: t.Cut, step: int) -> Extent:
+        """Each share filled up by itself: in the whole all true indices come first, then the padding, share by share."""
+        own = self.extent(cut)
+        axes = sorted(axes_of_factor(cut))
+        before, padding = own.whole, {}
+        for index in product(*(range(self.scope.axis(axis, cut.at)) for axis in axes)):
+            place = dict(zip(axes, index, strict=True))
+            count = replace(self, at={**self.at, **place}).extent(cut).local
+            padding[index] = before
+            before += -count % step
+        here = tuple(self.at.get(axis, 0) for axis in axes)
+        filled = Strand((Digit(-own.local % step, 1, 1),), padding[here], own.local, frozenset(axes))
+        return Extent(before, own.local + filled.count, own.whole, (*own.strands, filled))
 
     def _sum(self, parts: Sequence[t.Product]) -> Extent:
         extents = [self._product(part) for part in parts]
@@ -217,6 +233,21 @@ def whole_index(extent: Extent, local: int) -> int:
     raise IndexError(local)
 
 
+def axes_of_factor(factor: t.Factor) -> set[str]:
+    """All axes that cut a factor."""
+    match factor:
+        case t.Cut(inner, axes):
+            return {*axes, *axes_of_factor(inner)}
+        case t.Deal(inner, axis):
+            return {axis, *axes_of_factor(inner)}
+        case t.Pad(size):
+            return axes_of_factor(size)
+        case t.Sum(parts):
+            return {axis for part in parts for one in part.factors for axis in axes_of_factor(one)}
+        case _:
+            return set()
+
+
 # -- sizes that are found ----------------------------------------------------------------------------------------------
 
 
@@ -238,13 +269,29 @@ def unknown_sizes(factor: t.Factor, scope: Scope) -> tuple[t.Size, ...]:
 def solved(factor: t.Factor, scope: Scope, name: str, mean: Fraction) -> int | None:
     """The size `name` with which ranks hold `mean` indices of the dimension on average; None if there is none.
 
-    On average every kind of cut leaves the extent divided by its ways, so that the equation is a line.
+    On average every kind of cut leaves the extent divided by its ways, so that the equation is a line. What is filled up tells
+    no true size.
     """
+    if _is_filled(factor, name):
+        return None
     zero, one = (_mean(factor, scope.with_sizes({name: value})) for value in (0, 1))
     if one == zero:
         return None
     size = (mean - zero) / (one - zero)
     return size.numerator if size.denominator == 1 and size >= 0 else None
+
+
+def _is_filled(factor: t.Factor, name: str) -> bool:
+    """Whether it fills something up to a multiple that it does not know, or each share of something."""
+    match factor:
+        case t.Pad(size, multiple):
+            return multiple is not None and size in (t.Size(name), size if isinstance(size, t.Cut) else None)
+        case t.Sum(parts):
+            return any(_is_filled(one, name) for part in parts for one in part.factors)
+        case t.Cut(inner) | t.Deal(inner):
+            return _is_filled(inner, name)
+        case _:
+            return False
 
 
 def _mean(factor: t.Factor, scope: Scope) -> Fraction:
@@ -260,8 +307,8 @@ def _mean(factor: t.Factor, scope: Scope) -> Fraction:
         case t.Deal(inner, axis):
             return _mean(inner, scope) / scope.axis(axis, factor.at)
         case t.Pad(size, multiple):
-            true = scope.size(size.name) if isinstance(size, t.Size) else None
+            true = _mean(size, scope)
             step = 1 if multiple is None else scope.value(multiple)
-            return Fraction(-(-(true or 0) // step) * step)
+            return Fraction(-(-true // step) * step)
         case t.Cat():
             return Fraction(0)

@@ -89,9 +89,12 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Pad:
-    """`pad(size, multiple)`: `size` true elements, filled up to a multiple; without one, to whatever the array has."""
+    """`pad(size, multiple)`: `size` true elements, filled up to a multiple; without one, to whatever the array has.
 
-    size: Size | Cat
+    `size` may be cut: then each share is filled up by itself.
+    """
+
+    size: Size | Cat | Cut
     multiple: Expr | None = None
     at: Place = _AT
 
@@ -290,10 +293,18 @@ class On:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A name of an order; `dims` where it says the shape of what it counts, as of tensors that no file holds by themselves."""
+
+    name: Pattern
+    dims: tuple[Factor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Names:
     """An order that is written out."""
 
-    names: tuple[Pattern, ...]
+    members: tuple[Member, ...]
 
 
 @dataclass(frozen=True, slots=True)

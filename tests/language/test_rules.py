@@ -198,7 +198,7 @@ def test_a_number_beyond_a_ranks_share_is_refused() -> None:
         ("let a = b", {}, {}, "my.ucl:2:9: constant 'b' is not given"),
         ("needs a\nlet b = a/2", {}, {"a": 3}, "my.ucl:3:9: 3 / 2: expected a division without remainder"),
         ("mesh m = pp, pp", {}, {}, "mesh 'm' stands twice, or has an axis twice"),
-        ("mesh m = pp", {"tp": 2}, {}, "my.ucl: mesh axis 'tp': expected one of pp"),
+        ("mesh m = pp", {"tp": 2}, {}, "my.ucl:2:6: mesh axis 'tp': expected one of pp"),
         ("mesh m = pp", {"pp": 0}, {}, "of size 0"),
         ("mesh m = tp\nsplit tp = a, b where |c| = 2", {"tp": 4}, {}, "expected one of a and b"),
         ("mesh m = tp\nsplit tp = a, b where |a| = 3", {"tp": 4}, {}, "is no multiple of 3"),
@@ -313,7 +313,7 @@ def test_a_tied_name_is_the_same_array_once_more() -> None:
     tensors = place(known, [NamedShape("embed", (4, 2))])
     assert [(dict(one.coordinate)["pp"], one.name) for one in tensors] == [(0, "embed"), (1, "head")]
     matched = match(known, ranks_of(tensors, {"pp": 2}))
-    assert dict(matched.tied) == {"head": "embed"}
+    assert dict(matched.tied) == {("model", "head"): "embed"}
     assert [len(one.holders) for one in matched.arrays] == [2]
 
 
