@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from elastickpt.convert.contents import Contents
+from elastickpt.convert.contents import Array, Contents
 from elastickpt.errors import NotACheckpoint, Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.language.shelf import config_text
 
 MAX_FILE_NBYTES = 64 << 20
 CONFIG = "config.json"
+_OF_ARRAYS: Mapping[str, Callable[[Array], object]] = {
+    "rows": lambda one: one.node.shape[0],
+    "columns": lambda one: one.node.shape[-1],
+    "dtype": lambda one: one.node.dtype,
+}
 _LEFT = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
 
 
@@ -21,12 +26,15 @@ def config_files(
 ) -> dict[str, bytes]:
     """Name → content.
 
-    `folder` is `--config`: all of it but weights. Else `config.json` is what the source has, or is made from constants by the
-    template of the last name map that has one and whose names are there; without either there is none. Raises NotACheckpoint
-    for a folder without `config.json`, Refused for constants that are missing, naming them.
+    `folder` is `--config`: all of it but weights. Else `config.json` is what the source has of transformers, or is made from
+    constants by the template of the last name map that has one and whose names are there; without either there is none. Raises
+    NotACheckpoint for a folder without `config.json`, Refused for constants that are missing, naming them.
     """
     if folder is not None:
         return _copied(folder)
+    config = contents.values.get("/config")
+    if isinstance(config, dict) and "model_type" in config:
+        return {CONFIG: _text(config)}
     template = next((text for name in reversed(names) if (text := config_text(name)) is not None), None)
     if template is not None:
         filling = _Filling(contents, known)
@@ -37,9 +45,12 @@ def config_files(
                 raise Refused(
                     f"{CONFIG} needs {wanted}, which no file states: give --config DIR, or --set KEY=VALUE of whole ones"
                 )
-            return {CONFIG: json.dumps(made, indent=2).encode() + b"\n"}
-    config = contents.values.get("/config")
-    return {CONFIG: json.dumps(config, indent=2).encode() + b"\n"} if isinstance(config, dict) else {}
+            return {CONFIG: _text(made)}
+    return {CONFIG: _text(config)} if isinstance(config, dict) else {}
+
+
+def _text(config: object) -> bytes:
+    return json.dumps(config, indent=2).encode() + b"\n"
 
 
 def _copied(folder: str) -> dict[str, bytes]:
@@ -56,7 +67,9 @@ def _copied(folder: str) -> dict[str, bytes]:
 
 @dataclass(slots=True)
 class _Filling:
-    """Fills a template: {"of": constants, "else": default}, and {"rows" | "dtype" | "tied": names} of what is written."""
+    """Fills a template: {"of": constants, "else": default}, and of what is written {"rows" | "columns" | "dtype" | "tied":
+    names} and {"has": names, "then": ..., "else": ...}.
+    """
 
     contents: Contents
     known: Mapping[str, object]
@@ -78,15 +91,17 @@ class _Filling:
             return template.get("else")
         if "tied" in template:
             return any(name in template["tied"] for group in self.contents.tied for _, name in group)
-        if "rows" in template or "dtype" in template:
+        if "has" in template:
+            there = {one.id.name for one in self.contents.arrays.values()}
+            return self.fill(template["then" if there & set(template["has"]) else "else"])
+        if template.keys() & _OF_ARRAYS.keys():
             return self._of_array(template)
         return {key: self.fill(one) for key, one in template.items()}
 
     def _of_array(self, template: Mapping[str, object]) -> object:
-        wanted = template.get("rows") or template.get("dtype")
-        names = wanted if isinstance(wanted, list) else []
+        ((what, names),) = template.items()
         for one in self.contents.arrays.values():
-            if one.id.name in names and one.id.state == "value":
-                return one.node.shape[0] if "rows" in template else one.node.dtype
+            if isinstance(names, list) and one.id.name in names and one.id.state == "value":
+                return _OF_ARRAYS[what](one)
         self.fits = False
         return None

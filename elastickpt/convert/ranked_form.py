@@ -61,6 +61,10 @@ class _Forming:
         items = {item for item, _ in self._parameters}
         if len(items) != 1:
             raise Refused(f"Megatron's files hold one model, and there are {', '.join(sorted(items)) or 'none'}: use --only")
+        if len(contents.rows) > 1:
+            raise Refused(
+                f"Megatron's files hold one optimizer, and there are {', '.join(contents.rows)}: use --only or --skip"
+            )
         (self._item,) = items
         self._deliveries: list[Delivery] = []
         self._whole: dict[tuple[str, str], Node] = {}

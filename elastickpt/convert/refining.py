@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -10,7 +10,7 @@ from elastickpt.convert.contents import Array, Contents, with_arrays
 from elastickpt.convert.nodes import Cast, Gathered
 from elastickpt.convert.options import Weights
 from elastickpt.errors import Refused
-from elastickpt.foreign.listing import ForeignCheckpoint, LocalTensor, NotCarried, WholeTensor
+from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, WholeTensor
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.dtypes import DTYPES
 
@@ -23,12 +23,10 @@ def without_numbered(found: ForeignCheckpoint, only: tuple[str, ...], skip: tupl
     if not only and not skip:
         return found
     tensors = [one for rank in found.ranks for one in rank.tensors] + list(found.wholes)
+    groups = [group for rank in found.ranks for group in rank.groups] + list(found.groups)
     counting = {one.item for one in tensors if isinstance(one.name, int)}
-    gone = {
-        item
-        for item in counting
-        if all(_left_out(one, only, skip) for one in tensors if one.item == item and _shape(one) != ())
-    }
+    counting |= {group.item for group in groups if any(isinstance(member, int) for member in group.members)}
+    gone = {item for item in counting if _is_gone(item, tensors, groups, only, skip)}
 
     def stays(one: LocalTensor | WholeTensor) -> bool:
         return one.item not in gone and not (isinstance(one.name, int) and _left_out(one, (), skip))
@@ -50,6 +48,22 @@ def without_numbered(found: ForeignCheckpoint, only: tuple[str, ...], skip: tupl
         groups=tuple(group for group in found.groups if group.item not in gone),
         not_carried=(*found.not_carried, *lost),
     )
+
+
+def _is_gone(
+    item: str,
+    tensors: Sequence[LocalTensor | WholeTensor],
+    groups: Sequence[Group],
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+) -> bool:
+    """Whether nothing of an optimizer stays; one without tensors goes by the names of its members, `optimizer/3`."""
+    states = [one for one in tensors if one.item == item and _shape(one) != ()]
+    if states:
+        return all(_left_out(one, only, skip) for one in states)
+    members = [f"{item}/{member}" for group in groups if group.item == item for member in group.members]
+    hits = [[fnmatchcase(text, glob) for glob in globs for text in (item, *members)] for globs in (only, skip)]
+    return any(hits[1]) or (bool(only) and not any(hits[0]))
 
 
 def _shape(one: LocalTensor | WholeTensor) -> tuple[int, ...]:

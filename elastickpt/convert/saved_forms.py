@@ -35,14 +35,14 @@ def torch_form(contents: Contents, path: str) -> Form:
     state, deliveries = _new_state(contents)
     unknown = [item for item in contents.rows if item not in contents.orders]
     why = "in which order its groups have their parameters is not in the source: they stand by name, with `param_names`"
-    lost = tuple(NotCarried(item, why) for item in unknown)
-    return Form((plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True, not_carried=lost)
+    lost = (*(NotCarried(item, why) for item in unknown), *_classes(contents))
+    return Form((plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True, not_carried=tuple(lost))
 
 
 def dcp_form(contents: Contents) -> Form:
     """A folder of torch.distributed.checkpoint."""
     state, deliveries = _new_state(contents)
-    return Form(plan_dcp(assemble(state, keyed="name")), deliveries)
+    return Form(plan_dcp(assemble(state, keyed="name")), deliveries, not_carried=tuple(_classes(contents)))
 
 
 def safetensors_form(contents: Contents, shard_nbytes: int) -> Form:
@@ -162,6 +162,26 @@ def _values(contents: Contents) -> dict[str, object]:
             if isinstance(whole, dict):
                 values[f"/{item}"] = {**whole, **{name: found for name, found in lists.items() if name in whole}}
     return values
+
+
+def _classes(contents: Contents) -> Iterator[NotCarried]:
+    """Objects of which only the attributes go along: no reader of such files takes their classes."""
+    for pointer, value in contents.values.items():
+        for place, name in _classes_in(value, pointer):
+            yield NotCarried(place, f"its class {name}: a plain value stands for it")
+
+
+def _classes_in(value: object, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        if CLASS in value:
+            yield place, str(value[CLASS])
+            yield from _classes_in(value.get("state"), place)
+            return
+        for key, one in value.items():
+            yield from _classes_in(one, f"{place}/{key}")
+    elif isinstance(value, list | tuple):
+        for k, one in enumerate(value):
+            yield from _classes_in(one, f"{place}/{k}")
 
 
 def _without_classes(value: object) -> object:

@@ -190,66 +190,73 @@ def _flat(entries: Mapping[object, object], prefix: str) -> Iterator[tuple[str, 
 def _optimizer(
     path: str, optimizer: object, read: ReadTensor
 ) -> tuple[list[LocalTensor | StateScalar], tuple[Group, ...], dict[object, object]]:
-    """(states, groups, what else it holds) of an optimizer's state_dict, with or without the wrapper for half types."""
+    """(states, groups, what else it holds) of an optimizer's state_dict, with or without the wrapper for half types.
+
+    Of a chain (experts, several model chunks) each is an item of its own, `optimizer0`, `optimizer1`, ...: every one counts
+    from 0, and which parameters are whose is in no file.
+    """
     if optimizer is None:
         return [], (), {}
-    if isinstance(optimizer, list) and len(optimizer) == 1:
-        optimizer = optimizer[0]
-    if isinstance(optimizer, list):
-        raise Unsupported(f"{path}: {len(optimizer)} optimizers chained (experts or several chunks), which are not read yet")
-    if not isinstance(optimizer, dict):
-        raise Malformed(f"{path}: optimizer: expected a mapping, found {_said(optimizer)}")
-    inner = optimizer.get("optimizer", optimizer)
-    if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
-        raise Malformed(f"{path}: optimizer: expected `state` and `param_groups`, found {_said(inner)}")
-    groups = tuple(_groups(path, inner["param_groups"], read))
-    states = [*_states(path, inner.get("state")), *_masters(path, optimizer, groups)]
-    known = {"state", "param_groups", "optimizer", *_MASTERS}
-    rest: dict[object, object] = {key: value for key, value in optimizer.items() if key not in known}
-    return states, groups, rest
+    chain = optimizer if isinstance(optimizer, list) else [optimizer]
+    states: list[LocalTensor | StateScalar] = []
+    groups: list[Group] = []
+    rest: dict[object, object] = {}
+    for number, one in enumerate(chain):
+        item = f"optimizer{number}" if len(chain) > 1 else "optimizer"
+        if not isinstance(one, dict):
+            raise Malformed(f"{path}: {item}: expected a mapping, found {_said(one)}")
+        inner = one.get("optimizer", one)
+        if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
+            raise Malformed(f"{path}: {item}: expected `state` and `param_groups`, found {_said(inner)}")
+        own = tuple(_groups(path, item, inner["param_groups"], read))
+        states += [*_states(path, item, inner.get("state"), read), *_masters(path, item, one, own)]
+        groups += own
+        known = {"state", "param_groups", "optimizer", *_MASTERS}
+        more = {key: value for key, value in one.items() if key not in known}
+        rest.update(more if len(chain) == 1 else {item: more} if more else {})
+    return states, tuple(groups), rest
 
 
-def _groups(path: str, found: list[object], read: ReadTensor) -> Iterator[Group]:
+def _groups(path: str, item: str, found: list[object], read: ReadTensor) -> Iterator[Group]:
     for group in found:
         members = group.get("params") if isinstance(group, dict) else None
         if not isinstance(group, dict) or not isinstance(members, list) or not all(type(one) is int for one in members):
-            raise Malformed(f"{path}: optimizer: a param group without its list of numbers `params`")
+            raise Malformed(f"{path}: {item}: a param group without its list of numbers `params`")
         options = {str(key): to_plain(value, read, where=f"/{key}") for key, value in group.items() if key != "params"}
-        yield Group("optimizer", tuple(members), options)
+        yield Group(item, tuple(members), options)
 
 
-def _states(path: str, found: object) -> Iterator[LocalTensor | StateScalar]:
+def _states(path: str, item: str, found: object, read: ReadTensor) -> Iterator[LocalTensor | StateScalar]:
     if not isinstance(found, dict):
-        raise Malformed(f"{path}: optimizer: expected the mapping `state`, found {_said(found)}")
+        raise Malformed(f"{path}: {item}: expected the mapping `state`, found {_said(found)}")
     for index, states in found.items():
         if type(index) is not int or not isinstance(states, dict):
-            raise Malformed(f"{path}: optimizer: expected states by number, found {index!r}: {_said(states)}")
+            raise Malformed(f"{path}: {item}: expected states by number, found {index!r}: {_said(states)}")
         for state, value in states.items():
             if isinstance(value, StoredTensor):
-                yield LocalTensor("optimizer", index, str(state), value)
-            elif type(value) in (int, float, bool):
-                yield StateScalar("optimizer", index, str(state), value)
+                yield LocalTensor(item, index, str(state), value)
             elif value is not None:
-                raise ValueNotCarried(f"{path}: optimizer: {index}: {state}: expected a tensor, found {_said(value)}")
+                plain = to_plain(value, read, where=f"{path}: {item}: {index}: {state}")
+                yield StateScalar(item, index, str(state), plain)
 
 
-def _masters(path: str, optimizer: Mapping[object, object], groups: tuple[Group, ...]) -> Iterator[LocalTensor]:
+def _masters(path: str, item: str, optimizer: Mapping[object, object], groups: tuple[Group, ...]) -> Iterator[LocalTensor]:
     """fp32 masters: a list of tensors for each group, in the order of the group's members."""
     for key in _MASTERS:
         lists = optimizer.get(key)
         if not isinstance(lists, list):
             continue
         if len(lists) != len(groups):
-            raise StructureConflict(f"{path}: optimizer: {key} has {len(lists)} lists for {len(groups)} param groups")
+            raise StructureConflict(f"{path}: {item}: {key} has {len(lists)} lists for {len(groups)} param groups")
         for group, masters in zip(groups, lists, strict=True):
             if not isinstance(masters, list) or len(masters) not in (0, len(group.members)):
                 raise StructureConflict(
-                    f"{path}: optimizer: {key} has masters for some members of a group only; which ones is in no file"
+                    f"{path}: {item}: {key} has masters for some members of a group only; which ones is in no file"
                 )
             for index, master in zip(group.members, masters, strict=False):
                 if not isinstance(master, StoredTensor):
-                    raise Malformed(f"{path}: optimizer: {key}: expected tensors, found {_said(master)}")
-                yield LocalTensor("optimizer", index, "master", master)
+                    raise Malformed(f"{path}: {item}: {key}: expected tensors, found {_said(master)}")
+                yield LocalTensor(item, index, "master", master)
 
 
 def _arguments(contents: Mapping[object, object]) -> dict[str, object]:

@@ -165,10 +165,9 @@ class _Sorter:
         for state, value in states.items():
             if isinstance(value, StoredTensor | ChunkedTensor):
                 self.found.wholes.append(_whole(item, name, str(state), value))
-            elif isinstance(value, int | float):
-                self.found.scalars.append(StateScalar(item, name, str(state), value))
             elif value is not None:
-                raise ValueNotCarried(f"{self.where}: {item}: {name}: {state}: a state that is neither tensor nor number")
+                plain = to_plain(value, self.read, where=f"{self.where}: {item}: {name}: {state}")
+                self.found.scalars.append(StateScalar(item, name, str(state), plain))
 
     def _groups(self, item: str, path: Path, found: object) -> Iterator[tuple[Group, tuple[str, ...] | None]]:
         """Each group as it stands, and its members' names where the group has `param_names`."""
