@@ -149,8 +149,9 @@ def _whole(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Sco
     for one in order:
         count = prod(one.held.local)
         start, stop = max(low, first), min(high, first + count)
-        if start < stop:
-            parts.append(Listed(one.name, flat_part(one.held, start - low, start - first, stop - first)))
+        if start < stop or count == 0:  # an array without elements is on all ranks
+            at_once = (start - low, start - first, stop - first) if count else (0, 0, 0)
+            parts.append(Listed(one.name, flat_part(one.held, *at_once)))
         first += count
     return Flat(high - low, tuple(parts))
 
@@ -161,7 +162,7 @@ def _each(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Scop
     for one in order:
         count = prod(one.held.local)
         low, high = _share(-(-count // step) * step, cuts, scope, at)
-        if low < min(high, count):
+        if low < min(high, count) or count == 0:
             parts.append(Listed(one.name, flat_part(one.held, place, low, min(high, count))))
         place += high - low
     return Flat(place, tuple(parts))

@@ -1,8 +1,6 @@
 """Vectors from what DeepSpeed, Megatron and the UCP paper test of their own converters, at plan level.
 
-V3b (strides alone) and the counts of composed segments of codegen and yuan depend on how pieces are merged and are not built
-from their text; V9, V13 and the files of V11 need optimizers and meshes of live ranks; V12 (c) and (d) are about files that are
-gone or left over: `tests/convert/test_refusals.py` and `ckpt-convert verify`.
+Further ones: `test_shapes_of_peers.py`; files of V11 and V12: `tests/convert/test_sources.py`; V13: `tests/convert/test_grid.py`.
 """
 
 from __future__ import annotations
