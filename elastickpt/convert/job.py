@@ -22,9 +22,10 @@ from elastickpt.errors import Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.linked_store import open_linked
-from elastickpt.foreign.listing import Format, NotCarried
+from elastickpt.foreign.listing import ForeignCheckpoint, Format, NotCarried
 from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
+from elastickpt.language.patterns import known_names
 from elastickpt.language.printer import print_program
 from elastickpt.language.rules import axes_of
 from elastickpt.language.shelf import name_maps, programs
@@ -32,7 +33,7 @@ from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.loading.opened import open_records
 from elastickpt.storage.opening import locate
 
-_PROGRAMS: Mapping[Format, str] = {"megatron-legacy": "megatron"}
+_PROGRAMS: Mapping[Format, tuple[str, ...]] = {"megatron-legacy": ("megatron", "megatron-lm")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes
     located = find_source(open_folder(options.source), options.source_format, options.step)
     found = without_numbered(read_foreign(located), options.only, options.skip)
     reading = Reading(store=open_linked(found.folder), read=read)
-    program = _source_program(options, found.format)
+    program = _source_program(options, found)
     given = {name: value for name, value in options.constants.items() if name in _needs(program)}
     contents = lay(found, program, given, lambda stored: bytes(reading.stored(stored)))
     known = {**found.constants, **(contents.layout.constants if contents.layout else {})}
@@ -144,14 +145,21 @@ def _plain_constants(contents: Contents) -> Mapping[str, object]:
     return {}
 
 
-def _source_program(options: Options, format_: Format) -> t.Program:
-    default = shipped_program(_PROGRAMS.get(format_, "whole"))
+def _source_program(options: Options, found: ForeignCheckpoint) -> t.Program:
+    default = _fitting_program(found)
     if options.rules is None:
         return default
     program = program_of(options.rules)
     if any(isinstance(one, t.Within) for one in program.statements):
         return program
     return _joined(program, default)
+
+
+def _fitting_program(found: ForeignCheckpoint) -> t.Program:
+    """The shipped program of the format; of several the one that has rules for most of the names."""
+    names = {(one.item, str(one.name)) for rank in found.ranks for one in rank.tensors if one.state == "value"}
+    choices = [shipped_program(name) for name in _PROGRAMS.get(found.format, ("whole",))]
+    return max(choices, key=lambda program: known_names(program, names)) if len(choices) > 1 else choices[0]
 
 
 def _joined(program: t.Program, default: t.Program) -> t.Program:

@@ -39,7 +39,8 @@ class Owners:
     def model_of(self, optimizer: str) -> str:
         """The model whose parameters an optimizer names.
 
-        Of several with the same names and shapes it is the one beside the optimizer, else the first, which a note says.
+        Of several with the same names and shapes it is the one beside the optimizer, else the one called `model`, else the one
+        of the shortest name, which a note says.
         """
         if optimizer not in self._models:
             states = [one for one in self._rank.tensors if one.item == optimizer and isinstance(one.name, str)]
@@ -64,7 +65,7 @@ class Owners:
             for item, known in shapes.items()
         }
         best = max(fits.values())
-        chosen = [item for item, fit in fits.items() if fit == best]
+        chosen = sorted((item for item, fit in fits.items() if fit == best), key=lambda one: (not _is_main(one), len(one), one))
         if len(chosen) > 1:
             self.notes.append(
                 f"{optimizer}: {', '.join(chosen)} have the names that it has; its states are taken for those of {chosen[0]}"
@@ -97,6 +98,10 @@ class Owners:
         found.update({str(one.name): one for one in self._values if one.item != model})
         found.update({str(one.name): one for one in self._values if one.item == model})
         return found
+
+
+def _is_main(item: str) -> bool:
+    return item.rpartition(".")[2] == "model"
 
 
 def _shared(optimizer: str, model: str) -> int:

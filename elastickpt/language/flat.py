@@ -17,7 +17,8 @@ from elastickpt.language import tree as t
 from elastickpt.language.held import Held, flat_part, lower
 from elastickpt.language.holders import global_names
 from elastickpt.language.orders import plain_name
-from elastickpt.language.rules import Rule, Rules, filled, regex_of
+from elastickpt.language.patterns import filled, regex_of
+from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Coordinate
 from elastickpt.layout.partition import balanced, torch_chunk

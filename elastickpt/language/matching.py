@@ -16,7 +16,8 @@ from elastickpt.language.flat import Orders, cat_of
 from elastickpt.language.held import Held, lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray, global_names, require_all, require_whole
 from elastickpt.language.labels import labelled, labels_of
-from elastickpt.language.rules import Rule, Rules, filled, regex_of, ways
+from elastickpt.language.patterns import filled, regex_of
+from elastickpt.language.rules import Rule, Rules, ways
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
 

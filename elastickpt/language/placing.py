@@ -12,8 +12,9 @@ from elastickpt.language import tree as t
 from elastickpt.language.flat import Orders, Shapes, cat_of, lay_flat
 from elastickpt.language.held import Held, lower
 from elastickpt.language.labels import labelled, labels_of
+from elastickpt.language.patterns import filled, regex_of
 from elastickpt.language.renaming import NamedShape
-from elastickpt.language.rules import Rule, Rules, filled, regex_of
+from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
 

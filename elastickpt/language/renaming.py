@@ -15,7 +15,7 @@ from math import prod
 
 from elastickpt.language import tree as t
 from elastickpt.language.held import Side
-from elastickpt.language.rules import filled, regex_of
+from elastickpt.language.patterns import filled, regex_of
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import solved, unknown_sizes
 

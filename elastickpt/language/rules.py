@@ -5,13 +5,13 @@ Blocks only shorten names: a rule here has its whole name and all clauses that h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 from elastickpt.language import tree as t
 from elastickpt.language.labels import labels_of
+from elastickpt.language.patterns import joined, regex_of
 from elastickpt.language.scope import ConstantValue, Scope
 
 
@@ -222,7 +222,7 @@ class _Resolving:
         whole = line.whole or line.pattern
         path: tuple[tuple[int, tuple[str, ...]], ...] = ()
         if outer is not None:
-            pattern, whole = _joined(outer.pattern, pattern), _joined(outer.whole, whole)
+            pattern, whole = joined(outer.pattern, pattern), joined(outer.whole, whole)
             clauses, path = (*outer.clauses, *clauses), outer.path
         path = (*path, (line.at.line, tuple(hole.name for hole in line.pattern.holes)))
         own: tuple[t.Factor, ...] | str = () if line.dims is None else line.dims
@@ -262,16 +262,6 @@ class _Resolving:
     @property
     def splits(self) -> tuple[t.Split, ...]:
         return tuple(self._splits)
-
-
-def _joined(first: t.Pattern, second: t.Pattern) -> t.Pattern:
-    pieces = [*first.pieces, *second.pieces]
-    if len(first.pieces) and len(second.pieces) and isinstance(pieces[len(first.pieces) - 1], str):
-        at = len(first.pieces)
-        left, right = pieces[at - 1], pieces[at]
-        if isinstance(left, str) and isinstance(right, str):
-            pieces[at - 1 : at + 1] = [left + right]
-    return t.Pattern(tuple(pieces), at=second.at)
 
 
 # -- axes that a rule mentions -----------------------------------------------------------------------------------------
@@ -321,23 +311,6 @@ def require_mention(rule: Rule, known: Rules | _Resolving) -> None:
                     f"the same, 'first {axis}' or 'last {axis}' where only one has it",
                     rule.at,
                 )
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def regex_of(pattern: t.Pattern) -> re.Pattern[str]:
-    """Matches the names that a pattern stands for, with a group for each hole."""
-    text = "".join(
-        re.escape(piece) if isinstance(piece, str) else f"(?P<{piece.name}>{'.+' if piece.any_text else '0|[1-9][0-9]{0,8}'})"
-        for piece in pattern.pieces
-    )
-    return re.compile(text, re.DOTALL)
-
-
-def filled(pattern: t.Pattern, values: Mapping[str, int | str]) -> str:
-    """The name with its holes filled."""
-    return "".join(piece if isinstance(piece, str) else str(values[piece.name]) for piece in pattern.pieces)
 
 
 def ways(axes: Mapping[str, int]) -> int:

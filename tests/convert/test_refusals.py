@@ -75,7 +75,7 @@ def test_options_that_do_not_fit(megatron, tmp_path, capsys, words: list[str], s
     [
         (lambda text: text.replace("h  same tp  last pp\n", "h  same tp\n"), "is not mentioned"),
         (lambda text: text.replace("    decoder.final_layernorm.weight", "    decoder.last.weight"), "no rule matches it"),
-        (lambda text: text.replace("(groups/tp (q + 1 + 1) kv_channels)  h", "groups/tp  h"), "expected shape"),
+        (lambda text: text.replace("(groups (q + 1 + 1) kv_channels)/tp  h", "groups/tp  h"), "expected shape"),
         (
             lambda text: text.replace("mlp.linear_fc2.weight  h  f/tp", "mlp.linear_fc2.weight  h  f/dp"),
             "axis 'tp' is not mentioned",

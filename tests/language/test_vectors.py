@@ -1,6 +1,6 @@
 """Vectors from what DeepSpeed, Megatron and the UCP paper test of their own converters, at plan level.
 
-Further ones: `test_shapes_of_peers.py`; files of V11 and V12: `tests/convert/test_sources.py`; V13: `tests/convert/test_grid.py`.
+Further ones: `test_shapes_of_peers.py`; files of V11, V12: `tests/convert/test_sources.py`; V13: `tests/convert/test_grid.py`.
 """
 
 from __future__ import annotations
