@@ -1,7 +1,7 @@
 """What other libraries' layouts need, at plan level: heads dealt and in blocks, shares padded each, flat tensors, stacks.
 
 Vectors V2, V3, V7, V9, V11 of peers' own tests, beside those of `test_vectors.py`. DeepSpeed's 11 pieces of codegen are the
-runs of rows of a rank; its 40 (4 ranks to 8) count how its planner merges, and are not built. V9's text does not say along which
+runs of rows of a rank; its 40 (4 ranks to 8) count how its planner merges, and are not built. V9 does not say along which
 axes its second tensor is cut: here the first and the last.
 """
 
