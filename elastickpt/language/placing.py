@@ -149,8 +149,8 @@ def _flat(rules: Rules, scope: Scope, arrays: Sequence[NamedShape], listings: Ma
             continue
         if rule.pattern.holes:
             raise scope.fault("a flat tensor that is to be made has a plain name", rule.at)
-        for index in product(*(range(scope.axes[axis]) for axis in rules.axes)):
-            coordinate = tuple(zip(rules.axes, index, strict=True))
+        for index in product(*(range(scope.axes[axis]) for axis in rules.rank_axes)):
+            coordinate = tuple(zip(rules.rank_axes, index, strict=True))
             at = rules.coordinate(dict(coordinate))
             order = Orders(rules, scope, at, listings).listed(cat)
             if not _allowed(rule, at, scope) or not names & {one.name for one in order}:
@@ -181,7 +181,7 @@ class _Under:
 
 
 def _places(rule: Rule, rules: Rules, scope: Scope, array: NamedShape, holes: Mapping[str, int | str]) -> Iterator[Placed]:
-    axes = rules.axes
+    axes = rules.rank_axes
     for index in product(*(range(scope.axes[axis]) for axis in axes)):
         coordinate = tuple(zip(axes, index, strict=True))
         place = rules.coordinate(dict(coordinate))
@@ -189,8 +189,6 @@ def _places(rule: Rule, rules: Rules, scope: Scope, array: NamedShape, holes: Ma
             continue
         for at_chunk in product(*(range(scope.axes[axis]) for axis in rules.chunks)):
             at = {**place, **dict(zip(rules.chunks, at_chunk, strict=True))}
-            if rule.mesh and any(at[axis] for axis in axes if axis not in rules.meshes[rule.mesh]):
-                continue
             chunk = 0
             for axis, k in zip(rules.chunks, at_chunk, strict=True):
                 chunk = chunk * scope.axes[axis] + k

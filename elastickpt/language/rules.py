@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from elastickpt.errors import LimitExceeded
 from elastickpt.language import tree as t
 from elastickpt.language.labels import labels_of
 from elastickpt.language.patterns import joined, regex_of
 from elastickpt.language.scope import ConstantValue, Scope
+
+MAX_RANKS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +78,25 @@ class Rules:
         """All axes of all meshes, each once, in the order of the text."""
         return tuple(dict.fromkeys(axis for axes in self.meshes.values() for axis in axes))
 
+    @property
+    def rank_axes(self) -> tuple[str, ...]:
+        """The axes that tell ranks apart: those of the first mesh."""
+        return next(iter(self.meshes.values()), ())
+
     def coordinate(self, place: Mapping[str, int]) -> dict[str, int]:
-        """A rank's place on all axes, those of splits too."""
+        """A rank's place on all axes, those of further meshes and of splits too.
+
+        Meshes stand over the same ranks: where a rank's place on an axis is not given, its number in the first mesh tells it.
+        """
         found = dict(place)
+        number = 0
+        for axis in self.rank_axes:
+            number = number * self.scope.axes[axis] + place.get(axis, 0)
+        for axes in self.meshes.values():
+            left = number
+            for axis in reversed(axes):
+                left, index = divmod(left, self.scope.axes[axis])
+                found.setdefault(axis, index)
         for split in self.splits:
             fast = self.scope.axes[split.into[1]]
             found[split.into[0]], found[split.into[1]] = divmod(found.get(split.axis, 0), fast)
@@ -140,6 +159,7 @@ class _Resolving:
     def run(self) -> Rules:
         for statement in self._program.statements:
             self._take(statement)
+        self._check_meshes()
         return Rules(
             self._program,
             self._scope,
@@ -149,6 +169,19 @@ class _Resolving:
             self._orders,
             tuple(self._rules),
         )
+
+    def _check_meshes(self) -> None:
+        """Meshes are of one size, and no larger than the limit."""
+        sizes = {name: prod(self._scope.axes[axis] for axis in axes) for name, axes in self._meshes.items()}
+        first = next(iter(sizes.values()), 1)
+        for line in self._program.statements:
+            if isinstance(line, t.MeshLine) and sizes[line.name] != first:
+                said = (
+                    f"mesh {line.name!r} has {sizes[line.name]} places, the first one {first}: they stand over the same ranks"
+                )
+                raise self._scope.fault(said, line.at)
+        if first > MAX_RANKS:
+            raise LimitExceeded(f"{self._program.name}: a mesh of {first} places, the limit is {MAX_RANKS}")
 
     def _take(self, statement: t.Statement) -> None:
         match statement:

@@ -7,6 +7,7 @@ axes its second tensor is cut: here the first and the last.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from itertools import product
 from math import prod
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastickpt.errors import CheckpointError, ProgramFault
 from elastickpt.language.held import Side, transfers
 from elastickpt.language.holders import LocalShape, RankShapes
 from elastickpt.language.matching import match
@@ -24,7 +26,7 @@ from elastickpt.language.placing import Placed, place
 from elastickpt.language.renaming import NamedShape, equations, fitting, left_out, link
 from elastickpt.language.rules import Rules, declared, resolve
 from tests.language.test_held_pieces import all_ranks, gathered, places
-from tests.language.test_rules import cut, merged, ranks_of
+from tests.language.test_rules import GPT, SIZES, cut, merged, ranks_of, whole
 from tests.language.test_vectors import moved
 
 
@@ -180,43 +182,46 @@ def test_v11_whose_replica_a_rank_is_depends_on_the_order_of_the_axes(axes: str,
     }
 
 
-@pytest.mark.parametrize("etp", [1, 2])
+@pytest.mark.parametrize("etp", [1, 2, 4])
 @pytest.mark.parametrize("ep", [1, 2, 4])
 def test_experts_beside_dense_layers_on_a_mesh_of_their_own(ep: int, etp: int) -> None:
-    """Eight ranks: dense layers over pp, dp, tp, experts over pp, edp, ep, etp. Fused, stacked, and one by one."""
+    """Sixteen ranks: dense layers over pp, dp, tp, experts over pp, edp, ep, etp. Fused, stacked, and one by one."""
     text = """\
 needs experts, layers
 mesh dense = pp, dp, tp
-mesh sparse = epp, edp, ep, etp
+mesh sparse = pp, edp, ep, etp
 on dense
 in model
     l.{i: layers/pp}.qkv  (3 h/tp)  h  same dp
 on sparse
 in model
-    l.{i: layers/epp}.fused    as l.{i}.experts.{e}.up    ((e=experts/ep) f/etp)  h      same edp
-    l.{i: layers/epp}.stacked  as l.{i}.experts.{e}.glu   (e=experts/ep)  h  (2 f/etp)   same edp
-    l.{i: layers/epp}.local.{e: experts/ep}.down as l.{i}.experts.{e}.down  h  f/etp     same edp
+    l.{i: layers/pp}.fused    as l.{i}.experts.{e}.up    ((e=experts/ep) f/etp)  h      same edp
+    l.{i: layers/pp}.stacked  as l.{i}.experts.{e}.glu   (e=experts/ep)  h  (2 g/etp)   same edp
+    l.{i: layers/pp}.local.{e: experts/ep}.down as l.{i}.experts.{e}.down  h  f/etp     same edp
 """
-    sizes = {"pp": 2, "dp": 2, "tp": 2} | {"epp": 2, "edp": 4 // (ep * etp) or 1, "ep": ep, "etp": etp}
-    known = rules(text, sizes, experts=4, layers=2)
+    if ep * etp > 8:
+        with pytest.raises(ProgramFault, match="mesh 'sparse' has 32 places, the first one 16"):
+            rules(text, {"pp": 2, "dp": 4, "tp": 2, "edp": 1, "ep": ep, "etp": etp}, experts=4, layers=2)
+        return
+    sizes = {"pp": 2, "dp": 4, "tp": 2, "edp": 8 // (ep * etp), "ep": ep, "etp": etp}
     count, dense = 0, {}
     shapes = {"qkv": (12, 4)}
-    shapes |= {f"experts.{e}.{n}": s for e in range(4) for n, s in {"up": (6, 4), "glu": (4, 12), "down": (4, 6)}.items()}
+    shapes |= {f"experts.{e}.{n}": s for e in range(4) for n, s in {"up": (8, 4), "glu": (4, 24), "down": (4, 8)}.items()}
     for i, (name, shape) in product(range(2), shapes.items()):
         dense[f"l.{i}.{name}"] = np.arange(count, count + prod(shape)).reshape(shape)
         count += prod(shape)
+    known = rules(text, sizes, experts=4, layers=2)
     tensors = place(known, [NamedShape(name, one.shape) for name, one in dense.items()])
-    experts = [one for one in tensors if "qkv" not in one.name]
-    assert {one.rule.mesh for one in experts} == {"sparse"}
-    seen: dict[str, np.ndarray] = {}
-    for one in tensors:
-        local = cut(one, dense).reshape(-1)
-        for part in one.parts:
-            whole = seen.setdefault(part.array, np.full(prod(part.held.whole), -1))
-            for piece in part.held.pieces:
-                whole[places(piece.whole, piece.extents)] = local[places(piece.local, piece.extents)]
+    ranks = {axis: sizes[axis] for axis in known.rank_axes}
+    again = merged(match(known, ranks_of(tensors, ranks)), tensors, dense, ranks)
     for name, one in dense.items():
-        assert np.array_equal(seen[name].reshape(one.shape), one), name
+        assert np.array_equal(again[name], one), name
+    last = [one for one in tensors if dict(one.coordinate) == {"pp": 1, "dp": 3, "tp": 1}]  # of all ranks
+    held = {one.name: cut(one, dense) for one in last}
+    experts = 4 // ep
+    assert held["l.0.fused"].shape == (experts * 8 // etp, 4)
+    assert np.array_equal(held["l.0.fused"][-8 // etp :], dense["l.1.experts.3.up"][-8 // etp :])
+    assert {name for name in held if "local" in name} == {f"l.0.local.{e}.down" for e in range(experts)}
 
 
 # -- what else the language has to express -----------------------------------------------------------------------------
@@ -371,3 +376,24 @@ def test_random_flat_tensors_hold_all_of_their_arrays(shapes: list[tuple[int, ..
     for name, one in again.items():
         assert np.array_equal(one, dense[name]), name
     assert again.keys() >= {name for name, shape in named.items() if prod(shape)}
+
+
+# -- programs at random ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, len(GPT)), st.integers(0, 8), st.text(alphabet="ab(){}|/%=+,:. 0239*pdthgs\n", max_size=5), st.booleans())
+def test_any_change_of_a_program_lays_ranks_out_or_is_a_typed_error(at: int, gone: int, put: str, read: bool) -> None:
+    sizes = {"pp": 2, "tp": 2}
+    dense = [NamedShape(name, one.shape) for name, one in whole(**sizes).items()]
+    with contextlib.suppress(CheckpointError):
+        found = parse(GPT[:at] + put + GPT[at + gone :])
+        known = resolve(found, SIZES, dict.fromkeys(("pp", "tp"), 2))
+        if read:
+            match(known, ranks_of(place(rules_of_gpt(), dense), sizes))
+        else:
+            place(known, dense)
+
+
+def rules_of_gpt() -> Rules:
+    return resolve(parse(GPT), SIZES, {"pp": 2, "tp": 2})
