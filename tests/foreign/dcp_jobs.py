@@ -43,6 +43,17 @@ def whole(value: object) -> object:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
+def loaded(rank: int, world_size: int, folder: str, layout: str) -> dict[str, Any]:
+    """What torch's own reader gives a job at a layout: every array of model and optimizer, whole."""
+    torch.manual_seed(7)
+    model = laid_out(Net(102), layout, world_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+    weights, states = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder)
+    made = {f"{name}|value": whole(one) for name, one in weights.items()}
+    return made | {f"{name}|{state}": whole(one) for name, of_one in states["state"].items() for state, one in of_one.items()}
+
+
 def save(rank: int, world_size: int, folder: str, layout: str, form: str) -> dict[str, Any]:
     """One step of training, then a save; every array whole, by "name|state"."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from dense import bits, whole_of
 from torch.distributed.checkpoint.metadata import Metadata
 
+from elastickpt.cli.main import main
 from elastickpt.errors import (
     CheckpointError,
     CoverageGap,
@@ -55,6 +56,19 @@ def test_what_ranks_saved_is_put_together(tmp_path, layout, world_size, form) ->
     assert sorted(group.members) == ["down.bias", "down.weight", "up.bias", "up.weight"]
     assert (group.options["lr"], group.options["amsgrad"]) == (0.1, True)
     assert not found.not_carried
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 3), ("tp fsdp", 4), ("hsdp", 4)])
+def test_one_file_with_one_chunk_a_tensor_is_read_by_torch_at_any_layout(tmp_path, layout, world_size) -> None:
+    """[FOR-67]"""
+    wanted = run_ranks(dcp_jobs.save, 4, str(tmp_path / "s"), "tp fsdp", "plain")[0]
+    for out in (["u"], ["d", "--to", "dcp"]):
+        source = tmp_path / ("s" if out[0] == "u" else "u")
+        assert main(["convert", str(source), str(tmp_path / out[0]), *out[1:], "--quiet"]) == 0
+    found = run_ranks(dcp_jobs.loaded, world_size, str(tmp_path / "d"), layout)[0]
+    assert found.keys() == wanted.keys()
+    assert {name: of_torch(one) for name, one in found.items()} == {name: of_torch(one) for name, one in wanted.items()}
 
 
 def test_an_optimizers_own_numbers_stay_numbers(tmp_path) -> None:
