@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from elastickpt.convert.contents import Array, Contents
 from elastickpt.errors import NotACheckpoint, Refused
 from elastickpt.foreign.folder import open_folder
-from elastickpt.language.shelf import config_text
+from elastickpt.language.shelf import config_text, name_maps
 
 MAX_FILE_NBYTES = 64 << 20
 CONFIG = "config.json"
@@ -27,16 +27,16 @@ def config_files(
     """Name → content.
 
     `folder` is `--config`: all of it but weights. Else `config.json` is what the source has of transformers, or is made from
-    constants by the template of the last name map that has one and whose names are there; without either there is none. Raises
-    NotACheckpoint for a folder without `config.json`, Refused for constants that are missing, naming them.
+    constants by the template of the last name map that has one, or of another map, whose names are there; without any there
+    is none. Raises NotACheckpoint for a folder without `config.json`, Refused for constants that are missing, naming them.
     """
     if folder is not None:
         return _copied(folder)
     config = contents.values.get("/config")
     if isinstance(config, dict) and "model_type" in config:
         return {CONFIG: _text(config)}
-    template = next((text for name in reversed(names) if (text := config_text(name)) is not None), None)
-    if template is not None:
+    for name in templates_for(names):
+        template = config_text(name) or "{}"
         filling = _Filling(contents, known)
         made = filling.fill(json.loads(template))
         if filling.fits:
@@ -47,6 +47,22 @@ def config_files(
                 )
             return {CONFIG: _text(made)}
     return {CONFIG: _text(config)} if isinstance(config, dict) else {}
+
+
+def templates_for(names: tuple[str, ...]) -> list[str]:
+    """The maps whose templates may fit what is written: the last given one that has one, else all that have one."""
+    if not names:
+        return []
+    own = next((name for name in reversed(names) if config_text(name) is not None), None)
+    return [own] if own is not None else [name for name in name_maps() if config_text(name) is not None]
+
+
+def constants_in(template: object) -> set[str]:
+    """The constants that a template asks for."""
+    if not isinstance(template, dict):
+        return set()
+    inner = {one for value in template.values() for one in constants_in(value)}
+    return inner | set(template.get("of", ()))
 
 
 def _text(config: object) -> bytes:

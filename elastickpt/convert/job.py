@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from elastickpt.convert.configs import config_files
+from elastickpt.convert.configs import config_files, constants_in, templates_for
 from elastickpt.convert.contents import Contents, selected, with_constants
 from elastickpt.convert.laid import lay
 from elastickpt.convert.names import apply_names
@@ -28,7 +29,7 @@ from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
 from elastickpt.language.patterns import known_names
 from elastickpt.language.printer import print_program
 from elastickpt.language.rules import axes_of
-from elastickpt.language.shelf import name_maps, programs
+from elastickpt.language.shelf import config_text, name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.loading.opened import open_records
 from elastickpt.storage.opening import locate
@@ -221,6 +222,9 @@ def _check_constants(options: Options, source: Source, maps: Sequence[t.Program]
     known |= _needs(shipped_program("megatron")) if options.target() == "megatron-legacy" else set()
     known |= _needs(program_of(options.rules)) if options.rules else set()
     known |= _needs(program_of(options.rules_out)) if options.rules_out else set()
+    if options.target() == "safetensors" and options.config is None:
+        templates = (json.loads(config_text(name) or "{}") for name in templates_for(options.names))
+        known |= {one for template in templates for one in constants_in(template)}
     for name in options.constants:
         if name not in known:
             raise Refused(f"--set {name}: no program here needs it; they need {', '.join(sorted(known)) or 'none'}")

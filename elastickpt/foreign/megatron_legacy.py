@@ -193,7 +193,7 @@ def _optimizer(
     """(states, groups, what else it holds) of an optimizer's state_dict, with or without the wrapper for half types.
 
     Of a chain (experts, several model chunks) each is an item of its own, `optimizer0`, `optimizer1`, ...: every one counts
-    from 0, and which parameters are whose is in no file.
+    from 0, and which parameters are whose is in no file. [FOR-55]
     """
     if optimizer is None:
         return [], (), {}

@@ -72,7 +72,7 @@ def global_names(rule: Rule, holes: Mapping[str, int | str], scope: Scope, at: M
 
 
 def require_whole(name: str, shape: tuple[int, ...], holders: Sequence[Holder], scope: Scope) -> None:
-    """What flat tensors hold of an array is all of it: each element in one piece, which several ranks may hold."""
+    """What flat tensors hold of an array is all of it: each element in one piece, which several ranks may hold. [LANG-27]"""
     distinct = {(p.extents, p.whole): p for one in holders for p in one.held.pieces if p.count}
     report = prove_pieces(shape, list(distinct.values()))
     if not report.exact:

@@ -171,7 +171,7 @@ class _Resolving:
         )
 
     def _check_meshes(self) -> None:
-        """Meshes are of one size, and no larger than the limit."""
+        """Meshes are of one size, and no larger than the limit. [LANG-19]"""
         sizes = {name: prod(self._scope.axes[axis] for axis in axes) for name, axes in self._meshes.items()}
         first = next(iter(sizes.values()), 1)
         for line in self._program.statements:

@@ -1,6 +1,6 @@
 """Sources of many kinds, made here: several models, states of any shape, old names, experts' files, chains of optimizers.
 
-Files of vectors V11 and V12. [FOR-30, FOR-33, FOR-34, CLI-63]
+Files of vectors V11 and V12. [FOR-30, FOR-33, FOR-34, FOR-55, CLI-63]
 """
 
 from __future__ import annotations
@@ -442,6 +442,32 @@ def test_a_gpt2_body_without_prefix_and_with_masks_becomes_megatron(tmp_path) ->
 
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "num_hidden_layers": 1, "vocab_size": 10}
+
+
+def test_a_release_of_meta_becomes_a_folder_of_transformers(tmp_path) -> None:
+    """`params.json` has names of its own; a config is made, or what it lacks is named."""
+    shapes = {f"attention.w{k}.weight": (8 if k in "qo" else 4, 8) for k in "qkvo"}
+    shapes |= {"feed_forward.w1.weight": (12, 8), "feed_forward.w2.weight": (8, 12), "feed_forward.w3.weight": (12, 8)}
+    shapes |= {"attention_norm.weight": (8,), "ffn_norm.weight": (8,)}
+    whole = {f"layers.0.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    whole |= {"tok_embeddings.weight": torch.randn(10, 8), "output.weight": torch.randn(10, 8), "rope.freqs": torch.ones(2)}
+    whole["norm.weight"] = torch.ones(8)
+    (tmp_path / "meta").mkdir()
+    torch.save(whole, tmp_path / "meta" / "consolidated.00.pth")
+    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": -1, "norm_eps": 1e-5}
+    (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
+    words = [tmp_path / "meta", tmp_path / "hf", "--to", "hf", "--names", "llama-meta"]
+    code, said = convert(*words)
+    assert (code, "config.json needs max_position_embeddings, rope_theta" in said) == (1, True)
+    said = done(*words, "--set", "max_position_embeddings=64", "--set", "rope_theta=10000")
+    assert "not carried: model/rope.freqs" in said
+    made = json.loads((tmp_path / "hf" / "config.json").read_text())
+    wanted = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "rms_norm_eps": 1e-5}
+    assert {key: made[key] for key in wanted} == wanted
+    done(tmp_path / "hf", tmp_path / "u", "--quiet")
+    pairs = whole["layers.0.attention.wq.weight"].numpy().reshape(2, 2, 2, 8)
+    halves = array(tmp_path / "u", "model.layers.0.self_attn.q_proj.weight")
+    assert np.array_equal(halves, pairs.transpose(0, 2, 1, 3).reshape(8, 8))
 
 
 def llama(folder: Path, more: dict[str, tuple[int, ...]]) -> None:

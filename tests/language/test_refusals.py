@@ -1,4 +1,4 @@
-"""Every refusal of the language has line, column and a caret below what is wrong. [LANG-3]"""
+"""Every refusal of the language has line, column and a caret below what is wrong. [LANG-3, LANG-19, LANG-27]"""
 
 from __future__ import annotations
 
