@@ -83,7 +83,8 @@ def _hits(rules: Rules, ranks: Sequence[RankShapes]) -> tuple[list[_Hit], list[t
             key = (tensor.container, tensor.name)
             if key not in known:
                 known[key] = [(k, holes) for k, finder in enumerate(finders) if (holes := finder.find(*key)) is not None]
-            fitting = [(k, holes) for k, holes in known[key] if finders[k].allows(place)]
+            here = {**place, **_chunk_place(rules, tensor)}
+            fitting = [(k, holes) for k, holes in known[key] if finders[k].allows(here)]
             if len(fitting) != 1:
                 raise _no_rule(rules, rank, tensor, [rules.rules[k] for k, _ in known[key]], bool(fitting))
             k, holes = fitting[0]
@@ -91,7 +92,7 @@ def _hits(rules: Rules, ranks: Sequence[RankShapes]) -> tuple[list[_Hit], list[t
             if rules.rules[k].flag("drop"):
                 dropped.append((number, index))
                 continue
-            hits.append(_Hit(number, index, rules.rules[k], {**place, **_chunk_place(rules, tensor)}, holes))
+            hits.append(_Hit(number, index, rules.rules[k], here, holes))
     for k, rule in enumerate(rules.rules):
         if k not in used and not rule.flag("optional"):
             raise rules.scope.fault("no tensor has such a name: mark the rule 'optional' if that may be", rule.at)

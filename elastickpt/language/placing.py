@@ -185,10 +185,10 @@ def _places(rule: Rule, rules: Rules, scope: Scope, array: NamedShape, holes: Ma
     for index in product(*(range(scope.axes[axis]) for axis in axes)):
         coordinate = tuple(zip(axes, index, strict=True))
         place = rules.coordinate(dict(coordinate))
-        if not _allowed(rule, place, scope):
-            continue
         for at_chunk in product(*(range(scope.axes[axis]) for axis in rules.chunks)):
             at = {**place, **dict(zip(rules.chunks, at_chunk, strict=True))}
+            if not _allowed(rule, at, scope):
+                continue
             chunk = 0
             for axis, k in zip(rules.chunks, at_chunk, strict=True):
                 chunk = chunk * scope.axes[axis] + k

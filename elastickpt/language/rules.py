@@ -296,6 +296,10 @@ class _Resolving:
     def splits(self) -> tuple[t.Split, ...]:
         return tuple(self._splits)
 
+    @property
+    def chunks(self) -> tuple[str, ...]:
+        return tuple(self._chunks)
+
 
 # -- axes that a rule mentions -----------------------------------------------------------------------------------------
 
@@ -323,7 +327,7 @@ def _across(factors: tuple[t.Factor, ...]) -> list[tuple[str, ...]]:
 
 
 def require_mention(rule: Rule, known: Rules | _Resolving) -> None:
-    """Raises ProgramFault unless the rule says of every axis of its mesh what it means, for every part of the tensor."""
+    """Raises ProgramFault unless the rule says of every axis of its mesh, and of chunks, what it means, part by part."""
     said = {axis for hold in rule.holds for axis in hold.axes}
     numbered = [axis for hole in rule.pattern.holes if hole.share is not None for path in _paths(hole.share) for axis in path]
     mesh = known.meshes.get(rule.mesh, ())
@@ -337,7 +341,7 @@ def require_mention(rule: Rule, known: Rules | _Resolving) -> None:
         for split in known.splits:
             if set(split.into) <= mentioned:
                 mentioned.add(split.axis)
-        for axis in mesh:
+        for axis in (*mesh, *known.chunks):
             if axis not in mentioned:
                 raise known.scope.fault(
                     f"axis {axis!r} is not mentioned: cut a dimension along it, or say 'same {axis}' where all its ranks hold "

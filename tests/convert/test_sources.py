@@ -314,6 +314,42 @@ def test_more_tensor_ranks_than_key_heads_cut_the_rows_evenly(tmp_path) -> None:
     assert np.array_equal(array(tmp_path / "u", "decoder.layers.0.self_attention.linear_qkv.weight"), fused.numpy())
 
 
+def test_virtual_stages_have_the_embedding_in_the_first_and_the_head_in_the_last(tmp_path) -> None:
+    """Four layers on two stages with two chunks each: rank 0 has layers 0 and 2."""
+    shapes = {
+        "attn.c_attn.weight": (8, 24),
+        "attn.c_proj.weight": (8, 8),
+        "mlp.c_fc.weight": (8, 32),
+        "mlp.c_proj.weight": (32, 8),
+    }
+    shapes |= {"ln_1.weight": (8,), "ln_2.weight": (8,)}
+    whole = {f"transformer.h.{i}.{name}": torch.randn(shape) for i in range(4) for name, shape in shapes.items()}
+    whole |= {"transformer.wte.weight": torch.randn(13, 8), "transformer.ln_f.weight": torch.ones(8)}
+    whole["lm_head.weight"] = torch.randn(13, 8)
+    (tmp_path / "hf").mkdir()
+    save_file(whole, tmp_path / "hf" / "model.safetensors")
+    config = {"model_type": "gpt2", "n_head": 2, "n_embd": 8, "n_layer": 4, "vocab_size": 13, "tie_word_embeddings": False}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    words = ["--to", "megatron", "--names", "gpt2-hf", "--mesh", "pp=2", "--set", "virtual_pipeline_model_parallel_size=2"]
+    done(tmp_path / "hf", tmp_path / "m", *words, "--quiet")
+    held = {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        for pp in range(2):
+            found = torch.load(next((tmp_path / "m").rglob(f"mp_rank_00_00{pp}/*.pt")), weights_only=True)
+            for chunk in range(2):
+                held[pp, chunk] = {name for name in found[f"model{chunk}"] if "layers" not in name}
+                fc1 = found[f"model{chunk}"]["decoder.layers.0.mlp.linear_fc1.weight"]
+                assert torch.equal(fc1, whole[f"transformer.h.{2 * chunk + pp}.mlp.c_fc.weight"].T)
+    assert held == {
+        (0, 0): {"embedding.word_embeddings.weight"},
+        (0, 1): set(),
+        (1, 0): set(),
+        (1, 1): {"decoder.final_layernorm.weight", "output_layer.weight"},
+    }
+    done(tmp_path / "m", tmp_path / "back", "--to", "hf", "--names", "gpt2-hf", "--quiet")
+    assert main(["diff", str(tmp_path / "hf"), str(tmp_path / "back"), "--quiet"]) == 0
+
+
 EXPERTS = """\
 ucl 1
 needs num_experts
