@@ -73,14 +73,14 @@ def test_options_that_do_not_fit(megatron, tmp_path, capsys, words: list[str], s
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda text: text.replace("h  same tp  last pp\n", "h  same tp\n"), "is not mentioned"),
+        (lambda text: text.replace("h  same tp  last pp, v\n", "h  same tp\n"), "is not mentioned"),
         (lambda text: text.replace("    decoder.final_layernorm.weight", "    decoder.last.weight"), "no rule matches it"),
         (lambda text: text.replace("(groups (q + 1 + 1) kv_channels)/tp  h", "groups/tp  h"), "expected shape"),
         (
             lambda text: text.replace("mlp.linear_fc2.weight  h  f/tp", "mlp.linear_fc2.weight  h  f/dp"),
             "axis 'tp' is not mentioned",
         ),
-        (lambda text: text + "    strange  h  same pp, tp\n", "no tensor has such a name"),
+        (lambda text: text + "    strange  h  same pp, tp, v\n", "no tensor has such a name"),
         (lambda text: text.replace("num_layers/v/pp", "num_layers/v/pp:(1, 2)"), "sizes (1, 2) add up to 3 in 2 shares"),
         (
             lambda text: text.replace("order optimizer = matrices, vectors", "order optimizer = matrices"),
