@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint types imports spec bench chaos-save chaos-power chaos-flips clients clean
+.PHONY: setup demo test test-all lint types imports spec docs bench chaos-save chaos-power chaos-flips clients clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ test: lint types imports spec
 
 test-all: lint types imports spec
 	$(BIN)/python -m pytest -n 2
+
+# The site of documentation, in site/: how-tos, and the reference from docstrings.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 
 bench: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"

@@ -140,8 +140,14 @@ def test_no_file_is_named_for_nothing() -> None:
 
 
 def test_files_stay_small() -> None:
-    """300 lines is the aim and 360 the end: one thing a file."""
-    assert {where(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 360} == {}
+    """300 lines is the aim and 360 the end: one thing a file. Docstrings do not count."""
+    assert {where(path): n for path in FILES if (n := lines_but_docstrings(path)) > 360} == {}
+
+
+def lines_but_docstrings(path: Path) -> int:
+    nodes = [node for node in ast.walk(TREES[path]) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    docs = [node.body[0] for node in nodes if ast.get_docstring(node, clean=False) is not None]
+    return len(path.read_text().splitlines()) - sum((doc.end_lineno or 0) - doc.lineno for doc in docs)
 
 
 def test_reading_a_checkpoint_imports_no_torch() -> None:

@@ -29,17 +29,26 @@ _KEPT |= {torch.uint16, torch.uint32, torch.uint64}
 def match(
     lost: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[str, str]]:
-    """For each name of the lost stage the names of its counterparts before and after it. [REC-3]
+    """For each name of the lost stage the names of its counterparts in both neighbours. [REC-3]
 
     Names are alike when they are equal but for their numbers; alike names are paired in numeric order: the first layer of
-    one stage with the first of the others. The tensors may be on any device, meta included; only names, shapes and element
-    types are looked at.
+    one stage with the first of the others. Only names, shapes and element types are looked at.
 
-    Raises Refused, naming the first tensor that differs: one that a stage lacks, or that has another shape or element type.
+    Args:
+        lost: The tensors of the lost stage, on any device, meta included.
+        before: Those of the stage before it.
+        after: Those of the stage after it.
 
-    >>> one = torch.zeros(2)
-    >>> match({"h.2.w": one, "h.3.w": one}, {"h.0.w": one, "h.1.w": one}, {"h.4.w": one, "h.5.w": one})
-    {'h.2.w': ('h.0.w', 'h.4.w'), 'h.3.w': ('h.1.w', 'h.5.w')}
+    Returns:
+        Lost name → (name before, name after).
+
+    Raises:
+        Refused: A stage lacks a tensor, or one has another shape or element type; the first that differs is named.
+
+    Examples:
+        >>> one = torch.zeros(2)
+        >>> ek.elastic.checkfree.match({"h.2.w": one}, {"h.1.w": one}, {"h.3.w": one})
+        {'h.2.w': ('h.1.w', 'h.3.w')}
     """
     first, second = _paired(lost, before, side="before"), _paired(lost, after, side="after")
     return {name: (first[name], second[name]) for name in lost}
@@ -89,15 +98,25 @@ def _shown(tensor: torch.Tensor) -> str:
 def average(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
     """The lost stage: of each tensor `alpha` parts from before it and 1 − `alpha` from after it. [REC-4, REC-5]
 
-    Both mappings have the lost stage's names (see `match`). fp32(α)·b + fp32(1−α)·a, two products and one sum in float32
-    (float64 for float64), then one cast to the tensors' own type. Integers and bool are those from before. The results are
-    on the device of `before`, share no memory with anything, record no gradient; the inputs do not change.
+    fp32(α)·b + fp32(1−α)·a, two products and one sum in float32 (float64 for float64), then one cast to the tensors' own
+    type. Integers and bool are those from before. The inputs do not change.
 
-    Raises Refused for names, shapes, types or devices that differ, complex tensors, tensors that are not dense and plain,
-    and an `alpha` that is not in [0, 1].
+    Args:
+        before: The tensors of the stage before, under the lost stage's names (see `match`).
+        after: Those of the stage after, under the same names.
+        alpha: The share of the stage before, in [0, 1].
 
-    >>> average({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}, 0.75)
-    {'w': tensor([1.5000, 3.0000])}
+    Returns:
+        The tensors of the lost stage, on the device of `before`; they share no memory with anything, and record no
+        gradient.
+
+    Raises:
+        Refused: Names, shapes, types or devices differ; a tensor is complex, or not dense and plain; `alpha` is not in [0,
+            1].
+
+    Examples:
+        >>> ek.elastic.checkfree.average({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}, 0.75)
+        {'w': tensor([1.5000, 3.0000])}
     """
     if not 0.0 <= alpha <= 1.0:
         raise Refused(f"alpha {alpha}: expected a share from 0 to 1")

@@ -19,17 +19,28 @@ MIN_SWAPPED_STAGES = 4
 
 
 def alpha(before: float | None, after: float | None, *, weighting: Weighting = "norm") -> float:
-    """The share of the stage before the lost one, from the gradient norms of both neighbours; in [0, 1]. [REC-1, REC-2]
+    """The share of the stage before the lost one, from the gradient norms of both neighbours. [REC-1, REC-2]
 
     (x + ε) / ((x + y) + 2ε) in float64, evaluated left to right, with x = `before` and y = `after` ("norm"), or their
-    squares ("norm2"). 0.5 for "uniform", for a norm that is None or not finite, and where a square or the sum overflows.
+    squares ("norm2").
 
-    Raises Refused for a negative norm and for another word as `weighting`.
+    Args:
+        before: The norm of the stage before, not negative.
+        after: The norm of the stage after.
+        weighting: "norm", "norm2" or "uniform".
 
-    >>> alpha(3.0, 1.0)
-    0.7499875006249688
-    >>> alpha(None, 1.0)
-    0.5
+    Returns:
+        A share in [0, 1]; 0.5 for "uniform", for a norm that is None or not finite, and where a square or the sum
+        overflows.
+
+    Raises:
+        Refused: A norm is negative, or `weighting` is another word.
+
+    Examples:
+        >>> ek.elastic.checkfree.alpha(3.0, 1.0)
+        0.7499875006249688
+        >>> ek.elastic.checkfree.alpha(None, 1.0)
+        0.5
     """
     if weighting not in _WEIGHTINGS:
         raise Refused(f"weighting {weighting!r}: expected one of {', '.join(map(repr, _WEIGHTINGS))}")
@@ -45,12 +56,21 @@ def alpha(before: float | None, after: float | None, *, weighting: Weighting = "
 
 
 def partner(stage: int, stages: int) -> int | None:
-    """The stage with which `stage` changes places in the swapped order of CheckFree+: 0↔1 and S−1↔S−2; else None. [REC-6]
+    """The stage with which a stage changes places in the swapped order of CheckFree+: 0↔1 and S−1↔S−2. [REC-6]
 
-    None for every stage of fewer than four, whose end pairs would share a stage. Raises Refused for a stage that is none.
+    Args:
+        stage: A stage, from 0.
+        stages: How many there are.
 
-    >>> [partner(stage, 6) for stage in range(6)]
-    [1, 0, None, None, 5, 4]
+    Returns:
+        Its partner; None for another stage, and for every stage of fewer than four, whose end pairs would share a stage.
+
+    Raises:
+        Refused: It is none of the stages.
+
+    Examples:
+        >>> ek.elastic.checkfree.partner(1, 6), ek.elastic.checkfree.partner(2, 6)
+        (0, None)
     """
     if not 0 <= stage < stages:
         raise Refused(f"stage {stage}: expected one of the {stages} stages, from 0")
@@ -60,13 +80,25 @@ def partner(stage: int, stages: int) -> int | None:
 
 
 def sources(lost: Collection[int], *, stages: int, swap: str | None) -> dict[int, tuple[int, ...]]:
-    """For each lost stage the stages that it can be made of, in order; () where there are none. [REC-7]
+    """For each lost stage the stages that it can be made of. [REC-7]
 
-    Both neighbours, of which none is lost. With `swap` ("microbatch" or "step") a stage of an end pair has its partner only.
-    A lost stage is never a source. Raises Refused for a stage that is none.
+    Both neighbours, of which none is lost. With `swap` a stage of an end pair has its partner only. A lost stage is never a
+    source.
 
-    >>> sources({1, 2}, stages=6, swap="microbatch")
-    {1: (0,), 2: ()}
+    Args:
+        lost: The lost stages.
+        stages: How many there are.
+        swap: None, "microbatch" or "step".
+
+    Returns:
+        Lost stage → its sources in order; () where there are none.
+
+    Raises:
+        Refused: It is none of the stages.
+
+    Examples:
+        >>> ek.elastic.checkfree.sources({1, 2}, stages=6, swap="microbatch")
+        {1: (0,), 2: ()}
     """
     found: dict[int, tuple[int, ...]] = {}
     for stage in sorted(lost):

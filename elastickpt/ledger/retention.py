@@ -39,7 +39,19 @@ def _is_text(value: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The `n` commits with the least (`mode="min"`) or greatest value of a metric; NaN is no value."""
+    """The `n` checkpoints with the least or the greatest value of a metric; NaN is no value.
+
+    Args:
+        metric: Its name in `Run.save(metrics=...)`.
+        n: How many.
+        mode: "min" or "max".
+
+    Raises:
+        Refused: A value means nothing.
+
+    Examples:
+        >>> keep = ek.Keep(last=1, best=ek.Best("accuracy", n=3, mode="max"))
+    """
 
     metric: str
     n: int = 1
@@ -55,7 +67,21 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What is kept: the newest `last`, steps divisible by `every`, the `best`; not above `max_age_s` and `max_nbytes`."""
+    """What of a run is kept; a checkpoint goes when no rule names it. The newest good one always stays.
+
+    Args:
+        last: The newest ones, so many.
+        every: Those of steps that are divisible by it.
+        best: The best by a metric.
+        max_age_s: Nothing that is older, in seconds.
+        max_nbytes: Not more bytes in all: the oldest go first, the best last.
+
+    Raises:
+        Refused: A value means nothing.
+
+    Examples:
+        >>> keep = ek.Keep(last=3, every=1000, max_nbytes=2_000_000_000_000)
+    """
 
     last: int | None = None
     every: int | None = None

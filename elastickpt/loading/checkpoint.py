@@ -47,7 +47,17 @@ class Parameter:
 
 
 class Checkpoint:
-    """A committed checkpoint, read-only. Records are read when they are asked for, arrays never before."""
+    """A committed checkpoint, read-only, as `open` gives it. Records are read when they are asked for, arrays never before.
+
+    Examples:
+        >>> ckpt = ek.open("out/step-1000")
+        >>> [item.name for item in ckpt.items]
+        ['model', 'optimizer']
+        >>> ckpt.arrays["params/model/layers.0.weight/value"][:].shape
+        (4, 4)
+        >>> ckpt.verify().problems
+        ()
+    """
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
@@ -105,13 +115,33 @@ class Checkpoint:
         return self._opened.all_fragments()
 
     def per_rank(self, writer: int) -> Mapping[str, Value]:
-        """One writer's own values, by JSON pointer."""
+        """The values that are one rank's own.
+
+        Args:
+            writer: The number of the rank that saved.
+
+        Returns:
+            JSON pointer → value.
+
+        Raises:
+            Damaged: They are not what was written.
+        """
         return self._opened.per_rank(writer)
 
     def read(self, array: ArrayId, *, box: Box | None = None) -> NDArray[Any]:
-        """The elements of an array, or of a box of it, verified; as numpy's type, or ml_dtypes' where numpy has none.
+        """The elements of an array, or of a box of it, verified. Blocking.
 
-        Raises KeyError for an array that is not there, Refused for a box beyond it, Damaged kinds for what is not as written.
+        Args:
+            array: Which one, a key of `records`.
+            box: A box inside it, in its global coordinates; by default all of it.
+
+        Returns:
+            The elements, of numpy's type, or ml_dtypes' where numpy has none.
+
+        Raises:
+            KeyError: No array has this id.
+            Refused: The box lies beyond the array.
+            Damaged: It is not what was written.
         """
         record = self.records[array]
         shape = record.spec.shape
@@ -125,21 +155,38 @@ class Checkpoint:
         return words.view(_numpy_type(record.spec.dtype))
 
     def read_into(self, array: ArrayId, box: Box, words: NDArray[Any]) -> None:
-        """Fills `words`, of the box's shape and of elements of the array's size, with a box that lies in the array, verified.
+        """Fills memory with a box of an array, verified. Blocking.
 
-        Raises KeyError, Damaged kinds as `read`."""
+        Args:
+            array: Which one, a key of `records`.
+            box: A box that lies in the array, in its global coordinates.
+            words: Of the box's shape, with elements of the array's element size.
+
+        Raises:
+            KeyError: No array has this id.
+            Damaged: It is not what was written.
+        """
         fetch(self._opened, [Wanted(self.records[array], box, words)])
 
     def tree(self, item: str, *, arrays: Literal["numpy", "torch"] = "numpy", rank: int | None = None) -> object:
-        """What stood in `state` under `item`, as plain containers, values and arrays of host memory, all of it verified: an
-        entry that was a dict, a list, a tensor or a value, or the state dict of an object.
+        """What stood in `state` under a key, all of it verified: an entry that was a dict, a list, a tensor or a value, or the
+        state dict of an object. Blocking.
 
-        `arrays`: "numpy", without torch (types that numpy lacks are ml_dtypes', and torch's dtypes and devices are texts), or
-        "torch"; what was numpy's is so in both. `rank` chooses among values that are each rank's own. A named tuple comes back
-        with its fields, and a class of its own.
+        Args:
+            item: The key of `state`.
+            arrays: "numpy", without torch (types that numpy lacks are ml_dtypes', and torch's dtypes and devices are
+                texts), or "torch"; what was numpy's is so in both.
+            rank: Chooses among values that are each rank's own.
 
-        Raises NotACheckpoint for an item that is not there, Refused for a module, an optimizer and its schedulers, whose states
-        stand by parameter, StateMismatch for a tensor that only its class can put together, Damaged kinds.
+        Returns:
+            Plain containers, values, and arrays of host memory. A named tuple comes back with its fields, and a class of
+            its own.
+
+        Raises:
+            NotACheckpoint: Nothing stood under this key.
+            Refused: A module, an optimizer or its schedulers, whose states stand by parameter.
+            StateMismatch: A tensor that only its class can put together.
+            Damaged: It is not what was written.
         """
         from elastickpt.loading.trees import tree_of
 
@@ -154,7 +201,17 @@ class Checkpoint:
         return open_group(tree.document, tree.chunk, names=tree.names)
 
     def verify(self, *, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
-        """Looks at every byte; damage is in the report. `progress(done, total)` counts bytes, from several threads."""
+        """Looks at every byte: checksums, coverage, names, stray files. Blocking; damage is in the report, not raised.
+
+        Args:
+            progress: Is called with bytes done and bytes in all, from several threads.
+
+        Returns:
+            What was looked at, and every problem.
+
+        Raises:
+            StorageFailed: The store does not answer.
+        """
         return verify(self._opened, progress=progress)
 
 

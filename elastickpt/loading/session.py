@@ -65,10 +65,22 @@ INSTALL = Question("install", tuple[str, ...], NoneType)
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A finished load. Byte counts and times are this rank's: needed by it, read from the store, seconds.
+    """A finished load.
 
-    `skipped` are differences that the strict mode let pass; `notes` what could not be carried over exactly, and why: rank 0
-    logs those of all ranks.
+    Attributes:
+        path: The checkpoint.
+        step: Its number of completed steps, if the writer said one.
+        nbytes: Bytes that this rank needed.
+        read_nbytes: Bytes that it read from the store.
+        plan_s: Seconds of this rank until it read.
+        read_s: Seconds that it read.
+        skipped: Differences that the strict mode let pass.
+        notes: What could not be carried over exactly, and why; rank 0 logs those of all ranks.
+
+    Examples:
+        >>> report = ek.load({"model": model}, "out/step-1000", strict="missing")
+        >>> report.skipped
+        ('/optimizer: unexpected: expected nothing (in this process), found a value (in the checkpoint)',)
     """
 
     path: str

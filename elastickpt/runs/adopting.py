@@ -59,8 +59,15 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class AdoptReport:
-    """What came of `adopt`: the folders that count from now on, newest first; those of them that are on the live branch; those
-    that were left. `epoch` is that of the claim, 0 where there was nothing to do and nothing was changed."""
+    """What came of `adopt`.
+
+    Attributes:
+        path: The run, as it was given.
+        epoch: That of the claim; 0 where there was nothing to do and nothing was changed.
+        adopted: The folders that count from now on, newest first.
+        live: Those of them that are on the live branch.
+        left: The folders that were not adopted, each with the kind and the message of what is wrong with it.
+    """
 
     path: str
     epoch: int
@@ -75,12 +82,29 @@ def adopt(
     folders: Collection[str] | None = None,
     progress: Progress = lambda folder, done, total: None,
 ) -> AdoptReport:
-    """Registers the whole checkpoints in the run at `root` that no register names, once every byte of them has verified.
+    """Registers whole checkpoints in a run that no register names, once every byte of them has verified. Blocking: it reads
+    them.
 
-    For a run whose objects under `commits/` were lost, and for what a crash left. `folders` names those meant, by default all.
-    Blocking: it reads them whole. `progress(folder, done, total)` counts bytes, from several threads. Raises RunBusy if a job
-    holds the run, NotACheckpoint for a folder that holds none or is registered already, Superseded, StorageFailed kinds,
-    Damaged kinds for objects of the run that are not what was written.
+    For a run whose objects under `commits/` were lost, and for what a crash left.
+
+    Args:
+        root: The folder or URL of the run. No job may hold it.
+        folders: Which folders are meant; by default all that hold a whole checkpoint.
+        progress: Is called with a folder, bytes done and bytes in all, from several threads.
+
+    Returns:
+        Which folders count from now on, and which do not, and why.
+
+    Raises:
+        RunBusy: A job holds the run.
+        NotACheckpoint: A named folder holds none, or is registered already.
+        Superseded: A job claimed the run meanwhile.
+        StorageFailed: The store does not answer.
+        Damaged: Objects of the run are not what was written.
+
+    Examples:
+        >>> ek.adopt("runs/llama").adopted
+        ()
     """
     try:
         store = open_store(os.fspath(root))

@@ -18,7 +18,18 @@ LEAD_STEPS = 2  # a rank may be in the step after the one that rank 0 completed,
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """Save every `steps` steps or every `seconds` seconds; exactly one of them."""
+    """Save at regular intervals; exactly one of both is given.
+
+    Args:
+        steps: Every so many steps.
+        seconds: Every so many seconds.
+
+    Raises:
+        Refused: None or both are given, or a value means nothing.
+
+    Examples:
+        >>> options = ek.RunOptions(due=ek.Every(steps=100))
+    """
 
     steps: int | None = None
     seconds: float | None = None
@@ -34,9 +45,17 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class YoungDaly:
-    """Save at the interval that loses least: from what a save is measured to cost and the mean time between failures.
+    """Save at the interval that loses least: sqrt(2 · cost of a save · mean time between failures), as measured.
 
-    `mtbf_s` is what is believed before anything failed; failures that were seen correct it.
+    Args:
+        mtbf_s: The mean time between failures in seconds that is believed before anything failed; failures that are seen
+            correct it.
+
+    Raises:
+        Refused: It is not above 0.
+
+    Examples:
+        >>> options = ek.RunOptions(due=ek.YoungDaly(mtbf_s=3 * 3600))
     """
 
     mtbf_s: float

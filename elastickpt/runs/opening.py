@@ -72,11 +72,31 @@ class RunAt:
 def open_checkpoint(
     path: str | os.PathLike[str], *, step: SupportsIndex | None = None, epoch: SupportsIndex | None = None
 ) -> Checkpoint:
-    """A checkpoint for reading, by its folder or URL, or of a run: `RUN`, `RUN@900`, `RUN@900.3`, or `step=`, `epoch=`.
+    """Opens a checkpoint for reading; imports no torch, and claims nothing. Only its records are read until something is asked
+    for.
 
-    Of a run without a step the newest of its live branch; a step means the live branch unless an epoch is named. Only records
-    are read. Raises NotACheckpoint, naming the nearest steps, Uncommitted, Unsupported, Refused for an epoch without a step,
-    Damaged kinds for a broken checkpoint, a manifest, or objects of the run that are not what was written.
+    Args:
+        path: The folder or URL of a checkpoint, or one of a run: `RUN`, `RUN@latest`, `RUN@900`, `RUN@900.3`. Of a run
+            without a step it is the newest one of its live branch.
+        step: Instead of a step in `path`; of the live branch unless an epoch is named.
+        epoch: Instead of an epoch in `path`.
+
+    Returns:
+        The checkpoint, read-only.
+
+    Raises:
+        NotACheckpoint: Nothing is there; the nearest steps of a run are named.
+        Uncommitted: A draft or an aborted attempt, which never was a checkpoint.
+        Unsupported: A later release wrote it.
+        Refused: An epoch without a step.
+        Damaged: Its manifest, or objects of the run, are not what was written.
+
+    Examples:
+        >>> ckpt = ek.open("runs/llama@latest")
+        >>> ckpt.step
+        900
+        >>> ckpt.arrays["params/model/layers.0.weight/value"].shape
+        (4, 4)
     """
     found = open_path(path, step=step, epoch=epoch)
     return found.open(_chosen(found, Choice(found.path))) if isinstance(found, RunAt) else found

@@ -30,15 +30,28 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Options of a `Run`; the same on all ranks. Raises Refused for values that mean nothing.
+    """Options of a `Run`; the same on all ranks.
 
-    `due`: when `Run.due` says so; the default is the interval that loses least, from what saves are measured to cost and a mean
-    time between failures of 6 hours, corrected by the failures seen. `saving`: of saves beside training. `durability`,
-    `replicas`, `placement`: as `save` takes them. `take_over`: also from a job that lives. `orphans_s`: how long `restore`
-    waits for what writers of an earlier job of this run have staged. `wait_limit_s`: for how long ranks that come later to
-    `restore`, to a rollback or to the making of the run are waited for while their processes live; without it as long as a
-    collective of the process group waits. `signals`: those that announce the end of the process, and how many seconds later
-    it comes. `watchers` are told on rank 0. `trace`: a folder for traces of all ranks, "" for none.
+    Attributes:
+        due: When `Run.due` says so; by default at the interval that loses least, from what saves are measured to cost and a
+            mean time between failures of 6 hours, corrected by the failures seen.
+        saving: How saves beside training go.
+        durability: As `save` takes it.
+        replicas: As `save` takes it.
+        placement: As `save` takes it.
+        take_over: Whether `restore` also takes the run from a job that lives.
+        orphans_s: How many seconds `restore` waits for what writers of an earlier job of this run have staged.
+        wait_limit_s: For how many seconds ranks that come later to `restore`, to a rollback or to the making of the run are
+            waited for while their processes live; by default as long as a collective of the process group waits.
+        signals: Those that announce the end of the process, and how many seconds later it comes.
+        watchers: Who is told of saves and restores, on rank 0.
+        trace: A folder for traces of all ranks, "" for none.
+
+    Raises:
+        Refused: A value means nothing.
+
+    Examples:
+        >>> options = ek.RunOptions(due=ek.Every(seconds=600), saving=ek.AsyncOptions(arenas=2), trace="traces")
     """
 
     due: Every | YoungDaly = _LEAST_LOSS

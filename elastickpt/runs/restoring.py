@@ -63,7 +63,22 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Where a job goes on: `step` completed steps, 0 from the beginning, with the checkpoint at `path`, None for none."""
+    """Where a job goes on.
+
+    Attributes:
+        step: The number of completed steps; 0 where the run is empty.
+        path: The checkpoint that was loaded, None for none.
+        epoch: The epoch of this job.
+        skipped: Newer checkpoints that were passed over, each with the reason.
+        report: What was loaded.
+        notes: What else was found.
+
+    Examples:
+        >>> with ek.Run("runs/llama", state) as run:
+        ...     found = run.restore()
+        >>> found.step, found.skipped
+        (900, ())
+    """
 
     step: int
     path: str | None

@@ -63,9 +63,33 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """Saves of one job into the run at `root`, and where it goes on. All ranks make it, and call its methods in the same order.
+    """A training job's checkpoints in one folder, from one start to the next.
 
-    `state` as `save` takes it; `keep` says what stays, without it everything. Nothing is written before `restore`.
+    All ranks make it, and call its methods in the same order. Nothing is written before `restore`.
+
+    Args:
+        root: The folder or URL of the run; it is made if need be.
+        state: What is saved and restored, as `save` takes it.
+        keep: What stays when newer checkpoints are there; by default everything.
+        process_group: Whose ranks save; by default all.
+        mesh: Ranks over which plain tensors are declared to be replicas.
+        options: All else.
+
+    Raises:
+        Refused: `root` cannot be written, or ranks disagree about it.
+
+    Examples:
+        >>> options = ek.RunOptions(due=ek.Every(steps=2))
+        >>> run = ek.Run("runs/new", state, keep=ek.Keep(last=2), options=options)
+        >>> run.restore().step
+        0
+        >>> for step in range(5):
+        ...     loss = train_step(step)
+        ...     if run.due(step + 1):
+        ...         handle = run.save(step + 1, metrics={"loss": loss})
+        >>> handle.result().step
+        4
+        >>> run.close()
     """
 
     def __init__(
@@ -129,12 +153,25 @@ class Run:
     def restore(self, *, step: SupportsIndex | None = None, epoch: int | None = None, strict: Strict = "all") -> Restored:
         """Takes the run over, and fills `state` with its newest checkpoint that verifies, the same one on all ranks. Blocking.
 
-        Called again it is a rollback: the live branch goes on from what is restored now. `step` takes that one instead of the
-        newest, `epoch` an abandoned one. What writers of an earlier job have staged is waited for, at most `orphans_s`.
+        Called again it is a rollback: the live branch goes on from what is restored now. What writers of an earlier job
+        have staged is waited for, at most `orphans_s`.
 
-        Raises, on all ranks alike: RunBusy if another job lives and is not to be taken over, StateMismatch, NotACheckpoint for
-        a step that is not there, Damaged if there are checkpoints and none of them loads, Superseded, StorageFailed kinds. Then
-        nothing can be saved before it was called again.
+        Args:
+            step: Takes that one instead of the newest.
+            epoch: With `step`, takes one that an epoch left behind.
+            strict: As for `load`.
+
+        Returns:
+            Where the job goes on: step 0 of a run that is empty.
+
+        Raises:
+            RunBusy: Another job lives, and is not to be taken over.
+            StateMismatch: `state` and checkpoint differ.
+            NotACheckpoint: No checkpoint is of that step.
+            Damaged: There are checkpoints, and none of them loads.
+            Superseded: Another job took the run meanwhile.
+            StorageFailed: The store does not answer. After any of these, which are the same on all ranks, nothing can be
+                saved before `restore` was called again.
         """
         state = self._require_open()
         begun = time.monotonic()
@@ -169,9 +206,17 @@ class Run:
         return found
 
     def due(self, step: SupportsIndex) -> bool:
-        """Whether a save is due now that `step` steps are completed; the same on all ranks, which call it once after each step.
+        """Whether a save is due now; the same on all ranks, which call it once after each step. Not blocking but for one
+        question to the job's store.
 
-        Asks the job's store once; afterwards `ending` says whether the job should end.
+        Args:
+            step: The number of completed steps.
+
+        Returns:
+            Whether to save. Afterwards `ending` says whether the job should end.
+
+        Raises:
+            Refused: The run was closed, or `step` is no number.
         """
         self._require_open()
         step = step_number(step)
@@ -189,17 +234,30 @@ class Run:
         return day.saves
 
     def notify(self, why: str, *, left_s: float) -> None:
-        """This process is going to be ended in `left_s` seconds, as somebody has learnt who asks for spot notices; `due` and
-        `ending` go by it as by a signal. From any thread, on any rank; of one `why` the first call holds."""
+        """Says that this process is going to be ended, as who asks for spot notices learns: `due` and `ending` go by it as by
+        a signal. From any thread, on any rank; not blocking.
+
+        Args:
+            why: A word for it; of one word the first call holds.
+            left_s: In how many seconds.
+        """
         self._notices.give(why, left_s=left_s)
 
     def save(self, step: SupportsIndex, *, metrics: Mapping[str, SupportsFloat] | None = None) -> SaveHandle:
-        """Saves `state` as the checkpoint of `step` completed steps; returns when it is staged. What is not kept any more goes
-        after the commit. `metrics` are rank 0's: numbers, numpy's or tensors without a dimension, for which it waits.
+        """Saves `state` as the checkpoint of a step; returns when it is staged, and blocks for that as `async_save` does. What
+        is not kept any more is removed after the commit.
 
-        Blocks as `async_save` does. Raises Superseded after a save found that another job has the run, Refused before `restore`
-        and, on the rank where it is so, for a step or metrics that are no numbers; the other ranks hear of that, as of all
-        else, by the handle, on all ranks alike.
+        Args:
+            step: The number of completed steps.
+            metrics: Rank 0's count: numbers, numpy's, or tensors without a dimension, for which it waits.
+
+        Returns:
+            The save under way; what goes wrong in it the handle says, on all ranks alike.
+
+        Raises:
+            Superseded: A save has found that another job has the run.
+            Refused: Before `restore`; and, on the rank where it is so, a step or metrics that are no numbers: the other
+                ranks hear of that by the handle.
         """
         state = self._require_open()
         if self._epoch == 0:
@@ -226,16 +284,27 @@ class Run:
         return handle
 
     def add_metrics(self, step: SupportsIndex, metrics: Mapping[str, SupportsFloat]) -> None:
-        """The checkpoint of `step` gets these metrics of rank 0, which `keep` may go by; of one name the last one holds. Does
-        not block: what goes wrong later is logged. Raises Refused for what is no number."""
+        """Gives the checkpoint of a step metrics that are known later; `keep` may go by them. Not blocking: what goes wrong
+        later is logged.
+
+        Args:
+            step: The step of the checkpoint.
+            metrics: Rank 0's count; of one name the last one holds.
+
+        Raises:
+            Refused: What is no number.
+        """
         self._require_open()
         number, known = step_number(step), metrics_of(metrics.items())
         if self._member == 0:
             self._upkeep.add_metrics(number, dict(known))
 
     def close(self, *, limit_s: float | None = None) -> None:
-        """Ends the job's part in the run: saves under way are waited for at most `limit_s` (default: the option of saving, or
-        what a notice leaves), then left to their writers. Blocking."""
+        """Ends the job's part in the run. Blocking: saves under way are waited for, then left to their writers.
+
+        Args:
+            limit_s: For how many seconds; by default the option of saving, or what a notice leaves.
+        """
         if self._closed:
             return
         self._closed = True

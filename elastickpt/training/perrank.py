@@ -20,13 +20,22 @@ class Reshardable(Protocol):
 
 
 class PerRank:
-    """Marks an entry of `state` as this rank's own: `state = {"loader": ek.PerRank(loader)}`.
+    """Marks an entry of `state` as this rank's own: each rank's is saved, and comes back to the rank that saved it.
 
-    `value` is an object with state_dict and load_state_dict, or a plain value or container. Each rank's goes into that
-    rank's part of the checkpoint, and is not compared between ranks. Tensors inside are carried whole, up to 64 KiB
-    each. On the same layout each rank gets its own back. On another, the object's own `reshard` (see `Reshardable`) is
-    asked; without one loading is refused. A plain value that cannot be changed in place (a number) is replaced in
-    `value`.
+    It is not compared between ranks. On another layout the object's own `reshard(states, rank, world_size)` is asked, see
+    `Reshardable`; without one loading is refused, naming the entry.
+
+    Args:
+        value: An object with `state_dict` and `load_state_dict`, or a plain value or container. Tensors inside are carried
+            whole. A plain value that cannot be changed in place (a number) is replaced in `value`.
+
+    Examples:
+        >>> position = ek.PerRank({"file": 3, "offset": 1200})
+        >>> info = ek.save({"position": position}, "out/position")
+        >>> position.value["offset"] = 0
+        >>> report = ek.load({"position": position}, "out/position")
+        >>> position.value
+        {'file': 3, 'offset': 1200}
     """
 
     __slots__ = ("value",)

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 
 class Trainable:
-    """Stands for those parameters of a model that require gradients, under the model's own names: adapters, for example.
-
-        state = {"model": ek.trainable(model), "optimizer": optimizer}
-
-    Which they are is looked at in each save and load. Frozen parameters, buffers and extra state are left out: on loading
-    they are as the program made them. `model` is a module, a pipeline stage, or a list of these. A checkpoint of the whole
-    model under the same key loads into it with `strict="missing"`.
-    """
+    """What `trainable` returns. `model` is a module, a pipeline stage, or a list of these."""
 
     __slots__ = ("model",)
 
@@ -23,5 +16,25 @@ class Trainable:
 
 
 def trainable(model: object) -> Trainable:
-    """The parameters of `model` that require gradients, as an entry of `state`; see `Trainable`."""
+    """Those parameters of a model that require gradients, as an entry of `state`, under the model's own names: adapters, for
+    example.
+
+    Which they are is looked at in each save and load. Frozen parameters, buffers and extra state are left out: on loading
+    they are as the program made them. A checkpoint of the whole model under the same key loads into it with
+    `strict="missing"`.
+
+    Args:
+        model: A module, a pipeline stage, or a list of these.
+
+    Returns:
+        The entry.
+
+    Raises:
+        LayoutUnsupported: When it is saved: `model` is no module.
+
+    Examples:
+        >>> info = ek.save({"model": ek.trainable(model)}, "out/adapters")
+        >>> sorted(name for _, name in ek.open("out/adapters").parameters)
+        ['layers.0.bias', 'layers.0.weight']
+    """
     return Trainable(model)
