@@ -1,9 +1,16 @@
-"""From what people write to a store: local paths, `file://`, `memory://`, and every URL that fsspec knows."""
+"""From what people write to a store: local paths, `file://`, `memory://`, schemes that packages register, and every other URL
+that fsspec knows.
+
+A package registers its store by an entry point of the group `elastickpt.stores`: the name is the scheme, the object is called
+with the URL and returns a `Store`. So it is found in every process: the trainers, their writers, the command line.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from urllib.parse import unquote
 
 from elastickpt.errors import MissingFile, NotACheckpoint, PathOccupied, Refused
@@ -13,20 +20,33 @@ from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.remote import FsspecStore
 from elastickpt.storage.store import Store
 
+STORES = "elastickpt.stores"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
 def open_store(url: str) -> Store:
     """The store at a URL or local path. `memory://name` is one store in this process, `file://` a local directory.
 
-    Raises MissingFile for a local directory that does not exist, Refused for a chained URL ("a::b").
+    Raises MissingFile for a local directory that does not exist, Refused for a chained URL ("a::b"), and for a scheme that two
+    packages register; what a registered store raises.
     """
     scheme, rest = _split(url)
     if scheme == "file":
         return LocalStore(rest)
     if scheme == "memory":
         return MemoryStore(rest.strip("/"))
-    return FsspecStore(url)
+    opener = _registered(scheme)
+    return FsspecStore(url) if opener is None else opener(url)
+
+
+def _registered(scheme: str) -> Callable[[str], Store] | None:
+    found = {one.value: one for one in entry_points(group=STORES, name=scheme)}
+    if len(found) > 1:
+        raise Refused(f"{scheme}://: expected one package that registers this scheme, found {', '.join(sorted(found))}")
+    opener: Callable[[str], Store] | None = None
+    for one in found.values():
+        opener = one.load()
+    return opener
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[Store, str]:
