@@ -1,0 +1,33 @@
+"""What the table of the house counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import house_table
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    package = tmp_path / "elastickpt"
+    (package / "format").mkdir(parents=True)
+    public = ", ".join(f"{name!r}: ('elastickpt.engine', {name!r})" for name in house_table.CALLS)
+    (package / "__init__.py").write_text(f'"""A package."""\n\n_PUBLIC = {{{public}}}\n')
+    (package / "engine.py").write_text(
+        "# a comment\nfrom elastickpt.format import disk\n\n\ndef save():\n    return disk.read\n"
+    )
+    (package / "format" / "disk.py").write_text("import msgpack\n\nread = msgpack.unpackb\n")
+    (package / "apart.py").write_text("import msgpack\n\n\ndef f(x):\n    return msgpack.packb(x), msgpack.unpackb\n")
+    return tmp_path
+
+
+def test_only_what_an_entry_imports_is_in_its_closure(root: Path) -> None:
+    assert house_table.table(root)["modules, lines that `save` imports"] == "2, 9"
+
+
+def test_code_is_counted_without_prose_and_calls_without_what_is_on_disk(root: Path) -> None:
+    found = house_table.table(root)
+    assert (found["files"], found["lines"], found["lines of code"]) == ("4", "17", "9")
+    assert found["packb and unpackb, not of what is on disk"] == "2"

@@ -1,0 +1,97 @@
+"""How large the package is, and what a reader has to hold in mind: `python -m tools.house_table [ROOT]`, as a Markdown table.
+
+ROOT is a checkout, to compare another revision (`git worktree add`); by default this one. Nothing is imported: the closure of a
+call is every module of the package that its module imports, at its top, and so on.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+SMALL = 60  # lines
+CALLS = ("save", "async_save", "load", "Run")  # attributes of the package
+ON_DISK = ("format/",)  # their decoders are exact about what they refuse
+
+
+def _files(package: Path) -> dict[str, str]:
+    return {str(path.relative_to(package)): path.read_text() for path in sorted(package.rglob("*.py"))}
+
+
+def _code_lines(text: str) -> int:
+    """Lines that hold code: no comments, no blank ones, no docstrings."""
+    tree = ast.parse(text)
+    prose: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            prose |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(1 for number, line in lines if line.strip() and not line.lstrip().startswith("#") and number not in prose)
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _closure(files: dict[str, str], start: str) -> set[str]:
+    """Files that a module needs, itself among them."""
+    found, left = set[str](), [start]
+    while left:
+        module = left.pop()
+        path = module.removeprefix("elastickpt.").replace(".", "/")
+        file = next((name for name in (f"{path}.py", f"{path}/__init__.py") if name in files), None)
+        if file is None or file in found or not module.startswith("elastickpt."):
+            continue
+        found.add(file)
+        left += _imported(ast.parse(files[file]))
+    return found
+
+
+def _public(files: dict[str, str]) -> dict[str, str]:
+    """Attribute of the package → the module that has it."""
+    for node in ast.parse(files["__init__.py"]).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC":
+            return {name: module for name, (module, _) in ast.literal_eval(node.value).items()}
+    raise SystemExit("elastickpt/__init__.py has no _PUBLIC")
+
+
+def _calls(files: dict[str, str], *names: str) -> int:
+    """How often one of these is called or handed on, outside of decoders of what is on disk."""
+    return sum(
+        isinstance(node, ast.Attribute | ast.Name) and (node.attr if isinstance(node, ast.Attribute) else node.id) in names
+        for name, text in files.items()
+        if not name.startswith(ON_DISK)
+        for node in ast.walk(ast.parse(text))
+    )
+
+
+def table(root: Path) -> dict[str, str]:
+    """What is counted → how much it is."""
+    files = _files(root / "elastickpt")
+    lines = {name: len(text.splitlines()) for name, text in files.items()}
+    found = {
+        "lines": f"{sum(lines.values()):,}",
+        "lines of code": f"{sum(map(_code_lines, files.values())):,}",
+        "files": str(len(files)),
+        f"files of at most {SMALL} lines": str(sum(count <= SMALL for count in lines.values())),
+        "packb and unpackb, not of what is on disk": str(_calls(files, "packb", "unpackb")),
+        "files that start a thread": str(sum(".Thread(" in text or " Thread(" in text for text in files.values())),
+        "files with a pool of threads": str(sum("ThreadPoolExecutor(" in text for text in files.values())),
+    }
+    public = _public(files)
+    for call in CALLS:
+        modules = _closure(files, public[call])
+        found[f"modules, lines that `{call}` imports"] = f"{len(modules)}, {sum(lines[name] for name in modules):,}"
+    return found
+
+
+if __name__ == "__main__":
+    for what, count in table(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent).items():
+        print(f"| {what} | {count} |")
