@@ -7,18 +7,14 @@ every committer. Nothing else says where it stands or how it is to be committed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
-
-import msgpack
 
 from elastickpt.commit.draft import Draft
-from elastickpt.errors import Malformed, RankFailure
+from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
-from elastickpt.ledger.names import AttemptId, parse_id
+from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.records import Metrics
+from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.storage.store import Durability, Store
-
-AttemptFields = tuple[str, tuple[str, str, str], str, str, Metrics, "int | None", float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +57,6 @@ class Attempt:
             f"durability 'process' instead of 'power': {able.name} lacks directory_sync",
         )
 
-    def fields(self) -> AttemptFields:
-        """As other processes are told of it."""
-        draft = (self.draft.name, self.draft.folder, self.draft.attempt)
-        register = "" if self.register is None else str(self.register)
-        return self.store, draft, self.durability, register, self.metrics, self.step, self.time
-
-    @classmethod
-    def of(cls, fields: AttemptFields) -> Attempt:
-        """What `fields` gave. Raises Malformed for what it never gives."""
-        store, draft, durability, register, metrics, step, time = fields
-        attempt = parse_id(register) if register else None
-        if (register and attempt is None) or durability not in get_args(Durability):
-            raise Malformed(f"an attempt with register {register!r} and durability {durability!r}")
-        return cls(store, Draft(*draft), durability, attempt, metrics, step, time)  # type: ignore[arg-type]  # looked at above
-
 
 @dataclass(frozen=True, slots=True)
 class Committed:
@@ -85,46 +66,52 @@ class Committed:
     arrays: int
     manifest: str
 
-    def encode(self) -> bytes:
-        return bytes(msgpack.packb((self.nbytes, self.arrays, self.manifest)))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Committed:
-        return cls(*msgpack.unpackb(data))
-
 
 Said = FileDigest | RankFailure | None  # by a writer: its attestation, or why there is none; None: it is at work
 Verdict = Committed | tuple[RankFailure, ...]
 
 
+class _Vote(Message, frozen=True):
+    """What one writer says of an attempt; neither of the two: it is at work."""
+
+    attempt: Attempt
+    attested: FileDigest | None
+    failed: RankFailure | None
+
+
+class Decision(Message, frozen=True):
+    """What became of the attempt with this id: a commit, or why there is none."""
+
+    attempt: str
+    committed: Committed | None
+    report: tuple[RankFailure, ...]
+
+    @classmethod
+    def of(cls, attempt: str, verdict: Verdict) -> Decision:
+        return cls(attempt, verdict, ()) if isinstance(verdict, Committed) else cls(attempt, None, verdict)
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.committed or self.report
+
+
 def encode_vote(attempt: Attempt, said: Said) -> bytes:
-    match said:
-        case None:
-            words: tuple[object, ...] = ()
-        case FileDigest(path, nbytes, digest):
-            words = (path, nbytes, digest)
-        case RankFailure(rank, kind, message):
-            words = (rank, kind, message)
-    return bytes(msgpack.packb((attempt.fields(), words)))
+    failed = said if isinstance(said, RankFailure) else None
+    return encode(_Vote(attempt, said if isinstance(said, FileDigest) else None, failed))
 
 
 def decode_vote(data: bytes) -> tuple[Attempt, Said]:
-    """What `encode_vote` encoded. Raises Malformed for what it never makes."""
-    fields, said = msgpack.unpackb(data, use_list=False)
-    attempt = Attempt.of(fields)
-    if not said:
-        return attempt, None
-    return attempt, FileDigest(*said) if isinstance(said[0], str) else RankFailure(*said)
+    """What `encode_vote` encoded. Raises InternalError for what it never makes."""
+    vote = decode(data, _Vote)
+    return vote.attempt, vote.attested or vote.failed
 
 
 def encode_verdict(attempt: str, verdict: Verdict) -> bytes:
     """Of the attempt with this id."""
-    if isinstance(verdict, Committed):
-        return bytes(msgpack.packb((attempt, (verdict.nbytes, verdict.arrays, verdict.manifest), ())))
-    return bytes(msgpack.packb((attempt, (), [(f.rank, f.kind, f.message) for f in verdict])))
+    return encode(Decision.of(attempt, verdict))
 
 
 def decode_verdict(data: bytes) -> tuple[str, Verdict]:
-    """What `encode_verdict` encoded."""
-    attempt, committed, report = msgpack.unpackb(data, use_list=False)
-    return attempt, Committed(*committed) if committed else tuple(RankFailure(*failure) for failure in report)
+    """What `encode_verdict` encoded. Raises InternalError for what it never makes."""
+    decision = decode(data, Decision)
+    return decision.attempt, decision.verdict

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import msgpack
-
 from elastickpt.commit.prove import ProofMemory
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_frame, encode_frame
 from elastickpt.format.records import ArrayRecord, Frame, IndexPart
 from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.ranks.messages import Message, decode, encode
 
 PART_ARRAYS = 200_000  # of one index part: about 40 MB, below the limit of 64 MiB
 
@@ -47,28 +46,35 @@ class EncodedContents:
     values: bytes
 
 
+class _Outline(Message, frozen=True):
+    """An outline in a message: a frame and the parts of an index, as they are on disk."""
+
+    frame: bytes
+    parts: tuple[bytes, ...]
+
+
 def encode_outline(outline: Outline) -> bytes:
     """Canonical bytes; their digest identifies the outline. Raises ValueNotCarried, LimitExceeded, or what a reader of the
     manifest raises for a member that no reader would take."""
-    parts = [encode_index(IndexPart(part)) for part in parts_of(outline.arrays)]
-    return bytes(msgpack.packb((encode_frame(outline.frame), parts)))
+    parts = tuple(encode_index(IndexPart(part)) for part in parts_of(outline.arrays))
+    return encode(_Outline(encode_frame(outline.frame), parts))
 
 
 def decode_outline(data: bytes) -> Outline:
     """What `encode_outline` encoded."""
-    frame, parts = msgpack.unpackb(data, use_list=False)
-    arrays = tuple(record for part in parts for record in decode_index(part, path="outline").arrays)
-    return Outline(decode_frame(frame, path="outline"), arrays)
+    told = decode(data, _Outline)
+    arrays = tuple(record for part in told.parts for record in decode_index(part, path="outline").arrays)
+    return Outline(decode_frame(told.frame, path="outline"), arrays)
 
 
 def encode_values(values: Mapping[str, Value]) -> bytes:
     """Replicated values. Raises ValueNotCarried."""
-    return bytes(msgpack.packb({pointer: dump(encode_value(value, where=pointer)) for pointer, value in values.items()}))
+    return encode({pointer: dump(encode_value(value, where=pointer)) for pointer, value in values.items()})
 
 
 def decode_values(data: bytes) -> dict[str, Value]:
     """What `encode_values` encoded."""
-    return {pointer: decode_text(text, where=pointer) for pointer, text in msgpack.unpackb(data).items()}
+    return {pointer: decode_text(text, where=pointer) for pointer, text in decode(data, dict[str, str]).items()}
 
 
 def decode_contents(encoded: EncodedContents) -> Contents:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import msgpack
+from types import NoneType
 
 from elastickpt.commit.destination import Located
 from elastickpt.errors import PlacementUnsupported
@@ -22,14 +21,16 @@ from elastickpt.format.canonical_json import dump
 from elastickpt.format.release import RELEASE
 from elastickpt.format.values import Value, decode_text, encode_value
 from elastickpt.ranks.process_group import torch_version
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.drift import Hashed, compare_sets, differing_keys, looks_of, name_drift
-from elastickpt.saving.merge import MergedStructure, decode_shared, encode_shared, merge
+from elastickpt.saving.merge import MergedStructure, SharedTable, merge
 from elastickpt.saving.merge_values import merge_trees
 from elastickpt.saving.messages import (
     TABLE_PREFIX,
     Intention,
-    Verdict,
+    Next,
+    Opened,
     differing_values,
     require_same_intention,
     require_staged_alike,
@@ -44,6 +45,10 @@ from elastickpt.saving.structures import KNOWN, KnownStructure
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.writer.plans import documents_of
+
+PREPARE = Question("prepare", Intention, Next)
+VALUES = Question("values", dict[str, str], NoneType)  # typed JSON by pointer
+STRUCTURE = Question("structure", bytes, SharedTable)  # an encoded table from one rank of each; b"" from the others
 
 MAX_AUTO_PARTS = 50_000
 
@@ -71,14 +76,14 @@ class Agreed:
     intentions: tuple[Intention, ...]
     merged: Mapping[str, Value]
     notes: tuple[str, ...] = ()
-    opened: bytes = b""
+    opened: Opened | None = None
 
 
-Open = Callable[[Sequence[Intention]], Sequence[bytes]]
+Open = Callable[[Sequence[Intention]], Sequence[Opened | None]]
 
 
-def _not_at_once(intentions: Sequence[Intention]) -> Sequence[bytes]:
-    return [b""] * len(intentions)
+def _not_at_once(intentions: Sequence[Intention]) -> Sequence[Opened | None]:
+    return [None] * len(intentions)
 
 
 def _no_seats() -> None:
@@ -88,7 +93,7 @@ def _no_seats() -> None:
 @dataclass(frozen=True, slots=True)
 class RoundHooks:
     """What happens within the rounds. `open_at_once` runs on member 0 when nothing more has to be asked: it returns each
-    member's share of the attempt that it opened, or b"" where it opened none. `take_seats` is called on all members or on
+    member's share of the attempt that it opened, or None where it opened none. `take_seats` is called on all members or on
     none."""
 
     open_at_once: Open = _not_at_once
@@ -115,24 +120,24 @@ class _Agreement:
         self.intentions: list[Intention] = []
 
     def reach(self, make: Callable[[], Offer]) -> Agreed:
-        verdict = Verdict.decode(self.team.round("prepare", lambda: self._prepare(make), self._decide))
+        then = PREPARE.ask_each(self.team, lambda: self._prepare(make), self._decide)
         offer = self.offer
         live = offer.proposal.live
-        if verdict.seats:
+        if then.seats:
             self.hooks.take_seats()
-        if verdict.known:
-            structure = self.known[verdict.structure]
+        if then.known:
+            structure = self.known[then.structure]
         else:
-            structure = self._exchange(offer.proposal, verdict)
+            structure = self._exchange(offer.proposal, then)
         KNOWN.remember(structure, offer.proposal.table)
-        merged = self._merge_values(live, verdict.differing) if verdict.differing else {}
-        notes = self._compare(verdict, live.arrays, structure) if self._compares(structure) else ()
-        return Agreed(offer.located, live, structure, tuple(self.intentions), merged, notes, verdict.opened)
+        merged = self._merge_values(live, then.differing) if then.differing else {}
+        notes = self._compare(then, live.arrays, structure) if self._compares(structure) else ()
+        return Agreed(offer.located, live, structure, tuple(self.intentions), merged, notes, then.opened)
 
     def _compares(self, structure: KnownStructure) -> bool:
         return len(self.team.ranks) > 1 and (structure.compares or self.request.compares_replicas)
 
-    def _prepare(self, make: Callable[[], Offer]) -> bytes:
+    def _prepare(self, make: Callable[[], Offer]) -> Intention:
         self.offer = offer = make()
         values = offer.proposal.value_digests()
         self.known = KNOWN.to_rank(self.rank)
@@ -142,7 +147,7 @@ class _Agreement:
         looks = f"replicas {request.replicas}" + (f", share {request.share}" if request.replicas == "sample" else "")
         here, options = (offer.located.store.url, offer.located.name), (request.placement, request.durability, looks)
         known = tuple(self.known)
-        return Intention(here, request.step, options, digest, values, known, offer.staged, offer.seated, *hashed).encode()
+        return Intention(here, request.step, options, digest, values, known, offer.staged, offer.seated, *hashed)
 
     def _hash_by_the_last(self, proposal: Proposal) -> Hashed | None:
         """By the structure of the job of which this table was a part last: it most likely is that again."""
@@ -151,10 +156,10 @@ class _Agreement:
                 return structure.hashed(proposal.live.arrays, self.request)
         return None
 
-    def _decide(self, payloads: Sequence[bytes]) -> Sequence[bytes]:
+    def _decide(self, said: Sequence[Intention]) -> Sequence[Next]:
         team, offer = self.team, self.offer
         intentions = self.intentions
-        intentions.extend(Intention.decode(payload) for payload in payloads)
+        intentions.extend(said)
         require_same_intention(intentions, team.ranks)
         differing = differing_values(intentions)
         require_plain(offer.located.store, team)
@@ -170,78 +175,75 @@ class _Agreement:
         drifted = differing_keys(intention.replicas for intention in intentions) if compared else ()
         asks = drifted or (known and not compared and self._compares(self.known[structure]))
         at_once = known and not (differing or seats or asks)
-        opened = self.hooks.open_at_once(intentions) if at_once else [b""] * len(intentions)
-        said = (differing, seats, compared, drifted)
+        opened = self.hooks.open_at_once(intentions) if at_once else _not_at_once(intentions)
+        alike = (differing, seats, compared, drifted)
         return [
-            Verdict(structure, known, first[one.table] == member, *said, opened[member]).encode()
-            for member, one in enumerate(intentions)
+            Next(structure, known, first[one.table] == member, *alike, opened[member]) for member, one in enumerate(intentions)
         ]
 
     def _merge_values(self, live: LiveState, differing: Sequence[str]) -> Mapping[str, Value]:
         merged: dict[str, Value] = {}
 
-        def own() -> bytes:
+        def own() -> dict[str, str]:
             held = {**live.values, **self.offer.proposal.tables}
-            mine = {p: dump(encode_value(held[p], where=p)) for p in differing if p in held}
-            return bytes(msgpack.packb(mine))
+            return {p: dump(encode_value(held[p], where=p)) for p in differing if p in held}
 
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        def join(said: Sequence[dict[str, str]]) -> None:
             trees = {
-                rank: {pointer: decode_text(text, where=pointer) for pointer, text in msgpack.unpackb(payload).items()}
-                for rank, payload in zip(self.team.ranks, payloads, strict=True)
+                rank: {pointer: decode_text(text, where=pointer) for pointer, text in texts.items()}
+                for rank, texts in zip(self.team.ranks, said, strict=True)
             }
             require_same_tables(trees)
             merged.update(merge_trees([pointer for pointer in differing if not pointer.startswith(TABLE_PREFIX)], trees))
-            return [b""] * len(payloads)
 
-        self.team.round("values", own, decide)
+        VALUES.ask(self.team, own, join)
         return merged
 
-    def _exchange(self, proposal: Proposal, verdict: Verdict) -> KnownStructure:
+    def _exchange(self, proposal: Proposal, then: Next) -> KnownStructure:
         merged: list[MergedStructure] = []
 
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+        def join(said: Sequence[bytes]) -> Sequence[SharedTable]:
             tables: dict[str, StructureTable] = {}
             ranks: dict[str, list[int]] = {}
-            for rank, intention, payload in zip(self.team.ranks, self.intentions, payloads, strict=True):
+            for rank, intention, table in zip(self.team.ranks, self.intentions, said, strict=True):
                 ranks.setdefault(intention.table, []).append(rank)
-                if payload:
-                    tables[intention.table] = decode_table(payload)
+                if table:
+                    tables[intention.table] = decode_table(table)
             digests = list(tables)
             joined = merge([tables[d] for d in digests], [tuple(ranks[d]) for d in digests], versions=_versions())
             require_few_parts(self.request, joined.file_parts)
             merged.append(joined)
             replies = {
-                digest: bytes(msgpack.packb((joined.compares, encode_shared(shared))))
+                digest: SharedTable.of(shared, compares=joined.compares)
                 for digest, shared in zip(digests, joined.shared, strict=True)
             }
             return [replies[intention.table] for intention in self.intentions]
 
-        own = proposal.table.encoded if verdict.sends else b""
-        compares, encoded = msgpack.unpackb(self.team.round("structure", lambda: own, decide))
-        shared, arrays = decode_shared(encoded), proposal.live.arrays
+        own = proposal.table.encoded if then.sends else b""
+        told = STRUCTURE.ask_each(self.team, lambda: own, join)
+        shared, arrays = told.arrays(), proposal.live.arrays
         plan = plan_writes(arrays, shared, rank=self.rank)
         whole = merged[0] if merged else None
         return KnownStructure(
-            verdict.structure,
+            then.structure,
             self.rank,
             proposal.table,
             shared,
             plan,
             documents_of(plan, records_of(arrays, shared)),
             looks_of(arrays, shared, rank=self.rank),
-            compares,
+            told.compares,
             None if whole is None else whole.outline,
             0 if whole is None else whole.file_parts,
         )
 
-    def _compare(self, verdict: Verdict, arrays: Sequence[HeldArray], structure: KnownStructure) -> tuple[str, ...]:
+    def _compare(self, then: Next, arrays: Sequence[HeldArray], structure: KnownStructure) -> tuple[str, ...]:
         """Compares replicas with the other ranks; member 0 returns what to say of them. Raises ReplicaConflict."""
         hashed = self.hashed
-        if verdict.compared and hashed is not None:
-            keys: Sequence[int] = verdict.drifted
+        if then.compared and hashed is not None:
+            keys: Sequence[int] = then.drifted
         else:
-            if hashed is None or hashed.structure != verdict.structure:  # not staged yet, so this is as it was
+            if hashed is None or hashed.structure != then.structure:  # not staged yet, so this is as it was
                 hashed = structure.hashed(arrays, self.request)
             keys = compare_sets(self.team, hashed)
         return name_drift(self.team, hashed, keys) if keys else ()

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-
-import msgpack
+from types import NoneType
 
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import require_token
-from elastickpt.errors import CheckpointError, Refused, StructureConflict, kinds
+from elastickpt.errors import CheckpointError, Refused, StructureConflict, fault, kinds
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team, failure_of
 from elastickpt.saving.agree import Offer
 from elastickpt.saving.meeting import Writers
@@ -37,6 +37,8 @@ from elastickpt.writer.submissions import StagedRound, Submission
 Ended = Callable[[Task, "Committed | BaseException"], None]
 
 log = logging.getLogger(__name__)
+
+CONTENTS = Question("contents", TypedValues, NoneType)
 
 
 class Beside:
@@ -162,11 +164,11 @@ class Beside:
         located = task.destination.locate()
         self._writers.require_reachable(located.store)
         if task.proposal is None:
-            raise Refused("nothing was captured")
+            raise fault("nothing was captured")
         staged = "" if task.known is None else task.known.id
         return Offer(task.proposal, located, staged, self._writers.seated(located.store.url), task.hashed)
 
-    def _stage(self, task: Task, pipeline: Pipeline) -> bytes:
+    def _stage(self, task: Task, pipeline: Pipeline) -> None:
         """What this rank has to do before the attempt is opened. One that stages by a structure that it knew may still do so
         after it: should that fail, it withdraws."""
         prepared = self._learn(task, pipeline).prepared
@@ -174,7 +176,6 @@ class Beside:
         if awaited and (error := task.staged.exception()) is not None:
             self.fail(task, Event.NOT_STAGED, error)
             raise task.failure or error
-        return b""
 
     def _learn(self, task: Task, pipeline: Pipeline) -> Stager:
         """The plan by which this rank stages, for which the thread that trains may be waiting."""
@@ -193,16 +194,12 @@ class Beside:
         store, attempt = pipeline.agreed.located.store, pipeline.opened.attempt
         told: list[TypedValues] = []
 
-        def own() -> bytes:
+        def own() -> TypedValues:
             require_token(store, attempt.draft)
-            return bytes(msgpack.packb(pipeline.own_values()))
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            told.extend(msgpack.unpackb(payload, use_list=False) for payload in payloads)
-            return [b""] * len(payloads)
+            return pipeline.own_values()
 
         if pipeline.opened.gathers:
-            pipeline.team.round("contents", own, decide)
+            CONTENTS.ask(pipeline.team, own, told.extend)
         else:
             require_token(store, attempt.draft)
             told.append(pipeline.own_values())
@@ -228,7 +225,7 @@ class Beside:
         """Has a round written that is staged, or will be by the thread that trains. Blocking while a device copies."""
         slot = task.slot
         if slot is None:
-            raise Refused("nothing was staged")
+            raise fault("nothing was staged")
         if task.copies is not None:
             task.copies.wait()
             slot.arena.fill_to(staged.share.prepared.rounds[staged.number].nbytes)

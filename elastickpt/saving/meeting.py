@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from typing import Protocol
-
-import msgpack
 
 from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
+from elastickpt.ranks.messages import Message
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.options import AsyncOptions
 from elastickpt.storage.memory import MemoryStore
@@ -21,6 +20,16 @@ from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, new_secret
 from elastickpt.writer.submissions import StagedRound, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
+
+
+class Seats(Message, frozen=True):
+    """Where the candidates for committer listen, and the secret by which the job's writers know each other."""
+
+    candidates: tuple[str, ...]
+    secret: bytes
+
+
+SEATS = Question("seats", str, Seats)  # each says where its writer listens, "" for nowhere
 
 
 class Writer(Protocol):
@@ -74,25 +83,21 @@ class Writers:
             return
         listener: socket.socket | None = None
 
-        def tell() -> bytes:
+        def tell() -> str:
             nonlocal listener
             if team.member >= CANDIDATES:
-                return b""
+                return ""
             one_host = len(set(team.hosts)) == 1
             listener, address = listen(host=None if one_host else own_address())
-            return address.encode()
-
-        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-            seats = bytes(msgpack.packb(([payload.decode() for payload in payloads[:CANDIDATES]], new_secret())))
-            return [seats] * len(payloads)
+            return address
 
         try:
-            candidates, secret = msgpack.unpackb(team.round("seats", tell, decide), use_list=False)
+            seats = SEATS.ask(team, tell, lambda addresses: Seats(tuple(addresses[:CANDIDATES]), new_secret()))
         except BaseException:
             if listener is not None:
                 listener.close()
             raise
-        self._make(store, Seat(team.member, team.ranks, candidates, secret), listener)
+        self._make(store, Seat(team.member, team.ranks, seats.candidates, seats.secret), listener)
 
     def _make(self, store: Store, seat: Seat, listener: socket.socket | None) -> None:
         if self._closed:

@@ -18,7 +18,7 @@ from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.placement import cuts_of
 from elastickpt.layout.replicas import MIN_SPLIT_NBYTES
-from elastickpt.ranks.messages import Message, decode, encode
+from elastickpt.ranks.messages import Message
 from elastickpt.saving.structure import HeldEntry, StructureTable
 
 Attributes = tuple[tuple[str, Value], ...]
@@ -264,32 +264,29 @@ class _SharedRow(Message, frozen=True):
     order: tuple[int, ...]
 
 
-class _SharedRows(Message, frozen=True):
-    """What the ranks of one table learn of its arrays, in their order."""
+class SharedTable(Message, frozen=True):
+    """What the ranks of one table learn of its arrays, in their order. `compares`: some rank compares contents each time."""
 
+    compares: bool
     sets: tuple[tuple[int, ...], ...]
     rows: tuple[_SharedRow, ...]
 
+    @classmethod
+    def of(cls, shared: Sequence[SharedArray], *, compares: bool) -> SharedTable:
+        found: dict[tuple[int, ...], int] = {}
 
-def encode_shared(shared: Sequence[SharedArray]) -> bytes:
-    """What the ranks of one table learn, as bytes."""
-    found: dict[tuple[int, ...], int] = {}
+        def number(ranks: tuple[int, ...]) -> int:
+            return found.setdefault(ranks, len(found))
 
-    def number(ranks: tuple[int, ...]) -> int:
-        return found.setdefault(ranks, len(found))
+        rows = tuple(
+            _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
+            for a in shared
+        )
+        return cls(compares, tuple(found), rows)
 
-    rows = tuple(
-        _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
-        for a in shared
-    )
-    return encode(_SharedRows(tuple(found), rows))
-
-
-def decode_shared(data: bytes) -> tuple[SharedArray, ...]:
-    """What `encode_shared` encoded."""
-    told = decode(data, _SharedRows)
-    sets = told.sets
-    return tuple(
-        SharedArray(r.key, r.chunk_shape, sets[r.group], r.writes, sets[r.peers], r.documents, r.heads_group, r.order)
-        for r in told.rows
-    )
+    def arrays(self) -> tuple[SharedArray, ...]:
+        sets = self.sets
+        return tuple(
+            SharedArray(r.key, r.chunk_shape, sets[r.group], r.writes, sets[r.peers], r.documents, r.heads_group, r.order)
+            for r in self.rows
+        )

@@ -1,20 +1,17 @@
-"""What ranks tell each other in the rounds of a save, as values with canonical bytes."""
+"""What ranks tell each other about a save, and what follows from all of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import msgpack
 
 from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import Refused, StructureConflict
 from elastickpt.format.digest import file_digest
 from elastickpt.format.records import FileDigest
+from elastickpt.ranks.messages import Message, encode
 
 
-@dataclass(frozen=True, slots=True)
-class Intention:
+class Intention(Message, frozen=True):
     """What one rank is about to save: where, and digests of its structure and of each replicated value.
 
     `known` are structures of whole jobs for which this rank still has its plan. `staged` is the one by whose plan it has
@@ -33,19 +30,22 @@ class Intention:
     hashed: str = ""
     replicas: tuple[tuple[int, int], ...] = ()
 
-    def encode(self) -> bytes:
-        head = (self.target, self.step, self.options, self.table, self.values, self.known)
-        return bytes(msgpack.packb((*head, self.staged, self.seated, self.hashed, self.replicas)))
 
-    @classmethod
-    def decode(cls, data: bytes) -> Intention:
-        return cls(*msgpack.unpackb(data, use_list=False))
+TypedValues = tuple[tuple[str, str], ...]  # by JSON pointer, as typed JSON text
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Opened(Message, frozen=True):
+    """What a member is told of the attempt that member 0 opened: the replicated values `wanted` of it, and whether any are
+    wanted of others than member 0."""
+
+    attempt: Attempt
+    wanted: tuple[str, ...]
+    gathers: bool
+
+
+class Next(Message, frozen=True):
     """What member 0 says once it knows all intentions. `sends`: this member sends its table along; `differing` are pointers
-    of values of which members hold different parts; `opened` is what it opened at once, b"" if there is more to ask.
+    of values of which members hold different parts; `opened` is what it opened at once, None if there is more to ask.
     `compared`: replicas were, as all had hashed them by this structure, and differ in the looks `drifted`."""
 
     structure: str
@@ -55,58 +55,19 @@ class Verdict:
     seats: bool
     compared: bool
     drifted: tuple[int, ...]
-    opened: bytes
-
-    def encode(self) -> bytes:
-        flags = (self.known, self.sends, self.seats, self.compared)
-        return bytes(msgpack.packb((self.structure, self.differing, flags, self.drifted, self.opened)))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Verdict:
-        structure, differing, (known, sends, seats, compared), drifted, opened = msgpack.unpackb(data, use_list=False)
-        return cls(structure, known, sends, differing, seats, compared, drifted, opened)
+    opened: Opened | None
 
 
-TypedValues = tuple[tuple[str, str], ...]  # by JSON pointer, as typed JSON text
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What a member is told of the attempt that member 0 opened: the replicated values `wanted` of it, and whether any are
-    wanted of others than member 0."""
-
-    attempt: Attempt
-    wanted: tuple[str, ...]
-    gathers: bool
-
-    def encode(self) -> bytes:
-        return bytes(msgpack.packb((self.attempt.fields(), self.wanted, self.gathers)))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Opened:
-        fields, wanted, gathers = msgpack.unpackb(data, use_list=False)
-        return cls(Attempt.of(fields), wanted, gathers)
-
-
-@dataclass(frozen=True, slots=True)
-class Attested:
+class Attested(Message, frozen=True):
     """What one rank wrote: its fragment file, and the replicated values asked of it as typed JSON text."""
 
     file: FileDigest
     values: TypedValues
 
-    def encode(self) -> bytes:
-        return bytes(msgpack.packb(((self.file.path, self.file.nbytes, self.file.digest), self.values)))
-
-    @classmethod
-    def decode(cls, data: bytes) -> Attested:
-        file, values = msgpack.unpackb(data, use_list=False)
-        return cls(FileDigest(*file), values)
-
 
 def structure_id(ranks: Sequence[int], tables: Sequence[str]) -> str:
     """Identifies the structure of a whole job: which rank has which table."""
-    return file_digest(bytes(msgpack.packb((tuple(ranks), tuple(tables)))))
+    return file_digest(encode((tuple(ranks), tuple(tables))))
 
 
 def require_same_intention(intentions: Sequence[Intention], ranks: Sequence[int]) -> None:

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
 
 from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.outcome import STANDS, abandon
-from elastickpt.errors import CheckpointError, Refused
+from elastickpt.errors import CheckpointError, fault
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
 from elastickpt.saving.fragments import own_tables
@@ -32,6 +34,8 @@ from elastickpt.storage.opening import place_in
 from elastickpt.writer.share import Share
 
 log = logging.getLogger(__name__)
+
+DRAFT = Question("draft", NoneType, Opened)
 
 
 class Pipeline:
@@ -64,11 +68,10 @@ class Pipeline:
 
     # -- open ----------------------------------------------------------------------------------------------------------
 
-    def open(self, before: Callable[[], bytes] = lambda: b"") -> Attempt:
+    def open(self, before: Callable[[], None] = lambda: None) -> Attempt:
         """The attempt. `before` runs on every rank; if it fails on one, there is no attempt. Blocking: a round, unless the
         attempt was opened at once when the ranks agreed, which they do only if all have staged."""
-        reply = self.agreed.opened or self.team.round("draft", before, lambda _: self._open(self.agreed.intentions))
-        opened = Opened.decode(reply)
+        opened = self.agreed.opened or DRAFT.ask_each(self.team, before, lambda _: self._open(self.agreed.intentions))
         attempt, lowered = opened.attempt.in_store(self.agreed.located.store)
         self.opened = Opened(attempt, opened.wanted, opened.gathers)
         self.path = place_in(self.agreed.located.store, attempt.draft.name)
@@ -77,16 +80,16 @@ class Pipeline:
             log.warning("%s: %s", self.path, note)
         return attempt
 
-    def _open_at_once(self, intentions: Sequence[Intention]) -> Sequence[bytes]:
+    def _open_at_once(self, intentions: Sequence[Intention]) -> Sequence[Opened | None]:
         staged = all(intention.staged for intention in intentions)
-        return self._open(intentions) if staged else [b""] * len(intentions)
+        return self._open(intentions) if staged else [None] * len(intentions)
 
-    def _open(self, intentions: Sequence[Intention]) -> Sequence[bytes]:
+    def _open(self, intentions: Sequence[Intention]) -> Sequence[Opened]:
         """Member 0: the attempt is made, and what each member is told of it."""
         sections = self.offer.proposal.live.sections
         self._made, self.notes = self.offer.located.open(sections, self.request.durability)
         wanted = values_wanted(intentions)
-        return [Opened(self._made, mine, any(wanted[1:])).encode() for mine in wanted]
+        return [Opened(self._made, mine, any(wanted[1:])) for mine in wanted]
 
     # -- write, commit: what is written, and of what it is proven ------------------------------------------------------
 
@@ -112,7 +115,7 @@ class Pipeline:
         """On member 0 what it knows of the checkpoint beside attestations."""
         outline = self.agreed.structure.outline
         if outline is None:
-            raise Refused("the committer has no structure of the whole job")
+            raise fault("the committer has no structure of the whole job")
         return Contents(outline, self.replicated(told))
 
     def let_go(self) -> None:

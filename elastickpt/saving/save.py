@@ -15,6 +15,7 @@ from elastickpt.commit.draft import require_token
 from elastickpt.commit.outcome import commit
 from elastickpt.errors import RanksFailed
 from elastickpt.ranks.process_group import Group, job_group
+from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Call, Team, require_limit
 from elastickpt.ranks.teams import team_of
 from elastickpt.saving.agree import Offer
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
+
+WRITE = Question("write", Attested, Committed)
 
 
 def save(
@@ -123,22 +126,20 @@ def _write_and_commit(pipeline: Pipeline) -> tuple[Committed, float]:
     store, attempt, arrays = pipeline.agreed.located.store, pipeline.opened.attempt, pipeline.agreed.live.arrays
     written_at: list[float] = []
 
-    def write() -> bytes:
+    def write() -> Attested:
         require_token(store, attempt.draft)
         share = pipeline.share()
         source = LiveTensors(share.prepared.plan, [host_elements(held.tensor) for held in arrays], store)
         file = write_whole_share(store, share, source)
         written_at.append(time.perf_counter())
-        return Attested(file, pipeline.own_values()).encode()
+        return Attested(file, pipeline.own_values())
 
-    def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
-        attested = [Attested.decode(payload) for payload in payloads]
+    def end(attested: Sequence[Attested]) -> Committed:
         contents = pipeline.contents(one.values for one in attested)
-        committed = commit(store, attempt, contents, [one.file for one in attested])
-        return [committed.encode()] * len(payloads)
+        return commit(store, attempt, contents, [one.file for one in attested])
 
     try:
-        committed = Committed.decode(pipeline.team.round("write", write, decide))
+        committed = WRITE.ask(pipeline.team, write, end)
     except RanksFailed as error:
         if any(failure.rank == pipeline.team.ranks[0] for failure in error.report):
             raise type(error)(

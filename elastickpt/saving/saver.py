@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.destination import Destination, leave_place, take_place
 from elastickpt.commit.draft import ended
-from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped
+from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped, fault
 from elastickpt.ranks.process_group import Group
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.teams import end_team, team_of
@@ -213,7 +213,7 @@ class Saver:
                 return
             if len(stager.prepared.rounds) == 1:
                 if task.slot is None:
-                    raise Refused("no arena was reserved")
+                    raise fault("no arena was reserved")
                 task.slot.fit(stager)
                 self._stage(task, task.slot, arrays)
                 task.times.staged = time.perf_counter()
@@ -260,7 +260,7 @@ class Saver:
         try:
             for number in range(last + 1):
                 if slot is None:
-                    raise Refused("no arena was reserved")
+                    raise fault("no arena was reserved")
                 slot.fit(stager)
                 task.copies = slot.stage(number, arrays)
                 submission = self._beside.submit(task, StagedRound(share, number, checksums))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -20,10 +20,10 @@ from elastickpt.writer.messages import (
     ArenaHere,
     Hello,
     MarkHere,
-    Message,
     SeatHere,
     StructureGone,
     StructureHere,
+    WriterMessage,
 )
 from elastickpt.writer.priority import IoPriority
 from elastickpt.writer.seats import Seat
@@ -102,8 +102,7 @@ class Child:
         """It sits among the job's writers. Raises PeerGone."""
         if not self._seated:
             self._seated = True
-            limits = astuple(seat.limits)
-            here = SeatHere(seat.member, seat.ranks, seat.candidates, seat.secret, limits, listener is not None)
+            here = SeatHere(seat.member, seat.ranks, seat.candidates, seat.secret, seat.limits, listener is not None)
             self.wire.send(here, descriptors=() if listener is None else (listener.fileno(),))
 
     def hand(self, submission: Submission) -> None:
@@ -139,9 +138,9 @@ class Child:
             return False
         return True
 
-    def last_words(self) -> tuple[list[Message], str]:
+    def last_words(self) -> tuple[list[WriterMessage], str]:
         """What a process that is gone had said and nobody has heard, and the end of what it wrote on stderr."""
-        messages: list[Message] = []
+        messages: list[WriterMessage] = []
         self.wire.limit(0.0)
         with suppress(PeerGone):
             while True:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import msgpack
-
 from elastickpt.commit.attempt import Attempt
+from elastickpt.errors import InternalError
 from elastickpt.ranks.frames import Connection, Frame, Kind
-from elastickpt.writer.seats import Seat
+from elastickpt.ranks.messages import decode
+from elastickpt.writer.seats import Introduction, Seat
 
 PAUSE_S = 0.05
 SEND_S = 5.0  # what a client that takes nothing is waited for; it comes back by itself
@@ -116,12 +116,11 @@ class Clients:
 
     def _member(self, data: bytes) -> int:
         try:
-            secret, member = msgpack.unpackb(data)
-            if secrets.compare_digest(secret, self._seat.secret) and 0 <= member < len(self._seat.ranks):
-                return int(member)
-        except (ValueError, TypeError):
-            pass
-        return -1
+            who = decode(data, Introduction)
+        except InternalError:  # a stranger
+            return -1
+        known = secrets.compare_digest(who.secret, self._seat.secret) and 0 <= who.member < len(self._seat.ranks)
+        return who.member if known else -1
 
     def _drop(self, client: Client) -> None:
         if not client.gone:

@@ -35,16 +35,16 @@ arenas and structures that came before it. From Write to its answer the writer r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import cast
 
-import msgpack
+from elastickpt.commit.attempt import Attempt, Decision
+from elastickpt.format.records import FileDigest
+from elastickpt.ranks import messages
+from elastickpt.ranks.messages import Message
+from elastickpt.writer.seats import Limits
 
-from elastickpt.commit.attempt import AttemptFields
-from elastickpt.errors import Malformed
 
-
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Message, frozen=True, tag=True):
     """`trainer` is a process id. `niceness` 0 and `io` "normal" leave priorities alone. `wrap` is for tests: a function
     "module:name:argument" that gets each store and the argument, and returns the store to use."""
 
@@ -56,19 +56,16 @@ class Hello:
     wrap: str
 
 
-@dataclass(frozen=True, slots=True)
-class ArenaHere:
+class ArenaHere(Message, frozen=True, tag=True):
     arena: int
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ArenaGone:
+class ArenaGone(Message, frozen=True, tag=True):
     arena: int
 
 
-@dataclass(frozen=True, slots=True)
-class StructureHere:
+class StructureHere(Message, frozen=True, tag=True):
     """`plan` as `Prepared.encoded`, `outline` as `WriterStructure.encoded_outline`."""
 
     structure: str
@@ -76,46 +73,40 @@ class StructureHere:
     outline: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StructureGone:
+class StructureGone(Message, frozen=True, tag=True):
     structure: str
 
 
-@dataclass(frozen=True, slots=True)
-class SeatHere:
-    """A `Seat`, with its limits in the order of their fields. `listening`: its listener comes with this message."""
+class SeatHere(Message, frozen=True, tag=True):
+    """A `Seat`. `listening`: its listener comes with this message."""
 
     member: int
     ranks: tuple[int, ...]
     candidates: tuple[str, ...]
     secret: bytes
-    limits: tuple[float, ...]
+    limits: Limits
     listening: bool
 
 
-@dataclass(frozen=True, slots=True)
-class MarkHere:
+class MarkHere(Message, frozen=True, tag=True):
     attempt: str
 
 
-@dataclass(frozen=True, slots=True)
-class Enroll:
-    """`attempt` as `Attempt.fields` has it. `structure` by its digest, "" for none: whose outline, and `values`
-    (`contents.encode_values`), a committer needs."""
+class Enroll(Message, frozen=True, tag=True):
+    """`structure` by its digest, "" for none: whose outline, and `values` (`contents.encode_values`), a committer needs."""
 
     job: int
-    attempt: AttemptFields
+    attempt: Attempt
     structure: str
     values: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
-    """`attempt` as `Attempt.fields` has it. `beside` as `Share.beside`; `known` are the checksums of all earlier rounds, as
-    little-endian 64-bit integers; both are used in the last round."""
+class Write(Message, frozen=True, tag=True):
+    """`beside` as `Share.beside`; `known` are the checksums of all earlier rounds, as little-endian 64-bit integers; both are
+    used in the last round."""
 
     job: int
-    attempt: AttemptFields
+    attempt: Attempt
     structure: str
     round: int
     arena: int
@@ -125,90 +116,69 @@ class Write:
     repeated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Say:
-    """`said` of the attempt with this id is an attestation as (path, nbytes, digest), or a failure as (kind, message)."""
+class Say(Message, frozen=True, tag=True):
+    """This rank's last word on the attempt with this id: an attestation, or a failure as (kind, message)."""
 
     job: int
     attempt: str
-    said: tuple[str, int, str] | tuple[str, str]
+    attested: FileDigest | None
+    failed: tuple[str, str] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(Message, frozen=True, tag=True):
     job: int
 
 
-@dataclass(frozen=True, slots=True)
-class Quit:
+class Quit(Message, frozen=True, tag=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(Message, frozen=True, tag=True):
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Beat:
+class Beat(Message, frozen=True, tag=True):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Message, frozen=True, tag=True):
     job: int
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """`checksums` of the round's blocks, and `file` (), unless it was the last one: then () and (path, nbytes, digest)."""
+class Done(Message, frozen=True, tag=True):
+    """`checksums` of the round's blocks, unless it was the last one: then none, and `file`, the attestation."""
 
     job: int
     nbytes: int
     checksums: bytes
-    file: tuple[str, int, str] | tuple[()]
+    file: FileDigest | None
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Message, frozen=True, tag=True):
     job: int
     kind: str
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """`verdict` as `attempt.encode_verdict` encodes it."""
-
+class Decided(Message, frozen=True, tag=True):
     job: int
-    verdict: bytes
+    decision: Decision
 
 
 Here = ArenaHere | StructureHere | SeatHere | MarkHere
 Gone = ArenaGone | StructureGone
 ToWriter = Hello | Here | Gone | Enroll | Write | Say | Cancel | Quit
 FromWriter = Ready | Beat | Progress | Done | Failed | Decided
-Message = ToWriter | FromWriter
-_TYPES: dict[str, type[Message]] = {
-    cls.__name__: cls
-    for cls in (
-        Hello, ArenaHere, ArenaGone, StructureHere, StructureGone, SeatHere, MarkHere, Enroll, Write, Say, Cancel, Quit,
-        Ready, Beat, Progress, Done, Failed, Decided,
-    )
-}  # fmt: skip
+WriterMessage = ToWriter | FromWriter
+_ANY = cast("type[WriterMessage]", WriterMessage)
 
 
-def encode(message: Message) -> bytes:
-    """The message as msgpack: its name, then its fields in order."""
-    values = [getattr(message, field.name) for field in fields(message)]
-    return bytes(msgpack.packb([type(message).__name__, *values]))
+def encode(message: WriterMessage) -> bytes:
+    """The message with its name."""
+    return messages.encode(message)
 
 
-def decode(data: bytes) -> Message:
-    """What `encode` encoded. Raises Malformed for what it never makes."""
-    name, *values = msgpack.unpackb(data, use_list=False)
-    cls = _TYPES.get(name)
-    if cls is None or len(values) != len(fields(cls)):
-        raise Malformed(f"message {name!r} with {len(values)} fields between a trainer and its writer process")
-    return cls(*values)
+def decode(data: bytes) -> WriterMessage:
+    """What `encode` encoded. Raises InternalError for what it never makes."""
+    return messages.decode(data, _ANY)

@@ -11,7 +11,6 @@ from elastickpt.commit.contents import Contents, EncodedContents, decode_values
 from elastickpt.commit.handed import find_attestation, leave_contents
 from elastickpt.commit.outcome import Patience, Standing, look
 from elastickpt.errors import CheckpointError, RankFailure, WriterLost
-from elastickpt.format.records import FileDigest
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
@@ -50,14 +49,14 @@ class Part:
 
     def begin(self, enroll: Enroll, structure: WriterStructure | None) -> None:
         """This writer takes part in the attempt of a job from now on. Does not block."""
-        attempt = Attempt.of(enroll.attempt)
+        attempt = enroll.attempt
         enrolled = self._enrolled.setdefault(attempt.id, _Enrolled(enroll, structure))
         enrolled.jobs.append(enroll.job)
         self._assembly.enroll(attempt, enrolled.contents)
 
     def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
         """Writes the round, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
-        attempt = Attempt.of(job.attempt)
+        attempt = job.attempt
 
         def watch_both(nbytes: int) -> None:
             if self._assembly.settled(attempt.id):
@@ -76,7 +75,7 @@ class Part:
             self._assembly.say(attempt.id, failure_of(error, self._rank))
             raise
         if done.file:
-            self._assembly.say(attempt.id, FileDigest(*done.file))
+            self._assembly.say(attempt.id, done.file)
         return done
 
     def _leave_contents(self, store: Store, attempt: Attempt, *, repeated: bool) -> None:
@@ -93,13 +92,14 @@ class Part:
 
     def fail(self, job: Write, error: CheckpointError) -> None:
         """The round cannot be written."""
-        self._assembly.say(Attempt.of(job.attempt).id, failure_of(error, self._rank))
+        self._assembly.say(job.attempt.id, failure_of(error, self._rank))
 
     def repeat(self, say: Say) -> None:
         """Says what was said before, or what its trainer found."""
-        said = say.said
-        what = FileDigest(*said) if len(said) == 3 else RankFailure(self._rank, *said)
-        self._assembly.say(say.attempt, what)
+        if say.attested is not None:
+            self._assembly.say(say.attempt, say.attested)
+        elif say.failed is not None:
+            self._assembly.say(say.attempt, RankFailure(self._rank, *say.failed))
         self._assembly.find_out(say.attempt)
 
     def join(self, limit_s: float) -> bool:
@@ -145,7 +145,7 @@ class _Enrolled:
 
 def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
     """The job's round is written from the arena. Blocking. Raises what `write_share` raises."""
-    share = share_of(Attempt.of(job.attempt), job.member, structure, job.beside)
+    share = share_of(job.attempt, job.member, structure, job.beside)
     source = Staged(arena, watch)
     written = write_share(store, share, job.round, source, known=job.known, repeated=job.repeated, watch=watch)
     return done_of(job.job, written)

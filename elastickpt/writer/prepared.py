@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-import msgpack
 import numpy as np
 
 from elastickpt.commit.contents import Outline, decode_outline, encode_outline
@@ -16,6 +15,7 @@ from elastickpt.format.box import Box
 from elastickpt.format.columns import pack_ints
 from elastickpt.format.digest import file_digest
 from elastickpt.layout.grid import Run
+from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
 from elastickpt.writer.rounds import Round, Slice, lay_out
 
@@ -92,6 +92,19 @@ class SentStructure(WriterStructure):
         return self._encoded_outline
 
 
+class _Plan(Message, frozen=True):
+    """A plan in a message; columns are packed integers: of each file its size and number of pieces, of each piece a row."""
+
+    keys: tuple[str, ...]
+    paths: tuple[str, ...]
+    sizes: bytes
+    counts: bytes
+    pieces: bytes
+    planned: tuple[PlannedDocument, ...]
+    documents: tuple[Document, ...]
+    rounds: tuple[tuple[int, bytes], ...]
+
+
 def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> Prepared:
     """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
     return Prepared(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes))
@@ -99,37 +112,37 @@ def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int
 
 def decode_prepared(data: bytes) -> Prepared:
     """The plan that was encoded so."""
-    keys, paths, sizes, counts, pieces, documents, written, rounds = msgpack.unpackb(data, use_list=False)
-    every = _decode_pieces(_ints(pieces))
-    ends = [0, *accumulate(_ints(counts))]
+    told = decode(data, _Plan)
+    every = _decode_pieces(_ints(told.pieces))
+    ends = [0, *accumulate(_ints(told.counts))]
     files = tuple(
         PlannedFile(path, nbytes, tuple(every[first:stop]))
-        for path, nbytes, (first, stop) in zip(paths, _ints(sizes), pairwise(ends), strict=True)
+        for path, nbytes, (first, stop) in zip(told.paths, _ints(told.sizes), pairwise(ends), strict=True)
     )
-    plan = WritePlan(keys, files, tuple(PlannedDocument(*document) for document in documents))
+    plan = WritePlan(told.keys, files, told.planned)
     found = []
-    for nbytes, column in rounds:
+    for nbytes, column in told.rounds:
         rows = iter(_ints(column))
         found.append(Round(tuple(Slice(*row) for row in zip(*[rows] * _SLICE, strict=True)), nbytes))
-    return Prepared(plan, tuple(Document(*one) for one in written), tuple(found))
+    return Prepared(plan, told.documents, tuple(found))
 
 
 def _encode(plan: WritePlan, documents: Sequence[Document], rounds: Sequence[Round]) -> bytes:
     rows = (_piece_row(piece) for file in plan.files for piece in file.pieces)
-    record = (
+    told = _Plan(
         plan.keys,
-        [file.path for file in plan.files],
+        tuple(file.path for file in plan.files),
         pack_ints([file.nbytes for file in plan.files]),
         pack_ints([len(file.pieces) for file in plan.files]),
         pack_ints([number for row in rows for number in row]),
-        [(document.array, document.heads_group) for document in plan.documents],
-        [(document.path, document.content) for document in documents],
-        [
+        plan.documents,
+        tuple(documents),
+        tuple(
             (one.nbytes, pack_ints([n for s in one.slices for n in (s.file, s.piece, s.start, s.stop, s.offset)]))
             for one in rounds
-        ],
+        ),
     )
-    return bytes(msgpack.packb(record))
+    return encode(told)
 
 
 def _piece_row(piece: PlannedPiece) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from elastickpt.commit.attempt import Verdict, encode_verdict
+from elastickpt.commit.attempt import Decision, Verdict
 from elastickpt.errors import Cancelled, RankLost
 from elastickpt.ranks.frames import PeerGone
 from elastickpt.ranks.team import failure_of
@@ -37,7 +37,6 @@ from elastickpt.writer.messages import (
     Failed,
     Hello,
     MarkHere,
-    Message,
     Progress,
     Quit,
     Ready,
@@ -46,11 +45,12 @@ from elastickpt.writer.messages import (
     StructureGone,
     StructureHere,
     Write,
+    WriterMessage,
 )
 from elastickpt.writer.parts import Part, perform
 from elastickpt.writer.prepared import SentStructure, WriterStructure
 from elastickpt.writer.priority import lower
-from elastickpt.writer.seats import Limits, Seat
+from elastickpt.writer.seats import Seat
 from elastickpt.writer.wire import Wire
 
 PROGRESS_S = 0.25
@@ -93,7 +93,7 @@ class _Process:
         self._orphaned = False
 
     def run(self) -> None:
-        backlog: list[tuple[Message, int]] = []
+        backlog: list[tuple[WriterMessage, int]] = []
         with suppress(PeerGone):
             while not backlog:
                 backlog = self._wire.receive()
@@ -135,7 +135,7 @@ class _Process:
                 self._wire.send_if_free(Beat())
                 beaten = time.monotonic()
 
-    def _heard(self, message: Message, descriptor: int) -> None:
+    def _heard(self, message: WriterMessage, descriptor: int) -> None:
         match message:
             case ArenaHere(arena, nbytes):
                 self._arenas[arena] = Arena.attach(descriptor, nbytes)
@@ -164,12 +164,12 @@ class _Process:
                 pass
 
     def _sit(self, message: SeatHere, descriptor: int) -> None:
-        seat = Seat(message.member, message.ranks, message.candidates, message.secret, Limits(*message.limits))
+        seat = Seat(message.member, message.ranks, message.candidates, message.secret, message.limits)
         listener = socket.socket(fileno=descriptor) if message.listening else None
 
         def tell(job: int, verdict: Verdict) -> None:
             with suppress(PeerGone):
-                self._wire.send(Decided(job, encode_verdict("", verdict)))
+                self._wire.send(Decided(job, Decision.of("", verdict)))
             gc.collect()  # not before: it would keep the commit waiting, 20 ms for 333 arrays
 
         self._part = Part(seat, listener, self._store, tell)
@@ -240,7 +240,7 @@ class _Process:
         watch(0)
         if part is not None:
             return part.carry_out(write, structure, task.arena, watch=watch)
-        return perform(self._store(write.attempt[0]), write, structure, task.arena, watch=watch)
+        return perform(self._store(write.attempt.store), write, structure, task.arena, watch=watch)
 
     def _store(self, url: str) -> Store:
         with self._opening:

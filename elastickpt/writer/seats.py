@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+from elastickpt.ranks.messages import Message
+
 CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
 
 
@@ -30,6 +32,13 @@ class Seat:
     candidates: tuple[str, ...]
     secret: bytes
     limits: Limits = Limits()
+
+
+class Introduction(Message, frozen=True):
+    """What a member says first on a connection to a candidate."""
+
+    secret: bytes
+    member: int
 
 
 ALONE = Seat(0, (0,), (), b"")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from elastickpt.commit.attempt import Attempt, Committed, Verdict
 from elastickpt.commit.marks import mark
-from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, from_report, kinds
+from elastickpt.errors import CheckpointError, DeadlineExceeded, fault, from_report, kinds
 from elastickpt.format.records import FileDigest
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.messages import Done, Enroll, Failed, Say, Write
@@ -124,18 +124,18 @@ class Submission:
     def enroll(self) -> Enroll:
         """What a writer is told first that takes part."""
         if self.staged is None or self.staged.share.structure.outline is None:
-            return Enroll(self.number, self.attempt.fields(), "", b"")
+            return Enroll(self.number, self.attempt, "", b"")
         share = self.staged.share
-        return Enroll(self.number, self.attempt.fields(), share.structure.digest, share.encoded_values)
+        return Enroll(self.number, self.attempt, share.structure.digest, share.encoded_values)
 
     def write(self) -> Write:
         """What its writer is told."""
         staged, arena = self.staged, self.arena
         if staged is None or arena is None:
-            raise Refused("what was withdrawn is not written")
+            raise fault("what was withdrawn was to be written")
         return Write(
             job=self.number,
-            attempt=self.attempt.fields(),
+            attempt=self.attempt,
             structure=staged.share.structure.digest,
             round=staged.number,
             arena=arena.number,
@@ -149,20 +149,20 @@ class Submission:
         """What a writer is told that only has to pass on this rank's last word."""
         said = self.said
         if said is None:
-            raise Refused("this rank has not said anything of the attempt")
-        words = (said.path, said.nbytes, said.digest) if isinstance(said, FileDigest) else (said.kind, said.message)
-        return Say(self.number, self.attempt.id, words)
+            raise fault("a writer was to repeat what this rank has not said of the attempt")
+        if isinstance(said, FileDigest):
+            return Say(self.number, self.attempt.id, said, None)
+        return Say(self.number, self.attempt.id, None, (said.kind, said.message))
 
 
 def outcome_of(done: Done) -> Written:
     """What a writer said it wrote."""
-    return Written(done.nbytes, done.checksums, FileDigest(*done.file) if done.file else None)
+    return Written(done.nbytes, done.checksums, done.file)
 
 
 def done_of(job: int, written: Written) -> Done:
     """As a writer says it."""
-    file = written.file
-    return Done(job, written.nbytes, written.checksums, () if file is None else (file.path, file.nbytes, file.digest))
+    return Done(job, written.nbytes, written.checksums, written.file)
 
 
 def error_of(failed: Failed) -> CheckpointError:

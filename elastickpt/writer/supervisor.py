@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from elastickpt.commit.attempt import Attempt, decode_verdict
+from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.ranks.actor import Actor
 from elastickpt.ranks.frames import PeerGone
@@ -34,10 +34,10 @@ from elastickpt.writer.messages import (
     Decided,
     Done,
     Failed,
-    Message,
     Progress,
     Quit,
     Ready,
+    WriterMessage,
 )
 from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of, withdrawal_of
@@ -208,7 +208,7 @@ class Supervisor:
                 child.seat(self._seat, self._listener)
             child.hand(submission)
 
-    def _heard(self, message: Message) -> None:
+    def _heard(self, message: WriterMessage) -> None:
         if isinstance(message, Ready) and self._child is not None:
             self._child.ready, self._stillborn = True, 0
         elif isinstance(message, Progress) and message.job in self._pending:
@@ -222,7 +222,7 @@ class Supervisor:
         elif isinstance(message, Decided):
             decided = self._awaiting.pop(message.job, None) or self._pending.get(message.job)
             if decided is not None:
-                decided.decide(decode_verdict(message.verdict)[1])
+                decided.decide(message.decision.verdict)
 
     def _await(self, submission: Submission) -> None:
         if submission.awaits_decision:

@@ -7,11 +7,10 @@ import selectors
 from contextlib import suppress
 from enum import Enum, auto
 
-import msgpack
-
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
-from elastickpt.writer.seats import Seat
+from elastickpt.ranks.messages import encode
+from elastickpt.writer.seats import Introduction, Seat
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def say_farewell(seat: Seat) -> None:
 
 def hello(seat: Seat) -> bytes:
     """What a member says first on each connection."""
-    return bytes(msgpack.packb((seat.secret, seat.member)))
+    return encode(Introduction(seat.secret, seat.member))
 
 
 class Way:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from elastickpt.ranks.frames import PeerGone
-from elastickpt.writer.messages import ArenaHere, MarkHere, Message, SeatHere, decode, encode
+from elastickpt.writer.messages import ArenaHere, MarkHere, SeatHere, WriterMessage, decode, encode
 
 _LENGTH = struct.Struct("<Q")
 _DESCRIPTORS = 16  # that may come with one read
@@ -33,12 +33,12 @@ class Wire:
         """A `send` that the other end leaves waiting for so long raises PeerGone."""
         self._socket.settimeout(seconds)
 
-    def send(self, message: Message, *, descriptors: Sequence[int] = ()) -> None:
+    def send(self, message: WriterMessage, *, descriptors: Sequence[int] = ()) -> None:
         """Blocks until the kernel took all of it. Raises PeerGone."""
         with self._sending:
             self._send(message, descriptors)
 
-    def send_if_free(self, message: Message) -> None:
+    def send_if_free(self, message: WriterMessage) -> None:
         """Not at all while another thread sends: for beats, which that says as well. Raises PeerGone."""
         if self._sending.acquire(blocking=False):
             try:
@@ -46,7 +46,7 @@ class Wire:
             finally:
                 self._sending.release()
 
-    def receive(self) -> list[tuple[Message, int]]:
+    def receive(self) -> list[tuple[WriterMessage, int]]:
         """What came, from one read; with the descriptor that goes with it, else -1. Blocks until there is something;
         may return nothing. Raises PeerGone at the end, after everything before it was returned."""
         try:
@@ -57,7 +57,7 @@ class Wire:
         if not data:
             raise PeerGone("connection closed")
         self._buffer += data
-        found: list[tuple[Message, int]] = []
+        found: list[tuple[WriterMessage, int]] = []
         at = 0
         while len(self._buffer) - at >= _LENGTH.size:
             (nbytes,) = _LENGTH.unpack_from(self._buffer, at)
@@ -77,7 +77,7 @@ class Wire:
         while self._descriptors:
             os.close(self._descriptors.popleft())
 
-    def _send(self, message: Message, descriptors: Sequence[int]) -> None:
+    def _send(self, message: WriterMessage, descriptors: Sequence[int]) -> None:
         data = encode(message)
         frame = memoryview(_LENGTH.pack(len(data)) + data)
         try:
