@@ -14,8 +14,9 @@ from elastickpt.format.box import Box
 from elastickpt.format.columns import IntColumn
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
-from elastickpt.format.records import ArrayRecord, Field, FieldKind, OptimizerTable
-from elastickpt.format.values import Value, value_digest
+from elastickpt.format.records import ArrayRecord, OptimizerTable
+from elastickpt.format.tables import Key, Name, Row, rows_of, table_of
+from elastickpt.format.values import value_digest
 from elastickpt.layout.coverage import require_coverage
 
 _Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
@@ -106,9 +107,6 @@ def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
                 raise CoverageOverlap(f"{path}: bytes {start} to {stop} are claimed by writers {one} and {other}")
 
 
-_Row = dict[tuple[FieldKind, str], Value]
-
-
 # -- what optimizers hold per parameter --------------------------------------------------------------------------------
 
 
@@ -117,40 +115,22 @@ def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]
 
     Raises StructureConflict where two writers hold different values of one parameter.
     """
-    rows: dict[str, dict[tuple[str, str], _Row]] = {}
+    rows: dict[str, dict[Name, Row]] = {}
     for table in tables:
         of_item = rows.setdefault(table.item, {})
-        for place, parameter in enumerate(table.parameters):
-            row = {(f.kind, f.key): f.values[f.which[place]] for f in table.fields if f.which[place] >= 0}
+        for parameter, row in rows_of(table).items():
             known = of_item.setdefault(parameter, row)
             if known is not row and _digests(known) != _digests(row):
                 raise StructureConflict(_different(table.item, parameter, known, row))
-    return tuple(_table(item, of_item) for item, of_item in sorted(rows.items()))
+    return tuple(table_of(item, of_item) for item, of_item in sorted(rows.items()))
 
 
-def _different(item: str, parameter: tuple[str, str], one: _Row, other: _Row) -> str:
+def _different(item: str, parameter: tuple[str, str], one: Row, other: Row) -> str:
     mine, theirs = _digests(one), _digests(other)
     differing = [key for key in dict.fromkeys((*one, *other)) if mine.get(key) != theirs.get(key)]
     told = "; ".join(f"{key} ({kind}): {one.get((kind, key))!r} and {other.get((kind, key))!r}" for kind, key in differing[:4])
     return f"optimizer {item!r}: two ranks hold different settings of parameter {'/'.join(parameter)}: {told}"
 
 
-def _digests(row: _Row) -> dict[tuple[FieldKind, str], str]:
+def _digests(row: Row) -> dict[Key, str]:
     return {key: value_digest(value) for key, value in row.items()}
-
-
-def _table(item: str, rows: dict[tuple[str, str], _Row]) -> OptimizerTable:
-    parameters = tuple(sorted(rows))
-    keys = dict.fromkeys(key for parameter in parameters for key in rows[parameter])
-    fields = []
-    for kind, key in sorted(keys):
-        values: dict[str, tuple[int, Value]] = {}
-        which = []
-        for parameter in parameters:
-            if (kind, key) not in rows[parameter]:
-                which.append(-1)
-                continue
-            value = rows[parameter][kind, key]
-            which.append(values.setdefault(value_digest(value), (len(values), value))[0])
-        fields.append(Field(kind, key, tuple(value for _, value in values.values()), tuple(which)))
-    return OptimizerTable(item, parameters, tuple(fields))

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.convert.contents import Array, Contents, Name, Row
+from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.nodes import nbytes_of, resized
 from elastickpt.convert.reading import Reading, numbers
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import value_digest
 
 What = Literal["only in A", "only in B", "shape", "dtype", "values", "setting", "value"]

@@ -11,14 +11,13 @@ from elastickpt.convert.nodes import Node
 from elastickpt.errors import Refused
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.records import Field, FieldKind, Item, OptimizerTable
-from elastickpt.format.values import Value, value_digest
+from elastickpt.format.records import Item, OptimizerTable
+from elastickpt.format.tables import Name, Row, table_of
+from elastickpt.format.values import Value
 from elastickpt.language.scope import ConstantValue
 from elastickpt.language.tree import Let, Member, Names, Needs, Number, Order, Pattern, Program, Within
 
 MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
-Name = tuple[str, str]  # (item, parameter name)
-Row = dict[tuple[FieldKind, str], Value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +59,7 @@ class Contents:
 
     def tables(self) -> tuple[OptimizerTable, ...]:
         """The optimizers' rows as columns."""
-        return tuple(_table(item, rows) for item, rows in self.rows.items())
+        return tuple(table_of(item, rows) for item, rows in self.rows.items())
 
     def parameters(self) -> dict[Name, dict[str, Array]]:
         """(item, name) → its states."""
@@ -107,28 +106,6 @@ def _matches(identity: ArrayId, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(text, glob) for glob in globs for text in texts)
 
 
-def _table(item: str, rows: Mapping[Name, Row]) -> OptimizerTable:
-    names = tuple(sorted(rows))
-    keys = sorted({key for row in rows.values() for key in row})
-    fields = []
-    for kind, key in keys:
-        codes: dict[str, int] = {}
-        values: list[Value] = []
-        which = []
-        for name in names:
-            if (kind, key) not in rows[name]:
-                which.append(-1)
-                continue
-            value = rows[name][kind, key]
-            digest = value_digest(value)
-            if digest not in codes:
-                codes[digest] = len(values)
-                values.append(value)
-            which.append(codes[digest])
-        fields.append(Field(kind, key, tuple(values), tuple(which)))
-    return OptimizerTable(item, names, tuple(fields))
-
-
 def with_orders(program: Program, orders: Mapping[str, tuple[str, ...]]) -> Program:
     """The program with these orders written out, where they fit a text of the language."""
     known = {one.name for one in program.statements if isinstance(one, Order)}
@@ -148,14 +125,3 @@ def with_constants(program: Program, constants: Mapping[str, ConstantValue]) -> 
 
 def _spellable(names: tuple[str, ...]) -> bool:
     return sum(map(len, names)) < MAX_ORDER_LENGTH and not any('"' in name or "\n" in name for name in names)
-
-
-def rows_of(tables: Iterable[OptimizerTable]) -> dict[str, dict[Name, Row]]:
-    """What tables say, by optimizer and parameter."""
-    return {
-        table.item: {
-            name: {(f.kind, f.key): f.values[f.which[place]] for f in table.fields if f.which[place] >= 0}
-            for place, name in enumerate(table.parameters)
-        }
-        for table in tables
-    }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Laid, Name, Row, with_orders
+from elastickpt.convert.contents import Array, Contents, Laid, with_orders
 from elastickpt.convert.local_tensors import Local, local_ranks
 from elastickpt.convert.nodes import Agreement, Gathered, Share
 from elastickpt.convert.owners import Key, Owners
@@ -14,6 +14,7 @@ from elastickpt.errors import Refused, StructureConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, LocalName, NotCarried, StoredTensor
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import FieldKind, Item
+from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import ArrayValue, Value, value_digest
 from elastickpt.language import tree as t
 from elastickpt.language.held import lower

@@ -7,11 +7,12 @@ from dataclasses import replace
 from math import prod
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Name, Row
+from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.nodes import Cast, Mapped, Node, Term
 from elastickpt.errors import Refused
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import value_digest
 from elastickpt.language import tree as t
 from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, left_out, link, renamed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Name, Row
+from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.files import Delivery
 from elastickpt.convert.nodes import Mapped, Node, Term, resized
 from elastickpt.convert.options import Options
@@ -18,6 +18,7 @@ from elastickpt.foreign.listing import Group, NotCarried
 from elastickpt.foreign.megatron_plan import NewRank, plan_megatron_legacy
 from elastickpt.foreign.plain_values import CLASS
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name, Row
 from elastickpt.format.value_types import ArrayReference
 from elastickpt.format.values import value_digest
 from elastickpt.language import tree as t

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from elastickpt.convert.contents import Array, Contents, Laid, rows_of
+from elastickpt.convert.contents import Array, Contents, Laid
 from elastickpt.convert.nodes import Recorded
 from elastickpt.foreign.listing import NotCarried
+from elastickpt.format.tables import rows_of
 from elastickpt.language import tree as t
 from elastickpt.language.orders import written_names
 from elastickpt.language.parse import parse
@@ -28,7 +29,7 @@ def recorded_contents(opened: Opened) -> Contents:
     values = manifest.values if isinstance(manifest.values, dict) else {}
     return Contents(
         arrays=arrays,
-        rows=rows_of(tables),
+        rows={table.item: rows_of(table) for table in tables},
         values=dict(values),
         items=manifest.items,
         step=manifest.step,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from elastickpt.convert.contents import Contents, Name, Row
+from elastickpt.convert.contents import Contents
 from elastickpt.convert.files import Delivery
 from elastickpt.errors import Refused
 from elastickpt.foreign.assemble import NewArray, NewState, assemble
@@ -17,6 +17,7 @@ from elastickpt.foreign.plain_values import CLASS
 from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import value_digest
 
 

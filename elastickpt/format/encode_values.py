@@ -4,10 +4,11 @@ UCF-101..106]"""
 from __future__ import annotations
 
 import base64
+import struct
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from math import isfinite, isnan, prod
-from typing import Any
+from typing import Any, cast
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.canonical_json import dump, dump_sorted
@@ -228,9 +229,34 @@ def value_digest(value: Value, *, where: str = "") -> str:
     return file_digest(dump_sorted(_unordered(encode_value(value, where=where))).encode("ascii"))
 
 
+def typed_key(value: Value) -> Hashable:
+    """Equal for two values exactly when they have the same types and bits: 1 is not True, 0.0 is not -0.0, NaN is NaN.
+
+    The filling order of dicts does not count, that of an OrderedDict does.
+    """
+    kind = type(value)
+    if isinstance(value, float):
+        return (kind, struct.pack("<d", value))
+    if isinstance(value, complex):
+        return (kind, struct.pack("<dd", value.real, value.imag))
+    if isinstance(value, dict):
+        pairs = ((typed_key(key), typed_key(one)) for key, one in value.items())
+        made = getattr(value, "default_factory", None)
+        return (kind, made, frozenset(pairs) if kind is not OrderedDict else tuple(pairs))
+    if isinstance(value, NamedTupleValue):
+        return (kind, value.type, value.fields, tuple(typed_key(one) for one in value.values))
+    if isinstance(value, deque):
+        return (kind, value.maxlen, tuple(typed_key(one) for one in value))
+    if kind in (list, tuple):
+        return (kind, tuple(typed_key(one) for one in cast(Sequence[Value], value)))
+    if kind in (set, frozenset):
+        return (kind, frozenset(typed_key(one) for one in cast(Sequence[Value], value)))
+    return (kind, value)
+
+
 def values_equal(one: Value, other: Value) -> bool:
-    """True when both have the same types and bits: 1 is not True, 0.0 is not -0.0, NaN is NaN."""
-    return value_digest(one) == value_digest(other)
+    """True when both have the same types and bits, as `typed_key` has them."""
+    return one is other or typed_key(one) == typed_key(other)
 
 
 def encode_pointers(values: Value, *, where: str) -> dict[str, object]:

@@ -10,7 +10,7 @@ integer keys, NaN or integers beyond 2^53: those are objects with one member who
 from __future__ import annotations
 
 from elastickpt.format.decode_values import decode_pointers, decode_text, decode_value
-from elastickpt.format.encode_values import encode_pointers, encode_value, pointer_token, value_digest, values_equal
+from elastickpt.format.encode_values import encode_pointers, encode_value, pointer_token, typed_key, value_digest, values_equal
 from elastickpt.format.value_types import (
     FACTORIES,
     MAX_PLAIN_INT,
@@ -43,6 +43,7 @@ __all__ = [
     "encode_pointers",
     "encode_value",
     "pointer_token",
+    "typed_key",
     "value_digest",
     "values_equal",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elastickpt.format.records import Field, OptimizerTable
+from elastickpt.format.records import OptimizerTable
+from elastickpt.format.tables import without
 from elastickpt.saving.merge import SharedArray
 from elastickpt.training.held import LiveState
 
@@ -19,16 +20,4 @@ def own_tables(live: LiveState, shared: Sequence[SharedArray], *, rank: int) -> 
         for held, fact in zip(live.arrays, shared, strict=True)
         if held.spec.id.state == "value" and fact.documents != rank
     }
-    return tuple(found for table in live.tables if (found := _without(table, others)).parameters)
-
-
-def _without(table: OptimizerTable, others: set[tuple[str, str]]) -> OptimizerTable:
-    kept = [place for place, parameter in enumerate(table.parameters) if parameter not in others]
-    fields = []
-    for field in table.fields:
-        which = tuple(field.which[place] for place in kept)
-        used = sorted({value for value in which if value >= 0})
-        number = {old: new for new, old in enumerate(used)}
-        values = tuple(field.values[old] for old in used)
-        fields.append(Field(field.kind, field.key, values, tuple(number.get(value, -1) for value in which)))
-    return OptimizerTable(table.item, tuple(table.parameters[place] for place in kept), tuple(fields))
+    return tuple(found for table in live.tables if (found := without(table, others)).parameters)

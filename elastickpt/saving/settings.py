@@ -8,7 +8,8 @@ from typing import Any
 import numpy
 
 from elastickpt.errors import ReplicaConflict
-from elastickpt.format.records import OptimizerTable
+from elastickpt.format.records import Field, OptimizerTable
+from elastickpt.format.tables import Name, Row, rows_of
 from elastickpt.format.values import ArrayValue, Value, values_equal
 from elastickpt.saving.messages import TABLE_PREFIX
 
@@ -51,14 +52,11 @@ def _difference(one: Any, other: Any) -> tuple[str, ...] | None:
 _NONE = object()
 
 
-def _rows(table: Any) -> dict[tuple[str, ...], dict[tuple[str, str], Any]]:
+def _rows(table: Any) -> dict[Name, Row]:
+    """What `settings_of` made of a table, by parameter."""
     parameters, fields = table
-    found: dict[tuple[str, ...], dict[tuple[str, str], Any]] = {tuple(parameter): {} for parameter in parameters}
-    for kind, key, values, which in fields:
-        for parameter, code in zip(found, which, strict=True):
-            if code >= 0:
-                found[parameter][kind, key] = values[code]
-    return found
+    columns = tuple(Field(kind, key, tuple(values), tuple(which)) for kind, key, values, which in fields)
+    return rows_of(OptimizerTable("", tuple((item, name) for item, name in parameters), columns))
 
 
 def _told(found: tuple[str, ...], first: int, second: int) -> str:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from elastickpt.format.values import typed_key
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import RNG, streams
 from elastickpt.training.stateful import is_stateful
-from elastickpt.training.values import typed_key
 
 
 def fingerprint(state: Mapping[str, object]) -> dict[str, Hashable]:

@@ -14,12 +14,12 @@ from elastickpt.errors import CoverageGap, ReplicaConflict, StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.format.records import FieldKind, Item, OptimizerTable
-from elastickpt.format.values import Value
+from elastickpt.format.tables import Name
+from elastickpt.format.values import Value, typed_key
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.held import LiveState
 from elastickpt.training.listing import Binding, Listing
-from elastickpt.training.tables import Name, TableBuilder, TableView
-from elastickpt.training.values import typed_key
+from elastickpt.training.tables import TableBuilder, TableView
 
 _KINDS: tuple[FieldKind, ...] = ("hyper", "scalar", "schedule")
 

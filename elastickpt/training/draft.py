@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import ArrayReference, Value
+from elastickpt.format.values import ArrayReference, Value, typed_key
 from elastickpt.training.composites import SPARSE, composition_in, differing, require_indices
 from elastickpt.training.dtensors import Job, whole_id
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
@@ -16,7 +16,7 @@ from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities
 from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, Names
 from elastickpt.training.rng import Continuation
-from elastickpt.training.trees import mapped, typed_key
+from elastickpt.training.trees import mapped
 from elastickpt.training.values import array_value
 from elastickpt.training.versions import mark_changed
 

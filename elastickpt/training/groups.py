@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value
+from elastickpt.format.tables import Name
+from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value, typed_key
 from elastickpt.training.draft import Draft
 from elastickpt.training.elements import dtype_name
 from elastickpt.training.optimizer_columns import group_place, options_of
 from elastickpt.training.optimizer_parts import Prefix
 from elastickpt.training.stateful import bind_tree, copy_into
-from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
-from elastickpt.training.trees import token, typed_key
+from elastickpt.training.tables import Agreed, Disagreement, TableView
+from elastickpt.training.trees import token
 from elastickpt.training.values import member_of, shown
 
 _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))

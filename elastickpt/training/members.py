@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import LayoutUnsupported, StructureConflict
 from elastickpt.format.box import Box
+from elastickpt.format.tables import Name
 from elastickpt.training.dtensors import Placed, box_of, placed
 from elastickpt.training.held import HeldArray
 from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.loaded import is_loaded_instance
-from elastickpt.training.tables import Name
 
 _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name
 from elastickpt.format.values import Value
 from elastickpt.training.composites import Saved
 from elastickpt.training.draft import Draft
@@ -27,7 +28,7 @@ from elastickpt.training.optimizer_parts import Part, Prefix, parts_of
 from elastickpt.training.optimizers import Beside, entries_of
 from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
 from elastickpt.training.stateful import bind_tree
-from elastickpt.training.tables import Name, TableView
+from elastickpt.training.tables import TableView
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import shown
 

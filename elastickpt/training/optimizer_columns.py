@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name
 from elastickpt.format.values import ArrayReference, StateReference, Value
 from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import Job, hold, holders_of, placed
@@ -25,7 +26,7 @@ from elastickpt.training.optimizer_entries import Beyond, entry_place
 from elastickpt.training.optimizer_parts import NO_OPTION, Part
 from elastickpt.training.own import as_tensor, hold_own, is_large
 from elastickpt.training.stateful import hold_tree
-from elastickpt.training.tables import Name, TableBuilder
+from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import mapped, place_of, token
 from elastickpt.training.values import carried, carried_leaf, carried_option, scalar_values
 

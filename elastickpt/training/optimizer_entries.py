@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.values import Value
+from elastickpt.format.values import Value, values_equal
 from elastickpt.training.known_entries import Computed, Known, Path
 from elastickpt.training.known_memory import KnownMemory, tensors_in
 from elastickpt.training.members import Member, groups_of, states_of
 from elastickpt.training.optimizer_parts import NO_OPTION, Part
-from elastickpt.training.values import carried, place_of, typed_key
+from elastickpt.training.values import carried, place_of
 
 By = Literal["place", "group and place", "parameter"]
 
@@ -278,7 +278,7 @@ def _same(one: object, other: object) -> bool:
     if isinstance(one, (list, tuple)) and type(one) is type(other):
         return len(one) == len(other) and all(map(_same, one, other))
     try:
-        return typed_key(carried(one, "")) == typed_key(carried(other, ""))
+        return values_equal(carried(one, ""), carried(other, ""))
     except ValueNotCarried:
         return False
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from elastickpt.format.tables import Name
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job
 from elastickpt.training.entries import elements
@@ -46,7 +47,7 @@ from elastickpt.training.optimizer_parts import (
     prefixes_of,
 )
 from elastickpt.training.stateful import hold_tree
-from elastickpt.training.tables import Name, TableBuilder
+from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import place_of
 
 

@@ -19,7 +19,7 @@ import torch
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
-from elastickpt.format.values import ArrayReference, Value
+from elastickpt.format.values import ArrayReference, Value, typed_key
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import torch_dtype
@@ -32,7 +32,7 @@ from elastickpt.training.overrides import below, covering, own_state_dict, title
 from elastickpt.training.own_state import PER_RANK, VERSION
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
 from elastickpt.training.stateful import bind_tree
-from elastickpt.training.values import mapped, place_of, revived, shown, typed_key
+from elastickpt.training.values import mapped, place_of, revived, shown
 
 
 def bind_model(draft: Draft, model: HeldModule) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from elastickpt.format.arrays import Mesh
-from elastickpt.format.values import Value
+from elastickpt.format.values import Value, typed_key
 from elastickpt.training.containers import bind_container
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job
@@ -23,7 +23,7 @@ from elastickpt.training.perrank import PerRank, Reshardable
 from elastickpt.training.rng import continued, rederived
 from elastickpt.training.schedulers import bind_scheduler
 from elastickpt.training.stateful import bind_object, bind_tree, is_stateful
-from elastickpt.training.values import carried, place_of, revived, shown, typed_key
+from elastickpt.training.values import carried, place_of, revived, shown
 from elastickpt.training.zero import refuse_zero
 
 

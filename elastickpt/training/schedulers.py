@@ -21,15 +21,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.records import OptimizerTable
-from elastickpt.format.values import Value
+from elastickpt.format.tables import Name
+from elastickpt.format.values import Value, typed_key
 from elastickpt.training.draft import Draft
 from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.members import groups_of
 from elastickpt.training.optimizer_binding import BoundOptimizer
 from elastickpt.training.optimizers import HeldOptimizer
 from elastickpt.training.stateful import bind_tree
-from elastickpt.training.tables import Agreed, Disagreement, Name, TableView
-from elastickpt.training.values import carried, revived, token, typed_key
+from elastickpt.training.tables import Agreed, Disagreement, TableView
+from elastickpt.training.values import carried, revived, token
 
 # The lists of torch's schedulers that have an entry for each param group (format-v1, *Optimizer tables*).
 _TORCH_GROUP_LISTS = frozenset(("_last_lr", "base_lrs", "base_momentums", "lr_lambdas", "max_lrs", "max_momentums", "min_lrs"))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.tables import Name
 from elastickpt.format.values import ArrayReference, StateReference, Value
 from elastickpt.training.anew import tensor_anew
 from elastickpt.training.composites import Saved, is_composite, is_sparse
@@ -28,7 +29,6 @@ from elastickpt.training.optimizer_columns import DTENSOR, IN_STATE_DICT, PART, 
 from elastickpt.training.optimizer_parts import Prefix
 from elastickpt.training.state_anew import composite_state, fill_own, like_parameter, local_of, replicated_as
 from elastickpt.training.stateful import bind_tree
-from elastickpt.training.tables import Name
 from elastickpt.training.trees import holds_arrays, mapped, named_tuple_of, place_of, references
 from elastickpt.training.values import revived, revived_leaf, shown
 

@@ -16,7 +16,7 @@ import torch
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import ArrayReference, ArrayValue, Value
+from elastickpt.format.values import ArrayReference, ArrayValue, Value, typed_key
 from elastickpt.training.anew import referred_anew, shape_and_dtype
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
 from elastickpt.training.draft import Draft
@@ -32,7 +32,6 @@ from elastickpt.training.trees import (
     mapped,
     named_tuple_of,
     place_of,
-    typed_key,
 )
 from elastickpt.training.values import carried_leaf, revived_leaf, tensor_of
 

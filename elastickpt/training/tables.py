@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from elastickpt.format.records import Field, FieldKind, OptimizerTable
-from elastickpt.format.values import Value
-from elastickpt.training.values import typed_key
-
-Name = tuple[str, str]  # (model item, FQN)
-Key = tuple[FieldKind, str]
+from elastickpt.format.tables import Key, Name, Row, rows_of
+from elastickpt.format.values import Value, typed_key, values_equal
 
 
 class TableBuilder:
@@ -77,6 +74,10 @@ class TableView:
         """Its fields by (kind, key)."""
         return {(field.kind, field.key): field for field in self._table.fields}
 
+    @cached_property
+    def _by_name(self) -> Mapping[Name, Row]:
+        return rows_of(self._table)
+
     def has(self, name: Name) -> bool:
         """Whether the optimizer had this parameter."""
         return name in self._rows
@@ -87,9 +88,7 @@ class TableView:
 
     def of(self, kind: FieldKind, name: Name) -> dict[str, Value]:
         """All values of one kind that a parameter has."""
-        row = self._rows[name]
-        found = ((key, field) for (each, key), field in self.fields.items() if each == kind)
-        return {key: field.values[field.which[row]] for key, field in found if field.which[row] >= 0}
+        return {key: value for (each, key), value in self._by_name[name].items() if each == kind}
 
     def agreed(self, kind: FieldKind, key: str, names: Iterable[Name]) -> Agreed | Disagreement | None:
         """The one value of these parameters; None when none of them has one.
@@ -106,11 +105,6 @@ class TableView:
                 continue
             if first is None:
                 first = (name, code)
-            elif not _same(field.values[first[1]], field.values[code]):
+            elif not values_equal(field.values[first[1]], field.values[code]):
                 return Disagreement(first[0], name, (field.values[first[1]], field.values[code]))
         return None if first is None else Agreed(field.values[first[1]])
-
-
-def _same(one: Value, other: Value) -> bool:
-    # Equal codes are one object; tables merged from several ranks may hold an equal value twice.
-    return one is other or typed_key(one) == typed_key(other)

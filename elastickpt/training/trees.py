@@ -7,11 +7,10 @@ a subclass would come back as another type. `torch.Size` counts as tuple.
 
 from __future__ import annotations
 
-import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, TypeGuard, cast
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 
@@ -171,31 +170,6 @@ def named_tuple_of(value: NamedTupleValue, place: str) -> tuple[Any, ...]:
         )
     made: tuple[Any, ...] = tuple.__new__(kind, value.values)
     return made
-
-
-def typed_key(value: Value) -> Hashable:
-    """Equal for two values exactly when they have the same types and bits: 1 is not True, 0.0 is not -0.0, NaN is NaN.
-
-    The filling order of dicts does not count, that of an OrderedDict does.
-    """
-    kind = type(value)
-    if isinstance(value, float):
-        return (kind, struct.pack("<d", value))
-    if isinstance(value, complex):
-        return (kind, struct.pack("<dd", value.real, value.imag))
-    if isinstance(value, dict):
-        pairs = ((typed_key(key), typed_key(one)) for key, one in value.items())
-        made = getattr(value, "default_factory", None)
-        return (kind, made, frozenset(pairs) if kind is not OrderedDict else tuple(pairs))
-    if isinstance(value, NamedTupleValue):
-        return (kind, value.type, value.fields, tuple(typed_key(one) for one in value.values))
-    if isinstance(value, deque):
-        return (kind, value.maxlen, tuple(typed_key(one) for one in value))
-    if kind in (list, tuple):
-        return (kind, tuple(typed_key(one) for one in cast(Sequence[Value], value)))
-    if kind in _SETS:
-        return (kind, frozenset(typed_key(one) for one in cast(Sequence[Value], value)))
-    return (kind, value)
 
 
 def references(value: Value) -> Iterator[ArrayReference | StateReference]:

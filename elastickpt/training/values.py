@@ -29,7 +29,7 @@ from elastickpt.format.values import (
 )
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.strides import axis_order, in_order, numpy_in_order, order_of
-from elastickpt.training.trees import ATOMS, holds_arrays, mapped, named_tuple_of, place_of, token, type_name, typed_key
+from elastickpt.training.trees import ATOMS, holds_arrays, mapped, named_tuple_of, place_of, token, type_name
 
 __all__ = [
     "array_value",
@@ -44,7 +44,6 @@ __all__ = [
     "shown",
     "tensor_of",
     "token",
-    "typed_key",
 ]
 
 _TORCH = {name: getattr(torch, name) for name in DTYPES}

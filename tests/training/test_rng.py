@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from elastickpt.errors import Malformed
+from elastickpt.format.values import typed_key
 from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import Binding
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import RNG, streams
-from elastickpt.training.values import typed_key
 
 
 @pytest.fixture(autouse=True)

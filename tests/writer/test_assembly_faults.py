@@ -6,13 +6,13 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from msgspec.structs import replace
 from pathlib import Path
 from queue import SimpleQueue
 
 import msgpack
 import pytest
 import torch
+from msgspec.structs import replace
 from trainer import BOUND_S
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
