@@ -5,8 +5,8 @@
         def store(self, tmp_path):
             return MyStore(...)          # empty
 
-Where a store declares that it lacks a capability, the tests that need it demand CapabilityMissing by that name instead. A package
-registers its store by an entry point of the group `elastickpt.stores`: see `storage.opening`.
+Where a store declares that it lacks a capability, the tests that need it demand CapabilityMissing by that name instead. A
+package registers its store by an entry point of the group `elastickpt.stores`: see `storage.opening`.
 """
 
 from __future__ import annotations

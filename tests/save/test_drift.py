@@ -24,6 +24,7 @@ from elastickpt.saving.gather import DIGEST_NBYTES, range_digest
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.request import SHARES, Replicas, Request
 from elastickpt.saving.savers import saver_of
+from elastickpt.saving.structures import KNOWN
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 from elastickpt.writer.rounds import MIN_ARENA_NBYTES
@@ -541,9 +542,8 @@ def go_rounds(rank: int, world_size: int, root: str) -> dict[str, Any]:
         drifting, path = {"t": tensor}, f"{root}/{name}-async"
         sound = [tried(drifting, f"{path}-{n}", options=how)["error"] for n in range(2)]
         if name == "forgotten" and rank == 1:
-            plans = saver_of(job_group(None), how)._plans
-            for table in tuple(plans._known):
-                plans.forget(table)
+            for structure in KNOWN._all():
+                KNOWN.forget(saver_of(job_group(None), how), structure.table.digest)
         if rank == 1:
             tensor[-1] = 1.0
         drifted_one = tried(drifting, f"{path}-drifted", options=how)["error"]

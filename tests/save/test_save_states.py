@@ -206,8 +206,12 @@ def abort(scene: Scene) -> None:
     (writer,) = saver_of(job_group(None), scene.options)._writers._writers.values()
     assert isinstance(writer, ThreadWriter)
     assert writer._part is not None
-    (key,) = writer._part._assembly._open
-    writer._part._assembly.say(key, RankFailure(0, "no-space", "no space left on another device"))
+    assembly, until = writer._part._assembly, time.monotonic() + LIMIT_S
+    while not assembly._open:  # its thread enrols the attempt
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    (key,) = assembly._open
+    assembly.say(key, RankFailure(0, "no-space", "no space left on another device"))
 
 
 def _then(real: Callable[..., Any], call: Callable[[], object]) -> Callable[..., Any]:
