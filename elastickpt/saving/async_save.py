@@ -31,19 +31,40 @@ def async_save(
     replicas: Replicas = "owner",
     options: AsyncOptions = DEFAULT,
 ) -> SaveHandle:
-    """Takes a copy of `state` and returns; the checkpoint at `path` comes beside training. See `save` for the arguments.
+    """Takes a copy of `state` and returns; the checkpoint at `path` comes beside training.
 
-    On return host tensors may change; tensors of a GPU may be read but not changed before `SaveHandle.wait_staged`, for which
-    a step of any `torch.optim.Optimizer` waits by itself. The call blocks for the copy, for at most `stall_limit_s` until there
-    is memory for it, and for a pass over tensors that are to be compared with other ranks (a GPU does it by itself); the first
-    save of a structure, and one that goes in rounds, also until all ranks agreed on it, for at most `stall_limit_s` again.
+    On return host tensors may change. Tensors of a GPU may be read but not changed before `SaveHandle.wait_staged`, for
+    which a step of any `torch.optim.Optimizer` waits by itself. The call blocks for the copy, for at most `stall_limit_s`
+    until there is memory for it, and for a pass over tensors that are to be compared with other ranks (a GPU does it by
+    itself); the first save of a structure, and one that goes in rounds, also until all ranks agreed on it, for at most
+    `stall_limit_s` again.
 
-    The writer has the save when the ranks agreed on it, some milliseconds after the call returned: what is staged is lost if
-    the process is killed before (its own end waits for that), and finished whatever becomes of it from then on.
+    The writer has the save when the ranks agreed on it, some milliseconds after the call returned: what is staged is lost
+    if the process is killed before (its own end waits for that), and finished whatever becomes of it from then on.
 
-    Every rank of the process group (default: all) must call it with the same arguments, and in the same order as other saves.
-    Raises Refused for a process that is not in the group, and after the end of its savers; whatever else goes wrong, on any
-    rank, the handle says on all ranks.
+    Every rank of the process group must call it with the same arguments, and in the same order as other saves.
+
+    Args:
+        state: As for `save`.
+        path: As for `save`.
+        step: As for `save`.
+        process_group: As for `save`.
+        mesh: As for `save`.
+        placement: As for `save`.
+        durability: As for `save`.
+        replicas: As for `save`.
+        options: Memory, limits, and who writes; the same on all ranks.
+
+    Returns:
+        The save under way; what goes wrong in it the handle says, on all ranks alike.
+
+    Raises:
+        Refused: This process is not in the group, or its savers have ended.
+
+    Examples:
+        >>> handle = ek.async_save(state, "out/step-2000", step=2000)
+        >>> handle.result().step
+        2000
     """
     saver = saver_of(job_group(process_group), options)
     destination = PathDestination.of(path, step_of(step))

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A committed checkpoint at `path`, absolute or a URL. `nbytes` counts array bytes of all ranks; times in seconds, of
-    this rank.
+    """A committed checkpoint.
 
-    `attempt` identifies this try to write it; `notes` say what else was found or done (drafts swept or left). `stall_s` is how
-    long the call kept its caller: of a save that blocks all of it, of one beside training what staging took. A large state is
-    written while it is staged: `write_s` then begins within `stall_s`.
+    Attributes:
+        path: Absolute, or a URL.
+        step: As it was given.
+        attempt: Identifies this try to write it.
+        nbytes: Bytes of arrays of all ranks.
+        arrays: How many arrays.
+        plan_s: Seconds of this rank until it wrote; all times are this rank's.
+        write_s: Seconds that it wrote. A large state is written while it is staged: this then begins within `stall_s`.
+        commit_s: Seconds from then to the commit.
+        stall_s: How long the call kept its caller: a blocking save for all of it, one beside training while it staged.
+        notes: What else was found or done, such as drafts that were swept or left.
     """
 
     path: str

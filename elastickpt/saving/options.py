@@ -15,15 +15,28 @@ Executor = Literal["process", "thread"]
 
 @dataclass(frozen=True, slots=True)
 class AsyncOptions:
-    """Options of `async_save`; the same on all ranks. Raises Refused for values that mean nothing.
+    """How saves beside training go; the same on all ranks.
 
-    `arenas`: how many saves of a rank can be under way, each in host memory of its own. `arena_nbytes`: at most so much
-    memory each; what does not fit goes in rounds, of which all but the last keep the caller until they are written.
-    `stall_limit_s`: how long a call waits for a free arena, and for other ranks where it must; in vain, the save is skipped on
-    all ranks. `executor`: "process"
-    writes in a process of its own, which finishes what was staged even when this one ends; "thread" for stores that only this
-    process reaches. `copy_threads` stage. `niceness` and `io` lower the writer process's priority. `exit_limit_s`: how long
-    the end of this process waits for saves under way; then they are left to their writers.
+    Attributes:
+        arenas: How many saves of a rank can be under way, each in host memory of its own.
+        arena_nbytes: At most so much memory each; what does not fit goes in rounds, of which all but the last keep the
+            caller until they are written.
+        stall_limit_s: How long a call waits for a free arena, and for other ranks where it must; in vain, the save is
+            skipped on all ranks.
+        executor: "process" writes in a process of its own, which finishes what was staged even when this one ends; "thread"
+            is for stores that only this process reaches.
+        copy_threads: How many threads stage.
+        niceness: Lowers the writer process's priority for the processor, 0 to 19.
+        io: Its priority for the disk.
+        exit_limit_s: How long the end of this process waits for saves under way; then they are left to their writers.
+
+    Raises:
+        Refused: A value means nothing.
+
+    Examples:
+        >>> options = ek.AsyncOptions(arenas=2, stall_limit_s=3.0)
+        >>> ek.async_save(state, "out/step-2000", options=options).result().stall_s < 60
+        True
     """
 
     arenas: int = 1

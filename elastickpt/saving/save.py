@@ -52,25 +52,44 @@ def save(
     replicas: Replicas = "owner",
     wait_limit_s: float | None = None,
 ) -> CheckpointInfo:
-    """Saves `state` at `path`; on return the checkpoint exists there, whole and as durable as asked. Blocking.
+    """Saves `state`; on return the checkpoint exists at `path`, whole and as durable as asked. Blocking.
 
-    Every rank of the process group (default: all) must call it with the same path, step and options. `state` maps names to
-    modules, optimizers, schedulers, tensors, nested containers and plain values; it is not changed, and no training code
-    runs. `step` is the number of completed optimizer steps. `mesh` declares plain tensors to be replicas over its ranks.
-    Tensors of one name that nothing declares to be replicas (no DDP, placement or `mesh`) are compared in every save, for a
-    pass over their memory, and refused if they differ. Buffers of DDP and `fully_shard` may differ: the first rank's are saved;
-    where nothing keeps them equal, a note names those that do.
-    `durability`: "power" survives a power cut, "process" only the end of processes; a store that cannot promise "power" gives
-    "process", and a note says so. `replicas`: of what several ranks are declared to hold alike each byte is written by one of
-    them, "owner"; "verify" first compares all of it and refuses the save if some differs; "sample" compares another sixteenth
-    in each save, and a note names what differs.
-    `placement`: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else it refuses the
-    save by name, as "packed" is not built yet.
-    `wait_limit_s`: for how long ranks that come later are waited for while their processes live; without it as long as a
-    collective of the process group waits. After 10 s, and again, a warning names them.
+    Every rank of the process group must call it with the same path, step and options. `state` is not changed, and no
+    training code runs. Of what ranks are declared to hold alike (a placement, DDP, `mesh`) each byte is written by one of
+    them. Tensors of one name that nothing declares to be replicas are compared in every save, for a pass over their memory,
+    and refused if they differ. Buffers of DDP and `fully_shard` may differ: the first rank's are saved, and a note names
+    those that nothing keeps equal.
 
-    Raises, the same on every rank, with a `report` of all ranks that failed: Refused kinds (nothing was written),
-    StorageFailed kinds, RankLost, DeadlineExceeded. Unless the message says that it is committed, nothing stands at `path`.
+    Args:
+        state: Names to modules, optimizers, schedulers, tensors, nested containers and plain values; see the README's
+            table.
+        path: The folder or URL of the checkpoint; nothing may be there. Missing parents are made.
+        step: The number of completed optimizer steps, for people and for `load`.
+        process_group: Whose ranks save; by default all.
+        mesh: Ranks over which plain tensors are declared to be replicas.
+        placement: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else the save
+            is refused by name, as "packed" is not built yet.
+        durability: "power" survives a power cut, "process" only the end of processes. A store that cannot promise "power"
+            gives "process", and a note says so.
+        replicas: "owner" trusts what is declared; "verify" compares all of it first and refuses the save if some differs;
+            "sample" compares another sixteenth in each save, and a note names what differs.
+        wait_limit_s: For how many seconds ranks that come later are waited for while their processes live; by default as
+            long as a collective of the process group waits. After 10 s, and again, a warning names them.
+
+    Returns:
+        The checkpoint. Unless an error says that it is committed, nothing stands at `path` after one.
+
+    Raises:
+        Refused: `state` or an argument cannot be accepted; nothing was written. Its kinds say which.
+        StorageFailed: The store said no.
+        RanksFailed: Ranks failed, or are gone. All of these are the same on every rank, with a `report` of those that
+            failed.
+        DeadlineExceeded: Ranks did not come in time.
+
+    Examples:
+        >>> info = ek.save(state, "out/step-2000", step=2000)
+        >>> info.step, info.arrays
+        (2000, 2)
     """
     with collection_paused():
         require_limit("wait_limit_s", wait_limit_s)

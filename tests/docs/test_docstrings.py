@@ -21,20 +21,18 @@ FUNCTIONS |= {
 }
 FUNCTIONS["ek.elastic.load_alone"] = ek.elastic.load_alone
 CLASSES = {f"ek.{name}": getattr(ek, name) for name in ek.__all__ if inspect.isclass(getattr(ek, name))}
+OF_THE_LIBRARY = {("SaveHandle", "staging"), ("SaveHandle", "end")}  # what ends a save calls them
 WITHOUT_EXAMPLE = {"ek.AdoptReport", "ek.CheckpointInfo"}  # what functions with an example return
 
 
 def methods() -> Iterator[tuple[str, object]]:
-    for name in ("Run", "Checkpoint"):
+    for name in ("Run", "Checkpoint", "SaveHandle"):
         for attribute, value in vars(getattr(ek, name)).items():
-            if inspect.isfunction(value) and not attribute.startswith("_"):
+            if inspect.isfunction(value) and not attribute.startswith("_") and (name, attribute) not in OF_THE_LIBRARY:
                 yield f"ek.{name}.{attribute}", value
 
 
 METHODS = dict(methods())
-for later in ("ek.save", "ek.async_save", "ek.SaveHandle", "ek.AsyncOptions"):
-    FUNCTIONS.pop(later, None)
-    CLASSES.pop(later, None)
 
 
 def text_of(value: object) -> str:
