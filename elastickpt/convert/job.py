@@ -11,7 +11,7 @@ from pathlib import Path
 from elastickpt.convert.configs import config_files, constants_in, templates_for
 from elastickpt.convert.contents import Contents, selected, with_constants
 from elastickpt.convert.laid import lay
-from elastickpt.convert.names import apply_names
+from elastickpt.convert.names import apply_names, leads_to
 from elastickpt.convert.nodes import nbytes_of
 from elastickpt.convert.options import Options
 from elastickpt.convert.ranked_form import megatron_form
@@ -19,7 +19,7 @@ from elastickpt.convert.reading import Reading
 from elastickpt.convert.recorded import recorded_contents
 from elastickpt.convert.refining import with_casts, with_masters, without_numbered
 from elastickpt.convert.saved_forms import Form, dcp_form, safetensors_form, torch_form, with_config
-from elastickpt.errors import Refused
+from elastickpt.errors import ProgramFault, Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.linked_store import open_linked
@@ -204,8 +204,21 @@ def prepare(options: Options, source: Source) -> Job:
         form = with_config(safetensors_form(contents, options.shard_nbytes), beside)
     elif target == "megatron-legacy":
         program = program_of(options.rules_out) if options.rules_out else _target_program(options, source)
-        form = megatron_form(contents, program, known, options)
+        try:
+            form = megatron_form(contents, program, known, options)
+        except ProgramFault as error:
+            raise _with_advice(error, options, contents, program) from None
     return Job(options, source, target, contents, form)
+
+
+def _with_advice(error: ProgramFault, options: Options, contents: Contents, program: t.Program) -> ProgramFault:
+    """The error; where the shipped program was taken because nobody named one, with what would do."""
+    if options.names or options.rules or options.rules_out or program.name != shipped_program("megatron").name:
+        return error
+    names = [name for _, name in contents.parameters()]
+    fitting = [name for name in name_maps() if leads_to(names_of(name), names, program)]
+    maps = " or ".join(f"--names {name}" for name in fitting) or "--names FILE"
+    return ProgramFault(f"{error.message}\nnothing here says how OUT lies: give {maps}, or --rules FILE")
 
 
 def _target_program(options: Options, source: Source) -> t.Program:

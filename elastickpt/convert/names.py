@@ -15,6 +15,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import value_digest
 from elastickpt.language import tree as t
+from elastickpt.language.patterns import known_names
 from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, left_out, link, renamed
 from elastickpt.language.rules import declared, needed
 from elastickpt.language.scope import ConstantValue
@@ -57,6 +58,15 @@ def apply_names(
         contents, arrays=arrays, rows=rows, tied=tuple(tied), orders=orders, not_carried=(*contents.not_carried, *lost)
     )
     return renewed, dict(scope.constants)
+
+
+def leads_to(program: t.Program, names: Sequence[str], target: t.Program) -> bool:
+    """Whether a map has these names, and makes those of another program of most of them."""
+    ones: dict[str, ConstantValue] = {need.name: 1 for need in needed(program) if need.default is None}
+    lines = fitting(equations(program, declared(program, ones)), names)
+    found = {name: renamed([one for one in lines if one.left.label is None] or lines, name) for name in names}
+    made = {("model", new) for name, new in found.items() if new is not None and new != name}
+    return len(made) * 2 > len(names) and known_names(target, made) * 2 > len(names)
 
 
 def _made_of(item: str, links: Sequence[Link], contents: Contents, program: t.Program) -> Iterator[Array]:

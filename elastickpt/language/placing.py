@@ -246,8 +246,9 @@ def _local_number(share: t.Factor, number: int, scope: Scope, at: Mapping[str, i
 
 
 def _check(rule: Rule, scope: Scope, array: NamedShape, held: Held) -> None:
-    """The program's whole shape must be the array's but for padding."""
+    """The program's whole shape must be the array's but for padding, and true sizes that both know the same."""
     true = array.true or array.shape
     wanted = held.true or held.whole
-    if len(held.whole) != len(array.shape) or (wanted != true and held.whole != array.shape):
+    fits = wanted == true or (held.whole == array.shape and (held.true is None or array.true is None))
+    if len(held.whole) != len(array.shape) or not fits:
         raise scope.fault(f"array {array.name!r}: expected shape {wanted} by the program, found {true}", rule.at)

@@ -257,6 +257,9 @@ class _Resolving:
         if outer is not None:
             pattern, whole = joined(outer.pattern, pattern), joined(outer.whole, whole)
             clauses, path = (*outer.clauses, *clauses), outer.path
+            for name, at in ((pattern, line.pattern.at), (whole, (line.whole or line.pattern).at)):
+                if len({hole.name for hole in name.holes}) < len(name.holes):
+                    raise self._scope.fault("a hole stands twice: inside a block a name stands behind that of the block", at)
         path = (*path, (line.at.line, tuple(hole.name for hole in line.pattern.holes)))
         own: tuple[t.Factor, ...] | str = () if line.dims is None else line.dims
         rule = Rule(containers, pattern, whole, own, self._mesh, clauses, path, line.at)

@@ -79,6 +79,7 @@ def test_texts(text: str, said: str, below: str) -> None:
         ("in x\n    a", {}, "expected dimensions", "a"),
         ("in x\n    a  h\n        b  h", {}, "a block has no dimensions", "a"),
         ("in x\n    a as b.{e}  h", {}, "{e} is neither a hole", "{e}"),
+        ("in x\n    l.{i}.\n        w as l.{i}.v  h", {}, "a hole stands twice: inside a block", "l.{i}.v"),
         ("a h -> b h", {}, "a map stands in a program", "a"),
         ("in x\n    a  h -> b h", {}, "a map stands in a program", "a"),
     ],
