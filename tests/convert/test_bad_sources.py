@@ -1,4 +1,4 @@
-"""Sources that are not what they say: each a typed error with its exit code, and nothing at OUT. [CLI-60, CLI-64, LANG-14, LANG-24]"""
+"""Sources that are not what they say: typed errors with their exit codes, nothing at OUT. [CLI-60, CLI-64, LANG-14, LANG-24]"""
 
 from __future__ import annotations
 
