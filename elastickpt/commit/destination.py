@@ -139,24 +139,27 @@ class _Path:
 class RunDestination:
     """A step of a run, whose root the store is: its register is the commit. `holding` is member 0's claim, None on others;
     `epoch` that of the job, on all of them; `refused` why this rank's part of the save cannot be accepted, which all ranks are
-    to hear."""
+    to hear; `step` is None where that is why."""
 
     store: Store
     holding: Holding | None
-    step: int
+    step: int | None
     epoch: int
     metrics: Metrics = ()
     refused: Refused | None = None
 
     @property
     def place(self) -> str:
-        return f"{self.store.url}, step {self.step} of epoch {self.epoch}"
+        step = "a step that is no number" if self.step is None else f"step {self.step}"
+        return f"{self.store.url}, {step} of epoch {self.epoch}"
 
     def require_accepted(self) -> None:
         if self.refused is not None:
             raise self.refused
 
     def locate(self) -> Located:
+        if self.step is None:
+            raise Refused(f"{self.place}: expected the number of completed steps")
         return _Step(self.store, self.holding, self.step, self.metrics)
 
 

@@ -130,12 +130,10 @@ def load(
     that the content of `state` is now undefined.
     """
     with collection_paused():
-        require_limit("wait_limit_s", wait_limit_s)
         group = job_group(process_group)
         team = team_of(group)
         team.enter(Call(f"load of {os.fspath(path)}", *group.limit(wait_limit_s)))
-        loading = _Load(group, team, path, strict, verify)
-        return loading.run(state, mesh)
+        return _Load(group, team, path, strict, verify, wait_limit_s).run(state, mesh)
 
 
 def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, strict: Strict = "missing") -> LoadReport:
@@ -148,8 +146,17 @@ def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, str
 class _Load:
     """One call of `load` on one rank: check together, read, install together."""
 
-    def __init__(self, group: Group, team: Team, path: str | os.PathLike[str], strict: Strict, verify: Verify) -> None:
+    def __init__(
+        self,
+        group: Group,
+        team: Team,
+        path: str | os.PathLike[str],
+        strict: Strict,
+        verify: Verify,
+        wait_limit_s: float | None = None,
+    ) -> None:
         self.group, self.team, self.path, self.strict, self.verify = group, team, path, strict, verify
+        self.wait_limit_s = wait_limit_s
         self.told: list[str] = []  # on member 0: notes of all ranks
 
     def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> LoadReport:
@@ -182,6 +189,7 @@ class _Load:
         ids: set[ArrayId] = set()
 
         def compare() -> Meant:
+            require_limit("wait_limit_s", self.wait_limit_s)
             if self.strict not in get_args(Strict) or self.verify not in get_args(Verify):
                 raise Refused(
                     f"strict {self.strict!r}, verify {self.verify!r}: expected one of {get_args(Strict)}, {get_args(Verify)}"

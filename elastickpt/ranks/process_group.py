@@ -11,6 +11,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from elastickpt.errors import DeadlineExceeded, Refused, fault
+from elastickpt.ranks.team import is_limit
 
 NO_STORE = "the process that keeps it is gone, often that of rank 0, or cannot be reached"
 
@@ -72,8 +73,11 @@ class Group:
         return max(known, default=distributed_c10d.default_pg_timeout.total_seconds())
 
     def limit(self, wait_limit_s: float | None) -> tuple[float, str]:
-        """For how long others are waited for, and what a user changes to have it otherwise."""
-        if wait_limit_s is not None:
+        """For how long others are waited for, and what a user changes to have it otherwise.
+
+        What is no limit counts as none: the call's first round refuses it, on all ranks alike.
+        """
+        if wait_limit_s is not None and is_limit(wait_limit_s):
             return wait_limit_s, "wait_limit_s"
         return self.timeout_s, "the process group's timeout, as no wait_limit_s was given"
 

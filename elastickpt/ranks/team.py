@@ -43,11 +43,14 @@ class Call:
     number: int = 0
 
 
+def is_limit(value: object) -> bool:
+    """Whether it says for how long to wait: seconds, a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and value > 0
+
+
 def require_limit(name: str, value: object) -> None:
-    """Raises Refused for what is no limit of a wait: seconds, a finite number above 0, or None for the default."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isfinite(value) and value > 0):
+    """Raises Refused for what is no limit of a wait, nor None for the default."""
+    if value is not None and not is_limit(value):
         raise Refused(f"{name}={value!r}: expected seconds, a finite number above 0, or None for the process group's timeout")
 
 

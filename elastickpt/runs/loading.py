@@ -76,12 +76,13 @@ def load(
         >>> ek.load({"model": model}, "runs/llama@latest", strict="missing").step
         900
     """
-    require_limit("wait_limit_s", wait_limit_s)
     group = job_group(process_group)
     team = team_of(group)
     team.enter(Call(f"load of {os.fspath(path)}", *group.limit(wait_limit_s)))
 
-    folder = CHOOSE.ask(team, lambda: None, lambda _: folder_of(path, step=step, epoch=epoch))
+    folder = CHOOSE.ask(
+        team, lambda: require_limit("wait_limit_s", wait_limit_s), lambda _: folder_of(path, step=step, epoch=epoch)
+    )
     chosen = place_of(path, folder, step=step) if folder else path
     return load_folder(
         state, chosen, process_group=process_group, mesh=mesh, strict=strict, verify=verify, wait_limit_s=wait_limit_s

@@ -71,6 +71,6 @@ class RunOptions:
             raise Refused(f"RunOptions orphans_s={self.orphans_s!r}: expected seconds from 0 on")
         require_limit("RunOptions wait_limit_s", self.wait_limit_s)
 
-    def request(self, place: str, step: int) -> Request:
+    def request(self, place: str, step: int | None) -> Request:
         """What a run asks of a save at `place`."""
         return Request(place, step, self.placement, self.durability, self.replicas)

@@ -126,6 +126,7 @@ class Run:
         self._superseded: Superseded | None = None
         self._last: CheckpointInfo | None = None
         self._ending = False
+        self._told_whose_metrics = False
         self._closed = False
         self._owner = os.getpid()
         _OPEN.add(self)
@@ -264,7 +265,7 @@ class Run:
             raise Refused(f"{self.root}: expected restore() before the first save, which says where the run goes on")
         if self._superseded is not None:
             raise self._superseded
-        number, known, refused = 0, metrics_of(()), None
+        number, known, refused = None, metrics_of(()), None
         try:
             number = step_number(step)
             known = metrics_of((metrics or {}).items())
@@ -275,12 +276,12 @@ class Run:
         destination = RunDestination(self._store, self._holding, number, self._epoch, known, refused)
         request = self._options.request(destination.place, number)
         handle = self._saver.save(state, destination, request, mesh=self._mesh)
-        if refused is not None:
-            raise refused
+        if refused is not None or number is None:
+            raise refused or Refused(f"{destination.place}: expected the number of completed steps")
         with self._changing:
             self._under_way.add(handle)
-        staged, epoch = time.monotonic(), self._epoch
-        handle.add_done_callback(lambda ended: self._ended(ended, (number, epoch), begun, staged))
+        staged, about = time.monotonic(), (number, self._epoch)
+        handle.add_done_callback(lambda ended: self._ended(ended, about, begun, staged))
         return handle
 
     def add_metrics(self, step: SupportsIndex, metrics: Mapping[str, SupportsFloat]) -> None:
@@ -289,7 +290,7 @@ class Run:
 
         Args:
             step: The step of the checkpoint.
-            metrics: Rank 0's count; of one name the last one holds.
+            metrics: Rank 0's count, another rank's are named in its log once; of one name the last one holds.
 
         Raises:
             Refused: What is no number.
@@ -298,6 +299,10 @@ class Run:
         number, known = step_number(step), metrics_of(metrics.items())
         if self._member == 0:
             self._upkeep.add_metrics(number, dict(known))
+        elif not self._told_whose_metrics:
+            self._told_whose_metrics = True
+            rank, first = self._group.rank, self._group.ranks[0]
+            log.warning("%s: metrics added on rank %d are ignored: those of rank %d count", self.root, rank, first)
 
     def close(self, *, limit_s: float | None = None) -> None:
         """Ends the job's part in the run. Blocking: saves under way are waited for, then left to their writers.

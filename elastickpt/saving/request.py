@@ -8,6 +8,7 @@ from typing import Literal, SupportsIndex, cast, get_args
 from elastickpt.errors import PlacementUnsupported, Refused
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.scalars import as_integer, described
+from elastickpt.ranks.team import require_limit
 from elastickpt.storage.store import Durability
 
 PlacementChoice = Literal["auto", "plain"]
@@ -24,6 +25,7 @@ class Request:
     placement: PlacementChoice = "auto"
     durability: Durability = "power"
     replicas: Replicas = "owner"
+    wait_limit_s: float | None = None
 
     @property
     def compares_replicas(self) -> bool:
@@ -38,6 +40,7 @@ class Request:
 
     def require_known(self) -> None:
         """Raises Refused kinds for what no caller that passes a type checker asks for, by name."""
+        require_limit("wait_limit_s", self.wait_limit_s)
         if not self.path:
             raise Refused("path '': expected a folder to be made, found an empty text")
         if self.placement not in get_args(PlacementChoice):

@@ -16,7 +16,7 @@ from elastickpt.commit.outcome import commit
 from elastickpt.errors import RanksFailed
 from elastickpt.ranks.process_group import Group, job_group
 from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Call, Team, require_limit
+from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.teams import team_of
 from elastickpt.saving.agree import Offer
 from elastickpt.saving.info import CheckpointInfo
@@ -92,11 +92,11 @@ def save(
         (2000, 2)
     """
     with collection_paused():
-        require_limit("wait_limit_s", wait_limit_s)
         group = job_group(process_group)
         team = team_of(group)
         team.enter(Call(f"save to {os.fspath(path)}", *group.limit(wait_limit_s)))
-        return save_with(team, group, Request(os.fspath(path), step_of(step), placement, durability, replicas), state, mesh)
+        request = Request(os.fspath(path), step_of(step), placement, durability, replicas, wait_limit_s)
+        return save_with(team, group, request, state, mesh)
 
 
 def save_with(

@@ -537,12 +537,15 @@ def test_a_path_from_home_leads_there(
     assert (work / "~" / "kept" / "checkpoint.json").exists()
 
 
-@pytest.mark.parametrize(("step", "metrics", "place"), [("two", {}, 0), (2, {"loss": torch.ones(2)}, 2)])
+@pytest.mark.parametrize(
+    ("step", "metrics", "place"),
+    [("two", {}, "a step that is no number of epoch 1"), (2, {"loss": torch.ones(2)}, "step 2 of epoch 1")],
+)
 def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
-    tmp_path: Path, training: Training, caplog: pytest.LogCaptureFixture, step: object, metrics: dict[str, object], place: int
+    tmp_path: Path, training: Training, caplog: pytest.LogCaptureFixture, step: object, metrics: dict[str, object], place: str
 ) -> None:
     """Saves follow each other at once: one to the same step is still under way."""
-    taken = f"{tmp_path.as_uri()}/run, step {place} of epoch 1"
+    taken = f"{tmp_path.as_uri()}/run, {place}"
     with ek.Run(tmp_path / "run", training.state, options=OPTIONS) as run:
         run.restore()
         destination.take_place(taken)
@@ -555,5 +558,5 @@ def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
         finally:
             destination.leave_place(taken)
     (said,) = [line for record in caplog.records if "not saved" in (line := record.getMessage())]
-    assert f"step {place} of epoch 1: not saved" in said
+    assert f"{place}: not saved" in said
     assert str(refused.value) in said

@@ -96,7 +96,7 @@ def gives_metrics(rank: int, world_size: int, root: str) -> tuple[str, str, list
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("elastickpt.saving.beside").addHandler(handler)
+    logging.getLogger("elastickpt").addHandler(handler)
     model = model_of(0)
     with ek.Run(root, {"model": model}, options=OPTIONS) as run:
         run.restore()
@@ -107,6 +107,8 @@ def gives_metrics(rank: int, world_size: int, root: str) -> tuple[str, str, list
                 run.save(given[0], metrics=given[1]).result(BOUND_S)  # type: ignore[arg-type]
             errors.append(str(refused.value))
         run.save(3, metrics={"loss": 0.5, "mine": 1.0} if rank else {"loss": torch.tensor(0.25)}).result(BOUND_S)
+        for later in ({"later": rank + 1.0}, {"last": 2}):
+            run.add_metrics(3, later)
     return errors[0], errors[1], heard
 
 
@@ -118,11 +120,14 @@ def test_what_is_no_number_on_one_rank_is_refused_on_all(tmp_path: Path) -> None
         assert "expected" in error
         assert "a Tensor of shape (2,)" in error or "float32" in error
     assert [line for line in first[2] if "ignored" in line] == []
-    (said,) = [line for line in second[2] if "ignored" in line]
+    said, added = (line for line in second[2] if "ignored" in line)
     assert "mine" in said
     assert "loss" not in said
+    assert added.endswith("metrics added on rank 1 are ignored: those of rank 0 count")
+    assert [line for line in (*first[2], *second[2]) if "step 0" in line] == []
+    assert [line for line in second[2] if "a step that is no number of epoch 1: not saved" in line]
     (entry,) = history(root)
-    assert (entry.step, dict(entry.metrics)) == (3, {"loss": 0.25})
+    assert (entry.step, dict(entry.metrics)) == (3, {"loss": 0.25, "later": 1.0, "last": 2.0})
 
 
 def loads_a_run(rank: int, world_size: int, root: str) -> list[int | None]:

@@ -86,6 +86,34 @@ def test_every_call_after_a_rank_died_fails_at_once_and_says_who_is_lost(victim:
     assert sorted(path.name for path in tmp_path.iterdir() if ".draft-" not in path.name) == ["together"]
 
 
+# -- a limit that is none ----------------------------------------------------------------------------------------------
+
+
+def limits_that_are_none(rank: int, world_size: int, root: str, wrong: int) -> list[Told]:
+    """One rank gives a limit that is none, in the first call of the group and in later ones; then all do as they should."""
+    limit = -1.0 if rank == wrong else None
+    first = told(lambda: ek.save(state(), f"{root}/a", wait_limit_s=limit))
+    ek.save(state(), f"{root}/a")
+    return [
+        first,
+        told(lambda: ek.save(state(), f"{root}/b", wait_limit_s=limit)),
+        told(lambda: ek.load(state(), f"{root}/a", wait_limit_s=limit)),
+        told(lambda: ek.load(state(), f"{root}/a")),
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_limit_that_is_none_on_one_rank_is_refused_on_all(wrong: int, tmp_path: Path) -> None:
+    for outcome in run_ranks(limits_that_are_none, 2, str(tmp_path), wrong):
+        *refused, (kind, _, _) = outcome
+        assert kind == ""
+        for kind, message, ranks in refused:
+            assert (kind, ranks) == ("refused", (wrong,))
+            assert "wait_limit_s=-1.0: expected seconds" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
 # -- a call that one rank makes alone --------------------------------------------------------------------------------------
 
 
