@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -158,7 +158,13 @@ class Draft:
             own = self.of_writer(self.job.rank)
             return (own[place],) if place in own else ()
         saved = self.of_all_writers(place)
-        return (saved[0],) if len({typed_key(one) for one in saved}) == 1 else ()
+        return (saved[0],) if saved and self.is_one(saved) else ()
+
+    def is_one(self, values: Sequence[Value]) -> bool:
+        """Whether values of ranks are the same, the contents of the arrays beside them too, which are read if need be."""
+        if len(values) == 1:
+            return True
+        return len({typed_key(self.with_contents(one)) for one in values}) == 1
 
     def finished(self) -> Binding:
         """The Binding; its `install` does what was added, entry by entry, in order."""

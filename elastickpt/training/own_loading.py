@@ -19,7 +19,7 @@ import torch
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
-from elastickpt.format.values import ArrayReference, Value, typed_key
+from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import torch_dtype
@@ -81,7 +81,7 @@ def of_ranks(draft: Draft, place: str, what: str) -> tuple[Value, ...]:
         saved = draft.of_all_writers(place)
     if not saved:
         draft.missing(place, f"the {what}")
-    elif len(saved) > 1 and len({typed_key(draft.with_contents(value)) for value in saved}) > 1:
+    elif not draft.is_one(saved):
         draft.differs(
             place,
             "value",
@@ -173,6 +173,7 @@ class _OwnLoading:
             elif draft.listing.same_layout and name not in self._key_of and own not in draft.of_writer(draft.job.rank):
                 draft.places.add(place)  # another rank's: a stage's, say
             else:
+                draft.places.add(place)
                 for found in of_ranks(draft, own, f"entry {name!r} of the model's own state dict"):
                     yield key, (place, found)
 
