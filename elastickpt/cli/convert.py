@@ -85,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from elastickpt.convert.engine import carry_out
-    from elastickpt.convert.job import open_source, prepare, shown_program
+    from elastickpt.convert.job import open_source, prepare, read_scalar, shown_program, unread_scalar
     from elastickpt.language.printer import print_program
 
     options = options_of(args)
-    source = open_source(options)
+    source = open_source(options, scalar=unread_scalar if args.dry_run else read_scalar)
     job = prepare(options, source)
     if args.show_rules:
         program = shown_program(job)
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
         _report(args, job, None)
         return DONE
     with byte_bar(args.out, shown=sys.stderr.isatty() and not args.quiet) as progress:
-        done = carry_out(job, progress=progress)
+        done = carry_out(job, progress=progress, say=lambda text: None if args.quiet else say(f"note: {printable(text)}"))
     _report(args, job, done)
     return DONE
 
@@ -188,7 +188,8 @@ def _json(args: argparse.Namespace, job: Job, done: Done | None) -> dict[str, ob
         "dry_run": done is None,
         "step": job.contents.step,
         "nbytes": job.nbytes,
-        "said": list(job.source.contents.said),
+        "resumed": done.resumed if done else 0,
+        "said": [*job.source.contents.said, *(done.said if done else ())],
         "notes": list(done.notes) if done else [],
         "not_carried": [{"name": one.name, "reason": one.reason} for one in job.not_carried],
         "arrays": [

@@ -40,6 +40,9 @@ from elastickpt.ranks.processes import process_fields, process_start
 from elastickpt.storage.store import Store
 
 CONTENTS = "draft.contents"  # what another committer needs, while the draft is one [SAVE-85]
+CONVERSION = "draft.conversion"  # what a conversion is, which goes on from the draft if it is interrupted [CLI-67]
+JOURNAL = "draft.journal"  # and what is done of it
+LEFTOVERS = (DRAFT_TOKEN, CONTENTS, CONVERSION, JOURNAL)  # what is only in a draft [SAVE-22, SAVE-85]
 ABORTED = ".aborted"
 MAX_TOKEN_NBYTES = 4096
 _NAME = re.compile(
@@ -79,6 +82,18 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftFound:
+    """A draft beside a path. `why`: why it may still be in use, None when nobody can write it, for certain. `resumable`: a
+    conversion was interrupted, which the same command takes up. [CLI-67]"""
+
+    folder: str
+    attempt: str
+    why: str | None
+    lives: bool
+    resumable: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SweepReport:
     """Drafts found beside the path: removed ones, and those whose owner may live (folder → why it was left)."""
 
@@ -86,9 +101,9 @@ class SweepReport:
     left: tuple[tuple[str, str], ...]
 
 
-def new_draft(name: str, *, pid: int) -> Draft:
-    """A draft of `name` owned by process `pid` of this host; nothing is created yet."""
-    attempt = secrets.token_hex(8)
+def new_draft(name: str, *, pid: int, attempt: str | None = None) -> Draft:
+    """A draft of `name` owned by process `pid` of this host, of a new attempt unless one is given; nothing is created yet."""
+    attempt = attempt or secrets.token_hex(8)
     return Draft(name, f".{_short(name)}.draft-{_host_word()}-{pid}-{process_start(pid) or 0}-{attempt}", attempt)
 
 
@@ -196,10 +211,10 @@ def abort(store: Store, draft: Draft) -> None:
     Raises nothing: it runs while another error is on its way.
     """
     _UNDER_WAY.discard(draft.attempt)
-    _remove(store, draft.folder)
+    remove_draft(store, draft.folder)
 
 
-def _remove(store: Store, folder: str) -> CheckpointError | None:
+def remove_draft(store: Store, folder: str) -> CheckpointError | None:
     """A draft is no more, under its own name first: a writer that still runs then finds no folder to write into, and cannot
     bring it back. What prevented that, if anything did: a draft is no checkpoint in any case."""
     aborted = folder.removesuffix(ABORTED) + ABORTED
@@ -217,26 +232,52 @@ def ended(draft: Draft) -> None:
     _UNDER_WAY.discard(draft.attempt)
 
 
+def drafts_of(store: Store, name: str) -> tuple[DraftFound, ...]:
+    """The drafts of `name` beside it, aborted ones too."""
+    working = marked(store.url)
+    found = []
+    for entry in store.entries(""):
+        match = _NAME.fullmatch(entry.name)
+        if match is None or match["name"] != _short(name) or entry.kind != "directory":
+            continue
+        why = "a writer of this host still works on it" if match["attempt"] in working else _why_left(match)
+        lives = why is not None and match["host"] == _host_word()
+        resumable = not entry.name.endswith(ABORTED) and store.exists(f"{entry.name}/{CONVERSION}")
+        found.append(DraftFound(entry.name, match["attempt"], why, lives, resumable))
+    return tuple(found)
+
+
 def sweep(store: Store, name: str) -> SweepReport:
     """Removes drafts of `name` that nobody writes any more, as far as this host can prove it, and names the others. [SAVE-24]
 
     Those are drafts of processes that are gone, and of this process but of attempts that it has ended; not those that a writer
-    finishes for a process that is gone.
+    finishes for a process that is gone, nor those of a conversion, which goes on from there.
     """
     removed: list[str] = []
     left: list[tuple[str, str]] = []
-    working = marked(store.url)
-    for entry in store.entries(""):
-        found = _NAME.fullmatch(entry.name)
-        if found is None or found["name"] != _short(name) or entry.kind != "directory":
-            continue
-        why = "a writer of this host still works on it" if found["attempt"] in working else _why_left(found)
-        failed = None if why else _remove(store, entry.name)
+    for found in drafts_of(store, name):
+        why = found.why
+        if why is None and found.resumable:
+            why = "a conversion was interrupted there, and the same command goes on from it"
+        failed = None if why else remove_draft(store, found.folder)
         if why or failed:
-            left.append((entry.name, why or f"nobody writes it any more, but it cannot be removed: {failed}"))
+            left.append((found.folder, why or f"nobody writes it any more, but it cannot be removed: {failed}"))
         else:
-            removed.append(entry.name)
+            removed.append(found.folder)
     return SweepReport(tuple(removed), tuple(left))
+
+
+def take_up(store: Store, found: DraftFound, name: str, *, pid: int) -> Draft:
+    """The draft of a process that is gone is this one's from now on, with all that it holds; the attempt stays the same.
+
+    Of several that try only one succeeds: MissingFile for the others. Raises StorageFailed kinds.
+    """
+    draft = new_draft(name, pid=pid, attempt=found.attempt)
+    store.rename(found.folder, draft.folder)
+    _UNDER_WAY.add(draft.attempt)
+    store.remove(draft.path(DRAFT_TOKEN))
+    store.create(draft.path(DRAFT_TOKEN), _token(draft))
+    return draft
 
 
 def _why_left(draft: re.Match[str]) -> str | None:

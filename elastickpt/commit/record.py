@@ -13,7 +13,7 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import read_attested
 from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents, parts_of
-from elastickpt.commit.draft import CONTENTS
+from elastickpt.commit.draft import LEFTOVERS
 from elastickpt.commit.prove import ProofMemory, merge_tables, prove, require_distinct_ranges
 from elastickpt.errors import Uncommitted
 from elastickpt.format.digest import file_digest
@@ -21,7 +21,7 @@ from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest, manifest_in
 from elastickpt.format.features import OWN_ENTRIES, features_used, has_own_entries
-from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST, index_file
+from elastickpt.format.keys import MANIFEST, index_file
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import (
     ArrayRecord,
@@ -93,7 +93,7 @@ def write_records(store: Store, attempt: Attempt, contents: Contents, files: Seq
     )
     data = encode_manifest(manifest)
     completing(store)(attempt.path(MANIFEST), data)
-    for leftover in (DRAFT_TOKEN, CONTENTS):  # [SAVE-22, SAVE-85]
+    for leftover in LEFTOVERS:
         store.remove(attempt.path(leftover))
     if attempt.durability == "power":
         many = len(created) >= SYNC_TREE_FILES or len(proven.arrays) > SYNC_TREE_ARRAYS

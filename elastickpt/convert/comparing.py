@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.nodes import nbytes_of, resized
-from elastickpt.convert.reading import Reading, numbers
+from elastickpt.convert.reading import Reading
+from elastickpt.convert.words import numbers
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import value_digest
@@ -99,6 +100,8 @@ def _arrays(identity: ArrayId, a: Side, b: Side) -> Iterator[Difference]:
         side.reading.expect([node])
         words.append(side.reading.words(node))
     yield from _bits(str(identity), one.node.dtype, shapes[0], words)
+    for side, some in zip((a, b), words, strict=True):
+        side.reading.buffers.give_back(some)
 
 
 def _bits(name: str, dtype: str, shape: tuple[int, ...], words: list[NDArray[Any]]) -> Iterator[Difference]:

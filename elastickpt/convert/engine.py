@@ -1,120 +1,175 @@
-"""Carries out conversions: array by array, each read once, at most one with its parts in memory.
+"""Carries out conversions: array by array, each read once; what is read is written while the next is read.
 
-With several workers each decides the same conversion and does its share; worker 0 commits what all have written.
+With several workers each decides the same conversion and does its share; worker 0 commits what all have written. What an
+interrupted one has done is not done again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from numpy.typing import NDArray
 
 from elastickpt.commit.draft import Draft
-from elastickpt.convert.files import Delivery, FilesTarget, words_of
-from elastickpt.convert.job import Job, open_source, prepare, require_unchanged
-from elastickpt.convert.nodes import Node, leaves, nbytes_of
-from elastickpt.convert.options import Options
-from elastickpt.convert.saved_forms import Form
+from elastickpt.convert.buffers import SPARE_NBYTES, Buffers
+from elastickpt.convert.described import description_of
+from elastickpt.convert.files import FilesTarget
+from elastickpt.convert.job import Job, require_unchanged
+from elastickpt.convert.nodes import Node, leaves, nbytes_of, working_nbytes
+from elastickpt.convert.place import Place
 from elastickpt.convert.universal import UniversalTarget
+from elastickpt.convert.words import Words
 from elastickpt.convert.workers import helpers, shares
-from elastickpt.format.records import FileDigest
 
+THREADS = 3  # that write: one copies and hashes while others wait for the device
 Progress = Callable[[int, int], None]
 Tell = Callable[[int], None]
-Written = tuple[FileDigest | None, dict[str, int], tuple[str, ...]]  # attestation, checksums of slots, notes
+Notes = tuple[str, ...]
 _K = TypeVar("_K")
+
+
+class Target(Protocol):
+    """What is written, as tasks: of each the node that is evaluated for it, the bytes that it writes, and those that it leaves
+    to the journal."""
+
+    nodes: tuple[Node, ...]
+    nbytes: tuple[int, ...]
+    left: tuple[int, ...]
+
+    def prepare(self, place: Place) -> None: ...
+
+    def open(self, place: Place, buffers: Buffers, *, worker: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def phase(self, task: int) -> int: ...
+
+    def beside(self, task: int) -> int: ...
+
+    def put(self, task: int, words: NDArray[Any]) -> bytes: ...
+
+    def adopt(self, task: int, left: bytes) -> None: ...
+
+    def written(self) -> Any: ...
+
+    def commit(self, answers: Sequence[Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a conversion did. `notes`: what differed between ranks and was let pass."""
+    """What a conversion did. `notes`: what differed between ranks and was let pass. `resumed`: arrays that an interrupted one
+    had done; `said`: what was found of one."""
 
     arrays: int
     nbytes: int
-    notes: tuple[str, ...]
+    notes: Notes
+    resumed: int = 0
+    said: Notes = ()
 
 
-def carry_out(job: Job, *, progress: Progress = lambda done, total: None) -> Done:
-    """Reads, maps and writes; on return the output exists, whole and durable. Blocking.
+def carry_out(
+    job: Job, *, progress: Progress = lambda done, total: None, say: Callable[[str], None] = lambda text: None
+) -> Done:
+    """Reads, maps and writes; on return the output exists, whole and durable. Blocking. `say` is told at once what was found of
+    an interrupted conversion.
 
-    After an error nothing stands at OUT.
+    After an error nothing stands at OUT. After an interrupt, or the end of a worker, neither; the draft stays beside it, and
+    the same conversion goes on from there.
     """
-    total, done = job.nbytes, [0]
-
-    def tell(nbytes: int) -> None:
-        done[0] += nbytes
-        progress(done[0], total)
-
+    target = target_of(job)
     try:
-        return _universal(job, tell) if job.form is None else _files(job, job.form, tell)
+        with Place(job.options.out, description_of(job, target.describe()), target.left) as place:
+            target.prepare(place)
+            for text in place.said:
+                say(text)
+            for task, left in place.done.items():
+                target.adopt(task, left)
+            tell = _Teller(progress, total=sum(n for task, n in enumerate(target.nbytes) if task not in place.done))
+            with helpers(partial(_help, job, place.draft, place.done), job.options.workers - 1, tell) as others:
+
+                def told(nbytes: int) -> None:
+                    others.require()
+                    tell(nbytes)
+
+                written, notes = _work(job, target, place, 0, place.done, told)
+                answers = others.answers()
+            require_unchanged(job.source)
+            target.commit([written, *(one for one, _ in answers)])
     finally:
         job.source.reading.close()
+    every = (*notes, *(note for _, some in answers for note in some))
+    return Done(job.arrays, job.nbytes, every, len(place.done), tuple(place.said))
 
 
-def _universal(job: Job, tell: Tell) -> Done:
-    with UniversalTarget(job.options.out, job.contents) as target:
-        arguments = [(job.options, worker, target.draft) for worker in range(1, job.options.workers)]
-        with helpers(_help, arguments, tell) as others:
-            own, notes = _arrays(job, target, 0, tell)
-            answers: list[Written] = others.answers()
-        require_unchanged(job.source)
-        target.commit([own, *(attested for attested, _, _ in answers if attested is not None)])
-    return Done(len(job.contents.arrays), job.nbytes, (*notes, *(note for _, _, some in answers for note in some)))
+def target_of(job: Job) -> UniversalTarget | FilesTarget:
+    """What a conversion writes, nothing of it begun."""
+    return UniversalTarget(job.contents) if job.form is None else FilesTarget(job.form)
 
 
-def _arrays(job: Job, target: UniversalTarget, worker: int, tell: Tell) -> tuple[FileDigest, tuple[str, ...]]:
+def _help(job: Job, draft: Draft, done: Collection[int], worker: int, tell: Tell) -> tuple[Any, Notes]:
+    """What one helper does, in a process of its own."""
+    target = target_of(job)
+    return _work(job, target, Place.joined(job.options.out, draft, target.left), worker, done, tell)
+
+
+def _work(job: Job, target: Target, place: Place, worker: int, done: Collection[int], tell: Tell) -> tuple[Any, Notes]:
+    """Does a worker's share of what is not done: what it has written, durable; and notes."""
     reading = job.source.reading
-    tasks = units([(identity, array.node) for identity, array in job.contents.arrays.items()])
-    with _Behind(1) as behind:
-        for unit in _share(tasks, job, worker):
-            reading.expect([node for _, node in unit])
-            for identity, node in unit:
-                behind.give(partial(target.put, identity, reading.words(node)))
-                tell(nbytes_of(node))
-    return target.attest(), tuple(reading.notes)
+    buffers = reading.buffers
+    tasks = [(task, node) for task, node in enumerate(target.nodes) if task not in done]
+    buffers.limit_nbytes = 2 * max((nbytes_of(node) for node in target.nodes), default=0) + SPARE_NBYTES
+    target.open(place, buffers, worker=worker)
+    try:
+        with _Behind(buffers.limit_nbytes) as behind:
+            for unit in _share(units(tasks), job.options.workers, worker):
+                reading.expect([node for _, node in unit])
+                for task, node in unit:
+                    behind.make_room(working_nbytes(node))
+                    said = len(reading.notes)
+                    words = reading.words(node, target.phase(task))
+                    noted = place if len(reading.notes) == said else None  # what says something is done, and said, anew
+                    finish = partial(_finish, target, noted, buffers, task, words, tell)
+                    behind.give(nbytes_of(node) + target.beside(task), finish)
+        return target.written(), tuple(reading.notes)
+    finally:
+        target.close()
 
 
-def _files(job: Job, form: Form, tell: Tell) -> Done:
-    with FilesTarget(job.options.out, form.plans, single=form.single) as target:
-        arguments = [(job.options, worker, target.draft) for worker in range(1, job.options.workers)]
-        with helpers(_help, arguments, tell) as others:
-            notes = _slots(job, form, target, 0, tell)
-            answers: list[Written] = others.answers()
-        require_unchanged(job.source)
-        target.commit([checksums for _, checksums, _ in answers])
-    return Done(len(form.deliveries), job.nbytes, (*notes, *(note for _, _, some in answers for note in some)))
+def _finish(target: Target, noted: Place | None, buffers: Buffers, task: int, words: Words, tell: Tell) -> None:
+    """Writes what was read."""
+    left = target.put(task, words)
+    buffers.give_back(words)
+    if noted is not None:
+        noted.note(task, left)
+    tell(target.nbytes[task])
 
 
-def _slots(job: Job, form: Form, target: FilesTarget, worker: int, tell: Tell) -> tuple[str, ...]:
-    reading = job.source.reading
-    nodes: dict[int, list[Delivery]] = {}
-    for delivery in form.deliveries:
-        nodes.setdefault(id(delivery.node), []).append(delivery)
-    with _Behind(1 if target.shares_files else 0) as behind:
-        for unit in _share(units([(some, some[0].node) for some in nodes.values()]), job, worker):
-            reading.expect([node for _, node in unit])
-            for deliveries, node in unit:
-                behind.give(partial(_deliver, target, deliveries, reading.words(node)))
-                tell(sum(delivery.nbytes for delivery in deliveries))
-    return tuple(reading.notes)
+class _Teller:
+    """Tells how far the work is, of all workers together."""
 
+    def __init__(self, progress: Progress, *, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+        self._lock = threading.Lock()
 
-def _deliver(target: FilesTarget, deliveries: Sequence[Delivery], words: NDArray[Any]) -> None:
-    for delivery in deliveries:
-        target.put(delivery.key, words_of(delivery, words))
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._progress(self._done, self._total)
 
 
 class _Behind:
-    """Work that a thread does while the next array is read: one piece at a time, in order; with no threads, at once."""
+    """Work that threads do while the next arrays are read, as long as all together needs no more than so many bytes."""
 
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="elastickpt-convert") if threads else None
-        self._last: Future[None] | None = None
+    def __init__(self, limit_nbytes: int) -> None:
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-convert")
+        self._limit_nbytes = limit_nbytes
+        self._under_way: dict[Future[None], int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -122,45 +177,29 @@ class _Behind:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._settle()
+                self.make_room(self._limit_nbytes)
         finally:
-            if self._pool is not None:
-                self._pool.shutdown(wait=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def give(self, work: Callable[[], None]) -> None:
-        """Begins the work once all before it is done. Raises what that raised."""
-        if self._pool is None:
-            work()
-            return
-        self._settle()
-        self._last = self._pool.submit(work)
+    def make_room(self, nbytes: int) -> None:
+        """Waits until so many more bytes fit, or nothing is under way. Raises what the work raised."""
+        while True:
+            for one in [one for one in self._under_way if one.done()]:
+                del self._under_way[one]
+                one.result()
+            if not self._under_way or sum(self._under_way.values()) + nbytes <= self._limit_nbytes:
+                return
+            wait(self._under_way, return_when=FIRST_COMPLETED)
 
-    def _settle(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-
-def _help(options: Options, worker: int, draft: Draft, tell: Tell) -> Written:
-    """What one helper does, in a process of its own."""
-    source = open_source(options)
-    job = prepare(options, source)
-    try:
-        if job.form is None:
-            target = UniversalTarget.joined(options.out, job.contents, draft, worker)
-            attested, notes = _arrays(job, target, worker, tell)
-            return attested, {}, notes
-        files = FilesTarget.joined(options.out, job.form.plans, draft)
-        notes = _slots(job, job.form, files, worker, tell)
-        return None, files.checksums(), notes
-    finally:
-        source.reading.close()
+    def give(self, nbytes: int, work: Callable[[], None]) -> None:
+        """Begins work that needs so many bytes until it is done."""
+        self._under_way[self._pool.submit(work)] = nbytes
 
 
-def _share(tasks: Sequence[list[tuple[_K, Node]]], job: Job, worker: int) -> list[list[tuple[_K, Node]]]:
+def _share(units_: Sequence[list[tuple[_K, Node]]], workers: int, worker: int) -> list[list[tuple[_K, Node]]]:
     """The units of one worker."""
-    sizes = [sum(nbytes_of(node) for _, node in unit) for unit in tasks]
-    return [tasks[number] for number in shares(sizes, job.options.workers)[worker]]
+    sizes = [sum(nbytes_of(node) for _, node in unit) for unit in units_]
+    return [units_[number] for number in shares(sizes, workers)[worker]]
 
 
 def units(tasks: Sequence[tuple[_K, Node]]) -> list[list[tuple[_K, Node]]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from elastickpt.convert.configs import config_files, constants_in, templates_for
@@ -23,7 +24,8 @@ from elastickpt.errors import ProgramFault, Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.linked_store import open_linked
-from elastickpt.foreign.listing import ForeignCheckpoint, Format, NotCarried
+from elastickpt.foreign.listing import ForeignCheckpoint, Format, NotCarried, StoredTensor
+from elastickpt.format.keys import MANIFEST
 from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
 from elastickpt.language.patterns import known_names
@@ -32,7 +34,8 @@ from elastickpt.language.rules import axes_of
 from elastickpt.language.shelf import config_text, name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.loading.opened import open_records
-from elastickpt.storage.opening import locate
+from elastickpt.storage.opening import locate, place_in
+from elastickpt.storage.store import stamp_of
 
 _PROGRAMS: Mapping[Format, tuple[str, ...]] = {"megatron-legacy": ("megatron", "megatron-lm")}
 
@@ -46,8 +49,8 @@ class Source:
     reading: Reading
     known: Mapping[str, object]  # constants, under the names of the files
     program: t.Program | None
-    folder: str | None = None
-    files: tuple[tuple[str, int], ...] = ()  # path, bytes
+    url: str
+    files: tuple[tuple[str, str], ...] = ()  # path, what tells whether the file was written since
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,11 @@ class Job:
         return (*self.contents.not_carried, *(self.form.not_carried if self.form else ()))
 
     @property
+    def arrays(self) -> int:
+        """Tensors that are written."""
+        return len(self.form.deliveries if self.form is not None else self.contents.arrays)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensors that are written."""
         if self.form is not None:
@@ -77,6 +85,13 @@ def shown_program(job: Job) -> t.Program | None:
     if job.source.format == "universal":
         return _target_program(job.options, job.source) if job.target == "megatron-legacy" else None
     return job.source.program
+
+
+def target_program(job: Job) -> t.Program | None:
+    """The program that lays OUT out; None where its format needs none."""
+    if job.target != "megatron-legacy":
+        return None
+    return program_of(job.options.rules_out) if job.options.rules_out else _target_program(job.options, job.source)
 
 
 def program_of(name: str) -> t.Program:
@@ -99,8 +114,21 @@ def _text_of(path: str) -> str:
         raise Refused(f"{path}: expected a file or the name of a shipped one ({', '.join(name_maps())}): {error}") from None
 
 
-def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes: None) -> Source:
-    """Opens SOURCE and lays it out by its program. Reads no tensor but 0-d states. Raises what readers and programs raise."""
+ReadScalar = Callable[[Reading, StoredTensor], bytes]
+
+
+def read_scalar(reading: Reading, stored: StoredTensor) -> bytes:
+    """A 0-d state of an optimizer, which stands in its table."""
+    return bytes(reading.stored(stored))
+
+
+def unread_scalar(reading: Reading, stored: StoredTensor) -> bytes:
+    """Zeros in its place, for a dry run, which reads no tensor. [CLI-62]"""
+    return bytes(stored.nbytes)
+
+
+def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Source:
+    """Opens SOURCE and lays it out by its program. Reads no tensor, but by `scalar`. Raises what readers and programs raise."""
     if options.source_format == "universal" or _is_universal(options.source):
         opened = open_records(options.source)
         contents = recorded_contents(opened)
@@ -108,27 +136,30 @@ def open_source(options: Options, *, read: Callable[[int], None] = lambda nbytes
         if contents.layout is not None:
             known.update(contents.layout.constants)
         program = contents.layout.program if contents.layout else None
-        return Source("universal", contents, Reading(opened=opened, read=read), known, program)
+        url = place_in(opened.store, opened.name)
+        return Source("universal", contents, Reading(opened=opened), known, program, url, _stamped(url, (MANIFEST,)))
     located = find_source(open_folder(options.source), options.source_format, options.step)
-    found = without_numbered(read_foreign(located), options.only, options.skip)
-    reading = Reading(store=open_linked(found.folder), read=read)
+    listed = read_foreign(located)
+    files = _stamped(listed.folder, (one.path for one in listed.files))
+    found = without_numbered(listed, options.only, options.skip)
+    reading = Reading(store=open_linked(found.folder))
     program = _source_program(options, found)
     given = {name: value for name, value in options.constants.items() if name in _needs(program)}
-    contents = lay(found, program, given, lambda stored: bytes(reading.stored(stored)))
+    contents = lay(found, program, given, partial(scalar, reading))
     known = {**found.constants, **(contents.layout.constants if contents.layout else {})}
-    files = tuple((one.path, one.nbytes) for one in found.files)
     return Source(found.format, contents, reading, known, program, found.folder, files)
 
 
+def _stamped(url: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    store = open_linked(url)
+    return tuple((path, stamp_of(store, path) if store.exists(path) else "absent") for path in paths)
+
+
 def require_unchanged(source: Source) -> None:
-    """Raises Refused if a file of the source has another size than when it was listed. [CLI-66]"""
-    if source.folder is None:
-        return
-    store = open_linked(source.folder)
-    for path, nbytes in source.files:
-        now = store.size(path) if store.exists(path) else None
-        if now != nbytes:
-            raise Refused(f"{path}: the source changed meanwhile: {nbytes} bytes when it was listed, {now} now")
+    """Raises Refused if a file of the source has another size or time than when it was listed. [CLI-66]"""
+    for (path, then), (_, now) in zip(source.files, _stamped(source.url, (path for path, _ in source.files)), strict=True):
+        if now != then:
+            raise Refused(f"{path}: the source changed meanwhile: {then} when it was listed, {now} now")
 
 
 def _is_universal(path: str) -> bool:

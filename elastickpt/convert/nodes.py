@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import prod
@@ -83,6 +84,11 @@ class Mapped:
     dtype: str
     terms: tuple[Term, ...]
 
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        """The arrays that it is made of, each once."""
+        return tuple(dict.fromkeys(term.source for term in self.terms))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cast:
@@ -103,12 +109,29 @@ def nbytes_of(node: Node) -> int:
     return prod(node.shape) * dtype_named(node.dtype).itemsize
 
 
+def visits(node: Node) -> Iterator[Gathered | Recorded]:
+    """The arrays in files that its evaluation needs, in order, one as often as it is needed."""
+    if isinstance(node, Gathered | Recorded):
+        yield node
+        return
+    for source in node.sources if isinstance(node, Mapped) else (node.source,):
+        yield from visits(source)
+
+
 def leaves(node: Node) -> tuple[Gathered | Recorded, ...]:
     """The arrays in files that it is made of, each once."""
-    if isinstance(node, Gathered | Recorded):
-        return (node,)
-    sources = [term.source for term in node.terms] if isinstance(node, Mapped) else [node.source]
-    return tuple(dict.fromkeys(leaf for source in sources for leaf in leaves(source)))
+    return tuple(dict.fromkeys(visits(node)))
+
+
+def working_nbytes(node: Node) -> int:
+    """Bytes of memory that its evaluation needs at one time."""
+    if isinstance(node, Recorded):
+        return nbytes_of(node)
+    if isinstance(node, Gathered):
+        item = dtype_named(node.dtype).itemsize
+        return nbytes_of(node) + max((prod(share.shape) * item for share in node.shares), default=0)
+    sources = node.sources if isinstance(node, Mapped) else (node.source,)
+    return nbytes_of(node) + max(map(working_nbytes, sources), default=0)
 
 
 def resized(node: Node, shape: tuple[int, ...]) -> Node:

@@ -8,10 +8,9 @@ from math import prod
 
 from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents
-from elastickpt.convert.files import Delivery
 from elastickpt.convert.nodes import Mapped, Node, Term, resized
 from elastickpt.convert.options import Options
-from elastickpt.convert.saved_forms import Form, optimizer_of
+from elastickpt.convert.saved_forms import Delivery, Form, optimizer_of
 from elastickpt.errors import Refused
 from elastickpt.foreign.file_plans import NewTensor
 from elastickpt.foreign.listing import Group, NotCarried

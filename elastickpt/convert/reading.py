@@ -7,101 +7,141 @@ time are in memory. What the files' content shows to be wrong with a program is 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from fractions import Fraction
 from math import prod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.convert.nodes import Cast, Gathered, Mapped, Node, Recorded, Share, leaves
-from elastickpt.errors import ReplicaConflict, Unsupported
+from elastickpt.convert.buffers import Buffers
+from elastickpt.convert.nodes import Cast, Gathered, Mapped, Node, Recorded, Share, nbytes_of, visits
+from elastickpt.convert.words import Words, as_words, cast_into, lattice, number, numbers, scale, word_type
+from elastickpt.errors import ReplicaConflict
 from elastickpt.foreign.listing import StoredTensor
-from elastickpt.foreign.tensor_bytes import read_tensor
+from elastickpt.foreign.tensor_bytes import read_tensor, read_tensor_into
 from elastickpt.format.box import Box
 from elastickpt.format.digest import file_digest
-from elastickpt.format.dtypes import dtype_named
 from elastickpt.language.faults import located
 from elastickpt.language.held import HeldPiece, Side
-from elastickpt.loading.fetch import fetch
+from elastickpt.loading.fetch import THREADS, carry_out
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.plan import Wanted
+from elastickpt.loading.plan import Wanted, plan_fetch
+from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import RangeReader, Store
 
-Words = NDArray[Any]
-_WORDS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
 OPEN_FILES = 64
+RANGE_NBYTES = 4 << 20  # of one read of several under way
 MAX_EQUAL_COUNT = 64  # elements up to which equal shares are taken for chance
 
 
 class Reading:
-    """Reads arrays of one source. `read` is told of bytes as they are read. `notes` collects what differed and was let pass."""
+    """Reads arrays of one source. `notes` collects what differed and was let pass.
+
+    What it gives lies in `buffers`, and is to be given back there once it is of no more use.
+    """
 
     def __init__(
         self,
         *,
         store: Store | None = None,
         opened: Opened | None = None,
-        read: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
-        self._store, self._opened, self._read = store, opened, read
+        self._store, self._opened = store, opened
         self._files: OrderedDict[str, RangeReader] = OrderedDict()
         self._kept: dict[int, Words] = {}
         self._uses: dict[int, int] = {}
+        self._threads: Pool | None = None  # that live as long as this: each has memory of its own
+        self.buffers = Buffers()
         self.notes: list[str] = []
 
     def expect(self, nodes: Iterable[Node]) -> None:
         """These nodes will be evaluated, in any order: leaves that several of them need are kept until the last one."""
+        for words in self._kept.values():
+            self.buffers.give_back(words)
         self._kept.clear()
         self._uses.clear()
         for node in nodes:
-            for leaf in leaves(node):
+            for leaf in visits(node):
                 self._uses[id(leaf)] = self._uses.get(id(leaf), 0) + 1
 
     def close(self) -> None:
         for reader in self._files.values():
             reader.close()
         self._files.clear()
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
 
-    def words(self, node: Node) -> Words:
-        """The array's words. Raises ProgramFault or ReplicaConflict where ranks contradict the program."""
-        found = self._words(node)
-        for leaf in leaves(node):
-            self._uses[id(leaf)] = left = self._uses.get(id(leaf), 1) - 1
-            if left <= 0:
-                self._kept.pop(id(leaf), None)
-        return found
+    def words(self, node: Node, phase: int = 0) -> Words:
+        """The array's words, in memory that begins `phase` bytes behind a page's begin where that is possible.
 
-    def _words(self, node: Node) -> Words:
+        Raises ProgramFault or ReplicaConflict where ranks contradict the program.
+        """
         if isinstance(node, Cast):
-            return cast_words(self._words(node.source), node.source.dtype, node.dtype)
+            source, made = self.words(node.source), self.take(node, phase)
+            cast_into(made, node.dtype, source, node.source.dtype)
+            self.buffers.give_back(source)
+            return made
         if isinstance(node, Mapped):
-            return self._mapped(node)
-        if id(node) in self._kept:
-            return self._kept[id(node)]
-        found = self._recorded(node) if isinstance(node, Recorded) else _Gathering(self, node).run()
-        if self._uses.get(id(node), 0) > 1:
+            return self._mapped(node, phase)
+        return self._leaf(node, phase)
+
+    def _leaf(self, node: Gathered | Recorded, phase: int) -> Words:
+        """A leaf is read when it is first needed, and kept as long as it was announced that it will be needed once more."""
+        found = self._kept.pop(id(node), None)
+        if found is None:
+            found = self._recorded(node, phase) if isinstance(node, Recorded) else _Gathering(self, node, phase).run()
+        left = self._uses.get(id(node), 1) - 1
+        self._uses[id(node)] = left
+        if left > 0:
             self._kept[id(node)] = found
+            self.buffers.hold(found)
         return found
 
-    def _mapped(self, node: Mapped) -> Words:
-        made = np.zeros(prod(node.shape), _word_type(node.dtype))
-        for term in node.terms:
-            lattice(made, term.extents, term.to)[...] = lattice(self._words(term.source), term.extents, term.at)
+    def _mapped(self, node: Mapped, phase: int) -> Words:
+        made = self.take(node, phase)
+        made[...] = 0
+        for source in node.sources:
+            words = self.words(source)
+            for term in node.terms:
+                if term.source is source:
+                    lattice(made, term.extents, term.to)[...] = lattice(words, term.extents, term.at)
+            self.buffers.give_back(words)
         return made
 
-    def _recorded(self, node: Recorded) -> Words:
+    def take(self, node: Node, phase: int = 0) -> Words:
+        """Memory for an array."""
+        return self.buffers.take(nbytes_of(node), phase).view(word_type(node.dtype))
+
+    def _recorded(self, node: Recorded, phase: int) -> Words:
         if self._opened is None:
             raise AssertionError("a node of a universal checkpoint without one")
-        words = np.empty(node.shape, _word_type(node.dtype))
-        fetch(self._opened, [Wanted(node.record, Box.whole(node.shape), words, cache="spare")])
-        self._read(words.nbytes)
-        return words.reshape(-1)
+        words = self.take(node, phase)
+        wanted = Wanted(node.record, Box.whole(node.shape), words.reshape(node.shape), cache="spare")
+        carry_out(self._opened, plan_fetch(self._opened, [wanted]), threads=self._pool())
+        return words
+
+    def _pool(self) -> Pool:
+        if self._threads is None:
+            self._threads = Pool("elastickpt-read", THREADS)
+        return self._threads
 
     def stored(self, tensor: StoredTensor) -> NDArray[np.uint8]:
-        """The bytes of a tensor in C order."""
+        """The bytes of a small tensor in C order, in memory of their own."""
+        return read_tensor(self._reader(tensor), tensor)
+
+    def fill(self, made: Words, tensor: StoredTensor) -> None:
+        """Fills words with a tensor's, in C order."""
+        reader, data = self._reader(tensor), made.view(np.uint8)
+        if tensor.contiguous and data.size > RANGE_NBYTES:
+            ranges = range(0, data.size, RANGE_NBYTES)
+            parts = [(tensor.start + at, data[at : at + RANGE_NBYTES].data) for at in ranges]
+            self._pool().share_out(parts, lambda part: reader.read_into(*part))
+        else:
+            read_tensor_into(reader, tensor, data)
+
+    def _reader(self, tensor: StoredTensor) -> RangeReader:
         if self._store is None:
             raise AssertionError("a node of files without a store")
         path = tensor.storage.file
@@ -109,62 +149,83 @@ class Reading:
         self._files[path] = reader
         while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)[1].close()
-        data = read_tensor(reader, tensor)
-        self._read(data.nbytes)
-        return data
+        return reader
 
 
 class _Gathering:
     """One array from the tensors of ranks."""
 
-    def __init__(self, reading: Reading, node: Gathered) -> None:
+    def __init__(self, reading: Reading, node: Gathered, phase: int) -> None:
         self._reading, self._node = reading, node
-        self._type = _word_type(node.dtype)
-        self._made: Words = np.empty(prod(node.shape), self._type)
+        self._type = word_type(node.dtype)
+        self._made = reading.take(node, phase)
         self._first: dict[HeldPiece, str] = {}
         self._digests: set[str] = set()
 
     def run(self) -> Words:
         node = self._node
         shares = node.shares
-        averaged = any(share.agreement == "average" for share in shares)
-        if averaged:
+        if any(share.agreement == "average" for share in shares):
             return self._averaged()
         several = node.divided and len({tuple(map(_key, share.pieces)) for share in shares}) > 1
+        if not several and _is_whole(shares[0], self._made.size):
+            self._fill(shares[0], self._made)
+            self._first[_key(shares[0].pieces[0])] = shares[0].where
+            shares = shares[1:]
         for share in shares:
-            local = self._local(share)
-            if several:
-                self._digests.add(file_digest(local.tobytes()) if local.size else "")
-            for piece in share.pieces:
-                if piece.count:
-                    self._put(share, piece, local)
+            self._add(share, several=several)
         if several and len(self._digests) == 1:
             self._refuse_equal()
         return self._made
 
-    def _local(self, share: Share) -> Words:
-        """The words of the local tensor; of one that feeds several arrays only those that go into this one are read."""
+    def _add(self, share: Share, *, several: bool) -> None:
+        local, first = self._local(share)
+        if several:
+            self._digests.add(file_digest(local.view(np.uint8).data) if local.size else "")
+        for piece in share.pieces:
+            if piece.count:
+                self._put(share, _moved(piece, first), local)
+        self._reading.buffers.give_back(local)
+
+    def _local(self, share: Share) -> tuple[Words, int]:
+        """The words of the local tensor from some element on; of one that feeds several arrays only those for this one."""
         first, stop = _span(share)
-        if stop - first < prod(share.shape) and len(share.parts) == 1 and _is_contiguous(share.parts[0][1]):
+        if stop - first < prod(share.shape) and len(share.parts) == 1 and share.parts[0][1].contiguous:
             stored = share.parts[0][1]
             part = replace(stored, offset=stored.offset + first, shape=(stop - first,), strides=(1,))
-            local = np.zeros(prod(share.shape), self._type)
-            local[first:stop] = self._reading.stored(part).view(self._type)
-        elif len(share.parts) == 1:
-            local = self._reading.stored(share.parts[0][1]).view(self._type)
+            local = self._take(stop - first)
+            self._reading.fill(local, part)
+            scale(local, self._node.dtype, share.divisor)
+            return local, first
+        local = self._take(prod(share.shape))
+        self._fill(share, local)
+        return local, 0
+
+    def _take(self, count: int) -> Words:
+        return self._reading.buffers.take(count * self._type.itemsize).view(self._type)
+
+    def _fill(self, share: Share, into: Words) -> None:
+        """All words of the local tensor."""
+        if len(share.parts) == 1:
+            self._reading.fill(into, share.parts[0][1])
         else:
-            whole = np.empty(share.shape, self._type)
+            whole = into.reshape(share.shape)
             for box, stored in share.parts:
-                if box.count:
-                    at = tuple(slice(low, high) for low, high in zip(box.start, box.stop, strict=True))
-                    whole[at] = self._reading.stored(stored).view(self._type).reshape(box.shape)
-            local = whole.reshape(-1)
-        return scaled_words(local, self._node.dtype, share.divisor)
+                if not box.count:
+                    continue
+                at = whole[tuple(slice(low, high) for low, high in zip(box.start, box.stop, strict=True))]
+                if at.flags.c_contiguous:
+                    self._reading.fill(at.reshape(-1), stored)
+                    continue
+                part = self._take(box.count)
+                self._reading.fill(part, stored)
+                at[...] = part.reshape(box.shape)
+                self._reading.buffers.give_back(part)
+        scale(into, self._node.dtype, share.divisor)
 
     def _put(self, share: Share, piece: HeldPiece, local: Words) -> None:
         into, found = lattice(self._made, piece.extents, piece.whole), lattice(local, piece.extents, piece.local)
-        key = _key(piece)
-        first = self._first.setdefault(key, share.where)
+        first = self._first.setdefault(_key(piece), share.where)
         if first == share.where:
             into[...] = found
         elif not np.array_equal(into, found):
@@ -198,17 +259,31 @@ class _Gathering:
         total = np.zeros(self._made.size, np.float64)
         counts: dict[HeldPiece, int] = {}
         for share in self._node.shares:
-            local = numbers(self._local(share), self._node.dtype).astype(np.float64)
+            local, first = self._local(share)
             for piece in share.pieces:
-                lattice(total, piece.extents, piece.whole)[...] += lattice(local, piece.extents, piece.local)
+                at = _moved(piece, first).local
+                into, found = lattice(total, piece.extents, piece.whole), lattice(local, piece.extents, at)
+                into[...] += numbers(found, self._node.dtype).astype(np.float64)
                 counts[_key(piece)] = counts.get(_key(piece), 0) + 1
+            self._reading.buffers.give_back(local)
         for piece, count in counts.items():
             lattice(total, piece.extents, piece.whole)[...] /= count
-        return as_words(total, self._node.dtype)
+        self._made[...] = as_words(total, self._node.dtype)
+        return self._made
 
 
 def _key(piece: HeldPiece) -> HeldPiece:
     return HeldPiece(piece.extents, piece.whole, Side(0, ()))
+
+
+def _moved(piece: HeldPiece, first: int) -> HeldPiece:
+    """The piece of a local tensor of which only the words from `first` on are there."""
+    return replace(piece, local=Side(piece.local.offset - first, piece.local.strides))
+
+
+def _is_whole(share: Share, count: int) -> bool:
+    """Whether the local tensor is the array, word for word."""
+    return len(share.pieces) == 1 and share.pieces[0].whole == share.pieces[0].local and share.pieces[0].count == count
 
 
 def _span(share: Share) -> tuple[int, int]:
@@ -218,73 +293,3 @@ def _span(share: Share) -> tuple[int, int]:
         return 0, 0
     ends = [p.local.offset + sum((n - 1) * s for n, s in zip(p.extents, p.local.strides, strict=True)) for p in needed]
     return min(piece.local.offset for piece in needed), max(ends) + 1
-
-
-def _is_contiguous(stored: StoredTensor) -> bool:
-    expected = 1
-    for extent, stride in zip(reversed(stored.shape), reversed(stored.strides), strict=True):
-        if extent != 1 and stride != expected:
-            return False
-        expected *= extent
-    return True
-
-
-def lattice(words: NDArray[Any], extents: tuple[int, ...], side: Side) -> NDArray[Any]:
-    """A view of flat words: element (k1, k2, ...) is at `side`. Raises AssertionError where it would leave them."""
-    last = side.offset + sum((n - 1) * s for n, s in zip(extents, side.strides, strict=True))
-    if 0 in extents:
-        return np.empty(extents, words.dtype)
-    if not 0 <= side.offset <= last < words.size:
-        raise AssertionError(f"a lattice {extents} at {side} in {words.size} words")
-    strides = tuple(stride * words.itemsize for stride in side.strides)
-    return np.ndarray(extents, words.dtype, words.data, side.offset * words.itemsize, strides)
-
-
-# -- words and numbers -------------------------------------------------------------------------------------------------
-
-
-def _word_type(dtype: str) -> np.dtype[Any]:
-    return np.dtype(_WORDS[dtype_named(dtype).itemsize])
-
-
-def number_type(dtype: str) -> np.dtype[Any]:
-    """numpy's type of that name, or ml_dtypes'."""
-    try:
-        return np.dtype(dtype)
-    except TypeError:
-        import ml_dtypes
-
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype))
-        return found
-
-
-def numbers(words: Words, dtype: str) -> NDArray[Any]:
-    return words.view(number_type(dtype))
-
-
-def as_words(values: NDArray[Any], dtype: str) -> Words:
-    """Numbers rounded to an element type, as its words."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = np.ascontiguousarray(values.astype(number_type(dtype)))
-    return rounded.reshape(-1).view(_word_type(dtype))
-
-
-def number(word: Any, dtype: str) -> object:
-    """One word as a number, for messages."""
-    value: object = np.asarray(word).reshape(1).view(number_type(dtype))[0].item()
-    return value
-
-
-def cast_words(words: Words, source: str, target: str) -> Words:
-    """Words of one element type as those of another, rounded as the types round. Raises Unsupported for bools."""
-    if "bool" in (source, target) and source != target:
-        raise Unsupported(f"a cast from {source} to {target}")
-    return words if source == target else as_words(numbers(words, source), target)
-
-
-def scaled_words(words: Words, dtype: str, divisor: Fraction) -> Words:
-    """What the whole has where this is stored divided: exact where the divisor is a power of two, else rounded once."""
-    if divisor == 1:
-        return words
-    values = numbers(words, dtype).astype(np.float64) * divisor.numerator / divisor.denominator
-    return as_words(values, dtype)

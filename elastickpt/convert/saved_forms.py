@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from elastickpt.convert.contents import Contents
-from elastickpt.convert.files import Delivery
+from elastickpt.convert.nodes import Node
 from elastickpt.errors import Refused
 from elastickpt.foreign.assemble import NewArray, NewState, assemble
 from elastickpt.foreign.dcp_plan import plan_dcp
@@ -17,8 +17,24 @@ from elastickpt.foreign.plain_values import CLASS
 from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.dtypes import dtype_named
 from elastickpt.format.tables import Name, Row
 from elastickpt.format.values import value_digest
+from elastickpt.language.held import HeldPiece
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What goes into one slot, by the slot's key: all of an array, or what a rank has of it."""
+
+    key: str
+    node: Node
+    pieces: tuple[HeldPiece, ...] | None  # None: the whole array as it is
+    count: int  # elements of the slot
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * dtype_named(self.node.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,22 +14,26 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import attest
 from elastickpt.commit.contents import Contents as Whole
 from elastickpt.commit.contents import Outline
-from elastickpt.commit.draft import Draft, abort, begin, new_draft, require_free, sweep
 from elastickpt.commit.outcome import commit
+from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.contents import Array, Contents
-from elastickpt.errors import NotDurable
+from elastickpt.convert.nodes import Node, nbytes_of
+from elastickpt.convert.place import Place
+from elastickpt.errors import PathOccupied
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
-from elastickpt.format.keys import array_keys, chunk_file
+from elastickpt.format.keys import MANIFEST, array_keys, chunk_file
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Frame, StoredFile, StoredPiece
 from elastickpt.format.release import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_nbytes, chunk_shape, runs_of
-from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Durability
-from elastickpt.writer.carry import Target, directories_of, unwatched, write_round
-from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPiece, WritePlan, documents_of
+from elastickpt.writer.carry import Target, blocks_of, directories_of, unwatched, write_round
+from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan, documents_of
 from elastickpt.writer.rounds import BLOCK_NBYTES, Slice, whole_pieces
 from elastickpt.writer.share import stored_pieces
+
+_CHECKSUM = np.dtype("<u8")
+_CHECKSUM_NBYTES = 8
 
 
 def records_of(arrays: Iterable[Array]) -> dict[ArrayId, ArrayRecord]:
@@ -50,80 +51,95 @@ def records_of(arrays: Iterable[Array]) -> dict[ArrayId, ArrayRecord]:
     return found
 
 
-@dataclass(slots=True)
-class _Written:
-    """What this writer has stored so far."""
-
-    files: list[StoredFile] = field(default_factory=list)
-    pieces: list[StoredPiece] = field(default_factory=list)
-    documents: list[str] = field(default_factory=list)
-
-
 class UniversalTarget:
-    """A universal checkpoint under way. As a context: an error, or no `commit`, leaves nothing at the path."""
+    """A universal checkpoint under way. A task is an array."""
 
-    def __init__(self, path: str, contents: Contents, *, durability: Durability = "power") -> None:
-        self._store, self._name = locate_for_saving(path)
-        require_free(self._store, self._name)
-        self._contents = contents
-        self.records = records_of(contents.arrays.values())
+    def __init__(self, contents: Contents, *, durability: Durability = "power") -> None:
+        self._contents, self._wanted = contents, durability
+        arrays = tuple(contents.arrays.values())
+        self.records = records_of(arrays)
+        self._ids = tuple(one.id for one in arrays)
         first: dict[tuple[str, str], ArrayId] = {}
         for one in self.records:
             if one.section == "params":
                 first.setdefault((one.item, one.name), one)
         self._heads = set(first.values())  # arrays with which the document of their parameter's group is written
-        able = self._store.capabilities.directory_sync
-        self._durability: Durability = durability if able else "process"
-        self.draft: Draft = new_draft(self._name, pid=os.getpid())
-        self._writer = 0
-        self._committed = False
-        self._written = _Written()
-
-    @classmethod
-    def joined(cls, path: str, contents: Contents, draft: Draft, writer: int) -> Self:
-        """Another writer of a draft that worker 0 has begun, and commits."""
-        found = cls(path, contents)
-        found.draft, found._writer = draft, writer
-        return found
-
-    def __enter__(self) -> Self:
-        sweep(self._store, self._name)
-        begin(self._store, self.draft, sections={one.section for one in self.records})
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._committed:
-            abort(self._store, self.draft)
-
-    def put(self, identity: ArrayId, words: NDArray[Any]) -> None:
-        """Stores one array: `words` are its elements in C order. Blocking."""
-        record = self.records[identity]
-        plan = self._plan(record)
-        target = Target(self._store, self.draft.folder, "none", unwatched)  # all is made durable at once, at the end
-        documents = documents_of(plan, [record])
-        source = _InMemory(plan, record, words)
-        checksums = write_round(target, plan, documents, whole_pieces(plan.files), source, create=self._store.create)
-        self._written.documents.extend(document.path for document in documents)
-        first = len(self._written.files)
-        self._written.files.extend(StoredFile(0, file.path, file.nbytes) for file in plan.files)
-        self._written.pieces.extend(_moved(piece, first) for piece in stored_pieces(plan, checksums))
-
-    def attest(self) -> FileDigest:
-        """All that this writer stored is durable, and it says so. Blocking."""
-        self._make_durable()
-        written = FragmentMap(
-            self._writer,
-            self.draft.attempt,
-            BLOCK_NBYTES,
-            tuple(self._written.files),
-            tuple(sorted(self._written.pieces, key=lambda piece: piece.array)),
-            self._contents.tables() if self._writer == 0 else (),
+        self._plans = tuple(self._plan(self.records[one]) for one in self._ids)
+        self.nodes: tuple[Node, ...] = tuple(one.node for one in arrays)
+        self.nbytes = tuple(map(nbytes_of, self.nodes))
+        self.left = tuple(
+            _CHECKSUM_NBYTES * sum(blocks_of(piece.run.nbytes) for file in plan.files for piece in file.pieces)
+            for plan in self._plans
         )
-        return attest(self._store, self.draft, written, durability=self._durability)
+        self._written: dict[int, bytes] = {}
+
+    def describe(self) -> Iterator[object]:
+        """All that decides where bytes go."""
+        for one in self.records.values():
+            yield one.key, str(one.spec.id), one.spec.shape, one.spec.dtype, one.chunk_shape, repr(one.attributes)
+
+    def prepare(self, place: Place) -> None:
+        """The draft is as every worker expects it. Blocking."""
+        for section in sorted({one.section for one in self.records}):
+            place.store.make_directories(place.draft.path(section))
+        for entry in place.store.entries(place.draft.folder):  # records of an interrupted commit
+            if entry.kind == "file" and (entry.name == MANIFEST or entry.name.endswith(".msgpack")):
+                place.store.remove(place.draft.path(entry.name))
+
+    def open(self, place: Place, buffers: Buffers, *, worker: int) -> None:
+        """Tasks are done there from now on. Blocking."""
+        self._place, self._worker = place, worker
+        store = place.store
+        self._durability: Durability = self._wanted if store.capabilities.directory_sync else "process"
+        self._target = Target(store, place.draft.folder, "none", unwatched)  # all is made durable at once, at the end
+
+    def close(self) -> None:
+        """Nothing is open between tasks."""
+
+    def phase(self, task: int) -> int:
+        """Pieces begin at a page of their files."""
+        return 0
+
+    def beside(self, task: int) -> int:
+        return 0
+
+    def put(self, task: int, words: NDArray[Any]) -> bytes:
+        """Stores one array: `words` are its elements in C order. Blocking."""
+        plan, stored = self._plans[task], self.records[self._ids[task]]
+        documents = documents_of(plan, [stored])
+        source = _InMemory(plan, stored, words)
+        checksums = write_round(self._target, plan, documents, whole_pieces(plan.files), source, create=self._renew)
+        left = checksums.astype(_CHECKSUM).tobytes()
+        self.adopt(task, left)
+        return left
+
+    def adopt(self, task: int, left: bytes) -> None:
+        """An array is stored, also by an interrupted conversion, and stands in this writer's map; `left` is what `put` gave."""
+        self._written[task] = left
+
+    def written(self) -> FileDigest:
+        """All that this writer stored is durable, and it says so. Blocking."""
+        place = self._place
+        pieces: list[StoredPiece] = []
+        files: list[StoredFile] = []
+        for task in sorted(self._written):
+            plan, checksums = self._plans[task], np.frombuffer(self._written[task], _CHECKSUM).astype(np.uint64)
+            pieces.extend(_moved(piece, len(files)) for piece in stored_pieces(plan, checksums))
+            files.extend(StoredFile(0, file.path, file.nbytes) for file in plan.files)
+        self._make_durable([file.path for file in files])
+        written = FragmentMap(
+            self._worker,
+            place.draft.attempt,
+            BLOCK_NBYTES,
+            tuple(files),
+            tuple(sorted(pieces, key=lambda piece: piece.array)),
+            self._contents.tables() if self._worker == 0 else (),
+        )
+        return attest(place.store, place.draft, written, durability=self._durability, create=self._renew)
 
     def commit(self, attested: Sequence[FileDigest]) -> None:
         """Proves, records and commits what all writers attested; on return the checkpoint exists. Blocking."""
-        contents = self._contents
+        contents, place = self._contents, self._place
         frame = Frame(
             world_size=1,
             placement="plain",
@@ -135,25 +151,35 @@ class UniversalTarget:
             layout_text=contents.layout_text,
         )
         outline = Outline(frame, tuple(sorted(self.records.values(), key=lambda record: record.key)))
-        attempt = Attempt(self._store.url, self.draft, self._durability, step=contents.step, time=time.time())
-        try:
-            commit(self._store, attempt, Whole(outline, dict(contents.values)), attested)
-        except NotDurable:
-            self._committed = True  # and whole
-            raise
-        self._committed = True
+        attempt = Attempt(place.store.url, place.draft, self._durability, step=contents.step, time=time.time())
+        with place.publishing():
+            commit(place.store, attempt, Whole(outline, dict(contents.values)), attested)
 
-    def _make_durable(self) -> None:
+    def _renew(self, path: str, data: bytes) -> None:
+        """Creates a file; one that an interrupted conversion made there was not noted as done, and is made again."""
+        try:
+            self._place.store.create(path, data)
+        except PathOccupied:
+            self._place.store.remove(path)
+            self._place.store.create(path, data)
+
+    def _make_durable(self, files: Sequence[str]) -> None:
+        store, place = self._place.store, self._place
         if self._durability == "process":
             return
-        if self._store.capabilities.tree_sync:
-            self._store.sync_tree()
+        documents = [document.path for task in sorted(self._written) for document in self._documents(task)]
+        for path in files if place.done or not store.capabilities.tree_sync else ():
+            store.sync_file(place.draft.path(path))  # also what another process wrote: only the file itself tells its failures
+        if store.capabilities.tree_sync:
+            store.sync_tree()
             return
-        paths = [*(file.path for file in self._written.files), *self._written.documents]
-        for path in paths:
-            self._store.sync_file(self.draft.path(path))
-        for directory in directories_of(paths):
-            self._store.sync_directory(self.draft.path(directory))
+        for path in documents:
+            store.sync_file(place.draft.path(path))
+        for directory in directories_of([*files, *documents]):
+            store.sync_directory(place.draft.path(directory))
+
+    def _documents(self, task: int) -> Sequence[Document]:
+        return documents_of(self._plans[task], [self.records[self._ids[task]]])
 
     def _plan(self, record: ArrayRecord) -> WritePlan:
         spec = record.spec

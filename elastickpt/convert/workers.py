@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -12,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from elastickpt.errors import CheckpointError, WriterLost, kinds
+from elastickpt.storage.kernel import end_with_parent
 
 Answer = TypeVar("Answer")
 STOP_S = 10.0
@@ -37,68 +41,93 @@ def shares(sizes: Sequence[int], workers: int) -> list[list[int]]:
 class Helpers(Generic[Answer]):
     """Workers 1, 2, ... of a conversion, each a process of its own; this process is worker 0."""
 
-    def __init__(self, processes: list[tuple[BaseProcess, Connection]], progress: Callable[[int], None]) -> None:
-        self._processes, self._progress = processes, progress
+    def __init__(self, started: Sequence[tuple[BaseProcess, Connection]], progress: Callable[[int], None]) -> None:
+        self._processes = [process for process, _ in started]
+        self._listening = ThreadPoolExecutor(max(1, len(started)), thread_name_prefix="elastickpt-helpers")
+        self._answers = [
+            self._listening.submit(_listen, number, process, connection, progress)
+            for number, (process, connection) in enumerate(started, start=1)
+        ]
+
+    def require(self) -> None:
+        """Raises what a helper raised, if one did so far."""
+        for answer in self._answers:
+            if answer.done():
+                answer.result()
 
     def answers(self) -> list[Answer]:
         """What each helper did, by number. Blocking. Raises what a helper raised, WriterLost for one that just ended."""
-        found = []
-        for number, (process, connection) in enumerate(self._processes, start=1):
-            while True:
-                try:
-                    said = connection.recv()
-                except EOFError:
-                    process.join(STOP_S)
-                    raise WriterLost(f"worker {number} of the conversion ended, exit code {process.exitcode}") from None
-                if isinstance(said, int):
-                    self._progress(said)
-                    continue
-                if isinstance(said, _Failure):
-                    raise kinds().get(said.kind, CheckpointError)(f"worker {number}: {said.message}")
-                found.append(said)
-                break
-        return found
+        return [answer.result() for answer in self._answers]
 
     def stop(self) -> None:
         """Ends those that still run."""
-        for process, connection in self._processes:
-            connection.close()
+        for process in self._processes:
             if process.is_alive():
                 process.terminate()
             process.join(STOP_S)
             if process.is_alive():
                 process.kill()
                 process.join()
+        self._listening.shutdown()
+
+
+def _listen(number: int, process: BaseProcess, connection: Connection, progress: Callable[[int], None]) -> Any:
+    """What a helper says last; before that it tells bytes that it has written."""
+    with connection:
+        while True:
+            try:
+                said = connection.recv()
+            except (EOFError, ConnectionError):
+                process.join(STOP_S)
+                raise WriterLost(
+                    f"worker {number} of the conversion ended, exit code {process.exitcode}; what is done stays in the draft, "
+                    "and the same command goes on from it"
+                ) from None
+            if isinstance(said, _Failure):
+                raise kinds().get(said.kind, CheckpointError)(f"worker {number}: {said.message}")
+            if not isinstance(said, int):
+                return said
+            progress(said)
 
 
 @contextmanager
 def helpers(
-    work: Callable[..., Answer], arguments: Sequence[tuple[Any, ...]], progress: Callable[[int], None]
+    work: Callable[[int, Callable[[int], None]], Answer], count: int, progress: Callable[[int], None]
 ) -> Iterator[Helpers[Answer]]:
-    """Starts a process for each tuple of arguments, which calls `work(*arguments, tell)`; all have ended when this ends."""
-    context = multiprocessing.get_context("spawn")
+    """Starts so many processes, the nth of which calls `work(n, tell)`, n from 1; all have ended when this ends.
+
+    They are forks: what is decided needs not be decided again, and no file be opened twice. So begin no threads before, and
+    nothing that threads of others may hold is used there.
+    """
+    context = multiprocessing.get_context("fork")
     started: list[tuple[BaseProcess, Connection]] = []
-    both: Helpers[Answer] = Helpers(started, progress)
-    try:
-        for some in arguments:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_run, args=(work, some, theirs, os.getpid()), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 where somebody else has threads, as a bar has one
+        for number in range(1, count + 1):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(work, number, theirs, os.getpid()), daemon=True)
             process.start()
             theirs.close()
             started.append((process, ours))
+    both: Helpers[Answer] = Helpers(started, progress)
+    try:
         yield both
     finally:
         both.stop()
 
 
-def _run(work: Callable[..., Answer], arguments: tuple[Any, ...], connection: Connection, parent: int) -> None:
+def _run(work: Callable[[int, Callable[[int], None]], Answer], number: int, connection: Connection, parent: int) -> None:
+    saying = threading.Lock()
+
     def tell(nbytes: int) -> None:
-        if os.getppid() != parent:  # nobody waits for what this one does
-            raise KeyboardInterrupt
-        connection.send(nbytes)
+        with saying:
+            connection.send(nbytes)
 
     try:
-        connection.send(work(*arguments, tell))
+        end_with_parent()
+        if os.getppid() != parent:  # it ended before: nobody waits for what this one does
+            return
+        connection.send(work(number, tell))
     except CheckpointError as error:
         connection.send(_Failure(error.kind, error.message))
     except (KeyboardInterrupt, BrokenPipeError):

@@ -84,11 +84,26 @@ class StoredTensor:
         return self.count * self.itemsize
 
     @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie one after the other in C order."""
+        return in_order(self.shape, self.strides)
+
+    @property
     def reach(self) -> int:
         """Elements of the storage up to and with the last one that the tensor names; 0 for an empty tensor."""
         if 0 in self.shape:
             return 0
         return self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+
+def in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether these strides are those of a C array without gaps; a stride along an axis of one element does not matter."""
+    expected = 1
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and stride != expected:
+            return False
+        expected *= n
+    return True
 
 
 @dataclass(frozen=True, slots=True)

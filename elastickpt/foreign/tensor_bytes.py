@@ -7,7 +7,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.foreign.listing import StoredTensor
+from elastickpt.foreign.listing import StoredTensor, in_order
 from elastickpt.format.box import Box
 from elastickpt.storage.store import RangeReader
 
@@ -21,13 +21,12 @@ def read_box(reader: RangeReader, tensor: StoredTensor, box: Box) -> Bytes:
     along the slowest dimensions; what lies between strided elements is read and left out. Raises WrongLength where the file
     has become shorter.
     """
-    size = tensor.itemsize
-    if box.count == 0:
-        return np.empty(0, np.uint8)
-    first = tensor.start + size * sum(low * stride for low, stride in zip(box.start, tensor.strides, strict=True))
-    made = np.empty((*box.shape, size), np.uint8)
-    _fill(reader, first, tensor.strides, made)
-    return made.reshape(-1)
+    made = np.empty(box.count * tensor.itemsize, np.uint8)
+    if made.size:
+        size = tensor.itemsize
+        first = tensor.start + size * sum(low * stride for low, stride in zip(box.start, tensor.strides, strict=True))
+        _fill(reader, first, tensor.strides, made.reshape(*box.shape, size))
+    return made
 
 
 def read_tensor(reader: RangeReader, tensor: StoredTensor) -> Bytes:
@@ -35,12 +34,18 @@ def read_tensor(reader: RangeReader, tensor: StoredTensor) -> Bytes:
     return read_box(reader, tensor, Box.whole(tensor.shape))
 
 
+def read_tensor_into(reader: RangeReader, tensor: StoredTensor, made: Bytes) -> None:
+    """Fills `made` with all elements of a tensor in C order, as `read_tensor` gives them."""
+    if made.size:
+        _fill(reader, tensor.start, tensor.strides, made.reshape(*tensor.shape, tensor.itemsize))
+
+
 def _fill(reader: RangeReader, start: int, strides: tuple[int, ...], made: Bytes) -> None:
     """Fills `made`, of shape (*box, itemsize), from the element that begins at `start`."""
     shape, size = made.shape[:-1], made.shape[-1]
     span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     count = prod(shape)
-    if span == count and _in_order(shape, strides):
+    if span == count and in_order(shape, strides):
         reader.read_into(start, made.reshape(-1).data)
     elif span <= 2 * count or len([n for n in shape if n > 1]) <= 1:
         data = np.empty(span * size, np.uint8)
@@ -56,12 +61,3 @@ def _fill(reader: RangeReader, start: int, strides: tuple[int, ...], made: Bytes
             part = np.empty(along[k].shape, np.uint8)
             _fill(reader, start + k * strides[slowest] * size, rest, part)
             along[k] = part
-
-
-def _in_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = 1
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1 and stride != expected:
-            return False
-        expected *= n
-    return True

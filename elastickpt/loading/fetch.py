@@ -44,15 +44,22 @@ def fetch(opened: Opened, wanted: Sequence[Wanted], *, verify: Verify = "on") ->
 
 
 def carry_out(
-    opened: Opened, plan: FetchPlan, *, verify: Verify = "on", progress: Callable[[int], None] = lambda _: None
+    opened: Opened,
+    plan: FetchPlan,
+    *,
+    verify: Verify = "on",
+    progress: Callable[[int], None] = lambda _: None,
+    threads: Pool | None = None,
 ) -> FetchReport:
     """Fills every destination; blocking. `progress` is called with numbers of bytes read, from several threads.
+
+    `threads` are those of a caller that reads one plan after the other; else there are `THREADS` for this plan.
 
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
     be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
     reads = joined(plan.units)
-    _Fetching(opened, reads, verify, progress).run()
+    _Fetching(opened, reads, verify, progress).run(threads)
     for target in plan.targets:
         _settle(target)
     return FetchReport(
@@ -107,11 +114,13 @@ class _Fetching:
             else:
                 self._files[unit.file] = _Open(1)
 
-    def run(self) -> None:
+    def run(self, threads: Pool | None) -> None:
+        pool = threads or Pool("elastickpt-read", THREADS)
         try:
-            with Pool("elastickpt-read", THREADS) as pool:
-                pool.share_out(self._reads, self._carry_out)
+            pool.share_out(self._reads, self._carry_out)
         finally:
+            if threads is None:
+                pool.close()
             for file in self._files.values():
                 if file.reader is not None:
                     file.reader.close()

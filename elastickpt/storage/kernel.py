@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import secrets
+import signal
 import struct
 from functools import cache
 
@@ -85,6 +86,15 @@ def spread_below(path: str) -> None:
             fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, _LONG.pack(flags | _FS_TOPDIR_FL))
         finally:
             os.close(descriptor)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """This process is killed when the thread that started it ends. Afterwards look whether it still lives: `os.getppid`."""
+    if _libc().prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)) != 0:
+        raise _failed()
 
 
 _RENAME_NOREPLACE = 1

@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -114,6 +115,13 @@ class LocalStore:
         reader = self.open_reader(path)  # no file: opening it says what it is
         reader.close()
         return reader.nbytes
+
+    def stamp(self, path: str) -> str:
+        full = self._full(path)
+        with naming("look at", full):
+            found = os.stat(full)
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(found.st_mtime_ns // 10**9))
+        return f"{found.st_size} bytes of {at}.{found.st_mtime_ns % 10**9:09} UTC"
 
     def sync_file(self, path: str) -> None:
         full = self._full(path)

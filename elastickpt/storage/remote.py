@@ -17,6 +17,7 @@ from elastickpt.storage.store import Caching, Capabilities, Entry, RangeWriter
 # How a protocol creates exclusively, by name: of the others some only look before they write, which is no promise.
 _CONDITIONAL_PUT = frozenset({"s3", "s3a", "gs", "gcs"})  # pipe_file(mode="create") is one conditional request
 _OPEN_EXCLUSIVE = frozenset({"file", "local", "memory"})  # open(mode="xb")
+_VERSIONS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created")  # as clients call them
 _IN_PROCESS = threading.Lock()  # fsspec's own memory file system looks and then creates
 
 
@@ -134,6 +135,14 @@ class FsspecStore:
 
     def size(self, path: str) -> int:
         return self.open_reader(path).nbytes
+
+    def stamp(self, path: str) -> str:
+        full = self._prefix + checked(path)
+        with _naming("look at", full):
+            self._filesystem.invalidate_cache()
+            found = self._filesystem.info(full)
+        known = (str(found[name]) for name in _VERSIONS if found.get(name) is not None)
+        return " ".join((f"{found.get('size')} bytes", *known))
 
     def sync_file(self, path: str) -> None:
         self.open_reader(path)

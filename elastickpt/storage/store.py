@@ -12,7 +12,7 @@ writer makes. All operations block. All may be called from several threads at on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Durability = Literal["power", "process"]
 EntryKind = Literal["file", "directory", "other"]
@@ -148,3 +148,16 @@ class Store(Protocol):
 
     def exists(self, path: str) -> bool:
         """Whether anything has this name."""
+
+
+@runtime_checkable
+class Stamping(Protocol):
+    """A store that knows when a file was written last."""
+
+    def stamp(self, path: str) -> str:
+        """The file's size and when it was written, or its version, in words: others once it was written again."""
+
+
+def stamp_of(store: Store, path: str) -> str:
+    """What tells whether a file was written since; its size alone where the store knows no more."""
+    return store.stamp(path) if isinstance(store, Stamping) else f"{store.size(path)} bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -112,18 +113,23 @@ def test_a_name_map_that_gives_a_name_twice_or_leaves_one_over(megatron, tmp_pat
     assert left(tmp_path) == ["mine.ucl"]
 
 
-def test_a_source_that_changes_meanwhile(megatron, tmp_path) -> None:
-    options = Options(str(megatron), str(tmp_path / "out"))
+@pytest.mark.parametrize("form", ["universal", "megatron", "torch"])
+@pytest.mark.parametrize("more", [b"more", b""])
+def test_a_source_that_changes_meanwhile(megatron, tmp_path, form: str, more: bytes) -> None:
+    """By its size, or by its time alone. [CLI-66]"""
+    options = Options(str(megatron), str(tmp_path / "out"), target_format=form)
     job = prepare(options, open_source(options))
     file = next(megatron.rglob("*.pt"))
-    file.write_bytes(file.read_bytes() + b"more")
+    before = file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes() + more)
+    os.utime(file, ns=(before, before + (0 if more else 1)))
     with pytest.raises(Refused, match="the source changed meanwhile"):
         engine.carry_out(job)
     assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("form", ["universal", "megatron", "torch"])
-def test_an_interrupt_leaves_nothing(megatron, tmp_path, form: str) -> None:
+def test_an_interrupt_leaves_nothing_at_out(megatron, tmp_path, form: str) -> None:
     options = Options(str(megatron), str(tmp_path / "out"), target_format=form)
     job = prepare(options, open_source(options))
 
@@ -133,7 +139,11 @@ def test_an_interrupt_leaves_nothing(megatron, tmp_path, form: str) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         engine.carry_out(job, progress=interrupt)
-    assert left(tmp_path) == []
+    assert not (tmp_path / "out").exists()
+    (draft,) = left(tmp_path)
+    assert draft.startswith(".out.draft-")
+    assert main(["convert", str(megatron), str(tmp_path / "out"), "--to", form, "--quiet"]) == 0
+    assert left(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("form", ["universal", "megatron"])
