@@ -14,8 +14,9 @@ import msgspec
 from elastickpt.elastic import coordination
 from elastickpt.elastic.board import Board
 from elastickpt.elastic.deeds import AskLadder, Deed, KillWorker, Record, Replace, Send
+from elastickpt.elastic.departure import Departure
 from elastickpt.elastic.enlisting import Stopped
-from elastickpt.elastic.event_log import ended_event, member_event, recovery_event
+from elastickpt.elastic.event_log import member_event, recovery_event
 from elastickpt.elastic.job import (
     Choose,
     Chosen,
@@ -31,7 +32,7 @@ from elastickpt.elastic.job import (
     Tell,
     Wait,
 )
-from elastickpt.elastic.limits import DYING_S, ENDING_S, LEAVING_S, QUITTING_S, History, Limits
+from elastickpt.elastic.limits import DYING_S, ENDING_S, QUITTING_S, REAPED_S, History, Limits
 from elastickpt.elastic.messages import (
     Ask,
     Beat,
@@ -71,7 +72,7 @@ class Conductor:
         self._board = Board()
         self._waits = Waits()
         self._ends_at: float | None = None
-        self._told_end = False
+        self._departure: Departure | None = None
 
     # -- processes
 
@@ -107,9 +108,10 @@ class Conductor:
         if worker is None:
             return
         worker.heard(now)
+        worker.connected = False
         if not worker.managed:
             self._gone(worker, None, now, otherwise="closed")
-        elif worker.ending is None:
+        elif self._departure is None:
             worker.ends("closed", now + DYING_S)
 
     def stopped(self, said: Stopped, now: float) -> None:
@@ -124,6 +126,8 @@ class Conductor:
             return
         if worker.ending == "closed" and not said.killed:
             worker.ending = "exit"  # the kernel closed its connection first
+        if self._departure is not None and worker.who is not None:
+            self._departure = self._departure.left(said)
         self._gone(worker, signal, now, otherwise="exit")
 
     def vanished(self, uids: tuple[str, ...], now: float) -> None:
@@ -149,10 +153,10 @@ class Conductor:
         """Nothing of it is at work any more. [REC-31]"""
         del self._workers[worker.uid]
         why: Why = worker.ending or otherwise
-        if worker.uid in self.job.members:
-            self._recoveries.timeline.lost(worker.uid, worker.pid, alive_at=worker.heard_at, now=now)
-            if self.job.phase is not Phase.ENDED:
-                log.warning("lost stage %d: %s", self.job.places.index(worker.uid), worker.in_words(why, signal))
+        if worker.uid in self.job.members and self.job.phase is not Phase.ENDED:
+            log.warning("lost stage %d: %s", self.job.places.index(worker.uid), worker.in_words(why, signal))
+            if self.job.began:
+                self._recoveries.timeline.lost(worker.uid, worker.pid, alive_at=worker.heard_at, now=now)
         trace = "" if worker.quit is None else worker.quit.traceback
         self._event(Gone(worker.uid, why, signal, trace), now)
         self._replace()
@@ -191,13 +195,10 @@ class Conductor:
                 self._recoveries.timeline.moved += message.moved
                 self._recoveries.timeline.read += message.read
             if isinstance(message, Raised) and message.generation == self.job.generation:
-                self._log_raised(worker, message)
+                stage = self.job.places.index(uid)
+                log.error("stage %d (worker %s) raised in step %d:\n%s", stage, uid, message.step, message.traceback)
                 self._recoveries.timeline.lost(uid, worker.pid, alive_at=now, now=now)
             self._event((uid, message), now)
-
-    def _log_raised(self, worker: Worker, message: Raised) -> None:
-        stage = self.job.places.index(worker.uid)
-        log.error("stage %d (worker %s) raised in step %d:\n%s", stage, worker.uid, message.step, message.traceback)
 
     def _declared(self, uid: str, terms: Terms, now: float) -> None:
         if self._terms is None:
@@ -209,7 +210,10 @@ class Conductor:
 
     def _reaches(self, uid: str, message: Reached, now: float) -> None:
         if message.generation == self.job.generation and uid in self.job.members:
-            self._record_recovery(self._recoveries.reached(uid, message.point, self.job.members, now))
+            if message.point == "unblocked":
+                self._recoveries.unblocked(uid, now)
+            else:
+                self._record_recovery(self._recoveries.reached(uid, self.job.members, now))
 
     def _quits(self, worker: Worker, message: Quit, now: float) -> None:
         worker.quit = message
@@ -232,7 +236,7 @@ class Conductor:
         if isinstance(error, Superseded):
             end = End(76, "", f"this job is superseded: {error}")
         else:
-            end = End(1, "step-failed", f"what lost stages are rebuilt from was not found out: {kind}: {error}")
+            end = End(1, "step-failed", f"from where to go on was not found out: {kind}: {error}")
         self._event(Over(end), now)
 
     def asked_to_end(self, now: float) -> None:
@@ -244,28 +248,30 @@ class Conductor:
 
     def end(self, end: End, now: float) -> None:
         """The job ends now; said again, who is still there is killed."""
-        if self.job.phase is Phase.ENDED:
+        if self._departure is not None:
             for worker in self._workers.values():
                 worker.ends("exit", now)
                 worker.ends_at = now
+            self._departure = Departure(end)
         self._event(Over(end), now)
 
-    @property
-    def over(self) -> bool:
-        """Whether the job has ended and nobody of it is left."""
-        return self.job.phase is Phase.ENDED and not self._workers
+    def outcome(self) -> End | None:
+        """What the job has come to, once it has ended and nobody of it is left; None before."""
+        return None if self._departure is None or self._workers else self._departure.outcome
 
     def _event(self, event: Event, now: float) -> None:
         before = self.job
         self.job, orders = coordination.after(before, event)
         if self.job.generation != before.generation:
             self._viewed(before)
+        if before.phase is not Phase.WORKING and self.job.phase is Phase.WORKING:
+            self._recoveries.survivors = frozenset(self.job.members)
         if before.phase is Phase.FORMING and self.job.phase is Phase.REBUILDING:
             self._recoveries.timeline.formed_at = now
         for order in orders:
             self._carry(order, now)
-        if self.job.phase is Phase.ENDED and not self._told_end:
-            self._ended(now)
+        if self.job.end is not None and self._departure is None:
+            self._ended(self.job.end, now)
 
     def _viewed(self, before: Job) -> None:
         self._board, self._waits = Board(), Waits()
@@ -292,15 +298,11 @@ class Conductor:
         if recovery is not None:
             self.deeds.append(Record(recovery_event(recovery)))
 
-    def _ended(self, now: float) -> None:
-        self._told_end = True
+    def _ended(self, end: End, now: float) -> None:
         self._record_recovery(self._recoveries.given_up())
-        end = self.job.end
-        assert end is not None
+        self._departure = Departure(end)
         log.log(logging.INFO if end.code == 0 else logging.ERROR, "ended: %s", f"{end.reason}: {end.message}".lstrip(": "))
-        self.deeds.append(Record(ended_event(end, self.job.step)))
-        for worker in self._workers.values():
-            worker.ends_at = min(worker.ends_at or now + LEAVING_S, now + (LEAVING_S if worker.who else 0.0))
+        self._departure.begin(self._workers.values(), now)
 
     def _record_member(self, worker: Worker) -> None:
         job = self.job
@@ -314,25 +316,26 @@ class Conductor:
     def tick(self, now: float) -> float:
         """What time alone brings; in how many seconds to ask again at the latest."""
         workers = list(self._workers.values())
-        if self.job.phase is not Phase.ENDED:
-            for worker in silent(workers, now, self._limits.heartbeat_s):
-                worker.ends("silent", now)
+        for worker in silent(workers, now, self._limits.heartbeat_s):
+            worker.ends("silent", now)
+        if self._departure is None:
             self._look_for_stalled(now)
             self._lose_patience(now)
         for worker in workers:
-            if worker.ends_at is not None and now >= worker.ends_at and not worker.killed:
+            if worker.ends_at is not None and now >= worker.ends_at:
                 self._kill(worker, now)
         times = [at - now for at in self._waits.ends]
-        times += [worker.ends_at - now for worker in self._workers.values() if worker.ends_at and not worker.killed]
+        times += [worker.ends_at - now for worker in self._workers.values() if worker.ends_at]
         return max(0.0, min([self._limits.beat_s / 2, *times]))
 
     def _kill(self, worker: Worker, now: float) -> None:
-        worker.killed = True
+        """Ends it; the second time, it is given up though nobody could reap it. [REC-31]"""
         if not worker.managed:
             self.deeds.append(Send(worker.uid, End(75, "evicted", f"this worker was given up: {worker.ending}")))
         self.deeds.append(KillWorker(worker.uid))
-        if not worker.managed:
+        if not worker.managed or worker.killed:
             self._gone(worker, None, now, otherwise="closed")
+        worker.killed, worker.ends_at = True, now + REAPED_S
 
     def _look_for_stalled(self, now: float) -> None:
         if self.job.phase is Phase.GATHERING:

@@ -33,7 +33,7 @@ from elastickpt.elastic.enlisting import (
     first_message,
     from_launcher,
 )
-from elastickpt.elastic.event_log import EventLog
+from elastickpt.elastic.event_log import EventLog, ended_event
 from elastickpt.elastic.limits import HELLO_S
 from elastickpt.elastic.messages import End, encode, from_member
 from elastickpt.elastic.stream import Closed, Stream, admitted, nonce
@@ -83,6 +83,9 @@ class FarLauncher:
     def kill(self, uid: str) -> None:
         self._tell(Kill(uid))
 
+    def finish(self, code: int) -> None:
+        self._tell(Finish(code))
+
     def _tell(self, message: ToLauncher) -> None:
         self._stream.send(encode(message))
 
@@ -125,20 +128,27 @@ class Coordinator:
 
     def run(self) -> End:
         """Blocks until nobody of the job is left; why it ended."""
+        wait_s = 0.0
         try:
-            while not self._conductor.over:
-                wait_s = self._conductor.tick(time.monotonic())
-                self._carry_out()
+            while (outcome := self._conductor.outcome()) is None:
                 for key, _ in self._selector.select(wait_s):
                     key.data()
                     self._carry_out()
+                # Only now, when all was heard that has come: one that was held up itself has missed nobody's sign of life.
+                wait_s = self._conductor.tick(time.monotonic())
+                self._carry_out()
                 self._turn_away()
-            end = self._conductor.job.end
-            assert end is not None
+        except BaseException as error:
+            self._events.write(
+                ended_event(End(75, "coordinator-lost", f"{type(error).__name__}: {error}"), self._conductor.job.step)
+            )
+            raise
+        else:
+            self._events.write(ended_event(outcome, self._conductor.job.step))
             for launcher in self._numbers:
                 if isinstance(launcher, FarLauncher):
-                    launcher._tell(Finish(end.code))
-            return end
+                    launcher.finish(outcome.code)
+            return outcome
         finally:
             self._close()
 

@@ -19,7 +19,9 @@ DYING_S = 1.0
 BROKEN_S = 1.0
 QUITTING_S = 5.0
 LEAVING_S = 5.0
-ENDING_S = 60.0
+PARTING_S = 30.0
+REAPED_S = 10.0
+ENDING_S = 600.0
 BUILDING_S = 600.0
 HISTORY = 128  # times between two signs of progress that a phase remembers
 AT_LEAST_S = 30.0
@@ -77,13 +79,10 @@ class Limits:
             Limit("dying", "from the end of a worker's connection until its process has ended by itself", f"{DYING_S:g} s", ""),
             Limit("quitting", "from an error that left a worker's block until its process has ended", f"{QUITTING_S:g} s", ""),
             Limit("hello", "how long a caller has to prove the token", f"{HELLO_S:g} s", ""),
-            Limit("ending", "from SIGTERM until the last save is done", f"{ENDING_S:g} s", ""),
-            Limit(
-                "leaving",
-                "from the end of the job, or the launcher's, until a worker has left by itself",
-                f"{LEAVING_S:g} s",
-                "",
-            ),
+            Limit("ending", "from SIGTERM until the next step is done and saved", f"{ENDING_S:g} s", ""),
+            Limit("leaving", "from the launcher's end until a worker has left by itself", f"{LEAVING_S:g} s", ""),
+            Limit("parting", "from an end that is none of being done until a worker has left", f"{PARTING_S:g} s", ""),
+            Limit("reaped", "from a kill until its place is given away, reaped or not", f"{REAPED_S:g} s", ""),
             Limit(
                 "fruitless", "replacements in a row that end before they join, until no more are started", str(FRUITLESS), ""
             ),

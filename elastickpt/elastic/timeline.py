@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastickpt.elastic.job import Loss, Recovered
-from elastickpt.elastic.messages import Point, Source
+from elastickpt.elastic.messages import Source
 from elastickpt.elastic.recovery import Considered, From, Lost, Mended, Moved, Recovery, Seconds, is_approximate
 
 
@@ -64,17 +64,20 @@ class Recoveries:
         self.untold: Recovery | None = None
         self._told_of = self.timeline
         self._reached: set[str] = set()
+        self.survivors: frozenset[str] = frozenset()  # who held a place when all stood last
 
     def complete(self, order: Recovered, epoch: int, now: float) -> None:
         """Every place stands. Losses from now on are of another recovery."""
         self.untold = self.timeline.recovery(order, epoch=epoch, now=now, time=now + self._offset)
         self._told_of, self.timeline, self._reached = self.timeline, Timeline(), set()
 
-    def reached(self, uid: str, point: Point, members: Collection[str], now: float) -> Recovery | None:
-        """A member is at this point of the newest view; what is to be told, once all are at the last one."""
-        if point == "unblocked":
+    def unblocked(self, uid: str, now: float) -> None:
+        """Nothing of an older view holds this member any more; who is new has nothing to be held by."""
+        if uid in self.survivors:
             self.timeline.unblocked_at = now
-            return None
+
+    def reached(self, uid: str, members: Collection[str], now: float) -> Recovery | None:
+        """A member begins what runs next; what is to be told, once all do."""
         self._reached.add(uid)
         if self.untold is None or not self._reached >= set(members):
             return None

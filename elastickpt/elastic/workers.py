@@ -30,6 +30,7 @@ class Worker:
     ending: Why | None = None
     ends_at: float | None = None
     killed: bool = False
+    connected: bool = True
 
     def heard(self, now: float) -> None:
         if self.ending is None:
@@ -57,7 +58,7 @@ class Worker:
 def silent(workers: Iterable[Worker], now: float, limit_s: float) -> Iterator[Worker]:
     """Who has joined and has sent nothing for longer than the limit."""
     for worker in workers:
-        if worker.who is not None and worker.ending is None and now - worker.heard_at > limit_s:
+        if worker.who is not None and worker.connected and worker.ending is None and now - worker.heard_at > limit_s:
             yield worker
 
 

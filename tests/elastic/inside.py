@@ -14,6 +14,7 @@ from typing import Any
 from elastickpt.elastic.calling import connected
 from elastickpt.elastic.conductor import Conductor
 from elastickpt.elastic.coordinator import Coordinator, Door
+from elastickpt.elastic.duties import LadderOf
 from elastickpt.elastic.enlisting import FromLauncher
 from elastickpt.elastic.event_log import EventLog
 from elastickpt.elastic.job import Phase
@@ -52,13 +53,13 @@ class NoAgent:
 class Inside:
     """One job; `address` is where its coordinator listens."""
 
-    def __init__(self, folder: Path, stages: int, limits: Limits) -> None:
+    def __init__(self, folder: Path, stages: int, limits: Limits, of: LadderOf) -> None:
         near, self.address = listen(host=None)
         self.conductor = Conductor(stages, limits, Replacing(0, 0), clock_offset=time.time() - time.monotonic())
         self._log = EventLog(folder / "events.jsonl")
         self._file = folder / "events.jsonl"
         door = Door((near,), TOKEN)
-        self.coordinator = Coordinator(self.conductor, NoAgent(), door, ladder_of, self._log)  # type: ignore[arg-type]
+        self.coordinator = Coordinator(self.conductor, NoAgent(), door, of, self._log)  # type: ignore[arg-type]
         self.ended: list[End] = []
         self._thread = threading.Thread(target=lambda: self.ended.append(self.coordinator.run()))
         self._thread.start()
@@ -86,8 +87,8 @@ class Inside:
 
 
 @contextmanager
-def inside(folder: Path, stages: int, limits: Limits | None = None) -> Iterator[Inside]:
-    job = Inside(folder, stages, limits or Limits())
+def inside(folder: Path, stages: int, limits: Limits | None = None, *, of: LadderOf = ladder_of) -> Iterator[Inside]:
+    job = Inside(folder, stages, limits or Limits(), of)
     try:
         yield job
     finally:

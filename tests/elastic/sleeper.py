@@ -4,7 +4,8 @@
 
 WHAT is `kill`, `stop`, `hang`, `exit` or `raise` (once: by the process that is first there, which makes a file), or
 `raise-always`.
-POINT is one of `start`, `join`, `form`, `mend`, `compute`, `ready`, `step`, `stepped`, `leave`.
+POINT is one of `start`, `join`, `form`, `mend`, `compute`, `ready`, `step`, `stepped`, `leave`; or `after`, whose STAGE is the
+step at the end.
 """
 
 from __future__ import annotations
@@ -119,3 +120,4 @@ if __name__ == "__main__":
         if job.rank is not None:
             (MARKS / f"end-{job.rank}").write_text(f"{stands}")
         job.require_good_end()
+    at("after", stands, 0)

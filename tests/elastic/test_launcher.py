@@ -85,8 +85,8 @@ def test_without_a_spare_the_job_ends(tmp_path: Path) -> None:
 
 
 def test_no_rung_is_possible(tmp_path: Path) -> None:
-    """Both of an end pair are lost; why each rung is passed over is said."""
-    script = (SLEEPER, 5, 0.05, "kill:compute:0:3", "kill:compute:1:3")
+    """Both of an end pair are lost, the second one while groups are made anew; why each rung is passed over is said."""
+    script = (*QUICK, "kill:compute:0:3", "kill:form:1:2")
     with launched(tmp_path, "--stages", 4, "--spares", 2, script=script) as job:
         assert job.code() == 75, job.stderr
     why = job.events()[-1]["why"]
@@ -153,6 +153,17 @@ def test_a_script_that_never_joins(tmp_path: Path) -> None:
         assert job.code() == 1, job.stderr
     assert "before it joined" in job.events()[-1]["why"]
     assert "ValueError: a fault of the test at start" in job.stderr
+
+
+def test_an_error_after_the_job_is_done(tmp_path: Path) -> None:
+    """[REC-44, REC-45]"""
+    with launched(tmp_path, "--stages", 2, script=(*QUICK, "raise:after:*:0")) as job:
+        assert job.code() == 1, job.stderr
+    ended = one(job.events("ended"))
+    assert (ended["code"], ended["step"]) == (1, 5)
+    assert "afterwards" in ended["why"]
+    assert job.stderr.count("ValueError: a fault of the test at after") == 1
+    assert stands(tmp_path) == {0: 5, 1: 5}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
