@@ -113,6 +113,7 @@ class Trainee:
 def run(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> tuple[Inside, Fate, list[int]]:
     """A whole job; the states of the members that were there at its end."""
     fate, states, errors = Fate(set(deaths)), [], []
+    all_in = threading.Barrier(STAGES + spares, timeout=PATIENCE_S)
     with inside(folder, STAGES, of=lambda terms, stages: AlwaysStale()) as job:
 
         def process(uid: str) -> None:
@@ -120,6 +121,7 @@ def run(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> tupl
             try:
                 member = job.join(uid)
                 try:
+                    all_in.wait()
                     trainee = Trainee(member, fate)
                     trainee.live()
                     with_end = member.end
