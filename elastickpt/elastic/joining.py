@@ -12,7 +12,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -275,8 +275,10 @@ class Job:
                 self._turn(self._end)
             self._interrupting = before is not None and before.over and before.taken and isinstance(before.act, _INTERRUPTED)
         if self._interrupting:
-            with suppress(Exception):
+            try:
                 self._interrupt()
+            except Exception:
+                log.exception("what was to be interrupted goes on")
             with self._changing:
                 self._interrupting = False
                 self._changing.notify_all()

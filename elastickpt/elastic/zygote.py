@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 
 import msgspec
 
@@ -146,6 +147,9 @@ def _run(worker: Fork) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # what a worker has said before it is killed is not lost
     sys.argv = list(worker.argv)
     sys.path[0] = os.path.dirname(os.path.abspath(worker.argv[0]))
     try:

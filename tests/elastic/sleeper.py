@@ -4,8 +4,8 @@
 
 WHAT is `kill`, `stop`, `hang`, `exit` or `raise` (once: by the process that is first there, which makes a file), or
 `raise-always`.
-POINT is one of `start`, `join`, `form`, `mend`, `compute`, `ready`, `step`, `stepped`, `leave`; or `after`, whose STAGE is the
-step at the end.
+POINT is one of `start`, `join`, `form`, `mend`, `short` (in a phase of at most half a second), `compute`, `ready`, `step`,
+`stepped`, `leave`; or `after`, whose STAGE is the step at the end.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def train(job: Job) -> int:
                 continue
             job.began()
             try:
+                with job.phase("short", limit_s=0.5):
+                    at("short", job.rank, act.step)
                 with job.phase("step"), job.own_code():
                     at("compute", job.rank, act.step)
                     if sleep(task, SECONDS, interrupted):

@@ -66,6 +66,19 @@ def test_a_spare_takes_the_place_of_a_worker_that_is_gone(tmp_path: Path, fault:
     assert alive([e["pid"] for e in job.events("member")]) == []
 
 
+def test_who_makes_no_progress_in_a_phase_loses_its_place(tmp_path: Path) -> None:
+    """Though it lives, and sends beats. [REC-30, REC-31, REC-32]"""
+    script = (*QUICK, "hang:short:2:3")
+    with launched(tmp_path, "--stages", 4, "--spares", 1, script=script) as job:
+        assert job.code() == 0, job.stderr
+    event = one(job.events("recovery"))
+    lost = one(event["lost"])
+    assert (lost["stage"], lost["why"], lost["signal"]) == (2, "stalled", None)
+    assert event["seconds"]["detected"] >= 0.5
+    assert alive([e["pid"] for e in job.events("member")]) == []
+    assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
+
+
 def test_without_a_spare_another_worker_is_forked(tmp_path: Path) -> None:
     """[REC-34, REC-35]"""
     script = (*QUICK, "kill:compute:1:3")
