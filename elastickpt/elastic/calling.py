@@ -5,20 +5,25 @@ from __future__ import annotations
 import selectors
 import time
 
-from elastickpt.elastic.limits import HELLO_S
+from elastickpt.elastic.limits import AGAIN_S, HELLO_S
 from elastickpt.elastic.stream import Closed, Stream, called
 from elastickpt.errors import RecoveryFailed
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.forks import not_in_forks
 
 
-def connected(endpoint: str, token: str) -> Stream:
-    """A connection to who listens at `endpoint` and has proved to know the token. Blocking. Raises RecoveryFailed."""
-    try:
-        sock = not_in_forks(dial(endpoint, timeout_s=HELLO_S))
-    except (OSError, ValueError) as error:
-        raise _not_found(endpoint, str(error)) from error
-    stream = Stream(sock)
+def connected(endpoint: str, token: str, *, wait_s: float = 0.0) -> Stream:
+    """A connection to who listens at `endpoint` and has proved to know the token. Where nobody listens yet, that is waited
+    for at most `wait_s` seconds. Blocking. Raises RecoveryFailed."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            stream = Stream(not_in_forks(dial(endpoint, timeout_s=HELLO_S)))
+            break
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or time.monotonic() >= until:
+                raise _not_found(endpoint, str(error)) from error
+        time.sleep(AGAIN_S)
     try:
         mine, expected = called(_awaited(stream, endpoint), token)
         stream.send(mine)

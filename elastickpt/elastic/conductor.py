@@ -132,7 +132,7 @@ class Conductor:
 
     def vanished(self, uids: tuple[str, ...], now: float) -> None:
         """Their launcher is gone, and with it whoever could reap them: they are told to leave."""
-        for uid in uids:
+        for uid in sorted(uids, key=lambda one: one in self.job.members):  # none of its spares gets a place now
             if (worker := self._workers.get(uid)) is not None:
                 worker.managed = False
                 self.deeds += [Send(uid, End(75, "evicted", "the launcher of this worker is gone")), KillWorker(uid)]

@@ -111,18 +111,15 @@ def _gone(turn: _Turn, _: str, event: Gone) -> None:
         _end(turn, End(1, "step-failed", f"the code of stage {stage} raised before the first step", culprit=event.uid))
         return
     lost = turn.job.lost | {stage} if job.began else turn.job.lost
-    turn.set(places=places, lost=lost, failed=(*turn.job.failed, loss))
+    counts = job.phase is Phase.WORKING or event.uid not in job.stood  # of a burst one counts, and who came after it
+    turn.set(places=places, lost=lost, failed=(*turn.job.failed, loss), losses_of_step=job.losses_of_step + counts)
     _lose(turn)
 
 
 def _lose(turn: _Turn) -> None:
     """A view failed: the next one begins, or the job ends for good. [REC-15]"""
-    failed, losses = turn.job.failed, turn.job.losses_of_step + 1
-    turn.set(losses_of_step=losses)
-    if turn.job.began and losses >= turn.job.max_losses_of_step:
-        named = "; ".join(f"stage {one.stage} ({one.uid}): {one.why}" for one in failed) or "members could not reach each other"
-        step = turn.job.step
-        _end(turn, End(1, "step-failed", f"the step after {step} failed {losses} times, the limit; the last ones: {named}"))
+    if turn.job.began and turn.job.losses_of_step >= turn.job.max_losses_of_step:
+        _end(turn, End(1, "step-failed", turn.job.lost_too_often))
     else:
         _view(turn)
 
@@ -226,6 +223,7 @@ def _rebuilt(turn: _Turn, uid: str, message: Rebuilt) -> None:
         sources=(),
         refused=(),
         stepped=frozenset(job.places),
+        stood=frozenset(job.places),
     )
 
 
@@ -289,6 +287,7 @@ def _patience(turn: _Turn, _: str, event: Patience) -> None:
         _end(turn, End(75, "no-spare", f"no process came for stages {empty} of {job.stages} in time"))
     elif event.of == "broken" and job.phase is not Phase.GATHERING:
         _close_register(turn)
+        turn.set(losses_of_step=job.losses_of_step + 1)
         _lose(turn)
 
 

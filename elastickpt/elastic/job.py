@@ -151,8 +151,9 @@ Event = tuple[str, Said] | Gone | Patience | Chosen | Ending | Over
 class Job:
     """Where a job stands. `places` by stage: who holds it. `ready`, `stepped`, ... are uids of the newest view.
 
-    `failed` since the last Go, `lost` their stages that have to be rebuilt; `losses_of_step` counts views at `step`;
-    `raised` are (uid, step) of exceptions of the user's code. `ending`: it ends after the next commit.
+    `failed` since the last Go, `lost` their stages that have to be rebuilt; `losses_of_step` counts them, a burst as one;
+    `stood`: who held a place at the last Go; `raised` are (uid, step) of exceptions of the user's code. `ending`: it ends after
+    the next commit.
     """
 
     stages: int
@@ -179,6 +180,7 @@ class Job:
     refused: tuple[tuple[Source, str], ...] = ()
     raised: frozenset[tuple[str, int]] = frozenset()
     losses_of_step: int = 0
+    stood: frozenset[str] = frozenset()
     ending: bool = False
     last: Commit | None = None
     end: End | None = None
@@ -190,6 +192,13 @@ class Job:
     @property
     def members(self) -> tuple[str, ...]:
         return tuple(uid for uid in self.places if uid != NOBODY)
+
+    @property
+    def lost_too_often(self) -> str:
+        """In words."""
+        named = "; ".join(f"stage {one.stage} ({one.uid}): {one.why}" for one in self.failed)
+        how = f"failed {self.losses_of_step} times, the limit"
+        return f"the step after {self.step} {how}; the last ones: {named or 'members could not reach each other'}"
 
 
 def batches_apart(places: tuple[str, ...], ready: Mapping[str, Ready]) -> str:

@@ -21,7 +21,7 @@ from elastickpt.elastic.duties import LadderOf
 from elastickpt.elastic.enlisting import Enlist, Finish, Start, to_launcher
 from elastickpt.elastic.environment import Told
 from elastickpt.elastic.event_log import EventLog
-from elastickpt.elastic.limits import Limits
+from elastickpt.elastic.limits import COORDINATOR_S, Limits
 from elastickpt.elastic.messages import End, encode
 from elastickpt.elastic.replacing import Replacing
 from elastickpt.elastic.stream import Closed
@@ -77,7 +77,7 @@ def launch(job: Launch, ladder_of: LadderOf) -> End:
 def join(here: Here, at: str, token: str) -> End:
     """Starts workers here for the job whose coordinator listens at `at`; why it ended. Blocking. Raises RecoveryFailed."""
     endpoint = f"tcp:{at}"
-    stream = connected(endpoint, token)
+    stream = connected(endpoint, token, wait_s=COORDINATOR_S)
     stream.send(encode(Enlist(here.host, here.zone, here.workers)))
     agent = Agent(here.program, Told(endpoint, token, "", here.host, here.zone, torchrun=False))
     ended: list[End] = []

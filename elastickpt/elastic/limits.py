@@ -15,6 +15,8 @@ BEATS = 5  # within the limit
 MAX_BEAT_S = 1.0
 SPARE_WAIT_S = 600.0
 HELLO_S = 10.0
+COORDINATOR_S = 60.0
+AGAIN_S = 0.1
 DYING_S = 1.0
 BROKEN_S = 1.0
 QUITTING_S = 5.0
@@ -78,6 +80,7 @@ class Limits:
             ),
             Limit("dying", "from the end of a worker's connection until its process has ended by itself", f"{DYING_S:g} s", ""),
             Limit("quitting", "from an error that left a worker's block until its process has ended", f"{QUITTING_S:g} s", ""),
+            Limit("coordinator", "how long --join waits for the coordinator to listen", f"{COORDINATOR_S:g} s", ""),
             Limit("hello", "how long a caller has to prove the token", f"{HELLO_S:g} s", ""),
             Limit("ending", "from SIGTERM until the next step is done and saved", f"{ENDING_S:g} s", ""),
             Limit("leaving", "from the launcher's end until a worker has left by itself", f"{LEAVING_S:g} s", ""),

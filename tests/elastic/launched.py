@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,10 @@ def launched(folder: Path, *arguments: object, **options: Any) -> Iterator[Launc
             job.process.kill()
             job.process.wait()
         for event in job.events("member"):
-            try:
+            with suppress(psutil.Error, ProcessLookupError):  # it has ended
                 one = psutil.Process(event["pid"])
-            except psutil.NoSuchProcess:
-                continue
-            if "SLEEPER_MARKS" in one.environ():
-                known[one.pid] = one
+                if "SLEEPER_MARKS" in one.environ():
+                    known[one.pid] = one
         for one in known.values():
             try:
                 one.send_signal(signal.SIGKILL)

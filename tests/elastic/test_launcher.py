@@ -218,6 +218,18 @@ def test_when_the_launcher_is_killed_its_workers_leave(tmp_path: Path, *, stoppe
         wait_for_end([*pids, *zygote])
 
 
+def test_when_the_process_that_forks_is_killed_the_job_is_to_be_started_again(tmp_path: Path) -> None:
+    """[REC-46]"""
+    with launched(tmp_path, "--stages", 3, script=(SLEEPER, 100_000, 0.01)) as job:
+        job.until(lambda: len(list(tmp_path.glob("in-*"))) == 3, "all workers")
+        pids = [e["pid"] for e in job.events("member")]
+        (zygote,) = [child.pid for child in job.children() if child.pid not in pids]
+        os.kill(zygote, signal.SIGKILL)
+        assert job.code() == 75, job.stderr
+    assert one(job.events("ended"))["why"].startswith("coordinator-lost: ")
+    assert alive(pids) == []
+
+
 def wait_for_end(pids: list[int]) -> None:
     end = time.monotonic() + LIMIT_S
     while alive(pids):
@@ -226,22 +238,39 @@ def wait_for_end(pids: list[int]) -> None:
 
 
 def test_a_second_machine_is_lost_as_a_whole(tmp_path: Path) -> None:
-    """[REC-20, CLI-93]"""
-    port = free_port()
-    at = f"127.0.0.1:{port}"
-    script = (SLEEPER, 60, 0.05)
-    first = launched(tmp_path, "--stages", 4, "--coordinator", at, "--workers", 4, script=script, token="secret")
-    with first as job:
-        job.until(lambda: len(job.events("member")) >= 1, "a member")
-        arguments = ("--join", at, "--workers", 2, "--host", "far", "--zone", "z")
-        with launched(tmp_path, *arguments, script=script, token="secret") as far:
-            job.until(lambda: [e for e in job.events("member") if e["host"] == "far"], "a worker of the second machine")
+    """With a place that one of its workers had taken. It was there before anybody listened. [REC-20, CLI-93]"""
+    at = f"127.0.0.1:{free_port()}"
+    script = (SLEEPER, 100_000, 0.02)
+    far_arguments = ("--join", at, "--workers", 2, "--host", "far", "--zone", "z")
+    near_arguments = ("--stages", 4, "--coordinator", at, "--workers", 4, "--max-replacements", 3)
+    with launched(tmp_path, *near_arguments, script=script, token="secret") as job:
+        job.until(lambda: len(job.events("member")) == 4, "all members")
+        with launched(tmp_path, *far_arguments, script=script, token="secret") as far:
+            job.until(lambda: len([e for e in job.events("member") if e["host"] == "far"]) == 2, "spares of another machine")
+            os.kill(job.pid_of(1), signal.SIGKILL)
+            job.until(lambda: [e for e in job.events("member") if e["host"] == "far" and e["place"]], "a far worker at a place")
+            job.until(lambda: job.events("recovery"), "the first recovery")
             far.process.kill()
             far.process.wait()
-            assert job.code() == 0, job.stderr
+            job.until(lambda: len(job.events("recovery")) == 2, "the second recovery")
+            job.process.terminate()
+            assert job.code() == 75, job.stderr
+        lost = job.events("recovery")[1]["lost"]
+        assert [(e["stage"], e["why"]) for e in lost] == [(1, "closed")]
         assert {e["zone"] for e in job.events("member") if e["host"] == "far"} == {"z"}
         wait_for_end([e["pid"] for e in job.events("member")])
-    assert stands(tmp_path) == {0: 60, 1: 60, 2: 60, 3: 60}
+    assert len(set(stands(tmp_path).values())) == 1
+
+
+def test_a_launcher_waits_for_the_coordinator(tmp_path: Path) -> None:
+    at = f"127.0.0.1:{free_port()}"
+    far_arguments = ("--join", at, "--workers", 1, "--host", "far")
+    with launched(tmp_path, *far_arguments, script=QUICK, token="secret") as far:
+        near_arguments = ("--stages", 2, "--coordinator", at, "--workers", 1)
+        with launched(tmp_path, *near_arguments, script=QUICK, token="secret") as job:
+            assert job.code() == 0, job.stderr
+        assert far.code() == 0, far.stderr
+    assert stands(tmp_path) == {0: 5, 1: 5}
 
 
 def free_port() -> int:

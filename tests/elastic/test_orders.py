@@ -147,6 +147,16 @@ def test_a_step_that_is_lost_too_often_ends_the_job() -> None:
     assert {(order.message.code, order.message.reason) for order in orders} == {(1, "step-failed")}  # type: ignore[union-attr]
 
 
+def test_a_burst_of_losses_counts_once() -> None:
+    """[REC-15]"""
+    job = begun(Job(4, epoch=1, max_losses_of_step=2), "a", "b", "c", "d", "e", "f", "g", "h")
+    for uid in "abc":
+        job, _ = coordination.after(job, Gone(uid, "exit", 9))
+    assert (job.phase, job.places, job.losses_of_step) == (Phase.FORMING, ("e", "f", "g", "d"), 1)
+    job, _ = coordination.after(job, Gone("f", "exit", 9))
+    assert job.phase is Phase.ENDED
+
+
 def test_a_loop_that_ends_on_some_members_only() -> None:
     job = begun(Job(2, epoch=1), "a", "b")
     job, _ = coordination.after(job, ("a", _S.Left(0)))
