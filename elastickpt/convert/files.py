@@ -23,7 +23,7 @@ from elastickpt.foreign.file_plans import FilePlan
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES, address_of
 from elastickpt.storage.kernel import PAGE
 from elastickpt.storage.store import RangeWriter, Store
-from elastickpt.writer.carry import directories_of
+from elastickpt.writer.write_files import directories_of
 
 OPEN_FILES = 64
 _STEP_NBYTES = 8 << 20  # of what is copied to be written past the page cache

@@ -22,15 +22,15 @@ from elastickpt.convert.place import Place
 from elastickpt.errors import PathOccupied
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
-from elastickpt.format.keys import MANIFEST, array_keys, chunk_file
+from elastickpt.format.keys import MANIFEST, array_keys
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Frame, StoredFile, StoredPiece
 from elastickpt.format.release import CONVERTER, RELEASE
-from elastickpt.layout.grid import chunk_nbytes, chunk_shape, runs_of
+from elastickpt.layout.grid import chunk_shape
 from elastickpt.storage.store import Durability
-from elastickpt.writer.carry import Target, blocks_of, directories_of, unwatched, write_round
-from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan, documents_of
-from elastickpt.writer.rounds import BLOCK_NBYTES, Slice, whole_pieces
+from elastickpt.writer.plans import Document, PlannedDocument, WritePlan, documents_of, files_of
+from elastickpt.writer.portions import BLOCK_NBYTES, Slice, whole_pieces
 from elastickpt.writer.share import stored_pieces
+from elastickpt.writer.write_files import Target, blocks_of, directories_of, unwatched, write_portion
 
 _CHECKSUM = np.dtype("<u8")
 _CHECKSUM_NBYTES = 8
@@ -108,7 +108,7 @@ class UniversalTarget:
         plan, stored = self._plans[task], self.records[self._ids[task]]
         documents = documents_of(plan, [stored])
         source = _InMemory(plan, stored, words)
-        checksums = write_round(self._target, plan, documents, whole_pieces(plan.files), source, create=self._renew)
+        checksums = write_portion(self._target, plan, documents, whole_pieces(plan.files), source, create=self._renew)
         left = checksums.astype(_CHECKSUM).tobytes()
         self.adopt(task, left)
         return left
@@ -182,14 +182,9 @@ class UniversalTarget:
         return documents_of(self._plans[task], [self.records[self._ids[task]]])
 
     def _plan(self, record: ArrayRecord) -> WritePlan:
-        spec = record.spec
-        by_chunk: dict[tuple[int, ...], list[PlannedPiece]] = {}
-        whole = Box.whole(spec.shape)
-        for run in runs_of(whole, shape=spec.shape, chunk_shape=record.chunk_shape, itemsize=spec.type.itemsize):
-            by_chunk.setdefault(run.chunk, []).append(PlannedPiece(0, run.box, run))
-        nbytes = chunk_nbytes(record.chunk_shape, itemsize=spec.type.itemsize)
-        files = [PlannedFile(chunk_file(record.key, chunk), nbytes, tuple(p)) for chunk, p in by_chunk.items()]
-        return WritePlan((record.key,), tuple(files), (PlannedDocument(0, spec.id in self._heads),))
+        whole = Box.whole(record.spec.shape)
+        files = files_of(0, record.spec, record.key, record.chunk_shape, [whole], held=whole)
+        return WritePlan((record.key,), tuple(files), (PlannedDocument(0, record.spec.id in self._heads),))
 
 
 class _InMemory:

@@ -25,7 +25,7 @@ from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.drift import Hashed, compare_sets, differing_keys, looks_of, name_drift
 from elastickpt.saving.merge import MergedStructure, SharedTable, merge
-from elastickpt.saving.merge_values import merge_trees
+from elastickpt.saving.merge_values import merge_trees, require_same_tables
 from elastickpt.saving.messages import (
     TABLE_PREFIX,
     Intention,
@@ -39,7 +39,6 @@ from elastickpt.saving.messages import (
 from elastickpt.saving.plan import plan_writes, records_of
 from elastickpt.saving.propose import Proposal
 from elastickpt.saving.request import Request
-from elastickpt.saving.settings import require_same_tables
 from elastickpt.saving.structure import StructureTable, decode_table
 from elastickpt.saving.structures import KNOWN, KnownStructure
 from elastickpt.storage.store import Store

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from elastickpt.errors import SaveSkipped
 from elastickpt.ranks.workers import Pool
 from elastickpt.saving.staging import Stager, slices_of
-from elastickpt.training.gates import Beside, Copies
+from elastickpt.training.gates import Copies, DeviceCopier
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 
@@ -25,11 +25,11 @@ class Slot:
     `forget` tells the writer of an arena that is given up.
     """
 
-    def __init__(self, pool: Arenas, *, copiers: Pool | None, forget: Forget, beside: Beside) -> None:
+    def __init__(self, pool: Arenas, *, copiers: Pool | None, forget: Forget, copier: DeviceCopier) -> None:
         self._pool = pool
         self._copiers = copiers
         self._forget = forget
-        self._beside = beside
+        self._copier = copier
         self._arena: Arena | None = None
         self._fitted: Stager | None = None
         self._copies: dict[str, Copies] = {}
@@ -58,19 +58,19 @@ class Slot:
         self._fitted = stager
 
     def stage(self, number: int, held: Sequence[HeldArray]) -> Copies | None:
-        """Copies a round of the plan that fits; what goes on beside training, if anything does. The device's own copies come
+        """Copies a portion of the plan that fits; what goes on beside training, if anything does. The device's own copies come
         first, so that they run while the host's are made."""
         stager = self._fitted
         if stager is None:
             raise ValueError("no plan was fitted to this arena")
-        devices = [self._beside.device(one) for one in held]
+        devices = [self._copier.device(one) for one in held]
         first = next(filter(None, devices), None)
         if first is None:
             stager.stage(self.arena, number, held, (), self._copiers)
             return None
         skip = frozenset(array for array, device in enumerate(devices) if device == first)
         if first not in self._copies:
-            self._copies[first] = self._beside.copies(self.arena.memory, first)
+            self._copies[first] = self._copier.copies(self.arena.memory, first)
         copies = self._copies[first]
         copies.begin()
         for one in slices_of(stager.prepared, self.arena, number):
@@ -83,7 +83,7 @@ class Slot:
 
     def copies_nothing_beside(self, held: Sequence[HeldArray]) -> bool:
         """Whether all of it is copied by `stage` itself, which then says on the way how far the arena is filled."""
-        return not any(self._beside.device(one) for one in held)
+        return not any(self._copier.device(one) for one in held)
 
     def release(self) -> None:
         """Free for the next save."""
@@ -104,11 +104,11 @@ class Slot:
 class Arenas:
     """As many slots as saves may be under way at once."""
 
-    def __init__(self, count: int, *, threads: int, forget: Forget, beside: Beside) -> None:
+    def __init__(self, count: int, *, threads: int, forget: Forget, copier: DeviceCopier) -> None:
         self._changed = threading.Condition()
         self._closed = False
         self._copiers = Pool("elastickpt-stage", threads) if threads > 1 else None
-        self._slots = [Slot(self, copiers=self._copiers, forget=forget, beside=beside) for _ in range(count)]
+        self._slots = [Slot(self, copiers=self._copiers, forget=forget, copier=copier) for _ in range(count)]
 
     def reserve(self, *, limit_s: float) -> Slot:
         """A free slot. Blocking, at most `limit_s`; then raises SaveSkipped."""

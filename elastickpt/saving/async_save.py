@@ -36,7 +36,7 @@ def async_save(
     On return host tensors may change. Tensors of a GPU may be read but not changed before `SaveHandle.wait_staged`, for
     which a step of any `torch.optim.Optimizer` waits by itself. The call blocks for the copy, for at most `stall_limit_s`
     until there is memory for it, and for a pass over tensors that are to be compared with other ranks (a GPU does it by
-    itself); the first save of a structure, and one that goes in rounds, also until all ranks agreed on it, for at most
+    itself); the first save of a structure, and one that goes in portions, also until all ranks agreed on it, for at most
     `stall_limit_s` again.
 
     The writer has the save when the ranks agreed on it, some milliseconds after the call returned: what is staged is lost

@@ -24,15 +24,15 @@ from elastickpt.errors import CheckpointError, Refused, StructureConflict, fault
 from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team, failure_of
 from elastickpt.saving.agree import Offer
-from elastickpt.saving.meeting import Writers
 from elastickpt.saving.messages import TypedValues
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.save_states import Event, IllegalStep, Room, State, Tell
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN
 from elastickpt.saving.task import Task
+from elastickpt.saving.writer_pool import WriterPool
 from elastickpt.writer.share import Share, Written
-from elastickpt.writer.submissions import StagedRound, Submission
+from elastickpt.writer.submissions import StagedPortion, Submission
 
 Ended = Callable[[Task, "Committed | BaseException"], None]
 
@@ -46,7 +46,7 @@ class Beside:
     ended, on some thread, once."""
 
     def __init__(
-        self, saver: object, meet: Callable[[Task], Team], writers: Writers, arena_nbytes: int | None, ended: Ended
+        self, saver: object, meet: Callable[[Task], Team], writers: WriterPool, arena_nbytes: int | None, ended: Ended
     ) -> None:
         self._saver, self._meet, self._writers, self._arena_nbytes, self._ended = saver, meet, writers, arena_nbytes, ended
 
@@ -60,8 +60,8 @@ class Beside:
             share = self._share(task, pipeline)
             task.proposal = None
             pipeline.let_go()
-            if len(share.prepared.rounds) > 1:
-                task.open.set_result(share)  # who stages the rounds has them written, too
+            if len(share.prepared.portions) > 1:
+                task.open.set_result(share)  # who stages the portions has them written, too
             else:
                 self._hand_over(task, share)
         except IllegalStep as fault:
@@ -146,7 +146,7 @@ class Beside:
     # -- agree, open ---------------------------------------------------------------------------------------------------
 
     def _open(self, task: Task, pipeline: Pipeline) -> None:
-        """The attempt is open, and this rank has staged, or is going to in rounds. Raises the same on all ranks."""
+        """The attempt is open, and this rank has staged, or is going to in portions. Raises the same on all ranks."""
         pipeline.agree(
             lambda: self._offer(task),
             take_seats=lambda: self._writers.take_seats(pipeline.team, pipeline.offer.located.store),
@@ -165,14 +165,14 @@ class Beside:
         self._writers.require_reachable(located.store)
         if task.proposal is None:
             raise fault("nothing was captured")
-        staged = "" if task.known is None else task.known.id
+        staged = "" if task.stages_by is None else task.stages_by.id
         return Offer(task.proposal, located, staged, self._writers.seated(located.store.url), task.hashed)
 
     def _stage(self, task: Task, pipeline: Pipeline) -> None:
         """What this rank has to do before the attempt is opened. One that stages by a structure that it knew may still do so
         after it: should that fail, it withdraws."""
         prepared = self._learn(task, pipeline).prepared
-        awaited = task.staged.done() or (len(prepared.rounds) == 1 and task.known is None)
+        awaited = task.staged.done() or (len(prepared.portions) == 1 and task.stages_by is None)
         if awaited and (error := task.staged.exception()) is not None:
             self.fail(task, Event.NOT_STAGED, error)
             raise task.failure or error
@@ -210,7 +210,7 @@ class Beside:
     def _hand_over(self, task: Task, share: Share) -> None:
         if task.staged.done() and (error := task.staged.exception()) is not None:
             return self.fail(task, Event.NOT_STAGED, error)
-        submission = self.submit(task, StagedRound(share, 0))
+        submission = self.submit(task, StagedPortion(share, 0))
         task.times.submitted = time.perf_counter()
 
         def staged(future: Future[None]) -> None:
@@ -221,21 +221,21 @@ class Beside:
 
         return task.staged.add_done_callback(staged)
 
-    def submit(self, task: Task, staged: StagedRound) -> Submission:
-        """Has a round written that is staged, or will be by the thread that trains. Blocking while a device copies."""
+    def submit(self, task: Task, staged: StagedPortion) -> Submission:
+        """Has a portion written that is staged, or will be by the thread that trains. Blocking while a device copies."""
         slot = task.slot
         if slot is None:
             raise fault("nothing was staged")
         if task.copies is not None:
             task.copies.wait()
-            slot.arena.fill_to(staged.share.prepared.rounds[staged.number].nbytes)
+            slot.arena.fill_to(staged.share.prepared.portions[staged.number].nbytes)
         task.progress.advance(Event.HANDED_OVER)
         return self._writers.of(staged.share.attempt.store).submit(staged, slot.arena)
 
     # -- commit, by all writers ----------------------------------------------------------------------------------------
 
     def follow(self, task: Task, submission: Submission) -> None:
-        """Ties the save's outcome to this round, which is its last, or the first that failed."""
+        """Ties the save's outcome to this portion, which is its last, or the first that failed."""
 
         def written(future: Future[Written]) -> None:
             task.times.written = time.perf_counter()

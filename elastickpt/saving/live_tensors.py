@@ -16,7 +16,7 @@ from elastickpt.saving.gather import Bytes, Elements, flat_bytes, gather, part_o
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.store import Store
 from elastickpt.writer.plans import WritePlan
-from elastickpt.writer.rounds import PAGE, Slice
+from elastickpt.writer.portions import PAGE, Slice
 
 
 class LiveTensors:

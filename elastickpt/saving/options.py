@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Literal, get_args
 
 from elastickpt.errors import Refused
+from elastickpt.writer.portions import MIN_ARENA_NBYTES
 from elastickpt.writer.priority import IoPriority
-from elastickpt.writer.rounds import MIN_ARENA_NBYTES
 
 Executor = Literal["process", "thread"]
 
@@ -19,7 +19,7 @@ class AsyncOptions:
 
     Attributes:
         arenas: How many saves of a rank can be under way, each in host memory of its own.
-        arena_nbytes: At most so much memory each; what does not fit goes in rounds, of which all but the last keep the
+        arena_nbytes: At most so much memory each; what does not fit goes in portions, of which all but the last keep the
             caller until they are written.
         stall_limit_s: How long a call waits for a free arena, and for other ranks where it must; in vain, the save is
             skipped on all ranks.

@@ -27,8 +27,8 @@ from elastickpt.format.values import Value, decode_text, encode_value
 from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
-from elastickpt.saving.fragments import own_tables
 from elastickpt.saving.messages import Intention, Opened, TypedValues, values_wanted
+from elastickpt.saving.plan import own_tables
 from elastickpt.saving.request import Request
 from elastickpt.storage.opening import place_in
 from elastickpt.writer.share import Share

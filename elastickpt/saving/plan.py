@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.digest import block_checksum
-from elastickpt.format.keys import chunk_file
-from elastickpt.format.records import ArrayRecord
-from elastickpt.layout.algebra import relative
-from elastickpt.layout.grid import chunk_nbytes, runs_of
+from elastickpt.format.records import ArrayRecord, OptimizerTable
+from elastickpt.format.tables import without
 from elastickpt.layout.placement import replica_ranks
 from elastickpt.layout.replicas import share_of
 from elastickpt.saving.merge import SharedArray, with_order
-from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPiece, WritePlan
+from elastickpt.writer.plans import PlannedDocument, PlannedFile, WritePlan, files_of
 
 if TYPE_CHECKING:
-    from elastickpt.training.held import HeldArray
+    from elastickpt.training.held import HeldArray, LiveState
 
 
 def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> WritePlan:
@@ -33,7 +31,8 @@ def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, ran
         if fact.documents == rank:
             documents.append(PlannedDocument(number, fact.heads_group))
         if fact.writes:
-            files.extend(_files_of(number, array, fact, own_boxes(array, group, rank=rank)))
+            boxes = own_boxes(array, group, rank=rank)
+            files.extend(files_of(number, array.spec, fact.key, fact.chunk_shape, boxes, held=array.box))
     return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
 
 
@@ -71,11 +70,14 @@ def own_boxes(array: HeldArray, group: tuple[int, ...], *, rank: int) -> tuple[B
     return share_of(array.box, itemsize=array.spec.type.itemsize, index=index, count=count, salt=salt)
 
 
-def _files_of(number: int, array: HeldArray, fact: SharedArray, boxes: Sequence[Box]) -> list[PlannedFile]:
-    itemsize = array.spec.type.itemsize
-    by_chunk: dict[tuple[int, ...], list[PlannedPiece]] = {}
-    for box in boxes:
-        for run in runs_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=itemsize):
-            by_chunk.setdefault(run.chunk, []).append(PlannedPiece(number, relative(run.box, array.box), run))
-    nbytes = chunk_nbytes(fact.chunk_shape, itemsize=itemsize)
-    return [PlannedFile(chunk_file(fact.key, chunk), nbytes, tuple(pieces)) for chunk, pieces in by_chunk.items()]
+def own_tables(live: LiveState, shared: Sequence[SharedArray], *, rank: int) -> tuple[OptimizerTable, ...]:
+    """The rows of the optimizer tables that this rank contributes: those of the parameters whose documents it writes.
+
+    Every parameter is held by someone, so every row arrives; ranks that hold the same rows do not all send them.
+    """
+    others = {
+        (held.spec.id.item, held.spec.id.name)
+        for held, fact in zip(live.arrays, shared, strict=True)
+        if held.spec.id.state == "value" and fact.documents != rank
+    }
+    return tuple(found for table in live.tables if (found := without(table, others)).parameters)

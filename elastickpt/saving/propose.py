@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from elastickpt.format.values import Value, value_digest
+from elastickpt.saving.merge_values import settings_of
 from elastickpt.saving.messages import TABLE_PREFIX
-from elastickpt.saving.settings import settings_of
 from elastickpt.saving.structures import KNOWN, EncodedTable
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState

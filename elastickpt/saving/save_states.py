@@ -31,8 +31,8 @@ class State(StrEnum):
 class Event(StrEnum):
     ASKED = "asked"  # the thread beside training takes it up
     OPENED = "opened"
-    HANDED_OVER = "handed over"  # a round; more may come
-    WRITTEN = "written"  # the last round
+    HANDED_OVER = "handed over"  # a portion; more may come
+    WRITTEN = "written"  # the last portion
     COMMITTED = "committed"
     FAILED = "failed"
     INTERRUPTED = "interrupted"  # the thread that trains, before any rank was asked

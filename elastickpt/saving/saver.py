@@ -30,22 +30,20 @@ from elastickpt.ranks.workers import Worker
 from elastickpt.saving.arenas import Arenas, Slot
 from elastickpt.saving.beside import Beside
 from elastickpt.saving.handle import SaveHandle
-from elastickpt.saving.meeting import Writers
 from elastickpt.saving.options import AsyncOptions
-from elastickpt.saving.outcome import info_of
 from elastickpt.saving.propose import propose
 from elastickpt.saving.request import Request
 from elastickpt.saving.save_states import Event
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN
-from elastickpt.saving.task import Task, Times
-from elastickpt.training.gates import Beside as DeviceCopies
-from elastickpt.training.gates import Cuda, StepGate
+from elastickpt.saving.task import Task, Times, info_of
+from elastickpt.saving.writer_pool import WriterPool
+from elastickpt.training.gates import Cuda, DeviceCopier, StepGate
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.prepared import Prepared
+from elastickpt.writer.arena_plan import ArenaPlan
 from elastickpt.writer.share import Share
-from elastickpt.writer.submissions import StagedRound, Submission
+from elastickpt.writer.submissions import StagedPortion, Submission
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,15 +60,15 @@ class Saver:
     all ranks. All ranks call `save` in the same order, from one thread.
     """
 
-    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, copies: DeviceCopies | None = None) -> None:
+    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, copier: DeviceCopier | None = None) -> None:
         self._owner = os.getpid()
         self._rank, self._world_size = group.rank, group.world_size
         self._meet, self._end_team = _meeting(group, purpose, options)
         self._options = options
-        self._copies = copies or Cuda()
+        self._copier = copier or Cuda()
         self._gate = StepGate()
-        self._writers = Writers(options)
-        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, beside=self._copies)
+        self._writers = WriterPool(options)
+        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, copier=self._copier)
         self._beside = Beside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
         self._rounds = Worker("elastickpt-rounds")
         self._endings = Worker("elastickpt-endings")
@@ -157,12 +155,12 @@ class Saver:
             arrays = task.proposal.live.arrays
             known = KNOWN.to_stage_by(self, task.proposal.table.digest)
             stager = None if known is None else known.stager(self._options.arena_nbytes)
-            if known is None or stager is None or len(stager.prepared.rounds) > 1:
+            if known is None or stager is None or len(stager.prepared.portions) > 1:
                 return lambda: self._stage_together(task, arrays)
             slot = task.slot
             slot.fit(stager)
             task.hashed = known.hashed(arrays, task.request)
-            task.known = known
+            task.stages_by = known
             if self._writes_meanwhile(stager.prepared) and slot.copies_nothing_beside(arrays):
                 task.staged.set_running_or_notify_cancel()
                 return lambda: self._stage_meanwhile(task, slot, arrays)
@@ -172,7 +170,7 @@ class Saver:
             self._beside.fail(task, Event.FAILED, error)
         return _nothing
 
-    def _writes_meanwhile(self, prepared: Prepared) -> bool:
+    def _writes_meanwhile(self, prepared: ArenaPlan) -> bool:
         """Whether what is staged is written while the rest is: by a process, as a thread would wait for this one, and of what
         takes longer to copy than the ranks to agree."""
         return self._options.executor == "process" and prepared.arena_nbytes >= MEANWHILE_NBYTES
@@ -203,15 +201,15 @@ class Saver:
             task.handle.staging(copies.wait)
 
     def _stage_together(self, task: Task, arrays: Sequence[HeldArray]) -> None:
-        """Waits until the ranks have agreed; then stages, or all rounds but the last are also written before this returns.
+        """Waits until the ranks have agreed; then stages, or all portions but the last are also written before this returns.
 
         Where they take longer than training may wait, this rank gives the save up, and all ranks skip it. [SAVE-104]
         """
         try:
-            stager = self._of_the_rounds(task.agreed)
+            stager = self._of_the_others(task.agreed)
             if stager is None:
                 return
-            if len(stager.prepared.rounds) == 1:
+            if len(stager.prepared.portions) == 1:
                 if task.slot is None:
                     raise fault("no arena was reserved")
                 task.slot.fit(stager)
@@ -224,13 +222,13 @@ class Saver:
             if not isinstance(error, Exception):
                 raise
         else:
-            if len(stager.prepared.rounds) > 1:
+            if len(stager.prepared.portions) > 1:
                 self._stage_open(task, stager, arrays)
 
     def _stage_open(self, task: Task, stager: Stager, arrays: Sequence[HeldArray]) -> None:
-        """Stages all rounds once the attempt is open, which nobody else hands to the writer."""
+        """Stages all portions once the attempt is open, which nobody else hands to the writer."""
         try:
-            share = self._of_the_rounds(task.open)
+            share = self._of_the_others(task.open)
         except BaseException as error:
             failure = _as_exception(error)
             task.open.add_done_callback(lambda share: self._withdraw(task, share, failure))
@@ -238,9 +236,9 @@ class Saver:
                 raise
         else:
             if share is not None:
-                self._stage_rounds(task, share, stager, arrays)
+                self._stage_portions(task, share, stager, arrays)
 
-    def _of_the_rounds(self, found: Future[T]) -> T | None:
+    def _of_the_others(self, found: Future[T]) -> T | None:
         """What came of them; None if the save failed there, as its handle says. Blocking, at most `stall_limit_s`; then raises
         SaveSkipped."""
         limit_s = self._options.stall_limit_s
@@ -252,18 +250,18 @@ class Saver:
         if opened.exception() is None:
             self._beside.fail(task, Event.NOT_STAGED, error)
 
-    def _stage_rounds(self, task: Task, share: Share, stager: Stager, arrays: Sequence[HeldArray]) -> None:
+    def _stage_portions(self, task: Task, share: Share, stager: Stager, arrays: Sequence[HeldArray]) -> None:
         prepared, slot, checksums = share.prepared, task.slot, b""
-        last, submission = len(prepared.rounds) - 1, None
+        last, submission = len(prepared.portions) - 1, None
         words = (task.handle.path, last + 1, prepared.arena_nbytes)
-        log.info("%s: in %d rounds of at most %d bytes, so training waits for all but one", *words)
+        log.info("%s: in %d portions of at most %d bytes, so training waits for all but one", *words)
         try:
             for number in range(last + 1):
                 if slot is None:
                     raise fault("no arena was reserved")
                 slot.fit(stager)
                 task.copies = slot.stage(number, arrays)
-                submission = self._beside.submit(task, StagedRound(share, number, checksums))
+                submission = self._beside.submit(task, StagedPortion(share, number, checksums))
                 task.times.staged = time.perf_counter()
                 if number == last or not _written(submission, limit_s=self._options.stall_limit_s):
                     self._beside.follow(task, submission)
@@ -332,7 +330,7 @@ def _as_exception(error: BaseException) -> Exception:
 
 
 def _written(submission: Submission, *, limit_s: float) -> bool:
-    """Whether a round is written. Blocking as long as it gets on; False if it failed. Raises DeadlineExceeded where nothing
+    """Whether a portion is written. Blocking as long as it gets on; False if it failed. Raises DeadlineExceeded where nothing
     is written for `limit_s`: the storage must not keep training."""
     seen, since = -1, time.monotonic()
     while not submission.future.done():
@@ -340,5 +338,5 @@ def _written(submission: Submission, *, limit_s: float) -> bool:
         if submission.written != seen:
             seen, since = submission.written, time.monotonic()
         elif time.monotonic() - since > limit_s:
-            raise DeadlineExceeded(f"nothing was written for {limit_s:g} s while training waited for a round")
+            raise DeadlineExceeded(f"nothing was written for {limit_s:g} s while training waited for a portion")
     return submission.future.exception() is None

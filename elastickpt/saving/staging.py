@@ -22,9 +22,9 @@ from elastickpt.storage.direct import address_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.memory import host_address, host_elements
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.arena_plan import ArenaPlan
 from elastickpt.writer.plans import PlannedPiece
-from elastickpt.writer.prepared import Prepared
-from elastickpt.writer.rounds import Slice
+from elastickpt.writer.portions import Slice
 
 MIN_THREADED_NBYTES = 32 << 20  # below this a second thread costs more to wake than it copies meanwhile
 PART_NBYTES = 8 << 20
@@ -39,19 +39,19 @@ class StagedSlice:
     into: Bytes
 
 
-def slices_of(prepared: Prepared, arena: Arena, number: int) -> tuple[StagedSlice, ...]:
-    """The slices of a round with their places. Raises LimitExceeded for an arena that is too small."""
+def slices_of(prepared: ArenaPlan, arena: Arena, number: int) -> tuple[StagedSlice, ...]:
+    """The slices of a portion with their places. Raises LimitExceeded for an arena that is too small."""
     _require_room(prepared, arena, number)
-    found, files, memory = prepared.rounds[number], prepared.plan.files, arena.memory
+    found, files, memory = prepared.portions[number], prepared.plan.files, arena.memory
     return tuple(
         StagedSlice(files[at.file].pieces[at.piece], at, memory[at.offset : at.offset + at.stop - at.start])
         for at in found.slices
     )
 
 
-def _require_room(prepared: Prepared, arena: Arena, number: int) -> None:
-    if arena.nbytes < (needed := prepared.rounds[number].nbytes):
-        raise LimitExceeded(f"round {number} needs an arena of {needed} bytes, found one of {arena.nbytes}")
+def _require_room(prepared: ArenaPlan, arena: Arena, number: int) -> None:
+    if arena.nbytes < (needed := prepared.portions[number].nbytes):
+        raise LimitExceeded(f"portion {number} needs an arena of {needed} bytes, found one of {arena.nbytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ class _Move:
 
 
 class Stager:
-    """Copies the rounds of one plan into arenas, again and again.
+    """Copies the portions of one plan into arenas, again and again.
 
     A pool's threads help; `python -m tools.bench.copies` shows what they bring, which is nothing where one core fills the
     memory bus, or ranks keep all cores busy.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: ArenaPlan) -> None:
         self.prepared = prepared
         self._moves: list[list[_Move]] = []
 
@@ -84,7 +84,7 @@ class Stager:
         skip: Collection[int] = (),
         pool: Pool | None = None,
     ) -> int:
-        """Copies round `number` from what this rank holds; returns its bytes. Blocking.
+        """Copies portion `number` from what this rank holds; returns its bytes. Blocking.
 
         On return those tensors may change. The arena, emptied before, says on the way how far it is filled; of several threads
         at the end. The arrays in `skip` are staged by somebody else, who then says it. By address where a tensor has no gaps,
@@ -96,7 +96,7 @@ class Stager:
         if arena.filled:
             raise Refused("this arena is full: it is emptied before it is filled again")
         if not self._moves:
-            self._moves = [[_move(self.prepared, at, held) for at in one.slices] for one in self.prepared.rounds]
+            self._moves = [[_move(self.prepared, at, held) for at in one.slices] for one in self.prepared.portions]
         addresses = [None if array in skip else host_address(one.tensor) for array, one in enumerate(held)]
         moves = [move for move in self._moves[number] if move.array not in skip] if skip else self._moves[number]
         nbytes = sum(move.nbytes for move in moves)
@@ -108,7 +108,7 @@ class Stager:
             for move in moves:
                 parts += _parts_of_move(move, addresses[move.array], held, arena.memory)
             pool.share_out(parts, lambda part: part())
-        fill_to(self.prepared.rounds[number].nbytes)
+        fill_to(self.prepared.portions[number].nbytes)
         return nbytes
 
 
@@ -140,7 +140,7 @@ def _copy(
                 fill_to(said := first + start)
 
 
-def _move(prepared: Prepared, at: Slice, held: Sequence[HeldArray]) -> _Move:
+def _move(prepared: ArenaPlan, at: Slice, held: Sequence[HeldArray]) -> _Move:
     piece = prepared.plan.files[at.file].pieces[at.piece]
     offset = _offset_of(piece.local, held[piece.array].box.shape, itemsize=held[piece.array].spec.type.itemsize)
     return _Move(piece, at, piece.array, None if offset is None else offset + at.start, at.stop - at.start)

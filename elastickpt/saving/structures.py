@@ -4,7 +4,7 @@
     the very arrays of a state   the encoded table of this rank              `propose`
     rank and id                  shared facts, plan, looks, outline          `agree`, which says to others which ids it knows
     table, for one saver         the structure by which it may stage         `Saver`, which then asks nobody
-    a structure and an arena     the plan in rounds, and who stages it       `Pipeline`, `Saver`
+    a structure and an arena     the plan in portions, and who stages it       `Pipeline`, `Saver`
 
 What a structure says is a function of its id and of the rank alone, so it may outlive any one save.
 """
@@ -27,10 +27,10 @@ from elastickpt.saving.request import Request
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import encode_table, table_digest, table_of
 from elastickpt.training.held import HeldArray, LiveState
+from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import Document, WritePlan
-from elastickpt.writer.prepared import WriterStructure, prepare
 
-KNOWN_STRUCTURES = 4  # jobs alternate between few: with and without optimizer state, model only, ...
+KNOWN_STRUCTURES = 8  # jobs alternate between few: with and without optimizer state, model only, an average of it, ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +82,8 @@ class KnownStructure:
         return Hashed(self.id, (*self.looks, *asked), arrays, share=request.share)
 
     def for_writer(self, arena_nbytes: int | None = None) -> WriterStructure:
-        """With the plan in rounds through an arena of at most so many bytes. Raises LimitExceeded where it cannot go in one."""
+        """With the plan in portions through an arena of at most so many bytes. Raises LimitExceeded where it cannot go in
+        one."""
         if arena_nbytes not in self._for_writer:
             prepared = prepare(self.plan, self.documents, arena_nbytes=arena_nbytes)
             self._for_writer[arena_nbytes] = WriterStructure(prepared, self.outline)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.attempt import Attempt, Committed
 from elastickpt.commit.destination import Destination
+from elastickpt.errors import Refused
 from elastickpt.saving.arenas import Slot
 from elastickpt.saving.drift import Hashed
 from elastickpt.saving.handle import SaveHandle
+from elastickpt.saving.info import CheckpointInfo
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.propose import Proposal
 from elastickpt.saving.request import Request
@@ -19,6 +22,8 @@ from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KnownStructure
 from elastickpt.training.gates import Copies
 from elastickpt.writer.share import Share
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -46,14 +51,14 @@ class Task:
     proposal: Proposal | None = None
     failure: BaseException | None = None
     slot: Slot | None = None
-    known: KnownStructure | None = None  # staged by it, or being staged
+    stages_by: KnownStructure | None = None  # staged by it, or being staged
     hashed: Hashed | None = None  # before that: what is compared with other ranks
     marked: bool = False  # its destination is taken
     copies: Copies | None = None
     pipeline: Pipeline | None = None  # once the ranks talk about it
     agreed: Future[Stager] = field(default_factory=Future)  # what it is to stage by
     staged: Future[None] = field(default_factory=Future)
-    open: Future[Share] = field(default_factory=Future)  # for who stages in rounds, and so submits by himself
+    open: Future[Share] = field(default_factory=Future)  # for who stages in portions, and so submits by himself
 
     @property
     def attempt(self) -> Attempt | None:
@@ -84,3 +89,30 @@ class Task:
         for future in waited_for:
             if not future.done():
                 future.set_exception(error)
+
+
+def info_of(task: Task, outcome: Committed, at: float) -> CheckpointInfo:
+    """Its one line in the log, and what its handle returns; `at` is when it was known to be committed."""
+    times, pipeline = task.times, task.pipeline
+    if pipeline is None:
+        raise Refused("a save was committed of which no rank was asked")
+    submitted, written = times.submitted or times.staged, times.written or at
+    stall = times.staged - times.begun
+    log.log(
+        logging.INFO if pipeline.team.member == 0 else logging.DEBUG,  # which says it for all
+        "saved %s: %d arrays, %.3f GB; staged in %.3f s, written at %.2f s, committed at %.2f s (%.2f GB/s), stall %.3f s",
+        *(pipeline.path, outcome.arrays, outcome.nbytes / 1e9),
+        *(stall, written - times.begun, at - times.begun, outcome.nbytes / 1e9 / max(at - times.begun, 1e-9), stall),
+    )
+    return CheckpointInfo(
+        path=pipeline.path,
+        step=task.request.step,
+        attempt=pipeline.opened.attempt.id,
+        nbytes=outcome.nbytes,
+        arrays=outcome.arrays,
+        plan_s=max(0.0, submitted - times.staged),
+        write_s=max(0.0, written - submitted),
+        commit_s=max(0.0, at - written),
+        stall_s=stall,
+        notes=pipeline.notes,
+    )

@@ -15,9 +15,8 @@ from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.format.records import FileDigest, OptimizerTable
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ranks.addresses import listen
-from elastickpt.saving.fragments import own_tables
 from elastickpt.saving.merge import MergedStructure, merge
-from elastickpt.saving.plan import plan_writes, records_of
+from elastickpt.saving.plan import own_tables, plan_writes, records_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import table_of
 from elastickpt.storage.local import LocalStore
@@ -25,15 +24,15 @@ from elastickpt.storage.store import Store
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.carry import unwatched
+from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure, prepare
+from elastickpt.writer.arena_source import ArenaSource
 from elastickpt.writer.plans import documents_of
-from elastickpt.writer.prepared import Prepared, WriterStructure, prepare
 from elastickpt.writer.seats import CANDIDATES, Limits, Seat, new_secret
 from elastickpt.writer.share import Share, write_whole_share
-from elastickpt.writer.staged import Staged
-from elastickpt.writer.submissions import StagedRound, Submission
+from elastickpt.writer.submissions import StagedPortion, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
+from elastickpt.writer.write_files import unwatched
 
 Writer = Supervisor | ThreadWriter
 QUICK = Limits(succession_s=2.0, silence_s=5.0, missing_s=5.0, adopt_s=1.0)
@@ -54,18 +53,18 @@ class Member:
 
     number: int
     live: LiveState
-    prepared: Prepared
+    prepared: ArenaPlan
     tables: tuple[OptimizerTable, ...]
     arena: Arena
 
-    def staged(self, open: OpenAttempt) -> StagedRound:
-        """Its round of the attempt, staged."""
+    def staged(self, open: OpenAttempt) -> StagedPortion:
+        """Its portion of the attempt, staged."""
         self.arena.empty()
         Stager(self.prepared).stage(self.arena, 0, self.live.arrays)
         contents = decode_contents(open.contents) if self.number == 0 else None
         structure = WriterStructure(self.prepared, None if contents is None else contents.outline)
         values = {} if contents is None else contents.values
-        return StagedRound(Share(open.attempt, self.number, structure, self.tables, {}, values), 0)
+        return StagedPortion(Share(open.attempt, self.number, structure, self.tables, {}, values), 0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ class Job:
     def write(self, open: OpenAttempt) -> tuple[FileDigest, ...]:
         """Every member's share, written and attested here; the attestations."""
         return tuple(
-            write_whole_share(open.store, member.staged(open).share, Staged(member.arena, unwatched)) for member in self.members
+            write_whole_share(open.store, member.staged(open).share, ArenaSource(member.arena, unwatched))
+            for member in self.members
         )
 
     def submit(self, open: OpenAttempt, writers: Sequence[Writer]) -> list[Submission]:

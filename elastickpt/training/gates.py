@@ -36,7 +36,7 @@ class Copies(Protocol):
     def close(self) -> None: ...
 
 
-class Beside(Protocol):
+class DeviceCopier(Protocol):
     """Which arrays are copied beside training, and by whom."""
 
     def device(self, held: HeldArray) -> str | None:

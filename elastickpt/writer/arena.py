@@ -22,7 +22,7 @@ import numpy as np
 
 from elastickpt.errors import NoSpace, Refused
 from elastickpt.storage.failures import naming
-from elastickpt.writer.carry import Bytes
+from elastickpt.writer.write_files import Bytes
 
 _numbers = itertools.count()
 _MARK = struct.Struct("<q")

@@ -3,8 +3,8 @@
     trainer -> writer                                      writer -> trainer
     Hello       first; how to behave                       Ready       answer to Hello: imported and waiting
     ArenaHere   with a descriptor: an arena to read from   Beat        each `beat_s`: alive
-    ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's round written so far
-    StructureHere   what all saves of a structure share,   Done        the round is written, and after the last one attested
+    ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's portion written so far
+    StructureHere   what all saves of a structure share,   Done        the portion is written, and after the last one attested
                 by digest; sent once
     StructureGone   no job will name it again              Failed      the job ended; nothing more is done for it
     SeatHere    with a descriptor, if it listens: where
@@ -13,7 +13,7 @@
                 to be held until that is decided
     Enroll      before Write or Say: take part in the
                 decision of a job's attempt
-    Write       a round of a job is staged, or begins to be:
+    Write       a portion of a job is staged, or begins to be:
                 write it
     Say         a job's attempt is attested, or failed
     Cancel      end the job as soon as may be
@@ -25,12 +25,13 @@ arenas and structures that came before it. From Write to its answer the writer r
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
-4. Bytes of a round that is not the last are as durable as asked when Done is sent, so that no later writer needs them again.
-5. After the last round of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
+4. Bytes of a portion that is not the last are as durable as asked when Done is sent, so that no later writer needs them again.
+5. After the last portion of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
-6. When the connection or the trainer's process ends, the writer finishes the last rounds it was given, then ends; at the latest
-   `lease_s` later. It ends no attempt before it is decided. Earlier rounds are dropped, and a round that was not staged to its
-   end fails: nobody is left to stage what follows.
+6. When the connection or the trainer's process ends, the writer finishes the last portions it was given, then ends; at the
+latest
+   `lease_s` later. It ends no attempt before it is decided. Earlier portions are dropped, and a portion that was not staged to
+   its end fails: nobody is left to stage what follows.
 """
 
 from __future__ import annotations
@@ -102,17 +103,17 @@ class Enroll(Message, frozen=True, tag=True):
 
 
 class Write(Message, frozen=True, tag=True):
-    """`beside` as `Share.beside`; `known` are the checksums of all earlier rounds, as little-endian 64-bit integers; both are
-    used in the last round."""
+    """`beside` as `Share.beside`; `earlier` are the checksums of all portions before, as little-endian 64-bit integers; both
+    are used in the last portion."""
 
     job: int
     attempt: Attempt
     structure: str
-    round: int
+    portion: int
     arena: int
     member: int
     beside: bytes
-    known: bytes
+    earlier: bytes
     repeated: bool
 
 
@@ -147,7 +148,7 @@ class Progress(Message, frozen=True, tag=True):
 
 
 class Done(Message, frozen=True, tag=True):
-    """`checksums` of the round's blocks, unless it was the last one: then none, and `file`, the attestation."""
+    """`checksums` of the portion's blocks, unless it was the last one: then none, and `file`, the attestation."""
 
     job: int
     nbytes: int

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from elastickpt.format.arrays import ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.documents import array_document, group_document
-from elastickpt.format.keys import document_file
+from elastickpt.format.keys import chunk_file, document_file
 from elastickpt.format.records import ArrayRecord
-from elastickpt.layout.grid import Run
+from elastickpt.layout.algebra import relative
+from elastickpt.layout.grid import Run, chunk_nbytes, runs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +72,17 @@ def documents_of(plan: WritePlan, records: Sequence[ArrayRecord]) -> tuple[Docum
             group = group_document((identity.section, identity.item, identity.name))
             found.append(Document(document_file(record.key.rpartition("/")[0]), group))
     return tuple(found)
+
+
+def files_of(
+    number: int, spec: ArraySpec, key: str, chunk_shape: Sequence[int], boxes: Sequence[Box], *, held: Box
+) -> list[PlannedFile]:
+    """What these boxes of array `number`, in global coordinates, put into its chunk files; `held` is the part of it that the
+    source has, of which a piece's `local` box counts."""
+    itemsize = spec.type.itemsize
+    by_chunk: dict[tuple[int, ...], list[PlannedPiece]] = {}
+    for box in boxes:
+        for run in runs_of(box, shape=spec.shape, chunk_shape=tuple(chunk_shape), itemsize=itemsize):
+            by_chunk.setdefault(run.chunk, []).append(PlannedPiece(number, relative(run.box, held), run))
+    nbytes = chunk_nbytes(tuple(chunk_shape), itemsize=itemsize)
+    return [PlannedFile(chunk_file(key, chunk), nbytes, tuple(pieces)) for chunk, pieces in by_chunk.items()]

@@ -1,4 +1,4 @@
-"""Inside the writer process: one thread listens and beats, another carries out rounds, one after the other.
+"""Inside the writer process: one thread listens and beats, another carries out portions, one after the other.
 
 It is in a session of its own, deaf to the signals that end a job, and holds nothing of the trainer's but the connection. It
 ends when told, or after the trainer by the rule of `messages` (5).
@@ -25,7 +25,8 @@ from elastickpt.ranks.frames import PeerGone
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.carry import Watch
+from elastickpt.writer.arena_plan import SentStructure, WriterStructure
+from elastickpt.writer.attempt_worker import AttemptWorker, perform
 from elastickpt.writer.messages import (
     ArenaGone,
     ArenaHere,
@@ -47,11 +48,10 @@ from elastickpt.writer.messages import (
     Write,
     WriterMessage,
 )
-from elastickpt.writer.parts import Part, perform
-from elastickpt.writer.prepared import SentStructure, WriterStructure
 from elastickpt.writer.priority import lower
 from elastickpt.writer.seats import Seat
 from elastickpt.writer.wire import Wire
+from elastickpt.writer.write_files import Watch
 
 PROGRESS_S = 0.25
 _DEAF = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # what launchers send to all processes of a job: it has to finish first
@@ -87,7 +87,7 @@ class _Process:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self._enrolled: set[int] = set()  # jobs whose attempt this writer has a part in
-        self._part: Part | None = None
+        self._part: AttemptWorker | None = None
         self._opening = threading.Lock()
         self._quitting = False
         self._orphaned = False
@@ -172,9 +172,9 @@ class _Process:
                 self._wire.send(Decided(job, Decision.of("", verdict)))
             gc.collect()  # not before: it would keep the commit waiting, 20 ms for 333 arrays
 
-        self._part = Part(seat, listener, self._store, tell)
+        self._part = AttemptWorker(seat, listener, self._store, tell)
 
-    def _taking_part(self) -> Part:
+    def _taking_part(self) -> AttemptWorker:
         if self._part is None:
             raise PeerGone("the trainer sent an order before a seat")
         return self._part
@@ -232,7 +232,7 @@ class _Process:
     def _carry_out(self, task: _Task, watch: Watch) -> Done:
         write, structure = task.write, task.structure
         part = self._taking_part() if write.job in self._enrolled else None
-        if self._orphaned and write.round < len(structure.prepared.rounds) - 1:
+        if self._orphaned and write.portion < len(structure.prepared.portions) - 1:
             lost = RankLost("the trainer ended before it had staged the rest")
             if part is not None:
                 part.fail(write, lost)

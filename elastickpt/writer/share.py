@@ -20,10 +20,20 @@ from elastickpt.format.encode_fragments import decode_beside, encode_beside
 from elastickpt.format.records import FileDigest, FragmentMap, OptimizerTable, StoredFile, StoredPiece
 from elastickpt.format.values import Value
 from elastickpt.storage.store import Store
-from elastickpt.writer.carry import Checksums, Source, Target, Watch, blocks_of, make_durable, sync_way, unwatched, write_round
+from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure
 from elastickpt.writer.plans import WritePlan
-from elastickpt.writer.prepared import Prepared, WriterStructure
-from elastickpt.writer.rounds import BLOCK_NBYTES
+from elastickpt.writer.portions import BLOCK_NBYTES
+from elastickpt.writer.write_files import (
+    Checksums,
+    Source,
+    Target,
+    Watch,
+    blocks_of,
+    make_durable,
+    sync_way,
+    unwatched,
+    write_portion,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +60,7 @@ class Share:
         return encode_values(self.replicated or {})
 
     @property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> ArenaPlan:
         return self.structure.prepared
 
 
@@ -62,8 +72,8 @@ def share_of(attempt: Attempt, member: int, structure: WriterStructure, beside: 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A round that was written: its bytes, and the checksums of its blocks as little-endian 64-bit integers; after the last one
-    `file`, the attestation."""
+    """A portion that was written: its bytes, and the checksums of its blocks as little-endian 64-bit integers; after the last
+    one `file`, the attestation."""
 
     nbytes: int
     checksums: bytes
@@ -76,39 +86,39 @@ def write_share(
     number: int,
     source: Source,
     *,
-    known: bytes = b"",
+    earlier: bytes = b"",
     repeated: bool = False,
     watch: Watch = unwatched,
 ) -> Written:
-    """Writes a round of the share; the last one also makes documents and names, and attests. On return what was written is as
+    """Writes a portion of the share; the last one also makes documents and names, and attests. On return what was written is as
     durable as was asked.
 
-    `known` are the checksums of all earlier rounds. `repeated`: another writer may have begun the same, which is completed.
+    `earlier` are the checksums of all portions before. `repeated`: another writer may have begun the same, which is completed.
     Raises StorageFailed kinds, and whatever source and `watch` raise.
     """
     attempt, prepared = share.attempt, share.prepared
-    plan, now = prepared.plan, prepared.rounds[number]
+    plan, now = prepared.plan, prepared.portions[number]
     way = sync_way(store, len(plan.files) + len(plan.documents), durability=attempt.durability)
     target = Target(store, attempt.draft.folder, way, watch)
     create = completing(store) if repeated else store.create
-    last = number == len(prepared.rounds) - 1
-    checksums = write_round(target, plan, prepared.documents if last else (), now.slices, source, create=create)
+    last = number == len(prepared.portions) - 1
+    checksums = write_portion(target, plan, prepared.documents if last else (), now.slices, source, create=create)
     nbytes = sum(at.stop - at.start for at in now.slices)
     if not last:
         if way == "tree":
             store.sync_tree()
         return Written(nbytes, _encode(checksums), None)
     make_durable(target, plan, prepared.documents)
-    every = np.concatenate([np.frombuffer(known, dtype="<u8").astype(np.uint64), checksums])
+    every = np.concatenate([np.frombuffer(earlier, dtype="<u8").astype(np.uint64), checksums])
     fragments = fragments_of(share, every)
     return Written(nbytes, b"", attest(store, attempt.draft, fragments, durability=attempt.durability, create=create))
 
 
 def write_whole_share(store: Store, share: Share, source: Source) -> FileDigest:
-    """The same of a share that goes in one round; returns the attestation."""
+    """The same of a share that goes in one portion; returns the attestation."""
     file = write_share(store, share, 0, source).file
     if file is None:
-        raise LimitExceeded(f"a share in {len(share.prepared.rounds)} rounds, where one was expected")
+        raise LimitExceeded(f"a share in {len(share.prepared.portions)} portions, where one was expected")
     return file
 
 

@@ -11,21 +11,22 @@ from elastickpt.commit.marks import mark
 from elastickpt.errors import CheckpointError, DeadlineExceeded, fault, from_report, kinds
 from elastickpt.format.records import FileDigest
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.arena_plan import WriterStructure
 from elastickpt.writer.messages import Done, Enroll, Failed, Say, Write
-from elastickpt.writer.prepared import WriterStructure
 from elastickpt.writer.share import Share, Written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StagedRound:
-    """A round of a rank's share that lies in an arena, or is being staged there. `known`: the checksums of all earlier ones."""
+class StagedPortion:
+    """A portion of a rank's share that lies in an arena, or is being staged there. `known`: the checksums of all earlier
+    ones."""
 
     share: Share
     number: int
-    known: bytes = b""
+    earlier: bytes = b""
 
 
-def submission_of(number: int, staged: StagedRound, arena: Arena) -> Submission:
+def submission_of(number: int, staged: StagedPortion, arena: Arena) -> Submission:
     """A new one; its attempt is marked as being worked on from now on, if its writer takes part in the decision."""
     submission = Submission(number, staged.share.attempt, staged, arena)
     if submission.takes_part:
@@ -42,16 +43,16 @@ def withdrawal_of(number: int, attempt: Attempt, failure: CheckpointError) -> Su
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """A round on its way. The arena is the writer's until `result` returned or raised; what was withdrawn has none, nor a
-    round.
+    """A portion on its way. The arena is the writer's until `result` returned or raised; what was withdrawn has none, nor a
+    portion.
 
-    Of a writer that takes part in the decision, `decided` of the last round, or of the first that failed, is what became of the
-    attempt: the same on all ranks, or the error that all of them raise. `said` is this rank's last word on it.
+    Of a writer that takes part in the decision, `decided` of the last portion, or of the first that failed, is what became of
+    the attempt: the same on all ranks, or the error that all of them raise. `said` is this rank's last word on it.
     """
 
     number: int
     attempt: Attempt
-    staged: StagedRound | None
+    staged: StagedPortion | None
     arena: Arena | None
     future: Future[Written] = field(default_factory=Future)
     decided: Future[Committed] = field(default_factory=Future)
@@ -137,11 +138,11 @@ class Submission:
             job=self.number,
             attempt=self.attempt,
             structure=staged.share.structure.digest,
-            round=staged.number,
+            portion=staged.number,
             arena=arena.number,
             member=staged.share.member,
             beside=staged.share.beside,
-            known=staged.known,
+            earlier=staged.earlier,
             repeated=self.deaths > 0,
         )
 

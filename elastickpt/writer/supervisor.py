@@ -40,7 +40,7 @@ from elastickpt.writer.messages import (
     WriterMessage,
 )
 from elastickpt.writer.seats import ALONE, Seat
-from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of, withdrawal_of
+from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ class Supervisor:
         child = self._child
         return None if child is None else child.process.pid
 
-    def submit(self, staged: StagedRound, arena: Arena) -> Submission:
-        """Has the round written from the arena. Raises Refused after `close`, and for an arena that is not free."""
+    def submit(self, staged: StagedPortion, arena: Arena) -> Submission:
+        """Has the portion written from the arena. Raises Refused after `close`, and for an arena that is not free."""
         self._require_open()
         arena.require_free()
         self._count += 1

@@ -14,11 +14,11 @@ from elastickpt.ranks.team import failure_of
 from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.carry import Watch
+from elastickpt.writer.attempt_worker import AttemptWorker, perform
 from elastickpt.writer.messages import Done, Failed
-from elastickpt.writer.parts import Part, perform
 from elastickpt.writer.seats import ALONE, Seat
-from elastickpt.writer.submissions import StagedRound, Submission, error_of, outcome_of, submission_of, withdrawal_of
+from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
+from elastickpt.writer.write_files import Watch
 
 
 class ThreadWriter:
@@ -28,14 +28,14 @@ class ThreadWriter:
         self._store = store
         self._worker = Worker("elastickpt-writer")
         self._seat, self._listener = seat, listener
-        self._part: Part | None = None
+        self._part: AttemptWorker | None = None
         self._ordered: dict[str, Submission] = {}  # by attempt: the newest of those that are not decided
         self._count = 0
         self._closed = False
         self._taking_part = threading.Lock()
 
-    def submit(self, staged: StagedRound, arena: Arena) -> Submission:
-        """Has the round written from the arena. Raises Refused after `close`, and for an arena that is not free."""
+    def submit(self, staged: StagedPortion, arena: Arena) -> Submission:
+        """Has the portion written from the arena. Raises Refused after `close`, and for an arena that is not free."""
         self._require_open()
         arena.require_free()
         self._count += 1
@@ -65,7 +65,7 @@ class ThreadWriter:
 
     def close(self, *, limit_s: float = 10.0) -> None:
         """Takes nothing more, and waits at most `limit_s` until all is decided; then results still open raise WriterLost, and
-        rounds are written to their end as long as this process lives. Blocking."""
+        portions are written to their end as long as this process lives. Blocking."""
         if self._closed:
             return
         self._closed = True
@@ -90,10 +90,10 @@ class ThreadWriter:
         if self._closed:
             raise Refused("this writer was closed")
 
-    def _begin(self, submission: Submission) -> Part:
+    def _begin(self, submission: Submission) -> AttemptWorker:
         with self._taking_part:
             if self._part is None:
-                self._part = Part(self._seat, self._listener, lambda _: self._store, self._tell)
+                self._part = AttemptWorker(self._seat, self._listener, lambda _: self._store, self._tell)
         earlier = self._ordered.get(submission.attempt.id)
         self._ordered[submission.attempt.id] = submission
         if earlier is not None:

@@ -117,7 +117,7 @@ def saved() -> Iterator[Saved]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replicas, "MIN_SPLIT_NBYTES", 8)
         patch.setattr(grid, "CHUNK_NBYTES", 160_000)
-        for module in ("rounds", "carry", "fragments"):
+        for module in ("portions", "write_files", "share"):
             patch.setattr(f"elastickpt.writer.{module}.BLOCK_NBYTES", BLOCK)
         yield Saved(MemoryStore(name))
     MemoryStore("").remove_tree(name)

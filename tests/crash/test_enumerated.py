@@ -198,14 +198,14 @@ def test_documents_made_beside_the_data_with_a_fault_at_every_operation(
     memory: JournalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As large saves do it: the order of operations differs from run to run, what holds after each does not."""
-    monkeypatch.setattr("elastickpt.writer.carry.SIDE_BY_SIDE_NBYTES", 0)
+    monkeypatch.setattr("elastickpt.writer.write_files.SIDE_BY_SIDE_NBYTES", 0)
     test_one_rank_with_a_fault_at_every_operation(memory)
 
 
 def test_a_tree_synced_while_data_is_written_with_a_fault_at_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As saves of many files do it: what that sync could not write is an error as well as what the last one could not."""
-    monkeypatch.setattr("elastickpt.writer.carry.SIDE_BY_SIDE_NBYTES", 0)
-    monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
+    monkeypatch.setattr("elastickpt.writer.write_files.SIDE_BY_SIDE_NBYTES", 0)
+    monkeypatch.setattr("elastickpt.writer.write_files.SYNC_TREE_FILES", 0)
     monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     name = f"crash-{uuid.uuid4().hex}"
     assert enumerate_faults(JournalStore(name, tree_sync=True), 1, 0, FAST) >= 30

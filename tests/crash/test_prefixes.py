@@ -72,8 +72,8 @@ def test_a_power_cut_after_every_change_leaves_what_was_acknowledged(top: str, w
 @pytest.mark.parametrize("beside", [False, True], ids=["one", "another while data is written"])
 def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
     if beside:
-        monkeypatch.setattr("elastickpt.writer.carry.SIDE_BY_SIDE_NBYTES", 0)
-    monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
+        monkeypatch.setattr("elastickpt.writer.write_files.SIDE_BY_SIDE_NBYTES", 0)
+    monkeypatch.setattr("elastickpt.writer.write_files.SYNC_TREE_FILES", 0)
     monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=True)
     assert {change.verb for change in journal} >= {"sync tree"}
@@ -84,7 +84,7 @@ def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pyte
 @pytest.mark.parametrize("tree_sync", [False, True])
 def test_many_drawn_states_of_every_prefix(top: str, tree_sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if tree_sync:
-        monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
+        monkeypatch.setattr("elastickpt.writer.write_files.SYNC_TREE_FILES", 0)
         monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     journal, acknowledged = two_saves(top, 2, tree_sync=tree_sync)
     assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 4000

@@ -184,7 +184,7 @@ def test_a_power_cut_after_every_change_of_a_run_leaves_what_was_acknowledged(to
 @pytest.mark.parametrize("tree_sync", [False, True])
 def test_many_drawn_states_of_every_prefix_of_a_run(top: str, tree_sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if tree_sync:
-        monkeypatch.setattr("elastickpt.writer.carry.SYNC_TREE_FILES", 0)
+        monkeypatch.setattr("elastickpt.writer.write_files.SYNC_TREE_FILES", 0)
         monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
     journal, promise = two_jobs(top, tree_sync=tree_sync)
     assert judge_all(journal, promise, [*FATES, *map(drawn, range(40))], top) > 8000

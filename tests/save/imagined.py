@@ -25,10 +25,10 @@ from elastickpt.saving.plan import plan_writes, records_of
 from elastickpt.saving.structure import StructureTable, table_of
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState, Sharing
-from elastickpt.writer.carry import blocks_of
+from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import WritePlan, documents_of
-from elastickpt.writer.prepared import WriterStructure, prepare
 from elastickpt.writer.share import Share, fragments_of, write_whole_share
+from elastickpt.writer.write_files import blocks_of
 
 
 def identity(name: str) -> ArrayId:

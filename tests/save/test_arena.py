@@ -30,9 +30,9 @@ from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, 
 from elastickpt.storage.direct import MIN_DIRECT_NBYTES
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.arena_plan import ArenaPlan, decode_prepared, prepare
 from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
-from elastickpt.writer.prepared import Prepared, decode_prepared, prepare
-from elastickpt.writer.rounds import BLOCK_NBYTES, MIN_ARENA_NBYTES, PAGE, lay_out
+from elastickpt.writer.portions import BLOCK_NBYTES, MIN_ARENA_NBYTES, PAGE, lay_out
 
 MIB = 1 << 20
 
@@ -180,16 +180,16 @@ def held_of(source: np.ndarray) -> HeldArray:
     return HeldArray(spec, Box.whole(source.shape), tensor, "other", "declared", replicas=(0,))
 
 
-def staged(prepared: Prepared, sources: Sequence[np.ndarray], *, threads: int = 1) -> bytes:
+def staged(prepared: ArenaPlan, sources: Sequence[np.ndarray], *, threads: int = 1) -> bytes:
     """All bytes in the order of the plan, through one arena."""
     arena = Arena.create(prepared.arena_nbytes)
     stager, pool = Stager(prepared), Pool("elastickpt-stage", threads)
     held = [held_of(source) for source in sources]
     found = b""
-    for number in range(len(prepared.rounds)):
+    for number in range(len(prepared.portions)):
         arena.memory[:] = 0xEE
         arena.empty()
-        assert stager.stage(arena, number, held, (), pool) == sum(s.stop - s.start for s in prepared.rounds[number].slices)
+        assert stager.stage(arena, number, held, (), pool) == sum(s.stop - s.start for s in prepared.portions[number].slices)
         found += b"".join(one.into.tobytes() for one in slices_of(prepared, arena, number))
     pool.close()
     arena.close()
@@ -217,7 +217,7 @@ def test_rounds_of_a_small_arena_carry_the_same_bytes(threads: int, order: str) 
     whole = Box((0, 0), source.shape)
     plan = plan_of(whole, shape=source.shape, itemsize=4, held=whole)
     small = prepare(plan, (), arena_nbytes=2 * MIB)
-    assert len(small.rounds) == 5
+    assert len(small.portions) == 5
     assert staged(small, [source], threads=threads) == staged(prepare(plan, ()), [source], threads=threads) == source.tobytes()
 
 
@@ -245,7 +245,7 @@ def test_what_the_mark_says_is_staged_lies_there(order: str, monkeypatch: pytest
     Stager(prepared).stage(arena, 0, [held_of(source)])
     assert marks == sorted(marks)
     assert len(marks) >= 10
-    assert marks[-1] == arena.filled == prepared.rounds[0].nbytes
+    assert marks[-1] == arena.filled == prepared.portions[0].nbytes
     with pytest.raises(Refused, match="emptied before it is filled again"):
         Stager(prepared).stage(arena, 0, [held_of(source)])
     arena.empty()
@@ -314,7 +314,12 @@ def test_a_prepared_plan_is_the_same_on_the_other_side() -> None:
     for limit in (None, 2 * MIB):
         prepared = prepare(plan, documents, arena_nbytes=limit)
         other = decode_prepared(prepared.encoded)
-        assert (other.plan, other.documents, other.rounds, other.digest) == (plan, documents, prepared.rounds, prepared.digest)
+        assert (other.plan, other.documents, other.portions, other.digest) == (
+            plan,
+            documents,
+            prepared.portions,
+            prepared.digest,
+        )
     assert prepare(plan, documents).digest != prepare(plan, documents[:1]).digest
     empty = prepare(WritePlan((), (), ()), ())
     assert decode_prepared(empty.encoded).plan == empty.plan

@@ -31,7 +31,7 @@ from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
-from elastickpt.writer import endings
+from elastickpt.writer import commit_thread
 from elastickpt.writer.share import Share
 from elastickpt.writer.supervisor import Supervisor
 
@@ -140,13 +140,13 @@ def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path
 def test_storage_that_decides_nothing_is_not_filled_with_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """[SAVE-101]"""
     ek.async_save(state(), tmp_path / "known", options=THREAD).result(LIMIT_S)
-    let, real = threading.Event(), endings.commit
+    let, real = threading.Event(), commit_thread.commit
 
     def waiting(*args: Any, **options: Any) -> Any:
         let.wait(LIMIT_S)
         return real(*args, **options)
 
-    monkeypatch.setattr(endings, "commit", waiting)
+    monkeypatch.setattr(commit_thread, "commit", waiting)
     handles = [ek.async_save(state(), tmp_path / f"{number}", options=THREAD) for number in range(6)]
     with pytest.raises(SaveSkipped, match="5 earlier saves are under way and not decided yet"):
         handles[5].result(LIMIT_S)
@@ -273,7 +273,7 @@ def test_an_interrupt_while_rounds_are_awaited_ends_the_save(tmp_path: Path, mon
     options = ek.AsyncOptions(executor="thread", arena_nbytes=(1 << 20) + 4096)
     live = state(numbers=1 << 20)
     ek.async_save(live, tmp_path / "a", options=options).result(LIMIT_S)
-    real, handles = Saver._of_the_rounds, []
+    real, handles = Saver._of_the_others, []
 
     def interrupted(saver: Saver, future: Any) -> Any:
         found = real(saver, future)
@@ -283,7 +283,7 @@ def test_an_interrupt_while_rounds_are_awaited_ends_the_save(tmp_path: Path, mon
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "_of_the_rounds", interrupted)
+        patch.setattr(Saver, "_of_the_others", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ek.async_save(live, tmp_path / "b", options=options)
     assert "interrupted: KeyboardInterrupt" in str(handles[0].exception(LIMIT_S))
@@ -425,23 +425,23 @@ def test_a_storage_that_hangs_within_a_round_keeps_training_no_longer_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """[SAVE-9]"""
-    from elastickpt.writer import carry
+    from elastickpt.writer import write_files
 
     options = ek.AsyncOptions(executor="thread", stall_limit_s=1.0, arena_nbytes=(1 << 20) + 4096)
     live = state(numbers=1 << 20)
     ek.async_save(live, tmp_path / "known", options=options).result(LIMIT_S)
-    let, real = threading.Event(), carry.write_slices
+    let, real = threading.Event(), write_files.write_slices
 
     def hanging(*args: Any) -> Any:
         let.wait(LIMIT_S)
         return real(*args)
 
-    monkeypatch.setattr(carry, "write_slices", hanging)
+    monkeypatch.setattr(write_files, "write_slices", hanging)
     handle = ek.async_save(live, tmp_path / "c", options=options)
     with pytest.raises(SaveSkipped):  # its arena is free only when nobody reads it any more
         ek.async_save(live, tmp_path / "d", options=options).result(LIMIT_S)
     let.set()
-    with pytest.raises(DeadlineExceeded, match=r"nothing was written for 1 s while training waited for a round"):
+    with pytest.raises(DeadlineExceeded, match=r"nothing was written for 1 s while training waited for a portion"):
         handle.result(LIMIT_S)
     ek.async_save(live, tmp_path / "d", options=options).result(LIMIT_S)
     assert sorted(os.listdir(tmp_path)) == ["d", "known"]

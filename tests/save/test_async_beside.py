@@ -92,7 +92,7 @@ class Job:
         self.model = nn.Sequential(nn.Linear(300, 400), nn.BatchNorm1d(400)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.step()
-        self.saver = Saver(job_group(None), AsyncOptions(executor="thread", **options), purpose="test", copies=beside)
+        self.saver = Saver(job_group(None), AsyncOptions(executor="thread", **options), purpose="test", copier=beside)
 
     def step(self) -> None:
         for parameter in self.model.parameters():

@@ -25,8 +25,8 @@ from elastickpt.saving.saver import Saver
 from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.task import Task
-from elastickpt.writer import endings
-from elastickpt.writer.parts import Part
+from elastickpt.writer import commit_thread
+from elastickpt.writer.attempt_worker import AttemptWorker
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.thread import ThreadWriter
 
@@ -154,7 +154,7 @@ def is_staged_too_late(scene: Scene) -> None:
     """All rounds are staged behind the opening."""
     scene.known(ek.AsyncOptions(executor="thread", arena_nbytes=(1 << 20) + 4096, stall_limit_s=0.5), 1 << 20)
     left = threading.Event()
-    real = Saver._of_the_rounds
+    real = Saver._of_the_others
 
     def awaited(self: Saver, future: Any) -> Any:
         try:
@@ -163,7 +163,7 @@ def is_staged_too_late(scene: Scene) -> None:
             if not future.done():
                 left.set()
 
-    scene.patch.setattr(Saver, "_of_the_rounds", awaited)
+    scene.patch.setattr(Saver, "_of_the_others", awaited)
     scene.before(Beside, "_share", lambda *_: left.wait(LIMIT_S))
 
 
@@ -186,19 +186,19 @@ def is_not_staged_while_written(scene: Scene) -> None:
 
 
 def is_not_written(scene: Scene) -> None:
-    from elastickpt.writer import carry
+    from elastickpt.writer import write_files
 
     scene.known()
-    scene.failing(carry, "write_slices")
+    scene.failing(write_files, "write_slices")
 
 
 def is_decided_while_written(scene: Scene) -> None:
     """By another rank's failure, as its vote comes to the committer."""
-    from elastickpt.writer import carry
+    from elastickpt.writer import write_files
 
     scene.known()
     decided = threading.Event()
-    scene.before(carry, "write_slices", lambda *_: (abort(scene), decided.wait(LIMIT_S)))
+    scene.before(write_files, "write_slices", lambda *_: (abort(scene), decided.wait(LIMIT_S)))
     scene.patch.setattr(Submission, "decide", _then(Submission.decide, decided.set))
 
 
@@ -228,23 +228,23 @@ def is_decided_before_it_is_known_to_be_written(scene: Scene) -> None:
     is_not_committed(scene)
     decided = threading.Event()
     scene.patch.setattr(Submission, "decide", _then(Submission.decide, decided.set))
-    scene.patch.setattr(Part, "carry_out", _then(Part.carry_out, lambda: decided.wait(LIMIT_S)))
+    scene.patch.setattr(AttemptWorker, "carry_out", _then(AttemptWorker.carry_out, lambda: decided.wait(LIMIT_S)))
 
 
 def is_not_committed(scene: Scene) -> None:
     scene.known()
-    scene.failing(endings, "commit")
+    scene.failing(commit_thread, "commit")
 
 
 def is_given_up_behind_its_attestation(scene: Scene) -> None:
     scene.known()
-    real = Part.carry_out
+    real = AttemptWorker.carry_out
 
     def late(*args: Any, **options: Any) -> Any:
         real(*args, **options)
         raise FULL
 
-    scene.patch.setattr(Part, "carry_out", late)
+    scene.patch.setattr(AttemptWorker, "carry_out", late)
 
 
 SCENES: dict[Cell, Callable[[Scene], None]] = {

@@ -14,9 +14,8 @@ from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit as commit_attempt
 from elastickpt.format.records import FileDigest
-from elastickpt.saving.fragments import own_tables
 from elastickpt.saving.merge import MergedStructure, SharedArray, merge
-from elastickpt.saving.plan import plan_writes, records_of
+from elastickpt.saving.plan import own_tables, plan_writes, records_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import table_of
 from elastickpt.storage.local import LocalStore
@@ -24,10 +23,10 @@ from elastickpt.storage.store import Durability
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure, prepare
 from elastickpt.writer.plans import documents_of
-from elastickpt.writer.prepared import Prepared, WriterStructure, prepare
 from elastickpt.writer.share import Share
-from elastickpt.writer.submissions import StagedRound
+from elastickpt.writer.submissions import StagedPortion
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
 
@@ -56,7 +55,7 @@ class Rank:
     live: LiveState
     shared: tuple[SharedArray, ...]
     merged: MergedStructure
-    prepared: Prepared
+    prepared: ArenaPlan
 
     @classmethod
     def of(cls, state: Mapping[str, object], *, arena_nbytes: int | None = None) -> Rank:
@@ -77,8 +76,8 @@ class Rank:
         tables = own_tables(self.live, self.shared, rank=0)
         return Share(Attempt(store.url, draft, durability), 0, WriterStructure(self.prepared), tables, dict(self.live.per_rank))
 
-    def staged(self, draft: Draft, store: LocalStore, number: int, known: bytes, durability: Durability) -> StagedRound:
-        return StagedRound(self.share(draft, store, durability), number, known)
+    def staged(self, draft: Draft, store: LocalStore, number: int, known: bytes, durability: Durability) -> StagedPortion:
+        return StagedPortion(self.share(draft, store, durability), number, known)
 
 
 def begun(folder: Path, name: str) -> tuple[LocalStore, Draft]:
@@ -102,7 +101,7 @@ def save_through(
     stager = Stager(rank.prepared)
     known = b""
     file = None
-    for number in range(len(rank.prepared.rounds)):
+    for number in range(len(rank.prepared.portions)):
         arena.empty()
         stager.stage(arena, number, rank.live.arrays)
         outcome = writer.submit(rank.staged(draft, store, number, known, durability), arena).result(timeout_s)

@@ -114,7 +114,7 @@ def test_a_writer_process_writes_what_a_blocking_save_does(
 
 def test_an_arena_smaller_than_the_state_is_used_in_rounds(tmp_path: Path, start: Start, blocking: Path) -> None:
     rank = Rank.of(big_state(), arena_nbytes=2 << 20)
-    assert len(rank.prepared.rounds) == 4
+    assert len(rank.prepared.portions) == 4
     supervisor = start(hooks=(hook("kill", 9), hook("kill", 9), hook("kill", 30)))
     save_through(supervisor, rank, rank.arena(), tmp_path / "c", durability="power")
     demand_equal(tmp_path / "c", blocking)

@@ -23,7 +23,7 @@ from elastickpt.saving.plan import plan_writes
 from elastickpt.saving.staging import Stager
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.prepared import prepare
+from elastickpt.writer.arena_plan import prepare
 
 from .state import shapes_for
 

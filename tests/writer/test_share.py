@@ -19,9 +19,9 @@ from elastickpt.format.keys import fragments_file
 from elastickpt.saving.staging import Stager
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import ALL, CHANGING, Crash, CrashAt, FailAt, FaultyStore, Lasting, Mode, RecordingStore
-from elastickpt.writer.carry import unwatched
+from elastickpt.writer.arena_source import ArenaSource
 from elastickpt.writer.share import Written, write_share
-from elastickpt.writer.staged import Staged
+from elastickpt.writer.write_files import unwatched
 
 
 def small_state(seed: int = 0) -> dict[str, object]:
@@ -45,7 +45,7 @@ class Job:
 
     def perform(self, store: Store, number: int, *, repeated: bool) -> Written:
         share = self.rank.share(self.draft, self.store, "power")
-        return write_share(store, share, number, Staged(self.arena, unwatched), known=self.known, repeated=repeated)
+        return write_share(store, share, number, ArenaSource(self.arena, unwatched), earlier=self.known, repeated=repeated)
 
     def finish(self, done: Written) -> dict[str, bytes]:
         """Commits and returns the tree but for the fragment file, which names the attempt."""
@@ -153,7 +153,7 @@ def test_rounds_survive_a_crash_in_each_of_them(quick_path: Path, blocking: dict
     """The arena holds only the round of now: earlier ones are never needed again."""
     for at, folder in zip((1, 3, 5), folders(quick_path), strict=False):
         job = Job(folder, arena_nbytes=(1 << 20) + 4096)
-        assert len(job.rank.prepared.rounds) == 2
+        assert len(job.rank.prepared.portions) == 2
         for number in range(2):
             job.arena.memory[:] = 0xEE
             job.stage(number)

@@ -12,9 +12,9 @@ import pytest
 
 from elastickpt.errors import Cancelled, DeadlineExceeded, RankLost, Refused
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.carry import unwatched
-from elastickpt.writer.rounds import Slice
-from elastickpt.writer.staged import GIVE_WAY, Staged
+from elastickpt.writer.arena_source import GIVE_WAY, ArenaSource
+from elastickpt.writer.portions import Slice
+from elastickpt.writer.write_files import unwatched
 
 NBYTES = 10_000
 WHOLE = Slice(0, 0, 0, NBYTES, 0)
@@ -55,13 +55,13 @@ def test_an_arena_of_any_size_has_a_mark(nbytes: int) -> None:
 def test_what_is_there_is_taken_at_once_and_in_place(arena: Arena) -> None:
     arena.memory[:] = np.arange(NBYTES, dtype=np.uint64).astype(np.uint8)
     arena.fill_to(600)
-    taken = Staged(arena, unwatched).take(Slice(3, 1, 256, 1024, 100), 300, 756)
+    taken = ArenaSource(arena, unwatched).take(Slice(3, 1, 256, 1024, 100), 300, 756)
     assert taken.tobytes() == arena.memory[144:600].tobytes()
     assert np.shares_memory(taken, arena.memory)
 
 
 def test_what_is_not_there_is_waited_for_by_all_threads(arena: Arena) -> None:
-    staged = Staged(arena, unwatched)
+    staged = ArenaSource(arena, unwatched)
     taken: dict[int, bytes] = {}
 
     def take(start: int) -> None:
@@ -83,7 +83,7 @@ def test_what_is_not_there_is_waited_for_by_all_threads(arena: Arena) -> None:
 
 def test_threads_that_wait_give_way_to_who_copies_but_not_the_writers_own(arena: Arena) -> None:
     own, usual = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0)
-    staged = Staged(arena, unwatched)
+    staged = ArenaSource(arena, unwatched)
     arena.fill_to(10)
     niceness: dict[str, int] = {}
 
@@ -104,7 +104,7 @@ def test_threads_that_wait_give_way_to_who_copies_but_not_the_writers_own(arena:
 
 
 def test_what_a_trainer_that_ended_had_copied_is_taken_and_no_more(arena: Arena) -> None:
-    staged = Staged(arena, unwatched)
+    staged = ArenaSource(arena, unwatched)
     arena.fill_to(4000)
     arena.abandoned = True
     assert staged.take(WHOLE, 3000, 4000).size == 1000
@@ -113,7 +113,7 @@ def test_what_a_trainer_that_ended_had_copied_is_taken_and_no_more(arena: Arena)
 
 
 def test_a_trainer_that_stands_still_is_not_waited_for_for_ever(arena: Arena) -> None:
-    staged = Staged(arena, unwatched, still_s=0.2)
+    staged = ArenaSource(arena, unwatched, still_s=0.2)
     filling = threading.Timer(0.1, arena.fill_to, (4000,))
     filling.start()
     begun = time.monotonic()
@@ -132,5 +132,5 @@ def test_who_cancels_ends_the_wait(arena: Arena) -> None:
             raise Cancelled("cancelled")
 
     with pytest.raises(Cancelled):
-        Staged(arena, watch).take(WHOLE, 0, 1)
+        ArenaSource(arena, watch).take(WHOLE, 0, 1)
     assert asked == [0, 0, 0]

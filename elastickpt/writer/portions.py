@@ -1,4 +1,4 @@
-"""Where the pieces of a plan lie in an arena while they are staged: in rounds, if the arena is smaller than what is saved.
+"""Where the pieces of a plan lie in an arena while they are staged: in portions, if the arena is smaller than what is saved.
 
 A slice that may go past the page cache lies at its file offset modulo the page, so that it is written from where it is;
 smaller ones are copied into the page cache in any case, and lie close together.
@@ -34,7 +34,7 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class Portion:
     """What is in the arena at one time, in the order of the plan. `nbytes` is the arena that it needs."""
 
     slices: tuple[Slice, ...]
@@ -46,15 +46,15 @@ def whole_pieces(files: Sequence[PlannedFile]) -> tuple[Slice, ...]:
     return tuple(Slice(f, p, 0, piece.run.nbytes) for f, file in enumerate(files) for p, piece in enumerate(file.pieces))
 
 
-def lay_out(files: Sequence[PlannedFile], *, arena_nbytes: int | None = None) -> tuple[Round, ...]:
-    """The rounds in which the files' bytes go through an arena, at least one; as few as fit, None: one, however large.
+def lay_out(files: Sequence[PlannedFile], *, arena_nbytes: int | None = None) -> tuple[Portion, ...]:
+    """The portions in which the files' bytes go through an arena, at least one; as few as fit, None: one, however large.
 
-    A piece is split between rounds only where it exceeds what is left of the arena, at a multiple of the block size. The
-    slices of all rounds in order are the plan's bytes in order. Raises LimitExceeded for an arena below `MIN_ARENA_NBYTES`.
+    A piece is split between portions only where it exceeds what is left of the arena, at a multiple of the block size. The
+    slices of all portions in order are the plan's bytes in order. Raises LimitExceeded for an arena below `MIN_ARENA_NBYTES`.
     """
     if arena_nbytes is not None and arena_nbytes < MIN_ARENA_NBYTES:
         raise LimitExceeded(f"an arena of {arena_nbytes} bytes; expected at least {MIN_ARENA_NBYTES}")
-    rounds: list[Round] = []
+    portions: list[Portion] = []
     slices: list[Slice] = []
     used = 0
     for f, p, piece in _pieces(files):
@@ -65,14 +65,14 @@ def lay_out(files: Sequence[PlannedFile], *, arena_nbytes: int | None = None) ->
             if arena_nbytes is not None and offset + stop - start > arena_nbytes:
                 room = max(arena_nbytes - offset, 0) // BLOCK_NBYTES * BLOCK_NBYTES
                 if room < MIN_DIRECT_NBYTES and slices:  # no splinters: the rest of this arena stays empty
-                    rounds.append(Round(tuple(slices), used))
+                    portions.append(Portion(tuple(slices), used))
                     slices, used = [], 0
                     continue
                 stop = start + room
             slices.append(Slice(f, p, start, stop, offset))
             used = offset + stop - start
             start = stop
-    return (*rounds, Round(tuple(slices), used)) if slices or not rounds else tuple(rounds)
+    return (*portions, Portion(tuple(slices), used)) if slices or not portions else tuple(portions)
 
 
 def place_of(piece: PlannedPiece, start: int, *, after: int) -> int:

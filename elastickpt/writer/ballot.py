@@ -33,10 +33,10 @@ from elastickpt.ranks.actor import Actor
 from elastickpt.ranks.frames import Frame, Kind
 from elastickpt.ranks.team import BEAT_S
 from elastickpt.storage.store import Store
-from elastickpt.writer.clients import Client, Clients
-from elastickpt.writer.endings import Endings
+from elastickpt.writer.commit_thread import CommitThread
+from elastickpt.writer.committer_link import CommitterLink, Step
+from elastickpt.writer.member_links import MemberLink, MemberLinks
 from elastickpt.writer.seats import Seat
-from elastickpt.writer.way import Step, Way
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class _Open:
     said: Said = None
 
 
-class Assembly:
+class CommitBallot:
     """One writer's part. Methods do not block and may come from any thread; `tell` is called from the assembly's thread."""
 
     def __init__(
@@ -71,16 +71,16 @@ class Assembly:
     ) -> None:
         self._seat, self._tell = seat, tell
         self._actor = Actor("elastickpt-assembly", self._run)
-        self._clients = Clients(seat, listener, self._actor.selector)
+        self._clients = MemberLinks(seat, listener, self._actor.selector)
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tallies: dict[str, Tally] = {}
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self._strangers: dict[str, tuple[Attempt, float]] = {}
         self._turned_at = time.monotonic()
-        self._way = Way(seat, self._actor.selector)
+        self._way = CommitterLink(seat, self._actor.selector)
         self._beaten_at = 0.0
         rank = seat.ranks[seat.member]
-        self._endings = Endings(rank, stores, patience or Patience(), self._leave, self._decided)
+        self._endings = CommitThread(rank, stores, patience or Patience(), self._leave, self._decided)
         self._closed = False
         self._actor.start()
 
@@ -128,9 +128,9 @@ class Assembly:
 
     def _turn(self) -> None:
         for key in self._actor.wait(TURN_S if self._open or self._tallies else None):
-            if isinstance(key.data, Client):
+            if isinstance(key.data, MemberLink):
                 self._hear_client(key.data)
-            elif isinstance(key.data, Way):
+            elif isinstance(key.data, CommitterLink):
                 for frame in self._way.hear():
                     self._decided(*decode_verdict(frame.data))
             else:
@@ -209,7 +209,7 @@ class Assembly:
 
     # -- the committer -------------------------------------------------------------------------------------------------
 
-    def _hear_client(self, client: Client) -> None:
+    def _hear_client(self, client: MemberLink) -> None:
         for frame in self._clients.read(client):
             attempt, said = decode_vote(frame.data)
             if (known := self._verdicts.get(attempt.id)) is not None:
@@ -220,7 +220,7 @@ class Assembly:
         if client.gone:
             self._lost(client, time.monotonic())
 
-    def _lost(self, client: Client, now: float) -> None:
+    def _lost(self, client: MemberLink, now: float) -> None:
         """Nothing is heard by this connection any more; its member may have another one by now."""
         for key in client.attempts:
             if key in self._tallies and not self._clients.has(client.member, key):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.handed import find_attestation
+from elastickpt.commit.handover import find_attestation
 from elastickpt.commit.outcome import STANDS, Patience, Standing, commit, give_up, look
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Report = tuple[RankFailure, ...]
 
 
-class Endings:
+class CommitThread:
     """Belongs to one thread, which `leave` brings what came of it back to: there `decided` is called. Methods do not block."""
 
     def __init__(

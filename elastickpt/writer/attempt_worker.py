@@ -1,4 +1,4 @@
-"""A writer's part in the attempts of a job, be it a process or a thread: it writes rounds, and takes part in the decision."""
+"""A writer's part in the attempts of a job, be it a process or a thread: it writes portions, and takes part in the decision."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Callable
 from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.commit.completing import completing
 from elastickpt.commit.contents import Contents, EncodedContents, decode_values
-from elastickpt.commit.handed import find_attestation, leave_contents
+from elastickpt.commit.handover import find_attestation, leave_contents
 from elastickpt.commit.outcome import Patience, Standing, look
 from elastickpt.errors import CheckpointError, RankFailure, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.assembly import Assembly
-from elastickpt.writer.carry import Watch
+from elastickpt.writer.arena_plan import WriterStructure
+from elastickpt.writer.arena_source import ArenaSource
+from elastickpt.writer.ballot import CommitBallot
+from elastickpt.writer.committer_link import say_farewell
 from elastickpt.writer.messages import Done, Enroll, Say, Write
-from elastickpt.writer.prepared import WriterStructure
 from elastickpt.writer.seats import Seat
 from elastickpt.writer.share import share_of, write_share
-from elastickpt.writer.staged import Staged
 from elastickpt.writer.submissions import done_of
-from elastickpt.writer.way import say_farewell
+from elastickpt.writer.write_files import Watch
 
 Tell = Callable[[int, Verdict], None]
 
 
-class Part:
+class AttemptWorker:
     """`stores` opens a store by its URL; `tell` is told of every decided job, from another thread."""
 
     def __init__(self, seat: Seat, listener: socket.socket | None, stores: Callable[[str], Store], tell: Tell) -> None:
@@ -39,7 +39,7 @@ class Part:
         self._enrolled: dict[str, _Enrolled] = {}
         self._marks: dict[str, socket.socket] = {}
         patience = Patience(limit_s=seat.limits.adopt_s)
-        self._assembly = Assembly(seat, listener, stores, self._tell, patience=patience)
+        self._assembly = CommitBallot(seat, listener, stores, self._tell, patience=patience)
 
     def hold(self, attempt: str, mark: socket.socket) -> None:
         """Somebody works on the attempt as long as the mark is open: until it is decided."""
@@ -55,7 +55,7 @@ class Part:
         self._assembly.enroll(attempt, enrolled.contents)
 
     def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
-        """Writes the round, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
+        """Writes the portion, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
         attempt = job.attempt
 
         def watch_both(nbytes: int) -> None:
@@ -68,7 +68,7 @@ class Part:
             store = self._stores(attempt.store)
             if job.repeated and look(store, attempt) is not Standing.OPEN:
                 raise WriterLost(f"{attempt.draft.folder}: the attempt was decided before this writer process began")
-            if self._leaves_contents and job.round == 0:
+            if self._leaves_contents and job.portion == 0:
                 self._leave_contents(store, attempt, repeated=job.repeated)
             done = perform(store, job, structure, arena, watch=watch_both)
         except Exception as error:
@@ -91,7 +91,7 @@ class Part:
             leave_contents(store, attempt, contents, create=completing(store))
 
     def fail(self, job: Write, error: CheckpointError) -> None:
-        """The round cannot be written."""
+        """The portion cannot be written."""
         self._assembly.say(job.attempt.id, failure_of(error, self._rank))
 
     def repeat(self, say: Say) -> None:
@@ -144,8 +144,8 @@ class _Enrolled:
 
 
 def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
-    """The job's round is written from the arena. Blocking. Raises what `write_share` raises."""
+    """The job's portion is written from the arena. Blocking. Raises what `write_share` raises."""
     share = share_of(job.attempt, job.member, structure, job.beside)
-    source = Staged(arena, watch)
-    written = write_share(store, share, job.round, source, known=job.known, repeated=job.repeated, watch=watch)
+    source = ArenaSource(arena, watch)
+    written = write_share(store, share, job.portion, source, earlier=job.earlier, repeated=job.repeated, watch=watch)
     return done_of(job.job, written)

@@ -17,24 +17,24 @@ from elastickpt.format.digest import file_digest
 from elastickpt.layout.grid import Run
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
-from elastickpt.writer.rounds import Round, Slice, lay_out
+from elastickpt.writer.portions import Portion, Slice, lay_out
 
 _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """A plan with its documents and its rounds through an arena."""
+class ArenaPlan:
+    """A plan with its documents and its portions through an arena."""
 
     plan: WritePlan
     documents: tuple[Document, ...]
-    rounds: tuple[Round, ...]
+    portions: tuple[Portion, ...]
 
     @cached_property
     def encoded(self) -> bytes:
         """It says the same, for `decode_prepared`."""
-        return _encode(self.plan, self.documents, self.rounds)
+        return _encode(self.plan, self.documents, self.portions)
 
     @cached_property
     def digest(self) -> str:
@@ -43,18 +43,18 @@ class Prepared:
 
     @property
     def arena_nbytes(self) -> int:
-        """The arena that holds every round."""
-        return max(one.nbytes for one in self.rounds)
+        """The arena that holds every portion."""
+        return max(one.nbytes for one in self.portions)
 
 
 class WriterStructure:
     """What all saves of one structure have in common for one writer. `outline` on the committer's, else None."""
 
-    def __init__(self, prepared: Prepared, outline: Outline | None = None) -> None:
+    def __init__(self, prepared: ArenaPlan, outline: Outline | None = None) -> None:
         self._prepared, self._outline = prepared, outline
 
     @property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> ArenaPlan:
         return self._prepared
 
     @property
@@ -79,7 +79,7 @@ class SentStructure(WriterStructure):
         self._plan, self._encoded_outline = plan, outline
 
     @cached_property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> ArenaPlan:
         prepared, self._plan = decode_prepared(self._plan), b""
         return prepared
 
@@ -102,15 +102,15 @@ class _Plan(Message, frozen=True):
     pieces: bytes
     planned: tuple[PlannedDocument, ...]
     documents: tuple[Document, ...]
-    rounds: tuple[tuple[int, bytes], ...]
+    portions: tuple[tuple[int, bytes], ...]
 
 
-def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> Prepared:
+def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> ArenaPlan:
     """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
-    return Prepared(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes))
+    return ArenaPlan(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes))
 
 
-def decode_prepared(data: bytes) -> Prepared:
+def decode_prepared(data: bytes) -> ArenaPlan:
     """The plan that was encoded so."""
     told = decode(data, _Plan)
     every = _decode_pieces(_ints(told.pieces))
@@ -121,13 +121,13 @@ def decode_prepared(data: bytes) -> Prepared:
     )
     plan = WritePlan(told.keys, files, told.planned)
     found = []
-    for nbytes, column in told.rounds:
+    for nbytes, column in told.portions:
         rows = iter(_ints(column))
-        found.append(Round(tuple(Slice(*row) for row in zip(*[rows] * _SLICE, strict=True)), nbytes))
-    return Prepared(plan, told.documents, tuple(found))
+        found.append(Portion(tuple(Slice(*row) for row in zip(*[rows] * _SLICE, strict=True)), nbytes))
+    return ArenaPlan(plan, told.documents, tuple(found))
 
 
-def _encode(plan: WritePlan, documents: Sequence[Document], rounds: Sequence[Round]) -> bytes:
+def _encode(plan: WritePlan, documents: Sequence[Document], portions: Sequence[Portion]) -> bytes:
     rows = (_piece_row(piece) for file in plan.files for piece in file.pieces)
     told = _Plan(
         plan.keys,
@@ -139,7 +139,7 @@ def _encode(plan: WritePlan, documents: Sequence[Document], rounds: Sequence[Rou
         tuple(documents),
         tuple(
             (one.nbytes, pack_ints([n for s in one.slices for n in (s.file, s.piece, s.start, s.stop, s.offset)]))
-            for one in rounds
+            for one in portions
         ),
     )
     return encode(told)

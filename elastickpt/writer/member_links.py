@@ -20,7 +20,7 @@ SEND_S = 5.0  # what a client that takes nothing is waited for; it comes back by
 
 
 @dataclass(slots=True, eq=False)
-class Client:
+class MemberLink:
     """One connection; `member` is -1 until it has said hello. `attempts` are the attempts that it spoke of, by key."""
 
     connection: Connection
@@ -29,12 +29,12 @@ class Client:
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
 
-class Clients:
+class MemberLinks:
     """All connections to one candidate. Belongs to one thread."""
 
     def __init__(self, seat: Seat, listener: socket.socket | None, selector: selectors.BaseSelector) -> None:
         self._seat, self._listener, self._selector = seat, listener, selector
-        self._all: list[Client] = []
+        self._all: list[MemberLink] = []
         self.departed: set[int] = set()  # members that said farewell
         if listener is not None:
             listener.setblocking(False)
@@ -48,11 +48,11 @@ class Clients:
         except OSError:
             time.sleep(PAUSE_S)  # it is gone again; or there are no descriptors, and it would be asked at once, and for ever
             return
-        client = Client(Connection(sock))
+        client = MemberLink(Connection(sock))
         self._all.append(client)
         self._selector.register(client.connection, selectors.EVENT_READ, client)
 
-    def read(self, client: Client) -> list[Frame]:
+    def read(self, client: MemberLink) -> list[Frame]:
         """The votes that came; marks the client as gone at its end, and drops whoever does not know the secret."""
         try:
             client.connection.pump()
@@ -70,7 +70,7 @@ class Clients:
                     self._drop(client)
         return frames
 
-    def send(self, client: Client, frame: Frame) -> None:
+    def send(self, client: MemberLink, frame: Frame) -> None:
         """Blocks at most `SEND_S`; drops a client that takes nothing."""
         if client.gone:
             return
@@ -83,7 +83,7 @@ class Clients:
         for client in self._all:
             client.connection.beat(0)
 
-    def silent(self, now: float) -> list[Client]:
+    def silent(self, now: float) -> list[MemberLink]:
         """Those that have something open and said nothing within the limit; they are dropped."""
         limit = self._seat.limits.silence_s
         found = [one for one in self._all if one.attempts and now - one.connection.heard_at > limit]
@@ -100,7 +100,7 @@ class Clients:
         """Whether a connection of that member is there by which it spoke of the attempt."""
         return any(client.member == member and key in client.attempts for client in self._all)
 
-    def that_spoke_of(self, key: str) -> Iterable[Client]:
+    def that_spoke_of(self, key: str) -> Iterable[MemberLink]:
         """Those who wait for the verdict on the attempt; they are taken to have it."""
         found = [client for client in self._all if key in client.attempts]
         for client in found:
@@ -122,7 +122,7 @@ class Clients:
         known = secrets.compare_digest(who.secret, self._seat.secret) and 0 <= who.member < len(self._seat.ranks)
         return who.member if known else -1
 
-    def _drop(self, client: Client) -> None:
+    def _drop(self, client: MemberLink) -> None:
         if not client.gone:
             client.gone = True
             self._all.remove(client)

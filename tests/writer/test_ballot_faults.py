@@ -26,14 +26,14 @@ from elastickpt.ranks.frames import Connection, Frame, Kind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.members import QUICK, Job, Writer, seats
-from elastickpt.writer.assembly import Assembly
-from elastickpt.writer.carry import unwatched
+from elastickpt.writer.attempt_worker import AttemptWorker
+from elastickpt.writer.ballot import CommitBallot
+from elastickpt.writer.committer_link import say_farewell
 from elastickpt.writer.messages import Write
-from elastickpt.writer.parts import Part
 from elastickpt.writer.seats import Limits, Seat
 from elastickpt.writer.submissions import submission_of
 from elastickpt.writer.thread import ThreadWriter
-from elastickpt.writer.way import say_farewell
+from elastickpt.writer.write_files import unwatched
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +115,16 @@ class TestOneAssembly:
     """Member 0 of two."""
 
     @pytest.fixture
-    def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[Assembly, Seat, Attempt]]:
+    def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[CommitBallot, Seat, Attempt]]:
         (first, listener), (second, unused) = seats(2, Limits(missing_s=0.3))
         attempt = job.attempt(tmp_path / "c")
-        assembly = Assembly(first, listener, lambda _: attempt.store, lambda key, verdict: None)
+        assembly = CommitBallot(first, listener, lambda _: attempt.store, lambda key, verdict: None)
         yield assembly, second, attempt.attempt
         assembly.close()
         assert unused is not None
         unused.close()
 
-    def test_a_member_with_a_newer_connection_is_not_missing(self, played: tuple[Assembly, Seat, Attempt]) -> None:
+    def test_a_member_with_a_newer_connection_is_not_missing(self, played: tuple[CommitBallot, Seat, Attempt]) -> None:
         """The older one may be found gone long afterwards. [SAVE-82]"""
         assembly, seat, attempt = played
         older, newer = Fake(seat, attempt), Fake(seat, attempt)
@@ -141,7 +141,7 @@ class TestOneAssembly:
         newer.vote(RankFailure(1, "no-space", "no room"))
         assert newer.verdict() == (RankFailure(1, "no-space", "no room"),)
 
-    def test_one_that_asks_again_is_told_and_forgotten(self, played: tuple[Assembly, Seat, Attempt]) -> None:
+    def test_one_that_asks_again_is_told_and_forgotten(self, played: tuple[CommitBallot, Seat, Attempt]) -> None:
         """[SAVE-89]"""
         assembly, seat, attempt = played
         member = Fake(seat, attempt)
@@ -151,7 +151,7 @@ class TestOneAssembly:
             assert member.verdict() == (RankFailure(1, "no-space", "no room"),)
         assert [one.attempts for one in assembly._clients._all] == [{}]
 
-    def test_who_talks_nonsense_is_hung_up_on(self, played: tuple[Assembly, Seat, Attempt]) -> None:
+    def test_who_talks_nonsense_is_hung_up_on(self, played: tuple[CommitBallot, Seat, Attempt]) -> None:
         assembly, seat, _ = played
         stranger = dial(seat.candidates[0], timeout_s=BOUND_S)
         stranger.sendall(struct.pack("<QBI", 0, 200, 0))
@@ -160,7 +160,9 @@ class TestOneAssembly:
         stranger.close()
         assert assembly._clients._all == []
 
-    def test_it_is_not_idle_when_an_attempt_comes_at_the_end_of_a_turn(self, played: tuple[Assembly, Seat, Attempt]) -> None:
+    def test_it_is_not_idle_when_an_attempt_comes_at_the_end_of_a_turn(
+        self, played: tuple[CommitBallot, Seat, Attempt]
+    ) -> None:
         """Else an orphan would end before its attempt is decided. [SAVE-97]"""
         assembly, _, attempt = played
         real, enrolled = assembly._way.begin_anew, threading.Event()
@@ -184,7 +186,7 @@ def test_a_revived_writer_completes_what_other_committers_need_before_it_attests
     """[SAVE-85] Behind the attestation another one may be about to commit, and have removed it."""
     attempt, member = job.attempt(tmp_path / "c"), job.members[0]
     ((seat, listener), *_) = seats(5)
-    part = Part(seat, listener, lambda _: attempt.store, lambda number, verdict: None)
+    part = AttemptWorker(seat, listener, lambda _: attempt.store, lambda number, verdict: None)
     submission = submission_of(1, member.staged(attempt), member.arena)
     again, structure = replace(submission.write(), repeated=True), submission.structure
     assert structure is not None
@@ -248,7 +250,7 @@ def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) 
     committed = commit(attempt.store, attempt.attempt, decode_contents(attempt.contents), files)
     (seat, listener), _ = seats(2, Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
     told: SimpleQueue[Verdict] = SimpleQueue()
-    part = Part(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
+    part = AttemptWorker(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
     submission = submission_of(1, small.members[0].staged(attempt), small.members[0].arena)
     submission.said = files[0]
     part.begin(submission.enroll(), submission.structure)

@@ -10,16 +10,16 @@ import time
 
 from elastickpt.errors import DeadlineExceeded, RankLost
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.carry import Bytes, Watch
+from elastickpt.writer.portions import Slice
 from elastickpt.writer.priority import lower
-from elastickpt.writer.rounds import Slice
+from elastickpt.writer.write_files import Bytes, Watch
 
 LOOK_S = 0.001  # what is copied meanwhile is a part of a unit
 GIVE_WAY = 10  # niceness of who writes while the trainer copies, which training waits for
 STILL_S = 120.0  # a trainer that fills nothing for so long was stopped; its save must not keep the others for ever
 
 
-class Staged:
+class ArenaSource:
     """A `carry.Source`. `watch` ends a wait, too, by raising."""
 
     def __init__(self, arena: Arena, watch: Watch, *, still_s: float = STILL_S) -> None:

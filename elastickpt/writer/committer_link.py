@@ -42,7 +42,7 @@ def hello(seat: Seat) -> bytes:
     return encode(Introduction(seat.secret, seat.member))
 
 
-class Way:
+class CommitterLink:
     """Belongs to one thread; registers its connection with the selector, with itself as data."""
 
     def __init__(self, seat: Seat, selector: selectors.BaseSelector) -> None:

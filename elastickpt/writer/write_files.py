@@ -20,7 +20,7 @@ from elastickpt.format.digest import block_checksum
 from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import Durability, RangeWriter, Store
 from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePlan
-from elastickpt.writer.rounds import BLOCK_NBYTES, Slice
+from elastickpt.writer.portions import BLOCK_NBYTES, Slice
 
 UNIT_NBYTES = 8 << 20
 THREADS = 3
@@ -68,7 +68,7 @@ def sync_way(store: Store, files: int, *, durability: Durability) -> Sync:
     return "tree" if store.capabilities.tree_sync and files > SYNC_TREE_FILES else "file"
 
 
-def write_round(
+def write_portion(
     target: Target,
     plan: WritePlan,
     documents: Sequence[Document],

@@ -17,7 +17,7 @@ from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, new_secret
-from elastickpt.writer.submissions import StagedRound, Submission
+from elastickpt.writer.submissions import StagedPortion, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
 
@@ -35,7 +35,7 @@ SEATS = Question("seats", str, Seats)  # each says where its writer listens, "" 
 class Writer(Protocol):
     """What `Supervisor` and `ThreadWriter` have in common."""
 
-    def submit(self, staged: StagedRound, arena: Arena) -> Submission: ...
+    def submit(self, staged: StagedPortion, arena: Arena) -> Submission: ...
 
     def withdraw(self, attempt: Attempt, failure: CheckpointError) -> Submission: ...
 
@@ -49,7 +49,7 @@ class Writer(Protocol):
     def closed(self) -> bool: ...
 
 
-class Writers:
+class WriterPool:
     """This rank's writers. A writer is made once all members have said where theirs listen; all of it off the thread that
     trains."""
 
