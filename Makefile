@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint types imports spec docs bench chaos-save chaos-power chaos-flips clients clean
+.PHONY: setup demo demo-recovery test test-all lint types imports spec docs bench chaos-save chaos-power chaos-flips clients clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+demo-recovery: setup
+	$(BIN)/python examples/demo_recovery.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -245,3 +245,14 @@ def leaves(values: Mapping[str, Value]) -> list[tuple[str, Value]]:
         else:
             found.append((place, value))
     return found
+
+
+def approximate_since(manifest: Manifest) -> int | None:
+    """The completed steps at which training first went on from a stage that was rebuilt approximately; None where it never did.
+    [REC-60]"""
+    elastic = manifest.values.get("/elastic") if isinstance(manifest.values, Mapping) else None
+    lineage = elastic.get("lineage") if isinstance(elastic, Mapping) else None
+    if not isinstance(lineage, list | tuple):
+        return None
+    steps = [one.get("step") for one in lineage if isinstance(one, Mapping)]
+    return min((step for step in steps if isinstance(step, int)), default=None)

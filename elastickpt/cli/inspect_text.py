@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from elastickpt.cli.facts import ArrayFact, Facts, OptimizerFact, Setting
+from elastickpt.cli.facts import ArrayFact, Facts, OptimizerFact, Setting, approximate_since
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
 from elastickpt.cli.nametree import Node, collapsed, joined, name_tree
 from elastickpt.cli.text import (
@@ -58,6 +58,7 @@ def header(path: str, facts: Facts, *, width: int | None) -> Iterator[Line]:
         ("values", f"{len(facts.values()):,} replicated"),
         *(("tied", " = ".join(f"{item}/{name}" for item, name in group)) for group in manifest.tied),
         *(("base", base.uri) for base in manifest.bases),
+        *((("state", f"approximate since step {since:,}"),) if (since := approximate_since(manifest)) is not None else ()),
     ]
     if facts.filtered:
         chosen = sum(fact.nbytes for fact in facts.arrays)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from elastickpt.cli.facts import approximate_since
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
 from elastickpt.cli.run_facts import CheckpointFact, KeepFact, RunFacts, layout_text
 from elastickpt.cli.text import age_text, nbytes_text, plural, printable, time_text
@@ -54,7 +55,11 @@ def _said(facts: RunFacts) -> str:
     aside = len(facts.checkpoints) - facts.live
     abandoned = f", {aside:,} abandoned" if aside else ""
     damaged = f", {facts.damaged:,} damaged" if facts.damaged else ""
-    return f"a run: {plural(facts.live, 'checkpoint')} on the live branch{abandoned}{damaged}, {nbytes_text(facts.nbytes)}"
+    newest = next((fact.manifest for fact in facts.checkpoints if fact.entry.state == "live" and fact.manifest), None)
+    since = None if newest is None else approximate_since(newest)
+    approximate = "" if since is None else f", approximate since step {since:,}"
+    said = f"a run: {plural(facts.live, 'checkpoint')} on the live branch{abandoned}{damaged}, {nbytes_text(facts.nbytes)}"
+    return said + approximate
 
 
 def _whose(keep: KeepFact) -> str:

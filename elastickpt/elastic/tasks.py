@@ -10,14 +10,14 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 import torch
 
-from elastickpt.elastic.duties import Duties, Exchange, Task, TaskOver
+from elastickpt.elastic.duties import Exchange, TaskOver
 from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
+from elastickpt.elastic.joining import Job, Task
 from elastickpt.elastic.links import GlooLinks, LinkBroken, Links
 from elastickpt.elastic.membership import (
     Compute,
@@ -45,19 +45,6 @@ from elastickpt.errors import DeadlineExceeded, RecoveryFailed, Refused
 
 OTHERS_BUILD_S = 3600.0
 """For how long a member waits for those that still build their stages; a loss among them ends the wait."""
-
-
-class Job(Duties, Protocol):
-    """What `join` gives."""
-
-    @property
-    def rank(self) -> int | None: ...
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def generation(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

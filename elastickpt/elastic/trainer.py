@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
-from elastickpt.elastic.duties import Task
 from elastickpt.elastic.gradients import Clipping, Scope
+from elastickpt.elastic.joining import Job, Task
 from elastickpt.elastic.links import LinkBroken
 from elastickpt.elastic.membership import Compute, LoopEnded
 from elastickpt.elastic.mending import Rebuilding
@@ -19,7 +19,7 @@ from elastickpt.elastic.reports import by_stage
 from elastickpt.elastic.saves import NoSaves, Saves
 from elastickpt.elastic.stages import Place, Stage, Swap
 from elastickpt.elastic.starts import Batch, Batches, require_batch, untouched
-from elastickpt.elastic.tasks import Job, Tasks, Training
+from elastickpt.elastic.tasks import Tasks, Training
 from elastickpt.errors import RecoveryFailed, Refused
 from elastickpt.runs.run import Run
 from elastickpt.runs.view_saves import ViewSaves

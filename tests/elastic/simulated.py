@@ -20,8 +20,8 @@ Tensors = dict[str, Tensor]
 class Simulated:
     """`norms`: of each stage's body in the last step, after clipping."""
 
-    def __init__(self, stages: int, passing: Passing, *, clip: float) -> None:
-        self.reference, self.clip, self.step = Sequential(stages, passing), clip, 0
+    def __init__(self, stages: int, passing: Passing, *, clip: float, layers: int | None = None) -> None:
+        self.reference, self.clip, self.step = Sequential(stages, passing, layers=layers), clip, 0
         self.norms: list[float] = []
         self.factors = [1.0] * stages
 

@@ -37,22 +37,21 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Layers keep their numbers in the whole model. `copies`: of embedding and head, for a swapped order."""
 
-    def __init__(self, place: Place, *, copies: int, layers: int = 2) -> None:
+    def __init__(self, place: Place, *, copies: int, layers: int) -> None:
         super().__init__()
         torch.manual_seed(SEED)
         embed, head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
-        blocks = [Block() for _ in range(layers * place.stages)]
-        mine = range(layers * place.stage, layers * (place.stage + 1))
+        blocks = [Block() for _ in range(layers)]
+        mine = range(layers * place.stage // place.stages, layers * (place.stage + 1) // place.stages)
         self.layers = nn.ModuleDict({str(number): blocks[number] for number in mine})
         self.embed = embed if place.stage < copies else None
         self.head = head if place.stage >= place.stages - copies else None
 
 
-def build(place: Place, passing: Passing, *, optimizer: str = "adam") -> Stage:
-    model = Model(place, copies=1 if passing.swap is None else 2)
-    optimizers = {"adam": lambda p: torch.optim.AdamW(p, lr=0.01), "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)}
+def build(place: Place, passing: Passing, *, layers: int | None = None) -> Stage:
+    model = Model(place, copies=1 if passing.swap is None else 2, layers=layers or 2 * place.stages)
     hidden = torch.empty(ROWS // passing.microbatches, WIDTH, device="meta")
-    made = optimizers[optimizer](model.parameters())
+    made = torch.optim.AdamW(model.parameters(), lr=0.01)
     return Stage(
         model,
         made,
@@ -77,9 +76,9 @@ class Corpus:
 class Sequential:
     """All stages in one process: every microbatch through all of them, forward and backward, then the next one."""
 
-    def __init__(self, stages: int, passing: Passing) -> None:
+    def __init__(self, stages: int, passing: Passing, *, layers: int | None = None) -> None:
         self.passing, self.places = passing, [Place(stage, stages) for stage in range(stages)]
-        self.stages = [build(place, passing) for place in self.places]
+        self.stages = [build(place, passing, layers=layers) for place in self.places]
         self.streams: list[tuple[object, Tensor]] = []
 
     def gradients(self, step: int, batch: tuple[Tensor, Tensor]) -> list[float]:

@@ -105,9 +105,9 @@ def assert_same(found: object, expected: object, where: str) -> None:
 @pytest.mark.parametrize(
     ("stages", "passing", "clipping"),
     [
-        (4, Passing(12, "1f1b", "microbatch"), Clipping(0.05, "stage", "before")),
         (4, Passing(12, "1f1b", "step"), Clipping(0.05, "global")),
-        (2, Passing(1, "gpipe"), Clipping(0.05, "global")),
+        pytest.param(4, Passing(12, "1f1b", "microbatch"), Clipping(0.05, "stage", "before"), marks=pytest.mark.long),
+        pytest.param(2, Passing(1, "gpipe"), Clipping(0.05, "global"), marks=pytest.mark.long),
         pytest.param(4, Passing(12), Clipping(), marks=pytest.mark.long),
         pytest.param(3, Passing(4, "gpipe"), Clipping(0.05), marks=pytest.mark.long),
         pytest.param(1, Passing(3), Clipping(0.05), marks=pytest.mark.long),
@@ -116,6 +116,7 @@ def assert_same(found: object, expected: object, where: str) -> None:
     ids=str,
 )
 def test_a_pipelined_step_is_the_step_of_one_process(stages: int, passing: Passing, clipping: Clipping, tmp_path: Path) -> None:
+    """[REC-50..53]"""
     found = run_members(steps_of, stages, str(tmp_path / "view"), passing, clipping, 2)
     (expected,) = run_members(expected_steps_of, 1, stages, passing, clipping, 2)
     assert_same(found, expected, "stages")

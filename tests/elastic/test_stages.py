@@ -119,6 +119,7 @@ class Given:
     ],
 )
 def test_batches_are_two_tensors_that_microbatches_divide(batch: object, said: str) -> None:
+    """[REC-56]"""
     with pytest.raises(Refused) as error:
         Batches(Given(batch), 2).of(0)
     assert said in error.value.message
@@ -130,6 +131,7 @@ def test_a_loader_without_batch_is_refused() -> None:
 
 
 def test_a_batch_of_another_form_than_the_first_one_ends_the_job() -> None:
+    """[REC-57]"""
     batches = Batches(Given((torch.zeros(4, 2), torch.zeros(4)), (torch.zeros(4, 3), torch.zeros(4))), 2)
     batches.of(0)
     with pytest.raises(RecoveryFailed) as error:
@@ -164,6 +166,7 @@ def test_streams_depend_on_seed_step_and_stage() -> None:
 
 
 def test_an_evaluation_leaves_no_trace() -> None:
+    """[REC-53]"""
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[1].eval()
     before, drawn = {name: one.clone() for name, one in model.state_dict().items()}, torch.random.get_rng_state()

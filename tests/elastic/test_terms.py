@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from elastickpt.elastic.passage import Passing
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Reports
 from elastickpt.elastic.stages import Place, Stage
+from elastickpt.elastic.standing import require_equal_replicas
 from elastickpt.errors import Refused
 from tests.elastic.small_model import build
 
@@ -56,7 +58,38 @@ def changed(one: About, **changes: Any) -> About:
     return About(**{**fields, **changes})
 
 
+class Prefilled:
+    """What others have told already."""
+
+    def __init__(self, **told: bytes) -> None:
+        self.told = told
+
+    def set(self, key: str, value: bytes) -> None:
+        self.told[key] = value
+
+    def get(self, key: str, *, limit_s: float) -> bytes:
+        return self.told[key]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_replicas_that_differ_at_the_start_are_refused(number: int) -> None:
+    """[REC-55]"""
+    passing, stages = Passing(8, swap="step"), 4
+    built = [build(Place(stage, stages), passing) for stage in range(stages)]
+    exchange = Prefilled()
+    for stage in range(1, stages):
+        with suppress(KeyError):  # stage 0 is the last one to tell
+            require_equal_replicas(built[stage], Place(stage, stages), exchange)
+    require_equal_replicas(built[0], Place(0, stages), exchange)
+    with torch.no_grad():
+        built[number].tensors["embed"]["embed.weight"][0, 0] += 1
+    said = "'embed.weight' begins with other values on stage 0 than on stage 1, which has a replica of it"
+    with pytest.raises(Refused, match=said):
+        require_equal_replicas(built[number], Place(number, stages), exchange)
+
+
 def test_stages_that_cannot_stand_in_for_each_other_are_named() -> None:
+    """[REC-54]"""
     fit = members(4, Passing(4))
     deeper = [*fit[2].parts["body"], ("layers.9.extra", "float32", (3,))]
     found = [*fit[:2], changed(fit[2], parts={"body": deeper}), fit[3]]

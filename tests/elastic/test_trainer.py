@@ -75,7 +75,7 @@ def recoveries(events: list[Event]) -> list[tuple[object, ...]]:
 
 @pytest.mark.ranks
 def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None:
-    """[REC-1, REC-4, REC-10..16]"""
+    """[REC-1, REC-4, REC-10..16, REC-53, REC-58, REC-59]"""
     faults = [[2, 1, "forward"], [1, 2, "optimizer"], [3, 4, "evaluate"], [0, 5, "raise-forward"]]
     events = run_job(tmp_path, "--stages", 5, "--spares", 3, faults=faults, until=6, evaluate=[4])
     assert recoveries(events) == [
@@ -113,7 +113,7 @@ def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None
 
 @pytest.mark.ranks
 def test_stages_of_end_pairs_are_copied_from_their_partners(tmp_path: Path) -> None:
-    """[REC-6, REC-7, REC-10..16]"""
+    """[REC-6, REC-7, REC-10..16, REC-50, REC-58, REC-59]"""
     faults = [[0, 1, "backward"], [3, 2, "optimizer"], [1, 4, "boundary"], [2, 4, "boundary"]]
     events = run_job(tmp_path, "--stages", 4, "--spares", 4, faults=faults, until=5, swap="microbatch")
     found = recoveries(events)

@@ -1,6 +1,6 @@
 """Trains the small model under `elastickpt-run`, with faults that were ordered, and notes what every member saw.
 
-    trainee.py '{"folder": …, "until": 6, "swap": null, "rungs": […], "faults": [[stage, step, phase], …], …}'
+    trainee.py '{"folder": …, "until": 6, "swap": null, "faults": [[stage, step, phase], …], …}'
 
 A fault of (stage, step, phase) happens once, on whoever holds the stage when the step after `step` completed ones is under way;
 a second process at the place finds its mark in the folder and does nothing.
@@ -71,10 +71,10 @@ def main() -> None:
     passing, faults = Passing(ROOM["microbatches"], swap=ROOM["swap"]), Faults()
     run = None
     if ROOM["every"]:
-        run = ek.Run(FOLDER / "run", options=ek.RunOptions(due=ek.Every(steps=ROOM["every"])))
+        run = ek.Run(ROOM.get("run", FOLDER / "run"), options=ek.RunOptions(due=ek.Every(steps=ROOM["every"])))
 
     def built(place: Any) -> ek.elastic.Stage:
-        stage = build(place, passing)
+        stage = build(place, passing, layers=ROOM.get("layers"))
         first = next(iter(stage.module.layers.values()))
         first.register_forward_pre_hook(lambda *_: faults.reached("forward" if first.training else "evaluate"))
         first.register_full_backward_hook(lambda *_: faults.reached("backward"))
