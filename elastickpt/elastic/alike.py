@@ -50,7 +50,7 @@ def why_apart(members: Sequence[About], passing: Passing, *, equal: bool) -> str
     stages = len(members)
     for one in members:
         if one.refused:
-            return f"stage {one.stage}: {one.refused}"
+            return one.refused if one.refused.startswith("stage ") else f"stage {one.stage}: {one.refused}"
     return (
         _too_few(passing, stages)
         or _do_not_pass(members, passing)

@@ -198,7 +198,7 @@ class Job:
         """In words."""
         named = "; ".join(f"stage {one.stage} ({one.uid}): {one.why}" for one in self.failed)
         how = f"failed {self.losses_of_step} times, the limit"
-        return f"the step after {self.step} {how}; the last ones: {named or 'members could not reach each other'}"
+        return f"the step after {self.step} {how}; the last ones: {named or unreached(self)}"
 
 
 def batches_apart(places: tuple[str, ...], ready: Mapping[str, Ready]) -> str:
@@ -209,10 +209,17 @@ def batches_apart(places: tuple[str, ...], ready: Mapping[str, Ready]) -> str:
     return "places have different batches: " + ", ".join(f"stage {stage} has {batch}" for stage, batch in batches.items())
 
 
-def loops_apart(places: tuple[str, ...], left: Mapping[str, int], ready: Mapping[str, Ready]) -> str:
+def loops_apart(places: tuple[str, ...], left: Mapping[str, int], ready: Mapping[str, object]) -> str:
     """In words, where some members left the loop and others go on, or at another step; "" where they do not."""
     if len(set(left.values())) <= 1 and not ready:
         return ""
     gone = ", ".join(f"stage {places.index(uid)} after step {step}" for uid, step in sorted(left.items()))
     on = ", ".join(f"stage {places.index(uid)}" for uid in sorted(ready))
     return f"the loop ended at {gone}" + (f", and not at {on}" if on else "")
+
+
+def unreached(job: Job) -> str:
+    """In words, why members wait for each other though none is gone: some may have left the loop that others go on with."""
+    left = dict(job.left)
+    going_on = {uid: None for uid in job.members if uid not in left}
+    return loops_apart(job.places, left, going_on) if left else "members could not reach each other"

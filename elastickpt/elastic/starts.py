@@ -39,6 +39,11 @@ class Batches:
         self._microbatches = microbatches
         self._form = ""
 
+    @property
+    def seen(self) -> bool:
+        """Whether one was looked at."""
+        return bool(self._form)
+
     def of(self, step: int) -> Batch:
         """The batch after `step` completed steps.
 

@@ -140,6 +140,11 @@ class Tasks:
             self._raised = error.error
             self._job.done(task, Erred("".join(traceback.format_exception(error.error))))
 
+    def part(self) -> None:
+        """This member takes no part in the steps to come: whoever waits for it hears so at once."""
+        if self._links is not None:
+            self._links.abort()
+
     def state(self) -> dict[str, object]:
         stage = self.require_held().stage
         state: dict[str, object] = {"model": stage.module, "optimizer": stage.optimizer, "elastic": self.history}
@@ -175,7 +180,7 @@ class Tasks:
         training = self._training
 
         def first_batch() -> None:
-            if sees_batches(training.passing, stage, stages=stages):
+            if not training.batches.seen and sees_batches(training.passing, stage, stages=stages):
                 training.batches.of(act.view.step)
 
         passage = Passage(held.stage, held.place, training.passing, links, self._watch)

@@ -174,6 +174,7 @@ class PipelineTrainer:
                 self._tasks.compute(task)
             else:
                 self._job.done(task, LoopEnded())
+                self._tasks.part()
 
 
 def _terms(policy: Policy, passing: Passing, run: str) -> Terms:
