@@ -14,7 +14,7 @@ from elastickpt.ledger.branch import CommitEntry
 from elastickpt.ledger.epoch_history import EpochEntry, epoch_history
 from elastickpt.ledger.findings import Finding, Rules, read_told
 from elastickpt.ledger.keep_words import keep_of, words_of
-from elastickpt.ledger.retention import Keep, Verdict, judge
+from elastickpt.ledger.retention import Judgement, Keep, judge
 from elastickpt.ledger.steps import complete
 from elastickpt.runs.opening import RunAt
 
@@ -28,7 +28,7 @@ class CheckpointFact:
     manifest: Manifest | None
     problem: CheckpointError | None
     found: Finding | None
-    verdict: Verdict | None
+    verdict: Judgement | None
 
     @property
     def damaged(self) -> bool:
@@ -83,7 +83,7 @@ def run_facts(run: RunAt, *, now: float, keep: Keep | None, epochs: bool) -> Run
     read = [one for one in read if not isinstance(one[2], NotACheckpoint)]  # removed since the run was read
     told = complete(read_told(run.store))
     rules = _rules(keep, told.rules)
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[Judgement, ...] = ()
     if rules is not None and rules.keep is not None:
         verified = told.verified() | {entry.id: False for entry, _, problem in read if problem is not None}
         verdicts = judge(rules.keep, [one[0] for one in read], now=now, verified=verified)

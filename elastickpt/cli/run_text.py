@@ -10,7 +10,7 @@ from elastickpt.cli.run_facts import CheckpointFact, KeepFact, RunFacts, layout_
 from elastickpt.cli.text import age_text, nbytes_text, plural, printable, time_text
 from elastickpt.ledger.epoch_history import EpochEntry
 from elastickpt.ledger.findings import Finding
-from elastickpt.ledger.retention import Keep, Verdict
+from elastickpt.ledger.retention import Judgement, Keep
 
 _CHECKPOINTS = (
     Column("step", "right", style="bold"),
@@ -79,7 +79,7 @@ def _verified(found: Finding | None) -> str:
     return said[found.outcome]
 
 
-def _kept(verdict: Verdict | None, keep: KeepFact | None) -> str:
+def _kept(verdict: Judgement | None, keep: KeepFact | None) -> str:
     if verdict is None or keep is None:
         return ""
     if keep.keep == Keep():

@@ -21,7 +21,7 @@ CHUNK_NBYTES = 256 * MIB  # of the largest chunk that a writer makes
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ByteRun:
     """A box inside one chunk, and its bytes there: `nbytes // row_nbytes` rows, `row_stride` from one to the next.
 
     `chunk` is the chunk's index on the grid, `box` is in global coordinates, `offset` is the first byte's place in
@@ -90,7 +90,7 @@ def chunks(shape: Sequence[int], chunk_shape: Sequence[int]) -> Iterator[tuple[t
         yield index, Box(start, tuple(min(k + step, n) for k, step, n in zip(start, chunk_shape, shape, strict=True)))
 
 
-def runs_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int) -> tuple[Run, ...]:
+def runs_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int) -> tuple[ByteRun, ...]:
     """The bytes of a box as runs, in C order of the chunks and then of the box; none for a box without elements.
 
     What of the box lies in one chunk is one run if its bytes are contiguous there, or rows of one stride; else it is
@@ -105,7 +105,7 @@ def runs_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], items
     last = tuple((high - 1) // step for high, step in zip(box.stop, chunk_shape, strict=True))
     if first == last:
         return tuple(_runs_in(first, box, chunk_shape, itemsize))
-    runs: list[Run] = []
+    runs: list[ByteRun] = []
     for chunk in product(*(range(low, high + 1) for low, high in zip(first, last, strict=True))):
         start = tuple(max(low, k * step) for low, k, step in zip(box.start, chunk, chunk_shape, strict=True))
         stop = tuple(min(high, (k + 1) * step) for high, k, step in zip(box.stop, chunk, chunk_shape, strict=True))
@@ -113,7 +113,7 @@ def runs_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], items
     return tuple(runs)
 
 
-def _runs_in(chunk: tuple[int, ...], box: Box, chunk_shape: Sequence[int], itemsize: int) -> Iterator[Run]:
+def _runs_in(chunk: tuple[int, ...], box: Box, chunk_shape: Sequence[int], itemsize: int) -> Iterator[ByteRun]:
     """The runs of a box that lies inside one chunk."""
     extents, strides = box.shape, c_strides(chunk_shape, itemsize)
     offset = sum((low - k * n) * s for low, k, n, s in zip(box.start, chunk, chunk_shape, strides, strict=True))
@@ -124,4 +124,4 @@ def _runs_in(chunk: tuple[int, ...], box: Box, chunk_shape: Sequence[int], items
         axis, rows = fold(extents, strides, below=axis, stride=stride)
         nbytes = rows * row
     for index, slice_box in slices(box, axis):
-        yield Run(chunk, slice_box, offset + sum(map(mul, index, strides)), nbytes, row, stride)
+        yield ByteRun(chunk, slice_box, offset + sum(map(mul, index, strides)), nbytes, row, stride)

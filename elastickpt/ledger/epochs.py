@@ -35,7 +35,7 @@ from math import ceil
 
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, PathOccupied, Refused, Superseded
 from elastickpt.ledger.create import create_exclusively, remove_register
-from elastickpt.ledger.names import COMMITS, AttemptId, Listing, adopted_name, claim_name, found_name, start_name
+from elastickpt.ledger.names import COMMITS, AttemptId, RunObjects, adopted_name, claim_name, found_name, start_name
 from elastickpt.ledger.records import (
     Abort,
     Adopted,
@@ -164,7 +164,7 @@ def open_attempt(store: Store, holding: Holding, *, step: int) -> Steps[AttemptI
     return AttemptId(step, holding.epoch, max(tried, default=0) + 1)
 
 
-def require_newest(store: Store, epoch: int) -> Steps[Listing]:
+def require_newest(store: Store, epoch: int) -> Steps[RunObjects]:
     """The names under `commits/`, in which no claim is newer than `epoch`; else raises Superseded with epoch, host, pid."""
     listing = yield from list_commits(store)
     if listing.newest > epoch:

@@ -150,7 +150,7 @@ def _id(found: re.Match[str]) -> AttemptId:
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class RunObjects:
     """The names under `commits/` at one moment."""
 
     claims: frozenset[int]
@@ -171,7 +171,7 @@ class Listing:
         return tuple(sorted(number for whose, number in self.metrics if whose == attempt))
 
 
-def listing_of(entries: Iterable[Entry]) -> Listing:
+def listing_of(entries: Iterable[Entry]) -> RunObjects:
     """What stands under `commits/`; other names, and what is no file, are passed over. [RUN-3]"""
     epochs: dict[str, set[int]] = {"claim": set(), "adopted": set(), "start": set(), "found": set()}
     registers: set[AttemptId] = set()
@@ -189,7 +189,7 @@ def listing_of(entries: Iterable[Entry]) -> Listing:
             registers.add(name.id)
         else:
             metrics.add((name.id, name.number))
-    return Listing(
+    return RunObjects(
         frozenset(epochs["claim"]),
         frozenset(epochs["adopted"]),
         frozenset(epochs["start"]),

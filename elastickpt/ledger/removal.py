@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from elastickpt.ledger.create import remove_register
 from elastickpt.ledger.epochs import Holding, require_newest
 from elastickpt.ledger.folders import remove_folder
-from elastickpt.ledger.names import AttemptId, Listing, commits_path
+from elastickpt.ledger.names import AttemptId, RunObjects, commits_path
 from elastickpt.ledger.steps import NOW, Steps
 from elastickpt.storage.store import Store
 
@@ -36,7 +36,7 @@ def remove_commit(store: Store, holding: Holding, *, attempt: AttemptId) -> Step
         yield from remove_register(store, attempt)
 
 
-def remove_metrics(store: Store, listing: Listing, attempt: AttemptId) -> Steps[None]:
+def remove_metrics(store: Store, listing: RunObjects, attempt: AttemptId) -> Steps[None]:
     for number in listing.metrics_of(attempt):
         yield NOW
         store.remove(commits_path(attempt.metrics(number)))

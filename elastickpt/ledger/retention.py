@@ -98,7 +98,7 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """Whether a commit is kept; `reasons` say why, or why not, and are never empty."""
 
     id: AttemptId
@@ -113,7 +113,7 @@ def judge(
     now: float,
     verified: Mapping[AttemptId, bool],
     in_use: Collection[AttemptId] = (),
-) -> tuple[Verdict, ...]:
+) -> tuple[Judgement, ...]:
     """A verdict for each of the entries, which are as `history` returns them, in their order.
 
     `now` in seconds since 1970; `verified`: what is known of checkpoints that were read whole, good or damaged; `in_use`: being
@@ -122,7 +122,7 @@ def judge(
     return _Judgement(keep, entries, now, verified, in_use).verdicts()
 
 
-def removable(verdicts: Sequence[Verdict]) -> tuple[AttemptId, ...]:
+def removable(verdicts: Sequence[Judgement]) -> tuple[AttemptId, ...]:
     """Those that are not kept, oldest first."""
     return tuple(sorted(verdict.id for verdict in verdicts if not verdict.kept))
 
@@ -148,18 +148,18 @@ class _Judgement:
             if one.id in in_use:
                 self.reasons[one.id].append("in use")
 
-    def verdicts(self) -> tuple[Verdict, ...]:
+    def verdicts(self) -> tuple[Judgement, ...]:
         self._rules()
         self._good_ones()
         self._aside()
         self._limits()
         return tuple(self._verdict(one.id) for one in self.entries)
 
-    def _verdict(self, attempt: AttemptId) -> Verdict:
+    def _verdict(self, attempt: AttemptId) -> Judgement:
         if attempt in self.against:
-            return Verdict(attempt, False, (self.against[attempt],))
+            return Judgement(attempt, False, (self.against[attempt],))
         reasons = self.reasons[attempt]
-        return Verdict(attempt, bool(reasons), tuple(reasons) or ("no rule keeps it",))
+        return Judgement(attempt, bool(reasons), tuple(reasons) or ("no rule keeps it",))
 
     def _rules(self) -> None:
         keep = self.keep

@@ -10,7 +10,7 @@ from elastickpt.errors import Damaged, MissingFile
 from elastickpt.ledger.names import (
     COMMITS,
     AttemptId,
-    Listing,
+    RunObjects,
     adopted_name,
     claim_name,
     commits_path,
@@ -114,7 +114,7 @@ def _standing(store: Store, commits: list[Commit | Broken]) -> Steps[list[Commit
     return standing
 
 
-def _all_metrics(store: Store, listing: Listing, commit: Commit | Broken) -> Steps[Metrics]:
+def _all_metrics(store: Store, listing: RunObjects, commit: Commit | Broken) -> Steps[Metrics]:
     found = dict(commit.metrics) if isinstance(commit, Commit) else {}
     for number in listing.metrics_of(commit.id):
         yield NOW
@@ -126,7 +126,7 @@ def _all_metrics(store: Store, listing: Listing, commit: Commit | Broken) -> Ste
     return tuple(sorted(found.items()))
 
 
-def _starts(store: Store, listing: Listing, newest: Adopted | None, *, oldest: int) -> Steps[dict[int, AttemptId | None]]:
+def _starts(store: Store, listing: RunObjects, newest: Adopted | None, *, oldest: int) -> Steps[dict[int, AttemptId | None]]:
     """From the newest epoch that has started, along what it continued from, until no commit is left below."""
     starts: dict[int, AttemptId | None] = {}
     epoch = max((one for one in listing.starts if newest is not None and one <= newest.epoch), default=0)  # [RUN-52]
@@ -140,7 +140,7 @@ def _starts(store: Store, listing: Listing, newest: Adopted | None, *, oldest: i
 # -- one by one ------------------------------------------------------------------------------------------------------------
 
 
-def list_commits(store: Store) -> Steps[Listing]:
+def list_commits(store: Store) -> Steps[RunObjects]:
     """The names under `commits/`; none where nobody ever claimed."""
     yield NOW
     try:
@@ -179,7 +179,7 @@ def read_nothing_loaded(store: Store, epoch: int) -> Steps[Found]:
     return decode_nothing_loaded(store.read(commits_path(found_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def newest_adopted(store: Store, listing: Listing, *, before: int) -> Steps[Adopted | None]:
+def newest_adopted(store: Store, listing: RunObjects, *, before: int) -> Steps[Adopted | None]:
     """The adopted object of the newest epoch below `before` that has a non-void one."""
     for epoch in sorted(listing.adopted, reverse=True):
         if epoch < before:

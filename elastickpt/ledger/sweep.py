@@ -19,7 +19,7 @@ from elastickpt.format.keys import MANIFEST
 from elastickpt.ledger.create import remove_register
 from elastickpt.ledger.epochs import Holding, counts, decide, require_newest
 from elastickpt.ledger.folders import remove_folder
-from elastickpt.ledger.names import AttemptId, Listing, commits_path, listing_of, parse_name, parse_temporary
+from elastickpt.ledger.names import AttemptId, RunObjects, commits_path, listing_of, parse_name, parse_temporary
 from elastickpt.ledger.records import Abort, Commit
 from elastickpt.ledger.removal import remove_metrics
 from elastickpt.ledger.steps import NOW, Steps
@@ -79,7 +79,7 @@ def sweep(store: Store, holding: Holding, *, in_flight: Collection[AttemptId] = 
     )
 
 
-def _fate(store: Store, holding: Holding, listing: Listing, *, attempt: AttemptId, folders: Folders) -> Steps[_Fate]:
+def _fate(store: Store, holding: Holding, listing: RunObjects, *, attempt: AttemptId, folders: Folders) -> Steps[_Fate]:
     """What is to become of an attempt, by its register and its folder; nothing is changed yet."""
     has_folder = attempt in folders.attempts or attempt in folders.swept
     registered, own = attempt in listing.registers, attempt.epoch == holding.epoch
@@ -108,7 +108,7 @@ def _says_abort(store: Store, attempt: AttemptId) -> Steps[bool]:
 
 
 def _sweep_one(
-    store: Store, holding: Holding, listing: Listing, *, attempt: AttemptId, fate: _Fate, folders: Folders
+    store: Store, holding: Holding, listing: RunObjects, *, attempt: AttemptId, fate: _Fate, folders: Folders
 ) -> Steps[_Fate]:
     """An attempt that is to go is gone; its fate, which another answer in its register may have changed."""
     has_folder = attempt in folders.attempts or attempt in folders.swept
@@ -126,7 +126,7 @@ def _sweep_one(
     return fate
 
 
-def _sweep_temporaries(store: Store, holding: Holding, listing: Listing) -> Steps[None]:
+def _sweep_temporaries(store: Store, holding: Holding, listing: RunObjects) -> Steps[None]:
     for temporary in listing.temporaries:
         target = parse_temporary(temporary)
         name = parse_name(target) if target is not None else None

@@ -23,7 +23,7 @@ from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.branch import live_branch
-from elastickpt.ledger.names import LATEST, AttemptId, Listing, adopted_name, parse_folder, start_name
+from elastickpt.ledger.names import LATEST, AttemptId, RunObjects, adopted_name, parse_folder, start_name
 from elastickpt.ledger.records import Adopted, Commit
 from elastickpt.ledger.steps import NOW, Steps
 from elastickpt.ledger.stored import attempt_folders, list_commits, newest_adopted, read_view
@@ -42,7 +42,7 @@ class Standing:
     live branch that can be opened, -1 for none; `latest` what the link for people names.
     """
 
-    epochs: Listing
+    epochs: RunObjects
     newest: Adopted | None
     unregistered: tuple[AttemptId, ...]
     registered: tuple[AttemptId, ...]

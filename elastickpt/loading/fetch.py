@@ -19,7 +19,17 @@ from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, segments
 from elastickpt.loading.join import joined, span_of
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.plan import UNIT_NBYTES, Bytes, Elements, FetchPlan, Target, Unit, Wanted, plan_fetch, require_length
+from elastickpt.loading.plan import (
+    UNIT_NBYTES,
+    Bytes,
+    Elements,
+    FetchPlan,
+    ReadTarget,
+    Unit,
+    Wanted,
+    plan_fetch,
+    require_length,
+)
 from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import RangeReader
 
@@ -69,7 +79,7 @@ def carry_out(
     )
 
 
-def _settle(target: Target) -> None:
+def _settle(target: ReadTarget) -> None:
     """Copies what was read into a buffer to where it belongs."""
     into = target.wanted.into
     if into.flags.c_contiguous:

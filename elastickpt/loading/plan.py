@@ -42,7 +42,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Target:
+class ReadTarget:
     """The wanted box as bytes in its own C order: the destination's own memory, or a buffer that is copied at the end."""
 
     wanted: Wanted
@@ -62,14 +62,14 @@ class Unit:
     start: int
     end: int
     read: Read
-    target: Target
+    target: ReadTarget
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FetchPlan:
     """Units in the order in which their bytes lie, by file. Making it has read records only, and filled nothing."""
 
-    targets: tuple[Target, ...]
+    targets: tuple[ReadTarget, ...]
     units: tuple[Unit, ...]
 
 
@@ -112,13 +112,13 @@ def require_length(unit: Unit, nbytes: int) -> None:
         )
 
 
-def _target(wanted: Wanted) -> Target:
+def _target(wanted: Wanted) -> ReadTarget:
     into = wanted.into
     if into.shape != wanted.box.shape:
         raise Malformed(f"array {wanted.record.spec.id}: a destination of shape {into.shape} for box {wanted.box}")
     if into.flags.c_contiguous:
-        return Target(wanted, into.reshape(-1).view(np.uint8))
-    return Target(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
+        return ReadTarget(wanted, into.reshape(-1).view(np.uint8))
+    return ReadTarget(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
 
 
 def _pieces_by(
@@ -135,7 +135,7 @@ def _pieces_by(
     return found
 
 
-def _units_of(opened: Opened, target: Target) -> list[Unit]:
+def _units_of(opened: Opened, target: ReadTarget) -> list[Unit]:
     want = target.wanted
     if want.box.count == 0:
         return []

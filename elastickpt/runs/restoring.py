@@ -94,7 +94,7 @@ class Restored:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class WantedCommit:
     """What of the run is wanted: the newest that verifies, or that of a `step`; of a named `epoch` abandoned ones too."""
 
     step: int | None = None
@@ -145,7 +145,7 @@ class Restoring:
         self.holding: Holding | None = None  # of member 0, once it has claimed
 
     def claim(
-        self, by: Claimer, *, orphans_s: float, tokens: Collection[str], take_over: bool, choice: Choice
+        self, by: Claimer, *, orphans_s: float, tokens: Collection[str], take_over: bool, choice: WantedCommit
     ) -> tuple[int, tuple[Candidate, ...], tuple[Skipped, ...], tuple[str, ...]]:
         """The epoch, the candidates in the order in which they are to be tried, those that cannot be opened at all, notes.
 
@@ -285,7 +285,7 @@ def _by_step(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
     return tuple(sorted(skipped, key=lambda one: -one.step))
 
 
-def _chosen(entries: Sequence[CommitEntry], choice: Choice, *, where: str) -> list[CommitEntry]:
+def _chosen(entries: Sequence[CommitEntry], choice: WantedCommit, *, where: str) -> list[CommitEntry]:
     if choice.step is None:
         return [one for one in entries if one.state == "live"]
     try:

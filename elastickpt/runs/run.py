@@ -44,7 +44,7 @@ from elastickpt.runs.ended import Ended
 from elastickpt.runs.events import Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices, heard_here
-from elastickpt.runs.restoring import Choice, Restored, Restoring
+from elastickpt.runs.restoring import Restored, Restoring, WantedCommit
 from elastickpt.runs.run_team import call_of, met, new_purpose
 from elastickpt.runs.trace import trace_in
 from elastickpt.runs.trainer_address import claimer
@@ -192,7 +192,7 @@ class Run:
             orphans_s=0.0 if own else self._options.orphans_s,
             tokens=tokens,
             take_over=self._options.take_over,
-            choice=Choice(None if step is None else step_number(step), epoch),
+            choice=WantedCommit(None if step is None else step_number(step), epoch),
         )
         loaded = restoring.load_first(state, self._mesh, candidates, broken, strict=strict)
         taken = loaded.taken

@@ -30,7 +30,7 @@ from elastickpt.saving.messages import (
     TABLE_PREFIX,
     Intention,
     Next,
-    Opened,
+    OpenedAttempt,
     differing_values,
     require_same_intention,
     require_staged_alike,
@@ -75,13 +75,13 @@ class Agreed:
     intentions: tuple[Intention, ...]
     merged: Mapping[str, Value]
     notes: tuple[str, ...] = ()
-    opened: Opened | None = None
+    opened: OpenedAttempt | None = None
 
 
-Open = Callable[[Sequence[Intention]], Sequence[Opened | None]]
+Open = Callable[[Sequence[Intention]], Sequence[OpenedAttempt | None]]
 
 
-def _not_at_once(intentions: Sequence[Intention]) -> Sequence[Opened | None]:
+def _not_at_once(intentions: Sequence[Intention]) -> Sequence[OpenedAttempt | None]:
     return [None] * len(intentions)
 
 

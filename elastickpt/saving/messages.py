@@ -34,7 +34,7 @@ class Intention(Message, frozen=True):
 TypedValues = tuple[tuple[str, str], ...]  # by JSON pointer, as typed JSON text
 
 
-class Opened(Message, frozen=True):
+class OpenedAttempt(Message, frozen=True):
     """What a member is told of the attempt that member 0 opened: the replicated values `wanted` of it, and whether any are
     wanted of others than member 0."""
 
@@ -55,7 +55,7 @@ class Next(Message, frozen=True):
     seats: bool
     compared: bool
     drifted: tuple[int, ...]
-    opened: Opened | None
+    opened: OpenedAttempt | None
 
 
 class Attested(Message, frozen=True):

@@ -27,7 +27,7 @@ from elastickpt.format.values import Value, decode_text, encode_value
 from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
-from elastickpt.saving.messages import Intention, Opened, TypedValues, values_wanted
+from elastickpt.saving.messages import Intention, OpenedAttempt, TypedValues, values_wanted
 from elastickpt.saving.plan import own_tables
 from elastickpt.saving.request import Request
 from elastickpt.storage.opening import place_in
@@ -35,7 +35,7 @@ from elastickpt.writer.share import Share
 
 log = logging.getLogger(__name__)
 
-DRAFT = Question("draft", NoneType, Opened)
+DRAFT = Question("draft", NoneType, OpenedAttempt)
 
 
 class Pipeline:
@@ -44,7 +44,7 @@ class Pipeline:
 
     offer: Offer  # from the first round on
     agreed: Agreed  # once the ranks agreed
-    opened: Opened  # once the attempt is open
+    opened: OpenedAttempt  # once the attempt is open
     path: str  # of the checkpoint, as people write it; likewise
 
     def __init__(self, team: Team, request: Request, *, arena_nbytes: int | None = None) -> None:
@@ -73,23 +73,23 @@ class Pipeline:
         attempt was opened at once when the ranks agreed, which they do only if all have staged."""
         opened = self.agreed.opened or DRAFT.ask_each(self.team, before, lambda _: self._open(self.agreed.intentions))
         attempt, lowered = opened.attempt.in_store(self.agreed.located.store)
-        self.opened = Opened(attempt, opened.wanted, opened.gathers)
+        self.opened = OpenedAttempt(attempt, opened.wanted, opened.gathers)
         self.path = place_in(self.agreed.located.store, attempt.draft.name)
         self.notes = (*self.agreed.notes, *self.notes, *lowered)
         for note in self.notes if self.team.member == 0 else ():
             log.warning("%s: %s", self.path, note)
         return attempt
 
-    def _open_at_once(self, intentions: Sequence[Intention]) -> Sequence[Opened | None]:
+    def _open_at_once(self, intentions: Sequence[Intention]) -> Sequence[OpenedAttempt | None]:
         staged = all(intention.staged for intention in intentions)
         return self._open(intentions) if staged else [None] * len(intentions)
 
-    def _open(self, intentions: Sequence[Intention]) -> Sequence[Opened]:
+    def _open(self, intentions: Sequence[Intention]) -> Sequence[OpenedAttempt]:
         """Member 0: the attempt is made, and what each member is told of it."""
         sections = self.offer.proposal.live.sections
         self._made, self.notes = self.offer.located.open(sections, self.request.durability)
         wanted = values_wanted(intentions)
-        return [Opened(self._made, mine, any(wanted[1:])) for mine in wanted]
+        return [OpenedAttempt(self._made, mine, any(wanted[1:])) for mine in wanted]
 
     # -- write, commit: what is written, and of what it is proven ------------------------------------------------------
 

@@ -22,8 +22,8 @@ import torch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
 from elastickpt.training.anew import referred_anew
+from elastickpt.training.binder import Binder
 from elastickpt.training.composites import is_sparse
-from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import hold
 from elastickpt.training.elements import dtype_name
 from elastickpt.training.held import HeldArray
@@ -41,18 +41,18 @@ from elastickpt.training.trees import (
 from elastickpt.training.values import revived_leaf, shown
 
 
-def bind_container(draft: Draft, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
+def bind_container(binder: Binder, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
     """Brings a value of the user to what the checkpoint has; `put` replaces the whole when it is immutable."""
-    new = _Container(draft, item).settled(live, found, place_of(item))
+    new = _Container(binder, item).settled(live, found, place_of(item))
     if new is not live:
-        draft.installs.append(lambda: put(new))
+        binder.installs.append(lambda: put(new))
 
 
 class _Container:
     """One walk over a container of the user and the checkpoint's tree of it, side by side."""
 
-    def __init__(self, draft: Draft, item: str) -> None:
-        self._draft = draft
+    def __init__(self, binder: Binder, item: str) -> None:
+        self._binder = binder
         self._item = item
 
     def settled(self, live: object, found: Value, place: str) -> object:
@@ -88,51 +88,51 @@ class _Container:
 
     def _new(self, found: Value, place: str) -> object:
         """What the checkpoint has, made anew."""
-        return bind_tree(self._draft, self._item, found, place=place, live=None)
+        return bind_tree(self._binder, self._item, found, place=place, live=None)
 
     def _later(self, step: Callable[[], None]) -> None:
-        self._draft.installs.append(step)
+        self._binder.installs.append(step)
 
     def _differs(self, live: object, found: Value, place: str) -> object:
-        self._draft.differs(place, "value", expected=_kind(live), found=_kind(found))
+        self._binder.differs(place, "value", expected=_kind(live), found=_kind(found))
         return live
 
     def _tensor(self, live: torch.Tensor, found: Value, place: str) -> object:
         if type(found) is ArrayReference:
             wanted = ArrayId("extra", found.item, found.name, "")
-            if is_sparse(live) and wanted in self._draft.listing.composites:
-                return referred_anew(self._draft, found, device=live.device)
+            if is_sparse(live) and wanted in self._binder.listing.composites:
+                return referred_anew(self._binder, found, device=live.device)
             for held in self._held(found, live, place):
-                self._draft.fill(held)
-            if self._draft.names.array(wanted) is not None:
-                self._draft.know(wanted)
+                self._binder.fill(held)
+            if self._binder.names.array(wanted) is not None:
+                self._binder.know(wanted)
         elif type(found) is not ArrayValue:
             self._differs(live, found, place)
         elif found.shape != tuple(live.shape):
-            self._draft.differs(place, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
+            self._binder.differs(place, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
         elif found.dtype != dtype_name(live.dtype):
-            self._draft.differs(place, "dtype", expected=str(live.dtype), found=found.dtype)
+            self._binder.differs(place, "dtype", expected=str(live.dtype), found=found.dtype)
         else:
             self._later(lambda: copy_into(live, found))
         return live
 
     def _held(self, found: ArrayReference, live: torch.Tensor, place: str) -> tuple[HeldArray, ...]:
-        draft, name = self._draft, _below(self._item, place)
+        binder, name = self._binder, _below(self._item, place)
         wanted = ArrayId("extra", found.item, found.name, "")
-        if draft.listing.is_own(wanted):
-            return hold(wanted, live, role="other", job=draft.job, holders=own_holders(draft.job))
-        return hold_tensor(self._item, name, live, job=draft.job, identities=draft.identities)
+        if binder.listing.is_own(wanted):
+            return hold(wanted, live, role="other", job=binder.job, holders=own_holders(binder.job))
+        return hold_tensor(self._item, name, live, job=binder.job, identities=binder.identities)
 
     def _large_numpy(self, live: object, found: ArrayReference) -> object:
         """A large array of numpy is read into the one that stands there where that can hold it, else into a new one."""
         id_ = ArrayId("extra", found.item, found.name, "")
-        spec = self._draft.listing.arrays.get(id_)
+        spec = self._binder.listing.arrays.get(id_)
         if not isinstance(live, numpy.ndarray) or spec is None or not live.flags.writeable:
-            return referred_anew(self._draft, found)
+            return referred_anew(self._binder, found)
         if (live.shape, live.dtype.name) != (spec.shape, spec.dtype) or not live.dtype.isnative or not shares(live):
-            return referred_anew(self._draft, found)
-        for held in hold(id_, tensor_over(live), role="other", job=self._draft.job, holders=own_holders(self._draft.job)):
-            self._draft.fill(held)
+            return referred_anew(self._binder, found)
+        for held in hold(id_, tensor_over(live), role="other", job=self._binder.job, holders=own_holders(self._binder.job)):
+            self._binder.fill(held)
         return live
 
     def _numpy(self, live: numpy.ndarray[Any, Any], found: ArrayValue) -> object:
@@ -151,15 +151,15 @@ class _Container:
         if _state_dict_of_optimizer(live) and _state_dict_of_optimizer(saved) and len(live["state"]) < len(saved["state"]):
             have, had = len(live["state"]), len(saved["state"])
             hint = "put the optimizer itself into `state`, in place of its state_dict(): it makes the states that it lacks"
-            self._draft.differs(place, "value", expected=f"states of {have} parameters", found=f"states of {had}; {hint}")
+            self._binder.differs(place, "value", expected=f"states of {have} parameters", found=f"states of {had}; {hint}")
             return live
         for key in live.keys() - saved.keys():
-            self._draft.missing(f"{place}/{token(key)}", _kind(live[key]))
+            self._binder.missing(f"{place}/{token(key)}", _kind(live[key]))
         for key, value in saved.items():
             where = f"{place}/{token(key)}"
             if key not in live:
                 if not _only_tensors(value):  # a tensor may be another rank's: all ranks together find what nobody has
-                    self._draft.unexpected(where, _kind(value))
+                    self._binder.unexpected(where, _kind(value))
                 continue
             new = self.settled(live[key], value, where)
             if new is not live[key]:

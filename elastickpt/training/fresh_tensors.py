@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.training.draft import Draft
+from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import Placed, placed, spell_placements
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.meshes import mesh_of
@@ -24,40 +24,40 @@ class NoPlaceSaid(Exception):
     """Nothing says how such a tensor is to lie; the message is what the checkpoint has."""
 
 
-def placed_anew(draft: Draft, id_: ArrayId) -> torch.Tensor | None:
+def placed_anew(binder: Binder, id_: ArrayId) -> torch.Tensor | None:
     """An uninitialised DTensor for an array of which this process has none; None where a plain tensor is right.
 
     Raises NoPlaceSaid where nothing says how it is to lie.
     """
-    if draft.listing.is_own(id_):
+    if binder.listing.is_own(id_):
         return None
-    spec = draft.listing.arrays[id_]
-    lying = list(_lying(draft))
+    spec = binder.listing.arrays[id_]
+    lying = list(_lying(binder))
     alike = {(parts.device_mesh, parts.placements): tensor for tensor, parts in lying if parts.shape == spec.shape}
-    saved = draft.listing.layouts.get(id_)
-    plain = saved is None and (draft.listing.same_layout or not alike or not _STATE_OF_OPTIMIZER.search(id_.name))
+    saved = binder.listing.layouts.get(id_)
+    plain = saved is None and (binder.listing.same_layout or not alike or not _STATE_OF_OPTIMIZER.search(id_.name))
     if not lying or plain:
         return None
-    if saved is not None and (found := _as_saved(draft, spec, lying, id_)) is not None:
+    if saved is not None and (found := _as_saved(binder, spec, lying, id_)) is not None:
         return found
     if len(alike) == 1:
         return torch.empty_like(next(iter(alike.values())), dtype=torch_dtype(spec.dtype), requires_grad=False)
     raise NoPlaceSaid("an array whose ranks lay otherwise" if saved is not None else "an array that was whole")
 
 
-def _lying(draft: Draft) -> Iterator[tuple[torch.Tensor, Placed]]:
-    for known in draft.identities:
+def _lying(binder: Binder) -> Iterator[tuple[torch.Tensor, Placed]]:
+    for known in binder.identities:
         if known.role != "buffer" and hasattr(known.tensor, "device_mesh") and (parts := placed(known.tensor)) is not None:
             yield known.tensor, parts
 
 
-def _as_saved(draft: Draft, spec: ArraySpec, lying: list[tuple[torch.Tensor, Placed]], id_: ArrayId) -> torch.Tensor | None:
+def _as_saved(binder: Binder, spec: ArraySpec, lying: list[tuple[torch.Tensor, Placed]], id_: ArrayId) -> torch.Tensor | None:
     """A DTensor on the same mesh with the same placements; a replica on whatever mesh for what was one."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, empty  # loaded already: parameters are DTensors
 
-    mesh, placements = draft.listing.layouts[id_]
+    mesh, placements = binder.listing.layouts[id_]
     dtype = torch_dtype(spec.dtype)
-    world_size, whole = draft.job.world_size, all(placement == "R" for placement in placements)
+    world_size, whole = binder.job.world_size, all(placement == "R" for placement in placements)
     for tensor, parts in lying:
         if mesh_of(parts.device_mesh, world_size=world_size) != mesh:
             continue

@@ -13,12 +13,12 @@ import torch
 
 from elastickpt.format.tables import Name
 from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value, typed_key
-from elastickpt.training.draft import Draft
+from elastickpt.training.binder import Binder
 from elastickpt.training.elements import dtype_name
 from elastickpt.training.optimizer_columns import group_place, options_of
 from elastickpt.training.optimizer_parts import Prefix
 from elastickpt.training.stateful import bind_tree, copy_into
-from elastickpt.training.tables import Agreed, Disagreement, TableView
+from elastickpt.training.tables import Disagreement, OneValue, TableView
 from elastickpt.training.trees import token
 from elastickpt.training.values import member_of, shown
 
@@ -28,7 +28,7 @@ _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
 Groups = Iterable[tuple[dict[str, Any], Sequence[Name]]]
 
 
-def bind_groups(draft: Draft, item: str, view: TableView, groups: Groups, path: str, prefix: Prefix) -> None:
+def bind_groups(binder: Binder, item: str, view: TableView, groups: Groups, path: str, prefix: Prefix) -> None:
     """Gives each live param group the options that its parameters, by their names in `view`, were saved with; `path` and
     `prefix` are those of the part whose groups they are.
     """
@@ -36,38 +36,38 @@ def bind_groups(draft: Draft, item: str, view: TableView, groups: Groups, path: 
     for index, (group, names) in enumerate(groups):
         place = group_place(item, path, index)
         if not group["params"]:
-            _bind_without_parameters(draft, group, place)
+            _bind_without_parameters(binder, group, place)
             continue
         if not names:
-            draft.note(f"{place} has no parameter that is in the checkpoint: its options stay")
+            binder.note(f"{place} has no parameter that is in the checkpoint: its options stay")
             continue
         live = dict(options_of(group))
         for key in dict.fromkeys((*saved, *live)):
             found = view.agreed("hyper", saved.get(key, key), names)
             where = f"{place}/{token(key)}"
             if isinstance(found, Disagreement):
-                differ(draft, where, found)
+                differ(binder, where, found)
             elif found is not None:
-                _bind_option(draft, group, key, found, where)
+                _bind_option(binder, group, key, found, where)
             elif key in live:
-                draft.note(f"{where} is not in the checkpoint: {shown(live[key])} stays")
+                binder.note(f"{where} is not in the checkpoint: {shown(live[key])} stays")
 
 
-def _bind_without_parameters(draft: Draft, group: dict[str, Any], place: str) -> None:
+def _bind_without_parameters(binder: Binder, group: dict[str, Any], place: str) -> None:
     """Gives a group without parameters the options that the group at its place was saved with, by this rank or alike by all."""
-    agreed = draft.agreed_of_ranks(place)
+    agreed = binder.agreed_of_ranks(place)
     if not agreed:
-        draft.note(f"{place} has no parameters, and the checkpoint has no such group there: its options stay")
+        binder.note(f"{place} has no parameters, and the checkpoint has no such group there: its options stay")
         return
     saved: Any = agreed[0]
     for key, value in saved.items():
-        _bind_option(draft, group, str(key), Agreed(value), f"{place}/{token(key)}")
+        _bind_option(binder, group, str(key), OneValue(value), f"{place}/{token(key)}")
 
 
-def differ(draft: Draft, where: str, found: Disagreement) -> None:
+def differ(binder: Binder, where: str, found: Disagreement) -> None:
     """Records that parameters of one group were saved with different values."""
     (first, second), (one, other) = (found.first, found.second), found.values
-    draft.differs(
+    binder.differs(
         where,
         "value",
         expected="one value for all parameters of the group",
@@ -75,49 +75,51 @@ def differ(draft: Draft, where: str, found: Disagreement) -> None:
     )
 
 
-def _bind_option(draft: Draft, group: dict[str, Any], key: str, found: Agreed, where: str) -> None:
+def _bind_option(binder: Binder, group: dict[str, Any], key: str, found: OneValue, where: str) -> None:
     live = group.get(key)
     if isinstance(live, torch.Tensor) and not isinstance(found.value, ArrayReference):
-        if step := overwritten(draft, live, found.value, where):
-            draft.installs.append(step)
+        if step := overwritten(binder, live, found.value, where):
+            binder.installs.append(step)
         return
     if key in _EXECUTION and key in group:
         if typed_key(live) != typed_key(found.value):
-            draft.note(f"{where}: {live!r} stays, as it is how a step is executed; the checkpoint has {found.value!r}")
+            binder.note(f"{where}: {live!r} stays, as it is how a step is executed; the checkpoint has {found.value!r}")
         return
     if isinstance(found.value, EnumValue):
         member = member_of(live, found.value)
         if member is None:
-            draft.differs(where, "value", expected=f"{shown(live)}, a member of the same class", found=shown(found.value))
+            binder.differs(where, "value", expected=f"{shown(live)}, a member of the same class", found=shown(found.value))
         else:
-            draft.installs.append(lambda: group.__setitem__(key, member))
+            binder.installs.append(lambda: group.__setitem__(key, member))
         return
     device = live.device if isinstance(live, torch.Tensor) else "cpu"
-    new = bind_tree(draft, where.split("/")[1], found.value, place=where, live=None, device=device)
-    draft.installs.append(lambda: group.__setitem__(key, new))
+    new = bind_tree(binder, where.split("/")[1], found.value, place=where, live=None, device=device)
+    binder.installs.append(lambda: group.__setitem__(key, new))
 
 
-def option_lists(names: Sequence[Sequence[Name]], view: TableView, key: str) -> list[Agreed | Disagreement | None]:
+def option_lists(names: Sequence[Sequence[Name]], view: TableView, key: str) -> list[OneValue | Disagreement | None]:
     """A scheduler's list, put together from its entries for each group's parameters."""
     return [view.agreed("schedule", key, group) for group in names]
 
 
-def overwritten(draft: Draft, live: torch.Tensor, found: Value, where: str) -> Callable[[], None] | None:
+def overwritten(binder: Binder, live: torch.Tensor, found: Value, where: str) -> Callable[[], None] | None:
     """What brings a small plain tensor to a saved value in place; None, and a mismatch, where it cannot take it."""
     if isinstance(found, ArrayValue):
         if found.shape != tuple(live.shape):
-            draft.differs(where, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
+            binder.differs(where, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
             return None
         if found.dtype != dtype_name(live.dtype):
-            draft.differs(where, "dtype", expected=str(live.dtype).removeprefix("torch."), found=found.dtype)
+            binder.differs(where, "dtype", expected=str(live.dtype).removeprefix("torch."), found=found.dtype)
             return None
         return lambda: copy_into(live, found)
     if type(found) not in (int, float) or live.ndim:
-        draft.differs(where, "value", expected=shown(live), found=shown(found))
+        binder.differs(where, "value", expected=shown(live), found=shown(found))
         return None
     made = torch.tensor(found, dtype=live.dtype)
     if made.item() != found:
-        draft.note(f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process")
+        binder.note(
+            f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process"
+        )
     return lambda: _fill(live, made)
 
 

@@ -16,8 +16,8 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import Name
 from elastickpt.format.values import Value
+from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved
-from elastickpt.training.draft import Draft
 from elastickpt.training.entries import elements, type_name
 from elastickpt.training.groups import bind_groups
 from elastickpt.training.members import Member, groups_of, states_of
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 class BoundOptimizer:
     """An entry with optimizers and the table that the checkpoint has for it (None when it has none)."""
 
-    def __init__(self, draft: Draft, item: str, entry: object, beside: Beside) -> None:
+    def __init__(self, binder: Binder, item: str, entry: object, beside: Beside) -> None:
         self.item = item
         self.entry = entry
-        self.parts = parts_of(item, entry, draft.identities, elsewhere=beside.elsewhere(item))
-        self.view = next((TableView(table) for table in draft.listing.tables if table.item == item), None)
-        self._draft = draft
-        self._owners = sorted((table.item for table in draft.listing.tables), key=len, reverse=True)
+        self.parts = parts_of(item, entry, binder.identities, elsewhere=beside.elsewhere(item))
+        self.view = next((TableView(table) for table in binder.listing.tables if table.item == item), None)
+        self._binder = binder
+        self._owners = sorted((table.item for table in binder.listing.tables), key=len, reverse=True)
         self._composites: dict[Name, list[tuple[ArrayId, Saved]]] = {}
-        for id_, saved in draft.listing.composites.items():
+        for id_, saved in binder.listing.composites.items():
             if id_.section == "params":
                 self._composites.setdefault((id_.item, id_.name), []).append((id_, saved))
         keys = () if self.view is None else self.view.keys("hyper")
@@ -69,7 +69,7 @@ class BoundOptimizer:
 
     def saved_name(self, member: Member) -> Name | None:
         """The name, its own or a tied one, under which the checkpoint's table has this parameter."""
-        names = self._draft.names.candidates(*member.name)
+        names = self._binder.names.candidates(*member.name)
         return next((name for name in names if self.view is not None and self.view.has(name)), None)
 
     def saved_groups(self, part: Part) -> list[list[Name]]:
@@ -99,7 +99,7 @@ class BoundOptimizer:
     def _stored(self, name: Name) -> StoredStates:
         """The arrays and composite tensors of a parameter that are states of this entry, and what stands before their names."""
         prefix, arrays = "", {}
-        for stored in self._draft.names.states.get(name, ()):
+        for stored in self._binder.names.states.get(name, ()):
             if self._is_mine(stored):
                 arrays[stored.removeprefix(f"{self.item}.")] = ArrayId("params", *name, stored)
                 if stored.startswith(f"{self.item}."):
@@ -117,25 +117,25 @@ class BoundOptimizer:
         return not (stored == "value" or stored.startswith("value.")) and owner in (None, self.item)
 
 
-def bind_optimizer(draft: Draft, item: str, entry: object, beside: Beside) -> BoundOptimizer:
+def bind_optimizer(binder: Binder, item: str, entry: object, beside: Beside) -> BoundOptimizer:
     """Binds states, groups and values of one entry. Raises StructureConflict as saving it would."""
     place = place_of(item)
-    draft.places.add(place)
-    bound = BoundOptimizer(draft, item, entry, beside)
+    binder.places.add(place)
+    bound = BoundOptimizer(binder, item, entry, beside)
     if bound.view is None:
         count = len({id(member.parameter) for part in bound.parts for member in part.members})
-        draft.missing(place, f"the state of {type_name(entry)} over {count} parameters")
+        binder.missing(place, f"the state of {type_name(entry)} over {count} parameters")
         return bound
-    saved, now = next((one.type for one in draft.listing.items if one.name == item), ""), type_name(entry)
+    saved, now = next((one.type for one in binder.listing.items if one.name == item), ""), type_name(entry)
     if saved not in ("", now):
-        draft.note(
+        binder.note(
             f"{place}: saved by {saved}, now a {now}, which gets the states of the other: it may know them by other names"
         )
     for part in bound.parts:
-        _bind_part(draft, bound, part)
+        _bind_part(binder, bound, part)
     for path, root in elements(entry).items():
         if has_own_way(root):
-            _OwnWay(draft, bound, path, root).bind()
+            _OwnWay(binder, bound, path, root).bind()
     return bound
 
 
@@ -143,23 +143,23 @@ def _text(path: str, prefixed: set[str], others: tuple[str, ...]) -> tuple[str, 
     return (f"{path}.", ()) if path in prefixed else ("", others)
 
 
-def _bind_part(draft: Draft, bound: BoundOptimizer, part: Part) -> None:
+def _bind_part(binder: Binder, bound: BoundOptimizer, part: Part) -> None:
     place, groups = place_of(bound.item), groups_of(part.optimizer)
     assert bound.view is not None
     for member in part.members:
         name = bound.saved_name(member)
         if name is None:
-            draft.missing(place + place_of("state", *member.name), "a parameter of this optimizer")
+            binder.missing(place + place_of("state", *member.name), "a parameter of this optimizer")
         else:
             saved = bound.saved_states(part, member, name)
-            ParameterStates(draft, bound.item, member, saved, states_of(part.optimizer), groups[member.group]).bind()
+            ParameterStates(binder, bound.item, member, saved, states_of(part.optimizer), groups[member.group]).bind()
     if bound.has_options(part):
         pairs = zip(groups, bound.saved_groups(part), strict=True)
-        bind_groups(draft, bound.item, bound.view, pairs, part.path, bound.options[part.path])
-    _bind_values(draft, bound, part)
+        bind_groups(binder, bound.item, bound.view, pairs, part.path, bound.options[part.path])
+    _bind_values(binder, bound, part)
 
 
-def _bind_values(draft: Draft, bound: BoundOptimizer, part: Part) -> None:
+def _bind_values(binder: Binder, bound: BoundOptimizer, part: Part) -> None:
     """State that belongs to no parameter."""
     item, states = bound.item, states_of(part.optimizer)
     others = tuple(f"{other.path}." for other in bound.parts[1:])
@@ -167,35 +167,35 @@ def _bind_values(draft: Draft, bound: BoundOptimizer, part: Part) -> None:
     below = place_of(item, "state") + "/"
     saved = {
         place: key
-        for place in draft.listing.values
+        for place in binder.listing.values
         if place.startswith(below)
         and (key := prefix.strip(place[len(below) :].replace("~1", "/").replace("~0", "~"))) is not None
-        and not _is_entry(draft, item, place)
+        and not _is_entry(binder, item, place)
     }
     live = {place_of(item, "state", prefix.text + key): key for key in states if isinstance(key, str)}
     for place, key in live.items():
         if place not in saved:
-            draft.missing(place, shown(states[key]))
+            binder.missing(place, shown(states[key]))
     for place, key in saved.items():
-        draft.places.add(place)
-        tree = bind_tree(draft, item, draft.listing.values[place], place=place, live=states.get(key))
-        draft.installs.append(lambda key=key, tree=tree: states.__setitem__(key, tree))  # type: ignore[misc]
+        binder.places.add(place)
+        tree = bind_tree(binder, item, binder.listing.values[place], place=place, live=states.get(key))
+        binder.installs.append(lambda key=key, tree=tree: states.__setitem__(key, tree))  # type: ignore[misc]
 
 
-def _is_entry(draft: Draft, item: str, place: str) -> bool:
-    return place.removesuffix(PER_RANK) in (saved_entries(draft, item) or {})
+def _is_entry(binder: Binder, item: str, place: str) -> bool:
+    return place.removesuffix(PER_RANK) in (saved_entries(binder, item) or {})
 
 
-def saved_entries(draft: Draft, item: str) -> Mapping[str, Any] | None:
+def saved_entries(binder: Binder, item: str) -> Mapping[str, Any] | None:
     """The place of each entry of the item's state dicts to its path, from all ranks that say so; None if nobody does."""
     at = place_of(item, ENTRIES)
-    if at in draft.listing.values:
-        every: Sequence[Value] = [draft.listing.values[at]]
-    elif draft.listing.same_layout:
-        own = draft.of_writer(draft.job.rank)
+    if at in binder.listing.values:
+        every: Sequence[Value] = [binder.listing.values[at]]
+    elif binder.listing.same_layout:
+        own = binder.of_writer(binder.job.rank)
         every = [own[at]] if at in own else []
     else:
-        every = draft.of_all_writers(at)
+        every = binder.of_all_writers(at)
     found: dict[str, Any] = {}
     for one in every:
         found.update(one if isinstance(one, dict) else {})
@@ -205,8 +205,8 @@ def saved_entries(draft: Draft, item: str) -> Mapping[str, Any] | None:
 class _OwnWay:
     """One optimizer with an override or hooks: the entries of its state dict, and its own loading."""
 
-    def __init__(self, draft: Draft, bound: BoundOptimizer, path: str, root: Optimizer) -> None:
-        self._draft = draft
+    def __init__(self, binder: Binder, bound: BoundOptimizer, path: str, root: Optimizer) -> None:
+        self._binder = binder
         self._bound = bound
         self._path = path
         self._root = root
@@ -217,8 +217,8 @@ class _OwnWay:
 
     def bind(self) -> None:
         """Binds the entries, and adds the optimizer's own loading to what is done once all is filled."""
-        saved = saved_entries(self._draft, self._bound.item)
-        self._draft.places.add(place_of(self._bound.item, ENTRIES))
+        saved = saved_entries(self._binder, self._bound.item)
+        self._binder.places.add(place_of(self._bound.item, ENTRIES))
         self._complete = saved is not None
         live = state_dict_of(self._bound.item, self._root)
         for place, way in (saved or {}).items():
@@ -227,33 +227,33 @@ class _OwnWay:
             self._report(live)
         for part in self._parts:
             self._of_parameters(part)
-        self._draft.installs.append(self._load)
+        self._binder.installs.append(self._load)
 
     def _entry(self, place: str, way: Any, live: object) -> None:
         root_path, *path = way
         if root_path != self._path:
             return
-        shared = self._draft.listing.values
+        shared = self._binder.listing.values
         if f"{place}{PER_RANK}" in shared:
-            self._draft.places.add(f"{place}{PER_RANK}")
-            agreed = self._draft.agreed_of_ranks(place)
+            self._binder.places.add(f"{place}{PER_RANK}")
+            agreed = self._binder.agreed_of_ranks(place)
         else:
-            self._draft.places.add(place)
+            self._binder.places.add(place)
             agreed = (shared[place],)
         if not agreed:
             expected = f"the entry of {type(self._root).__name__} that this rank had, or that all ranks had alike"
-            self._draft.differs(place, "value", expected=expected, found="others on other ranks, on another layout")
+            self._binder.differs(place, "value", expected=expected, found="others on other ranks, on another layout")
             return
-        tree = bind_tree(self._draft, self._bound.item, agreed[0], place=place, live=_at(live, path))
+        tree = bind_tree(self._binder, self._bound.item, agreed[0], place=place, live=_at(live, path))
         self._at.append((path, tree))
 
     def _report(self, live: object) -> None:
         """A checkpoint of a release that did not look at state dicts has none of the entries that there are now."""
-        rest = entries_of(self._bound.item, self._path, self._bound.parts, live, self._draft.identities)
+        rest = entries_of(self._bound.item, self._path, self._bound.parts, live, self._binder.identities)
         for path, entry in rest.at.items():
-            self._draft.missing(entry_place(self._bound.item, self._path, path), shown(entry))
+            self._binder.missing(entry_place(self._bound.item, self._path, path), shown(entry))
         for one in rest.of_parameters:
-            self._draft.missing(place_of(self._bound.item, "state", *one.member.name, one.name), shown(one.entry))
+            self._binder.missing(place_of(self._bound.item, "state", *one.member.name, one.name), shown(one.entry))
 
     def _of_parameters(self, part: Part) -> None:
         """Makes what the state dict has of parameters; the tensors that it has now are not the object's to keep."""
@@ -268,14 +268,14 @@ class _OwnWay:
                 if member.parameter not in store and saved is not None:
                     store[member.parameter] = {}
                     group = groups_of(part.optimizer)[member.group]
-                    ParameterStates(self._draft, self._bound.item, member, saved.only(way), store, group).create({})
+                    ParameterStates(self._binder, self._bound.item, member, saved.only(way), store, group).create({})
         self._made.extend((way, part, store) for way, store in stores.values())
 
     def _load(self) -> None:
         """Builds the state dict of the filled optimizer with the checkpoint's entries, and lets the optimizer load it."""
         state_dict = self._filled()
         if self._complete:
-            rest = entries_of(self._bound.item, self._path, self._bound.parts, state_dict, self._draft.identities)
+            rest = entries_of(self._bound.item, self._path, self._bound.parts, state_dict, self._binder.identities)
             for where in rest.at:
                 _remove(state_dict, where)
             for one in rest.of_parameters:

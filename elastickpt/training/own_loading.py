@@ -20,7 +20,7 @@ from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
 from elastickpt.format.values import ArrayReference, Value
-from elastickpt.training.draft import Draft
+from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.held import HeldArray
@@ -35,54 +35,54 @@ from elastickpt.training.stateful import bind_tree
 from elastickpt.training.values import mapped, place_of, revived, shown
 
 
-def bind_model(draft: Draft, model: HeldModule) -> None:
+def bind_model(binder: Binder, model: HeldModule) -> None:
     """Binds parameters, buffers, extra states and own entries of one item; nothing changes before `install()`."""
     item = model.item.name
-    loading = [_OwnLoading(draft, item, part, model) for part in model.parts if part.loaders]
+    loading = [_OwnLoading(binder, item, part, model) for part in model.parts if part.loaders]
     theirs = {name for one in loading for name in one.part.names}
     for held in model.arrays:
         if held.spec.id.name not in theirs:
-            draft.fill(held)
-    draft.places.update(place for place in draft.listing.values if place.startswith(place_of(item, VERSION, "")))
-    draft.installs.append(model.reshard)
+            binder.fill(held)
+    binder.places.update(place for place in binder.listing.values if place.startswith(place_of(item, VERSION, "")))
+    binder.installs.append(model.reshard)
     for extra in model.extra_states:
         if not any(one.sets(extra) for one in loading):
-            bind_extra_state(draft, extra)
+            bind_extra_state(binder, extra)
     for one in loading:
         one.bind()
     for part in model.parts:
         if not part.loaders:
             for entry in part.entries:
-                draft.missing(place_of(item, entry.key), shown(entry.value))
+                binder.missing(place_of(item, entry.key), shown(entry.value))
 
 
-def bind_extra_state(draft: Draft, extra: ExtraState) -> None:
+def bind_extra_state(binder: Binder, extra: ExtraState) -> None:
     """Gives a module its extra state by its own `set_extra_state`."""
-    found = extra_state_of(draft, extra)
+    found = extra_state_of(binder, extra)
     if found:
-        draft.installs.append(lambda: extra.module.set_extra_state(found[0]))
+        binder.installs.append(lambda: extra.module.set_extra_state(found[0]))
 
 
-def extra_state_of(draft: Draft, extra: ExtraState) -> tuple[object, ...]:
+def extra_state_of(binder: Binder, extra: ExtraState) -> tuple[object, ...]:
     """The extra state that the checkpoint has for a module, or () with a mismatch recorded."""
     what = f"extra state of a {type(extra.module).__name__}"
     item = extra.pointer.split("/")[1]
     return tuple(
-        bind_tree(draft, item, value, place=extra.pointer, live=None) for value in of_ranks(draft, extra.pointer, what)
+        bind_tree(binder, item, value, place=extra.pointer, live=None) for value in of_ranks(binder, extra.pointer, what)
     )
 
 
-def of_ranks(draft: Draft, place: str, what: str) -> tuple[Value, ...]:
+def of_ranks(binder: Binder, place: str, what: str) -> tuple[Value, ...]:
     """What every rank has of its own at a place: this rank's on the same layout, else what all agree on. () is a mismatch."""
-    if draft.listing.same_layout:
-        own = draft.of_writer(draft.job.rank)
+    if binder.listing.same_layout:
+        own = binder.of_writer(binder.job.rank)
         saved = [own[place]] if place in own else []
     else:
-        saved = draft.of_all_writers(place)
+        saved = binder.of_all_writers(place)
     if not saved:
-        draft.missing(place, f"the {what}")
-    elif not draft.is_one(saved):
-        draft.differs(
+        binder.missing(place, f"the {what}")
+    elif not binder.is_one(saved):
+        binder.differs(
             place,
             "value",
             expected=f"one {what} for all ranks, on another layout",
@@ -96,9 +96,9 @@ def of_ranks(draft: Draft, place: str, what: str) -> tuple[Value, ...]:
 class _OwnLoading:
     """One part of a model that loads by itself. Keys are those of its own state dict, names are canonical."""
 
-    def __init__(self, draft: Draft, item: str, part: Part, model: HeldModule) -> None:
+    def __init__(self, binder: Binder, item: str, part: Part, model: HeldModule) -> None:
         self.part = part
-        self._draft, self._item, self._model = draft, item, model
+        self._binder, self._item, self._model = binder, item, model
         self._top = unwrapped(part.module)
         self._keys = Keys(self._top)
         model.reshard()
@@ -126,62 +126,62 @@ class _OwnLoading:
         if self._absent or self._only_there or trees.keys() - self._own.keys():
             self._settle(rehearse(self._top, self._hollow(trees)), trees)
         for key, (place, found) in trees.items():
-            self._draft.places.add(place)
+            self._binder.places.add(place)
             live = mapped(self._own.get(key), place, _fresh)
-            self._given[key] = bind_tree(self._draft, self._item, found, place=place, live=live)
-        self._draft.installs.append(self._load)
+            self._given[key] = bind_tree(self._binder, self._item, found, place=place, live=live)
+        self._binder.installs.append(self._load)
 
     def _bind_extra_state(self, extra: ExtraState) -> None:
         name = next((name for name, module in self._top.named_modules() if module is extra.module), "")
-        for found in extra_state_of(self._draft, extra):
+        for found in extra_state_of(self._binder, extra):
             self._given[f"{below(name)}_extra_state"] = found
 
     def _bind_tensors(self) -> None:
-        draft, count = self._draft, Counter(held.spec.id.name for held in self._model.arrays)
+        binder, count = self._binder, Counter(held.spec.id.name for held in self._model.arrays)
         for held in self._model.arrays:
-            name, found = held.spec.id.name, draft.names.arrays(held.spec.id)
+            name, found = held.spec.id.name, binder.names.arrays(held.spec.id)
             if name not in self.part.names:
                 continue
-            fits = bool(found) and draft.listing.arrays[found[0]].shape == held.spec.shape
+            fits = bool(found) and binder.listing.arrays[found[0]].shape == held.spec.shape
             if not fits:
                 self._elsewhere.add(id(self.part.names[name]))
             if fits or count[name] > 1 or not covering(self.part.loaders, name):
-                draft.fill(held)
+                binder.fill(held)
             else:
                 self._absent[name] = held
-        for id_, spec in draft.listing.arrays.items():
+        for id_, spec in binder.listing.arrays.items():
             mine = (id_.section, id_.item, id_.state) == ("params", self._item, "value") and not self._known(id_)
             if mine and covering(self.part.loaders, id_.name):
                 self._only_there[self._keys.key_of(id_.name)] = spec
 
     def _known(self, id_: ArrayId) -> bool:
-        names = self._draft.names.candidates(id_.item, id_.name)
+        names = self._binder.names.candidates(id_.item, id_.name)
         return any(item == self._item and name in self._model.names for item, name in names)
 
     def _entries(self) -> Iterator[tuple[str, tuple[str, Value]]]:
         """(key, (place, tree)) of the own entries that the checkpoint has; a mismatch for each that it lacks. [UCF-141]"""
-        draft, there = self._draft, _own_places(self._draft, self._item)
+        binder, there = self._binder, _own_places(self._binder, self._item)
         for entry in self.part.entries:
             if entry.key not in there:
-                draft.missing(place_of(self._item, entry.key), shown(entry.value))
+                binder.missing(place_of(self._item, entry.key), shown(entry.value))
         for name, place in there.items():
             if not covering(self.part.loaders, name):
                 continue
             key, own = self._key_of.get(name) or self._keys.key_of(name), place.removesuffix(PER_RANK)
             if own == place:
-                yield key, (place, draft.listing.values[place])
-            elif draft.listing.same_layout and name not in self._key_of and own not in draft.of_writer(draft.job.rank):
-                draft.places.add(place)  # another rank's: a stage's, say
+                yield key, (place, binder.listing.values[place])
+            elif binder.listing.same_layout and name not in self._key_of and own not in binder.of_writer(binder.job.rank):
+                binder.places.add(place)  # another rank's: a stage's, say
             else:
-                draft.places.add(place)
-                for found in of_ranks(draft, own, f"entry {name!r} of the model's own state dict"):
+                binder.places.add(place)
+                for found in of_ranks(binder, own, f"entry {name!r} of the model's own state dict"):
                     yield key, (place, found)
 
     def _hollow(self, trees: Mapping[str, tuple[str, Value]]) -> dict[str, Any]:
         """What would be loaded, without contents."""
         entries: dict[str, Any] = OrderedDict()
         entries._metadata = self._metadata()  # type: ignore[attr-defined]
-        arrays, names = self._draft.listing.arrays, self._draft.names
+        arrays, names = self._binder.listing.arrays, self._binder.names
 
         def leaf(one: object, where: str) -> object:
             id_ = names.array(ArrayId("extra", one.item, one.name, "")) if type(one) is ArrayReference else None
@@ -202,7 +202,7 @@ class _OwnLoading:
         found = {name: dict(own) for name, own in getattr(self._own, "_metadata", {}).items()}
         for key, _ in self._top.named_modules(remove_duplicate=False):
             name = self._keys.follow(f"{key}.x" if key else "x").name.removesuffix("x").removesuffix(".")
-            version = self._draft.listing.values.get(place_of(self._item, VERSION, name))
+            version = self._binder.listing.values.get(place_of(self._item, VERSION, name))
             if name in self.part.loaders and type(version) is int:
                 found.setdefault(key, {})["version"] = version
         return found
@@ -219,21 +219,21 @@ class _OwnLoading:
 
     def _settle(self, said: Rehearsed | None, trees: dict[str, tuple[str, Value]]) -> None:
         """Decides what becomes of what differs: read in place under the old name, handed over, or a mismatch."""
-        draft = self._draft
+        binder = self._binder
         if said is not None:
             self._follow_renames(said)
             for strange in said.unexpected:
                 self._only_there.pop(strange, None)
                 trees.pop(strange, None)
-        elif draft.job.world_size > 1 and not self._absent:
+        elif binder.job.world_size > 1 and not self._absent:
             self._only_there.clear()  # other stages', as likely as not
         for name, held in list(self._absent.items()):
-            found, key = draft.names.arrays(held.spec.id), self._key_of.get(name)
+            found, key = binder.names.arrays(held.spec.id), self._key_of.get(name)
             taken = said is None or (not said.refused and key not in said.missing)
             if not taken or key is None or placed(self.part.names[name]) is not None:
-                draft.fill(self._absent.pop(name))
+                binder.fill(self._absent.pop(name))
             elif found:
-                self._hand_over(key, draft.listing.arrays[found[0]], self.part.names[name].device)
+                self._hand_over(key, binder.listing.arrays[found[0]], self.part.names[name].device)
         if said is None or not said.refused:
             for only, spec in self._only_there.items():
                 self._hand_over(only, spec, "cpu")
@@ -242,17 +242,17 @@ class _OwnLoading:
         for to, of in said.renamed.items():
             name, spec = self._keys.follow(to).name, self._only_there.get(of)
             if name in self._absent and spec is not None:
-                self._draft.names.alias((self._item, name), (self._item, spec.id.name))
-                self._draft.fill(self._absent.pop(name))
+                self._binder.names.alias((self._item, name), (self._item, spec.id.name))
+                self._binder.fill(self._absent.pop(name))
                 self._given[of] = self.part.names[name].detach()
                 del self._only_there[of]
 
     def _hand_over(self, key: str, spec: ArraySpec, device: torch.device | str) -> None:
         """Reads an array into a new tensor."""
         made = self._given[key] = _like(spec, device)
-        whole, rank = Box.whole(spec.shape), self._draft.job.rank
-        self._draft.targets.append(HeldArray(spec, whole, made, "other", "declared", replicas=(rank,)))
-        self._draft.know(spec.id)
+        whole, rank = Box.whole(spec.shape), self._binder.job.rank
+        self._binder.targets.append(HeldArray(spec, whole, made, "other", "declared", replicas=(rank,)))
+        self._binder.know(spec.id)
 
     # -- afterwards ----------------------------------------------------------------------------------------------------
 
@@ -268,10 +268,10 @@ class _OwnLoading:
             raise StateMismatch(f"{what} did not take {', '.join(map(repr, sorted(unexpected)))} of the checkpoint")
 
 
-def _own_places(draft: Draft, item: str) -> dict[str, str]:
+def _own_places(binder: Binder, item: str) -> dict[str, str]:
     """The names of an item's own entries in the checkpoint, and where each value, or the mark that ranks have them, stands."""
     above = place_of(item) + "/"
-    places = [place for place in draft.listing.values if place.startswith(above)]
+    places = [place for place in binder.listing.values if place.startswith(above)]
     places = [place for place in places if not place.startswith(f"{above}{VERSION}/")]
     return {place.removesuffix(PER_RANK).removeprefix(above).replace("~1", "/").replace("~0", "~"): place for place in places}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.values import Value, typed_key
+from elastickpt.training.binder import Binder
 from elastickpt.training.containers import bind_container
-from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job
 from elastickpt.training.entries import elements
 from elastickpt.training.identities import Identities
@@ -37,50 +37,50 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
     """
     job, kinds, identities = Job(rank, world_size, declared), kinds_of(state), Identities()
     models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
-    draft = Draft(listing, job, identities, Names(listing, identities.tied()))
+    binder = Binder(listing, job, identities, Names(listing, identities.tied()))
     for model in models:
-        with draft.entry(model.item.name, state[model.item.name]):
-            bind_model(draft, model)
+        with binder.entry(model.item.name, state[model.item.name]):
+            bind_model(binder, model)
     optimizers: list[BoundOptimizer] = []
     beside = Beside.of(dict(_of_kinds(state, kinds, "optimizer")))
-    binders: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
-        "value": lambda key, value: _bind_value(draft, state, key, value),
-        "optimizer": lambda key, value: optimizers.append(bind_optimizer(draft, key, value, beside)),
+    ways_to_bind: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
+        "value": lambda key, value: _bind_value(binder, state, key, value),
+        "optimizer": lambda key, value: optimizers.append(bind_optimizer(binder, key, value, beside)),
         "scheduler": lambda key, value: _each(
-            draft, key, value, lambda one, place: bind_scheduler(draft, key, one, place=place, optimizers=optimizers)
+            binder, key, value, lambda one, place: bind_scheduler(binder, key, one, place=place, optimizers=optimizers)
         ),
-        "object": lambda key, value: _each(draft, key, value, lambda one, place: bind_object(draft, key, one, place=place)),
-        "per-rank": lambda key, value: _bind_per_rank(draft, key, value),
-        "rng": lambda key, value: _bind_streams(draft, key),  # last: what the others do in install() may draw numbers
+        "object": lambda key, value: _each(binder, key, value, lambda one, place: bind_object(binder, key, one, place=place)),
+        "per-rank": lambda key, value: _bind_per_rank(binder, key, value),
+        "rng": lambda key, value: _bind_streams(binder, key),  # last: what the others do in install() may draw numbers
     }
-    for kind, binder in binders.items():
+    for kind, bind_one in ways_to_bind.items():
         for key, value in _of_kinds(state, kinds, kind):
-            with draft.entry(key, value):
-                binder(key, value)
-    return draft.finished()
+            with binder.entry(key, value):
+                bind_one(key, value)
+    return binder.finished()
 
 
 def _of_kinds(state: Mapping[str, Any], kinds: Mapping[str, Kind], kind: Kind) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in state.items() if kinds[key] == kind]
 
 
-def _each(draft: Draft, key: str, value: object, binder: Callable[[Any, str], None]) -> None:
+def _each(binder: Binder, key: str, value: object, bind_one: Callable[[Any, str], None]) -> None:
     """Binds the objects of an entry, one or several, at their places."""
-    draft.places.add(place_of(key))
+    binder.places.add(place_of(key))
     for path, one in elements(value).items():
         refuse_zero(key, one)
-        binder(one, place_of(key, *((path,) if path else ())))
+        bind_one(one, place_of(key, *((path,) if path else ())))
 
 
-def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: object) -> None:
+def _bind_value(binder: Binder, state: Mapping[str, object], key: str, live: object) -> None:
     place = place_of(key)
-    draft.places.add(place)
-    if place not in draft.listing.values:
-        draft.missing(place, shown(live))
+    binder.places.add(place)
+    if place not in binder.listing.values:
+        binder.missing(place, shown(live))
         return
-    found = draft.listing.values[place]
+    found = binder.listing.values[place]
     if isinstance(state, MutableMapping):
-        bind_container(draft, key, live, found=found, put=lambda new: state.__setitem__(key, new))
+        bind_container(binder, key, live, found=found, put=lambda new: state.__setitem__(key, new))
         return
 
     def put(new: object) -> None:
@@ -88,62 +88,62 @@ def _bind_value(draft: Draft, state: Mapping[str, object], key: str, live: objec
 
     if isinstance(live, (int, float, str, bytes, tuple, type(None))) and typed_key(carried(live, place)) != typed_key(found):
         expected = f"{shown(live)} to be replaceable: `state` is a {type(state).__name__}, which cannot be changed"
-        draft.differs(place, "value", expected=expected, found=shown(found))
+        binder.differs(place, "value", expected=expected, found=shown(found))
         return
-    bind_container(draft, key, live, found=found, put=put)
+    bind_container(binder, key, live, found=found, put=put)
 
 
-def _bind_per_rank(draft: Draft, key: str, live: PerRank) -> None:
+def _bind_per_rank(binder: Binder, key: str, live: PerRank) -> None:
     place = place_of(key)
-    draft.places.add(place)
-    if draft.listing.same_layout:
-        own = draft.of_writer(draft.job.rank)
+    binder.places.add(place)
+    if binder.listing.same_layout:
+        own = binder.of_writer(binder.job.rank)
         if place not in own:
-            draft.missing(place, f"this rank's own {type(live.value).__name__}")
+            binder.missing(place, f"this rank's own {type(live.value).__name__}")
             return
         found = own[place]
     elif isinstance(live.value, Reshardable):
-        states = [revived(draft.with_contents(value)) for value in draft.of_all_writers(place)]
+        states = [revived(binder.with_contents(value)) for value in binder.of_all_writers(place)]
         if not states:
-            draft.missing(place, f"the {type(live.value).__name__} of any rank")
+            binder.missing(place, f"the {type(live.value).__name__} of any rank")
             return
-        found = in_memory(live.value.reshard(states, draft.job.rank, draft.job.world_size), place)
+        found = in_memory(live.value.reshard(states, binder.job.rank, binder.job.world_size), place)
     else:
-        draft.differs(
+        binder.differs(
             place,
             "value",
-            expected=f"the layout that saved it ({draft.listing.world_size} ranks), or a {type(live.value).__name__} "
+            expected=f"the layout that saved it ({binder.listing.world_size} ranks), or a {type(live.value).__name__} "
             f"with a method reshard(states, rank, world_size)",
-            found=f"a value of its own for each of {draft.listing.world_size} ranks, loaded on {draft.job.world_size}",
+            found=f"a value of its own for each of {binder.listing.world_size} ranks, loaded on {binder.job.world_size}",
         )
         return
-    _settle_per_rank(draft, key, live, found)
+    _settle_per_rank(binder, key, live, found)
 
 
-def _settle_per_rank(draft: Draft, key: str, live: PerRank, found: Value) -> None:
+def _settle_per_rank(binder: Binder, key: str, live: PerRank, found: Value) -> None:
     value = live.value
     if is_stateful(value):
-        tree = bind_tree(draft, key, found, place=place_of(key), live=None)
+        tree = bind_tree(binder, key, found, place=place_of(key), live=None)
         load: Callable[[Any], Any] = value.load_state_dict
-        draft.installs.append(lambda: load(tree))
+        binder.installs.append(lambda: load(tree))
     else:
-        bind_container(draft, key, value, found=found, put=lambda new: setattr(live, "value", new))
+        bind_container(binder, key, value, found=found, put=lambda new: setattr(live, "value", new))
 
 
-def _bind_streams(draft: Draft, key: str) -> None:
+def _bind_streams(binder: Binder, key: str) -> None:
     place = place_of(key)
-    draft.places.add(place)
-    if draft.listing.same_layout:
-        own = draft.of_writer(draft.job.rank)
+    binder.places.add(place)
+    if binder.listing.same_layout:
+        own = binder.of_writer(binder.job.rank)
         saved = [own[place]] if place in own else []
     else:
-        saved = draft.of_all_writers(place)
+        saved = binder.of_all_writers(place)
     if not saved:
-        draft.missing(place, "random streams")
+        binder.missing(place, "random streams")
         return
-    step, rank, ranks = draft.listing.step, draft.job.rank, draft.listing.ranks
-    going_on = continued(saved[0]) if draft.listing.same_layout else rederived(saved, step=step, rank=rank, ranks=ranks)
+    step, rank, ranks = binder.listing.step, binder.job.rank, binder.listing.ranks
+    going_on = continued(saved[0]) if binder.listing.same_layout else rederived(saved, step=step, rank=rank, ranks=ranks)
     for note in going_on.notes:
-        draft.note(f"{place}: {note}")
-    draft.installs.append(going_on.install)
-    draft.streams.append(going_on)
+        binder.note(f"{place}: {note}")
+    binder.installs.append(going_on.install)
+    binder.streams.append(going_on)

@@ -7,9 +7,9 @@ import torch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayReference
 from elastickpt.training.anew import composite_anew, not_made, peers, shape_and_dtype
+from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Path, Saved, cuts_of, is_composite, made
 from elastickpt.training.contexts import NotMade
-from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Placed, hold, hold_for_loading, place_of_part, placed, placed_as
 from elastickpt.training.held_states import hold_state
 from elastickpt.training.members import Lying, Member
@@ -23,23 +23,23 @@ def local_of(entry: torch.Tensor) -> torch.Tensor:
     return entry if parts is None else parts.local
 
 
-def fill_own(draft: Draft, found: ArrayReference, live: torch.Tensor, *, where: str) -> None:
+def fill_own(binder: Binder, found: ArrayReference, live: torch.Tensor, *, where: str) -> None:
     """Has a tensor of this rank filled with its own array."""
     wanted = ArrayId("extra", found.item, found.name, "")
-    for held in hold(wanted, live, role="other", job=draft.job, holders=own_holders(draft.job)):
-        draft.fill(held)
+    for held in hold(wanted, live, role="other", job=binder.job, holders=own_holders(binder.job)):
+        binder.fill(held)
 
 
-def like_parameter(draft: Draft, member: Member, id_: ArrayId) -> torch.Tensor:
+def like_parameter(binder: Binder, member: Member, id_: ArrayId) -> torch.Tensor:
     """An uninitialised plain state for an array, beside a parameter; its axes lie as they lay. [UCF-107]"""
     parameter, parts = member.parameter, placed(member.parameter)
-    shape, dtype, order = shape_and_dtype(draft, id_)
+    shape, dtype, order = shape_and_dtype(binder, id_)
     device = parameter.device if parts is None else parts.local.device
     if tuple(parameter.shape) != shape:
         return replicated_as(parameter, empty_in_order(shape, order, dtype=dtype, device=device))
     local = parameter if parts is None else parts.local
     value = ArrayId("params", id_.item, id_.name, "value")
-    if order == draft.listing.order(value) and not is_composite(local):
+    if order == binder.listing.order(value) and not is_composite(local):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     found = empty_in_order(local.shape, order, dtype=dtype, device=device)
     return found if parts is None or not hasattr(parameter, "device_mesh") else placed_as(parts, found)
@@ -57,36 +57,36 @@ def replicated_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(whole, parts.device_mesh, [Replicate() for _ in parts.placements], run_check=False)
 
 
-def composite_state(draft: Draft, member: Member, id_: ArrayId, saved: Saved) -> torch.Tensor | None:
+def composite_state(binder: Binder, member: Member, id_: ArrayId, saved: Saved) -> torch.Tensor | None:
     """A composite state, to be filled: whole, or of this rank's rows as its class cuts them. None, and a mismatch, where it
     cannot be made."""
     parameter, lying = member.parameter, member.lying
     parts = placed(parameter)
     if parts is None or lying is None:
-        return composite_anew(draft, id_, saved, device=parameter.device)
+        return composite_anew(binder, id_, saved, device=parameter.device)
     if saved.shape != tuple(parts.shape):
-        whole = composite_anew(draft, id_, saved, device=parts.local.device)
+        whole = composite_anew(binder, id_, saved, device=parts.local.device)
         return None if whole is None else replicated_as(parameter, whole)
     try:
-        found = placed_as(parts, _shard_of(draft, saved, parts, lying))
+        found = placed_as(parts, _shard_of(binder, saved, parts, lying))
     except NotMade as reason:
-        not_made(draft, id_, saved, reason)
+        not_made(binder, id_, saved, reason)
         return None
-    held = hold_state(id_, found, member=member, job=draft.job)
-    for one in held or hold_for_loading(id_, found, job=draft.job) or ():
-        draft.fill(one)
+    held = hold_state(id_, found, member=member, job=binder.job)
+    for one in held or hold_for_loading(id_, found, job=binder.job) or ():
+        binder.fill(one)
     return found
 
 
-def _shard_of(draft: Draft, saved: Saved, parts: Placed, lying: Lying) -> torch.Tensor:
+def _shard_of(binder: Binder, saved: Saved, parts: Placed, lying: Lying) -> torch.Tensor:
     """This rank's rows of a composite tensor, not filled yet. Raises NotMade."""
-    facts = {path: shape_and_dtype(draft, part) for path, part in saved.parts.items()}
+    facts = {path: shape_and_dtype(binder, part) for path, part in saved.parts.items()}
     shapes: dict[Path, tuple[int, ...]] = {
         path: lying.box.shape if shape == saved.shape else shape for path, (shape, _, _) in facts.items()
     }
     if lying.sharded and any(shape != saved.shape for shape, _, _ in facts.values()):
         meta = {path: torch.empty(shape, dtype=dtype, device="meta") for path, (shape, dtype, _) in facts.items()}
-        cuts = cuts_of(made(saved.composition, meta, shape=saved.shape, peers=peers(draft)))
+        cuts = cuts_of(made(saved.composition, meta, shape=saved.shape, peers=peers(binder)))
         if cuts is None:
             raise NotMade("its class does not say how its parts are cut")
         for path, (shape, _, _) in facts.items():
@@ -95,4 +95,4 @@ def _shard_of(draft: Draft, saved: Saved, parts: Placed, lying: Lying) -> torch.
         path: empty_in_order(shapes[path], order, dtype=dtype, device=parts.local.device)
         for path, (_, dtype, order) in facts.items()
     }
-    return made(saved.composition, own, shape=lying.box.shape, peers=peers(draft))
+    return made(saved.composition, own, shape=lying.box.shape, peers=peers(binder))

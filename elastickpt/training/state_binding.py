@@ -18,8 +18,8 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import Name
 from elastickpt.format.values import ArrayReference, StateReference, Value
 from elastickpt.training.anew import tensor_anew
+from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved, is_composite, is_sparse
-from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import hold_for_loading, placed, placed_as
 from elastickpt.training.groups import overwritten
 from elastickpt.training.held_states import hold_state, local_scalar
@@ -117,14 +117,14 @@ class ParameterStates:
 
     def __init__(
         self,
-        draft: Draft,
+        binder: Binder,
         item: str,
         member: Member,
         saved: SavedStates,
         store: dict[Any, Any],
         group: Mapping[str, object],
     ) -> None:
-        self._draft = draft
+        self._binder = binder
         self._member = member
         self._item = item
         self._store = store
@@ -137,8 +137,8 @@ class ParameterStates:
         live: Mapping[str, Any] = self._store.get(self._member.parameter, {})
         if live and not self._saved.all_keys():
             # saved before this parameter's first step: it has no state then, as in the run that is resumed
-            self._draft.note(f"{place_of(self._item)}: parameters had no state when they were saved, and have none now")
-            self._draft.installs.append(partial(self._store.pop, self._member.parameter, None))
+            self._binder.note(f"{place_of(self._item)}: parameters had no state when they were saved, and have none now")
+            self._binder.installs.append(partial(self._store.pop, self._member.parameter, None))
             return
         for key, entry in live.items():
             if not isinstance(entry, torch.Tensor) or (is_sparse(entry) and key in self._composites):
@@ -159,7 +159,7 @@ class ParameterStates:
         if key in self._scalars or key in self._arrays or key in self._composites or key in self._own:
             self._create(key, entry)
         elif entry is not None:
-            self._draft.missing(self._where(key), shown(entry))
+            self._binder.missing(self._where(key), shown(entry))
 
     def _fill_scalar(self, key: str, entry: torch.Tensor) -> None:
         where, found = self._where(key), self._scalars.get(key)
@@ -167,51 +167,53 @@ class ParameterStates:
             self._absent(key, entry)
             return
         local = local_scalar(entry)
-        if step := overwritten(self._draft, local, found, where):
-            self._draft.installs.append(step)
+        if step := overwritten(self._binder, local, found, where):
+            self._binder.installs.append(step)
 
     def _fill_tensor(self, key: str, entry: torch.Tensor) -> None:
         id_ = self._saved.array(key)
-        held = hold_state(id_, entry, member=self._member, job=self._draft.job)
+        held = hold_state(id_, entry, member=self._member, job=self._binder.job)
         if key in self._own and (held is None or self._own[key] == DTENSOR):
             self._fill_own(key, entry)
             return
         if held is None and key in self._composites and is_composite(local_of(entry)):
-            held = hold_for_loading(id_, entry, job=self._draft.job)
+            held = hold_for_loading(id_, entry, job=self._binder.job)
         if key in self._own or key in self._scalars or (held is None and key not in self._arrays):
             self._absent(key, entry)
         elif held is None:
             expected = f"{tuple(entry.shape)} on each rank"
-            self._draft.differs(self._where(key), "shape", expected=expected, found=str(self._draft.listing.arrays[id_].shape))
+            self._binder.differs(
+                self._where(key), "shape", expected=expected, found=str(self._binder.listing.arrays[id_].shape)
+            )
         else:
             for one in held:
-                self._draft.fill(one)
+                self._binder.fill(one)
             self._know(key)
 
     def _fill_own(self, key: str, entry: torch.Tensor) -> None:
         value, local = self._own_value(key), local_of(entry)
         if isinstance(value, ArrayReference):
-            fill_own(self._draft, value, local, where=self._where(key))
-        elif value is not None and (step := overwritten(self._draft, local, value, self._where(key))):
-            self._draft.installs.append(step)
+            fill_own(self._binder, value, local, where=self._where(key))
+        elif value is not None and (step := overwritten(self._binder, local, value, self._where(key))):
+            self._binder.installs.append(step)
 
     def _absent(self, key: str, entry: torch.Tensor) -> None:
         """A live tensor whose like is not in the checkpoint."""
         where = self._where(key)
         if key in self._arrays:
-            found = str(self._draft.listing.arrays[self._arrays[key]].shape)
+            found = str(self._binder.listing.arrays[self._arrays[key]].shape)
             self._know(key)
-            self._draft.differs(where, "shape", expected=str(tuple(entry.shape)), found=found)
+            self._binder.differs(where, "shape", expected=str(tuple(entry.shape)), found=found)
         elif key in self._composites:
             self._know(key)
-            self._draft.differs(where, "value", expected=shown(entry), found=self._composites[key][1].text)
+            self._binder.differs(where, "value", expected=shown(entry), found=self._composites[key][1].text)
         elif key in self._own:
-            self._draft.differs(where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole")
+            self._binder.differs(where, "value", expected=shown(entry), found="each rank's own, which has no place in a whole")
         elif key in self._scalars:
             self._know(key)
-            self._draft.differs(where, "value", expected=shown(entry), found=shown(self._scalars[key]))
+            self._binder.differs(where, "value", expected=shown(entry), found=shown(self._scalars[key]))
         else:
-            self._draft.missing(where, shown(entry))
+            self._binder.missing(where, shown(entry))
 
     def _create(self, key: str, live: object) -> None:
         if key in self._arrays:
@@ -226,30 +228,30 @@ class ParameterStates:
             self._attach(key, self._revived(key, self._scalars[key], live))
 
     def _array_anew(self, key: str, id_: ArrayId) -> torch.Tensor:
-        self._draft.know(id_)
-        made = like_parameter(self._draft, self._member, id_)
-        held = hold_state(id_, made, member=self._member, job=self._draft.job)
+        self._binder.know(id_)
+        made = like_parameter(self._binder, self._member, id_)
+        held = hold_state(id_, made, member=self._member, job=self._binder.job)
         for one in held or ():
-            self._draft.fill(one)
+            self._binder.fill(one)
         return made
 
     def _composite_anew(self, key: str, id_: ArrayId, saved: Saved) -> torch.Tensor | None:
-        return composite_state(self._draft, self._member, id_, saved)
+        return composite_state(self._binder, self._member, id_, saved)
 
     def _create_own(self, key: str) -> None:
         value, parts = self._own_value(key), placed(self._member.parameter)
         if value is None:
             return
         device = self._member.parameter.device
-        tree = bind_tree(self._draft, self._item, value, place=self._where(key), live=None, device=device)
+        tree = bind_tree(self._binder, self._item, value, place=self._where(key), live=None, device=device)
         if self._own[key] == DTENSOR and parts is not None and isinstance(tree, torch.Tensor):
             tree = placed_as(parts, tree)
         self._attach(key, tree)
 
     def _own_value(self, key: str) -> Value:
         """This rank's own state, on the layout that saved it."""
-        if not self._draft.listing.same_layout:
-            self._draft.differs(
+        if not self._binder.listing.same_layout:
+            self._binder.differs(
                 self._where(key),
                 "value",
                 expected="the layout that saved it",
@@ -257,9 +259,9 @@ class ParameterStates:
             )
             return None
         place = state_place(self._item, self._saved.name, self._saved.prefix.text + key)
-        value = self._draft.of_writer(self._draft.job.rank).get(place)
+        value = self._binder.of_writer(self._binder.job.rank).get(place)
         if value is None:
-            self._draft.missing(place, "this rank's own state")
+            self._binder.missing(place, "this rank's own state")
         return value
 
     def _revived(self, key: str, value: Value, live: object) -> object:
@@ -279,26 +281,26 @@ class ParameterStates:
         if one.name in self._inner:
             return self._composite_anew(one.name, *self._inner[one.name])
         if one.name not in self._referred:
-            self._draft.missing(where, "an array")
+            self._binder.missing(where, "an array")
             return None
         if one.origin == "numpy":
-            self._draft.know(self._referred[one.name])
-            return numpy_over(tensor_anew(self._draft, self._referred[one.name], device="cpu"))[()]
+            self._binder.know(self._referred[one.name])
+            return numpy_over(tensor_anew(self._binder, self._referred[one.name], device="cpu"))[()]
         return self._array_anew(one.name, self._referred[one.name])
 
     def _attach(self, key: str, entry: object) -> None:
         store, parameter = self._store, self._member.parameter
-        self._draft.installs.append(lambda: store.setdefault(parameter, {}).__setitem__(key, entry))
+        self._binder.installs.append(lambda: store.setdefault(parameter, {}).__setitem__(key, entry))
 
     def _where(self, key: str) -> str:
         return state_place(self._item, self._member.name, self._saved.prefix.text + key)
 
     def _know(self, key: str) -> None:
         if key in self._arrays:
-            self._draft.know(self._arrays[key])
+            self._binder.know(self._arrays[key])
         for saved in (self._composites[key][1],) if key in self._composites else ():
-            self._draft.arrays.update(saved.parts.values())
+            self._binder.arrays.update(saved.parts.values())
         for one in references(self._scalars.get(key)):
             if isinstance(one, StateReference):
-                self._draft.arrays.update(self._inner[one.name][1].parts.values() if one.name in self._inner else ())
-                self._draft.arrays.update((self._referred[one.name],) if one.name in self._referred else ())
+                self._binder.arrays.update(self._inner[one.name][1].parts.values() if one.name in self._inner else ())
+                self._binder.arrays.update((self._referred[one.name],) if one.name in self._referred else ())

@@ -18,8 +18,8 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayReference, ArrayValue, Value, typed_key
 from elastickpt.training.anew import referred_anew, shape_and_dtype
+from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
-from elastickpt.training.draft import Draft
 from elastickpt.training.dtensors import Job, placed
 from elastickpt.training.fresh_tensors import NoPlaceSaid, placed_anew
 from elastickpt.training.held import HeldArray
@@ -81,7 +81,7 @@ MAX_NAMED = 20  # of the values that one error names
 
 
 def bind_tree(
-    draft: Draft,
+    binder: Binder,
     item: str,
     found: Value,
     *,
@@ -101,7 +101,7 @@ def bind_tree(
         if one is None and where in instead:
             return instead[where]
         if type(one) is ArrayReference:
-            return _bind_reference(draft, item, one, own.get(where), device)
+            return _bind_reference(binder, item, one, own.get(where), device)
         return revived_leaf(one, device)
 
     return mapped(found, place, leaf, named_tuple_of)
@@ -116,63 +116,63 @@ def tensors_at(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _bind_reference(
-    draft: Draft, item: str, found: ArrayReference, live: torch.Tensor | None, device: torch.device | str
+    binder: Binder, item: str, found: ArrayReference, live: torch.Tensor | None, device: torch.device | str
 ) -> object:
     wanted = ArrayId("extra", found.item, found.name, "")
-    if live is None and found.origin == "torch" and (id_ := draft.names.array(wanted)) is not None:
-        return _made_anew(draft, item, found, id_, device)
+    if live is None and found.origin == "torch" and (id_ := binder.names.array(wanted)) is not None:
+        return _made_anew(binder, item, found, id_, device)
     if live is None or found.origin != "torch":
-        return referred_anew(draft, found, device=device)
-    if not _fits(draft, wanted, live):
-        return referred_anew(draft, found, device=live.device)
-    for held in hold_tensor(item, found.name, live, job=draft.job, identities=draft.identities):
-        draft.fill(held)
-    if draft.names.array(wanted) is not None:
-        draft.know(wanted)
+        return referred_anew(binder, found, device=device)
+    if not _fits(binder, wanted, live):
+        return referred_anew(binder, found, device=live.device)
+    for held in hold_tensor(item, found.name, live, job=binder.job, identities=binder.identities):
+        binder.fill(held)
+    if binder.names.array(wanted) is not None:
+        binder.know(wanted)
     return live
 
 
-def _made_anew(draft: Draft, item: str, found: ArrayReference, id_: ArrayId, device: torch.device | str) -> object:
+def _made_anew(binder: Binder, item: str, found: ArrayReference, id_: ArrayId, device: torch.device | str) -> object:
     """A tensor that the object does not have yet: a DTensor where the parameters of this process are such; else plain."""
     try:
-        made = placed_anew(draft, id_)
+        made = placed_anew(binder, id_)
     except NoPlaceSaid as reason:
-        draft.know(id_)
-        draft.differs(str(id_), "value", expected=RUN_ONE_STEP, found=str(reason))
+        binder.know(id_)
+        binder.differs(str(id_), "value", expected=RUN_ONE_STEP, found=str(reason))
         return None
     if made is None:
-        return referred_anew(draft, found, device=device)
-    for held in hold_tensor(item, found.name, made, job=draft.job, identities=draft.identities):
-        draft.fill(held)
-    draft.know(id_)
+        return referred_anew(binder, found, device=device)
+    for held in hold_tensor(item, found.name, made, job=binder.job, identities=binder.identities):
+        binder.fill(held)
+    binder.know(id_)
     return made
 
 
 RUN_ONE_STEP = "a tensor there, to lie as that does: put the optimizer itself into `state`, or make its states before"
 
 
-def _fits(draft: Draft, wanted: ArrayId, live: torch.Tensor) -> bool:
+def _fits(binder: Binder, wanted: ArrayId, live: torch.Tensor) -> bool:
     """A DTensor has to fit, since what replaces it would have to be placed; another tensor can be replaced."""
-    id_ = draft.names.array(wanted)
+    id_ = binder.names.array(wanted)
     if placed(live) is not None:
         return True
-    if (saved := draft.listing.composites.get(wanted)) is not None:
+    if (saved := binder.listing.composites.get(wanted)) is not None:
         alike = is_composite(live) and not is_sparse(live)
         return alike and typed_key(composition_of(live, where=wanted)) == typed_key(saved.composition)
     if id_ is None:
         return not is_composite(live)
-    shape, dtype, order = shape_and_dtype(draft, id_)
+    shape, dtype, order = shape_and_dtype(binder, id_)
     return (tuple(live.shape), live.dtype) == (shape, dtype) and not is_composite(live) and order in ((), order_of(live))
 
 
-def bind_object(draft: Draft, item: str, live: Stateful, *, place: str) -> None:
+def bind_object(binder: Binder, item: str, live: Stateful, *, place: str) -> None:
     """Gives the checkpoint's tree at `place`, of `item` or below, to an object."""
-    draft.places.add(place)
-    if place not in draft.listing.values:
-        draft.missing(place, f"the state of a {type(live).__name__}")
+    binder.places.add(place)
+    if place not in binder.listing.values:
+        binder.missing(place, f"the state of a {type(live).__name__}")
         return
-    tree = bind_tree(draft, item, draft.listing.values[place], place=place, live=live.state_dict())
-    draft.installs.append(lambda: live.load_state_dict(tree))
+    tree = bind_tree(binder, item, binder.listing.values[place], place=place, live=live.state_dict())
+    binder.installs.append(lambda: live.load_state_dict(tree))
 
 
 def copy_into(live: torch.Tensor, value: ArrayValue) -> None:

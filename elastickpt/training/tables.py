@@ -56,7 +56,7 @@ class Disagreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreed:
+class OneValue:
     """The value that all parameters that have one agree on."""
 
     value: Value
@@ -90,7 +90,7 @@ class TableView:
         """All values of one kind that a parameter has."""
         return {key: value for (each, key), value in self._by_name[name].items() if each == kind}
 
-    def agreed(self, kind: FieldKind, key: str, names: Iterable[Name]) -> Agreed | Disagreement | None:
+    def agreed(self, kind: FieldKind, key: str, names: Iterable[Name]) -> OneValue | Disagreement | None:
         """The one value of these parameters; None when none of them has one.
 
         Names that it does not know are left out.
@@ -107,4 +107,4 @@ class TableView:
                 first = (name, code)
             elif not values_equal(field.values[first[1]], field.values[code]):
                 return Disagreement(first[0], name, (field.values[first[1]], field.values[code]))
-        return None if first is None else Agreed(field.values[first[1]])
+        return None if first is None else OneValue(field.values[first[1]])

@@ -14,7 +14,7 @@ from elastickpt.commit.contents import Outline, decode_outline, encode_outline
 from elastickpt.format.box import Box
 from elastickpt.format.columns import pack_ints
 from elastickpt.format.digest import file_digest
-from elastickpt.layout.grid import Run
+from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
 from elastickpt.writer.portions import Portion, Slice, lay_out
@@ -161,7 +161,7 @@ def _decode_pieces(numbers: Sequence[int]) -> list[PlannedPiece]:
         at += 4 * ndim
         box = Box(start, stop)
         there = Box(local, tuple(low + n for low, n in zip(local, box.shape, strict=True)))
-        found.append(PlannedPiece(array, there, Run(chunk, box, offset, nbytes, row, stride)))
+        found.append(PlannedPiece(array, there, ByteRun(chunk, box, offset, nbytes, row, stride)))
     return found
 
 

@@ -11,7 +11,7 @@ from elastickpt.format.documents import array_document, group_document
 from elastickpt.format.keys import chunk_file, document_file
 from elastickpt.format.records import ArrayRecord
 from elastickpt.layout.algebra import relative
-from elastickpt.layout.grid import Run, chunk_nbytes, runs_of
+from elastickpt.layout.grid import ByteRun, chunk_nbytes, runs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class PlannedPiece:
 
     array: int
     local: Box
-    run: Run
+    run: ByteRun
 
 
 @dataclass(frozen=True, slots=True)

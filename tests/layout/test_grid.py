@@ -13,7 +13,7 @@ from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.box import Box
 from elastickpt.format.limits import MAX_CHUNKS, MIB
 from elastickpt.layout.coverage import prove_coverage
-from elastickpt.layout.grid import CHUNK_NBYTES, Run, chunk_count, chunk_nbytes, chunk_shape, chunks, runs_of
+from elastickpt.layout.grid import CHUNK_NBYTES, ByteRun, chunk_count, chunk_nbytes, chunk_shape, chunks, runs_of
 from elastickpt.layout.strides import c_strides, fold
 
 law = settings(max_examples=200, deadline=None)
@@ -107,7 +107,7 @@ def places(shape: Shape, steps: Shape, box: Box) -> dict[tuple[Shape, int], int]
     return found
 
 
-def rows_of(run: Run, itemsize: int) -> list[int]:
+def rows_of(run: ByteRun, itemsize: int) -> list[int]:
     """The places of a run's elements in its chunk, in the order of its bytes."""
     assert run.nbytes % run.row_nbytes == run.row_nbytes % itemsize == run.offset % itemsize == 0
     starts = range(run.offset, run.offset + run.nbytes // run.row_nbytes * run.row_stride, run.row_stride)
@@ -148,18 +148,18 @@ def test_runs_are_in_order_and_as_few_as_one_stride_allows(case: tuple[Shape, Sh
 def test_the_shapes_of_runs() -> None:
     shape = steps = (8, 8)
 
-    def only(box: Box, chunk: Shape = steps) -> Run:
+    def only(box: Box, chunk: Shape = steps) -> ByteRun:
         (run,) = runs_of(box, shape=shape, chunk_shape=chunk, itemsize=4)
         return run
 
     rows = Box((2, 0), (5, 8))
-    assert only(rows) == Run((0, 0), rows, offset=64, nbytes=96, row_nbytes=96, row_stride=96)
+    assert only(rows) == ByteRun((0, 0), rows, offset=64, nbytes=96, row_nbytes=96, row_stride=96)
     columns = Box((0, 2), (8, 5))
-    assert only(columns) == Run((0, 0), columns, offset=8, nbytes=96, row_nbytes=12, row_stride=32)
+    assert only(columns) == ByteRun((0, 0), columns, offset=8, nbytes=96, row_nbytes=12, row_stride=32)
     regular = Box((0, 4), (8, 8))  # the grid is cut there too: contiguous
-    assert only(regular, (8, 4)) == Run((0, 1), regular, offset=0, nbytes=128, row_nbytes=128, row_stride=128)
+    assert only(regular, (8, 4)) == ByteRun((0, 1), regular, offset=0, nbytes=128, row_nbytes=128, row_stride=128)
     padded = Box((0, 6), (8, 8))  # the last chunk is stored with its full shape: rows of 2 at a stride of 3
-    assert only(padded, (8, 3)) == Run((0, 2), padded, offset=0, nbytes=64, row_nbytes=8, row_stride=12)
+    assert only(padded, (8, 3)) == ByteRun((0, 2), padded, offset=0, nbytes=64, row_nbytes=8, row_stride=12)
 
 
 def test_inner_whole_axes_share_one_stride_and_outer_ones_split() -> None:
@@ -173,7 +173,7 @@ def test_inner_whole_axes_share_one_stride_and_outer_ones_split() -> None:
 def test_boxes_without_elements_have_no_runs_and_points_have_one() -> None:
     assert runs_of(Box((3,), (3,)), shape=(8,), chunk_shape=(8,), itemsize=4) == ()
     assert runs_of(Box((0, 0), (0, 4)), shape=(0, 4), chunk_shape=(1, 4), itemsize=4) == ()
-    assert runs_of(Box((), ()), shape=(), chunk_shape=(), itemsize=4) == (Run((), Box((), ()), 0, 4, 4, 4),)
+    assert runs_of(Box((), ()), shape=(), chunk_shape=(), itemsize=4) == (ByteRun((), Box((), ()), 0, 4, 4, 4),)
 
 
 def test_a_box_beyond_the_array_is_refused() -> None:

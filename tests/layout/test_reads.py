@@ -16,7 +16,7 @@ from elastickpt.format.box import Box
 from elastickpt.layout import reads as reads_module
 from elastickpt.layout.algebra import contains, intersect, relative
 from elastickpt.layout.coverage import prove_box_coverage
-from elastickpt.layout.grid import Run, chunk_count, chunk_nbytes, runs_of
+from elastickpt.layout.grid import ByteRun, chunk_count, chunk_nbytes, runs_of
 from elastickpt.layout.reads import Direct, Read, Scatter, Segment, match_pieces, plan_reads, segments
 from elastickpt.layout.strides import slices
 
@@ -31,7 +31,7 @@ class Stored:
 
     whole: np.ndarray
     chunks: dict[Shape, bytearray]
-    runs: tuple[Run, ...]
+    runs: tuple[ByteRun, ...]
 
     @property
     def itemsize(self) -> int:
@@ -86,7 +86,7 @@ def carry_out(stored: Stored, reads: tuple[Read, ...], wanted: Box) -> tuple[np.
     return found, times
 
 
-def needed_bytes(run: Run, wanted: Box, itemsize: int) -> np.ndarray:
+def needed_bytes(run: ByteRun, wanted: Box, itemsize: int) -> np.ndarray:
     """shape=[nbytes]: which bytes of a piece are wanted."""
     mask = np.zeros(run.box.shape, dtype=bool)
     part = intersect(run.box, wanted)
@@ -245,7 +245,7 @@ def test_pieces_whose_numbers_contradict_each_other_are_refused(
     nbytes: int, row_nbytes: int, row_stride: int, offset: int
 ) -> None:
     """What a damaged or malicious fragment map could say of 8 elements of 4 bytes."""
-    run = Run((0,), Box.whole((8,)), offset, nbytes, row_nbytes, row_stride)
+    run = ByteRun((0,), Box.whole((8,)), offset, nbytes, row_nbytes, row_stride)
     with pytest.raises(Malformed, match=r"stored piece \[0:8\] of elements of 4 bytes"):
         plan_reads(Box.whole((8,)), [run], block_nbytes=64, itemsize=4)
 

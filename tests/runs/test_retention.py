@@ -12,7 +12,7 @@ from run_actors import commit_of
 from elastickpt.errors import Refused
 from elastickpt.ledger.branch import CommitEntry, CommitState
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.retention import Best, Keep, Verdict, best_of, judge, removable
+from elastickpt.ledger.retention import Best, Judgement, Keep, best_of, judge, removable
 
 NOW = 10_000.0
 GOOD: dict[AttemptId, bool] = {}
@@ -102,8 +102,8 @@ def test_an_abandoned_commit_stays_until_the_live_branch_has_come_as_far() -> No
 def test_what_is_in_use_stays() -> None:
     verdicts = judge(Keep(last=1, max_nbytes=1), live(1, 2), now=NOW, verified={}, in_use={AttemptId(1, 1, 1)})
     assert verdicts == (
-        Verdict(AttemptId(2, 1, 1), True, ("newest", "last 1")),
-        Verdict(AttemptId(1, 1, 1), True, ("in use",)),
+        Judgement(AttemptId(2, 1, 1), True, ("newest", "last 1")),
+        Judgement(AttemptId(1, 1, 1), True, ("in use",)),
     )
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from elastickpt.errors import LimitExceeded, NoSpace, Refused
 from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.box import Box
-from elastickpt.layout.grid import Run, runs_of
+from elastickpt.layout.grid import ByteRun, runs_of
 from elastickpt.ranks.workers import Pool
 from elastickpt.saving import staging
 from elastickpt.saving.gather import gather, part_of
@@ -48,7 +48,7 @@ def descriptors_of(file: os.stat_result) -> int:
 
 def file_of(*pieces: tuple[int, int]) -> PlannedFile:
     """A file with contiguous pieces of bytes, each (offset, nbytes)."""
-    planned = [PlannedPiece(0, Box((at,), (at + n,)), Run((0,), Box((at,), (at + n,)), at, n, n, n)) for at, n in pieces]
+    planned = [PlannedPiece(0, Box((at,), (at + n,)), ByteRun((0,), Box((at,), (at + n,)), at, n, n, n)) for at, n in pieces]
     return PlannedFile("p/c.0", max(at + n for at, n in pieces), tuple(planned))
 
 

@@ -22,7 +22,7 @@ from elastickpt.training.versions import mark_changed
 
 
 @dataclass(slots=True, eq=False)
-class Draft:
+class Binder:
     """Collects what one rank's Binding will hold. `identities` knows the tensors of all models of `state` already.
 
     `installs` are the steps of the entry that is being bound; see `entry`.
