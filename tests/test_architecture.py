@@ -45,6 +45,21 @@ def test_zarr_is_imported_in_one_module() -> None:
     assert importers("zarr") == {"storage/arrays.py"}
 
 
+def test_messages_and_pools_have_one_place_each() -> None:
+    """Messages in flight are of `ranks.messages`; msgpack by hand is for what is on disk. Threads that share the work of a save
+    or a load are of `ranks.workers`."""
+    assert {name.partition("/")[0] for name in importers("msgpack")} == {"format"}
+    pools = {where(path) for path in FILES if "ThreadPoolExecutor(" in path.read_text()}
+    assert {
+        name for name in pools if name.startswith(("saving/", "loading/", "writer/", "commit/", "storage/", "runs/"))
+    } == set()
+
+
+def test_no_public_function_is_named_like_a_package() -> None:
+    packages = {path.parent.name for path in FILES if path.name == "__init__.py" and path.parent.parent == PACKAGE}
+    assert packages & {"load", "open", "save", "async_save", "adopt", "trainable"} == set()
+
+
 def imports_torch_for_types_only(tree: ast.Module) -> bool:
     """Whether every import of torch stands below `if TYPE_CHECKING:`."""
     guarded = {

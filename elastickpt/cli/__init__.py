@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line `ckpt-convert`: what people type, what they read, and what scripts may rely on."""
