@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
+sys.path.insert(0, str(Path(__file__).parent / "harness"))
 sys.path.insert(0, str(Path(__file__).parent / "foreign"))
 sys.path.insert(0, str(Path(__file__).parent / "ranks"))
 sys.path.insert(0, str(Path(__file__).parent / "runs"))

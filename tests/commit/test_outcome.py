@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_members import Job, OpenAttempt
 
 import elastickpt as ek
 from elastickpt.commit.attempt import Committed, decode_verdict, decode_vote, encode_verdict, encode_vote
@@ -37,7 +38,6 @@ from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, RecordingStore
-from elastickpt.testing.members import Job, OpenAttempt
 
 PATIENCE = Patience(poll_s=0.01, limit_s=0.05)
 REPORT = (RankFailure(1, "no-space", "no room"),)

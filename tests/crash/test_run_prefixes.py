@@ -16,6 +16,7 @@ import pytest
 import torch
 from run_actors import Without, by
 from simulated import files
+from simulated_members import Job
 
 import elastickpt as ek
 from elastickpt.commit.contents import decode_contents
@@ -32,7 +33,6 @@ from elastickpt.ledger.stored import read_view
 from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
-from elastickpt.testing.members import Job
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 
 KEEP = Keep(last=2)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 
-from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
 from elastickpt.training.restore import bind

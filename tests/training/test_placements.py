@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
+from dense_models import cut, dense, filled, mlp, tensor_parallel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,7 +22,6 @@ from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.box import Box
 from elastickpt.layout.coverage import prove_coverage
 from elastickpt.layout.placement import replica_ranks
-from elastickpt.testing.dense import cut, dense, filled, mlp, tensor_parallel
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job, hold, holders_of
 from elastickpt.training.held import HeldArray

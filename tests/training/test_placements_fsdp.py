@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_models import cut, filled, mlp
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,7 +15,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.box import Box
-from elastickpt.testing.dense import cut, filled, mlp
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job
 from elastickpt.training.held import HeldArray

@@ -9,12 +9,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.testing.fingerprint import fingerprint
-from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import Binding, unexpected
 from elastickpt.training.perrank import PerRank

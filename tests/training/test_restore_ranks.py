@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,6 @@ from elastickpt.errors import LayoutUnsupported, StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.box import Box
 from elastickpt.testing.fingerprint import fingerprint
-from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.capture import capture
 from elastickpt.training.restore import bind

@@ -9,10 +9,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from memory_checkpoint import MemoryCheckpoint
 
 from elastickpt.errors import Malformed
 from elastickpt.format.values import typed_key
-from elastickpt.testing.memory_checkpoint import MemoryCheckpoint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import Binding
 from elastickpt.training.restore import bind

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_members import QUICK, Job, Writer, seats
 from staged import big_state
 from trainer import BOUND_S
 
@@ -22,7 +23,6 @@ from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.records import Claimer
 from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
-from elastickpt.testing.members import QUICK, Job, Writer, seats
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.seats import Limits

@@ -13,6 +13,7 @@ import msgpack
 import pytest
 import torch
 from msgspec.structs import replace
+from simulated_members import QUICK, Job, Writer, seats
 from trainer import BOUND_S
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
@@ -25,7 +26,6 @@ from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.frames import Connection, Frame, Kind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
-from elastickpt.testing.members import QUICK, Job, Writer, seats
 from elastickpt.writer.attempt_worker import AttemptWorker
 from elastickpt.writer.ballot import CommitBallot
 from elastickpt.writer.committer_link import say_farewell
