@@ -54,11 +54,15 @@ class _Laying:
         self._rows: dict[str, dict[Name, Row]] = {}
         self._lost: dict[str, NotCarried] = {}
         self._owners: list[Owners] = []
+        self._left: set[Name] = set()  # values that the program drops
 
     def run(self) -> Contents:
         matched = match(self._rules, [self._shapes(k) for k in range(len(self._ranks))])
         for array in matched.arrays:
             self._value(array)
+        for rank, index in matched.dropped:
+            one = self._ranks[rank].tensors[self._values[rank][index]]
+            self._left.add((one.item, str(one.name)))
         holds = self._holds(matched)
         self._owners = [self._owners_of(k, held) for k, held in enumerate(holds)]
         self._states(holds)
@@ -168,6 +172,8 @@ class _Laying:
                     continue
                 owner = self._owners[number].find(tensor.item, tensor.name)
                 found = holds[number].get(owner, ())
+                if owner[:2] in self._left:
+                    continue  # `_named` says so
                 if rank.whole and (not found or tensor.shape not in ((), self._local_shape(found[0][1]))):
                     self._alone(tensor, owner)
                     continue

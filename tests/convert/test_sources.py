@@ -162,6 +162,16 @@ def test_an_optimizer_without_any_state_that_counts_can_be_left_out(tmp_path) ->
     assert "not carried: o: left out" in done(tmp_path / "a.pt", tmp_path / "u", "--skip", "o/*")
 
 
+def test_a_parameter_that_the_program_drops_goes_with_its_states(tmp_path) -> None:
+    net, optimizer = trained(torch.optim.Adam)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    (tmp_path / "my.ucl").write_text("ucl 1\nmesh one =\nin model\n    0.weight  drop\n    0.bias  h\n    2.{*n}  ...\n")
+    said = done(tmp_path / "a.pt", tmp_path / "u", "--rules", tmp_path / "my.ucl")
+    assert "not carried: 0.weight: the program drops it" in said
+    assert "0.weight" not in {one.name for one in ek.open(tmp_path / "u").records}
+    assert array(tmp_path / "u", "0.bias", "exp_avg").shape == (4,)
+
+
 def test_lightnings_file_goes_in_and_out(tmp_path) -> None:
     net, optimizer = trained(torch.optim.Adam)
     state = {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()], "lr_schedulers": [{"last_epoch": 1}]}
