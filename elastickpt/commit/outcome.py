@@ -32,6 +32,7 @@ from elastickpt.commit.handover import left_contents
 from elastickpt.commit.record import Proven, Records, find_records, prove_draft, read_records, write_records
 from elastickpt.errors import (
     CheckpointError,
+    InternalError,
     MissingFile,
     NoSpace,
     NotAcknowledged,
@@ -166,7 +167,7 @@ def _go_through(committer: _Committer, state: State) -> Committed:
     while state is not State.SETTLED:
         step = STEPS.get(state)
         if step is None:
-            raise IllegalStep(f"{committer.attempt.where}: no step leads on from {state}")
+            raise InternalError(f"{committer.attempt.where}: no step leads on from {state}; please report it")
         step.act(committer)
         state = step.then
     found = _known(committer.records)
@@ -261,13 +262,9 @@ STEPS: Mapping[State, Step] = {
 }
 
 
-class IllegalStep(RuntimeError):
-    """Our own mistake: a state that the table does not have."""
-
-
 def _known(what: T | None) -> T:
     if what is None:
-        raise IllegalStep("a step of a commit came before the one that it needs")
+        raise InternalError("a step of a commit came before the one that it needs; please report it")
     return what
 
 

@@ -20,7 +20,7 @@ from types import NoneType
 
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import require_token
-from elastickpt.errors import CheckpointError, Refused, StructureConflict, fault, kinds
+from elastickpt.errors import CheckpointError, InternalError, StructureConflict, fault, kinds
 from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team, failure_of
 from elastickpt.saving.agree import Offer
@@ -119,7 +119,9 @@ class Beside:
             task.pipeline.give_up(fault)
         if task.slot is not None and not task.slot.lent:  # else it is free once it is written
             task.give_up_slot()
-        self._ended(task, fault)
+        error = InternalError(f"{task.handle.path}: {fault}; please report it")
+        error.__cause__ = fault
+        self._ended(task, error)
 
     def _make_room(self, task: Task, room: Room, writing: Submission | None) -> None:
         slot = task.slot
@@ -134,7 +136,7 @@ class Beside:
         """This rank takes no part in the open attempt any more: it fails on all ranks."""
         attempt = task.attempt
         if attempt is None:
-            raise Refused("there is no attempt to withdraw from")
+            raise InternalError("there is no attempt to withdraw from")
         try:
             submission = self._writers.of(attempt.store).withdraw(attempt, _plain(error))
         except BaseException as problem:
@@ -265,5 +267,7 @@ def _plain(error: BaseException) -> CheckpointError:
     """The error as other ranks can be told of it."""
     if isinstance(error, CheckpointError):
         return error
+    if isinstance(error, IllegalStep):
+        return InternalError(f"{error}; please report it")
     failure = failure_of(error, 0)
     return kinds()[failure.kind](failure.message)

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastickpt.commit.attempt import Attempt, Committed
 from elastickpt.commit.destination import Destination
-from elastickpt.errors import Refused
+from elastickpt.errors import InternalError
 from elastickpt.saving.arenas import Slot
 from elastickpt.saving.drift import Hashed
 from elastickpt.saving.handle import SaveHandle
@@ -95,7 +95,7 @@ def info_of(task: Task, outcome: Committed, at: float) -> CheckpointInfo:
     """Its one line in the log, and what its handle returns; `at` is when it was known to be committed."""
     times, pipeline = task.times, task.pipeline
     if pipeline is None:
-        raise Refused("a save was committed of which no rank was asked")
+        raise InternalError("a save was committed of which no rank was asked")
     submitted, written = times.submitted or times.staged, times.written or at
     stall = times.staged - times.begun
     log.log(

@@ -9,7 +9,7 @@ import socket
 import threading
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
+from elastickpt.errors import Cancelled, CheckpointError, InternalError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
@@ -123,7 +123,7 @@ class ThreadWriter:
     def _carry_out(self, submission: Submission, arena: Arena, watch: Watch) -> Done:
         structure, write = submission.structure, submission.write()
         if structure is None:
-            raise Refused("what was withdrawn is not written")
+            raise InternalError("what was withdrawn is not written")
         if self._part is not None and submission.takes_part:
             return self._part.carry_out(write, structure, arena, watch=watch)
         watch(0)
