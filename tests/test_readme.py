@@ -17,7 +17,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed, with a model whose parameters have the name that they read; the two ways to save get a path each."""
     monkeypatch.chdir(tmp_path)
-    first, second, again = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = torch.nn.Module()
     model.add_module("layers", torch.nn.ModuleList([torch.nn.Module()]))
     model.layers[0].add_module("attn", torch.nn.Module())  # type: ignore[index,union-attr]
@@ -34,10 +34,6 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert names["report"].step == 1000  # type: ignore[attr-defined]
     assert names["ckpt"].verify().problems == ()  # type: ignore[attr-defined]
-    run, loader = ek.Run("runs/streams", {"rng": ek.RNG()}), torch.utils.data.DataLoader([1, 2, 3])  # type: ignore[arg-type]
-    run.restore()
-    run.save(1)
-    exec(again, {"run": run, "loader": loader})
 
 
 def test_the_first_forty_lines_say_it_all() -> None:

@@ -70,7 +70,7 @@ class CommitBallot:
         patience: Patience | None = None,
     ) -> None:
         self._seat, self._tell = seat, tell
-        self._actor = Actor("elastickpt-assembly", self._run)
+        self._actor = Actor("elastickpt-ballot", self._run)
         self._clients = MemberLinks(seat, listener, self._actor.selector)
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tallies: dict[str, Tally] = {}
