@@ -74,21 +74,21 @@ class Inside:
         return [one for line in self._file.read_text().splitlines() if (one := json.loads(line))["event"] == kind]
 
     def wait(self) -> End:
-        self._thread.join(60)
+        self._thread.join(240)
         (end,) = self.ended
         return end
 
     def stop(self) -> None:
         if self._thread.is_alive() and self.conductor.job.phase is not Phase.ENDED:
             self.coordinator.signalled(2)
-        self._thread.join(60)
+        self._thread.join(240)
         self._log.close()
         assert not self._thread.is_alive()
 
 
 @contextmanager
 def inside(folder: Path, stages: int, limits: Limits | None = None, *, of: LadderOf = ladder_of) -> Iterator[Inside]:
-    job = Inside(folder, stages, limits or Limits(), of)
+    job = Inside(folder, stages, limits or Limits(heartbeat_s=60.0), of)
     try:
         yield job
     finally:

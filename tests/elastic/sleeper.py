@@ -4,7 +4,7 @@
 
 WHAT is `kill`, `stop`, `hang`, `exit` or `raise` (once: by the process that is first there, which makes a file), or
 `raise-always`.
-POINT is one of `start`, `join`, `form`, `mend`, `short` (in a phase of at most half a second), `compute`, `ready`, `step`,
+POINT is one of `start`, `join`, `form`, `mend`, `short` (in a phase of at most four seconds), `compute`, `ready`, `step`,
 `stepped`, `leave`; or `after`, whose STAGE is the step at the end.
 """
 
@@ -93,8 +93,9 @@ def train(job: Job) -> int:
                 job.done(task, LoopEnded())
                 continue
             job.began()
+            (MARKS / f"begun-{job.rank}").touch()
             try:
-                with job.phase("short", limit_s=0.5):
+                with job.phase("short", limit_s=4.0):
                     at("short", job.rank, act.step)
                 with job.phase("step"), job.own_code():
                     at("compute", job.rank, act.step)

@@ -21,7 +21,7 @@ from elastickpt.elastic.messages import Commit, Source, Terms
 from elastickpt.elastic.recovery import Considered
 from elastickpt.errors import CheckpointError, DeadlineExceeded
 
-STAGES, STEPS, PATIENCE_S = 3, 4, 60.0
+STAGES, STEPS, PATIENCE_S = 3, 4, 240.0
 POINTS = ("form", "mend", "compute", "sent", "computed", "step", "took", "leave")
 
 

@@ -43,17 +43,29 @@ def test_a_job_is_done(tmp_path: Path) -> None:
     assert stands(tmp_path) == {0: 5, 1: 5, 2: 5}
 
 
-@pytest.mark.parametrize("fault", ["kill", "stop", "exit"])
+def test_a_worker_that_is_stopped_is_silent(tmp_path: Path) -> None:
+    """It is killed before its place is given away. On a busy machine others may be silent, too. [REC-30, REC-31]"""
+    script = (*QUICK, "stop:compute:0:3")
+    with launched(tmp_path, "--stages", 4, "--spares", 1, "--heartbeat", 4, script=script) as job:
+        pid = job.pid_of(0)
+        assert job.code() == 0, job.stderr
+    lost = [e for event in job.events("recovery") for e in event["lost"]]
+    assert ("silent", None) in [(e["why"], e["signal"]) for e in lost if e["stage"] == 0]
+    assert alive([pid, *(e["pid"] for e in job.events("member"))]) == []
+    assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
+
+
+@pytest.mark.parametrize("fault", ["kill", "exit"])
 def test_a_spare_takes_the_place_of_a_worker_that_is_gone(tmp_path: Path, fault: str) -> None:
     """[REC-30, REC-31, REC-41, REC-42, REC-43]"""
     script = (*QUICK, f"{fault}:compute:0:3")
-    with launched(tmp_path, "--stages", 4, "--spares", 1, "--heartbeat", 1.5, script=script) as job:
+    with launched(tmp_path, "--stages", 4, "--spares", 1, script=script) as job:
         assert job.code() == 0, job.stderr
     event = one(job.events("recovery"))
     lost = one(event["lost"])
     first = next(e for e in job.events("member") if e["place"] and e["place"]["stage"] == 0)
-    why, number = {"kill": ("exit", 9), "stop": ("silent", None), "exit": ("exit", None)}[fault]
-    assert (lost["stage"], lost["pid"], lost["why"], lost["signal"]) == (0, first["pid"], why, number)
+    number = 9 if fault == "kill" else None
+    assert (lost["stage"], lost["pid"], lost["why"], lost["signal"]) == (0, first["pid"], "exit", number)
     assert (event["step"], event["rung"], event["approximate"]) == (2, "partner", True)
     assert event["decision"] in ("replay", "forward")  # as others have said by then that they have stepped, or not
     assert event["from"] == lost["from"] == {"stages": [1], "alpha": None}
@@ -74,7 +86,7 @@ def test_who_makes_no_progress_in_a_phase_loses_its_place(tmp_path: Path) -> Non
     event = one(job.events("recovery"))
     lost = one(event["lost"])
     assert (lost["stage"], lost["why"], lost["signal"]) == (2, "stalled", None)
-    assert event["seconds"]["detected"] >= 0.5
+    assert event["seconds"]["detected"] >= 4.0
     assert alive([e["pid"] for e in job.events("member")]) == []
     assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
 
@@ -195,13 +207,15 @@ def test_signals_end_the_job(tmp_path: Path, number: signal.Signals, code: int) 
 
 
 def test_a_signal_to_a_worker_ends_no_other_one(tmp_path: Path) -> None:
-    with launched(tmp_path, "--stages", 4, "--spares", 1, script=(SLEEPER, 40, 0.02)) as job:
-        pid = job.pid_of(3)
-        job.until(lambda: len(job.events("member")) == 5, "the spare")
-        os.kill(pid, signal.SIGTERM)
-        assert job.code() == 0, job.stderr
+    with launched(tmp_path, "--stages", 4, "--spares", 1, script=(SLEEPER, 100_000, 0.02)) as job:
+        job.until(lambda: len(job.events("member")) == 5, "all members and the spare")
+        job.until(lambda: (tmp_path / "begun-3").exists(), "the first step")
+        os.kill(job.pid_of(3), signal.SIGTERM)
+        job.until(lambda: job.events("recovery"), "a recovery")
+        job.process.terminate()
+        assert job.code() == 75, job.stderr
     lost = [e for event in job.events("recovery") for e in event["lost"]]
-    assert [(e["stage"], e["signal"]) for e in lost] in ([(3, 15)], [])  # it may have come before the first step
+    assert [(e["stage"], e["why"], e["signal"]) for e in lost] == [(3, "exit", 15)]
 
 
 @pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -247,6 +261,7 @@ def test_a_second_machine_is_lost_as_a_whole(tmp_path: Path) -> None:
         job.until(lambda: len(job.events("member")) == 4, "all members")
         with launched(tmp_path, *far_arguments, script=script, token="secret") as far:
             job.until(lambda: len([e for e in job.events("member") if e["host"] == "far"]) == 2, "spares of another machine")
+            job.until(lambda: (tmp_path / "begun-1").exists(), "the first step")
             os.kill(job.pid_of(1), signal.SIGKILL)
             job.until(lambda: [e for e in job.events("member") if e["host"] == "far" and e["place"]], "a far worker at a place")
             job.until(lambda: job.events("recovery"), "the first recovery")
