@@ -7,7 +7,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.vector_kit import base_cases, checkfree, checkpoint_cases, fragment_maps, geometry, manifests, values
+from tools.vector_kit import (
+    base_cases,
+    checkfree,
+    checkpoint_cases,
+    fragment_maps,
+    geometry,
+    manifests,
+    optimizer_cases,
+    values,
+)
 from tools.vector_kit.kit import Vector
 
 FOLDER = Path(__file__).parent.parent / "spec" / "vectors"
@@ -26,6 +35,7 @@ def vectors() -> Iterator[Vector]:
     yield from geometry.documents()
     yield from checkpoint_cases.vectors()
     yield from base_cases.vectors()
+    yield from optimizer_cases.vectors()
     yield from checkfree.vectors()
 
 
