@@ -149,7 +149,10 @@ def _key(key: object, place: str) -> Hashable:
         for one in key:  # type: ignore[attr-defined]
             _key(one, place)
         return key
-    raise ValueNotCarried(f"value {place}: a key or set element of type {type_name(kind)} cannot be carried by a checkpoint")
+    what, advice = f"a key or set element of type {type_name(kind)}", ""
+    if isinstance(key, torch.Tensor):
+        advice = ": key it by a name or a number, or keep it among the parameter's own states"
+    raise ValueNotCarried(f"value {place}: {what} cannot be carried by a checkpoint{advice}")
 
 
 def named_tuple_of(value: NamedTupleValue, place: str) -> tuple[Any, ...]:

@@ -124,7 +124,10 @@ def _advice(value: object) -> str:
         return ": keep its fields in a dict (dataclasses.asdict), and make it from them again"
     if callable(value) or type(value).__module__ == "builtins":
         return ""
-    return ": keep what it is made of in plain values, and make it from them again"
+    return (
+        ": keep what it is made of in plain values, and make it from them again; where another library keeps it, put an object "
+        "around what has it into `state`, whose state_dict and load_state_dict do that"
+    )
 
 
 def _small(nbytes: int, place: str) -> None:

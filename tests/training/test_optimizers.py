@@ -643,6 +643,31 @@ def test_zero_of_deepspeed_is_refused_once_with_all_that_stands_in_the_way(wrapp
         assert told in error.value.message
 
 
+class Projecting(torch.optim.SGD):
+    """Keeps an object for each parameter, as optimizers of other libraries do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["projector"] = Scaler()
+        return super().step(closure)
+
+
+def test_an_object_inside_a_state_is_named_with_its_place_and_what_to_do() -> None:
+    model = seeded(0)
+    optimizer = Projecting(model.parameters(), lr=0.1)
+    optimizer.step()
+    with pytest.raises(ValueNotCarried) as refusal:
+        saved({"model": model, "optimizer": optimizer})
+    for told in (
+        "/optimizer/state/model/",
+        "/projector: ",
+        "Scaler cannot be carried",
+        "state_dict and load_state_dict do that",
+    ):
+        assert told in refusal.value.message
+
+
 def test_all_that_an_objects_state_dict_has_and_no_checkpoint_holds_is_named_at_once() -> None:
     class Odd:
         def state_dict(self) -> dict[str, Any]:

@@ -146,6 +146,7 @@ def test_a_torch_size_is_carried_as_a_tuple() -> None:
         (Path(), r"value /v: pathlib"),
         ({(1, Level.HIGH): 1}, r"value /v: a key or set element"),
         ({object(): 1}, r"value /v: a key or set element"),
+        ({torch.zeros(1): 1}, r"value /v: a key or set element of type torch.Tensor .*: key it by a name or a number"),
         (inside_itself(), r"nested more than 16 deep, or inside itself"),
         ([numpy.zeros(9000)], r"value /v/0: an array of 72000 bytes .* put it into `state` as a tensor"),
         (torch.zeros(70_000, dtype=torch.uint8), r"value /v: an array of 70000 bytes"),
