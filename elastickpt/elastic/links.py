@@ -23,7 +23,7 @@ from elastickpt.ranks.addresses import own_address
 from elastickpt.ranks.forks import not_in_forks
 from elastickpt.ranks.hosts import socket_identity
 
-FORM_LIMIT_S = 5.0
+FORM_LIMIT_S = 10.0
 """For how long the connections of one group may take: a member that died since it said where it is reached."""
 
 _NEVER = timedelta(days=7)  # an interrupt ends a wait, not a clock: how long a step takes is the user's affair

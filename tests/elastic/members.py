@@ -12,7 +12,7 @@ import torch.distributed as dist
 from elastickpt.testing.ranks import spawn_ranks
 
 
-def run_members(function: Callable[..., object], stages: int, *args: object, timeout_s: float = 120.0) -> list[Any]:
+def run_members(function: Callable[..., object], stages: int, *args: object, timeout_s: float = 300.0) -> list[Any]:
     """The results of `function(stage, stages, *args)` by stage; `function` stands at the top level of a module."""
     with ExitStack() as stack:
         started = [

@@ -49,6 +49,7 @@ def assert_followed(folder: Path, job: Simulated, until: int) -> None:
         assert_stands(found[-1], job.state(stage), f"stage {stage}")
 
 
+@pytest.mark.long  # three jobs
 @pytest.mark.ranks
 def test_a_stage_from_the_newest_checkpoint_then_a_rollback_then_fewer_stages(tmp_path: Path) -> None:
     """[REC-12, REC-14, REC-43, REC-58, REC-60]"""
