@@ -26,6 +26,7 @@ from elastickpt.convert.options import Options
 from elastickpt.errors import Refused, WriterLost
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import locate_for_saving
+from elastickpt.storage.ranges import LocalWriter
 from elastickpt.testing.faults import CHANGING, Crash, CrashAt, FaultyStore
 
 CONSTANTS = {"num_layers": 1, "num_attention_heads": 2, "kv_channels": 2, "padded_vocab_size": 8, "swiglu": 1}
@@ -76,8 +77,11 @@ def left(folder: Path) -> list[str]:
 
 @pytest.fixture
 def one_thread(monkeypatch) -> None:
-    """So that the nth operation is the same one in every run."""
+    """So that the nth operation is the same one in every run. No power cut is asked about here, so nothing is synced."""
     monkeypatch.setattr(engine, "THREADS", 1)
+    monkeypatch.setattr(LocalWriter, "sync", lambda self: None)
+    for sync in ("sync_file", "sync_directory", "sync_tree"):
+        monkeypatch.setattr(LocalStore, sync, lambda self, *path: None)
 
 
 class Gone:
@@ -136,7 +140,7 @@ def enumerated(asked: Options, whole: Path, gone: Gone) -> list[int]:
             resumed.append(convert(asked).resumed)
             assert left(beside) == []
         assert files(out) == wanted, n
-        if asked.target() == "universal":
+        if asked.target() == "universal" and n % 5 == 0:
             assert main(["verify", str(out), "--quiet"]) == 0
         for name in ("out", *left(beside)):
             subprocess.run(["rm", "-rf", str(beside / name)], check=True)
