@@ -486,7 +486,7 @@ def test_saves_beside_training_and_runs_carry_own_entries(tmp_path: Path) -> Non
     assert b[0].total.item() == 2.0
     run = ek.Run(tmp_path / "run", {"m": a})
     run.restore()
-    run.save(1)
+    run.save(1).result()
     again = ek.Run(tmp_path / "run", {"m": b}, options=ek.RunOptions(take_over=True))
     again.restore()
     assert b[0].total.item() == 3.0
