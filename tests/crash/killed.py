@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from simulated import replaced
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import elastickpt as ek
+from elastickpt.commit import destination
 from elastickpt.errors import CheckpointError, RankFailure
 from elastickpt.ranks.process_group import job_group
 from elastickpt.ranks.teams import team_of
-from elastickpt.saving import agree as agreeing
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CallAt, FailAt, Fault, FaultyStore, Mode, Operation, RecordingStore
@@ -73,14 +74,15 @@ def save_and_tell(rank: int, world_size: int, plan: Plan) -> Ended:
         stores.append(RecordingStore(FaultyStore(store, _fault(plan)) if rank == plan.victim else store))
         return stores[-1], name
 
-    agreeing.locate_for_saving = locate  # type: ignore[assignment]
     team_of(job_group(None), silence_s=plan.silence_s)  # made before the save, which then takes this team
     kind, message, report = None, "", ()
     try:
-        ek.save(state, plan.path)
+        with replaced(destination, "locate_for_saving", locate):
+            ek.save(state, plan.path)
     except CheckpointError as error:
         kind, message, report = error.kind, error.message, error.report
     _mark(plan, f"ended-{rank}")
+    assert len(stores) == 1, "the save did not open its store here: nothing that was planned can happen to it"
     return Ended(kind, message, report, tuple(o.name for store in stores for o in store.operations))
 
 
