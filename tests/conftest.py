@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from elastickpt.saving.savers import close_all
 
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
@@ -18,3 +24,14 @@ sys.path.insert(0, str(Path(__file__).parent / "elastic"))
 # What a property states holds however long a busy machine takes over an example.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+MANY = 200  # descriptors
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_descriptors_are_left() -> Iterator[None]:
+    """A saver has a writer for each store that it saw; objects in cycles are collected late in a process with so many."""
+    yield
+    close_all()
+    if len(os.listdir("/proc/self/fd")) > MANY:
+        gc.collect()

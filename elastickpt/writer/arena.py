@@ -14,6 +14,7 @@ import itertools
 import mmap
 import os
 import struct
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -40,6 +41,8 @@ class Arena:
         self.retired = False
         self.abandoned = False  # whoever filled it is gone: what is not filled now never will be
         self._memory: Bytes | None = np.frombuffer(mapping, dtype=np.uint8, count=nbytes)
+        self._let_go = weakref.finalize(self, os.close, descriptor)  # of one that nobody holds and nobody closed, too
+        self._let_go.atexit = False  # the end of the process does it, and threads may still read it
 
     @classmethod
     def create(cls, nbytes: int) -> Self:
@@ -107,9 +110,8 @@ class Arena:
     def close(self) -> None:
         """Gives the memory up; it is freed when the last process, and the last view of `memory`, is gone."""
         self._memory = None
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self.descriptor = -1
+        self._let_go()
 
 
 def _mark_of(nbytes: int) -> int:

@@ -47,6 +47,22 @@ def seats(world: int, limits: Limits = QUICK) -> list[tuple[Seat, socket.socket 
     return [(Seat(m, tuple(range(world)), addresses, secret, limits), sockets[m]) for m in range(world)]
 
 
+_STARTED: list[ThreadWriter] = []
+
+
+def threads(store: Store, world: int, limits: Limits = QUICK) -> list[Writer]:
+    """A writer for each member, each a thread of this process, until `close_threads`."""
+    writers = [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world, limits)]
+    _STARTED.extend(writers)
+    return list(writers)
+
+
+def close_threads() -> None:
+    """Ends the writers of `threads`, with their sockets."""
+    while _STARTED:
+        _STARTED.pop().close(limit_s=5.0)
+
+
 @dataclass
 class Member:
     """What one member's trainer knows once all have agreed."""

@@ -111,6 +111,16 @@ def test_a_closed_arena_leaves_no_memory() -> None:
         assert not [line for line in maps if "memfd:elastickpt" in line and f" {file.st_ino} " in line]
 
 
+def test_an_arena_that_nobody_holds_leaves_no_descriptor() -> None:
+    arena = Arena.create(4096)
+    kept = os.dup(arena.descriptor)
+    file = os.fstat(kept)
+    assert descriptors_of(file) == 3  # with that of its mapping
+    del arena
+    assert descriptors_of(file) == 1
+    os.close(kept)
+
+
 def test_an_arena_beyond_the_hosts_memory_is_refused_before_it_is_touched() -> None:
     with pytest.raises(NoSpace, match=r"arena of 1125899906842624 bytes: the host has memory for \d+"):
         Arena.create(1 << 50)

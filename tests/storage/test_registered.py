@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.errors import Refused
+from elastickpt.saving.savers import close_all
 from elastickpt.storage.opening import STORES, open_store
 
 CODE = """
@@ -38,12 +40,14 @@ def install(folder: Path, name: str, *, module: str, scheme: str) -> None:
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))  # of writer processes
-    return folder
+    close_all()  # a writer process that another test started knows no package that came later
+    yield folder
+    close_all()
 
 
 def test_a_registered_store_is_saved_to_and_loaded_from_also_by_a_writer_process(tmp_path: Path, packages: Path) -> None:

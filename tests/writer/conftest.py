@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from simulated_members import close_threads
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,3 +21,9 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="elastickpt-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left() -> Iterator[None]:
+    yield
+    close_threads()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from simulated_members import QUICK, Job, Writer, seats
+from simulated_members import QUICK, Job, seats, threads
 from staged import big_state
 from trainer import BOUND_S
 
@@ -28,7 +28,6 @@ from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.seats import Limits
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
-from elastickpt.writer.thread import ThreadWriter
 
 Start = Callable[..., list[Supervisor]]
 
@@ -62,10 +61,6 @@ def outcome(submission: Submission) -> Committed:
     """What became of the attempt, once its arena is free."""
     submission.future.exception(BOUND_S)
     return submission.decided.result(BOUND_S)
-
-
-def threads(store: LocalStore, world: int) -> list[Writer]:
-    return [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world)]  # type: ignore[arg-type]
 
 
 def demand_sound(path: Path, *, seed: int = 0) -> None:

@@ -13,7 +13,7 @@ import msgpack
 import pytest
 import torch
 from msgspec.structs import replace
-from simulated_members import QUICK, Job, Writer, seats
+from simulated_members import Job, seats, threads
 from trainer import BOUND_S
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
@@ -39,10 +39,6 @@ from elastickpt.writer.write_files import unwatched
 @pytest.fixture(scope="module")
 def job() -> Job:
     return Job({"t": {"a": torch.arange(9.0), "b": torch.arange(4)}, "n": 1}, 5)
-
-
-def threads(store: Store, world: int, limits: Limits = QUICK) -> list[Writer]:
-    return [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world, limits)]
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -240,6 +236,8 @@ def test_who_said_farewell_is_not_waited_for(tmp_path: Path, job: Job) -> None:
         error = one.decided.exception(BOUND_S)
         assert isinstance(error, RankLost)
         assert [failure.rank for failure in error.report] == [2]
+    for writer in writers:
+        writer.close()
 
 
 def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) -> None:
