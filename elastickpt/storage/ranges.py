@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+from contextlib import suppress
 
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed, Unsafe, WrongLength
 from elastickpt.storage.direct import (
@@ -64,6 +65,7 @@ class LocalWriter:
         self._lock = threading.Lock()
         self._may_bypass_cache = may_bypass_cache
         self._direct: DirectDescriptor | None = None
+        self._descriptor = -1
         self._sync_failure = ""
         with naming("open to write", path):
             self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -72,7 +74,7 @@ class LocalWriter:
                 if demand_file(self._descriptor, path) != nbytes:
                     os.ftruncate(self._descriptor, nbytes)
             except BaseException:
-                os.close(self._descriptor)
+                self.close()
                 raise
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -109,6 +111,11 @@ class LocalWriter:
             finally:
                 if descriptor >= 0:
                     os.close(descriptor)
+
+    def __del__(self) -> None:
+        """One that a failure left open keeps no descriptor."""
+        with suppress(StorageFailed):
+            self.close()
 
     def _direct_for(self, data: memoryview) -> DirectDescriptor | None:
         if data.nbytes < MIN_DIRECT_NBYTES or not self._may_bypass_cache:
@@ -147,12 +154,13 @@ class LocalReader:
         self._lock = threading.Lock()
         self._may_bypass_cache = may_bypass_cache
         self._direct: DirectDescriptor | None = None
+        self._descriptor = -1
         with naming("open to read", path):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 self._nbytes = demand_file(self._descriptor, path)
             except BaseException:
-                os.close(self._descriptor)
+                self.close()
                 raise
 
     @property
@@ -180,6 +188,11 @@ class LocalReader:
         if direct is not None:
             with naming("close", self._path):
                 os.close(direct.descriptor)
+
+    def __del__(self) -> None:
+        """One that a failure left open keeps no descriptor."""
+        with suppress(StorageFailed):
+            self.close()
 
     def _direct_for(self, offset: int, nbytes: int) -> DirectDescriptor | None:
         if nbytes < MIN_DIRECT_READ_NBYTES or self._nbytes < MIN_DIRECT_NBYTES or not self._may_bypass_cache:
