@@ -282,8 +282,11 @@ def _moved(piece: HeldPiece, first: int) -> HeldPiece:
 
 
 def _is_whole(share: Share, count: int) -> bool:
-    """Whether the local tensor is the array, word for word."""
-    return len(share.pieces) == 1 and share.pieces[0].whole == share.pieces[0].local and share.pieces[0].count == count
+    """Whether the local tensor is the array, word for word. One that feeds several arrays is none of them."""
+    if len(share.pieces) != 1 or prod(share.shape) != count:
+        return False
+    (piece,) = share.pieces
+    return piece.whole == piece.local and piece.count == count
 
 
 def _span(share: Share) -> tuple[int, int]:

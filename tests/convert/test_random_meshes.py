@@ -105,6 +105,22 @@ def test_files_at_random_meshes(tmp_path, data: st.DataObject) -> None:
     assert sum(map(len, again.values())) == len(wanted)
 
 
+def test_a_tensor_that_feeds_several_arrays_in_one_process(tmp_path) -> None:
+    """The first of them lies in it as in itself, and is only its begin."""
+    stacked = torch.arange(12, dtype=torch.int64).reshape(3, 4)
+    args = argparse.Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    folder = tmp_path / "m" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    model = {"experts": stacked}
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 1, "model": model}, folder / "model_optim_rng.pt")
+    (tmp_path / "my.ucl").write_text("ucl 1\nmesh m = pp, tp\nin model\n    experts  as e.{e}  (e=3)  4/tp  first pp\n")
+    out = tmp_path / "u"
+    assert main(["convert", str(tmp_path / "m"), str(out), "--rules", str(tmp_path / "my.ucl"), "--quiet"]) == 0
+    for e in range(3):
+        found = ek.open(out).read(ArrayId("params", "model", f"e.{e}", "value"))
+        assert np.array_equal(found, stacked[e].numpy()), e
+
+
 def read(folder: Path) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
     found = {}
     with torch.serialization.safe_globals([argparse.Namespace]):
