@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -372,8 +373,10 @@ def test_ctrl_c_ends_with_130_and_goes_on_later(source, tmp_path) -> None:
     assert main(["verify", str(out), "--quiet"]) == 0
 
 
-def test_a_worker_that_is_killed_ends_the_command_which_goes_on_later(source, tmp_path) -> None:
+def test_a_worker_that_is_killed_ends_the_command_which_goes_on_later(source, tmp_path, monkeypatch) -> None:
+    """It waits until it is killed, so that it can't be done before."""
     asked = options(source, tmp_path / "out", "safetensors", workers=2)
+    monkeypatch.setattr(engine, "_help", lambda *args: threading.Event().wait())
     job = prepare(asked, open_source(asked))
 
     def kill(done: int, total: int) -> None:
@@ -382,6 +385,7 @@ def test_a_worker_that_is_killed_ends_the_command_which_goes_on_later(source, tm
 
     with pytest.raises(WriterLost, match="the same command goes on"):
         engine.carry_out(job, progress=kill)
+    monkeypatch.undo()
     assert not (tmp_path / "out").exists()
     assert convert(asked).resumed > 0
     convert(options(source, tmp_path / "whole", "safetensors"))
