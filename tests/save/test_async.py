@@ -369,16 +369,17 @@ def test_the_end_of_a_process_waits_for_its_thread_that_writes(tmp_path: Path) -
 
 def test_a_save_that_is_under_way_when_the_process_ends_is_finished_by_its_writer(tmp_path: Path) -> None:
     code = (
-        "import logging, sys, torch, elastickpt as ek\n"
+        "import logging, sys, time, torch, elastickpt as ek\n"
         "logging.basicConfig(level=logging.WARNING)\n"
         "options = ek.AsyncOptions(exit_limit_s=0.0)\n"
         "ek.async_save({'t': torch.ones(1000)}, sys.argv[1] + '/first', options=options).result(60)\n"
-        "handle = ek.async_save({'t': torch.ones(4 << 20)}, sys.argv[1] + '/second', options=options)\n"
+        "handle = ek.async_save({'t': torch.ones(32 << 20)}, sys.argv[1] + '/second', options=options)\n"
         "from elastickpt.saving.savers import _ALONE\n"
         "saver = _ALONE.savers[options]\n"
-        "while not any(task.times.submitted for task in list(saver._open)): pass\n"
+        "while not any(task.times.submitted for task in list(saver._open)):\n"
+        "    time.sleep(0.001)  # the thread that submits needs the interpreter\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"not waiting any longer for saves under way, which are left to their writers: {tmp_path}/second" in done.stderr
     for _ in range(300):
