@@ -15,6 +15,7 @@ from tools.vector_kit import (
     geometry,
     manifests,
     optimizer_cases,
+    packs,
     values,
 )
 from tools.vector_kit.kit import Vector
@@ -31,6 +32,7 @@ def vectors() -> Iterator[Vector]:
     yield from geometry.boxes()
     yield from geometry.partitions()
     yield from geometry.grids()
+    yield from packs.vectors()
     yield from geometry.keys()
     yield from geometry.documents()
     yield from checkpoint_cases.vectors()

@@ -324,7 +324,7 @@ def named_tuple(body: Json, depth: int) -> Json:
     return ("namedtuple", kind, *((name, value_of(one, depth + 1)) for name, one in fields))
 
 
-FEATURES = {"python-types", "arrays-in-values", "axis-order", "composites", "own-entries", "optimizer-parts"}
+FEATURES = {"python-types", "arrays-in-values", "axis-order", "composites", "own-entries", "optimizer-parts", "packs"}
 FACTORIES = "bool bytes complex dict float frozenset int list set str tuple"
 PYTHON_TAGS: dict[str, Any] = {
     "$dtype": one_name("dtype"),
@@ -701,7 +701,8 @@ def read_files(files: Files, beside: Mapping[str, Files] | None = None) -> dict[
     folders that stand beside it to theirs.
     """
     check("draft.json" not in files, "a draft", "uncommitted")
-    attempt = all(any(path.startswith(f"{folder}/") for path in files) for folder in ("fragments", "params"))
+    folders = {path.partition("/")[0] for path in files if "/" in path}
+    attempt = "fragments" in folders and bool(folders & {"params", "packs"})
     check("checkpoint.json" in files, "no checkpoint.json", "uncommitted" if attempt else "not-a-checkpoint")
     manifest = read_manifest(files["checkpoint.json"])
     plain = manifest["placement"] == "plain"
@@ -718,6 +719,7 @@ def read_files(files: Files, beside: Mapping[str, Files] | None = None) -> dict[
     for writer, one in enumerate(maps):
         check(one["writer"] == writer and one["attempt"] == manifest["attempt"], f"fragment file {writer} is another's")
         check(all(number <= len(manifest["bases"]) for number, _, _ in one["files"]), "base")
+        check_packs(one, manifest)
         for key, ndim in one["arrays"].items():
             check(key in by_key and len(by_key[key]["shape"]) == ndim, f"array {key} is not in the index")
         for piece in one["pieces"]:
@@ -726,6 +728,16 @@ def read_files(files: Files, beside: Mapping[str, Files] | None = None) -> dict[
     bases = {number: open_base(manifest["bases"][number - 1], {} if beside is None else beside) for number in sorted(used)}
     check_tree({0: files, **bases}, manifest, arrays, maps)
     return {array["key"]: assemble(array, maps, {0: files, **bases}) for array in arrays}
+
+
+def check_packs(one: Json, manifest: Json) -> None:
+    """FRAG-64, FRAG-65."""
+    attempt = manifest["attempt"]
+    for path in (path for number, path, _ in one["files"] if number == 0):
+        name = re.fullmatch(r"packs/([0-9a-f]+)-[0-9]+\.bin", path)
+        check(name is None or name[1] == attempt, f"{path} is another attempt's")
+        own = f"packs/{attempt}-{one['writer']:05d}.bin"
+        check("packs" not in manifest["requires"] or path == own, f"{path}, expected {own}")
 
 
 def open_base(base: Json, beside: Mapping[str, Files]) -> Files:

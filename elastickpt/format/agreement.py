@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.columns import IntColumn
-from elastickpt.format.keys import array_keys, chunk_file
+from elastickpt.format.features import PACKS
+from elastickpt.format.keys import array_keys, attempt_of_pack, chunk_file, pack_file
 from elastickpt.format.limits import MAX_ARRAYS
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, IndexPart, Manifest
@@ -73,8 +74,8 @@ def fragment_problems(
 ) -> Mapping[str, Malformed]:
     """By key, the arrays whose pieces in the map do not agree with index and manifest, and the first thing that is wrong.
 
-    Pieces of the others can be read. Raises Malformed for what concerns all of the map: another writer or attempt, or a base
-    that is not there.
+    Pieces of the others can be read. Raises Malformed for what concerns all of the map: another writer or attempt, also in the
+    name of a pack, or a base that is not there.
     """
     where = f"fragment map of writer {writer}"
     if fragments.writer != writer or fragments.attempt != manifest.attempt:  # [FRAG-21]
@@ -85,11 +86,21 @@ def fragment_problems(
     beyond = max((file.base for file in fragments.files), default=0)
     if beyond > len(manifest.bases):  # [FRAG-23]
         raise Malformed(f"{where}: a file in base {beyond}, the manifest has {len(manifest.bases)}")
+    _check_packs(fragments, manifest, where)
     problems: dict[str, Malformed] = {}
     found = [_record_of(fragments, place, records, writer, where, problems) for place in range(len(fragments.pieces.arrays))]
     for ndim in sorted({len(record.chunk_shape) for record in found if record is not None}):
         _check_pieces(_Group.of(fragments, found, ndim, problems), where, plain=manifest.placement == "plain")
     return problems
+
+
+def _check_packs(fragments: FragmentColumns, manifest: Manifest, where: str) -> None:
+    own = pack_file(manifest.attempt, fragments.writer)
+    for path in (file.path for file in fragments.files if file.base == 0):
+        if attempt_of_pack(path) not in (None, manifest.attempt):  # [FRAG-64]
+            raise Malformed(f"{where}: {path!r} is a pack of another attempt, the manifest's is {manifest.attempt!r}")
+        if PACKS in manifest.requires and path != own:  # [FRAG-65]
+            raise Malformed(f"{where}: a piece in {path!r}, expected this writer's pack {own!r}")
 
 
 def _record_of(

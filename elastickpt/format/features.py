@@ -1,7 +1,7 @@
 """What a reader of version 1 does not know: features, as a manifest names them in `requires`. [UCF-73, UCF-100]
 
-A feature is a set of tags of values, of attributes of arrays, of fields of tables or of places of values; a checkpoint requires
-it if and only if it uses one.
+A feature is a set of tags of values, of attributes of arrays, of fields of tables, of places of values or of names of files; a
+checkpoint requires it if and only if it uses one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ AXIS_ORDER = "axis-order"  # $strided
 COMPOSITES = "composites"  # the attribute `composition`
 OWN_ENTRIES = "own-entries"  # replicated values below a model
 OPTIMIZER_PARTS = "optimizer-parts"  # fields `@part` and `<state>@in` of an optimizer's table
+PACKS = "packs"  # packs named by attempt and writer
 
-FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES, OWN_ENTRIES, OPTIMIZER_PARTS))
+FEATURES = frozenset((PYTHON_TYPES, ARRAYS_IN_VALUES, AXIS_ORDER, COMPOSITES, OWN_ENTRIES, OPTIMIZER_PARTS, PACKS))
 
 _OF_TYPE: Mapping[type, str] = {
     deque: PYTHON_TYPES,

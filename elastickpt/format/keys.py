@@ -21,11 +21,13 @@ MANIFEST = "checkpoint.json"
 DRAFT_TOKEN = "draft.json"  # whose folder has it is no checkpoint yet
 DOCUMENT = "zarr.json"
 ROOT_DOCUMENT = DOCUMENT
+PACKS = "packs"
 REFERENCES = "references.json"  # beside packs: addresses for readers of other libraries, derived from the records [UCF-6]
 MAX_KEY_NBYTES = 200  # of a key without a suffix; leaves room below 255 for what stores append while writing
 SUFFIX_CUT = 180  # bytes of a key that stand before its suffix
 
 _PLAIN = re.compile(r"[A-Za-z0-9._-]+")
+_PACK = re.compile(rf"{PACKS}/([0-9a-f]+)-[0-9]+\.bin", re.ASCII)
 _KEPT = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -153,6 +155,17 @@ def chunk_file(key: str, chunk: tuple[int, ...]) -> str:
 def document_file(key: str) -> str:
     """The zarr document of an array or group; "" is the root."""
     return f"{key}/{DOCUMENT}" if key else DOCUMENT
+
+
+def pack_file(attempt: str, writer: int) -> str:
+    """The pack of one writer of an attempt. [FRAG-65]"""
+    return f"{PACKS}/{attempt}-{writer:05d}.bin"
+
+
+def attempt_of_pack(path: str) -> str | None:
+    """The attempt that the name of a pack carries; None for the name of anything else. [FRAG-64]"""
+    found = _PACK.fullmatch(path)
+    return None if found is None else found[1]
 
 
 def fragments_file(writer: int) -> str:

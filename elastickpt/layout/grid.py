@@ -86,8 +86,21 @@ def chunks(shape: Sequence[int], chunk_shape: Sequence[int]) -> Iterator[tuple[t
     """(index on the grid, the part of the array in it) of every chunk, in C order."""
     counts = [range(-(-extent // step)) for extent, step in zip(shape, chunk_shape, strict=True)]
     for index in product(*counts):
-        start = tuple(k * step for k, step in zip(index, chunk_shape, strict=True))
-        yield index, Box(start, tuple(min(k + step, n) for k, step, n in zip(start, chunk_shape, shape, strict=True)))
+        yield index, _chunk_box(index, shape, chunk_shape)
+
+
+def _chunk_box(index: Sequence[int], shape: Sequence[int], chunk_shape: Sequence[int]) -> Box:
+    start = tuple(k * step for k, step in zip(index, chunk_shape, strict=True))
+    return Box(start, tuple(min(k + step, n) for k, step, n in zip(start, chunk_shape, shape, strict=True)))
+
+
+def chunks_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Box]]:
+    """The same of the chunks alone that a box, inside the array, has elements in."""
+    if box.count:
+        first = (low // step for low, step in zip(box.start, chunk_shape, strict=True))
+        last = ((high - 1) // step for high, step in zip(box.stop, chunk_shape, strict=True))
+        for index in product(*(range(low, high + 1) for low, high in zip(first, last, strict=True))):
+            yield index, _chunk_box(index, shape, chunk_shape)
 
 
 def runs_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int) -> tuple[ByteRun, ...]:

@@ -87,6 +87,13 @@ def cuts_of(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str
     )
 
 
+def is_cut_regularly(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str]) -> bool:
+    """Whether every dimension that these placements cut into several parts is cut as `cuts_of` means it."""
+    cuts = cuts_of(shape, sizes, placements)
+    several = {dim for axis, dim in _splits(tuple(placements), len(shape)) if sizes[axis] > 1 and shape[dim] > 1}
+    return all(cuts[dim] for dim in several)
+
+
 def replica_ranks(mesh: Mesh, placements: Sequence[str], rank: int) -> tuple[int, ...]:
     """The ranks that hold the same box as `rank`, itself among them, in the order of the mesh.
 

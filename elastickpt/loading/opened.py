@@ -217,7 +217,7 @@ def open_in(store: Store, name: str, *, digest: str | None = None) -> Opened:
 
 
 def _absent(store: Store, name: str) -> CheckpointError:
-    """What a folder without a manifest is. [UCF-1, UCF-9, SAVE-23]"""
+    """What a folder without a manifest is. [UCF-1, UCF-9, UCF-160, SAVE-23]"""
     where = f"{store.url}/{name}"
     if ".draft-" in name:
         return Uncommitted(f"{where}: expected a checkpoint, found by its name a draft of one, never committed")
@@ -225,7 +225,7 @@ def _absent(store: Store, name: str) -> CheckpointError:
         names = {entry.name for entry in store.entries(name)}
     except CheckpointError:
         return NotACheckpoint(f"{where}: expected the folder of a checkpoint, found nothing that can be opened")
-    if DRAFT_TOKEN in names or ("fragments" in names and "params" in names):
+    if DRAFT_TOKEN in names or ("fragments" in names and names & {"params", "packs"}):
         return Uncommitted(f"{where}: expected {MANIFEST}, found an attempt to write a checkpoint that was never committed")
     found = ", ".join(sorted(names)[:5]) or "an empty folder"
     return NotACheckpoint(f"{where}: expected {MANIFEST}, found {found}")

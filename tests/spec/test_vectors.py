@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import zarr
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, Malformed
 from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
-from elastickpt.format.arrays import ArrayId, ArraySpec
+from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.box import Box
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.documents import array_document, documents, group_document
@@ -28,6 +29,7 @@ from elastickpt.format.records import ArrayRecord
 from elastickpt.format.values import decode_value, encode_value
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import chunk_shape
+from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slots_of
 from elastickpt.layout.partition import balanced, even, explicit, flat_boxes, torch_chunk
 from elastickpt.layout.placement import physical_box
 from elastickpt.loading.fetch import fetch
@@ -247,6 +249,50 @@ def test_grids(vector: Json) -> None:
     holds(vector, outcome)
 
 
+@suite("packs")
+def test_packs(vector: Json) -> None:
+    holds(vector, lambda inputs: _PACKS[inputs["rule"]](inputs))
+
+
+def _packed_grid(inputs: Json) -> Json:
+    shape, sizes = inputs["shape"], inputs["sizes"]
+    axes = tuple(f"a{axis}" for axis in range(len(sizes)))
+    mesh = Mesh("mesh", axes, tuple(sizes), tuple(range(prod(sizes)))) if sizes else None
+    cutting = Cutting.of(shape, inputs["itemsize"], mesh, tuple(inputs["placements"]), Box.whole(shape))
+    return {"chunk_shape": list(cutting.chunk_shape(replicas=inputs["replicas"]))}
+
+
+def _slots(inputs: Json) -> Json:
+    box, itemsize = Box(*map(tuple, inputs["box"])), inputs["itemsize"]
+    found = []
+    for slot in slots_of(box, shape=inputs["shape"], chunk_shape=inputs["chunk_shape"], itemsize=itemsize):
+        cells = {}
+        for run in slot.runs:
+            rows = range(run.offset, run.offset + run.nbytes // run.row_nbytes * run.row_stride, run.row_stride)
+            places = (place for row in rows for place in range(row, row + run.row_nbytes, itemsize))
+            cells |= {",".join(map(str, cell)): place for cell, place in zip(_indices(run.box), places, strict=True)}
+        found.append({"chunk": list(slot.runs[0].chunk), "nbytes": slot.nbytes, "cells": cells})
+    return {"slots": found}
+
+
+def _placed_slots(inputs: Json) -> Json:
+    offsets, nbytes = place_slots(inputs["sizes"])
+    return {"offsets": list(offsets), "nbytes": nbytes}
+
+
+def _replicas(inputs: Json) -> Json:
+    count, shared = inputs["replicas"], []
+    for key, rows, nbytes, *whose in inputs["boxes"]:
+        box = Box.whole((rows, nbytes))
+        division = Cutting(box.shape, 1, box.shape, (0, 0), True).division(count)
+        shared.append(Shared(key, box, 1, division, by_first=bool(whose)))
+    shares = [share_out(shared, count, index) for index in range(count)]
+    return {"rows": [[[box.start[0], box.stop[0]] if box else [0, 0] for box in share] for share in shares]}
+
+
+_PACKS = {"grid": _packed_grid, "slots": _slots, "place": _placed_slots, "replicas": _replicas}
+
+
 @suite("keys")
 def test_keys(vector: Json) -> None:
     def outcome(inputs: Json) -> Json:
@@ -371,11 +417,12 @@ def test_zarr_python_reads_the_checkpoints(tmp_path: Path, name: str) -> None:
 
 
 def _parts(shape: tuple[int, ...]) -> list[Box]:
-    """The whole, and every cut of it across its first axis."""
+    """The whole, and every cut of it across its first axis; of a long one some."""
     whole = Box.whole(shape)
     if not shape:
         return [whole]
-    cuts = [(low, high) for high in range(1, shape[0] + 1) for low in range(high)]
+    step = max(shape[0] // 7, 1)
+    cuts = [(low, high) for high in range(1, shape[0] + 1, step) for low in range(0, high, step)]
     return [whole, *(Box((low, *whole.start[1:]), (high, *whole.stop[1:])) for low, high in cuts)]
 
 
@@ -455,7 +502,7 @@ def test_the_mini_reader_reads_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_every_folder_of_vectors_is_run() -> None:
     """A new suite without a runner fails here; `checkfree` runs in tests/elastic."""
-    known = {"boxes", "partitions", "grids", "keys", "documents"}
+    known = {"boxes", "partitions", "grids", "packs", "keys", "documents"}
     known |= {
         f"{s}/{k}"
         for s in ("manifests", "fragment-maps", "indexes", "values", "checkpoints", "checkfree")

@@ -64,6 +64,62 @@ def _pack(parts: Parts) -> None:
     parts.files = files
 
 
+PACK = "packs/3f1c-00001.bin"
+
+
+def _named(parts: Parts) -> None:
+    """The same by the rules of writers: a grid of the ranks' cuts, slots with pads, names of attempt and writer."""
+    parts.manifest["placement"], parts.manifest["requires"], parts.documents = "packed", ["packs"], False
+    chunks = {V: [4, 2], W: [5, 6]}
+    for array in parts.arrays:
+        array.chunk = chunks.get(array.key, array.chunk)
+    files = {}
+    for writer, pieces in enumerate(parts.pieces):
+        path, data = f"packs/3f1c-{writer:05d}.bin", b""
+        for one in pieces:
+            stored = one.of(parts.files[one.file])
+            data += bytes(-len(data) % 64)
+            one.file, one.offset, one.row_nbytes, one.row_stride = path, len(data), one.nbytes, one.nbytes
+            data += stored + (b"\0" if one.key == "extra/t" and one.nbytes == 1 else b"")
+        files[path] = data + bytes(-len(data) % 4096)
+    parts.files = files
+
+
+def _vocabulary(parts: Parts) -> None:
+    """50,257 rows on TP2 and FSDP4: one chunk, of which every writer has a part."""
+    data = bytes(row % 251 for row in range(50257))
+    cuts = [0, 6283, 12566, 18849, 25129, 31411, 37693, 43975, 50257]
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # of the mesh (fsdp, tp), by writer
+    parts.manifest.update(placement="packed", requires=["packs"], world_size=8)
+    parts.manifest["meshes"] = [{"name": "world", "axes": ["fsdp", "tp"], "sizes": [4, 2], "ranks": [[0, 7]]}]
+    parts.manifest["layouts"] = [{"mesh": 0, "placements": ["_S(0)", "S(0)"]}]
+    parts.documents, parts.files, parts.pieces = False, {}, []
+    parts.arrays = [Array(W, ("params", "model", "w", "value"), "uint8", [50257], [50257], list(range(8)), data, layout=0)]
+    for writer, part in enumerate(order):
+        low, high = cuts[part], cuts[part + 1]
+        path, nbytes = f"packs/3f1c-{writer:05d}.bin", high - low
+        parts.files[path] = data[low:high] + bytes(-nbytes % 4096)
+        parts.pieces.append([Piece(W, path, [low], [nbytes], 0, nbytes, nbytes, nbytes)])
+
+
+def _pack_called(name: str, edit: Edit = _named) -> Edit:
+    """The second writer's pack under another name."""
+
+    def change(parts: Parts) -> None:
+        edit(parts)
+        _renamed(next(path for path in parts.files if path.endswith("00001.bin")), name)(parts)
+
+    return change
+
+
+def _gap_of_pack(parts: Parts) -> None:
+    """A byte between two slots that is not zero."""
+    _named(parts)
+    data = bytearray(parts.files[PACK])
+    data[63] = 1
+    parts.files[PACK] = bytes(data)
+
+
 def _empty(parts: Parts) -> None:
     parts.arrays, parts.pieces, parts.files = [], [[]], {}
 
@@ -73,6 +129,8 @@ def _valid() -> Iterator[Vector]:
     yield valid("four-arrays", "Rows, columns, a pad, and no axes.", "FRAG-30 FRAG-32 UCF-41 UCF-10 UCF-17 UCF-18")
     yield valid("packed", "The same, packed.", "FRAG-10", _pack)
     yield valid("packed-references", "The derived file is no stray.", "UCF-6", _pack, _put("references.json", b"{}"))
+    yield valid("packed-named", "By the rules of writers.", "FRAG-10 FRAG-61 FRAG-62 FRAG-65 UCF-100", _named)
+    yield valid("packed-vocabulary", "A chunk of eight writers.", "FRAG-60 FRAG-66 FRAG-65", _vocabulary)
     yield valid("no-arrays", "Values only.", "UCF-17", _empty)
     bf16 = struct.pack("<2H", 0x7FC1, 0x8000)
     yield valid("bfloat16", "A NaN with payload and -0.", "UCF-7", _half("params/model/b/value", "b", "bfloat16", bf16))
@@ -201,6 +259,13 @@ _EDITS: tuple[tuple[str, str, str, str, Edit], ...] = (
     ("pack-pad", "A byte of a pack that belongs to no piece and is not zero.", "UCF-18", "checksum-mismatch",
      _pack_tail(b"\1")),
     ("shared-rows", "In a pack, two strided pieces on the same bytes.", "FRAG-34", "coverage-overlap", _shared_rows),
+    ("pack-gap", "A byte between slots of a pack that is not zero.", "UCF-18", "checksum-mismatch", _gap_of_pack),
+    ("pack-other-attempt", "A pack of another attempt.", "FRAG-64", "malformed", _pack_called("packs/3f1b-00001.bin")),
+    ("pack-other-attempt-unnamed", "The same where no feature names packs.", "FRAG-64", "malformed",
+     _pack_called("packs/3f1b-00001.bin", _pack)),
+    ("pack-other-writer", "A pack that carries another writer's number.", "FRAG-65", "malformed",
+     _pack_called("packs/3f1c-00002.bin")),
+    ("pack-other-name", "A pack of no such name.", "FRAG-65", "malformed", _pack_called("packs/00001.bin")),
     ("piece-traversal", "A piece outside the tree.", "UCF-38", "unsafe", _moved(W + "/c.0.0", "../" + W + "/c.0.0")),
     ("piece-absolute", "A piece anywhere.", "UCF-38", "unsafe", _moved(W + "/c.0.0", "/" + W + "/c.0.0")),
     ("array-in-array", "An array where another one has a group.", "UCF-36", "structure-conflict", _nested),
@@ -338,8 +403,22 @@ _LATER: tuple[tuple[str, str, str, str, Later], ...] = (
 )  # fmt: skip
 
 
+_PACKED_LATER: tuple[tuple[str, str, str, str, Later], ...] = (
+    ("pack-missing", "A pack is gone.", "UCF-3", "missing-file", _drop(PACK)),
+    ("pack-short", "A pack's last byte is gone.", "UCF-4", "wrong-length",
+     lambda files: files.update({PACK: files[PACK][:-1]})),
+    ("pack-long", "A byte behind a pack.", "UCF-4", "wrong-length", lambda files: files.update({PACK: files[PACK] + b"\0"})),
+    ("pack-swapped", "Two packs in each other's place.", "FRAG-32", "checksum-mismatch",
+     _swap("packs/3f1c-00000.bin", PACK)),
+    ("pack-pad-flip", "One bit of an edge chunk's pad.", "UCF-18", "checksum-mismatch", flip("packs/3f1c-00000.bin", 65)),
+    ("packs-no-manifest", "Packs without their manifest.", "UCF-160", "uncommitted", _drop("checkpoint.json")),
+)  # fmt: skip
+
+
 def vectors() -> Iterator[Vector]:
     yield from _valid()
+    for name, about, rule, kind, later in _PACKED_LATER:
+        yield vector("invalid", name, about, rule, build(_named, later=later), error=kind)
     for name, about, rule, kind, edit in _EDITS:
         yield vector("invalid", name, about, rule, build(edit), error=kind)
     for name, about, rule, kind, edit in _RECORDS:
