@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from elastickpt.format.release import RELEASE as __version__
+from elastickpt.format.version import RELEASE as __version__
 
 if TYPE_CHECKING:
     from elastickpt import elastic as elastic

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from elastickpt.format.release import RELEASE
+from elastickpt.format.version import RELEASE
 from elastickpt.testing.ranks import run_ranks
 from tools import golden_job
 

@@ -9,11 +9,11 @@ from functools import cached_property
 from math import prod
 
 from elastickpt.errors import Malformed
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
+from elastickpt.format.encode_values import pointer_token, value_digest
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Field, FieldKind, Manifest, OptimizerTable
-from elastickpt.format.values import Value, pointer_token, value_digest
+from elastickpt.format.values import Value
 from elastickpt.loading.checkpoint import Checkpoint
 
 Setting = tuple[FieldKind, str]  # a column of an optimizer table: its kind and key

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from elastickpt.cli.facts import ArrayFact, Facts, OptimizerFact, Setting
+from elastickpt.format.encode_values import encode_value
 from elastickpt.format.records import Manifest
-from elastickpt.format.values import Value, encode_value
+from elastickpt.format.values import Value
 
 Json = dict[str, object]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from elastickpt.cli import adopt, check, convert, diff, inspect, verify
 from elastickpt.cli.exitcodes import FAILED, INTERRUPTED, PIPE_CLOSED
 from elastickpt.cli.output import discard_stdout, prepare, say
-from elastickpt.format.release import RELEASE
+from elastickpt.format.version import RELEASE
 
 _EXAMPLES = """\
 examples:

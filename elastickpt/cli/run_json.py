@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastickpt.cli.run_facts import CheckpointFact, RunFacts
-from elastickpt.format.values import encode_value
+from elastickpt.format.encode_values import encode_value
 from elastickpt.ledger.epoch_history import EpochEntry
 from elastickpt.ledger.findings import Finding
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TypeVar
 
-from elastickpt.format.value_types import (
+from elastickpt.format.values import (
     ArrayReference,
     ArrayValue,
     DeviceValue,

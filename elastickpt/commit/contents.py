@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from elastickpt.commit.prove import ProofMemory
 from elastickpt.format.canonical_json import dump
+from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_frame, encode_frame
+from elastickpt.format.encode_values import encode_value
 from elastickpt.format.records import ArrayRecord, Frame, IndexPart
-from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.format.values import Value
 from elastickpt.ranks.messages import Message, decode, encode
 
 PART_ARRAYS = 200_000  # of one index part: about 40 MB, below the limit of 64 MiB

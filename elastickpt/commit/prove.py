@@ -10,14 +10,14 @@ from itertools import pairwise
 import numpy as np
 
 from elastickpt.errors import CoverageOverlap, StructureConflict
-from elastickpt.format.box import Box
-from elastickpt.format.columns import IntColumn
+from elastickpt.format.arrays import Box
 from elastickpt.format.documents import upper_documents
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
 from elastickpt.format.records import ArrayRecord, OptimizerTable
+from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.tables import Key, Name, Row, rows_of, table_of
-from elastickpt.format.values import value_digest
-from elastickpt.layout.coverage import require_coverage
+from elastickpt.layout.algebra import require_coverage
 
 _Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
 

@@ -20,7 +20,6 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest, manifest_in
-from elastickpt.format.features import OWN_ENTRIES, features_used, has_own_entries
 from elastickpt.format.keys import MANIFEST, index_file
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import (
@@ -32,6 +31,7 @@ from elastickpt.format.records import (
     OptimizerTable,
 )
 from elastickpt.format.values import Value
+from elastickpt.format.version import OWN_ENTRIES, features_used, has_own_entries
 from elastickpt.storage.store import Store
 
 SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each

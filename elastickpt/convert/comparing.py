@@ -14,8 +14,8 @@ from elastickpt.convert.nodes import nbytes_of, resized
 from elastickpt.convert.reading import Reading
 from elastickpt.convert.words import numbers
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.tables import Name, Row
-from elastickpt.format.values import value_digest
 
 What = Literal["only in A", "only in B", "shape", "dtype", "values", "setting", "value"]
 MAX_TOLD = 200  # characters of a value

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from elastickpt.convert.job import Job, names_of, shown_program, target_program
 from elastickpt.convert.options import Options
 from elastickpt.format.digest import file_digest
-from elastickpt.format.release import RELEASE
+from elastickpt.format.version import RELEASE
 from elastickpt.language.printer import print_program
 
 

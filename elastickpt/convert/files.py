@@ -20,8 +20,7 @@ from elastickpt.convert.saved_forms import Delivery, Form
 from elastickpt.convert.words import lattice
 from elastickpt.errors import CheckpointError
 from elastickpt.foreign.file_plans import FilePlan
-from elastickpt.storage.direct import MIN_DIRECT_NBYTES, address_of
-from elastickpt.storage.kernel import PAGE
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, PAGE, address_of
 from elastickpt.storage.store import RangeWriter, Store
 from elastickpt.writer.write_files import directories_of
 

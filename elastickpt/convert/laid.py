@@ -13,9 +13,10 @@ from elastickpt.convert.owners import Key, Owners
 from elastickpt.errors import Refused, StructureConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, LocalName, NotCarried, StoredTensor
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.records import FieldKind, Item
 from elastickpt.format.tables import Name, Row
-from elastickpt.format.values import ArrayValue, Value, value_digest
+from elastickpt.format.values import ArrayValue, Value
 from elastickpt.language import tree as t
 from elastickpt.language.held import lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray

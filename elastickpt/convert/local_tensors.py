@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, StoredTensor
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from elastickpt.convert.nodes import Cast, Mapped, Node, Term
 from elastickpt.errors import Refused
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.tables import Name, Row
-from elastickpt.format.values import value_digest
 from elastickpt.language import tree as t
 from elastickpt.language.patterns import known_names
 from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, left_out, link, renamed

@@ -9,8 +9,7 @@ from math import prod
 from typing import Literal, TypeAlias
 
 from elastickpt.foreign.listing import StoredTensor
-from elastickpt.format.box import Box
-from elastickpt.format.dtypes import dtype_named
+from elastickpt.format.arrays import Box, dtype_named
 from elastickpt.format.records import ArrayRecord
 from elastickpt.language.held import HeldPiece, Side
 from elastickpt.language.scope import Scope

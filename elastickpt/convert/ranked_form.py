@@ -17,9 +17,9 @@ from elastickpt.foreign.listing import Group, NotCarried
 from elastickpt.foreign.megatron_plan import NewRank, plan_megatron_legacy
 from elastickpt.foreign.plain_values import CLASS
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.tables import Name, Row
-from elastickpt.format.value_types import ArrayReference
-from elastickpt.format.values import value_digest
+from elastickpt.format.values import ArrayReference
 from elastickpt.language import tree as t
 from elastickpt.language.holders import LocalShape
 from elastickpt.language.orders import counted

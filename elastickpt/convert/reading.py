@@ -20,7 +20,7 @@ from elastickpt.convert.words import Words, as_words, cast_into, lattice, number
 from elastickpt.errors import ReplicaConflict
 from elastickpt.foreign.listing import StoredTensor
 from elastickpt.foreign.tensor_bytes import read_tensor, read_tensor_into
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
 from elastickpt.language.faults import located
 from elastickpt.language.held import HeldPiece, Side

@@ -11,8 +11,7 @@ from elastickpt.convert.nodes import Cast, Gathered
 from elastickpt.convert.options import Weights
 from elastickpt.errors import Refused
 from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, WholeTensor
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES, ArrayId
 
 
 def without_numbered(found: ForeignCheckpoint, only: tuple[str, ...], skip: tuple[str, ...]) -> ForeignCheckpoint:

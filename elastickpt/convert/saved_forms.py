@@ -16,10 +16,9 @@ from elastickpt.foreign.listing import Group, NotCarried, StateScalar, Tied
 from elastickpt.foreign.plain_values import CLASS
 from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.dtypes import dtype_named
+from elastickpt.format.arrays import ArrayId, dtype_named
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.tables import Name, Row
-from elastickpt.format.values import value_digest
 from elastickpt.language.held import HeldPiece
 
 

@@ -20,11 +20,10 @@ from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.nodes import Node, nbytes_of
 from elastickpt.convert.place import Place
 from elastickpt.errors import PathOccupied
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import MANIFEST, array_keys
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Frame, StoredFile, StoredPiece
-from elastickpt.format.release import CONVERTER, RELEASE
+from elastickpt.format.version import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.storage.store import Durability
 from elastickpt.writer.plans import Document, PlannedDocument, WritePlan, documents_of, files_of

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.errors import Unsupported
-from elastickpt.format.dtypes import dtype_named
+from elastickpt.format.arrays import dtype_named
 from elastickpt.language.held import Side
 
 Words = NDArray[Any]

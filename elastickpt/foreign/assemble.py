@@ -10,7 +10,7 @@ from elastickpt.errors import StructureConflict
 from elastickpt.foreign.file_plans import NewTensor
 from elastickpt.foreign.listing import Group, LocalName, StateScalar, Tied
 from elastickpt.foreign.plain_values import from_plain
-from elastickpt.format.value_types import ArrayReference
+from elastickpt.format.values import ArrayReference
 
 Keyed: TypeAlias = Literal["number", "name"]
 

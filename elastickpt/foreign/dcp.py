@@ -28,9 +28,8 @@ from elastickpt.foreign.pickle_values import ElementType, Instance, shown
 from elastickpt.foreign.plain_values import constants_among
 from elastickpt.foreign.torch_file import read_torch_file
 from elastickpt.foreign.zip_records import ByteRange
-from elastickpt.format.box import Box
-from elastickpt.format.dtypes import dtype_named
-from elastickpt.layout.coverage import prove_coverage
+from elastickpt.format.arrays import Box, dtype_named
+from elastickpt.layout.algebra import prove_coverage
 
 METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint"

@@ -13,7 +13,7 @@ from elastickpt.foreign.nested import Path
 from elastickpt.foreign.pickle_emitter import emit_pickle
 from elastickpt.foreign.pickle_values import ElementType, Instance
 from elastickpt.foreign.torch_archive import plan_torch_archive
-from elastickpt.format.value_types import ArrayValue
+from elastickpt.format.values import ArrayValue
 
 FILE = "__0_0.distcp"
 _MODULE = "torch.distributed.checkpoint"

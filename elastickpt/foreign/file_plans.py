@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
 
-from elastickpt.format.dtypes import dtype_named
+from elastickpt.format.arrays import dtype_named
 
 Frame: TypeAlias = tuple[int, bytes]  # offset in the file, what stands there
 Checksums: TypeAlias = Mapping[str, int]

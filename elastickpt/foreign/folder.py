@@ -15,8 +15,7 @@ from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.storage.opening import locate, place_in
-from elastickpt.storage.paths import checked
-from elastickpt.storage.store import Entry, Store
+from elastickpt.storage.store import Entry, Store, checked
 
 MAX_TRACKER_NBYTES = 4096
 

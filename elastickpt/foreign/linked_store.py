@@ -10,11 +10,10 @@ import os
 import stat
 from urllib.parse import unquote
 
-from elastickpt.storage.failures import naming
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import open_store
 from elastickpt.storage.ranges import LocalReader
-from elastickpt.storage.store import Caching, Entry, Store
+from elastickpt.storage.store import Caching, Entry, Store, naming
 
 
 def open_linked(url: str) -> Store:

@@ -13,8 +13,7 @@ from math import prod
 from typing import Literal, TypeAlias
 
 from elastickpt.errors import LimitExceeded, Malformed
-from elastickpt.format.box import Box
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES, Box
 from elastickpt.format.limits import MAX_DIM, MAX_NDIM, MIB
 
 MAX_REPEATED_NBYTES = 1024 * MIB  # of a tensor that has more elements than its storage (strides of 0)

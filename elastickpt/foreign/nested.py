@@ -25,9 +25,10 @@ from elastickpt.foreign.listing import (
 from elastickpt.foreign.pickle_names import is_odd_tensor
 from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import ReadTensor, to_plain
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.values import ArrayReference, value_digest
+from elastickpt.format.values import ArrayReference
 
 Path: TypeAlias = tuple[object, ...]
 _EXTRA_STATE = "_extra_state"

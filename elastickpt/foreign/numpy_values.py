@@ -6,8 +6,8 @@ from math import prod
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.foreign.pickle_values import Instance
-from elastickpt.format.dtypes import DTYPES
-from elastickpt.format.value_types import ArrayValue
+from elastickpt.format.arrays import DTYPES
+from elastickpt.format.values import ArrayValue
 
 _KINDS = {"f": "float", "i": "int", "u": "uint", "c": "complex"}
 

@@ -14,9 +14,9 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.foreign.file_plans import NewTensor
 from elastickpt.foreign.pickle_names import NAMES, storage_class
 from elastickpt.foreign.pickle_values import ElementType, Instance
-from elastickpt.format.dtypes import DTYPES
-from elastickpt.format.value_types import ArrayValue
-from elastickpt.layout.strides import c_strides
+from elastickpt.format.arrays import DTYPES
+from elastickpt.format.values import ArrayValue
+from elastickpt.layout.grid import c_strides
 
 KeyOf = Callable[[NewTensor | ArrayValue], str]
 _BATCH = 1000  # entries that one opcode adds, as in pickle itself

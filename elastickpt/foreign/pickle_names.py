@@ -14,7 +14,7 @@ from elastickpt.errors import Malformed, Unsupported
 from elastickpt.foreign.listing import StoredTensor
 from elastickpt.foreign.pickle_tree import check_key
 from elastickpt.foreign.pickle_values import ElementType, Instance, Make, Maker, StorageClass, StorageReference
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 
 _STORAGE_DTYPES = {
     "Double": "float64",

@@ -15,7 +15,7 @@ from elastickpt.foreign.numpy_values import numpy_array
 from elastickpt.foreign.pickle_names import NAMES, is_odd_tensor
 from elastickpt.foreign.pickle_values import ElementType, Instance, Maker
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.value_types import ArrayValue, DeviceValue, DtypeValue
+from elastickpt.format.values import ArrayValue, DeviceValue, DtypeValue
 
 CLASS = "$class"
 _DEVICE = "torch.device"

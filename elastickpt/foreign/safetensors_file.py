@@ -16,9 +16,8 @@ from elastickpt.foreign.listing import ForeignCheckpoint, Piece, Storage, Stored
 from elastickpt.foreign.plain_values import constants_of
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
-from elastickpt.format.box import Box
-from elastickpt.format.dtypes import DTYPES
-from elastickpt.layout.strides import c_strides
+from elastickpt.format.arrays import DTYPES, Box
+from elastickpt.layout.grid import c_strides
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library itself
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from elastickpt.errors import Refused, ValueNotCarried
 from elastickpt.foreign.file_plans import FilePlan, NewTensor, Slot, constant_file
 from elastickpt.foreign.safetensors_file import DTYPE_NAMES, MAX_HEADER_NBYTES
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 
 DEFAULT_SHARD_NBYTES = 5_000_000_000
 _NAME_OF: Mapping[str, str] = {dtype: name for name, dtype in DTYPE_NAMES.items()}

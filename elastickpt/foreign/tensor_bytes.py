@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.foreign.listing import StoredTensor, in_order
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.storage.store import RangeReader
 
 Bytes = NDArray[np.uint8]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from elastickpt.foreign.file_plans import Checksums, FilePlan, Frame, NewTensor, Slot
 from elastickpt.foreign.pickle_emitter import emit_pickle
-from elastickpt.format.value_types import ArrayValue
+from elastickpt.format.values import ArrayValue
 
 _ALIGNMENT = 64
 _ROOT = "archive/"

@@ -10,7 +10,7 @@ from elastickpt.foreign.pickle_machine import MAX_PICKLE_NBYTES, read_pickle
 from elastickpt.foreign.pickle_names import NAMES
 from elastickpt.foreign.pickle_values import StorageClass, StorageReference
 from elastickpt.foreign.zip_records import ByteRange, Record, is_zip, zip_records
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 
 
 def read_torch_file(archive: ByteRange) -> object:

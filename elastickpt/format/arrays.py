@@ -1,14 +1,105 @@
-"""What an array is, independent of ranks: identity, shape, element type. And the axes ranks are arranged on."""
+"""What an array is, independent of ranks: identity, shape, element type; boxes in it, and the axes ranks are arranged on.
+
+Bits are stored as they are, little-endian, never through a float round trip. An element type without a registered zarr
+name is stored as `uint8` with one more axis of its size in bytes and the attribute `stored_as`, its name. [UCF-20..23]
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import gt, sub
 from typing import Literal
 
-from elastickpt.errors import LimitExceeded, Malformed
-from elastickpt.format.dtypes import DType, dtype_named
+from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.limits import MAX_DIM, MAX_NDIM
+
+FillValue = str | int | bool | tuple[str, str]
+Support = Literal["core", "extension"]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type. `name` is zarr's `data_type`; `support` says whether zarr v3 core defines it."""
+
+    name: str
+    itemsize: int
+    fill_value: FillValue
+    support: Support
+
+
+def _signed(bits: int) -> DType:
+    return DType(f"int{bits}", bits // 8, -(2 ** (bits - 1)), "core")
+
+
+def _unsigned(bits: int) -> DType:
+    return DType(f"uint{bits}", bits // 8, 2**bits - 1, "core")
+
+
+_ALL = (
+    DType("bool", 1, True, "core"),
+    *(_signed(bits) for bits in (8, 16, 32, 64)),
+    *(_unsigned(bits) for bits in (8, 16, 32, 64)),
+    *(DType(f"float{bits}", bits // 8, "NaN", "core") for bits in (16, 32, 64)),
+    *(DType(f"complex{bits}", bits // 8, ("NaN", "NaN"), "core") for bits in (64, 128)),
+    DType("bfloat16", 2, "NaN", "extension"),
+    DType("float8_e4m3fn", 1, "NaN", "extension"),  # not registered; read by tensorstore. Never `float8_e4m3`.
+    DType("float8_e4m3fnuz", 1, "NaN", "extension"),
+    DType("float8_e5m2", 1, "NaN", "extension"),
+    DType("float8_e5m2fnuz", 1, "NaN", "extension"),
+    DType("float8_e8m0fnu", 1, "NaN", "extension"),
+)
+
+DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _ALL}
+
+
+def dtype_named(name: str) -> DType:
+    """The element type with zarr's `data_type` name. Raises Unsupported for a name this release does not know."""
+    try:
+        return DTYPES[name]
+    except KeyError:
+        known = ", ".join(DTYPES)
+        raise Unsupported(f"element type {name!r} is not known to this release, which knows {known}") from None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """The elements with `start[k] <= index[k] < stop[k]` on every axis k; a 0-d box has exactly one element.
+
+    [FRAG-1]
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop):
+            raise Malformed(f"box start has {len(self.start)} axes, its stop {len(self.stop)}")
+        if any(map(gt, self.start, self.stop)) or min(self.start, default=0) < 0:
+            raise Malformed(f"box [{self.start}, {self.stop}): expected 0 <= start <= stop on every axis")
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box of all elements of an array of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.start)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(sub, self.stop, self.start))
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{low}:{high}" for low, high in zip(self.start, self.stop, strict=True)) + "]"
+
 
 Section = Literal["params", "extra"]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from math import inf, isfinite, nan, prod
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
+from elastickpt.format.arrays import dtype_named
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.dtypes import dtype_named
 from elastickpt.format.limits import MAX_DEPTH, MAX_DIM, MAX_INT_DIGITS, MAX_NDIM, MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.members import Members, integer, integers, pair, sequence, text
-from elastickpt.format.value_types import (
+from elastickpt.format.strict_reading import Members, integer, integers, pair, sequence, text
+from elastickpt.format.values import (
     FACTORIES,
     MAX_PLAIN_INT,
     ORIGINS,

@@ -1,13 +1,18 @@
-"""The two hashes of the format: xxh3-128 names whole record files, xxh3-64 names blocks of stored bytes. [UCF-40..41]
+"""The two hashes of the format, and records of JSON that end with the digest of all bytes before it. [UCF-40..41, UCF-71]
 
-Both detect accidents, not forgery: integrity of a checkpoint is not its authenticity.
+xxh3-128 names whole record files, xxh3-64 blocks of stored bytes: one flipped bit anywhere is found. Both detect accidents, not
+forgery: integrity of a checkpoint is not its authenticity.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import xxhash
+
+from elastickpt.errors import ChecksumMismatch, Malformed
+from elastickpt.format.canonical_json import dump_bounded
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -21,3 +26,24 @@ def file_digest(data: Buffer) -> str:
 def block_checksum(data: Buffer) -> int:
     """The xxh3-64 of the bytes (any C-contiguous buffer), seed 0, in [0, 2^64). [UCF-41]"""
     return int(xxhash.xxh3_64_intdigest(data))
+
+
+_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
+_TAIL_NBYTES = len(b',"digest":""}\n') + 32
+
+
+def seal(record: dict[str, object], *, where: str) -> bytes:
+    """The canonical text of a record that has members, with one more, its digest. Raises ValueNotCarried if it is too large."""
+    body = dump_bounded(record, where=where).encode("ascii")[:-1]
+    return body + f',"digest":"{file_digest(body)}"}}\n'.encode("ascii")
+
+
+def check_seal(data: bytes, *, where: str) -> None:
+    """Raises Malformed where the digest's place is not found, ChecksumMismatch where it is another one."""
+    tail = _TAIL.fullmatch(data[-_TAIL_NBYTES:])
+    if tail is None:  # [UCF-71]
+        raise Malformed(f"{where}: does not end with a digest of itself; cut short, or no record of ours")
+    found = file_digest(memoryview(data)[:-_TAIL_NBYTES])
+    recorded = tail[1].decode("ascii")
+    if found != recorded:
+        raise ChecksumMismatch(f"{where}: expected xxh3-128 {recorded} (its last member), found {found}")

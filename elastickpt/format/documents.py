@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
+from elastickpt.format.arrays import DType
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.dtypes import DType
 from elastickpt.format.encode_values import encode_value, pointer_token
 from elastickpt.format.keys import components, document_file
 from elastickpt.format.limits import CONSOLIDATED_ARRAYS, MAX_MANIFEST_NBYTES

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.canonical_json import dump_bounded, parse
-from elastickpt.format.columns import IntColumn, pack, pack_ints, take_ints, take_uints, unpack
-from elastickpt.format.encode_tables import pack_tables, take_tables
+from elastickpt.format.decode_values import decode_pointers
+from elastickpt.format.encode_values import encode_pointers
 from elastickpt.format.keys import checked_path
 from elastickpt.format.limits import (
     MAX_BLOCK_NBYTES,
@@ -21,10 +21,11 @@ from elastickpt.format.limits import (
     MAX_WRITERS,
     MIN_BLOCK_NBYTES,
 )
-from elastickpt.format.members import Members, text
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, starts
 from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
-from elastickpt.format.values import Value, decode_pointers, encode_pointers
+from elastickpt.format.strict_reading import IntColumn, Members, pack, pack_ints, take_ints, take_uints, text, unpack
+from elastickpt.format.tables import pack_tables, take_tables
+from elastickpt.format.values import Value
 
 FORMAT = "elastickpt-fragments"
 

@@ -14,13 +14,12 @@ from math import prod
 from typing import Generic, TypeVar, get_args
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported, ValueNotCarried
-from elastickpt.format.arrays import ArrayId, ArraySpec, Section
+from elastickpt.format.arrays import ArrayId, ArraySpec, Section, dtype_named
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.columns import Runs, pack, pack_ints, pack_runs, take_ints, unpack
+from elastickpt.format.decode_values import decode_value
 from elastickpt.format.documents import codecs_of
-from elastickpt.format.dtypes import dtype_named
 from elastickpt.format.encode_fragments import check_version
-from elastickpt.format.encode_tables import pack_tables, take_tables
+from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import checked_name, checked_path, components
 from elastickpt.format.limits import (
     MAX_ARRAYS,
@@ -31,9 +30,10 @@ from elastickpt.format.limits import (
     MAX_MANIFEST_NBYTES,
     MAX_NDIM,
 )
-from elastickpt.format.members import Members, integers, pair, text
 from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart
-from elastickpt.format.values import Value, decode_value, encode_value
+from elastickpt.format.strict_reading import Members, Runs, integers, pack, pack_ints, pack_runs, pair, take_ints, text, unpack
+from elastickpt.format.tables import pack_tables, take_tables
+from elastickpt.format.values import Value
 
 FORMAT = "elastickpt-index"
 _SECTIONS: tuple[Section, ...] = get_args(Section)

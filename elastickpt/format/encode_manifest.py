@@ -13,12 +13,12 @@ from typing import get_args
 from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import parse
-from elastickpt.format.columns import Runs, pack_runs
+from elastickpt.format.decode_values import decode_pointers
+from elastickpt.format.digest import check_seal, seal
 from elastickpt.format.encode_fragments import check_version
-from elastickpt.format.features import FEATURES
+from elastickpt.format.encode_values import encode_pointers
 from elastickpt.format.keys import checked_name, checked_path
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
-from elastickpt.format.members import Members, integers, is_int, pair, text
 from elastickpt.format.records import (
     FORMAT_VERSION,
     Base,
@@ -31,8 +31,9 @@ from elastickpt.format.records import (
     Manifest,
     Placement,
 )
-from elastickpt.format.sealed import check_seal, seal
-from elastickpt.format.values import Value, decode_pointers, encode_pointers
+from elastickpt.format.strict_reading import Members, Runs, integers, is_int, pack_runs, pair, text
+from elastickpt.format.values import Value
+from elastickpt.format.version import FEATURES
 
 FORMAT = "elastickpt"
 FRAME = "elastickpt-frame"

@@ -1,5 +1,6 @@
 """Values into typed JSON: each value has one spelling; what has no tag is refused with its path. [UCF-50..59,
-UCF-101..106]"""
+UCF-101..106]
+"""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from math import isfinite, isnan, prod
 from typing import Any, cast
 
 from elastickpt.errors import ValueNotCarried
+from elastickpt.format.arrays import DTYPES
 from elastickpt.format.canonical_json import dump, dump_sorted
 from elastickpt.format.digest import file_digest
-from elastickpt.format.dtypes import DTYPES
 from elastickpt.format.limits import MAX_DEPTH, MAX_INT_DIGITS, MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.value_types import (
+from elastickpt.format.values import (
     FACTORIES,
     MAX_PLAIN_INT,
     ArrayReference,

@@ -9,9 +9,9 @@ from operator import add
 
 import numpy as np
 
-from elastickpt.format.box import Box
-from elastickpt.format.columns import IntColumn, UintColumn
+from elastickpt.format.arrays import Box
 from elastickpt.format.records import OptimizerTable, StoredFile, StoredPiece
+from elastickpt.format.strict_reading import IntColumn, UintColumn
 from elastickpt.format.values import Value
 
 

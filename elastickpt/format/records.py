@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from elastickpt.format.arrays import ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArraySpec, Box, Mesh
 from elastickpt.format.values import Value
 
 FORMAT_VERSION = 1

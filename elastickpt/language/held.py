@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.language import tree as t
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Coordinate, Digit, Lowering, Strand, clipped
-from elastickpt.layout.algebra import intersect
-from elastickpt.layout.coverage import CoverageReport, prove_coverage
+from elastickpt.layout.algebra import CoverageReport, intersect, prove_coverage
+from elastickpt.layout.grid import c_strides
 from elastickpt.layout.partition import flat_boxes
-from elastickpt.layout.strides import c_strides
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from elastickpt.format.arrays import Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box, Mesh
 from elastickpt.format.limits import MAX_CHUNKS, MIB
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import CHUNK_NBYTES, ByteRun, chunk_count, chunk_nbytes, chunk_shape, chunks_of, runs_of

@@ -1,7 +1,8 @@
-"""Splits of one extent into `ways` intervals, and flat ranges of a box as boxes.
+"""Splits of one extent into `ways` intervals, flat ranges of a box as boxes, and which part of a box each replica writes.
 
 A split is exactly `ways` half-open intervals `(start, stop)` in order, adjacent, covering `[0, extent)`; what is
-empty at the end is `(extent, extent)`. All counts are in elements.
+empty at the end is `(extent, extent)`. All counts are in elements. What a replica writes is a function of box and replica
+number, so that nobody has to ask.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from elastickpt.errors import LayoutUnsupported, Malformed
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
+from elastickpt.format.limits import MIB
 
 Split = tuple[tuple[int, int], ...]
 
@@ -91,3 +93,29 @@ def _rows(box: Box, axis: int, rows: tuple[int, int]) -> Box:
 def _check(extent: int, ways: int) -> None:
     if extent < 0 or ways < 1:
         raise LayoutUnsupported(f"an extent of {extent} cannot be split {ways} ways")
+
+
+MIN_SPLIT_NBYTES = MIB  # below this, one more file to open and sync costs more than the bytes that another rank saves
+
+
+def share_of(box: Box, *, itemsize: int, index: int, count: int, salt: int) -> tuple[Box, ...]:
+    """What replica `index` of `count` writes of `box`; over all indices the shares cover it exactly once.
+
+    A box under 1 MiB goes whole to replica `salt % count`. A larger one is split by rows of the first axis with at
+    least `count` of them, or by flat ranges where there is none, as evenly as whole rows or elements allow; the
+    remainder goes to the replicas from `salt % count` on. `salt` is any number that all replicas know, one an array,
+    so that the small arrays and the remainders spread over the replicas. Raises LayoutUnsupported unless `0 <= index
+    < count`.
+    """
+    if not 0 <= index < count:
+        raise LayoutUnsupported(f"replica {index} of {count} of box {box}")
+    turn = (index - salt) % count
+    if count == 1 or box.count * itemsize < MIN_SPLIT_NBYTES:
+        return (box,) if turn == 0 and box.count else ()
+    for axis, extent in enumerate(box.shape):
+        if extent >= count:
+            low = box.start[axis]
+            first, last = balanced(extent, count)[turn]
+            start = (*box.start[:axis], low + first, *box.start[axis + 1 :])
+            return (Box(start, (*box.stop[:axis], low + last, *box.stop[axis + 1 :])),)
+    return flat_boxes(box, *balanced(box.count, count)[turn])

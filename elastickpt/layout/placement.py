@@ -15,8 +15,7 @@ from functools import lru_cache
 from itertools import product
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box, Mesh
 from elastickpt.layout.partition import torch_chunk
 
 _PLACEMENT = re.compile(r"R|(_?)S\((0|[1-9][0-9]*)\)", re.ASCII)

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from elastickpt.errors import Malformed
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.format.limits import MIB
 from elastickpt.layout.algebra import intersect
+from elastickpt.layout.grid import c_strides, fold, slices
 from elastickpt.layout.partition import flat_boxes
-from elastickpt.layout.strides import c_strides, fold, slices
 
 SCATTER_NBYTES = 16 * MIB  # of a read that goes through a buffer: bounds a reader's memory, long enough for any disk
 

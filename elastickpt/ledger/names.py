@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastickpt.errors import Refused
-from elastickpt.format.scalars import as_integer, described
+from elastickpt.format.values import as_integer, described
 from elastickpt.storage.store import Entry
 
 COMMITS = "commits"

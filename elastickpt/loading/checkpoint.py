@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.errors import MissingFile, Refused
-from elastickpt.format.arrays import ArrayId, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.format.documents import documents
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, Item, Manifest, OptimizerTable

@@ -33,8 +33,8 @@ from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, StoredFile
-from elastickpt.format.release import CONVERTER
 from elastickpt.format.values import Value
+from elastickpt.format.version import CONVERTER
 from elastickpt.loading.registered import registered_digest
 from elastickpt.storage.opening import locate
 from elastickpt.storage.store import Store

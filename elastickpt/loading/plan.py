@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, MissingFile, WrongLength
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
-from elastickpt.layout.algebra import intersect
-from elastickpt.layout.coverage import CoverageReport, prove_box_coverage
+from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_coverage
 from elastickpt.layout.placement import places_that_hold
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.loading.opened import Opened

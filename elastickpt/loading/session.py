@@ -11,8 +11,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
-from elastickpt.format.arrays import ArrayId, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.format.records import ArrayRecord
 from elastickpt.format.values import Value
 from elastickpt.loading.agreement import (

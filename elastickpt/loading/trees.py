@@ -14,17 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.errors import NotACheckpoint, Refused, StateMismatch
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
-from elastickpt.format.values import (
-    ArrayReference,
-    ArrayValue,
-    DeviceValue,
-    DtypeValue,
-    NamedTupleValue,
-    Value,
-    pointer_token,
-)
+from elastickpt.format.arrays import ArrayId, Box
+from elastickpt.format.encode_values import pointer_token
+from elastickpt.format.values import ArrayReference, ArrayValue, DeviceValue, DtypeValue, NamedTupleValue, Value
 
 if TYPE_CHECKING:
     from elastickpt.loading.checkpoint import Checkpoint

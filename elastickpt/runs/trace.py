@@ -13,8 +13,8 @@ from pathlib import Path
 
 from elastickpt.errors import Refused
 from elastickpt.runs.events import Phase, Process
-from elastickpt.storage.failures import naming
 from elastickpt.storage.opening import local_path
+from elastickpt.storage.store import naming
 
 _THREADS: dict[Process, int] = {"trainer": 1, "writer": 2}
 _HEAD, _TAIL = b"[", b"\n]\n"

@@ -18,8 +18,10 @@ from types import NoneType
 from elastickpt.commit.destination import Located
 from elastickpt.errors import PlacementUnsupported
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.release import RELEASE
-from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.format.decode_values import decode_text
+from elastickpt.format.encode_values import encode_value
+from elastickpt.format.values import Value
+from elastickpt.format.version import RELEASE
 from elastickpt.ranks.process_group import torch_version
 from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team

@@ -25,8 +25,7 @@ from types import NoneType
 from typing import Literal
 
 from elastickpt.errors import ReplicaConflict
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.limits import MIB
 from elastickpt.ranks.messages import Message, encode

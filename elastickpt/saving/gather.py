@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128
 
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 
 DIGEST_NBYTES = 1 << 20  # a multiple of every element size
 

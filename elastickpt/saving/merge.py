@@ -16,8 +16,8 @@ from elastickpt.format.keys import array_keys
 from elastickpt.format.records import ArrayRecord, Frame, Item, Layout
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
+from elastickpt.layout.partition import MIN_SPLIT_NBYTES
 from elastickpt.layout.placement import cuts_of
-from elastickpt.layout.replicas import MIN_SPLIT_NBYTES
 from elastickpt.ranks.messages import Message
 from elastickpt.saving.structure import HeldEntry, StructureTable
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy
 
 from elastickpt.errors import ReplicaConflict
+from elastickpt.format.encode_values import pointer_token, values_equal
 from elastickpt.format.records import Field, OptimizerTable
 from elastickpt.format.tables import Name, Row, rows_of
-from elastickpt.format.values import ArrayReference, ArrayValue, Value, pointer_token, values_equal
+from elastickpt.format.values import ArrayReference, ArrayValue, Value
 from elastickpt.saving.messages import TABLE_PREFIX
 
 

@@ -23,7 +23,9 @@ from elastickpt.commit.contents import Contents
 from elastickpt.commit.outcome import STANDS, abandon
 from elastickpt.errors import CheckpointError, fault
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.values import Value, decode_text, encode_value
+from elastickpt.format.decode_values import decode_text
+from elastickpt.format.encode_values import encode_value
+from elastickpt.format.values import Value
 from elastickpt.ranks.questions import Question
 from elastickpt.ranks.team import Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree

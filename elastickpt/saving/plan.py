@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from elastickpt.format.arrays import Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box, Mesh
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.tables import without
+from elastickpt.layout.partition import share_of
 from elastickpt.layout.placement import replica_ranks
-from elastickpt.layout.replicas import share_of
 from elastickpt.saving.merge import SharedArray, with_order
 from elastickpt.writer.plans import PlannedDocument, PlannedFile, WritePlan, files_of
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from elastickpt.format.values import Value, value_digest
+from elastickpt.format.encode_values import value_digest
+from elastickpt.format.values import Value
 from elastickpt.saving.merge_values import settings_of
 from elastickpt.saving.messages import TABLE_PREFIX
 from elastickpt.saving.structures import KNOWN, EncodedTable

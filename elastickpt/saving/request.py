@@ -7,7 +7,7 @@ from typing import Literal, SupportsIndex, cast, get_args
 
 from elastickpt.errors import PlacementUnsupported, Refused
 from elastickpt.format.digest import block_checksum
-from elastickpt.format.scalars import as_integer, described
+from elastickpt.format.values import as_integer, described
 from elastickpt.ranks.team import require_limit
 from elastickpt.storage.store import Durability
 

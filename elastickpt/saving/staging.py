@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastickpt.errors import LimitExceeded, Refused
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.ranks.workers import Pool
 from elastickpt.saving.gather import Bytes, flat_bytes, gather, part_of
-from elastickpt.storage.direct import address_of
+from elastickpt.storage.kernel import address_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.memory import host_address, host_elements
 from elastickpt.writer.arena import Arena

@@ -9,9 +9,8 @@ import re
 import secrets
 import stat
 
-from elastickpt.storage.failures import naming
 from elastickpt.storage.opening import place_in
-from elastickpt.storage.store import Store
+from elastickpt.storage.store import Store, naming
 
 _TRIES = 20
 _UNABLE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -12,11 +12,9 @@ import weakref
 from pathlib import Path
 
 from elastickpt.errors import CapabilityMissing, LimitExceeded, MissingFile, PathOccupied
-from elastickpt.storage.failures import naming
 from elastickpt.storage.kernel import IN_MEMORY, file_system, make_spread, spread_below, sync_file_system, syncfs_reports
-from elastickpt.storage.paths import ancestors_of, checked, checked_directory
 from elastickpt.storage.ranges import LocalReader, LocalWriter, demand_file, write_whole
-from elastickpt.storage.store import Caching, Capabilities, Entry, EntryKind
+from elastickpt.storage.store import Caching, Capabilities, Entry, EntryKind, ancestors_of, checked, checked_directory, naming
 
 _SHARED_BY_HOSTS = frozenset({"lustre", "gpfs"})  # coherent for disjoint byte ranges; NFS and FUSE are not
 _TREE_SYNC = frozenset({"ext4", "xfs", "btrfs", "f2fs", "tmpfs", "ramfs"})  # where syncfs reports failed write-back

@@ -6,9 +6,8 @@ import threading
 from dataclasses import dataclass, field
 
 from elastickpt.errors import CapabilityMissing, LimitExceeded, MissingFile, PathOccupied, WrongLength
-from elastickpt.storage.paths import ancestors_of, checked, checked_directory, parent_of
 from elastickpt.storage.ranges import as_bytes
-from elastickpt.storage.store import Caching, Capabilities, Entry
+from elastickpt.storage.store import Caching, Capabilities, Entry, ancestors_of, checked, checked_directory, parent_of
 
 _CAPABILITIES = Capabilities(
     exclusive_create=True,

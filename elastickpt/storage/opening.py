@@ -14,11 +14,10 @@ from importlib.metadata import entry_points
 from urllib.parse import unquote
 
 from elastickpt.errors import MissingFile, NotACheckpoint, PathOccupied, Refused
-from elastickpt.storage.failures import naming
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.remote import FsspecStore
-from elastickpt.storage.store import Store
+from elastickpt.storage.store import Store, naming
 
 STORES = "elastickpt.stores"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)

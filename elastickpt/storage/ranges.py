@@ -9,16 +9,16 @@ import threading
 from contextlib import suppress
 
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed, Unsafe, WrongLength
-from elastickpt.storage.direct import (
+from elastickpt.storage.kernel import (
     MIN_DIRECT_NBYTES,
     MIN_DIRECT_READ_NBYTES,
     DirectDescriptor,
     aligned_buffer,
     aligned_inside,
+    cached_pages,
     open_direct,
 )
-from elastickpt.storage.failures import naming
-from elastickpt.storage.kernel import cached_pages
+from elastickpt.storage.store import naming
 
 _LARGEST_CALL = 64 << 20  # bytes of one system call: a failing or killed writer stops within so much
 _NOT_DIRECT = (

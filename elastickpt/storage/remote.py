@@ -9,10 +9,8 @@ from typing import Any
 import fsspec
 
 from elastickpt.errors import CapabilityMissing, CheckpointError, LimitExceeded, MissingFile, StorageFailed, WrongLength
-from elastickpt.storage.failures import naming
-from elastickpt.storage.paths import checked, checked_directory
 from elastickpt.storage.ranges import as_bytes
-from elastickpt.storage.store import Caching, Capabilities, Entry, RangeWriter
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeWriter, checked, checked_directory, naming
 
 # How a protocol creates exclusively, by name: of the others some only look before they write, which is no promise.
 _CONDITIONAL_PUT = frozenset({"s3", "s3a", "gs", "gcs"})  # pipe_file(mode="create") is one conditional request

@@ -21,8 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from elastickpt.storage.failures import storage_failure
-from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, storage_failure
 
 T = TypeVar("T")
 Mode = Literal["before", "after", "torn"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from elastickpt.format.values import typed_key
+from elastickpt.format.encode_values import typed_key
 from elastickpt.training.perrank import PerRank
 from elastickpt.training.rng import RNG, streams
 from elastickpt.training.stateful import is_stateful

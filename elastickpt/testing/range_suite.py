@@ -11,7 +11,7 @@ import pytest
 from elastickpt.errors import (
     WrongLength,
 )
-from elastickpt.storage.direct import aligned_buffer
+from elastickpt.storage.kernel import aligned_buffer
 from elastickpt.storage.store import Store
 from elastickpt.testing.lacking import lacks
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.values import ArrayReference
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import SPARSE, Saved, made, require_indices

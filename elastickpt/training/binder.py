@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import ArrayReference, Value, typed_key
+from elastickpt.format.encode_values import typed_key
+from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import SPARSE, composition_in, differing, require_indices
 from elastickpt.training.dtensors import Job, whole_id
 from elastickpt.training.entries import Install, code_of, entry_name, install_all

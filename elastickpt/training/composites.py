@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from elastickpt.errors import Malformed
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import DtypeValue, Value, typed_key
+from elastickpt.format.encode_values import typed_key
+from elastickpt.format.values import DtypeValue, Value
 from elastickpt.training.contexts import NotMade, context_from, described, description_text, outer_shapes
 from elastickpt.training.elements import PLAIN, Attributes, settled
 from elastickpt.training.loaded import is_loaded_instance

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.layout.placement import physical_box
 from elastickpt.training.composites import Cut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
 from elastickpt.training.elements import PLAIN, elements_of, settled

@@ -12,7 +12,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 from elastickpt.format.values import Value
 from elastickpt.training.loaded import is_loaded_instance
 from elastickpt.training.strides import Order, order_of

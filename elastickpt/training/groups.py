@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from elastickpt.format.encode_values import typed_key
 from elastickpt.format.tables import Name
-from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value, typed_key
+from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.elements import dtype_name
 from elastickpt.training.optimizer_columns import group_place, options_of

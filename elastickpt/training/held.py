@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import ArraySpec, Mesh, Section
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArraySpec, Box, Mesh, Section
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 

@@ -9,8 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import Job, Placed, has_place, hold, is_even, memorable, parts_of_spec, placed
 from elastickpt.training.elements import elements_of, settled

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from elastickpt.errors import LayoutUnsupported, StructureConflict
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.format.tables import Name
 from elastickpt.training.dtensors import Placed, box_of, placed
 from elastickpt.training.held import HeldArray

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 
 JOBS = 4  # states of different keys whose tensors are remembered

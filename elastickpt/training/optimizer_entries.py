@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.values import Value, values_equal
+from elastickpt.format.encode_values import values_equal
+from elastickpt.format.values import Value
 from elastickpt.training.known_entries import Computed, Known, Path
 from elastickpt.training.known_memory import KnownMemory, tensors_in
 from elastickpt.training.members import Member, groups_of, states_of

@@ -14,8 +14,7 @@ from dataclasses import replace
 import numpy
 import torch
 
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES, ArrayId
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import is_composite

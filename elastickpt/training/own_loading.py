@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from elastickpt.errors import StateMismatch
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import placed

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from elastickpt.format.arrays import Mesh
-from elastickpt.format.values import Value, typed_key
+from elastickpt.format.encode_values import typed_key
+from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.containers import bind_container
 from elastickpt.training.dtensors import Job

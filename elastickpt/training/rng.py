@@ -18,7 +18,8 @@ import numpy
 import torch
 
 from elastickpt.errors import Malformed
-from elastickpt.format.values import ArrayValue, Value, typed_key
+from elastickpt.format.encode_values import typed_key
+from elastickpt.format.values import ArrayValue, Value
 from elastickpt.training.values import array_value, carried, revived, tensor_of
 
 

@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.errors import ValueNotCarried
+from elastickpt.format.encode_values import typed_key
 from elastickpt.format.records import OptimizerTable
 from elastickpt.format.tables import Name
-from elastickpt.format.values import Value, typed_key
+from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.members import groups_of

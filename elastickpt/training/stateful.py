@@ -16,7 +16,8 @@ import torch
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.values import ArrayReference, ArrayValue, Value, typed_key
+from elastickpt.format.encode_values import typed_key
+from elastickpt.format.values import ArrayReference, ArrayValue, Value
 from elastickpt.training.anew import referred_anew, shape_and_dtype
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse

@@ -10,9 +10,10 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from elastickpt.format.encode_values import typed_key, values_equal
 from elastickpt.format.records import Field, FieldKind, OptimizerTable
 from elastickpt.format.tables import Key, Name, Row, rows_of
-from elastickpt.format.values import Value, typed_key, values_equal
+from elastickpt.format.values import Value
 
 
 class TableBuilder:

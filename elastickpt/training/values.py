@@ -15,7 +15,7 @@ import numpy
 import torch
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import (
     ArrayReference,

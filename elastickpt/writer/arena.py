@@ -22,7 +22,7 @@ from typing import Self
 import numpy as np
 
 from elastickpt.errors import NoSpace, Refused
-from elastickpt.storage.failures import naming
+from elastickpt.storage.store import naming
 from elastickpt.writer.write_files import Bytes
 
 _numbers = itertools.count()

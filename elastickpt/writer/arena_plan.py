@@ -1,5 +1,6 @@
 """What a writer knows of a structure: its rank's plan, laid out for an arena, and on the committer's the outline. A writer
-process gets it once: it is identified by a digest, so that no later save sends it again."""
+process gets it once: it is identified by a digest, so that no later save sends it again.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from elastickpt.commit.contents import Outline, decode_outline, encode_outline
-from elastickpt.format.box import Box
-from elastickpt.format.columns import pack_ints
+from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
+from elastickpt.format.strict_reading import pack_ints
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan

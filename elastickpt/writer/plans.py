@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elastickpt.format.arrays import ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArraySpec, Box
 from elastickpt.format.documents import array_document, group_document
 from elastickpt.format.keys import chunk_file, document_file
 from elastickpt.format.records import ArrayRecord

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from elastickpt.errors import LimitExceeded
-from elastickpt.storage.direct import MIN_DIRECT_NBYTES
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 from elastickpt.writer.plans import PlannedFile, PlannedPiece
 
 BLOCK_NBYTES = 256 << 10

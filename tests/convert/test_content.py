@@ -13,7 +13,7 @@ from elastickpt.convert.nodes import Agreement, Gathered, Share, resized
 from elastickpt.convert.reading import Reading
 from elastickpt.errors import ProgramFault, ReplicaConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, LocalTensor, RankListing, Storage, StoredTensor
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.language.held import lower
 from elastickpt.language.scope import Scope
 from elastickpt.language.tree import NOWHERE

@@ -18,7 +18,7 @@ from simulated import Files, State, files, load_from, opened, save_on
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
-from elastickpt.layout import grid, replicas
+from elastickpt.layout import grid, partition
 from elastickpt.loading.fetch import _Fetching
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
@@ -115,7 +115,7 @@ class Saved:
 def saved() -> Iterator[Saved]:
     name = f"damage-{uuid.uuid4().hex}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicas, "MIN_SPLIT_NBYTES", 8)
+        patch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
         patch.setattr(grid, "CHUNK_NBYTES", 160_000)
         for module in ("portions", "write_files", "share"):
             patch.setattr(f"elastickpt.writer.{module}.BLOCK_NBYTES", BLOCK)

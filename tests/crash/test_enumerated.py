@@ -31,7 +31,7 @@ from simulated import (
 )
 
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, NotACheckpoint, RankLost, ReadOnly, StorageFailed
-from elastickpt.layout import replicas
+from elastickpt.layout import partition
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
@@ -67,7 +67,7 @@ ALL_FAULTS: tuple[Fault, ...] = tuple(
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that two members fill one chunk file of a few bytes together."""
-    monkeypatch.setattr(replicas, "MIN_SPLIT_NBYTES", 8)
+    monkeypatch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
 
 
 @pytest.fixture

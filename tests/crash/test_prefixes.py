@@ -10,7 +10,7 @@ import pytest
 from simulated import files, require_absent_or_whole, require_whole, save_on, state
 
 from elastickpt.errors import CheckpointError
-from elastickpt.layout import replicas
+from elastickpt.layout import partition
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
@@ -21,7 +21,7 @@ NAMES = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "MIN_SPLIT_NBYTES", 8)
+    monkeypatch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ from elastickpt.foreign.pickle_machine import read_pickle
 from elastickpt.foreign.pickle_names import NAMES
 from elastickpt.foreign.pickle_values import ElementType, Instance
 from elastickpt.foreign.plain_values import from_plain, to_plain
-from elastickpt.format.values import ArrayValue, DtypeValue, encode_value
+from elastickpt.format.encode_values import encode_value
+from elastickpt.format.values import ArrayValue, DtypeValue
 
 
 def no_storage(_: object) -> object:

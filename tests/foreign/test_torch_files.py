@@ -24,8 +24,7 @@ from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.listing import ForeignCheckpoint, Storage, StoredTensor, Tied
 from elastickpt.foreign.tensor_bytes import read_box
-from elastickpt.format.box import Box
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES, Box
 from elastickpt.storage.store import RangeReader
 
 

@@ -34,7 +34,7 @@ from elastickpt.foreign.pickle_values import ElementType, Instance
 from elastickpt.foreign.safetensors_file import DTYPE_NAMES
 from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 from elastickpt.format.values import ArrayReference, ArrayValue
 
 VALUE = {

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import Malformed
 from elastickpt.format.agreement import check_fragments, check_writers
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.encode_manifest import encode_manifest
 from elastickpt.format.keys import chunk_file

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import zarr
 
-from elastickpt.format.arrays import ArrayId, ArraySpec
+from elastickpt.format.arrays import DTYPES, ArrayId, ArraySpec
 from elastickpt.format.documents import documents, root_document
-from elastickpt.format.dtypes import DTYPES
 from elastickpt.format.keys import array_keys, chunk_file
 from elastickpt.format.records import ArrayRecord, IndexPart
 

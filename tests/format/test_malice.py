@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from elastickpt.errors import CheckpointError
 from elastickpt.format.agreement import check_fragments, check_index
 from elastickpt.format.canonical_json import parse
+from elastickpt.format.decode_values import decode_value
 from elastickpt.format.encode_fragments import decode_columns
 from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
-from elastickpt.format.values import decode_value
 
 VECTORS = Path(__file__).parent.parent.parent / "spec" / "vectors"
 TAGS = ["$tuple", "$bytes", "$map", "$counter", "$odict", "$set", "$frozenset", "$float", "$int", "$complex", "$array"]

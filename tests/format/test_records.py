@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe, ValueNotCarried
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.digest import block_checksum, file_digest
 from elastickpt.format.encode_fragments import decode_columns, decode_fragments, encode_fragments
 from elastickpt.format.encode_index import decode_index, encode_index

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import LimitExceeded, ValueNotCarried
 from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.decode_values import decode_value
+from elastickpt.format.encode_values import encode_pointers, encode_value, value_digest, values_equal
 from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import (
     FACTORIES,
@@ -24,11 +26,6 @@ from elastickpt.format.values import (
     EnumValue,
     NamedTupleValue,
     StateReference,
-    decode_value,
-    encode_pointers,
-    encode_value,
-    value_digest,
-    values_equal,
 )
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

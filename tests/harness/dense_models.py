@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 
 
 def dense(name: str, shape: Sequence[int]) -> torch.Tensor:

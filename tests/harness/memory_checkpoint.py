@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from elastickpt.errors import CoverageGap, ReplicaConflict, StateMismatch
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
+from elastickpt.format.encode_values import typed_key
 from elastickpt.format.records import FieldKind, Item, OptimizerTable
 from elastickpt.format.tables import Name
-from elastickpt.format.values import Value, typed_key
+from elastickpt.format.values import Value
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.held import LiveState
 from elastickpt.training.listing import Binding, Listing

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickpt.errors import Malformed
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.layout.algebra import contains, intersect, relative, shift, subtract
 
 SIDE = 6

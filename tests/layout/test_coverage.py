@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickpt.errors import CoverageGap, CoverageOverlap, Malformed
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
-from elastickpt.layout import coverage
-from elastickpt.layout.algebra import intersect
-from elastickpt.layout.coverage import LISTED, CoverageReport, prove_box_coverage, prove_coverage, require_coverage
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
+from elastickpt.layout import algebra
+from elastickpt.layout.algebra import LISTED, CoverageReport, intersect, prove_box_coverage, prove_coverage, require_coverage
 from elastickpt.layout.partition import balanced, flat_boxes
 
 law = settings(max_examples=200, deadline=None)
@@ -144,14 +142,14 @@ MANY = {
 def test_the_work_for_usual_covers_is_nearly_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in boxes looked at, so that a quadratic proof fails on any machine."""
     looked_at = 0
-    slabs = coverage._slabs
+    slabs = algebra._slabs
 
-    def counting(items: list[coverage.Item], *rest: int) -> list[tuple[int, int, list[coverage.Item]]]:
+    def counting(items: list[algebra.Item], *rest: int) -> list[tuple[int, int, list[algebra.Item]]]:
         nonlocal looked_at
         looked_at += len(items)
         return slabs(items, *rest)
 
-    monkeypatch.setattr(coverage, "_slabs", counting)
+    monkeypatch.setattr(algebra, "_slabs", counting)
     boxes = MANY[kind].copy()
     random.Random(7).shuffle(boxes)
     assert prove_coverage(WHOLE.shape, boxes).exact

@@ -10,11 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickpt.errors import LimitExceeded, Malformed
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.format.limits import MAX_CHUNKS, MIB
-from elastickpt.layout.coverage import prove_coverage
-from elastickpt.layout.grid import CHUNK_NBYTES, ByteRun, chunk_count, chunk_nbytes, chunk_shape, chunks, runs_of
-from elastickpt.layout.strides import c_strides, fold
+from elastickpt.layout.algebra import prove_coverage
+from elastickpt.layout.grid import (
+    CHUNK_NBYTES,
+    ByteRun,
+    c_strides,
+    chunk_count,
+    chunk_nbytes,
+    chunk_shape,
+    chunks,
+    fold,
+    runs_of,
+)
 
 law = settings(max_examples=200, deadline=None)
 Shape = tuple[int, ...]

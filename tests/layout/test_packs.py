@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastickpt.format.arrays import Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box, Mesh
 from elastickpt.layout import packs
-from elastickpt.layout.coverage import prove_coverage
+from elastickpt.layout.algebra import prove_coverage
 from elastickpt.layout.grid import CHUNK_NBYTES, chunk_nbytes, chunks
 from elastickpt.layout.packs import Cutting, Shared, packed_chunk_shape, place_slots, share_out, slots_of
 from elastickpt.layout.placement import physical_box, replica_ranks

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickpt.errors import LayoutUnsupported, Malformed
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.layout.partition import Split, balanced, even, explicit, flat_boxes, torch_chunk
 
 law = settings(max_examples=200, deadline=None)

@@ -12,13 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickpt.errors import Malformed
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.layout import reads as reads_module
-from elastickpt.layout.algebra import contains, intersect, relative
-from elastickpt.layout.coverage import prove_box_coverage
-from elastickpt.layout.grid import ByteRun, chunk_count, chunk_nbytes, runs_of
+from elastickpt.layout.algebra import contains, intersect, prove_box_coverage, relative
+from elastickpt.layout.grid import ByteRun, chunk_count, chunk_nbytes, runs_of, slices
 from elastickpt.layout.reads import Direct, Read, Scatter, Segment, match_pieces, plan_reads, segments
-from elastickpt.layout.strides import slices
 
 law = settings(max_examples=200, deadline=None)
 Shape = tuple[int, ...]

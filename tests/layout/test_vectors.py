@@ -7,9 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from elastickpt.format.box import Box
-from elastickpt.layout.algebra import intersect
-from elastickpt.layout.coverage import prove_coverage
+from elastickpt.format.arrays import Box
+from elastickpt.layout.algebra import intersect, prove_coverage
 from elastickpt.layout.grid import runs_of
 from elastickpt.layout.partition import even, explicit, flat_boxes, torch_chunk
 from elastickpt.layout.placement import physical_box

@@ -15,8 +15,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.records import FragmentMap, IndexPart, StoredFile, StoredPiece
 
 WEIGHT = "params/model/first.weight/value"

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import elastickpt as ek
 from elastickpt.errors import ChecksumMismatch, CoverageGap, WrongLength
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.format.records import ArrayRecord
 from elastickpt.loading.fetch import FetchReport, fetch
 from elastickpt.loading.opened import Opened, open_records

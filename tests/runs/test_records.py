@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from run_actors import W, X, by, commit_of
 
 from elastickpt.errors import ChecksumMismatch, Damaged, Malformed, Refused, Unsupported
-from elastickpt.format.sealed import seal
+from elastickpt.format.digest import seal
 from elastickpt.ledger.names import (
     MAX_NUMBER,
     AttemptId,

@@ -13,8 +13,7 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from elastickpt.commit.contents import Contents, Outline
 from elastickpt.commit.destination import PathDestination
 from elastickpt.commit.outcome import commit
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import array_keys
 from elastickpt.format.records import ArrayRecord, Frame, Item
 from elastickpt.layout.grid import chunk_shape

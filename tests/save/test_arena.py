@@ -20,14 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import LimitExceeded, NoSpace, Refused
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.layout.grid import ByteRun, runs_of
 from elastickpt.ranks.workers import Pool
 from elastickpt.saving import staging
 from elastickpt.saving.gather import gather, part_of
 from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of
-from elastickpt.storage.direct import MIN_DIRECT_NBYTES
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan, decode_prepared, prepare

@@ -12,8 +12,7 @@ import zarr
 
 import elastickpt as ek
 from elastickpt.errors import Refused
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.layout import grid
 
 SHAPES = ((), (1,), (17,), (100,), (9, 7), (3, 50), (1, 1, 90), (5, 6, 7), (2, 3, 4, 5), (40, 1))

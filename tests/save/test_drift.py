@@ -15,8 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import elastickpt as ek
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.ranks import star
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving.drift import NAMED, Hashed, Row, Why, differing_keys, drifted, looks_asked_for, looks_of

@@ -18,8 +18,7 @@ import pytest
 from imagined import Job, held, identity, job_of, live
 
 from elastickpt.commit.draft import Draft
-from elastickpt.format.arrays import Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box, Mesh
 from elastickpt.format.records import FileDigest
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_in

@@ -10,8 +10,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.errors import ChecksumMismatch
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_records
 from elastickpt.loading.plan import Wanted

@@ -17,16 +17,16 @@ import zarr
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, Malformed
 from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.decode_values import decode_value
 from elastickpt.format.documents import array_document, documents, group_document
 from elastickpt.format.encode_fragments import decode_columns, decode_fragments, encode_fragments
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
+from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import array_keys, child_keys, chunk_file, fragments_file, index_file
 from elastickpt.format.records import ArrayRecord
-from elastickpt.format.values import decode_value, encode_value
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slots_of

@@ -15,7 +15,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from elastickpt.errors import MissingFile, ReadOnly, Unsupported
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
 from elastickpt.storage import arrays
 from elastickpt.storage.arrays import BFloat16, Float8E4M3FN, Float8E8M0FNU, read_only_store, register_data_types
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from elastickpt.errors import CapabilityMissing, MissingFile, NoSpace, PathOccupied, ReadOnly, StorageFailed, Unsafe
-from elastickpt.storage import direct, kernel, local, ranges
-from elastickpt.storage.direct import aligned_buffer
+from elastickpt.storage import kernel, local, ranges
+from elastickpt.storage.kernel import aligned_buffer
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Entry
 from elastickpt.testing.store_suite import StoreSuite
@@ -113,7 +113,7 @@ def test_a_range_goes_through_the_cache_where_o_direct_cannot_be_opened(store, m
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(path, flags, *rest, **named)
 
-    monkeypatch.setattr(direct.os, "open", refuse_direct)
+    monkeypatch.setattr(kernel.os, "open", refuse_direct)
     data = bytes_in(2 * MIB)
     with closing(store.open_writer("file", 2 * MIB)) as writer:
         writer.write(0, data)
@@ -160,7 +160,7 @@ def test_no_direct_descriptor_is_taken_of_another_file_with_the_name(tmp_path):
 
 def test_aligned_memory_starts_at_a_page_and_is_zero():
     memory = aligned_buffer(12_345)
-    assert direct.address_of(memoryview(memory)) % kernel.PAGE == 0
+    assert kernel.address_of(memoryview(memory)) % kernel.PAGE == 0
     assert (memory.shape, memory.any(), memory.flags.writeable) == ((12_345,), False, True)
 
 
@@ -168,7 +168,7 @@ def test_aligned_memory_starts_at_a_page_and_is_zero():
 @pytest.mark.parametrize(("offset", "shift"), [(0, 0), (1, 1), (4095, 4095), (4096, 0), (5000, 904), (1, 0), (0, 8)])
 def test_the_aligned_inside_is_aligned_in_memory_and_file_and_within_the_range(offset, shift, nbytes):
     view = memoryview(aligned_buffer(4 * MIB))[shift : shift + nbytes]
-    start, stop = direct.aligned_inside(offset, view, alignment=4096)
+    start, stop = kernel.aligned_inside(offset, view, alignment=4096)
     if (offset - shift) % 4096 or nbytes < MIB:
         assert (start, stop) == (0, 0)
     elif stop:

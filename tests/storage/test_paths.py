@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import Unsafe
-from elastickpt.storage.paths import ancestors_of, checked, checked_directory, parent_of
+from elastickpt.storage.store import ancestors_of, checked, checked_directory, parent_of
 
 components = st.text(st.characters(exclude_categories=["Cs"]), max_size=4) | st.sampled_from(["", ".", "..", "...", "\0"])
 

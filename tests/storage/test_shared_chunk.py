@@ -11,7 +11,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from elastickpt.storage.direct import aligned_buffer
+from elastickpt.storage.kernel import aligned_buffer
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.opening import open_store

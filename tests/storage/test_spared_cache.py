@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from elastickpt.errors import StorageFailed, WrongLength
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.storage import kernel, ranges
 from elastickpt.storage.local import LocalStore
 from elastickpt.training.held import HeldArray

@@ -9,8 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing._internal.two_tensor import TwoTensor
 
 from elastickpt.errors import StructureConflict, ValueNotCarried
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.values import DtypeValue
 from elastickpt.training.dtensors import Job
 from elastickpt.training.elements import dtype_name, torch_dtype

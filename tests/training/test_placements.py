@@ -18,9 +18,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import ArrayId, Mesh
-from elastickpt.format.box import Box
-from elastickpt.layout.coverage import prove_coverage
+from elastickpt.format.arrays import ArrayId, Box, Mesh
+from elastickpt.layout.algebra import prove_coverage
 from elastickpt.layout.placement import replica_ranks
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job, hold, holders_of

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Shard
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import Box
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job
 from elastickpt.training.held import HeldArray

@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from elastickpt.errors import LayoutUnsupported, StateMismatch
-from elastickpt.format.arrays import ArrayId
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.capture import capture

@@ -12,7 +12,7 @@ import torch
 from memory_checkpoint import MemoryCheckpoint
 
 from elastickpt.errors import Malformed
-from elastickpt.format.values import typed_key
+from elastickpt.format.encode_values import typed_key
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import Binding
 from elastickpt.training.restore import bind

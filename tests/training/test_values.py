@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.dtypes import DTYPES
+from elastickpt.format.arrays import DTYPES
+from elastickpt.format.encode_values import typed_key
 from elastickpt.format.limits import MAX_DEPTH
-from elastickpt.format.values import ArrayValue, typed_key
+from elastickpt.format.values import ArrayValue
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.values import array_value, carried, place_of, revived, scalar_values, tensor_of
 

@@ -14,8 +14,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from elastickpt.format.arrays import ArrayId, ArraySpec
-from elastickpt.format.box import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.ranks.workers import Pool
 from elastickpt.saving.merge import SharedArray

@@ -1,7 +1,7 @@
-"""What a reader of version 1 does not know: features, as a manifest names them in `requires`. [UCF-73, UCF-100]
+"""Who writes, and what a reader of version 1 does not know: features, as a manifest names them in `requires`. [UCF-73, UCF-100]
 
-A feature is a set of tags of values, of attributes of arrays, of fields of tables, of places of values or of names of files; a
-checkpoint requires it if and only if it uses one.
+A feature is a set of tags of values, of attributes of arrays, of fields of tables or of places of values; a checkpoint requires
+it if and only if it uses one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 
-from elastickpt.format.value_types import (
+from elastickpt.format.values import (
     ArrayReference,
     ArrayValue,
     DeviceValue,
@@ -19,6 +19,10 @@ from elastickpt.format.value_types import (
     StateReference,
     Value,
 )
+
+RELEASE = "0.1.0"
+CONVERTER = "ckpt-convert"  # in the versions of a manifest: a conversion made the checkpoint, no job [UCF-120]
+
 
 PYTHON_TYPES = "python-types"  # $deque, $defaultdict, $namedtuple, $dtype, $device, $enum
 ARRAYS_IN_VALUES = "arrays-in-values"  # $numpy, $state; the attribute `rank`
