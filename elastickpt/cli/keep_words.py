@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def keep_argument(text: str) -> Keep:
     """The rules that the words say. Raises argparse's error for bad usage."""
-    from elastickpt.ledger.keep_words import keep_of
+    from elastickpt.ledger.retention import keep_of
 
     try:
         return keep_of(text)

@@ -11,11 +11,9 @@ from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.records import Manifest
 from elastickpt.ledger.branch import CommitEntry
-from elastickpt.ledger.epoch_history import EpochEntry, epoch_history
-from elastickpt.ledger.findings import Finding, Rules, read_told
-from elastickpt.ledger.keep_words import keep_of, words_of
-from elastickpt.ledger.retention import Judgement, Keep, judge
-from elastickpt.ledger.steps import complete
+from elastickpt.ledger.history import EpochEntry, Finding, Rules, epoch_history, read_told
+from elastickpt.ledger.objects import complete
+from elastickpt.ledger.retention import Judgement, Keep, judge, keep_of, words_of
 from elastickpt.runs.opening import RunAt
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from elastickpt.cli.run_facts import CheckpointFact, RunFacts
 from elastickpt.format.encode_values import encode_value
-from elastickpt.ledger.epoch_history import EpochEntry
-from elastickpt.ledger.findings import Finding
+from elastickpt.ledger.history import EpochEntry, Finding
 
 Json = dict[str, object]
 SCHEMA = "ckpt-convert.inspect-run/1"

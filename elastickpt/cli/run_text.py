@@ -8,8 +8,7 @@ from elastickpt.cli.facts import approximate_since
 from elastickpt.cli.grid import Column, Line, Row, Span, grid
 from elastickpt.cli.run_facts import CheckpointFact, KeepFact, RunFacts, layout_text
 from elastickpt.cli.text import age_text, nbytes_text, plural, printable, time_text
-from elastickpt.ledger.epoch_history import EpochEntry
-from elastickpt.ledger.findings import Finding
+from elastickpt.ledger.history import EpochEntry, Finding
 from elastickpt.ledger.retention import Judgement, Keep
 
 _CHECKPOINTS = (

@@ -19,8 +19,8 @@ from elastickpt.commit.draft import Draft, begin, new_draft, require_free, sweep
 from elastickpt.errors import Refused
 from elastickpt.format.arrays import Section
 from elastickpt.ledger.epochs import Holding, open_attempt
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Metrics
-from elastickpt.ledger.steps import complete
 from elastickpt.storage.opening import local_path, locate_for_saving
 from elastickpt.storage.store import Durability, Store
 

@@ -47,10 +47,9 @@ from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import FileDigest
 from elastickpt.ledger.epochs import Outcome, acknowledge, decide, superseded
-from elastickpt.ledger.folders import remove_folder
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete, remove_folder
 from elastickpt.ledger.records import Abort, Commit
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_register
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from elastickpt.commit.marks import marked
 from elastickpt.errors import CheckpointError
 from elastickpt.ledger.branch import entries_of
-from elastickpt.ledger.epoch_history import is_claimed_by
 from elastickpt.ledger.epochs import claim, start
+from elastickpt.ledger.history import is_claimed_by
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.steps import complete
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.ledger.unregistered import require_registers
 from elastickpt.loading.opened import open_in

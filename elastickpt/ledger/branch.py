@@ -1,8 +1,10 @@
-"""The live branch: the chain of commits that counts for `restore`, `@step`, retention and "newest". [RUN-60..63]
+"""The live branch: the chain of commits that counts for `restore`, `@step`, retention and "newest". [RUN-58, RUN-60..63]
 
 From the newest epoch that has started: its commits by falling step, then the commit that it continued from and what is below
 that one in its epoch, then what that epoch continued from, and so on. Commits that count but lie off this chain are abandoned:
 a rollback, or a start that skipped them, went another way.
+
+`RUN/latest` is a symbolic link for people that names the folder of the newest checkpoint; nothing here follows it.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastickpt.errors import MissingFile, NotACheckpoint
-from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.names import LATEST, AttemptId
+from elastickpt.ledger.objects import NOW, Steps, complete
 from elastickpt.ledger.records import Commit, Metrics
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import RunView, read_view
+from elastickpt.storage.links import replace_link
 from elastickpt.storage.opening import open_store
+from elastickpt.storage.store import Store
 
 CommitState = Literal["live", "abandoned"]
 SHOWN_STEPS = 6  # of a branch, in a message
@@ -125,3 +129,16 @@ def nearest_text(steps: Sequence[int], step: int) -> str:
     near = sorted(sorted(steps, key=lambda one: (abs(one - step), one))[:SHOWN_STEPS], reverse=True)
     shown = ", ".join(map(str, near)) or "none"
     return shown if len(near) == len(steps) else f"{len(steps)} steps, the nearest {shown}"
+
+
+def point_latest(store: Store) -> Steps[AttemptId | None]:
+    """The link names the newest checkpoint of the live branch that stands, as of now; without one there is no link.
+
+    For after a commit, a start, a removal. Returns what it names; None also where the store has no links, or something that is
+    no link has the name, which stays. Raises StorageFailed kinds, which cost nobody anything, Damaged kinds as reading a run.
+    """
+    entries = entries_of((yield from read_view(store)))
+    newest = next((one.id for one in entries if one.state == "live" and one.commit is not None), None)
+    yield NOW
+    linked = replace_link(store, LATEST, None if newest is None else newest.folder)
+    return newest if linked else None

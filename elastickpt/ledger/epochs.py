@@ -34,8 +34,8 @@ from enum import StrEnum
 from math import ceil
 
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, PathOccupied, Refused, Superseded
-from elastickpt.ledger.create import create_exclusively, remove_register
 from elastickpt.ledger.names import COMMITS, AttemptId, RunObjects, adopted_name, claim_name, found_name, start_name
+from elastickpt.ledger.objects import NOW, Steps, create_exclusively, remove_register
 from elastickpt.ledger.records import (
     Abort,
     Adopted,
@@ -53,7 +53,6 @@ from elastickpt.ledger.records import (
     encode_register,
     encode_start,
 )
-from elastickpt.ledger.steps import NOW, Steps
 from elastickpt.ledger.stored import (
     attempt_folders,
     list_commits,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from elastickpt.errors import NotACheckpoint
-from elastickpt.ledger.create import create_exclusively
 from elastickpt.ledger.epochs import Holding, require_newest
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import Steps, create_exclusively
 from elastickpt.ledger.records import LaterMetrics, encode_metrics, metrics_of
-from elastickpt.ledger.steps import Steps
 from elastickpt.storage.store import Store
 
 

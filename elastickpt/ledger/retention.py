@@ -1,4 +1,4 @@
-"""Which commits of a run are kept, and why. Decides only; `removal` does. [RUN-80..87]
+"""Which commits of a run are kept, and why; and the rules as words. Decides only; `removal` does. [RUN-65, RUN-80..87]
 
 1. Rules walk the live branch, newest first, and pass over damaged ones, which take no good one's place.
 2. No rule given: all are kept.
@@ -7,6 +7,8 @@
    A damaged or broken one is kept while it is newer than the newest good one.
 5. Then limits: what is older than `max_age_s` goes; while the rest is above `max_nbytes`, abandoned ones go, then live ones by
    rising step, those kept as best last.
+
+Words: `last=3,every=1000,best=loss:2:min`. What is written reads back.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from elastickpt.errors import Refused
 from elastickpt.ledger.branch import CommitEntry
@@ -221,3 +223,71 @@ def best_of(best: Best, entries: Sequence[CommitEntry]) -> tuple[CommitEntry, ..
     valued = [(sign * value, -one.step, one) for one in entries for name, value in one.metrics if name == best.metric]
     ranked = sorted((found for found in valued if not isnan(found[0])), key=lambda found: found[:2])
     return tuple(one for _, _, one in ranked[: best.n])
+
+
+ALL = "all"
+_NAMES = "last=N, every=N, best=METRIC[:N[:min|max]], max_age_s=SECONDS, max_nbytes=N"
+EXPECTED = f"expected {ALL}, or some of {_NAMES}, with commas between"
+
+
+def words_of(keep: Keep) -> str:
+    """The rules in words, in one way only; `keep_of` makes the same rules of them."""
+    words = [f"{name}={value}" for name, value in (("last", keep.last), ("every", keep.every)) if value is not None]
+    if keep.best is not None:
+        words.append(f"best={_escaped(keep.best.metric)}:{keep.best.n}:{keep.best.mode}")
+    if keep.max_age_s is not None:
+        words.append(f"max_age_s={float(keep.max_age_s)!r}")
+    if keep.max_nbytes is not None:
+        words.append(f"max_nbytes={keep.max_nbytes}")
+    return ",".join(words) or ALL
+
+
+def keep_of(text: str) -> Keep:
+    """The rules that the words say. Raises Refused for words that say none."""
+    if text == ALL:
+        return Keep()
+    words: dict[str, str] = {}
+    for word in text.split(","):
+        name, equals, value = word.partition("=")
+        if not equals or name in words:
+            raise Refused(f"{word!r}: {EXPECTED}")
+        words[name] = value
+    try:
+        keep = Keep(
+            last=_int(words.pop("last", None)),
+            every=_int(words.pop("every", None)),
+            best=_best(words.pop("best", None)),
+            max_age_s=float(words.pop("max_age_s")) if "max_age_s" in words else None,
+            max_nbytes=_int(words.pop("max_nbytes", None)),
+        )
+    except (ValueError, Refused) as problem:
+        raise Refused(f"{text!r}: {problem}; {EXPECTED}") from None
+    if words:
+        raise Refused(f"{', '.join(words)}: {EXPECTED}")
+    return keep
+
+
+def _int(value: str | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _best(value: str | None) -> Best | None:
+    """ "loss", "loss:2" or "loss:2:max"; names of metrics may have colons of their own before these."""
+    if value is None:
+        return None
+    mode = "min"
+    if value.endswith((":min", ":max")):
+        value, _, mode = value.rpartition(":")
+    metric, colon, n = value.rpartition(":")
+    if not colon or not n.isdecimal():
+        return Best(_unescaped(value), 1, cast("Mode", mode))
+    return Best(_unescaped(metric), int(n), cast("Mode", mode))
+
+
+def _escaped(metric: str) -> str:
+    """A comma would end the word."""
+    return metric.replace("%", "%25").replace(",", "%2C")
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("%2C", ",").replace("%25", "%")

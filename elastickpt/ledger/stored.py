@@ -19,6 +19,7 @@ from elastickpt.ledger.names import (
     parse_folder,
     start_name,
 )
+from elastickpt.ledger.objects import NOW, Steps
 from elastickpt.ledger.records import (
     MAX_OBJECT_NBYTES,
     Abort,
@@ -36,7 +37,6 @@ from elastickpt.ledger.records import (
     decode_register,
     decode_start,
 )
-from elastickpt.ledger.steps import NOW, Steps
 from elastickpt.storage.store import Store
 
 

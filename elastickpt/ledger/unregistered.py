@@ -24,8 +24,8 @@ from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.branch import live_branch
 from elastickpt.ledger.names import LATEST, AttemptId, RunObjects, adopted_name, parse_folder, start_name
+from elastickpt.ledger.objects import NOW, Steps
 from elastickpt.ledger.records import Adopted, Commit
-from elastickpt.ledger.steps import NOW, Steps
 from elastickpt.ledger.stored import attempt_folders, list_commits, newest_adopted, read_view
 from elastickpt.storage.links import link_target
 from elastickpt.storage.opening import place_in

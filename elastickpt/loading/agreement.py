@@ -1,17 +1,88 @@
-"""What ranks tell each other in the rounds of a load, and what follows from all of it."""
+"""What ranks tell each other in the rounds of a load, and what follows from all of it: also whether they hold now what the
+ranks that saved held, as far as both sides have the same models.
+
+Of arrays that are one tensor in this process only one is taken; the contents of the others are read to see that they are the
+same. Values of a rank's own (random streams, loaders, per-rank states) go back to the ranks that had them only then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
 
 from elastickpt.errors import Refused
-from elastickpt.format.arrays import ArrayId
+from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.loading.fetch import Verify, carry_out
 from elastickpt.loading.opened import Opened, is_converted
+from elastickpt.loading.plan import Elements, Wanted, plan_fetch, require_files
 from elastickpt.ranks.messages import Message
+from elastickpt.training.dtensors import Job
+from elastickpt.training.held import HeldArray
+from elastickpt.training.identities import Identities
+from elastickpt.training.kinds import kinds_of
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
+from elastickpt.training.modules import hold_module
+
+
+def held_by_models(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> tuple[HeldArray, ...]:
+    """What the models of `state` hold on this rank: the layout of a job is that of its parameters. Local, no I/O."""
+    kinds = kinds_of(state)
+    job, identities = Job(rank, world_size, declared), Identities()
+    return tuple(
+        held
+        for key, model in state.items()
+        if kinds[key] == "model"
+        for held in hold_module(key, model, job=job, identities=identities).arrays
+    )
+
+
+def lies_as_saved(opened: Opened, held: Sequence[HeldArray]) -> bool:
+    """Whether meshes and placements of a rank that holds `held` of models are the writers': those of the arrays that both sides
+    have; where there are none, the meshes at least."""
+    manifest = opened.manifest
+    if is_converted(opened):  # no rank stood anywhere
+        return False
+    both = [(array, opened.records[array.spec.id]) for array in held if array.spec.id in opened.records]
+    if not both:
+        return {array.mesh for array in held} <= {None, *manifest.meshes}
+    for array, record in both:
+        layout = None if record.layout is None else manifest.layouts[record.layout]
+        saved = (None, ()) if layout is None else (manifest.meshes[layout.mesh], layout.placements)
+        if (array.mesh, array.placements) != saved:
+            return False
+    return True
+
+
+def lacking_of(opened: Opened, ids: Collection[ArrayId], writer: int) -> Iterator[ArrayId]:
+    """Parameters and buffers of which `writer` stored something, and a rank that holds `ids` has nothing, of models that it
+    has."""
+    items = {identity.item for identity in ids} & {item.name for item in opened.manifest.items if item.kind == "module"}
+    for identity in (record.spec.id for record in opened.stored_by(writer, items)) if items else ():
+        if identity.item in items and identity.section == "params" and identity.state == "value" and identity not in ids:
+            yield identity
+
+
+def differing_ties(
+    opened: Opened, ties: Sequence[tuple[HeldArray, ArrayId]], hosts: Sequence[Elements], *, verify: Verify
+) -> Iterator[str]:
+    """What differs, in words, of this rank's box of each pair. Blocking: reads both; `hosts[i]` has the words of a target."""
+    for (held, other), host in zip(ties, hosts, strict=True):
+        read = held.spec.id
+        records = [opened.records[read], opened.records[other]]
+        if (records[0].spec.shape, records[0].spec.dtype) == (records[1].spec.shape, records[1].spec.dtype):
+            boxes = [np.empty(host.shape, dtype=host.dtype) for _ in records]
+            plan = plan_fetch(opened, [Wanted(record, held.box, box) for record, box in zip(records, boxes, strict=True)])
+            require_files(opened, plan)
+            carry_out(opened, plan, verify=verify)
+            if boxes[0].tobytes() == boxes[1].tobytes():
+                continue
+        yield (
+            f"{other}: value: expected the contents of {read}, as the two are one tensor in this process, "
+            f"found others (in the checkpoint)"
+        )
+
 
 SHOWN_MISMATCHES = 20
 BESIDE = "beside"  # what a converted checkpoint has and a job need not

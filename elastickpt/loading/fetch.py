@@ -17,7 +17,6 @@ from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, segments
-from elastickpt.loading.join import joined, span_of
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import (
     UNIT_NBYTES,
@@ -27,8 +26,10 @@ from elastickpt.loading.plan import (
     ReadTarget,
     Unit,
     Wanted,
+    joined,
     plan_fetch,
     require_length,
+    span_of,
 )
 from elastickpt.ranks.workers import Pool
 from elastickpt.storage.store import RangeReader

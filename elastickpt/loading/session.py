@@ -21,23 +21,24 @@ from elastickpt.loading.agreement import (
     Meant,
     Opening,
     differences_of,
+    differing_ties,
+    held_by_models,
     joint_mismatches,
     joint_notes,
+    lacking_of,
+    lies_as_saved,
     mismatch_message,
     require_same_load,
 )
 from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch
-from elastickpt.loading.layout import lacking_of, lies_as_saved
 from elastickpt.loading.opened import Opened, is_converted, open_records
 from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
-from elastickpt.loading.ties import differing_ties
 from elastickpt.ranks.process_group import Group, job_group
 from elastickpt.ranks.questions import Question, all_do
 from elastickpt.ranks.team import Alone, Call, Team, require_limit
 from elastickpt.ranks.teams import team_of
 from elastickpt.training.collection import collection_paused
 from elastickpt.training.held import HeldArray
-from elastickpt.training.layouts import held_by_models
 from elastickpt.training.listing import Binding, Listing
 from elastickpt.training.memory import fill_device, host_elements, host_tensor
 from elastickpt.training.meshes import mesh_of

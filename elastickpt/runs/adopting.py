@@ -22,7 +22,7 @@ from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpo
 from elastickpt.format.digest import file_digest
 from elastickpt.format.keys import MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
-from elastickpt.ledger.branch import live_branch
+from elastickpt.ledger.branch import live_branch, point_latest
 from elastickpt.ledger.epochs import (
     Holding,
     claim,
@@ -33,10 +33,9 @@ from elastickpt.ledger.epochs import (
     start,
     start_lost,
 )
-from elastickpt.ledger.latest import point_latest
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import Steps, complete
 from elastickpt.ledger.records import Abort, Commit, Found
-from elastickpt.ledger.steps import Steps, complete
 from elastickpt.ledger.stored import read_register, read_start, read_view
 from elastickpt.ledger.unregistered import Standing, folders_text, holds_checkpoint, what_stands
 from elastickpt.loading.opened import open_in

@@ -23,7 +23,7 @@ from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpo
 from elastickpt.format.keys import MANIFEST
 from elastickpt.ledger.branch import CommitEntry, at_step, entries_of
 from elastickpt.ledger.names import LATEST, commits_path, parse_folder
-from elastickpt.ledger.steps import complete
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.stored import list_commits, read_view
 from elastickpt.ledger.unregistered import lost_text, what_stands
 from elastickpt.loading.checkpoint import Checkpoint

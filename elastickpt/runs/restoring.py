@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 from elastickpt.commit.marks import marked
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, StorageFailed, fault
 from elastickpt.ledger.branch import CommitEntry, at_step, entries_of
-from elastickpt.ledger.epoch_history import is_claimed_by
 from elastickpt.ledger.epochs import Holding, claim, remember, start
-from elastickpt.ledger.keep_words import words_of
+from elastickpt.ledger.history import is_claimed_by
 from elastickpt.ledger.names import AttemptId, parse_id
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claimer, Found, PassedOver
-from elastickpt.ledger.retention import Keep
-from elastickpt.ledger.steps import complete
+from elastickpt.ledger.retention import Keep, words_of
 from elastickpt.ledger.stored import read_view
 from elastickpt.ledger.unregistered import kept_note, require_registers
 from elastickpt.loading.session import UNDEFINED, LoadReport, Strict, load

@@ -28,9 +28,9 @@ from elastickpt.commit.destination import RunDestination
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.names import AttemptId, step_number
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import metrics_of
 from elastickpt.ledger.retention import Keep
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_claim
 from elastickpt.loading.session import Strict
 from elastickpt.ranks.addresses import own_address

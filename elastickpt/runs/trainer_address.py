@@ -27,8 +27,8 @@ from hashlib import blake2b
 from ipaddress import ip_address
 
 from elastickpt.errors import Damaged, RunBusy
+from elastickpt.ledger.objects import Steps
 from elastickpt.ledger.records import Claim, Claimer
-from elastickpt.ledger.steps import Steps
 from elastickpt.ledger.stored import list_commits, read_claim
 from elastickpt.ranks.hosts import socket_identity
 from elastickpt.ranks.processes import process_start

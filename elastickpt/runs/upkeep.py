@@ -7,17 +7,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from elastickpt.errors import CheckpointError, NotACheckpoint, Superseded
-from elastickpt.ledger.branch import at_step, entries_of
-from elastickpt.ledger.epoch_history import is_claimed_by
+from elastickpt.ledger.branch import at_step, entries_of, point_latest
 from elastickpt.ledger.epochs import Holding
-from elastickpt.ledger.latest import point_latest
+from elastickpt.ledger.history import is_claimed_by
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.objects import complete
+from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, judge, removable
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_view
-from elastickpt.ledger.sweep import sweep
 from elastickpt.ranks.workers import Worker
 from elastickpt.storage.store import Store
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from elastickpt.commit.destination import RunDestination
 from elastickpt.errors import CheckpointError
 from elastickpt.ledger.epochs import Holding
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Adopted
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_adopted, read_claim
 from elastickpt.ranks.process_group import Group, job_group
 from elastickpt.ranks.teams import end_team

@@ -21,8 +21,8 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.ledger.epochs import Holding, decide, open_attempt
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claim, encode_claim
-from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import place_in
 from elastickpt.testing.ranks import run_ranks

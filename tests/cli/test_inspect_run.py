@@ -18,11 +18,11 @@ from elastickpt.cli.run_facts import layout_text, run_facts
 from elastickpt.cli.run_text import run_lines
 from elastickpt.cli.text import age_text
 from elastickpt.format.arrays import Mesh
+from elastickpt.ledger.branch import point_latest
 from elastickpt.ledger.epochs import claim, start
-from elastickpt.ledger.latest import point_latest
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Found, PassedOver
-from elastickpt.ledger.steps import complete
 from elastickpt.loading.checkpoint import Checkpoint
 from elastickpt.loading.verify import VerifyReport
 from elastickpt.runs.opening import run_at

@@ -33,8 +33,8 @@ from elastickpt.format.keys import DRAFT_TOKEN
 from elastickpt.format.records import FileDigest
 from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claimer
-from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, RecordingStore

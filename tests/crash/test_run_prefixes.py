@@ -25,12 +25,11 @@ from elastickpt.errors import Damaged, MissingFile, NotACheckpoint
 from elastickpt.ledger.branch import CommitEntry, entries_of
 from elastickpt.ledger.epochs import Holding, claim, open_attempt, start
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.objects import complete
+from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, removable
 from elastickpt.ledger.retention import judge as judged
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_view
-from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn

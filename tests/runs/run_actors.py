@@ -11,12 +11,11 @@ from elastickpt.errors import MissingFile, StorageFailed, Superseded
 from elastickpt.ledger.branch import entries_of
 from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import NOW, Steps, complete
 from elastickpt.ledger.records import Abort, Claimer, Commit
-from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, judge, removable
-from elastickpt.ledger.steps import NOW, Steps, complete
 from elastickpt.ledger.stored import read_view
-from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import RecordingStore

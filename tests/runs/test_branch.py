@@ -14,8 +14,8 @@ from elastickpt.ledger.branch import at_step, entries_of, history, live_branch
 from elastickpt.ledger.epochs import claim, decide
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Abort, Adopted
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import RunView, read_view
 from elastickpt.storage.memory import MemoryStore
 

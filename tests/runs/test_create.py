@@ -10,9 +10,8 @@ import pytest
 from run_actors import Without, memory_store
 
 from elastickpt.errors import CapabilityMissing, StorageFailed
-from elastickpt.ledger.create import create_exclusively
 from elastickpt.ledger.names import COMMITS, listing_of
-from elastickpt.ledger.steps import complete
+from elastickpt.ledger.objects import complete, create_exclusively
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store

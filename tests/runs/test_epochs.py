@@ -25,9 +25,9 @@ from elastickpt.ledger.branch import history
 from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId, adopted_name, commits_path
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Abort, Commit
 from elastickpt.ledger.removal import remove_commit
-from elastickpt.ledger.steps import complete
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import Crash, CrashAt, FailAt, FaultyStore, RecordingStore

@@ -8,10 +8,10 @@ from run_actors import W, X, begun, by, committed, memory_store
 from elastickpt.errors import StorageFailed
 from elastickpt.ledger.branch import live_branch
 from elastickpt.ledger.epochs import claim, start
-from elastickpt.ledger.findings import Finding, Rules, Told, read_told
+from elastickpt.ledger.history import Finding, Rules, Told, read_told
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Found, PassedOver
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import RecordingStore

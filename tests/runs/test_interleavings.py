@@ -30,7 +30,7 @@ from schedules import Actor, Explored, Explorer, Seen, is_local, is_local_if_not
 
 from elastickpt.ledger.branch import entries_of
 from elastickpt.ledger.epochs import Outcome
-from elastickpt.ledger.steps import Steps, complete
+from elastickpt.ledger.objects import Steps, complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
 
@@ -112,7 +112,7 @@ class Invariants:
 
 @pytest.fixture(autouse=True)
 def _temporary_names_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastickpt.ledger.create.temporary_name", temporary_name)
+    monkeypatch.setattr("elastickpt.ledger.objects.temporary_name", temporary_name)
 
 
 def explore(actors: Mapping[str, Actor], *, linking: bool = False, local: Callable[[Seen], bool] = is_local) -> Invariants:

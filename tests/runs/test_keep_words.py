@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import Refused
-from elastickpt.ledger.keep_words import keep_of, words_of
-from elastickpt.ledger.retention import Best, Keep
+from elastickpt.ledger.retention import Best, Keep, keep_of, words_of
 
 COUNTS = st.none() | st.integers(1, 10**20)
 METRICS = st.text(st.characters(codec="utf-8")) | st.text(",%:=25C minax", max_size=12)  # what the words are made of too

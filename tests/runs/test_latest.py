@@ -10,12 +10,10 @@ import pytest
 from run_actors import W, begun, committed, memory_store
 
 from elastickpt.errors import NotACheckpoint
-from elastickpt.ledger.branch import history
-from elastickpt.ledger.latest import point_latest
+from elastickpt.ledger.branch import history, point_latest
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.removal import remove_commits
-from elastickpt.ledger.steps import complete
-from elastickpt.ledger.sweep import sweep
+from elastickpt.ledger.objects import complete
+from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.runs.opening import open_checkpoint
 from elastickpt.storage.links import replace_link
 from elastickpt.storage.local import LocalStore

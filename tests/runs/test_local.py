@@ -25,11 +25,10 @@ from elastickpt.ledger.branch import at_step, history
 from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Abort, Commit
-from elastickpt.ledger.removal import remove_commits
+from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Best, Keep, judge, removable
-from elastickpt.ledger.steps import complete
-from elastickpt.ledger.sweep import sweep
 from elastickpt.storage.local import LocalStore
 
 

@@ -14,8 +14,8 @@ from elastickpt.format.digest import file_digest
 from elastickpt.ledger.branch import nearest_text
 from elastickpt.ledger.epochs import Holding, claim, decide, open_attempt
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Abort
-from elastickpt.ledger.steps import complete
 from elastickpt.loading.opened import open_records
 from elastickpt.runs.opening import Choice, choose, run_at
 from elastickpt.storage.local import LocalStore

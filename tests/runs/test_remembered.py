@@ -16,10 +16,10 @@ import elastickpt as ek
 from elastickpt.errors import Damaged, StorageFailed
 from elastickpt.ledger.branch import history
 from elastickpt.ledger.epochs import claim
-from elastickpt.ledger.findings import Rules, Told, read_told
+from elastickpt.ledger.history import Rules, Told, read_told
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.retention import Keep
-from elastickpt.ledger.steps import complete
 from elastickpt.loading.session import UNDEFINED
 from elastickpt.runs import restoring as restoring_module
 from elastickpt.runs.upkeep import Upkeep

@@ -12,10 +12,9 @@ from elastickpt.ledger.branch import history
 from elastickpt.ledger.epochs import Holding, claim, decide, open_attempt
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId, commits_path, temporary_name
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Abort
-from elastickpt.ledger.removal import remove_commit, remove_commits
-from elastickpt.ledger.steps import complete
-from elastickpt.ledger.sweep import sweep
+from elastickpt.ledger.removal import remove_commit, remove_commits, sweep
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import Crash, CrashAt, FaultyStore, RecordingStore

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, RankLost, Refused
 from elastickpt.ledger.branch import history
-from elastickpt.ledger.findings import read_told
-from elastickpt.ledger.steps import complete
+from elastickpt.ledger.history import read_told
+from elastickpt.ledger.objects import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.ranks import run_ranks, spawn_ranks
 

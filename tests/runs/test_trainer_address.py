@@ -18,8 +18,8 @@ from run_actors import begun, by, memory_store
 import elastickpt
 from elastickpt.errors import Refused, RunBusy
 from elastickpt.ledger.epochs import claim
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claim
-from elastickpt.ledger.steps import complete
 from elastickpt.ranks.hosts import host_identity, socket_identity
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.trainer_address import (

@@ -17,8 +17,8 @@ from run_actors import MANIFEST, W, begun, by, committed, write_folder
 from elastickpt.ledger.branch import CommitEntry, entries_of
 from elastickpt.ledger.epochs import Holding, claim, open_attempt, start
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.retention import Keep
-from elastickpt.ledger.steps import complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.runs.upkeep import Upkeep
 from elastickpt.storage.local import LocalStore

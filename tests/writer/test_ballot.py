@@ -20,8 +20,8 @@ from elastickpt.commit.draft import is_draft
 from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
 from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claimer
-from elastickpt.ledger.steps import complete
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions

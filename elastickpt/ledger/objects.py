@@ -1,12 +1,40 @@
-"""How an object under `commits/` comes to be, whole, once, by exactly one creator; and how a register goes. [RUN-20..24]"""
+"""How an object under `commits/` comes to be, whole, once, by exactly one creator; and how a register and a folder go.
+[RUN-20..24, RUN-71]
+
+Protocols of a run are generators: they pause before every operation on the store, so that whoever drives them may let others
+go first.
+
+    view = complete(read_view(store))
+
+Between two pauses a generator does at most one operation. What it yields is how long to wait: `NOW`, or seconds.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
 from elastickpt.errors import CapabilityMissing, CheckpointError, MissingFile, PathOccupied, StorageFailed
-from elastickpt.ledger.names import COMMITS, AttemptId, commits_path, temporary_name
+from elastickpt.ledger.names import COMMITS, SWEPT, AttemptId, commits_path, temporary_name
 from elastickpt.ledger.records import MAX_OBJECT_NBYTES
-from elastickpt.ledger.steps import NOW, Steps
 from elastickpt.storage.store import Store
+
+T = TypeVar("T")
+Steps = Generator[float, None, T]
+NOW = 0.0
+
+
+def complete(steps: Steps[T], *, sleep: Callable[[float], object] = time.sleep) -> T:
+    """What the steps return, all of them done one after the other; blocking. `sleep` takes seconds."""
+    while True:
+        try:
+            pause_s = next(steps)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        if pause_s > NOW:
+            sleep(pause_s)
 
 
 def create_exclusively(store: Store, name: str, data: bytes) -> Steps[bytes]:
@@ -79,3 +107,17 @@ def _link(store: Store, name: str, data: bytes) -> Steps[CheckpointError | None]
             return failure  # it is swept when its name is taken
         return failure
     return None
+
+
+def remove_folder(store: Store, attempt: AttemptId) -> Steps[None]:
+    """The folder of an attempt that does not count is gone. First its name, at once, so that no late writer adds to it."""
+    swept = attempt.folder + SWEPT
+    yield NOW
+    store.remove_tree(swept)  # of a removal that was interrupted
+    yield NOW
+    try:
+        store.rename(attempt.folder, swept)
+    except MissingFile:
+        return
+    yield NOW
+    store.remove_tree(swept)
