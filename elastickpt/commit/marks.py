@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from elastickpt.format.digest import block_checksum
-from elastickpt.ranks.forks import not_in_forks
+from elastickpt.ranks.addresses import not_in_forks
 
 _PREFIX = "@elastickpt-work-"  # as /proc/net/unix shows it; the first byte of the name is zero
 

@@ -27,7 +27,7 @@ from elastickpt.language.held import HeldPiece, Side
 from elastickpt.loading.fetch import THREADS, carry_out
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import Wanted, plan_fetch
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import RangeReader, Store
 
 OPEN_FILES = 64

@@ -8,8 +8,7 @@ import time
 from elastickpt.elastic.limits import AGAIN_S, HELLO_S
 from elastickpt.elastic.stream import Closed, Stream, called
 from elastickpt.errors import RecoveryFailed
-from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.forks import not_in_forks
+from elastickpt.ranks.addresses import dial, not_in_forks
 
 
 def connected(endpoint: str, token: str, *, wait_s: float = 0.0) -> Stream:

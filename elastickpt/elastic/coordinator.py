@@ -38,7 +38,7 @@ from elastickpt.elastic.limits import HELLO_S
 from elastickpt.elastic.messages import End, encode, from_member
 from elastickpt.elastic.stream import Closed, Stream, admitted, nonce
 from elastickpt.errors import CheckpointError
-from elastickpt.ranks.forks import not_in_forks
+from elastickpt.ranks.addresses import not_in_forks
 
 log = logging.getLogger(__name__)
 

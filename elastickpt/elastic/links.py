@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from elastickpt.elastic.duties import Exchange
-from elastickpt.ranks.addresses import own_address
-from elastickpt.ranks.forks import not_in_forks
-from elastickpt.ranks.hosts import socket_identity
+from elastickpt.ranks.addresses import not_in_forks, own_address
+from elastickpt.ranks.processes import socket_identity
 
 FORM_LIMIT_S = 10.0
 """For how long the connections of one group may take: a member that died since it said where it is reached."""

@@ -31,7 +31,7 @@ from elastickpt.loading.plan import (
     require_length,
     span_of,
 )
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import RangeReader
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind

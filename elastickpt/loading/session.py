@@ -33,10 +33,8 @@ from elastickpt.loading.agreement import (
 from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch
 from elastickpt.loading.opened import Opened, is_converted, open_records
 from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
-from elastickpt.ranks.process_group import Group, job_group
-from elastickpt.ranks.questions import Question, all_do
-from elastickpt.ranks.team import Alone, Call, Team, require_limit
-from elastickpt.ranks.teams import team_of
+from elastickpt.ranks.process_group import Group, job_group, team_of
+from elastickpt.ranks.team import Alone, Call, Question, Team, all_do, require_limit
 from elastickpt.training.collection import collection_paused
 from elastickpt.training.held import HeldArray
 from elastickpt.training.listing import Binding, Listing

@@ -15,7 +15,7 @@ from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.layout.reads import segments
 from elastickpt.loading.opened import Opened
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import RangeReader
 
 THREADS = 4

@@ -1,14 +1,34 @@
-"""Where processes of a job meet: `unix:NAME`, an abstract socket of one host, or `tcp:HOST:PORT`."""
+"""Where processes of a job meet: `unix:NAME`, an abstract socket of one host, or `tcp:HOST:PORT`.
+
+A forked process must not keep such a socket: by its copies a name, or an address, would outlive its owner.
+"""
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 
-from elastickpt.ranks.forks import not_in_forks
+_OURS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def not_in_forks(held: socket.socket) -> socket.socket:
+    """The socket, which is closed in every process that is forked from this one by Python."""
+    _OURS.add(held)
+    return held
+
+
+def _forked() -> None:
+    for held in list(_OURS):
+        held.close()
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 _FAR_AWAY = "192.0.2.1"  # of a network for documentation (RFC 5737): nobody's, and beyond every route but the default one
 

@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from elastickpt.errors import CheckpointError, InternalError
-from elastickpt.ranks.addresses import dial, listen, own_address
-from elastickpt.ranks.forks import not_in_forks
-from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
-from elastickpt.ranks.messages import Message, decode, encode
+from elastickpt.ranks.addresses import dial, listen, not_in_forks, own_address
+from elastickpt.ranks.messages import Connection, Frame, Kind, Message, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Process
 
 HUB, FAR = "hub", "far"

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost, RanksFailed
 from elastickpt.ranks.door import Door, KeyValue
-from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
-from elastickpt.ranks.messages import decode, encode
+from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Acquaintances
 from elastickpt.ranks.star import Answer, Report, Star, loss
 from elastickpt.ranks.team import SILENCE_S, Decide, failure_of

@@ -1,8 +1,9 @@
-"""Which processes the ranks of a job are, and which of them are known to be gone."""
+"""Which processes the ranks of a job are, on which machine, and which of them are known to be gone."""
 
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -10,7 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastickpt.errors import RankFailure, RankLost
-from elastickpt.ranks.hosts import host_identity
+
+
+def host_identity() -> str:
+    """Equal for two processes if they share boot, process ids and abstract sockets: same machine, same namespaces."""
+    return _identity("net", "pid")
+
+
+def socket_identity() -> str:
+    """Equal for two processes if an abstract socket of one is reached by the other: process ids may be apart."""
+    return _identity("net")
+
+
+def _identity(*kinds: str) -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return "/".join((socket.gethostname(), boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in kinds)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from contextlib import suppress
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost
 from elastickpt.ranks.door import FAR, HUB, Address, Hello, call_at
-from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
-from elastickpt.ranks.messages import decode, encode
+from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Process
 from elastickpt.ranks.star import Answer, Report, Star, loss
 from elastickpt.ranks.team import Decide

@@ -1,4 +1,4 @@
-"""Rounds: each rank contributes bytes or a failure, member 0 decides, all get the same outcome.
+"""Rounds and questions: each rank says something or fails, member 0 decides, all get the same outcome.
 
     contribute --> every payload present --> decide() --> verdict  --> round() returns on every member
         |                                       |
@@ -8,6 +8,9 @@ Rounds belong to a call of the user that all ranks make. A rank that has not mad
 waits, up to the call's limit: it may evaluate, or stand in a debugger. One that has made it must answer: working members send
 a beat each `BEAT_S`, and one that sent nothing for `silence_s` counts as lost. One whose process is gone ends every wait at
 once.  [SAVE-54, SAVE-61..64, SAVE-110..114]
+
+A question is a round with types: who asks it sees no bytes. Whatever goes wrong in what a member says, or in the answer, is
+raised on all members alike.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol
+from types import NoneType
+from typing import Generic, Protocol, TypeVar
 
 from elastickpt.errors import CheckpointError, RankFailure, Refused, from_report
+from elastickpt.ranks.messages import decode, encode
 
 BEAT_S = 1.0
 SILENCE_S = 30.0
@@ -138,3 +143,43 @@ class Alone:
 
     def end(self, why: str) -> None:
         return None
+
+
+Said = TypeVar("Said")
+Told = TypeVar("Told")
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[Said, Told]):
+    """`name` stands in messages of errors; `said` is the type of what each member says, `told` of what it is told."""
+
+    name: str
+    said: type[Said]
+    told: type[Told]
+
+    def ask(self, team: Team, say: Callable[[], Said], answer: Callable[[Sequence[Said]], Told]) -> Told:
+        """Asks all members; blocking. `answer` runs on member 0 only, gets what all said, by member, and tells all the same.
+
+        Raises what `Team.round` raises.
+        """
+        return self.ask_each(team, say, lambda said: [answer(said)] * len(said))
+
+    def ask_each(self, team: Team, say: Callable[[], Said], answer: Callable[[Sequence[Said]], Sequence[Told]]) -> Told:
+        """The same, with an answer for each member, in their order."""
+
+        def decide(payloads: Sequence[bytes]) -> Sequence[bytes]:
+            answers = answer([decode(payload, self.said) for payload in payloads])
+            encoded = {number: encode(one) for number, one in {id(one): one for one in answers}.items()}  # each object once
+            return [encoded[id(one)] for one in answers]
+
+        return decode(team.round(self.name, lambda: encode(say()), decide), self.told)
+
+
+def all_do(team: Team, name: str, act: Callable[[], None]) -> None:
+    """Every member acts; returns once all have. Blocking. Raises, on all members alike, what went wrong on any."""
+    Question(name, NoneType, NoneType).ask(team, act, lambda _: None)
+
+
+def first_does(team: Team, name: str, act: Callable[[], None]) -> None:
+    """Member 0 acts, once all members have come; returns when it has. Blocking. Raises on all members what it raised."""
+    Question(name, NoneType, NoneType).ask(team, lambda: None, lambda _: act())

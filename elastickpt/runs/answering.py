@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from elastickpt.errors import Refused
-from elastickpt.ranks.hosts import socket_identity
+from elastickpt.ranks.processes import socket_identity
 from elastickpt.runs.trainer_address import QUESTION_NBYTES, TrainerAddress, answer
 
 PATIENCE_S = 1.0  # for a question to be whole

@@ -11,10 +11,8 @@ from elastickpt.loading.fetch import Verify
 from elastickpt.loading.session import LoadReport, Strict
 from elastickpt.loading.session import load as load_folder
 from elastickpt.loading.session import load_alone as load_folder_alone
-from elastickpt.ranks.process_group import job_group
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Call, require_limit
-from elastickpt.ranks.teams import team_of
+from elastickpt.ranks.process_group import job_group, team_of
+from elastickpt.ranks.team import Call, Question, require_limit
 from elastickpt.runs.opening import folder_of, place_of
 
 if TYPE_CHECKING:

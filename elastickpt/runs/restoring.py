@@ -29,8 +29,7 @@ from elastickpt.ledger.stored import read_view
 from elastickpt.ledger.unregistered import kept_note, require_registers
 from elastickpt.loading.session import UNDEFINED, LoadReport, Strict, load
 from elastickpt.ranks.messages import Message
-from elastickpt.ranks.questions import Question, first_does
-from elastickpt.ranks.team import Call, Team
+from elastickpt.ranks.team import Call, Question, Team, first_does
 from elastickpt.runs.trainer_address import require_no_living_trainer
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Store

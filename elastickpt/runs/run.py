@@ -34,9 +34,8 @@ from elastickpt.ledger.retention import Keep
 from elastickpt.ledger.stored import read_claim
 from elastickpt.loading.session import Strict
 from elastickpt.ranks.addresses import own_address
-from elastickpt.ranks.process_group import job_group
+from elastickpt.ranks.process_group import end_team, job_group
 from elastickpt.ranks.team import Call
-from elastickpt.ranks.teams import end_team
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Measured

@@ -6,10 +6,8 @@ import weakref
 from itertools import count
 
 from elastickpt.format.digest import file_digest
-from elastickpt.ranks.process_group import Group
-from elastickpt.ranks.questions import all_do
-from elastickpt.ranks.team import Call, Team
-from elastickpt.ranks.teams import team_of
+from elastickpt.ranks.process_group import Group, team_of
+from elastickpt.ranks.team import Call, Team, all_do
 from elastickpt.storage.store import Store
 
 # By process group and root: runs of one group at one root have teams of their own, which all of its ranks count alike.

@@ -30,8 +30,7 @@ from elastickpt.errors import Damaged, RunBusy
 from elastickpt.ledger.objects import Steps
 from elastickpt.ledger.records import Claim, Claimer
 from elastickpt.ledger.stored import list_commits, read_claim
-from elastickpt.ranks.hosts import socket_identity
-from elastickpt.ranks.processes import process_start
+from elastickpt.ranks.processes import process_start, socket_identity
 from elastickpt.storage.store import Store
 
 LIMIT_S = 2.0

@@ -16,7 +16,7 @@ from elastickpt.ledger.objects import complete
 from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, judge, removable
 from elastickpt.ledger.stored import read_view
-from elastickpt.ranks.workers import Worker
+from elastickpt.ranks.threads import Worker
 from elastickpt.storage.store import Store
 
 log = logging.getLogger(__name__)

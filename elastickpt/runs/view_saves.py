@@ -16,8 +16,7 @@ from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Adopted
 from elastickpt.ledger.stored import read_adopted, read_claim
-from elastickpt.ranks.process_group import Group, job_group
-from elastickpt.ranks.teams import end_team
+from elastickpt.ranks.process_group import Group, end_team, job_group
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Every, Measured
 from elastickpt.runs.run import Run

@@ -23,8 +23,7 @@ from elastickpt.format.encode_values import encode_value
 from elastickpt.format.values import Value
 from elastickpt.format.version import RELEASE
 from elastickpt.ranks.process_group import torch_version
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Team
+from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.drift import Hashed, compare_sets, differing_keys, looks_of, name_drift
 from elastickpt.saving.merge import MergedStructure, SharedTable, merge
 from elastickpt.saving.merge_values import merge_trees, require_same_tables

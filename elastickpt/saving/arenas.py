@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from elastickpt.errors import SaveSkipped
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.saving.staging import Stager, slices_of
 from elastickpt.training.gates import Copies, DeviceCopier
 from elastickpt.training.held import HeldArray

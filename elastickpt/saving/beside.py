@@ -21,8 +21,7 @@ from types import NoneType
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import require_token
 from elastickpt.errors import CheckpointError, InternalError, StructureConflict, fault, kinds
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Team, failure_of
+from elastickpt.ranks.team import Question, Team, failure_of
 from elastickpt.saving.agree import Offer
 from elastickpt.saving.messages import TypedValues
 from elastickpt.saving.pipeline import Pipeline

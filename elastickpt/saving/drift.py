@@ -29,8 +29,7 @@ from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.limits import MIB
 from elastickpt.ranks.messages import Message, encode
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Team
+from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.digests import Digests
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.plan import replicas_of

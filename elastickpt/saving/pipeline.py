@@ -26,8 +26,7 @@ from elastickpt.format.canonical_json import dump
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value
 from elastickpt.format.values import Value
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Team
+from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
 from elastickpt.saving.messages import Intention, OpenedAttempt, TypedValues, values_wanted
 from elastickpt.saving.plan import own_tables

@@ -1,5 +1,6 @@
 """`save`: the pipeline from live tensors, and the commit in one more round; whole or absent, on all ranks together. [SAVE-3,
-SAVE-54]"""
+SAVE-54]
+"""
 
 from __future__ import annotations
 
@@ -14,10 +15,8 @@ from elastickpt.commit.destination import PathDestination, require_idle
 from elastickpt.commit.draft import require_token
 from elastickpt.commit.outcome import commit
 from elastickpt.errors import RanksFailed
-from elastickpt.ranks.process_group import Group, job_group
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Call, Team
-from elastickpt.ranks.teams import team_of
+from elastickpt.ranks.process_group import Group, job_group, team_of
+from elastickpt.ranks.team import Call, Question, Team
 from elastickpt.saving.agree import Offer
 from elastickpt.saving.info import CheckpointInfo
 from elastickpt.saving.live_tensors import LiveTensors

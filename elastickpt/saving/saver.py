@@ -23,10 +23,9 @@ from elastickpt.commit.attempt import Committed
 from elastickpt.commit.destination import Destination, leave_place, take_place
 from elastickpt.commit.draft import ended
 from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped, fault
-from elastickpt.ranks.process_group import Group
+from elastickpt.ranks.process_group import Group, end_team, team_of
 from elastickpt.ranks.team import Call, Team
-from elastickpt.ranks.teams import end_team, team_of
-from elastickpt.ranks.workers import Worker
+from elastickpt.ranks.threads import Worker
 from elastickpt.saving.arenas import Arenas, Slot
 from elastickpt.saving.beside import Beside
 from elastickpt.saving.handle import SaveHandle

@@ -16,7 +16,7 @@ import numpy as np
 
 from elastickpt.errors import LimitExceeded, Refused
 from elastickpt.format.arrays import Box
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.saving.gather import Bytes, flat_bytes, gather, part_of
 from elastickpt.storage.kernel import address_of
 from elastickpt.training.held import HeldArray

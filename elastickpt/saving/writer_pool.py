@@ -9,8 +9,7 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
 from elastickpt.ranks.messages import Message
-from elastickpt.ranks.questions import Question
-from elastickpt.ranks.team import Team
+from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.options import AsyncOptions
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store

@@ -29,9 +29,9 @@ from elastickpt.commit.outcome import Patience
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
-from elastickpt.ranks.actor import Actor
-from elastickpt.ranks.frames import Frame, Kind
+from elastickpt.ranks.messages import Frame, Kind
 from elastickpt.ranks.team import BEAT_S
+from elastickpt.ranks.threads import Actor
 from elastickpt.storage.store import Store
 from elastickpt.writer.commit_thread import CommitThread
 from elastickpt.writer.committer_link import CommitterLink, Step

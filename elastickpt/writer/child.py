@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from elastickpt.ranks.frames import PeerGone
+from elastickpt.ranks.messages import PeerGone
 from elastickpt.writer.messages import (
     ArenaHere,
     Hello,

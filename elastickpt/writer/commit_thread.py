@@ -15,7 +15,7 @@ from elastickpt.commit.outcome import STANDS, Patience, Standing, commit, give_u
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.workers import Worker
+from elastickpt.ranks.threads import Worker
 from elastickpt.storage.store import Store
 
 log = logging.getLogger(__name__)

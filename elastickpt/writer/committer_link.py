@@ -8,8 +8,7 @@ from contextlib import suppress
 from enum import Enum, auto
 
 from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.frames import Connection, Frame, Kind, PeerGone, PeerSilent
-from elastickpt.ranks.messages import encode
+from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, encode
 from elastickpt.writer.seats import Introduction, Seat
 
 log = logging.getLogger(__name__)

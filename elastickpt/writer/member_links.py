@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import InternalError
-from elastickpt.ranks.frames import Connection, Frame, Kind
-from elastickpt.ranks.messages import decode
+from elastickpt.ranks.messages import Connection, Frame, Kind, decode
 from elastickpt.writer.seats import Introduction, Seat
 
 PAUSE_S = 0.05

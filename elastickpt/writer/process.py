@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Decision, Verdict
 from elastickpt.errors import Cancelled, RankLost
-from elastickpt.ranks.frames import PeerGone
+from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena

@@ -24,8 +24,8 @@ from contextlib import suppress
 
 from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
-from elastickpt.ranks.actor import Actor
-from elastickpt.ranks.frames import PeerGone
+from elastickpt.ranks.messages import PeerGone
+from elastickpt.ranks.threads import Actor
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.messages import (

@@ -11,7 +11,7 @@ import threading
 from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.errors import Cancelled, CheckpointError, InternalError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.workers import Worker
+from elastickpt.ranks.threads import Worker
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.attempt_worker import AttemptWorker, perform

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from elastickpt.ranks.frames import PeerGone
+from elastickpt.ranks.messages import PeerGone
 from elastickpt.writer.messages import ArenaHere, MarkHere, SeatHere, WriterMessage, decode, encode
 
 _LENGTH = struct.Struct("<Q")

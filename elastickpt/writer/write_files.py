@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from elastickpt.errors import CheckpointError, MissingFile
 from elastickpt.format.digest import block_checksum
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import Durability, RangeWriter, Store
 from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePlan
 from elastickpt.writer.portions import BLOCK_NBYTES, Slice

@@ -17,8 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import elastickpt as ek
 from elastickpt.commit import destination
 from elastickpt.errors import CheckpointError, RankFailure
-from elastickpt.ranks.process_group import job_group
-from elastickpt.ranks.teams import team_of
+from elastickpt.ranks.process_group import job_group, team_of
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CallAt, FailAt, Fault, FaultyStore, Mode, Operation, RecordingStore

@@ -10,7 +10,7 @@ import pytest
 from simulated import everywhere, stars
 
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost
-from elastickpt.ranks.frames import Connection, Frame, Kind, PeerSilent
+from elastickpt.ranks.messages import Connection, Frame, Kind, PeerSilent
 from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Star
 

@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastickpt.errors import InternalError, NoSpace
-from elastickpt.ranks.actor import Actor
 from elastickpt.ranks.messages import Message, decode, encode
-from elastickpt.ranks.questions import Question, all_do, first_does
-from elastickpt.ranks.team import Alone
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.team import Alone, Question, all_do, first_does
+from elastickpt.ranks.threads import Actor, Pool
 
 LIMIT_S = 60.0
 

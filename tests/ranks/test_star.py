@@ -30,18 +30,16 @@ from elastickpt.errors import (
     Refused,
     from_report,
 )
-from elastickpt.ranks import beats
+from elastickpt.ranks import star
 from elastickpt.ranks import star as starred
 from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.beats import Heart
 from elastickpt.ranks.door import HUB, Address, Hello
-from elastickpt.ranks.frames import Connection as Peer
-from elastickpt.ranks.frames import Frame, Kind
 from elastickpt.ranks.hub import Hub
-from elastickpt.ranks.messages import decode, encode
+from elastickpt.ranks.messages import Connection as Peer
+from elastickpt.ranks.messages import Frame, Kind, decode, encode
 from elastickpt.ranks.processes import Acquaintances, Process
 from elastickpt.ranks.spoke import Spoke
-from elastickpt.ranks.star import Star
+from elastickpt.ranks.star import Heart, Star
 from elastickpt.ranks.team import Alone, Call, require_limit
 
 
@@ -245,7 +243,7 @@ def test_a_late_member_is_waited_for_longer_than_silence_and_named_meanwhile(
 ) -> None:
     """[SAVE-110]"""
     monkeypatch.setattr(starred, "LOG_AFTER_S", 0.2)
-    monkeypatch.setattr(beats, "BEAT_S", 0.05)
+    monkeypatch.setattr(star, "BEAT_S", 0.05)
     stars = made(3, silence_s=1.0)
 
     def work(star: Star) -> bytes:

@@ -20,7 +20,7 @@ from elastickpt.errors import Refused, RunBusy
 from elastickpt.ledger.epochs import claim
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claim
-from elastickpt.ranks.hosts import host_identity, socket_identity
+from elastickpt.ranks.processes import host_identity, socket_identity
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.trainer_address import (
     DIGEST_NBYTES,

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from elastickpt.errors import LimitExceeded, NoSpace, Refused
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.layout.grid import ByteRun, runs_of
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.saving import staging
 from elastickpt.saving.gather import gather, part_of
 from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of

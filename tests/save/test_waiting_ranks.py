@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
-from elastickpt.ranks import teams
+from elastickpt.ranks import process_group
 from elastickpt.testing.ranks import run_ranks, spawn_ranks
 
 Told = tuple[str, str, tuple[int, ...]]  # kind, message, ranks in the report
@@ -35,8 +35,8 @@ def told(call: Callable[[], object]) -> Told:
 
 def quickly_silent() -> None:
     """Ranks that are silent within a call are given up sooner than in life."""
-    assert teams.team_of.__kwdefaults__ is not None
-    teams.team_of.__kwdefaults__["silence_s"] = LATE_S / 2
+    assert process_group.team_of.__kwdefaults__ is not None
+    process_group.team_of.__kwdefaults__["silence_s"] = LATE_S / 2
 
 
 def state() -> dict[str, object]:

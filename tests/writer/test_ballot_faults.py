@@ -23,7 +23,7 @@ from elastickpt.commit.marks import marked
 from elastickpt.commit.outcome import Standing, commit, look
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.frames import Connection, Frame, Kind
+from elastickpt.ranks.messages import Connection, Frame, Kind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.attempt_worker import AttemptWorker

@@ -16,7 +16,7 @@ import torch
 
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.layout.grid import chunk_shape
-from elastickpt.ranks.workers import Pool
+from elastickpt.ranks.threads import Pool
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.plan import plan_writes
 from elastickpt.saving.staging import Stager
