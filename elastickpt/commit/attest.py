@@ -1,11 +1,19 @@
-"""A writer's attestation: its fragment file, created last, when all that it names is durable. [SAVE-45]"""
+"""What stands in a draft for whoever commits: attestations of writers, and what a committer knew beside. [SAVE-45, SAVE-85]
+
+A writer attests by its fragment file, created last, when all that it names is durable. A process that is gone, or one that is
+late, may have begun a file with the same bytes: it is completed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from elastickpt.commit.draft import Draft
-from elastickpt.errors import ChecksumMismatch, Malformed
+import numpy as np
+
+from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.contents import Contents, EncodedContents, decode_contents
+from elastickpt.commit.draft import CONTENTS, Draft
+from elastickpt.errors import CheckpointError, ChecksumMismatch, Malformed, MissingFile, PathOccupied, StorageFailed
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.keys import fragments_file
@@ -13,6 +21,38 @@ from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import FileDigest, FragmentMap
 from elastickpt.storage.store import Durability, Store
+
+Create = Callable[[str, bytes], None]
+
+
+def completing(store: Store) -> Create:
+    """`store.create`, where another process may have made the file, or a part of it, from the same bytes.
+
+    Its bytes are written again, as only the other one was told what the kernel could not write of them. Any other file is
+    an error: the attempt is not ours alone.
+    """
+
+    def create(path: str, data: bytes) -> None:
+        try:
+            return store.create(path, data)
+        except PathOccupied:
+            found = store.read(path, len(data))
+            if not _is_part(found, data):
+                raise
+        writer = store.open_writer(path, len(data))
+        try:
+            writer.write(0, memoryview(data))
+            writer.sync()
+        finally:
+            writer.close()
+
+    return create
+
+
+def _is_part(found: bytes, data: bytes) -> bool:
+    """Whether writing `data` may have left this, cut short anywhere; what a second writing had not come to reads as zero."""
+    written, wanted = np.frombuffer(found, dtype=np.uint8), np.frombuffer(data, dtype=np.uint8)[: len(found)]
+    return bool(np.all((written == wanted) | (written == 0)))
 
 
 def attest(
@@ -54,3 +94,49 @@ def read_attested(store: Store, draft: Draft, attested: Sequence[FileDigest]) ->
             )
         maps.append(columns)
     return tuple(maps)
+
+
+_DIGEST_NBYTES = 32
+_LENGTH_NBYTES = 8
+
+
+def find_attestation(store: Store, attempt: Attempt, member: int) -> FileDigest | None:
+    """A writer's attestation in the draft, made durable, if it is there and whole. Blocking. Raises StorageFailed kinds."""
+    path = fragments_file(member)
+    try:
+        data = store.read(attempt.path(path), MAX_FRAGMENTS_NBYTES)
+        columns = decode_columns(data, path=path)
+    except MissingFile:
+        return None
+    except StorageFailed:
+        raise
+    except CheckpointError:
+        return None  # begun, and never finished
+    if (columns.writer, columns.attempt) != (member, attempt.id):
+        return None
+    if attempt.durability == "power":
+        store.sync_file(attempt.path(path))
+        store.sync_directory(attempt.path("fragments"))
+    return FileDigest(path, len(data), file_digest(data))
+
+
+def leave_contents(store: Store, attempt: Attempt, contents: EncodedContents, *, create: Create | None = None) -> None:
+    """Puts into the draft what another committer would need. Not durable: after a crash of the host nobody commits it.
+
+    `create`: in place of `store.create`, for a writer that takes over from one that died meanwhile.
+    """
+    body = len(contents.outline).to_bytes(_LENGTH_NBYTES, "big") + contents.outline + contents.values
+    (create or store.create)(attempt.path(CONTENTS), body + file_digest(body).encode())
+
+
+def left_contents(store: Store, attempt: Attempt) -> Contents | None:
+    """What `leave_contents` left; None if it is not there, or was not finished."""
+    try:
+        data = store.read(attempt.path(CONTENTS), MAX_FRAGMENTS_NBYTES)
+    except MissingFile:
+        return None
+    body, digest = data[:-_DIGEST_NBYTES], data[-_DIGEST_NBYTES:]
+    if len(body) < _LENGTH_NBYTES or file_digest(body).encode() != digest:
+        return None
+    middle = _LENGTH_NBYTES + int.from_bytes(body[:_LENGTH_NBYTES], "big")
+    return decode_contents(EncodedContents(body[_LENGTH_NBYTES:middle], body[middle:]))

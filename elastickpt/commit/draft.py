@@ -7,6 +7,11 @@
 HOST, PID and START (of the process, in units of 10 ms since boot of its host) say whose it is, so that the next save beside it
 can sweep those whose process is provably gone, and name the others. HOST includes the boot and the process-id namespace: hosts
 with one name are not rare, and what ran before a restart, or in a container that is gone, cannot be told from another host's.
+
+Marks say which attempts are worked on: names that all processes of a host can list. [SAVE-86] A trainer makes the mark when it
+hands an attempt to its writer, and the writer gets it too, by descriptor. A name in the abstract socket namespace is there as
+long as anybody has it, or has been sent it, and goes with the last process, however that ends: no file is left behind, no lock
+to break.
 """
 
 from __future__ import annotations
@@ -15,12 +20,11 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastickpt.commit.marks import marked
 from elastickpt.errors import (
     CheckpointError,
     Malformed,
@@ -36,8 +40,30 @@ from elastickpt.format.digest import block_checksum
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.ranks.addresses import not_in_forks
 from elastickpt.ranks.processes import process_fields, process_start
 from elastickpt.storage.store import Store
+
+_PREFIX = "@elastickpt-work-"  # as /proc/net/unix shows it; the first byte of the name is zero
+
+
+def mark(store: str, attempt: str) -> socket.socket:
+    """The mark of a new attempt of this process, below that store's root; there until it is closed everywhere."""
+    held = not_in_forks(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    held.bind(f"\0{_PREFIX[1:]}{_place(store)}-{attempt}-{secrets.token_hex(4)}")
+    return held
+
+
+def marked(store: str) -> Collection[str]:
+    """The attempts below that store's root that writers of this host are working on now."""
+    prefix = f"{_PREFIX}{_place(store)}-"
+    names = (line.rpartition(" ")[2] for line in Path("/proc/net/unix").read_text(errors="replace").splitlines())
+    return frozenset(name.removeprefix(prefix).rpartition("-")[0] for name in names if name.startswith(prefix))
+
+
+def _place(store: str) -> str:
+    return block_checksum(store.encode()).to_bytes(8, "big").hex()
+
 
 CONTENTS = "draft.contents"  # what another committer needs, while the draft is one [SAVE-85]
 CONVERSION = "draft.conversion"  # what a conversion is, which goes on from the draft if it is interrupted [CLI-67]

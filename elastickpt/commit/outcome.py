@@ -25,10 +25,10 @@ from enum import StrEnum
 from typing import TypeVar
 
 from elastickpt.commit.attempt import Attempt, Committed, Verdict
+from elastickpt.commit.attest import left_contents
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.draft import CONTENTS, abort
 from elastickpt.commit.draft import commit as commit_draft
-from elastickpt.commit.handover import left_contents
 from elastickpt.commit.record import Proven, Records, find_records, prove_draft, read_records, write_records
 from elastickpt.errors import (
     CheckpointError,

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import read_attested
-from elastickpt.commit.completing import completing
+from elastickpt.commit.attest import completing, read_attested
 from elastickpt.commit.contents import Contents, parts_of
 from elastickpt.commit.draft import LEFTOVERS
 from elastickpt.commit.prove import ProofMemory, merge_tables, prove, require_distinct_ranges

@@ -26,8 +26,16 @@ from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Fram
 from elastickpt.format.version import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.storage.store import Durability
-from elastickpt.writer.plans import Document, PlannedDocument, WritePlan, documents_of, files_of
-from elastickpt.writer.portions import BLOCK_NBYTES, Slice, whole_pieces
+from elastickpt.writer.plans import (
+    BLOCK_NBYTES,
+    Document,
+    PlannedDocument,
+    Slice,
+    WritePlan,
+    documents_of,
+    files_of,
+    whole_pieces,
+)
 from elastickpt.writer.share import stored_pieces
 from elastickpt.writer.write_files import Target, blocks_of, directories_of, unwatched, write_portion
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from elastickpt.commit.marks import marked
+from elastickpt.commit.draft import marked
 from elastickpt.errors import CheckpointError
 from elastickpt.ledger.branch import entries_of
 from elastickpt.ledger.epochs import claim, start

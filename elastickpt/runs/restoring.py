@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from elastickpt.commit.marks import marked
+from elastickpt.commit.draft import marked
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, StorageFailed, fault
 from elastickpt.ledger.branch import CommitEntry, at_step, entries_of
 from elastickpt.ledger.epochs import Holding, claim, remember, start

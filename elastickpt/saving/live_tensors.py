@@ -15,8 +15,7 @@ import numpy as np
 from elastickpt.saving.gather import Bytes, Elements, flat_bytes, gather, part_of
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.store import Store
-from elastickpt.writer.plans import WritePlan
-from elastickpt.writer.portions import PAGE, Slice
+from elastickpt.writer.plans import PAGE, Slice, WritePlan
 
 
 class LiveTensors:

@@ -7,8 +7,8 @@ from math import isfinite
 from typing import Literal, get_args
 
 from elastickpt.errors import Refused
-from elastickpt.writer.portions import MIN_ARENA_NBYTES
-from elastickpt.writer.priority import IoPriority
+from elastickpt.ranks.threads import IoPriority
+from elastickpt.writer.plans import MIN_ARENA_NBYTES
 
 Executor = Literal["process", "thread"]
 

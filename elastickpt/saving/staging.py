@@ -23,8 +23,7 @@ from elastickpt.training.held import HeldArray
 from elastickpt.training.memory import host_address, host_elements
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan
-from elastickpt.writer.plans import PlannedPiece
-from elastickpt.writer.portions import Slice
+from elastickpt.writer.plans import PlannedPiece, Slice
 
 MIN_THREADED_NBYTES = 32 << 20  # below this a second thread costs more to wake than it copies meanwhile
 PART_NBYTES = 8 << 20

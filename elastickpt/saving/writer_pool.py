@@ -6,6 +6,7 @@ import socket
 from typing import Protocol
 
 from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.links import ALONE, CANDIDATES, Seat, new_secret
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
 from elastickpt.ranks.messages import Message
@@ -15,7 +16,6 @@ from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import WriterOptions
-from elastickpt.writer.seats import ALONE, CANDIDATES, Seat, new_secret
 from elastickpt.writer.submissions import StagedPortion, Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter

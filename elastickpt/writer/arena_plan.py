@@ -17,8 +17,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.strict_reading import pack_ints
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
-from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
-from elastickpt.writer.portions import Portion, Slice, lay_out
+from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, Portion, Slice, WritePlan, lay_out
 
 _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5

@@ -6,20 +6,17 @@ import socket
 from collections.abc import Callable
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.commit.completing import completing
+from elastickpt.commit.attest import completing, find_attestation, leave_contents
+from elastickpt.commit.ballot import CommitBallot
 from elastickpt.commit.contents import Contents, EncodedContents, decode_values
-from elastickpt.commit.handover import find_attestation, leave_contents
+from elastickpt.commit.links import Seat, say_farewell
 from elastickpt.commit.outcome import Patience, Standing, look
 from elastickpt.errors import CheckpointError, RankFailure, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
-from elastickpt.writer.arena import Arena
+from elastickpt.writer.arena import Arena, ArenaSource
 from elastickpt.writer.arena_plan import WriterStructure
-from elastickpt.writer.arena_source import ArenaSource
-from elastickpt.writer.ballot import CommitBallot
-from elastickpt.writer.committer_link import say_farewell
 from elastickpt.writer.messages import Done, Enroll, Say, Write
-from elastickpt.writer.seats import Seat
 from elastickpt.writer.share import share_of, write_share
 from elastickpt.writer.submissions import done_of
 from elastickpt.writer.write_files import Watch

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from elastickpt.commit.links import Seat
 from elastickpt.ranks.messages import PeerGone
+from elastickpt.ranks.threads import IoPriority
 from elastickpt.writer.messages import (
     ArenaHere,
     Hello,
@@ -23,12 +25,10 @@ from elastickpt.writer.messages import (
     SeatHere,
     StructureGone,
     StructureHere,
+    Wire,
     WriterMessage,
 )
-from elastickpt.writer.priority import IoPriority
-from elastickpt.writer.seats import Seat
 from elastickpt.writer.submissions import Submission
-from elastickpt.writer.wire import Wire
 
 _MAIN = Path(__file__).resolve().parent / "__main__.py"
 _SAID_NBYTES = 2000

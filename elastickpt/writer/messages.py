@@ -1,4 +1,6 @@
-"""What a trainer and its writer process tell each other: the whole protocol.
+"""What a trainer and its writer process tell each other: the whole protocol, on a Unix stream socket.
+
+A message is a length, then msgpack; descriptors go beside it.
 
     trainer -> writer                                      writer -> trainer
     Hello       first; how to behave                       Ready       answer to Hello: imported and waiting
@@ -19,8 +21,8 @@
     Cancel      end the job as soon as may be
     Quit        end now, whatever is left
 
-1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives. 2. A Write names only
-arenas and structures that came before it. From Write to its answer the writer reads of the arena what this
+1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives.
+2. A Write names only arenas and structures that came before it. From Write to its answer the writer reads of the arena what this
    says is filled, and waits for more: the trainer may still be filling it.
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
@@ -29,20 +31,25 @@ arenas and structures that came before it. From Write to its answer the writer r
 5. After the last portion of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
 6. When the connection or the trainer's process ends, the writer finishes the last portions it was given, then ends; at the
-latest
-   `lease_s` later. It ends no attempt before it is decided. Earlier portions are dropped, and a portion that was not staged to
+   latest `lease_s` later. It ends no attempt before it is decided. Earlier portions are dropped, and a portion that was not staged to
    its end fails: nobody is left to stage what follows.
 """
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Sequence
 from typing import cast
 
 from elastickpt.commit.attempt import Attempt, Decision
+from elastickpt.commit.links import Limits
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks import messages
-from elastickpt.ranks.messages import Message
-from elastickpt.writer.seats import Limits
+from elastickpt.ranks.messages import Message, PeerGone
 
 
 class Hello(Message, frozen=True, tag=True):
@@ -183,3 +190,78 @@ def encode(message: WriterMessage) -> bytes:
 def decode(data: bytes) -> WriterMessage:
     """What `encode` encoded. Raises InternalError for what it never makes."""
     return messages.decode(data, _ANY)
+
+
+_LENGTH = struct.Struct("<Q")
+_DESCRIPTORS = 16  # that may come with one read
+_READ_NBYTES = 1 << 20
+
+
+class Wire:
+    """One end. Sending is safe from several threads; receiving belongs to one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._sending = threading.Lock()
+        self._buffer = bytearray()
+        self._descriptors: deque[int] = deque()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def limit(self, seconds: float) -> None:
+        """A `send` that the other end leaves waiting for so long raises PeerGone."""
+        self._socket.settimeout(seconds)
+
+    def send(self, message: WriterMessage, *, descriptors: Sequence[int] = ()) -> None:
+        """Blocks until the kernel took all of it. Raises PeerGone."""
+        with self._sending:
+            self._send(message, descriptors)
+
+    def send_if_free(self, message: WriterMessage) -> None:
+        """Not at all while another thread sends: for beats, which that says as well. Raises PeerGone."""
+        if self._sending.acquire(blocking=False):
+            try:
+                self._send(message, ())
+            finally:
+                self._sending.release()
+
+    def receive(self) -> list[tuple[WriterMessage, int]]:
+        """What came, from one read; with the descriptor that goes with it, else -1. Blocks until there is something;
+        may return nothing. Raises PeerGone at the end, after everything before it was returned."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, _READ_NBYTES, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise PeerGone(str(error)) from error
+        self._descriptors.extend(descriptors)
+        if not data:
+            raise PeerGone("connection closed")
+        self._buffer += data
+        found: list[tuple[WriterMessage, int]] = []
+        at = 0
+        while len(self._buffer) - at >= _LENGTH.size:
+            (nbytes,) = _LENGTH.unpack_from(self._buffer, at)
+            end = at + _LENGTH.size + nbytes
+            if len(self._buffer) < end:
+                break
+            message = decode(bytes(self._buffer[at + _LENGTH.size : end]))
+            carries = isinstance(message, ArenaHere | MarkHere) or (isinstance(message, SeatHere) and message.listening)
+            found.append((message, self._descriptors.popleft() if carries else -1))
+            at = end
+        del self._buffer[:at]
+        return found
+
+    def close(self) -> None:
+        """Gives up the connection, and descriptors that nobody took. Not while another thread sends: `shut` first."""
+        self._socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _send(self, message: WriterMessage, descriptors: Sequence[int]) -> None:
+        data = encode(message)
+        frame = memoryview(_LENGTH.pack(len(data)) + data)
+        try:
+            sent = socket.send_fds(self._socket, [frame], list(descriptors)) if descriptors else 0
+            self._socket.sendall(frame[sent:])
+        except OSError as error:  # also a timeout: what is half sent cannot be gone on with
+            raise PeerGone(str(error)) from error

@@ -20,9 +20,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Decision, Verdict
+from elastickpt.commit.links import Seat
 from elastickpt.errors import Cancelled, RankLost
 from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.team import failure_of
+from elastickpt.ranks.threads import lower
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import SentStructure, WriterStructure
@@ -45,12 +47,10 @@ from elastickpt.writer.messages import (
     SeatHere,
     StructureGone,
     StructureHere,
+    Wire,
     Write,
     WriterMessage,
 )
-from elastickpt.writer.priority import lower
-from elastickpt.writer.seats import Seat
-from elastickpt.writer.wire import Wire
 from elastickpt.writer.write_files import Watch
 
 PROGRESS_S = 0.25

@@ -12,8 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import attest
-from elastickpt.commit.completing import completing
+from elastickpt.commit.attest import attest, completing
 from elastickpt.commit.contents import encode_values
 from elastickpt.errors import LimitExceeded
 from elastickpt.format.encode_fragments import decode_beside, encode_beside
@@ -21,8 +20,7 @@ from elastickpt.format.records import FileDigest, FragmentMap, OptimizerTable, S
 from elastickpt.format.values import Value
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure
-from elastickpt.writer.plans import WritePlan
-from elastickpt.writer.portions import BLOCK_NBYTES
+from elastickpt.writer.plans import BLOCK_NBYTES, WritePlan
 from elastickpt.writer.write_files import (
     Checksums,
     Source,

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from elastickpt.commit.attempt import Attempt, Committed, Verdict
-from elastickpt.commit.marks import mark
+from elastickpt.commit.draft import mark
 from elastickpt.errors import CheckpointError, DeadlineExceeded, fault, from_report, kinds
 from elastickpt.format.records import FileDigest
 from elastickpt.writer.arena import Arena

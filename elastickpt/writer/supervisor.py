@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from elastickpt.commit.attempt import Attempt
+from elastickpt.commit.links import ALONE, Seat
 from elastickpt.errors import Cancelled, CheckpointError, Refused, WriterLost
 from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.threads import Actor
@@ -39,7 +40,6 @@ from elastickpt.writer.messages import (
     Ready,
     WriterMessage,
 )
-from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import socket
 import threading
 
 from elastickpt.commit.attempt import Attempt, Verdict
+from elastickpt.commit.links import ALONE, Seat
 from elastickpt.errors import Cancelled, CheckpointError, InternalError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.ranks.threads import Worker
@@ -16,7 +17,6 @@ from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.attempt_worker import AttemptWorker, perform
 from elastickpt.writer.messages import Done, Failed
-from elastickpt.writer.seats import ALONE, Seat
 from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
 from elastickpt.writer.write_files import Watch
 

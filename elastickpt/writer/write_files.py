@@ -19,8 +19,7 @@ from elastickpt.errors import CheckpointError, MissingFile
 from elastickpt.format.digest import block_checksum
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import Durability, RangeWriter, Store
-from elastickpt.writer.plans import Document, PlannedFile, PlannedPiece, WritePlan
-from elastickpt.writer.portions import BLOCK_NBYTES, Slice
+from elastickpt.writer.plans import BLOCK_NBYTES, Document, PlannedFile, PlannedPiece, Slice, WritePlan
 
 UNIT_NBYTES = 8 << 20
 THREADS = 3

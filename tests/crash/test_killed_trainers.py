@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.commit.marks import marked
+from elastickpt.commit.draft import marked
 from elastickpt.ledger.branch import history
 from elastickpt.runs import run as run_module
 from elastickpt.storage.local import LocalStore

@@ -12,6 +12,7 @@ from pathlib import Path
 from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.contents import EncodedContents, decode_contents, encode_outline, encode_values
 from elastickpt.commit.draft import Draft, begin, new_draft
+from elastickpt.commit.links import CANDIDATES, Limits, Seat, new_secret
 from elastickpt.format.records import FileDigest, OptimizerTable
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ranks.addresses import listen
@@ -23,11 +24,9 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
-from elastickpt.writer.arena import Arena
+from elastickpt.writer.arena import Arena, ArenaSource
 from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure, prepare
-from elastickpt.writer.arena_source import ArenaSource
 from elastickpt.writer.plans import documents_of
-from elastickpt.writer.seats import CANDIDATES, Limits, Seat, new_secret
 from elastickpt.writer.share import Share, write_whole_share
 from elastickpt.writer.submissions import StagedPortion, Submission
 from elastickpt.writer.supervisor import Supervisor

@@ -17,8 +17,7 @@ from elastickpt.format.keys import array_keys
 from elastickpt.format.records import ArrayRecord, Frame, Item
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.writer.arena_plan import WriterStructure, prepare
-from elastickpt.writer.plans import PlannedDocument, WritePlan, documents_of, files_of
-from elastickpt.writer.portions import Slice
+from elastickpt.writer.plans import PlannedDocument, Slice, WritePlan, documents_of, files_of
 from elastickpt.writer.share import Share, write_whole_share
 
 

@@ -30,8 +30,17 @@ from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan, decode_prepared, prepare
-from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, WritePlan
-from elastickpt.writer.portions import BLOCK_NBYTES, MIN_ARENA_NBYTES, PAGE, lay_out
+from elastickpt.writer.plans import (
+    BLOCK_NBYTES,
+    MIN_ARENA_NBYTES,
+    PAGE,
+    Document,
+    PlannedDocument,
+    PlannedFile,
+    PlannedPiece,
+    WritePlan,
+    lay_out,
+)
 
 MIB = 1 << 20
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import elastickpt as ek
+from elastickpt.commit import commit_thread
 from elastickpt.commit.destination import RunDestination
-from elastickpt.commit.draft import begin, new_draft
-from elastickpt.commit.marks import mark, marked
+from elastickpt.commit.draft import begin, mark, marked, new_draft
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
 from elastickpt.ranks.addresses import listen
 from elastickpt.ranks.process_group import job_group
@@ -31,7 +31,6 @@ from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
-from elastickpt.writer import commit_thread
 from elastickpt.writer.share import Share
 from elastickpt.writer.supervisor import Supervisor
 

@@ -26,7 +26,7 @@ from elastickpt.saving.savers import saver_of
 from elastickpt.saving.structures import KNOWN
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
-from elastickpt.writer.portions import MIN_ARENA_NBYTES
+from elastickpt.writer.plans import MIN_ARENA_NBYTES
 
 WORLD = 4
 LIMIT_S = 60.0

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import elastickpt as ek
+from elastickpt.commit import commit_thread
 from elastickpt.errors import CheckpointError, InternalError, NoSpace, RankFailure, Refused, StorageFailed
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import beside, save_states, saver
@@ -25,7 +26,6 @@ from elastickpt.saving.saver import Saver
 from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.task import Task
-from elastickpt.writer import commit_thread
 from elastickpt.writer.attempt_worker import AttemptWorker
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.thread import ThreadWriter

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from elastickpt.errors import Cancelled, DeadlineExceeded, RankLost, Refused
-from elastickpt.writer.arena import Arena
-from elastickpt.writer.arena_source import GIVE_WAY, ArenaSource
-from elastickpt.writer.portions import Slice
+from elastickpt.writer.arena import GIVE_WAY, Arena, ArenaSource
+from elastickpt.writer.plans import Slice
 from elastickpt.writer.write_files import unwatched
 
 NBYTES = 10_000

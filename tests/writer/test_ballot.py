@@ -17,6 +17,7 @@ from trainer import BOUND_S
 import elastickpt as ek
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import is_draft
+from elastickpt.commit.links import Limits
 from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
 from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
@@ -25,7 +26,6 @@ from elastickpt.ledger.records import Claimer
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
-from elastickpt.writer.seats import Limits
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
 

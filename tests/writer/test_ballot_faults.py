@@ -17,9 +17,10 @@ from simulated_members import Job, seats, threads
 from trainer import BOUND_S
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
+from elastickpt.commit.ballot import CommitBallot
 from elastickpt.commit.contents import decode_contents
-from elastickpt.commit.draft import CONTENTS
-from elastickpt.commit.marks import marked
+from elastickpt.commit.draft import CONTENTS, marked
+from elastickpt.commit.links import Limits, Seat, say_farewell
 from elastickpt.commit.outcome import Standing, commit, look
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.ranks.addresses import dial
@@ -27,10 +28,7 @@ from elastickpt.ranks.messages import Connection, Frame, Kind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.attempt_worker import AttemptWorker
-from elastickpt.writer.ballot import CommitBallot
-from elastickpt.writer.committer_link import say_farewell
 from elastickpt.writer.messages import Write
-from elastickpt.writer.seats import Limits, Seat
 from elastickpt.writer.submissions import submission_of
 from elastickpt.writer.thread import ThreadWriter
 from elastickpt.writer.write_files import unwatched

@@ -19,7 +19,7 @@ from elastickpt.format.keys import fragments_file
 from elastickpt.saving.staging import Stager
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import ALL, CHANGING, Crash, CrashAt, FailAt, FaultyStore, Lasting, Mode, RecordingStore
-from elastickpt.writer.arena_source import ArenaSource
+from elastickpt.writer.arena import ArenaSource
 from elastickpt.writer.share import Written, write_share
 from elastickpt.writer.write_files import unwatched
 

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 
 from elastickpt.commit.attempt import Attempt, Verdict
+from elastickpt.commit.attest import find_attestation
 from elastickpt.commit.contents import Contents
-from elastickpt.commit.handover import find_attestation
 from elastickpt.commit.outcome import STANDS, Patience, Standing, commit, give_up, look
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest

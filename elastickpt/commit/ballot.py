@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.commit_thread import CommitThread
 from elastickpt.commit.contents import Contents
+from elastickpt.commit.links import CommitterLink, MemberLink, MemberLinks, Seat, Step
 from elastickpt.commit.outcome import Patience
 from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.errors import RankFailure, RankLost, WriterLost
@@ -33,10 +35,6 @@ from elastickpt.ranks.messages import Frame, Kind
 from elastickpt.ranks.team import BEAT_S
 from elastickpt.ranks.threads import Actor
 from elastickpt.storage.store import Store
-from elastickpt.writer.commit_thread import CommitThread
-from elastickpt.writer.committer_link import CommitterLink, Step
-from elastickpt.writer.member_links import MemberLink, MemberLinks
-from elastickpt.writer.seats import Seat
 
 log = logging.getLogger(__name__)
 
