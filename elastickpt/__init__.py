@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from elastickpt.runs.run import Run as Run
     from elastickpt.saving.async_save import async_save as async_save
     from elastickpt.saving.handle import SaveHandle as SaveHandle
-    from elastickpt.saving.info import CheckpointInfo as CheckpointInfo
-    from elastickpt.saving.options import AsyncOptions as AsyncOptions
+    from elastickpt.saving.request import AsyncOptions as AsyncOptions
+    from elastickpt.saving.request import CheckpointInfo as CheckpointInfo
     from elastickpt.saving.save import save as save
     from elastickpt.training.perrank import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
 _PUBLIC = {
     "AdoptReport": ("elastickpt.runs.adopting", "AdoptReport"),
-    "AsyncOptions": ("elastickpt.saving.options", "AsyncOptions"),
+    "AsyncOptions": ("elastickpt.saving.request", "AsyncOptions"),
     "Checkpoint": ("elastickpt.loading.checkpoint", "Checkpoint"),
-    "CheckpointInfo": ("elastickpt.saving.info", "CheckpointInfo"),
+    "CheckpointInfo": ("elastickpt.saving.request", "CheckpointInfo"),
     "Best": ("elastickpt.ledger.retention", "Best"),
     "Every": ("elastickpt.runs.due", "Every"),
     "Keep": ("elastickpt.ledger.retention", "Keep"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from elastickpt.saving.savers import close_all
+from elastickpt.saving.async_save import close_all
 
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
 sys.path.insert(0, str(Path(__file__).parent / "harness"))

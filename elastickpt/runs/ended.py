@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from elastickpt.errors import CheckpointError, SaveSkipped
 from elastickpt.runs.events import Phase, SaveEvent
-from elastickpt.saving.info import CheckpointInfo
+from elastickpt.saving.request import CheckpointInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from elastickpt.ranks.team import require_limit
 from elastickpt.runs.due import Every, YoungDaly
 from elastickpt.runs.events import RestoreEvent, SaveEvent
 from elastickpt.runs.preemption import SIGNALS
-from elastickpt.saving.options import DEFAULT, AsyncOptions
-from elastickpt.saving.request import PlacementChoice, Replicas, Request
+from elastickpt.saving.request import DEFAULT, AsyncOptions, PlacementChoice, Replicas, Request
 from elastickpt.storage.store import Durability
 
 _LEAST_LOSS = YoungDaly(6 * 3600.0)

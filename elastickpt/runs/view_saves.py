@@ -21,7 +21,7 @@ from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Every, Measured
 from elastickpt.runs.run import Run
 from elastickpt.saving.handle import SaveHandle
-from elastickpt.saving.info import CheckpointInfo
+from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
 
 log = logging.getLogger(__name__)

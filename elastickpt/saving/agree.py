@@ -26,22 +26,22 @@ from elastickpt.ranks.process_group import torch_version
 from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.drift import Hashed, compare_sets, differing_keys, looks_of, name_drift
 from elastickpt.saving.merge import MergedStructure, SharedTable, merge
-from elastickpt.saving.merge_values import merge_trees, require_same_tables
 from elastickpt.saving.messages import (
     TABLE_PREFIX,
     Intention,
     Next,
     OpenedAttempt,
     differing_values,
+    merge_trees,
     require_same_intention,
+    require_same_tables,
     require_staged_alike,
     structure_id,
 )
 from elastickpt.saving.plan import plan_writes, records_of
-from elastickpt.saving.propose import Proposal
 from elastickpt.saving.request import Request
 from elastickpt.saving.structure import StructureTable, decode_table
-from elastickpt.saving.structures import KNOWN, KnownStructure
+from elastickpt.saving.structures import KNOWN, KnownStructure, Proposal
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.writer.plans import documents_of

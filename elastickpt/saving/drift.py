@@ -15,14 +15,26 @@ What is looked at (`Why`), and what comes of a difference:
     sampled    a share of declared and broadcast               replicas="sample"            noted
 
 So member 0 hears a few numbers from each rank, however many parameters there are, as long as nothing drifted.
+
+Host memory is hashed at once, by xxh3-128; a device computes a digest of its own beside what it computes
+(`training.device`), so that nothing but the digest leaves it:
+
+    digests = Digests()
+    digests.add(tensor, first, last)   # for each; reads host memory, gives the device its work
+    digests.found()                    # waits for the device: one digest for each, in their order
+
+Equal contents have equal digests of one kind; the two kinds never agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from xxhash import xxh3_128
 
 from elastickpt.errors import ReplicaConflict
 from elastickpt.format.arrays import ArrayId, Box
@@ -30,11 +42,59 @@ from elastickpt.format.digest import block_checksum
 from elastickpt.format.limits import MIB
 from elastickpt.ranks.messages import Message, encode
 from elastickpt.ranks.team import Question, Team
-from elastickpt.saving.digests import Digests
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.plan import replicas_of
 from elastickpt.saving.request import SHARES, Request
+from elastickpt.saving.staging import range_digest
+from elastickpt.training.device_digest import device_digest, on_the_way
 from elastickpt.training.held import HeldArray
+from elastickpt.training.memory import host_address, host_elements
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Digests:
+    """Digests of ranges of tensors, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._found: list[bytes | int] = []  # or the number of a device's one
+        self._on_device: list[torch.Tensor] = []
+        self._copied: Callable[[], Sequence[Sequence[int]]] | None = None
+
+    def add(self, tensor: torch.Tensor, first: int, last: int) -> None:
+        """Elements [first, last) of a tensor in C order, whatever its strides, as they are once all work given to the current
+        stream so far is done. Blocking for a pass over host memory; not for a device."""
+        if tensor.device.type == "cpu":
+            self._found.append(host_digest(tensor, first, last))
+        else:
+            self._found.append(len(self._on_device))
+            self._on_device.append(device_digest(tensor.detach().reshape(-1)[first:last]))
+
+    def close(self) -> None:
+        """No more are added: the device's digests are on their way to the host. Not blocking."""
+        if self._on_device:
+            self._copied, self._on_device = on_the_way(self._on_device), []
+
+    def found(self) -> tuple[bytes, ...]:
+        """One for each range. Blocking until the device has them."""
+        self.close()
+        rows = [] if self._copied is None else self._copied()
+        return tuple(_device_bytes(rows[one]) if isinstance(one, int) else one for one in self._found)
+
+
+def host_digest(tensor: torch.Tensor, first: int, last: int) -> bytes:
+    """Of a tensor in host memory: xxh3-128 of its elements [first, last) in C order, whatever the strides."""
+    address, itemsize = host_address(tensor), tensor.element_size()
+    if address is None or first == last:
+        return range_digest(host_elements(tensor), first, last)
+    return xxh3_128((ctypes.c_char * ((last - first) * itemsize)).from_address(address + first * itemsize)).digest()
+
+
+def _device_bytes(sums: Sequence[int]) -> bytes:
+    """Longer than a host's, so that the two kinds differ."""
+    return b"device " + b"".join(one.to_bytes(8, "little", signed=True) for one in sums)
+
 
 Why = Literal["inferred", "loose", "declared", "broadcast", "sampled"]
 NAMED = 8  # arrays in one message; there may be as many as the model has

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from elastickpt.errors import CheckpointError, DeadlineExceeded
-from elastickpt.saving.info import CheckpointInfo
+from elastickpt.saving.request import CheckpointInfo
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,21 @@
 """`save`: the pipeline from live tensors, and the commit in one more round; whole or absent, on all ranks together. [SAVE-3,
 SAVE-54]
+
+Nothing is staged. A unit that goes past the page cache is gathered into a cache-sized, page-congruent buffer, unless the memory
+is fit as it is; what is contiguous and goes through the cache is taken in place. Memory beside the state: threads × UNIT_NBYTES.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsIndex
+
+import numpy as np
 
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.destination import PathDestination, require_idle
@@ -18,21 +25,60 @@ from elastickpt.errors import RanksFailed
 from elastickpt.ranks.process_group import Group, job_group, team_of
 from elastickpt.ranks.team import Call, Question, Team
 from elastickpt.saving.agree import Offer
-from elastickpt.saving.info import CheckpointInfo
-from elastickpt.saving.live_tensors import LiveTensors
 from elastickpt.saving.messages import Attested
 from elastickpt.saving.pipeline import Pipeline
-from elastickpt.saving.propose import propose
-from elastickpt.saving.request import PlacementChoice, Replicas, Request, step_of
+from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas, Request, step_of
+from elastickpt.saving.staging import Bytes, Elements, flat_bytes, gather, part_of
+from elastickpt.saving.structures import propose
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.opening import place_in
-from elastickpt.storage.store import Durability
+from elastickpt.storage.store import Durability, Store
 from elastickpt.training.collection import collection_paused
 from elastickpt.training.memory import host_elements
+from elastickpt.writer.plans import PAGE, Slice, WritePlan
 from elastickpt.writer.share import write_whole_share
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class LiveTensors:
+    """A `carry.Source` for a store. `elements[i]` are those of held array i, in host memory."""
+
+    def __init__(self, plan: WritePlan, elements: Sequence[Elements], store: Store) -> None:
+        self._plan = plan
+        self._elements = elements
+        # from so many bytes on a range goes past the page cache of this store, and memory has to lie like the file
+        self._congruent_nbytes = MIN_DIRECT_NBYTES if store.capabilities.past_cache else math.inf
+        self._buffers = threading.local()
+
+    def take(self, at: Slice, start: int, stop: int) -> Bytes:
+        """The bytes, in place where the memory is contiguous and congruent to the file, else gathered."""
+        piece = self._plan.files[at.file].pieces[at.piece]
+        part = part_of(self._elements[piece.array], piece.local)
+        flat = flat_bytes(part)
+        offset = piece.run.offset + start
+        if flat is not None:
+            data = flat[start:stop]
+            if stop - start < self._congruent_nbytes or (address_of(data.data) - offset) % PAGE == 0:
+                return data
+        shift = offset % PAGE
+        into = self._buffer(shift + stop - start)[shift:]
+        if flat is not None:
+            np.copyto(into, flat[start:stop])
+        else:
+            gather(part, start, into)
+        return into
+
+    def _buffer(self, nbytes: int) -> Bytes:
+        """This thread's page-aligned memory, so many bytes of it."""
+        found: Bytes | None = getattr(self._buffers, "unit", None)
+        if found is None or found.size < nbytes:
+            found = aligned_buffer(nbytes)
+            self._buffers.unit = found
+        return found[:nbytes]
+
 
 log = logging.getLogger(__name__)
 

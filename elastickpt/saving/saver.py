@@ -29,12 +29,10 @@ from elastickpt.ranks.threads import Worker
 from elastickpt.saving.arenas import Arenas, Slot
 from elastickpt.saving.beside import Beside
 from elastickpt.saving.handle import SaveHandle
-from elastickpt.saving.options import AsyncOptions
-from elastickpt.saving.propose import propose
-from elastickpt.saving.request import Request
+from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.save_states import Event
 from elastickpt.saving.staging import Stager
-from elastickpt.saving.structures import KNOWN
+from elastickpt.saving.structures import KNOWN, propose
 from elastickpt.saving.task import Task, Times, info_of
 from elastickpt.saving.writer_pool import WriterPool
 from elastickpt.training.gates import Cuda, DeviceCopier, StepGate

@@ -1,12 +1,14 @@
-"""The structures of jobs that this process knows, and all that was found out about each: the one cache of its kind.
+"""What one rank proposes to save, and the structures of jobs that this process knows, with all that was found out about each:
+the one cache of its kind.
 
     known by                     gives                                       asked by
     the very arrays of a state   the encoded table of this rank              `propose`
     rank and id                  shared facts, plan, looks, outline          `agree`, which says to others which ids it knows
     table, for one saver         the structure by which it may stage         `Saver`, which then asks nobody
-    a structure and an arena     the plan in portions, and who stages it       `Pipeline`, `Saver`
+    a structure and an arena     the plan in portions, and who stages it     `Pipeline`, `Saver`
 
-What a structure says is a function of its id and of the rank alone, so it may outlive any one save.
+What a structure says is a function of its id and of the rank alone, so it may outlive any one save. To propose does no I/O, and
+asks nothing of other ranks.
 """
 
 from __future__ import annotations
@@ -17,18 +19,28 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from elastickpt.commit.contents import Outline
 from elastickpt.format.arrays import ArraySpec
+from elastickpt.format.encode_values import value_digest
 from elastickpt.format.records import Item
+from elastickpt.format.values import Value
 from elastickpt.saving.drift import Hashed, Look, looks_asked_for
 from elastickpt.saving.merge import SharedArray
+from elastickpt.saving.messages import TABLE_PREFIX, settings_of
 from elastickpt.saving.request import Request
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import encode_table, table_digest, table_of
+from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState
+from elastickpt.training.meshes import mesh_of
 from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import Document, WritePlan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 KNOWN_STRUCTURES = 8  # jobs alternate between few: with and without optimizer state, model only, an average of it, ...
 
@@ -154,3 +166,32 @@ class KnownStructures:
 
 
 KNOWN = KnownStructures()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """`live` shares memory with training in its arrays only: all else is a copy. `table` is its structure table."""
+
+    live: LiveState
+    table: EncodedTable
+
+    def value_digests(self) -> tuple[tuple[str, str], ...]:
+        """A digest of each replicated value, and one of the optimizer tables. Raises ValueNotCarried."""
+        live = self.live
+        values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
+        return (
+            *values,
+            *((pointer, value_digest(table, where="optimizer settings")) for pointer, table in self.tables.items()),
+        )
+
+    @property
+    def tables(self) -> Mapping[str, Value]:
+        """The optimizer tables as a value, compared like one by ranks with one structure: by item, parameter and setting."""
+        return {TABLE_PREFIX + self.table.digest: {table.item: settings_of(table) for table in self.live.tables}}
+
+
+def propose(state: Mapping[str, object], mesh: DeviceMesh | None, *, rank: int, world_size: int) -> Proposal:
+    """Captures the state as it is now. Raises what `capture` raises, and ValueNotCarried for a name that cannot be carried."""
+    declared = None if mesh is None else mesh_of(mesh, world_size=world_size)
+    live = capture(state, rank=rank, world_size=world_size, declared=declared)
+    return Proposal(live, KNOWN.table_of(live))

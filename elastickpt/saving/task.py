@@ -13,13 +13,11 @@ from elastickpt.errors import InternalError
 from elastickpt.saving.arenas import Slot
 from elastickpt.saving.drift import Hashed
 from elastickpt.saving.handle import SaveHandle
-from elastickpt.saving.info import CheckpointInfo
 from elastickpt.saving.pipeline import Pipeline
-from elastickpt.saving.propose import Proposal
-from elastickpt.saving.request import Request
+from elastickpt.saving.request import CheckpointInfo, Request
 from elastickpt.saving.save_states import Progress
 from elastickpt.saving.staging import Stager
-from elastickpt.saving.structures import KnownStructure
+from elastickpt.saving.structures import KnownStructure, Proposal
 from elastickpt.training.gates import Copies
 from elastickpt.writer.share import Share
 

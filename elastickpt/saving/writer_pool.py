@@ -11,7 +11,7 @@ from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
 from elastickpt.ranks.messages import Message
 from elastickpt.ranks.team import Question, Team
-from elastickpt.saving.options import AsyncOptions
+from elastickpt.saving.request import AsyncOptions
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena

@@ -23,7 +23,7 @@ from elastickpt.ranks.processes import Acquaintances
 from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Star
 from elastickpt.ranks.team import Alone, Call, Team
-from elastickpt.saving import propose as proposing
+from elastickpt.saving import structures as proposing
 from elastickpt.saving.request import Request
 from elastickpt.saving.save import CheckpointInfo, save_with
 from elastickpt.storage.store import Durability, Store

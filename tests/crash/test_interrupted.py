@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.saving.savers import close_all
+from elastickpt.saving.async_save import close_all
 from elastickpt.storage import kernel
 from elastickpt.storage.kernel import direct_alignment
 from elastickpt.storage.local import LocalStore

@@ -18,9 +18,9 @@ from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item
 from elastickpt.layout.placement import physical_box
-from elastickpt.saving.live_tensors import LiveTensors
 from elastickpt.saving.merge import MergedStructure, merge
 from elastickpt.saving.plan import plan_writes, records_of
+from elastickpt.saving.save import LiveTensors
 from elastickpt.saving.structure import StructureTable, table_of
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState, Sharing

@@ -24,8 +24,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.layout.grid import ByteRun, runs_of
 from elastickpt.ranks.threads import Pool
 from elastickpt.saving import staging
-from elastickpt.saving.gather import gather, part_of
-from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, slices_of
+from elastickpt.saving.staging import MIN_THREADED_NBYTES, PART_NBYTES, Stager, gather, part_of, slices_of
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena

@@ -23,11 +23,11 @@ from elastickpt.commit.draft import begin, mark, marked, new_draft
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
 from elastickpt.ranks.addresses import listen
 from elastickpt.ranks.process_group import job_group
-from elastickpt.saving import savers
+from elastickpt.saving import async_save
+from elastickpt.saving.async_save import close_all, saver_of
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import Request
 from elastickpt.saving.saver import Saver
-from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.faults import CallAt, FaultyStore
@@ -351,7 +351,7 @@ def test_a_closed_saver_takes_nothing_more(tmp_path: Path) -> None:
     assert handle.done()  # closing waited for it
     with pytest.raises(Refused, match="was closed"):
         ek.async_save(state(), tmp_path / "d", options=THREAD)
-    savers.close_all()
+    async_save.close_all()
     ek.async_save(state(), tmp_path / "d", options=THREAD).result(LIMIT_S)
 
 
@@ -373,7 +373,7 @@ def test_a_save_that_is_under_way_when_the_process_ends_is_finished_by_its_write
         "options = ek.AsyncOptions(exit_limit_s=0.0)\n"
         "ek.async_save({'t': torch.ones(1000)}, sys.argv[1] + '/first', options=options).result(60)\n"
         "handle = ek.async_save({'t': torch.ones(32 << 20)}, sys.argv[1] + '/second', options=options)\n"
-        "from elastickpt.saving.savers import _ALONE\n"
+        "from elastickpt.saving.async_save import _ALONE\n"
         "saver = _ALONE.savers[options]\n"
         "while not any(task.times.submitted for task in list(saver._open)):\n"
         "    time.sleep(0.001)  # the thread that submits needs the interpreter\n"

@@ -17,11 +17,10 @@ from torch import nn
 import elastickpt as ek
 from elastickpt.commit.destination import PathDestination
 from elastickpt.ranks.process_group import job_group
-from elastickpt.saving.gather import Bytes
-from elastickpt.saving.options import AsyncOptions
-from elastickpt.saving.request import Request
+from elastickpt.saving.async_save import close_all
+from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.saver import Saver
-from elastickpt.saving.savers import close_all
+from elastickpt.saving.staging import Bytes
 from elastickpt.training.gates import StepGate
 from elastickpt.training.held import HeldArray
 from elastickpt.training.memory import host_elements

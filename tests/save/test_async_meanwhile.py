@@ -21,7 +21,7 @@ from elastickpt.errors import CheckpointError, MissingFile, NoSpace, RanksFailed
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import saver as saver_module
 from elastickpt.saving import staging
-from elastickpt.saving.savers import close_all, saver_of
+from elastickpt.saving.async_save import close_all, saver_of
 from elastickpt.testing.ranks import spawn_ranks
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.supervisor import Supervisor

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128
 
-from elastickpt.saving.digests import Digests, host_digest
+from elastickpt.saving.drift import Digests, host_digest
 from elastickpt.training import device_digest as module
 from elastickpt.training.device_digest import device_digest, on_the_way
 

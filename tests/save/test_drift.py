@@ -18,11 +18,11 @@ import elastickpt as ek
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.ranks import star
 from elastickpt.ranks.process_group import job_group
+from elastickpt.saving.async_save import saver_of
 from elastickpt.saving.drift import NAMED, Hashed, Row, Why, differing_keys, drifted, looks_asked_for, looks_of
-from elastickpt.saving.gather import DIGEST_NBYTES, range_digest
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.request import SHARES, Replicas, Request
-from elastickpt.saving.savers import saver_of
+from elastickpt.saving.staging import DIGEST_NBYTES, range_digest
 from elastickpt.saving.structures import KNOWN
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing

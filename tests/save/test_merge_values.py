@@ -6,7 +6,7 @@ import pytest
 
 from elastickpt.errors import ReplicaConflict
 from elastickpt.format.values import ArrayReference, Value
-from elastickpt.saving.merge_values import merge_values
+from elastickpt.saving.messages import merge_values
 
 
 def tensor(name: str) -> ArrayReference:

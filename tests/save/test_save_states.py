@@ -20,10 +20,10 @@ from elastickpt.commit import commit_thread
 from elastickpt.errors import CheckpointError, InternalError, NoSpace, RankFailure, Refused, StorageFailed
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import beside, save_states, saver
+from elastickpt.saving.async_save import close_all, saver_of
 from elastickpt.saving.beside import Beside
 from elastickpt.saving.save_states import TABLE, Event, Progress, Room, Row, State, Tell
 from elastickpt.saving.saver import Saver
-from elastickpt.saving.savers import close_all, saver_of
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.task import Task
 from elastickpt.writer.attempt_worker import AttemptWorker

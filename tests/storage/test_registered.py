@@ -11,7 +11,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.errors import Refused
-from elastickpt.saving.savers import close_all
+from elastickpt.saving.async_save import close_all
 from elastickpt.storage.opening import STORES, open_store
 
 CODE = """

@@ -15,7 +15,7 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt.format.arrays import Mesh
-from elastickpt.saving.propose import propose
+from elastickpt.saving.structures import propose
 from elastickpt.training import memo
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState

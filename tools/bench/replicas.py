@@ -18,7 +18,7 @@ from torch.distributed import barrier
 from torch.distributed.device_mesh import init_device_mesh
 
 import elastickpt as ek
-from elastickpt.saving.digests import host_digest
+from elastickpt.saving.drift import host_digest
 from elastickpt.testing.ranks import run_ranks
 
 from .state import shapes_for
