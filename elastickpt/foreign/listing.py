@@ -45,7 +45,7 @@ class StoredTensor:
     offset: int  # elements from the storage's begin to element [0, ..., 0]
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # elements
-    dtype: str  # a name of `format.dtypes`
+    dtype: str  # a name of `format.arrays`
 
     def __post_init__(self) -> None:
         where = f"{self.storage.file}: a tensor of shape {self.shape} and strides {self.strides}"

@@ -2,7 +2,8 @@
 ranks that saved held, as far as both sides have the same models.
 
 Of arrays that are one tensor in this process only one is taken; the contents of the others are read to see that they are the
-same. Values of a rank's own (random streams, loaders, per-rank states) go back to the ranks that had them only then.
+same. Values of a rank's own (random streams, loaders, per-rank states) go back to the ranks that had them only where all hold
+what they held.
 """
 
 from __future__ import annotations
@@ -62,26 +63,6 @@ def lacking_of(opened: Opened, ids: Collection[ArrayId], writer: int) -> Iterato
     for identity in (record.spec.id for record in opened.stored_by(writer, items)) if items else ():
         if identity.item in items and identity.section == "params" and identity.state == "value" and identity not in ids:
             yield identity
-
-
-def differing_ties(
-    opened: Opened, ties: Sequence[tuple[HeldArray, ArrayId]], hosts: Sequence[Elements], *, verify: Verify
-) -> Iterator[str]:
-    """What differs, in words, of this rank's box of each pair. Blocking: reads both; `hosts[i]` has the words of a target."""
-    for (held, other), host in zip(ties, hosts, strict=True):
-        read = held.spec.id
-        records = [opened.records[read], opened.records[other]]
-        if (records[0].spec.shape, records[0].spec.dtype) == (records[1].spec.shape, records[1].spec.dtype):
-            boxes = [np.empty(host.shape, dtype=host.dtype) for _ in records]
-            plan = plan_fetch(opened, [Wanted(record, held.box, box) for record, box in zip(records, boxes, strict=True)])
-            require_files(opened, plan)
-            carry_out(opened, plan, verify=verify)
-            if boxes[0].tobytes() == boxes[1].tobytes():
-                continue
-        yield (
-            f"{other}: value: expected the contents of {read}, as the two are one tensor in this process, "
-            f"found others (in the checkpoint)"
-        )
 
 
 SHOWN_MISMATCHES = 20
@@ -228,3 +209,23 @@ def joint_notes(notes: Sequence[Sequence[str]], ranks: Sequence[int]) -> list[st
         for note in own:
             where.setdefault(note, []).append(rank)
     return [note if len(on) == len(ranks) else f"{note} (on {_ranks_text(on, ranks)})" for note, on in where.items()]
+
+
+def differing_ties(
+    opened: Opened, ties: Sequence[tuple[HeldArray, ArrayId]], hosts: Sequence[Elements], *, verify: Verify
+) -> Iterator[str]:
+    """What differs, in words, of this rank's box of each pair. Blocking: reads both; `hosts[i]` has the words of a target."""
+    for (held, other), host in zip(ties, hosts, strict=True):
+        read = held.spec.id
+        records = [opened.records[read], opened.records[other]]
+        if (records[0].spec.shape, records[0].spec.dtype) == (records[1].spec.shape, records[1].spec.dtype):
+            boxes = [np.empty(host.shape, dtype=host.dtype) for _ in records]
+            plan = plan_fetch(opened, [Wanted(record, held.box, box) for record, box in zip(records, boxes, strict=True)])
+            require_files(opened, plan)
+            carry_out(opened, plan, verify=verify)
+            if boxes[0].tobytes() == boxes[1].tobytes():
+                continue
+        yield (
+            f"{other}: value: expected the contents of {read}, as the two are one tensor in this process, "
+            f"found others (in the checkpoint)"
+        )

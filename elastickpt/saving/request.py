@@ -1,4 +1,4 @@
-"""What a caller asks for beside the state, how saves beside training go, and what a save reports of the checkpoint that it made."""
+"""What a caller asks for beside the state, how saves beside training go, and what is reported of the checkpoint."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 SAVE-54]
 
 Nothing is staged. A unit that goes past the page cache is gathered into a cache-sized, page-congruent buffer, unless the memory
-is fit as it is; what is contiguous and goes through the cache is taken in place. Memory beside the state: threads × UNIT_NBYTES.
+is fit as it is; what is contiguous and goes through the cache is taken in place. Memory beside the state: threads times
+UNIT_NBYTES.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class LiveTensors:
-    """A `carry.Source` for a store. `elements[i]` are those of held array i, in host memory."""
+    """A `write_files.Source` for a store. `elements[i]` are those of held array i, in host memory."""
 
     def __init__(self, plan: WritePlan, elements: Sequence[Elements], store: Store) -> None:
         self._plan = plan

@@ -3,8 +3,8 @@
     stager = Stager(prepared)                   # once for a plan
     stager.stage(arena, 0, live.arrays, skip)   # each save: a copy of what this rank writes, laid out as it will be written
 
-Bytes of a local tensor are gathered in C order, a range at a time, whatever its strides. Tensors on a device are not copied here
-but by `training.device`, into the same places.
+Bytes of a local tensor are gathered in C order, a range at a time, whatever its strides. Tensors on a device are not copied
+here but by `training.device`, into the same places.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ STILL_S = 120.0  # a trainer that fills nothing for so long was stopped; its sav
 
 
 class ArenaSource:
-    """A `carry.Source`. `watch` ends a wait, too, by raising."""
+    """A `write_files.Source`. `watch` ends a wait, too, by raising."""
 
     def __init__(self, arena: Arena, watch: Watch, *, still_s: float = STILL_S) -> None:
         self._arena, self._watch, self._still_s = arena, watch, still_s

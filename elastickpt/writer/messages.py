@@ -22,8 +22,8 @@ A message is a length, then msgpack; descriptors go beside it.
     Quit        end now, whatever is left
 
 1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives.
-2. A Write names only arenas and structures that came before it. From Write to its answer the writer reads of the arena what this
-   says is filled, and waits for more: the trainer may still be filling it.
+2. A Write names only arenas and structures that came before it. From Write to its answer the writer reads of the arena what
+   this says is filled, and waits for more: the trainer may still be filling it.
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
@@ -31,8 +31,8 @@ A message is a length, then msgpack; descriptors go beside it.
 5. After the last portion of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
 6. When the connection or the trainer's process ends, the writer finishes the last portions it was given, then ends; at the
-   latest `lease_s` later. It ends no attempt before it is decided. Earlier portions are dropped, and a portion that was not staged to
-   its end fails: nobody is left to stage what follows.
+   latest `lease_s` later. It ends no attempt before it is decided. Earlier portions are dropped, and a portion that was not
+   staged to its end fails: nobody is left to stage what follows.
 """
 
 from __future__ import annotations

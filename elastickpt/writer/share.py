@@ -1,6 +1,6 @@
 """One rank's share of an attempt: bytes from a source into files, made durable, and attested. Blocking, in any process.
 
-Saves differ in their source alone (`carry.Source`): live tensors, an arena, files of another library.
+Saves differ in their source alone (`write_files.Source`): live tensors, an arena, files of another library.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from elastickpt.errors import (
     Refused,
     from_report,
 )
-from elastickpt.ranks import star
 from elastickpt.ranks import star as starred
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.door import HUB, Address, Hello
@@ -243,7 +242,7 @@ def test_a_late_member_is_waited_for_longer_than_silence_and_named_meanwhile(
 ) -> None:
     """[SAVE-110]"""
     monkeypatch.setattr(starred, "LOG_AFTER_S", 0.2)
-    monkeypatch.setattr(star, "BEAT_S", 0.05)
+    monkeypatch.setattr(starred, "BEAT_S", 0.05)
     stars = made(3, silence_s=1.0)
 
     def work(star: Star) -> bytes:
