@@ -114,8 +114,8 @@ def test_what_a_trainer_that_ended_had_copied_is_taken_and_no_more(arena: Arena)
 def test_a_trainer_that_stands_still_is_not_waited_for_for_ever(arena: Arena) -> None:
     staged = ArenaSource(arena, unwatched, still_s=0.2)
     filling = threading.Timer(0.1, arena.fill_to, (4000,))
-    filling.start()
     begun = time.monotonic()
+    filling.start()
     with pytest.raises(DeadlineExceeded, match=r"nothing was staged for 0.2 s: 4000 bytes are, 5000 are needed"):
         staged.take(WHOLE, 4000, 5000)
     assert time.monotonic() - begun >= 0.3  # it counts from the last that was copied
