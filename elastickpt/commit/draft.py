@@ -199,7 +199,7 @@ def require_token(store: Store, draft: Draft) -> None:
     if found != _token(draft):
         raise PlacementUnsupported(
             f"{store.url}: this rank does not see the draft {draft.folder} that rank 0 made; "
-            "all ranks must write to one file system (placement 'packed' is not built yet)"
+            "all ranks must write to one file system"
         )
 
 

@@ -19,7 +19,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest, manifest_in
-from elastickpt.format.keys import MANIFEST, index_file
+from elastickpt.format.keys import MANIFEST, attempt_of_pack, index_file
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import (
     ArrayRecord,
@@ -30,7 +30,7 @@ from elastickpt.format.records import (
     OptimizerTable,
 )
 from elastickpt.format.values import Value
-from elastickpt.format.version import OWN_ENTRIES, features_used, has_own_entries
+from elastickpt.format.version import OWN_ENTRIES, PACKS, features_used, has_own_entries
 from elastickpt.storage.store import Store
 
 SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each
@@ -70,7 +70,10 @@ def prove_draft(store: Store, attempt: Attempt, contents: Contents, files: Seque
     arrays = prove(outline.arrays, maps, outline.memory)
     require_distinct_ranges(maps)
     tables = merge_tables(table for columns in maps for table in columns.tables)
-    return Proven(arrays, tables, _features(arrays, tables, contents, [columns.values for columns in maps]))
+    requires = _features(arrays, tables, contents, [columns.values for columns in maps])
+    if any(attempt_of_pack(file.path) for columns in maps for file in columns.files):
+        requires = tuple(sorted((*requires, PACKS)))
+    return Proven(arrays, tables, requires)
 
 
 def write_records(store: Store, attempt: Attempt, contents: Contents, files: Sequence[FileDigest], proven: Proven) -> Records:
@@ -79,7 +82,9 @@ def write_records(store: Store, attempt: Attempt, contents: Contents, files: Seq
     What another committer began of them is completed. Raises StorageFailed kinds.
     """
     entries, created = _write_index(store, attempt, proven)
-    created += _write_documents(store, attempt, _documents_of(proven, contents.outline.memory))
+    plain = contents.outline.frame.placement == "plain"
+    if plain:
+        created += _write_documents(store, attempt, _documents_of(proven, contents.outline.memory))
     manifest = manifest_in(
         contents.outline.frame,
         attempt=attempt.id,
@@ -96,7 +101,7 @@ def write_records(store: Store, attempt: Attempt, contents: Contents, files: Seq
         store.remove(attempt.path(leftover))
     if attempt.durability == "power":
         many = len(created) >= SYNC_TREE_FILES or len(proven.arrays) > SYNC_TREE_ARRAYS
-        if many and store.capabilities.tree_sync:
+        if many and plain and store.capabilities.tree_sync:  # writers of packs sync their own files alone
             store.sync_tree()
         else:
             sync_records(store, attempt, [MANIFEST, *created])

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from types import NoneType
 
 from elastickpt.commit.destination import Located
-from elastickpt.errors import PlacementUnsupported
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value
+from elastickpt.format.records import Placement
 from elastickpt.format.values import Value
 from elastickpt.format.version import RELEASE
 from elastickpt.ranks.process_group import torch_version
@@ -38,19 +38,17 @@ from elastickpt.saving.messages import (
     require_staged_alike,
     structure_id,
 )
-from elastickpt.saving.plan import plan_writes, records_of
+from elastickpt.saving.placing import PLAIN, choose
+from elastickpt.saving.plan import plan_packs, plan_writes, records_of
 from elastickpt.saving.request import Request
 from elastickpt.saving.structure import StructureTable, decode_table
 from elastickpt.saving.structures import KNOWN, KnownStructure, Proposal
-from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.writer.plans import documents_of
 
 PREPARE = Question("prepare", Intention, Next)
 VALUES = Question("values", dict[str, str], NoneType)  # typed JSON by pointer
 STRUCTURE = Question("structure", bytes, SharedTable)  # an encoded table from one rank of each; b"" from the others
-
-MAX_AUTO_PARTS = 50_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +66,7 @@ class Offer:
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
     """What the ranks agreed to save. On the committer only: `intentions`, by member, `merged`, values of which ranks hold
-    different parts, and `notes`, what is to be said of this save. `opened`: see `agree`."""
+    different parts, `notes`, what is to be said of this save, and `placed`, why its files are packs. `opened`: see `agree`."""
 
     located: Located
     live: LiveState
@@ -76,13 +74,14 @@ class Agreed:
     intentions: tuple[Intention, ...]
     merged: Mapping[str, Value]
     notes: tuple[str, ...] = ()
+    placed: str = ""
     opened: OpenedAttempt | None = None
 
 
-Open = Callable[[Sequence[Intention]], Sequence[OpenedAttempt | None]]
+Open = Callable[[Sequence[Intention], Placement], Sequence[OpenedAttempt | None]]
 
 
-def _not_at_once(intentions: Sequence[Intention]) -> Sequence[OpenedAttempt | None]:
+def _not_at_once(intentions: Sequence[Intention], _: Placement = "plain") -> Sequence[OpenedAttempt | None]:
     return [None] * len(intentions)
 
 
@@ -118,6 +117,7 @@ class _Agreement:
         self.team, self.request, self.hooks = team, request, hooks
         self.rank = team.ranks[team.member]
         self.intentions: list[Intention] = []
+        self.choice = PLAIN  # on member 0 by what was asked for, once all ranks have said it
 
     def reach(self, make: Callable[[], Offer]) -> Agreed:
         then = PREPARE.ask_each(self.team, lambda: self._prepare(make), self._decide)
@@ -132,7 +132,8 @@ class _Agreement:
         KNOWN.remember(structure, offer.proposal.table)
         merged = self._merge_values(live, then.differing) if then.differing else {}
         notes = self._compare(then, live.arrays, structure) if self._compares(structure) else ()
-        return Agreed(offer.located, live, structure, tuple(self.intentions), merged, notes, then.opened)
+        placed = "" if self.team.member else self.choice.note(structure.file_parts)
+        return Agreed(offer.located, live, structure, tuple(self.intentions), merged, notes, placed, then.opened)
 
     def _compares(self, structure: KnownStructure) -> bool:
         return len(self.team.ranks) > 1 and (structure.compares or self.request.compares_replicas)
@@ -162,20 +163,18 @@ class _Agreement:
         intentions.extend(said)
         require_same_intention(intentions, team.ranks)
         differing = differing_values(intentions)
-        require_plain(offer.located.store, team)
+        self.choice = choose(self.request.placement, offer.located.store, ranks=len(team.ranks), hosts=len(set(team.hosts)))
         offer.located.require_free()
-        structure = structure_id(team.ranks, [intention.table for intention in intentions])
+        structure = structure_id(team.ranks, [intention.table for intention in intentions], self.choice.rule)
         require_staged_alike(intentions, team.ranks, structure)
         known = all(structure in intention.known for intention in intentions)
-        if known:
-            require_few_parts(self.request, self.known[structure].file_parts)
         first = {intention.table: member for member, intention in reversed(list(enumerate(intentions)))}
         seats = not all(intention.seated for intention in intentions)
         compared = all(intention.hashed == structure for intention in intentions)
         drifted = differing_keys(intention.replicas for intention in intentions) if compared else ()
         asks = drifted or (known and not compared and self._compares(self.known[structure]))
         at_once = known and not (differing or seats or asks)
-        opened = self.hooks.open_at_once(intentions) if at_once else _not_at_once(intentions)
+        opened = self.hooks.open_at_once(intentions, self.known[structure].placement) if at_once else _not_at_once(intentions)
         alike = (differing, seats, compared, drifted)
         return [
             Next(structure, known, first[one.table] == member, *alike, opened[member]) for member, one in enumerate(intentions)
@@ -210,11 +209,11 @@ class _Agreement:
                 if table:
                     tables[intention.table] = decode_table(table)
             digests = list(tables)
-            joined = merge([tables[d] for d in digests], [tuple(ranks[d]) for d in digests], versions=_versions())
-            require_few_parts(self.request, joined.file_parts)
+            whose = [tuple(ranks[d]) for d in digests]
+            joined = merge([tables[d] for d in digests], whose, choice=self.choice, versions=_versions())
             merged.append(joined)
             replies = {
-                digest: SharedTable.of(shared, compares=joined.compares)
+                digest: SharedTable.of(shared, placement=joined.placement, compares=joined.compares)
                 for digest, shared in zip(digests, joined.shared, strict=True)
             }
             return [replies[intention.table] for intention in self.intentions]
@@ -222,7 +221,7 @@ class _Agreement:
         own = proposal.table.encoded if then.sends else b""
         told = STRUCTURE.ask_each(self.team, lambda: own, join)
         shared, arrays = told.arrays(), proposal.live.arrays
-        plan = plan_writes(arrays, shared, rank=self.rank)
+        plan = (plan_packs if told.placement == "packed" else plan_writes)(arrays, shared, rank=self.rank)
         whole = merged[0] if merged else None
         return KnownStructure(
             then.structure,
@@ -233,6 +232,7 @@ class _Agreement:
             documents_of(plan, records_of(arrays, shared)),
             looks_of(arrays, shared, rank=self.rank),
             told.compares,
+            told.placement,
             None if whole is None else whole.outline,
             0 if whole is None else whole.file_parts,
         )
@@ -251,33 +251,3 @@ class _Agreement:
 
 def _versions() -> tuple[tuple[str, str], ...]:
     return (("elastickpt", RELEASE), ("torch", torch_version()), ("python", platform.python_version()))
-
-
-def require_few_parts(request: Request, file_parts: int) -> None:
-    """Raises PlacementUnsupported where `auto` would choose packed placement for the number of files that writers open."""
-    if request.placement == "auto" and file_parts > MAX_AUTO_PARTS:
-        raise PlacementUnsupported(
-            f"placement 'auto': expected at most {MAX_AUTO_PARTS} pairs of a writer and a file, found {file_parts}, for which "
-            "it means 'packed', which is not built yet; placement='plain' saves them all the same"
-        )
-
-
-def require_plain(store: Store, team: Team) -> None:
-    """Raises PlacementUnsupported, naming what `auto` would choose, where plain placement is not safe."""
-    able = store.capabilities
-    hosts = len(set(team.hosts))
-    if len(team.ranks) > 1 and not able.ranged_writes:
-        raise PlacementUnsupported(
-            f"{store.url} ({able.name}): {len(team.ranks)} ranks cannot fill one file there; "
-            "this needs placement 'packed', which is not built yet"
-        )
-    if hosts > 1 and not able.shared_by_hosts:
-        raise PlacementUnsupported(
-            f"{store.url}: ranks on {hosts} hosts over file system {able.name!r}, which is not on the list of those "
-            "where hosts may fill one file together (lustre, gpfs); this needs placement 'packed', which is not built yet"
-        )
-    if not (able.ranged_writes and able.no_replace_rename):
-        raise PlacementUnsupported(
-            f"{store.url} ({able.name}): expected a store with ranged writes and a rename that replaces nothing; "
-            "this needs placement 'packed', which is not built yet"
-        )

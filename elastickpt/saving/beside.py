@@ -183,7 +183,7 @@ class Beside:
         structure = pipeline.agreed.structure
         if not task.agreed.done():
             _ = structure.for_writer(self._arena_nbytes).digest  # found out here, where it may fail
-            structure.savers.add(self._saver)
+            structure.agreed_by(self._saver, task.request)
             task.agreed.set_result(structure.stager(self._arena_nbytes))
         return task.agreed.result()
 

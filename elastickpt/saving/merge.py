@@ -11,14 +11,16 @@ from math import prod
 
 from elastickpt.commit.contents import Outline
 from elastickpt.errors import StructureConflict
-from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.format.keys import array_keys
-from elastickpt.format.records import ArrayRecord, Frame, Item, Layout
+from elastickpt.format.records import ArrayRecord, Frame, Item, Layout, Placement
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
+from elastickpt.layout.packs import Cutting
 from elastickpt.layout.partition import MIN_SPLIT_NBYTES
 from elastickpt.layout.placement import cuts_of
 from elastickpt.ranks.messages import Message
+from elastickpt.saving.placing import PLAIN, Choice
 from elastickpt.saving.structure import HeldEntry, StructureTable
 
 Attributes = tuple[tuple[str, Value], ...]
@@ -57,6 +59,11 @@ class MergedStructure:
     file_parts: int
     compares: bool
 
+    @property
+    def placement(self) -> Placement:
+        """Of the files of its checkpoints."""
+        return self.outline.frame.placement
+
 
 @dataclass(frozen=True, slots=True)
 class _Holding:
@@ -69,7 +76,11 @@ class _Holding:
 
 
 def merge(
-    tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], *, versions: tuple[tuple[str, str], ...] = ()
+    tables: Sequence[StructureTable],
+    ranks: Sequence[tuple[int, ...]],
+    *,
+    choice: Choice = PLAIN,
+    versions: tuple[tuple[str, str], ...] = (),
 ) -> MergedStructure:
     """Joins distinct tables; `ranks[t]` are the ranks with table t, in order. `versions` of what writes are for people.
 
@@ -87,24 +98,27 @@ def merge(
     layouts: dict[Layout, int] = {}
     arrays: list[ArrayRecord] = []
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
-    file_parts, compares = 0, False
+    compares = False
     for identity, found in holdings.items():
         _require_agreement(identity, found)
+    grouped = {identity: _groups(identity, found) for identity, found in holdings.items()}
+    file_parts = sum(_file_parts(found[0], replicas=len(grouped[identity][0].ranks)) for identity, found in holdings.items())
+    placement = choice.placement(file_parts)
+    for identity, found in holdings.items():
         first = found[0]
         layout = None
         if first.mesh is not None:
             number = meshes.setdefault(first.mesh, len(meshes))
             layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
-        grid = _grid(first)
+        groups = grouped[identity]
+        primary = groups[0]
+        grid = _grid(first) if placement == "plain" else _packed_grid(first, replicas=len(primary.ranks))
         axes = next((holding.entry.order for holding in found if holding.entry.order), ())
         attributes = with_order(first.entry.attributes, axes)
         arrays.append(ArrayRecord(first.entry.spec, keys[identity], grid, layout, (), attributes))
-        groups = _groups(identity, found)
-        primary = groups[0]
         inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
         peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
         compares |= inferred or any(one.entry.kept == "loose" and len(one.entry.replicas) > 1 for one in found)
-        file_parts += _file_parts(first, grid, replicas=len(primary.ranks))
         writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
         for group in groups:
             for holding in group.holdings:
@@ -120,7 +134,7 @@ def merge(
                 )
     frame = Frame(
         world_size=sum(map(len, ranks)),
-        placement="plain",
+        placement=placement,
         versions=versions,
         items=_items(tables, ranks, order),
         meshes=tuple(meshes),
@@ -212,9 +226,19 @@ def _grid(holding: _Holding) -> tuple[int, ...]:
     return chunk_shape(spec.shape, itemsize=spec.type.itemsize, cuts=cuts)
 
 
-def _file_parts(holding: _Holding, grid: Sequence[int], *, replicas: int) -> int:
-    """The most pairs of a chunk file of an array and a rank that writes into it."""
-    spec, shards = holding.entry.spec, 1
+def _packed_grid(holding: _Holding, *, replicas: int) -> tuple[int, ...]:
+    """`replicas`: ranks that hold the array as a plain tensor."""
+    entry = holding.entry
+    if holding.mesh is not None:
+        replicas = prod(size for size, way in zip(holding.mesh.sizes, entry.placements, strict=True) if way == "R")
+    whole, itemsize = Box.whole(entry.spec.shape), entry.spec.type.itemsize
+    cutting = Cutting.of(entry.spec.shape, itemsize, holding.mesh, entry.placements, whole)
+    return cutting.chunk_shape(replicas=replicas if entry.role == "parameter" else 1)
+
+
+def _file_parts(holding: _Holding, *, replicas: int) -> int:
+    """The most pairs of a chunk file of an array and a rank that writes into it, in placement plain."""
+    spec, shards, grid = holding.entry.spec, 1, _grid(holding)
     if holding.mesh is not None:
         split = [size for size, way in zip(holding.mesh.sizes, holding.entry.placements, strict=True) if way != "R"]
         shards, replicas = prod(split), prod(holding.mesh.sizes) // max(1, prod(split))
@@ -267,12 +291,13 @@ class _SharedRow(Message, frozen=True):
 class SharedTable(Message, frozen=True):
     """What the ranks of one table learn of its arrays, in their order. `compares`: some rank compares contents each time."""
 
+    placement: Placement
     compares: bool
     sets: tuple[tuple[int, ...], ...]
     rows: tuple[_SharedRow, ...]
 
     @classmethod
-    def of(cls, shared: Sequence[SharedArray], *, compares: bool) -> SharedTable:
+    def of(cls, shared: Sequence[SharedArray], *, placement: Placement, compares: bool) -> SharedTable:
         found: dict[tuple[int, ...], int] = {}
 
         def number(ranks: tuple[int, ...]) -> int:
@@ -282,7 +307,7 @@ class SharedTable(Message, frozen=True):
             _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
             for a in shared
         )
-        return cls(compares, tuple(found), rows)
+        return cls(placement, compares, tuple(found), rows)
 
     def arrays(self) -> tuple[SharedArray, ...]:
         sets = self.sets

@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.errors import Refused, ReplicaConflict, StructureConflict
+from elastickpt.errors import PlacementUnsupported, Refused, ReplicaConflict, StructureConflict
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_values import pointer_token, values_equal
 from elastickpt.format.records import Field, FileDigest, OptimizerTable
@@ -79,15 +79,20 @@ class Attested(Message, frozen=True):
     values: TypedValues
 
 
-def structure_id(ranks: Sequence[int], tables: Sequence[str]) -> str:
-    """Identifies the structure of a whole job: which rank has which table."""
-    return file_digest(encode((tuple(ranks), tuple(tables))))
+def structure_id(ranks: Sequence[int], tables: Sequence[str], rule: str) -> str:
+    """Identifies the structure of a whole job: which rank has which table, and by which rule its files are placed."""
+    return file_digest(encode((tuple(ranks), tuple(tables), rule)))
 
 
 def require_same_intention(intentions: Sequence[Intention], ranks: Sequence[int]) -> None:
     """Raises Refused if ranks mean different saves."""
     first = intentions[0]
     for rank, other in zip(ranks[1:], intentions[1:], strict=True):
+        if first.options[0] != other.options[0]:
+            raise PlacementUnsupported(
+                f"placement of this save: expected the same on all ranks, "
+                f"found {first.options[0]!r} on rank {ranks[0]} and {other.options[0]!r} on rank {rank}"
+            )
         for what in ("target", "step", "options"):
             mine, theirs = getattr(first, what), getattr(other, what)
             if mine != theirs:

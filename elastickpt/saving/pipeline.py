@@ -25,6 +25,7 @@ from elastickpt.errors import CheckpointError, fault
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value
+from elastickpt.format.records import Placement
 from elastickpt.format.values import Value
 from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
@@ -72,22 +73,27 @@ class Pipeline:
     def open(self, before: Callable[[], None] = lambda: None) -> Attempt:
         """The attempt. `before` runs on every rank; if it fails on one, there is no attempt. Blocking: a round, unless the
         attempt was opened at once when the ranks agreed, which they do only if all have staged."""
-        opened = self.agreed.opened or DRAFT.ask_each(self.team, before, lambda _: self._open(self.agreed.intentions))
+        opened = self.agreed.opened or DRAFT.ask_each(
+            self.team, before, lambda _: self._open(self.agreed.intentions, self.agreed.structure.placement)
+        )
         attempt, lowered = opened.attempt.in_store(self.agreed.located.store)
         self.opened = OpenedAttempt(attempt, opened.wanted, opened.gathers)
         self.path = place_in(self.agreed.located.store, attempt.draft.name)
         self.notes = (*self.agreed.notes, *self.notes, *lowered)
         for note in self.notes if self.team.member == 0 else ():
             log.warning("%s: %s", self.path, note)
+        if self.agreed.placed:
+            log.info("%s: %s", self.path, self.agreed.placed)
+            self.notes = (*self.notes, self.agreed.placed)
         return attempt
 
-    def _open_at_once(self, intentions: Sequence[Intention]) -> Sequence[OpenedAttempt | None]:
+    def _open_at_once(self, intentions: Sequence[Intention], placement: Placement) -> Sequence[OpenedAttempt | None]:
         staged = all(intention.staged for intention in intentions)
-        return self._open(intentions) if staged else [None] * len(intentions)
+        return self._open(intentions, placement) if staged else [None] * len(intentions)
 
-    def _open(self, intentions: Sequence[Intention]) -> Sequence[OpenedAttempt]:
+    def _open(self, intentions: Sequence[Intention], placement: Placement) -> Sequence[OpenedAttempt]:
         """Member 0: the attempt is made, and what each member is told of it."""
-        sections = self.offer.proposal.live.sections
+        sections = self.offer.proposal.live.sections if placement == "plain" else ()
         self._made, self.notes = self.offer.located.open(sections, self.request.durability)
         wanted = values_wanted(intentions)
         return [OpenedAttempt(self._made, mine, any(wanted[1:])) for mine in wanted]

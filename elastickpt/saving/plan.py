@@ -5,17 +5,20 @@ held arrays + shared facts --> own boxes (replicas split) --> runs in chunks -->
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastickpt.format.arrays import Box, Mesh
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.tables import without
+from elastickpt.layout.algebra import relative
+from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slots_of
 from elastickpt.layout.partition import share_of
 from elastickpt.layout.placement import replica_ranks
 from elastickpt.saving.merge import SharedArray, with_order
-from elastickpt.writer.plans import PlannedDocument, PlannedFile, WritePlan, files_of
+from elastickpt.writer.plans import PACK, PlannedDocument, PlannedFile, PlannedPiece, WritePlan, files_of
 
 if TYPE_CHECKING:
     from elastickpt.training.held import HeldArray, LiveState
@@ -33,6 +36,48 @@ def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, ran
             boxes = own_boxes(array, group, rank=rank)
             files.extend(files_of(number, array.spec, fact.key, fact.chunk_shape, boxes, held=array.box))
     return WritePlan(tuple(fact.key for fact in shared), tuple(files), tuple(documents))
+
+
+def plan_packs(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> WritePlan:
+    """The same in placement packed: all in one file, without documents. [FRAG-61..63]"""
+    boxes = _packed_boxes(held, shared, rank=rank)
+    arrays, slots = [], []
+    for number, box in boxes.items():
+        array, fact = held[number], shared[number]
+        of_box = slots_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=array.spec.type.itemsize)
+        for slot in of_box:
+            arrays.append(number)
+            slots.append(slot)
+    offsets, nbytes = place_slots(slot.nbytes for slot in slots)
+    pieces = tuple(
+        PlannedPiece(number, relative(run.box, held[number].box), replace(run, offset=offset + run.offset))
+        for number, slot, offset in zip(arrays, slots, offsets, strict=True)
+        for run in slot.runs
+    )
+    files = (PlannedFile(PACK, nbytes, pieces),) if pieces else ()
+    return WritePlan(tuple(fact.key for fact in shared), files, ())
+
+
+def _packed_boxes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> Mapping[int, Box]:
+    """By number of the array, in their order, the box of it that `rank` stores. [SAVE-33, SAVE-116, SAVE-117]"""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, (array, fact, group) in enumerate(zip(held, shared, replicas_of(held, shared, rank=rank), strict=True)):
+        if fact.writes and array.box.count:
+            alike.setdefault(group, []).append(number)
+    found: dict[int, Box] = {}
+    for group, numbers in alike.items():
+        boxes = [_shared_box(held[number], shared[number], len(group)) for number in numbers]
+        mine = share_out(boxes, len(group), group.index(rank))
+        found.update((number, box) for number, box in zip(numbers, mine, strict=True) if box is not None)
+    return dict(sorted(found.items()))
+
+
+def _shared_box(array: HeldArray, fact: SharedArray, replicas: int) -> Shared:
+    itemsize = array.spec.type.itemsize
+    if array.role != "parameter":
+        return Shared(fact.key, array.box, itemsize, by_first=True)
+    cutting = Cutting.of(array.spec.shape, itemsize, array.mesh, array.placements, array.box)
+    return Shared(fact.key, array.box, itemsize, cutting.division(replicas))
 
 
 def records_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray]) -> tuple[ArrayRecord, ...]:

@@ -14,7 +14,7 @@ from elastickpt.ranks.threads import IoPriority
 from elastickpt.storage.store import Durability
 from elastickpt.writer.plans import MIN_ARENA_NBYTES
 
-PlacementChoice = Literal["auto", "plain"]
+PlacementChoice = Literal["auto", "plain", "packed"]
 Replicas = Literal["owner", "sample", "verify"]
 SHARES = 16  # into so many what a sample looks at is divided
 
@@ -47,7 +47,7 @@ class Request:
         if not self.path:
             raise Refused("path '': expected a folder to be made, found an empty text")
         if self.placement not in get_args(PlacementChoice):
-            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto' or 'plain'; 'packed' is not built yet")
+            raise PlacementUnsupported(f"placement {self.placement!r}: expected 'auto', 'plain' or 'packed'")
         if self.durability not in get_args(Durability):
             raise Refused(f"durability {self.durability!r}: expected one of {', '.join(get_args(Durability))}")
         if self.replicas not in get_args(Replicas):

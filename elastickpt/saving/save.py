@@ -113,8 +113,10 @@ def save(
         step: The number of completed optimizer steps, for people and for `load`.
         process_group: Whose ranks save; by default all.
         mesh: Ranks over which plain tensors are declared to be replicas.
-        placement: "auto" is "plain" where that is safe and makes at most 50,000 pairs of a writer and a file; else the save
-            is refused by name, as "packed" is not built yet.
+        placement: "plain" gives each array's chunks files of their own, which any zarr reader opens; "packed" puts all that
+            a rank writes into one file, which is faster for many arrays, and safe where a file must not be filled from
+            several sides. "auto" is "plain" where that is safe and makes fewer than 5,000 pairs of a rank and a file, else
+            "packed", and a note says why.
         durability: "power" survives a power cut, "process" only the end of processes. A store that cannot promise "power"
             gives "process", and a note says so.
         replicas: "owner" trusts what is declared; "verify" compares all of it first and refuses the save if some differs;

@@ -150,7 +150,7 @@ class Saver:
             self._require_decisions(task)
             task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
             arrays = task.proposal.live.arrays
-            known = KNOWN.to_stage_by(self, task.proposal.table.digest)
+            known = KNOWN.to_stage_by(self, task.proposal.table.digest, task.request)
             stager = None if known is None else known.stager(self._options.arena_nbytes)
             if known is None or stager is None or len(stager.prepared.portions) > 1:
                 return lambda: self._stage_together(task, arrays)

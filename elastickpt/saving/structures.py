@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from elastickpt.commit.contents import Outline
 from elastickpt.format.arrays import ArraySpec
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.records import Item
+from elastickpt.format.records import Item, Placement
 from elastickpt.format.values import Value
 from elastickpt.saving.drift import Hashed, Look, looks_asked_for
 from elastickpt.saving.merge import SharedArray
@@ -84,6 +84,7 @@ class KnownStructure:
     documents: tuple[Document, ...]
     looks: tuple[Look, ...]
     compares: bool
+    placement: Placement
     outline: Outline | None
     file_parts: int = 0
 
@@ -116,9 +117,18 @@ class KnownStructure:
         return {}
 
     @cached_property
-    def savers(self) -> weakref.WeakSet[object]:
-        """Those whose ranks have agreed on it: they may stage by it before they ask again."""
-        return weakref.WeakSet()
+    def savers(self) -> weakref.WeakKeyDictionary[object, set[tuple[str, str]]]:
+        """Those whose ranks have agreed on it: they may stage by it before they ask again. And for what: the placement that was
+        asked for, and the folder."""
+        return weakref.WeakKeyDictionary()
+
+    def agreed_by(self, saver: object, request: Request) -> None:
+        """The ranks of this saver have agreed on it for this request."""
+        self.savers.setdefault(saver, set()).add(_meant(request))
+
+
+def _meant(request: Request) -> tuple[str, str]:
+    return request.placement, request.path.rpartition("/")[0]
 
 
 class KnownStructures:
@@ -149,15 +159,21 @@ class KnownStructures:
         found = next((one.table for one in self._all() if one.table.is_that_of(live)), None)
         return found or encoded_table(live)
 
-    def to_stage_by(self, saver: object, table: str) -> KnownStructure | None:
-        """The structure of which this table was a part when the ranks of this saver agreed last; None: they must be asked."""
-        return next((one for one in self._all() if one.table.digest == table and saver in one.savers), None)
+    def to_stage_by(self, saver: object, table: str, request: Request) -> KnownStructure | None:
+        """The structure of which this table was a part when the ranks of this saver agreed last on what was asked for like
+        this; None: they must be asked. In other folders files may be placed otherwise: where they were, the folder counts."""
+        meant = _meant(request)
+        agreed = [one for one in self._all() if one.table.digest == table and saver in one.savers]
+        found = [one for one in agreed if any(asked == meant[0] for asked, _ in one.savers[saver])]
+        if len({one.placement for one in found}) > 1:
+            found = [one for one in found if meant in one.savers[saver]]
+        return found[0] if found else None
 
     def forget(self, saver: object, table: str) -> None:
         """The job has another structure by now: the next save with this table asks."""
         for one in self._all():
             if one.table.digest == table:
-                one.savers.discard(saver)
+                one.savers.pop(saver, None)
 
     def _all(self) -> list[KnownStructure]:
         """The newest first."""

@@ -40,6 +40,7 @@ FILE_SYSTEMS = {
     0x0BD00BD0: "lustre",
     0x47504653: "gpfs",
 }
+ONE_SIDED = frozenset({"nfs", "cifs", "smb", "9p", "fuse"})  # where a file that is filled from several sides may lose bytes
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 _STATX_DIOALIGN = 0x2000

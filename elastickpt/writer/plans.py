@@ -8,16 +8,18 @@ smaller ones are copied into the page cache in any case, and lie close together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastickpt.errors import LimitExceeded
 from elastickpt.format.arrays import ArraySpec, Box
 from elastickpt.format.documents import array_document, group_document
-from elastickpt.format.keys import chunk_file, document_file
+from elastickpt.format.keys import chunk_file, document_file, pack_file
 from elastickpt.format.records import ArrayRecord
 from elastickpt.layout.algebra import relative
 from elastickpt.layout.grid import ByteRun, chunk_nbytes, runs_of
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
+
+PACK = ""  # in place of a path: the pack of its writer, which is named when its attempt is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class PlannedPiece:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One chunk file, its full size, and what this rank puts into it."""
+    """One chunk file, or `PACK`, its full size, and what this rank puts into it."""
 
     path: str
     nbytes: int
@@ -53,6 +55,12 @@ class WritePlan:
     keys: tuple[str, ...]
     files: tuple[PlannedFile, ...]
     documents: tuple[PlannedDocument, ...]
+
+    def of_attempt(self, attempt: str, writer: int) -> WritePlan:
+        """The same with the name that this writer's pack has in an attempt."""
+        if all(file.path != PACK for file in self.files):
+            return self
+        return replace(self, files=tuple(replace(file, path=pack_file(attempt, writer)) for file in self.files))
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,11 @@ class Share:
     def prepared(self) -> ArenaPlan:
         return self.structure.prepared
 
+    @cached_property
+    def plan(self) -> WritePlan:
+        """With the names that files have in the attempt."""
+        return self.prepared.plan.of_attempt(self.attempt.id, self.member)
+
 
 def share_of(attempt: Attempt, member: int, structure: WriterStructure, beside: bytes) -> Share:
     """The share that another process told of so."""
@@ -95,7 +100,7 @@ def write_share(
     Raises StorageFailed kinds, and whatever source and `watch` raise.
     """
     attempt, prepared = share.attempt, share.prepared
-    plan, now = prepared.plan, prepared.portions[number]
+    plan, now = share.plan, prepared.portions[number]
     way = sync_way(store, len(plan.files) + len(plan.documents), durability=attempt.durability)
     target = Target(store, attempt.draft.folder, way, watch)
     create = completing(store) if repeated else store.create
@@ -126,7 +131,7 @@ def _encode(checksums: Checksums) -> bytes:
 
 def fragments_of(share: Share, checksums: Checksums) -> FragmentMap:
     """The fragment map of this writer, with the checksums of all its pieces in order."""
-    plan = share.prepared.plan
+    plan = share.plan
     files = tuple(StoredFile(0, file.path, file.nbytes) for file in plan.files)
     pieces = stored_pieces(plan, checksums)
     return FragmentMap(share.member, share.attempt.id, BLOCK_NBYTES, files, pieces, share.tables, dict(share.values) or None)

@@ -221,19 +221,24 @@ def differences(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]
 # -- what ranks run ----------------------------------------------------------------------------------------------------
 
 
-def save_at(rank: int, world_size: int, name: str, path: str) -> int:
-    """Saves the dense truth at this layout; the number of array bytes in the checkpoint."""
+def save_at(rank: int, world_size: int, name: str, path: str, packed: str = "") -> None:
+    """Saves the dense truth at this layout; to `packed` in that placement."""
     import elastickpt as ek
 
     model = build(name, rank)
     optimizer = adam(model)
     fill(model, optimizer)
     state = {"model": model, "optimizer": optimizer, "counters": {"tokens": 12345, "name": "déjà"}}
-    return ek.save(state, path, step=STEP).nbytes
+    ek.save(state, path, step=STEP, placement="plain")
+    if packed:
+        ek.save(state, packed, step=STEP, placement="packed")
 
 
-def load_at(rank: int, world_size: int, name: str, paths: list[str]) -> dict[str, list[str]]:
-    """path → what is wrong on this rank after loading it into this layout; nothing should be."""
+def load_at(
+    rank: int, world_size: int, name: str, paths: list[str], through: Mapping[str, tuple[str, Any]]
+) -> dict[str, list[str]]:
+    """path → what is wrong on this rank after loading it into this layout; nothing should be. `through`: path → a path and a
+    placement, in which it is saved again, and then loaded in its place."""
     import elastickpt as ek
 
     model = build(name, rank)
@@ -247,6 +252,13 @@ def load_at(rank: int, world_size: int, name: str, paths: list[str]) -> dict[str
                 local(tensor).zero_()
         state = {"model": model, "optimizer": optimizer, "counters": {"tokens": 0, "name": ""}}
         report = ek.load(state, path)
+        if path in through:
+            again, placement = through[path]
+            ek.save(state, again, step=STEP, placement=placement)
+            with torch.no_grad():
+                for tensor in named(model).values():
+                    local(tensor).zero_()
+            report = ek.load(state, again)
         wrong = differences(model, optimizer)
         if state["counters"] != {"tokens": 12345, "name": "déjà"} or report.step != STEP:
             wrong.append(f"{state['counters']} {report.step}")

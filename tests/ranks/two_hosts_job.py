@@ -39,7 +39,11 @@ def main(rank: int, folder: Path) -> None:
     kind = local.file_system(str(folder))
     if kind not in local._SHARED_BY_HOSTS:
         with pytest.raises(PlacementUnsupported, match="ranks on 2 hosts"):
-            ek.save(state(1), folder / "refused")
+            ek.save(state(1), folder / "refused", placement="plain")
+    ek.save(state(3), folder / "packed", placement="packed")
+    loaded = state(0)
+    ek.load(loaded, folder / "packed")
+    assert loaded["n"] == 3
     local._SHARED_BY_HOSTS |= {kind}  # type: ignore[misc]
     ek.save(state(1), folder / "plain")
     loaded = state(0)

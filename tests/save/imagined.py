@@ -19,7 +19,8 @@ from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item
 from elastickpt.layout.placement import physical_box
 from elastickpt.saving.merge import MergedStructure, merge
-from elastickpt.saving.plan import plan_writes, records_of
+from elastickpt.saving.placing import PLAIN, Choice
+from elastickpt.saving.plan import plan_packs, plan_writes, records_of
 from elastickpt.saving.save import LiveTensors
 from elastickpt.saving.structure import StructureTable, table_of
 from elastickpt.storage.store import Store
@@ -70,7 +71,8 @@ class Job:
     place: Mapping[int, int]  # rank -> its structure table
 
     def plan(self, rank: int) -> WritePlan:
-        return plan_writes(self.states[rank].arrays, self.merged.shared[self.place[rank]], rank=rank)
+        plan = plan_writes if self.merged.placement == "plain" else plan_packs
+        return plan(self.states[rank].arrays, self.merged.shared[self.place[rank]], rank=rank)
 
     def maps(self) -> list[FragmentColumns]:
         """The fragment map that each rank would write, with checksums of nothing."""
@@ -102,15 +104,15 @@ class Job:
         commit(store, Attempt(store.url, draft, "process"), contents, attested)
 
 
-def job_of(states: Sequence[LiveState]) -> Job:
+def job_of(states: Sequence[LiveState], choice: Choice = PLAIN) -> Job:
     tables: dict[StructureTable, list[int]] = {}
     for rank, state in enumerate(states):
         tables.setdefault(table_of(state), []).append(rank)
-    merged = merge(list(tables), [tuple(ranks) for ranks in tables.values()])
+    merged = merge(list(tables), [tuple(ranks) for ranks in tables.values()], choice=choice)
     return Job(states, merged, {rank: t for t, ranks in enumerate(tables.values()) for rank in ranks})
 
 
-def job(states: Sequence[LiveState]) -> tuple[MergedStructure, list[FragmentColumns]]:
+def job(states: Sequence[LiveState], choice: Choice = PLAIN) -> tuple[MergedStructure, list[FragmentColumns]]:
     """The merged structure of these ranks, and the fragment map that each would write."""
-    found = job_of(states)
+    found = job_of(states, choice)
     return found.merged, found.maps()

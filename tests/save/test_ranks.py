@@ -200,7 +200,13 @@ def _groups(job: _Job) -> None:
     processes.host_identity = lambda: f"host {rank}"
     far = dist.new_group([0, 1, 2])
     path = job.path("hosts")
-    job.seen["hosts"] = _attempt(lambda: ek.save({"t": torch.ones(2)}, path, process_group=far))
+    job.seen["hosts"] = _attempt(lambda: ek.save({"t": torch.ones(2)}, path, process_group=far, placement="plain"))
+    notes: list[str] = []
+    path_of_packs = job.path("hosts packed")
+    job.seen["hosts packed"] = _attempt(
+        lambda: notes.extend(ek.save({"t": torch.ones(2)}, path_of_packs, process_group=far).notes)
+    )
+    job.seen["hosts packed"]["notes"] = notes
     processes.host_identity = real
     dist.barrier()
     job.seen["hosts"] |= {"left": os.listdir(f"{job.root}/hosts"), "next": True}
@@ -223,7 +229,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
     "durability": ("Refused", ("power", "process", "rank 1"), (0,)),
     "replicas": ("Refused", ("'replicas owner') on rank 0", "'replicas verify') on rank 1"), (0,)),
     "replicas of another kind": ("Refused", ("rank 1", "'all'", "owner, sample, verify"), (1,)),
-    "option": ("PlacementUnsupported", ("rank 1", "packed"), (1,)),
+    "option": ("PlacementUnsupported", ("placement", "'auto' on rank 0", "'packed' on rank 1"), (0,)),
     "absent": ("StructureConflict", ("extra/t", "[0, 1]", "[2]"), (0,)),
     "capture": ("ValueNotCarried", ("rank 1", "/v/0"), (1,)),
     "two captures": ("ValueNotCarried", ("rank 1", "rank 2", "/v/0"), (1, 2)),
@@ -249,6 +255,13 @@ def test_every_rank_gets_the_same_error_nothing_is_left_and_the_next_save_works(
         assert {**seen[name], "next": None} == {**first, "next": None}
         assert seen[name]["next"] is True
     assert first["left"] == []
+
+
+@pytest.mark.ranks
+def test_ranks_on_several_hosts_make_packs_of_their_own_accord(ranks: list[dict[str, Seen]]) -> None:
+    for seen in ranks:
+        assert seen["hosts packed"]["error"] == ""
+    assert any("placement 'packed'" in note and "3 hosts" in note for note in ranks[0]["hosts packed"]["notes"])
 
 
 @pytest.mark.ranks

@@ -19,7 +19,6 @@ from torch import nn
 import elastickpt as ek
 from elastickpt import errors
 from elastickpt.commit import destination
-from elastickpt.saving import agree
 from elastickpt.saving import save as saving
 from elastickpt.storage import opening
 from elastickpt.storage.local import LocalStore
@@ -114,7 +113,7 @@ def test_an_optimizer_of_a_model_that_is_not_in_the_state_is_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"placement": "packed"}, "packed"),
+        ({"placement": "striped"}, "striped"),
         ({"durability": "maybe"}, "maybe"),
         ({"step": -1}, "-1"),
         ({"step": 1.5}, "1.5"),
@@ -301,14 +300,18 @@ def test_a_full_device_and_a_read_only_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_store_that_cannot_hold_a_plain_tree_is_refused_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lacks", "placement", "text"),
+    [("ranged_writes", "plain", "objects.*packed"), ("no_replace_rename", "auto", "objects.*rename")],
+)
+def test_a_store_that_cannot_hold_a_checkpoint_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, placement: Any, text: str
 ) -> None:
     store = LocalStore(tmp_path)
-    store.capabilities = replace(store.capabilities, ranged_writes=False, name="objects")
+    store.capabilities = replace(store.capabilities, **{lacks: False}, name="objects")
     monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, "c"))
-    with pytest.raises(errors.PlacementUnsupported, match=r"objects.*packed"):
-        ek.save(STATE, tmp_path / "c")
+    with pytest.raises(errors.PlacementUnsupported, match=text):
+        ek.save(STATE, tmp_path / "c", placement=placement)
     assert list(tmp_path.iterdir()) == []
     assert opening.locate_for_saving(tmp_path / "c")[1] == "c"
 
@@ -324,17 +327,3 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(KeyboardInterrupt):
             ek.save(STATE, tmp_path / "c")
     _require_nothing_left(tmp_path)
-
-
-def test_more_files_than_auto_opens_are_refused_unless_plain_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = {f"t{n}": torch.ones(4) for n in range(5)}
-    monkeypatch.setattr(agree, "MAX_AUTO_PARTS", 4)
-    for number in range(2):  # once the structure is known, too
-        with pytest.raises(errors.PlacementUnsupported, match=r"at most 4 pairs .* found 5, .*placement='plain'"):
-            ek.save(state, tmp_path / "c")
-        assert os.listdir(tmp_path) == []
-        ek.save(state, tmp_path / "c", placement="plain")
-        assert ek.open(tmp_path / "c").verify().sound
-        (tmp_path / "c").rename(tmp_path.with_name(f"{tmp_path.name}-moved-{number}"))

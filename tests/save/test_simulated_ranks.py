@@ -14,6 +14,7 @@ from elastickpt.commit.prove import ProofMemory, prove, require_distinct_ranges
 from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Mesh
 from elastickpt.saving.merge import merge
+from elastickpt.saving.placing import PLAIN, Choice
 from elastickpt.saving.plan import plan_writes
 from elastickpt.saving.structure import table_of
 
@@ -43,8 +44,9 @@ def layouts() -> Iterator[tuple[str, Mesh, tuple[str, ...]]]:
     yield "128 replicas", Mesh("dp", ("dp",), (128,), tuple(range(128))), ("R",)
 
 
+@pytest.mark.parametrize("choice", [PLAIN, Choice("packed")], ids=["plain", "packed"])
 @pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
-def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...]) -> None:
+def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...], choice: Choice) -> None:
     """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks.
 
     [SAVE-33, SAVE-42]
@@ -52,10 +54,12 @@ def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements:
     axes = [int(p[-2]) for p in placements if p != "R"]
     shapes = {n: s for n, s in SHAPES.items() if not axes or len(s) > max(axes)}
     states = [live(*(held(n, s, rank, mesh, placements) for n, s in shapes.items())) for rank in mesh.ranks]
-    merged, maps = job(states)
+    merged, maps = job(states, choice)
     proven = prove(records(merged), maps)
     require_distinct_ranges(maps)
     assert len(proven) == len(shapes)
+    if choice.rule == "packed":
+        assert all(len(columns.files) <= 1 for columns in maps)
     stored = sum(int(columns.pieces.nbytes.sum()) for columns in maps)
     assert stored == sum(record.spec.nbytes for record in proven)
 
@@ -90,6 +94,19 @@ def test_replicas_share_the_bytes_evenly() -> None:
     mesh = Mesh("dp", ("dp",), (8,), tuple(range(8)))
     _, maps = job([live(held("w", (4096, 4096), rank, mesh, ("R",))) for rank in range(8)])
     assert [int(columns.pieces.nbytes.sum()) for columns in maps] == [8 << 20] * 8
+
+
+def test_replicas_store_whole_boxes_in_packs_of_one_size() -> None:
+    """64 MiB go whole to one of 8; 65 MiB to each an eighth; many small ones spread by their bytes. [SAVE-116, SAVE-117]"""
+    mesh = Mesh("dp", ("dp",), (8,), tuple(range(8)))
+    packed = Choice("packed")
+    for rows, sizes in ((4096, [64 << 20]), (4160, [8 * 520 * 16384 // 8] * 8)):
+        _, maps = job([live(held("w", (rows, 4096), rank, mesh, ("R",))) for rank in range(8)], packed)
+        assert sorted(int(columns.pieces.nbytes.sum()) for columns in maps if len(columns.pieces)) == sizes
+    many = {f"layers.{n}": (1 + n % 17, 64) for n in range(100)}
+    _, maps = job([live(*(held(n, s, rank, mesh, ("R",)) for n, s in many.items())) for rank in range(8)], packed)
+    sums = [int(columns.pieces.nbytes.sum()) for columns in maps]
+    assert max(sums) - min(sums) <= 17 * 64 * 4
 
 
 def test_small_replicated_arrays_spread_over_the_replicas() -> None:
