@@ -85,18 +85,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from elastickpt.convert.engine import carry_out
-    from elastickpt.convert.job import open_source, prepare, read_scalar, shown_program, unread_scalar
+    from elastickpt.convert.job import open_source, prepare, program_in_use, read_scalar, unread_scalar
     from elastickpt.language.printer import print_program
 
     options = options_of(args)
-    source = open_source(options, scalar=unread_scalar if args.dry_run else read_scalar)
-    job = prepare(options, source)
     if args.show_rules:
-        program = shown_program(job)
+        program = program_in_use(options)
         if program is None:
             raise Refused(f"{args.source}: neither side needs a program")
         sys.stdout.write(print_program(program))
         return DONE
+    source = open_source(options, scalar=unread_scalar if args.dry_run else read_scalar)
+    job = prepare(options, source)
     if not args.quiet and not args.json:
         for text in source.contents.said:
             say(f"note: {printable(text)}")

@@ -29,6 +29,11 @@ def constants_for(
     return found
 
 
+def lasting(constants: Mapping[str, ConstantValue]) -> dict[str, ConstantValue]:
+    """The constants that are of the whole: lists of sizes are of one mesh, as the mesh is."""
+    return {name: value for name, value in constants.items() if isinstance(value, int)}
+
+
 def _whole_number(value: object) -> ConstantValue | None:
     if isinstance(value, bool | int):
         return int(value)

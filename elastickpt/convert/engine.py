@@ -23,6 +23,7 @@ from elastickpt.convert.files import FilesTarget
 from elastickpt.convert.job import Job, require_unchanged
 from elastickpt.convert.nodes import Node, leaves, nbytes_of, working_nbytes
 from elastickpt.convert.place import Place
+from elastickpt.convert.sections import regions
 from elastickpt.convert.universal import UniversalTarget
 from elastickpt.convert.words import Words
 from elastickpt.convert.workers import helpers, shares
@@ -203,17 +204,22 @@ def _share(units_: Sequence[list[tuple[_K, Node]]], workers: int, worker: int) -
 
 
 def units(tasks: Sequence[tuple[_K, Node]]) -> list[list[tuple[_K, Node]]]:
-    """The tasks in groups that share no array of the source, each group in the given order."""
-    owner: dict[int, int] = {}
+    """The tasks in groups that share no array and no byte of the source, each group in the given order."""
+    of_task = [[id(leaf) for leaf in leaves(node)] for _, node in tasks]
+    every = tuple({id(leaf): leaf for _, node in tasks for leaf in leaves(node)}.values())
+    head = {id(leaf): id(leaf) for leaf in every}
+
+    def first(leaf: int) -> int:
+        while head[leaf] != leaf:
+            head[leaf] = head[head[leaf]]
+            leaf = head[leaf]
+        return leaf
+
+    together = (*of_task, *([id(every[number]) for number in region.leaves] for region in regions(every)))
+    for some in together:
+        for leaf in some[1:]:
+            head[first(leaf)] = first(some[0])
     groups: dict[int, list[tuple[_K, Node]]] = {}
-    for number, task in enumerate(tasks):
-        found = {owner[id(leaf)] for leaf in leaves(task[1]) if id(leaf) in owner}
-        first = min(found, default=number)
-        groups.setdefault(first, [])
-        for other in sorted(found - {first}):
-            groups[first].extend(groups.pop(other))
-        groups[first].append(task)
-        for _, node in groups[first] if len(found) > 1 else (task,):
-            for leaf in leaves(node):
-                owner[id(leaf)] = first
-    return [groups[key] for key in sorted(groups)]
+    for number, (task, some) in enumerate(zip(tasks, of_task, strict=True)):
+        groups.setdefault(first(some[0]) if some else -number - 1, []).append(task)
+    return list(groups.values())

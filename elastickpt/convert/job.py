@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from elastickpt.convert.configs import config_files, constants_in, templates_for
+from elastickpt.convert.constants import lasting
 from elastickpt.convert.contents import Contents, selected, with_constants
 from elastickpt.convert.laid import lay
 from elastickpt.convert.names import apply_names, leads_to
@@ -134,20 +135,45 @@ def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Source
         contents = recorded_contents(opened)
         known: dict[str, object] = dict(_plain_constants(contents))
         if contents.layout is not None:
-            known.update(contents.layout.constants)
+            known.update(lasting(contents.layout.constants))
         program = contents.layout.program if contents.layout else None
         url = place_in(opened.store, opened.name)
         return Source("universal", contents, Reading(opened=opened), known, program, url, _stamped(url, (MANIFEST,)))
-    located = find_source(open_folder(options.source), options.source_format, options.step)
-    listed = read_foreign(located)
+    listed = _listed(options)
     files = _stamped(listed.folder, (one.path for one in listed.files))
     found = without_numbered(listed, options.only, options.skip)
     reading = Reading(store=open_linked(found.folder))
     program = _source_program(options, found)
     given = {name: value for name, value in options.constants.items() if name in _needs(program)}
-    contents = lay(found, program, given, partial(scalar, reading))
-    known = {**found.constants, **(contents.layout.constants if contents.layout else {})}
+    try:
+        contents = lay(found, program, given, partial(scalar, reading))
+    except ProgramFault as error:
+        raise _with_a_way_on(error, options, found, program) from None
+    known = {**found.constants, **lasting(contents.layout.constants if contents.layout else {})}
     return Source(found.format, contents, reading, known, program, found.folder, files)
+
+
+def _listed(options: Options) -> ForeignCheckpoint:
+    """What the files of another library hold. Reads no tensor."""
+    return read_foreign(find_source(open_folder(options.source), options.source_format, options.step))
+
+
+def program_in_use(options: Options) -> t.Program | None:
+    """The program that lays the source out, or OUT where the source is universal, whether it fits or not; None where neither
+    side has one. Reads no tensor."""
+    if options.source_format != "universal" and not _is_universal(options.source):
+        return _source_program(options, _listed(options))
+    return _target_program(options, open_source(options)) if options.target() == "megatron-legacy" else None
+
+
+def _with_a_way_on(error: ProgramFault, options: Options, found: ForeignCheckpoint, program: t.Program) -> ProgramFault:
+    """The error; where a shipped program for ranks' files does not fit, with what it is for and what to do."""
+    if options.rules is not None or found.format not in _PROGRAMS:
+        return error
+    experts = any(axis == "ep" for rank in found.ranks for axis, _ in rank.coordinate) or found.constants.get("num_experts")
+    lacks = "; this release ships none for experts" if experts else ""
+    said = f"the shipped program {program.name!r} is for dense GPT models{lacks}"
+    return ProgramFault(f"{error.message}\n{said}: change the one that --show-rules prints, and give it by --rules FILE")
 
 
 def _stamped(url: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:

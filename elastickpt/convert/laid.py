@@ -73,7 +73,7 @@ class _Laying:
         found = self._found
         tied = [(item, alias, name) for (item, alias), name in matched.tied.items()]
         tied += [(one.item, one.alias, one.name) for one in found.tied]
-        constants = dict(self._rules.scope.constants) | dict(matched.sizes)
+        constants = dict(self._rules.scope.constants) | dict(matched.lists) | dict(matched.sizes)
         orders = self._counted(holds) if len(self._ranks) == 1 else {}
         program = with_orders(filled_in(self._program, constants, self._sizes), orders)
         return Contents(
@@ -142,7 +142,8 @@ class _Laying:
                     holder.rule.at,
                 )
             divisor = 1 / Fraction(self._rules.scope.value(stored.by)) ** powers.get(state, 1)
-        return Share(tensor.shape, tensor.parts, holder.held.pieces, self._said(holder, tensor), agreement, 1 / divisor)
+        worker = tuple(holder.at.get(axis, 0) for axis in holder.rule.averaged)
+        return Share(tensor.shape, tensor.parts, holder.held.pieces, self._said(holder, tensor), agreement, 1 / divisor, worker)
 
     def _said(self, holder: Holder, tensor: Local) -> str:
         return f"{tensor.name} of {self._ranks[holder.rank].where}"
@@ -228,9 +229,10 @@ class _Laying:
 
     def _state_values(self, holds: Sequence[Holds]) -> None:
         """States that are plain values in the file."""
-        for scalar in self._found.scalars:
-            for name in self._named(0, holds[0], scalar.item, scalar.name):
-                self._put(name, scalar.item, ("scalar", scalar.state), scalar.value)
+        for number, rank in enumerate(self._ranks):
+            for scalar in rank.scalars:
+                for name in self._named(number, holds[number], scalar.item, scalar.name):
+                    self._put(name, scalar.item, ("scalar", scalar.state), scalar.value)
 
     def _named(self, rank: int, held: Holds, optimizer: str, member: LocalName) -> list[Name]:
         """The whole arrays that an optimizer's parameter is a part of."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, StoredTensor
+from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, StateScalar, StoredTensor
 from elastickpt.format.arrays import Box
 
 
@@ -30,6 +30,7 @@ class LocalRank:
     where: str
     tensors: tuple[Local, ...]
     groups: tuple[Group, ...]
+    scalars: tuple[StateScalar, ...]
     whole: bool
 
 
@@ -48,7 +49,7 @@ def local_ranks(found: ForeignCheckpoint) -> Iterator[LocalRank]:
             )
             for one in rank.tensors
         )
-        yield LocalRank(dict(rank.coordinate), rank.file, tensors, rank.groups, False)
+        yield LocalRank(dict(rank.coordinate), rank.file, tensors, rank.groups, rank.scalars, False)
     if found.wholes or not found.ranks:
         wholes = tuple(
             Local(
@@ -57,4 +58,4 @@ def local_ranks(found: ForeignCheckpoint) -> Iterator[LocalRank]:
             for one in found.wholes
             if one.state
         )
-        yield LocalRank({}, found.folder, wholes, found.groups, True)
+        yield LocalRank({}, found.folder, wholes, found.groups, found.scalars, True)

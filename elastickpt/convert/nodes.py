@@ -23,7 +23,7 @@ class Share:
     """What one rank's tensor gives of an array.
 
     `parts` are the boxes of the local tensor and where their bytes lie; `pieces` where its elements go. `divisor`: what is
-    stored is the whole's divided by it. `where` names the tensor in messages.
+    stored is the whole's divided by it. `where` names the tensor in messages. `worker`: its place on averaged axes.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +32,7 @@ class Share:
     where: str
     agreement: Agreement = "same"
     divisor: Fraction = Fraction(1)
+    worker: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

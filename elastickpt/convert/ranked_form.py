@@ -14,8 +14,8 @@ from elastickpt.convert.saved_forms import Delivery, Form, optimizer_of
 from elastickpt.errors import Refused
 from elastickpt.foreign.file_plans import NewTensor
 from elastickpt.foreign.listing import Group, NotCarried
-from elastickpt.foreign.megatron_plan import NewRank, plan_megatron_legacy
-from elastickpt.foreign.plain_values import CLASS
+from elastickpt.foreign.megatron_plan import OF_STAGES, NewRank, plan_megatron_legacy
+from elastickpt.foreign.plain_values import CLASS, from_plain
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import value_digest
 from elastickpt.format.tables import Name, Row
@@ -105,7 +105,7 @@ class _Forming:
         for number, (placed, name) in enumerate(counted_):
             states = rank.states.setdefault(number, {})
             row = self._row(name)
-            states.update({state: value for (kind, state), value in row.items() if kind == "scalar"})
+            states.update({state: from_plain(value) for (kind, state), value in row.items() if kind == "scalar"})
             for state in self._parameters[name]:
                 if state == "master":
                     rank.masters[number] = self._tensor(key, placed, state)
@@ -206,10 +206,22 @@ class _Forming:
                     beside[name.removeprefix("optimizer/")] = value
             else:
                 values[name] = value
+        for name in OF_STAGES if args and not self._stages_stay(args) else ():
+            if args.get(name) not in (None, False):
+                lost.append(NotCarried(f"/args/{name}", "it says how the source's layers were cut into stages"))
+                args[name] = False if args[name] is True else None
         if not args:
             args = {name: value for name, value in self._rules.scope.constants.items() if name in _declared(self._rules)}
         lost += [NotCarried(str(one), "a tensor that is no state of a parameter") for one in _extras(self._contents)]
         return values, args, lost
+
+    def _stages_stay(self, args: Mapping[str, object]) -> bool:
+        """Whether OUT has its layers in the stages of the source."""
+        scope = self._rules.scope
+        given = any(isinstance(value, tuple) and name not in scope.own for name, value in scope.constants.items())
+        virtual = prod(scope.axes[axis] for axis in self._rules.chunks)
+        sizes = (args.get("pipeline_model_parallel_size"), args.get("virtual_pipeline_model_parallel_size") or 1)
+        return not given and sizes == (scope.axes.get("pp", 1), virtual)
 
 
 def _declared(rules: Rules) -> set[str]:

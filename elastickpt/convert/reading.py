@@ -7,7 +7,7 @@ time are in memory. What the files' content shows to be wrong with a program is 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.nodes import Cast, Gathered, Mapped, Node, Recorded, Share, nbytes_of, visits
+from elastickpt.convert.regions import Regions
+from elastickpt.convert.sections import direct, of_piece, sections
 from elastickpt.convert.words import Words, as_words, cast_into, lattice, number, numbers, scale, word_type
 from elastickpt.errors import ReplicaConflict
 from elastickpt.foreign.listing import StoredTensor
@@ -32,6 +34,7 @@ from elastickpt.storage.store import RangeReader, Store
 
 OPEN_FILES = 64
 RANGE_NBYTES = 4 << 20  # of one read of several under way
+_AVERAGED_COUNT = 1 << 20  # elements of which a mean is made at once
 MAX_EQUAL_COUNT = 64  # elements up to which equal shares are taken for chance
 
 
@@ -51,6 +54,7 @@ class Reading:
         self._files: OrderedDict[str, RangeReader] = OrderedDict()
         self._kept: dict[int, Words] = {}
         self._uses: dict[int, int] = {}
+        self._regions = Regions(())
         self._threads: Pool | None = None  # that live as long as this: each has memory of its own
         self.buffers = Buffers()
         self.notes: list[str] = []
@@ -61,9 +65,12 @@ class Reading:
             self.buffers.give_back(words)
         self._kept.clear()
         self._uses.clear()
+        leaves: dict[int, Gathered | Recorded] = {}
         for node in nodes:
             for leaf in visits(node):
+                leaves[id(leaf)] = leaf
                 self._uses[id(leaf)] = self._uses.get(id(leaf), 0) + 1
+        self._regions = Regions(tuple(leaves.values()))
 
     def close(self) -> None:
         for reader in self._files.values():
@@ -92,6 +99,7 @@ class Reading:
         found = self._kept.pop(id(node), None)
         if found is None:
             found = self._recorded(node, phase) if isinstance(node, Recorded) else _Gathering(self, node, phase).run()
+            self._regions.done(node)
         left = self._uses.get(id(node), 1) - 1
         self._uses[id(node)] = left
         if left > 0:
@@ -149,7 +157,7 @@ class Reading:
         self._files[path] = reader
         while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)[1].close()
-        return reader
+        return self._regions.reader(path, reader)
 
 
 class _Gathering:
@@ -179,27 +187,22 @@ class _Gathering:
         return self._made
 
     def _add(self, share: Share, *, several: bool) -> None:
-        local, first = self._local(share)
+        digests = []
+        for section in sections(share):
+            local = self._local(section)
+            if several:
+                digests.append(file_digest(local.view(np.uint8).data) if local.size else "")
+            for piece in section.pieces:
+                if piece.count:
+                    self._put(section, piece, local)
+            self._reading.buffers.give_back(local)
         if several:
-            self._digests.add(file_digest(local.view(np.uint8).data) if local.size else "")
-        for piece in share.pieces:
-            if piece.count:
-                self._put(share, _moved(piece, first), local)
-        self._reading.buffers.give_back(local)
+            self._digests.add(" ".join(digests))
 
-    def _local(self, share: Share) -> tuple[Words, int]:
-        """The words of the local tensor from some element on; of one that feeds several arrays only those for this one."""
-        first, stop = _span(share)
-        if stop - first < prod(share.shape) and len(share.parts) == 1 and share.parts[0][1].contiguous:
-            stored = share.parts[0][1]
-            part = replace(stored, offset=stored.offset + first, shape=(stop - first,), strides=(1,))
-            local = self._take(stop - first)
-            self._reading.fill(local, part)
-            scale(local, self._node.dtype, share.divisor)
-            return local, first
-        local = self._take(prod(share.shape))
-        self._fill(share, local)
-        return local, 0
+    def _local(self, section: Share) -> Words:
+        local = self._take(prod(section.shape))
+        self._fill(section, local)
+        return local
 
     def _take(self, count: int) -> Words:
         return self._reading.buffers.take(count * self._type.itemsize).view(self._type)
@@ -255,30 +258,69 @@ class _Gathering:
         )
 
     def _averaged(self) -> Words:
-        """The mean over workers: in float64, in the order of workers, rounded once."""
-        total = np.zeros(self._made.size, np.float64)
-        counts: dict[HeldPiece, int] = {}
+        """The mean over workers: in float64, in the order of workers, rounded once; some elements at a time."""
+        held: dict[HeldPiece, list[tuple[Share, HeldPiece]]] = {}
         for share in self._node.shares:
-            local, first = self._local(share)
-            for piece in share.pieces:
-                at = _moved(piece, first).local
-                into, found = lattice(total, piece.extents, piece.whole), lattice(local, piece.extents, at)
-                into[...] += numbers(found, self._node.dtype).astype(np.float64)
-                counts[_key(piece)] = counts.get(_key(piece), 0) + 1
-            self._reading.buffers.give_back(local)
-        for piece, count in counts.items():
-            lattice(total, piece.extents, piece.whole)[...] /= count
-        self._made[...] = as_words(total, self._node.dtype)
+            for section in sections(share):
+                for piece in section.pieces:
+                    if piece.count:
+                        held.setdefault(_key(piece), []).append((section, piece))
+        for of_one in held.values():
+            workers = dict.fromkeys(share.worker for share, _ in of_one)
+            in_order = [(share, piece) for worker in workers for share, piece in of_one if share.worker == worker]
+            step = _AVERAGED_COUNT if all(direct(share) for share, _ in in_order) else in_order[0][1].count
+            for parts in zip(*(list(_cut(piece, step)) for _, piece in in_order), strict=True):
+                self._average([(share, part) for (share, _), part in zip(in_order, parts, strict=True)], len(workers))
         return self._made
+
+    def _average(self, held: Sequence[tuple[Share, HeldPiece]], workers: int) -> None:
+        """The mean of one piece; what several ranks hold of one worker is compared."""
+        first = held[0][1]
+        total = np.zeros(first.count, np.float64)
+        before: tuple[Share, Words] | None = None
+        for share, piece in held:
+            found = self._of_piece(share, piece)
+            if before is None or before[0].worker != share.worker:
+                total += numbers(found, self._node.dtype).astype(np.float64)
+            elif not np.array_equal(before[1], found):
+                shape = (before[1].reshape(piece.extents), found.reshape(piece.extents))
+                self._differs(share, piece, *shape, before[0].where)
+            if before is not None:
+                self._reading.buffers.give_back(before[1])
+            before = (share, found)
+        if before is not None:
+            self._reading.buffers.give_back(before[1])
+        made = as_words(total / workers, self._node.dtype).reshape(first.extents)
+        lattice(self._made, first.extents, first.whole)[...] = made
+
+    def _of_piece(self, share: Share, piece: HeldPiece) -> Words:
+        """The elements of a piece, in the order of its digits."""
+        words = self._take(piece.count)
+        if direct(share):
+            self._reading.fill(words, of_piece(share, piece))
+            scale(words, self._node.dtype, share.divisor)
+            return words
+        local = self._local(share)
+        words.reshape(piece.extents)[...] = lattice(local, piece.extents, piece.local)
+        self._reading.buffers.give_back(local)
+        return words
 
 
 def _key(piece: HeldPiece) -> HeldPiece:
     return HeldPiece(piece.extents, piece.whole, Side(0, ()))
 
 
-def _moved(piece: HeldPiece, first: int) -> HeldPiece:
-    """The piece of a local tensor of which only the words from `first` on are there."""
-    return replace(piece, local=Side(piece.local.offset - first, piece.local.strides))
+def _cut(piece: HeldPiece, count: int) -> Iterator[HeldPiece]:
+    """Parts of at most so many elements, along the digits that go furthest in the local tensor."""
+    if piece.count <= count:
+        yield piece
+        return
+    along = max((k for k, n in enumerate(piece.extents) if n > 1), key=lambda k: piece.local.strides[k])
+    step = max(1, count // (piece.count // piece.extents[along]))
+    for start in range(0, piece.extents[along], step):
+        extents = (*piece.extents[:along], min(step, piece.extents[along] - start), *piece.extents[along + 1 :])
+        whole, local = (replace(s, offset=s.offset + start * s.strides[along]) for s in (piece.whole, piece.local))
+        yield from _cut(HeldPiece(extents, whole, local, piece.axes), count)
 
 
 def _is_whole(share: Share, count: int) -> bool:
@@ -287,12 +329,3 @@ def _is_whole(share: Share, count: int) -> bool:
         return False
     (piece,) = share.pieces
     return piece.whole == piece.local and piece.count == count
-
-
-def _span(share: Share) -> tuple[int, int]:
-    """The elements of the local tensor, in its C order, from the first that is needed to behind the last."""
-    needed = [piece for piece in share.pieces if piece.count]
-    if not needed:
-        return 0, 0
-    ends = [p.local.offset + sum((n - 1) * s for n, s in zip(p.extents, p.local.strides, strict=True)) for p in needed]
-    return min(piece.local.offset for piece in needed), max(ends) + 1

@@ -35,6 +35,7 @@ def without_numbered(found: ForeignCheckpoint, only: tuple[str, ...], skip: tupl
             rank,
             tensors=tuple(one for one in rank.tensors if stays(one)),
             groups=tuple(group for group in rank.groups if group.item not in gone),
+            scalars=tuple(one for one in rank.scalars if one.item not in gone),
         )
         for rank in found.ranks
     )

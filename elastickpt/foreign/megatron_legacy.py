@@ -119,7 +119,7 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
         _check_version(rank.path, contents.get("checkpoint_version"))
         model = list(_model(rank.path, contents))
         optimizer = contents.get("optimizer")
-        states, groups, rest = _optimizer(rank.path, optimizer, folder.read_tensor)
+        states, groups, rest, sharded = _optimizer(rank.path, optimizer, folder.read_tensor)
         plain = {
             key: value
             for key, value in contents.items()
@@ -139,7 +139,8 @@ def _read_rank(folder: Folder, rank: _RankFile) -> tuple[Mapping[object, object]
         scalars=tuple(one for one in states if isinstance(one, StateScalar)),
         empty=tuple(one for one in model if isinstance(one, str)),
     )
-    return contents, (listing, (*random, *lost, *lost_beside))
+    objects = (one for one in model if isinstance(one, NotCarried))
+    return contents, (listing, (*random, *objects, *lost, *lost_beside, *sharded))
 
 
 def _check_version(path: str, version: object) -> None:
@@ -159,8 +160,8 @@ def _said(value: object) -> str:
     return f"a {type(value).__name__} {keys}".rstrip()
 
 
-def _model(path: str, contents: Mapping[object, object]) -> Iterator[LocalTensor | str]:
-    """The tensors of `model`, or of `model0`, `model1`, ...; the names of entries that hold none."""
+def _model(path: str, contents: Mapping[object, object]) -> Iterator[LocalTensor | NotCarried | str]:
+    """The tensors of `model`, or of `model0`, `model1`, ...; the names of entries that hold none, objects as left out."""
     for key, entries in contents.items():
         match = _CHUNK.fullmatch(key) if isinstance(key, str) else None
         if match is None or not isinstance(entries, dict):
@@ -173,7 +174,7 @@ def _model(path: str, contents: Mapping[object, object]) -> Iterator[LocalTensor
             elif value is None or isinstance(value, Instance | bytes | bytearray):
                 if is_odd_tensor(value):
                     raise ValueNotCarried(f"{where}: a tensor made by {value!r}, which no array can hold")
-                yield name
+                yield name if value is None else NotCarried(name, "a module's extra state that is no tensor")
             else:
                 raise ValueNotCarried(f"{where}: expected a tensor, found {_said(value)}")
 
@@ -189,18 +190,20 @@ def _flat(entries: Mapping[object, object], prefix: str) -> Iterator[tuple[str, 
 
 def _optimizer(
     path: str, optimizer: object, read: ReadTensor
-) -> tuple[list[LocalTensor | StateScalar], tuple[Group, ...], dict[object, object]]:
-    """(states, groups, what else it holds) of an optimizer's state_dict, with or without the wrapper for half types.
+) -> tuple[list[LocalTensor | StateScalar], tuple[Group, ...], dict[object, object], list[NotCarried]]:
+    """(states, groups, what else it holds, what is left out) of an optimizer's state_dict, with or without the wrapper for half
+    types. A distributed optimizer leaves neither states nor members of its groups there.
 
     Of a chain (experts, several model chunks) each is an item of its own, `optimizer0`, `optimizer1`, ...: every one counts
     from 0, and which parameters are whose is in no file. [FOR-55]
     """
     if optimizer is None:
-        return [], (), {}
+        return [], (), {}, []
     chain = optimizer if isinstance(optimizer, list) else [optimizer]
     states: list[LocalTensor | StateScalar] = []
     groups: list[Group] = []
     rest: dict[object, object] = {}
+    left: list[NotCarried] = []
     for number, one in enumerate(chain):
         item = f"optimizer{number}" if len(chain) > 1 else "optimizer"
         if not isinstance(one, dict):
@@ -208,13 +211,16 @@ def _optimizer(
         inner = one.get("optimizer", one)
         if not isinstance(inner, dict) or not isinstance(inner.get("param_groups"), list):
             raise Malformed(f"{path}: {item}: expected `state` and `param_groups`, found {_said(inner)}")
-        own = tuple(_groups(path, item, inner["param_groups"], read))
-        states += [*_states(path, item, inner.get("state"), read), *_masters(path, item, one, own)]
-        groups += own
+        if "state" not in inner and not any(isinstance(group, dict) and "params" in group for group in inner["param_groups"]):
+            left.append(NotCarried(item, "a distributed optimizer, whose states are shards in files of their own"))
+        else:
+            own = tuple(_groups(path, item, inner["param_groups"], read))
+            states += [*_states(path, item, inner.get("state"), read), *_masters(path, item, one, own)]
+            groups += own
         known = {"state", "param_groups", "optimizer", *_MASTERS}
         more = {key: value for key, value in one.items() if key not in known}
         rest.update(more if len(chain) == 1 else {item: more} if more else {})
-    return states, tuple(groups), rest
+    return states, tuple(groups), rest, left
 
 
 def _groups(path: str, item: str, found: list[object], read: ReadTensor) -> Iterator[Group]:
@@ -235,7 +241,7 @@ def _states(path: str, item: str, found: object, read: ReadTensor) -> Iterator[L
         for state, value in states.items():
             if isinstance(value, StoredTensor):
                 yield LocalTensor(item, index, str(state), value)
-            elif value is not None:
+            else:
                 plain = to_plain(value, read, where=f"{path}: {item}: {index}: {state}")
                 yield StateScalar(item, index, str(state), plain)
 

@@ -13,6 +13,15 @@ from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import from_plain
 from elastickpt.foreign.torch_archive import plan_torch_archive
 
+OF_STAGES = (  # entries of `args` that say how layers are cut into stages
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+)
 CHECKPOINT_VERSION = 3.0  # of files in which a rank's query, key and value rows are those of whole groups
 
 

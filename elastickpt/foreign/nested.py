@@ -166,7 +166,7 @@ class _Sorter:
         for state, value in states.items():
             if isinstance(value, StoredTensor | ChunkedTensor):
                 self.found.wholes.append(_whole(item, name, str(state), value))
-            elif value is not None:
+            else:
                 plain = to_plain(value, self.read, where=f"{self.where}: {item}: {name}: {state}")
                 self.found.scalars.append(StateScalar(item, name, str(state), plain))
 

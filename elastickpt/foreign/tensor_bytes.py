@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from elastickpt.foreign.listing import StoredTensor, in_order
 from elastickpt.format.arrays import Box
 from elastickpt.storage.store import RangeReader
+
+RUN_NBYTES = 4096  # from which on elements that lie end to end are read without what lies between them and the next
 
 Bytes = NDArray[np.uint8]
 
@@ -40,24 +43,60 @@ def read_tensor_into(reader: RangeReader, tensor: StoredTensor, made: Bytes) -> 
         _fill(reader, tensor.start, tensor.strides, made.reshape(*tensor.shape, tensor.itemsize))
 
 
+def ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+    """The bytes [start, stop) of its file that reading all of it reads, in that order."""
+    if tensor.count:
+        yield from _ranges(tensor.start, tensor.shape, tensor.strides, tensor.itemsize)
+
+
+def _ranges(start: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
+    along = _steps_along(shape, strides, size)
+    if along is None:
+        yield start, start + _span(shape, strides) * size
+        return
+    inner = (shape[:along] + shape[along + 1 :], strides[:along] + strides[along + 1 :])
+    for k in range(shape[along]):
+        yield from _ranges(start + k * strides[along] * size, *inner, size)
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def _steps_along(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> int | None:
+    """The dimension along which elements are read step by step; None where all are read at once."""
+    span, count = _span(shape, strides), prod(shape)
+    wide = [k for k, n in enumerate(shape) if n > 1]
+    if span <= count or len(wide) <= 1:
+        return None
+    run = 1
+    for k in sorted(wide, key=lambda k: strides[k]):
+        if strides[k] != run:
+            break
+        run *= shape[k]
+    if span <= 2 * count and run * size < RUN_NBYTES:
+        return None
+    return max(wide, key=lambda k: strides[k])
+
+
 def _fill(reader: RangeReader, start: int, strides: tuple[int, ...], made: Bytes) -> None:
     """Fills `made`, of shape (*box, itemsize), from the element that begins at `start`."""
     shape, size = made.shape[:-1], made.shape[-1]
-    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    count = prod(shape)
-    if span == count and in_order(shape, strides):
+    along = _steps_along(shape, strides, size)
+    if along is not None:
+        rest = strides[:along] + strides[along + 1 :]
+        rows = np.moveaxis(made, along, 0)
+        for k in range(shape[along]):
+            part = rows[k]
+            at = part if part.flags.c_contiguous else np.empty(part.shape, np.uint8)
+            _fill(reader, start + k * strides[along] * size, rest, at)
+            if at is not part:
+                part[...] = at
+    elif in_order(shape, strides):
         reader.read_into(start, made.reshape(-1).data)
-    elif span <= 2 * count or len([n for n in shape if n > 1]) <= 1:
-        data = np.empty(span * size, np.uint8)
+    else:
+        data = np.empty(_span(shape, strides) * size, np.uint8)
         reader.read_into(start, data.data)
         made[...] = np.lib.stride_tricks.as_strided(
             data, shape=made.shape, strides=(*(stride * size for stride in strides), 1), writeable=False
         )
-    else:
-        slowest = max((k for k, n in enumerate(shape) if n > 1), key=lambda k: strides[k])
-        rest = tuple(stride for k, stride in enumerate(strides) if k != slowest)
-        along = np.moveaxis(made, slowest, 0)
-        for k in range(shape[slowest]):
-            part = np.empty(along[k].shape, np.uint8)
-            _fill(reader, start + k * strides[slowest] * size, rest, part)
-            along[k] = part

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 
@@ -17,20 +17,20 @@ from elastickpt.language.held import Held, lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray, global_names, require_all, require_whole
 from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.patterns import filled, regex_of
-from elastickpt.language.rules import Rule, Rules, ways
-from elastickpt.language.scope import Scope
+from elastickpt.language.rules import Rule, Rules, needed, ways
+from elastickpt.language.scope import ConstantValue, Scope
 from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
 
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """`sizes` were found from shapes. `dropped` are (rank, tensor) of rules that say so. `tied`: (container, alias) → array.
-
-    Arrays of two containers are two, whatever their names.
+    """`sizes` were found from shapes, `lists` of sizes from names. `dropped` are (rank, tensor) of rules that say so. `tied`:
+    (container, alias) → array. Arrays of two containers are two, whatever their names.
     """
 
     rules: Rules
     sizes: Mapping[str, int]
+    lists: Mapping[str, ConstantValue]
     arrays: tuple[WholeArray, ...]
     dropped: tuple[tuple[int, int], ...]
     tied: Mapping[tuple[str, str], str]
@@ -52,7 +52,7 @@ def match(rules: Rules, ranks: Sequence[RankShapes]) -> Matched:
     shapes that are not the program's, and tensors that some ranks lack.
     """
     hits, dropped = _hits(rules, ranks)
-    scope = _with_found_sizes(rules, ranks, hits)
+    scope = _with_found_sizes(_with_found_shares(rules, hits), ranks, hits)
     _require_flat(hits, rules, scope, ranks)
     collected: dict[tuple[str, str], list[Holder]] = {}
     tied: dict[tuple[str, str], str] = {}
@@ -65,7 +65,8 @@ def match(rules: Rules, ranks: Sequence[RankShapes]) -> Matched:
                 if alias != name:
                     tied[container, alias] = name
     arrays = tuple(_array(name, holders, rules, scope) for (_, name), holders in collected.items())
-    return Matched(rules, scope.sizes, arrays, tuple(dropped), tied)
+    lists = {name: value for name, value in scope.constants.items() if name in scope.own}
+    return Matched(rules, scope.sizes, lists, arrays, tuple(dropped), tied)
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -150,9 +151,27 @@ class _Finder:
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def _with_found_sizes(rules: Rules, ranks: Sequence[RankShapes], hits: Sequence[_Hit]) -> Scope:
+def _with_found_shares(rules: Rules, hits: Sequence[_Hit]) -> Scope:
+    """The scope with the lists of sizes that numbers in names tell: of each share one more than its highest number."""
+    wanted = {need.name for need in needed(rules.program) if isinstance(need.default, t.Found) and need.name in rules.scope.own}
+    found: dict[str, list[int]] = {}
+    for hit in hits if wanted else ():
+        for hole in hit.rule.pattern.holes:
+            cut = hole.share
+            if isinstance(cut, t.Cut) and isinstance(cut.mode, t.Sizes) and cut.mode.values in wanted:
+                place, count = 0, 1
+                for axis in cut.axes:
+                    size = rules.scope.axis(axis, cut.at)
+                    place, count = place * size + hit.at.get(axis, 0), count * size
+                sizes = found.setdefault(str(cut.mode.values), [0] * count)
+                if len(sizes) == count:
+                    sizes[place] = max(sizes[place], int(hit.holes[hole.name]) + 1)
+    lists = {name: tuple(sizes) for name, sizes in found.items()}
+    return replace(rules.scope, constants={**rules.scope.constants, **lists})
+
+
+def _with_found_sizes(scope: Scope, ranks: Sequence[RankShapes], hits: Sequence[_Hit]) -> Scope:
     """The scope with every size that shapes tell: from dimensions with one unknown size, until nothing new is found."""
-    scope = rules.scope
     shapes: dict[tuple[int, tuple[tuple[str, int | str], ...]], list[tuple[int, ...]]] = {}
     by_rule: dict[int, Rule] = {}
     for hit in hits:

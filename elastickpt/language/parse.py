@@ -127,6 +127,12 @@ class _Builder(Transformer[Token, Any]):
         *others, default = rest
         return t.Need(str(name), default, tuple(map(str, others)), at=_at(name))
 
+    def list(self, *values: t.Expr | None) -> t.Listed:
+        return t.Listed(tuple(value for value in values if value is not None))
+
+    def found(self) -> t.Found:
+        return t.Found()
+
     def let(self, name: Token, value: t.Expr) -> t.Let:
         return t.Let(str(name), value, at=_at(name))
 

@@ -32,6 +32,8 @@ def filled_in(program: t.Program, constants: Mapping[str, ConstantValue], sizes:
 
 def _filled(need: t.Need, constants: Mapping[str, ConstantValue]) -> t.Need:
     value = constants.get(need.name)
+    if isinstance(value, tuple) and value:
+        return replace(need, default=t.Listed(tuple(map(t.Number, value))), others=())
     return replace(need, default=t.Number(value), others=()) if isinstance(value, int) and value >= 0 else need
 
 
@@ -62,7 +64,19 @@ def _statement(one: t.Statement) -> Iterator[str]:
 
 def _need(need: t.Need) -> str:
     names = " or ".join((need.name, *need.others))
-    return names if need.default is None else f"{names} = {expr_text(need.default)}"
+    return names if need.default is None else f"{names} = {_default(need.default)}"
+
+
+def _default(default: t.Expr | t.Listed | t.Found) -> str:
+    match default:
+        case t.Found():
+            return "found"
+        case t.Listed((only,)):
+            return f"({expr_text(only)},)"
+        case t.Listed(values):
+            return f"({', '.join(map(expr_text, values))})"
+        case _:
+            return expr_text(default)
 
 
 def _order(order: t.Order) -> Iterator[str]:

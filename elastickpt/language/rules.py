@@ -218,9 +218,15 @@ class _Resolving:
             given = self._given.get(name)
             if given is not None:
                 return given
-        if need.default is None:
-            raise self._scope.fault(f"constant {need.name!r} is in no file: give --set {need.name}=N", need.at)
-        return self._scope.value(need.default)
+        match need.default:
+            case None:
+                raise self._scope.fault(f"constant {need.name!r} is in no file: give --set {need.name}=N", need.at)
+            case t.Found() | t.Listed():
+                self._scope = replace(self._scope, own={*self._scope.own, need.name})
+                values = need.default.values if isinstance(need.default, t.Listed) else ()
+                return tuple(map(self._scope.value, values))
+            case _:
+                return self._scope.value(need.default)
 
     def _constant(self, name: str, value: ConstantValue, at: t.Place) -> None:
         if name in self._scope.constants:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from elastickpt.errors import ProgramFault
@@ -14,13 +14,17 @@ ConstantValue = int | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """`axes` are all axes with their sizes; `sizes` what was found from shapes. `source`, `name`: for messages."""
+    """`axes` are all axes with their sizes; `sizes` what was found from shapes. `source`, `name`: for messages.
+
+    `own`: lists that the program states itself, or finds in names: those of the mesh that they are of.
+    """
 
     constants: Mapping[str, ConstantValue] = field(default_factory=dict)
     axes: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
     name: str = ""
+    own: Set[str] = frozenset()
 
     def fault(self, message: str, at: t.Place) -> ProgramFault:
         return fault(message, at=at, source=self.source, name=self.name)
@@ -39,11 +43,13 @@ class Scope:
             raise self.fault(f"axis {name!r}: expected one of the mesh ({known})", at)
         return self.axes[name]
 
-    def listed(self, name: str, at: t.Place) -> tuple[int, ...]:
+    def listed(self, name: str, ways: int, at: t.Place) -> tuple[int, ...] | None:
+        """The sizes of so many shares; None where the program's own list is that of another number of them."""
         value = self.constants.get(name)
-        if value is None or isinstance(value, int):
-            raise self.fault(f"{name!r}: expected a constant that is a list of sizes, found {value}", at)
-        return value
+        if value is None:
+            raise self.fault(f"{name!r}: expected a constant that is a list of sizes, found none", at)
+        sizes = (value,) if isinstance(value, int) else value
+        return None if name in self.own and len(sizes) != ways else sizes
 
     def value(self, expr: t.Expr) -> int:
         """Raises ProgramFault for a constant that nobody gave, or a division with a remainder."""

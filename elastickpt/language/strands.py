@@ -130,10 +130,7 @@ class Lowering:
     def _cut(self, inner: Extent, axes: tuple[str, ...], mode: t.Mode, at: t.Place) -> Extent:
         ways, index = self._position(axes, at)
         if mode == "even":
-            size, rest = divmod(inner.local, ways)
-            if rest:
-                raise self.scope.fault(f"{inner.local} cannot be cut evenly {ways} ways along {' '.join(axes)}", at)
-            low, high = index * size, (index + 1) * size
+            low, high = self._even(inner.local, ways, f"along {' '.join(axes)}", at)[index]
         else:
             low, high = self._shares(inner.local, ways, mode, at)[index]
         return Extent(inner.whole, high - low, inner.true, _restricted(inner, low, high, frozenset(axes)))
@@ -142,12 +139,19 @@ class Lowering:
         if not isinstance(mode, t.Sizes):
             return torch_chunk(extent, ways) if mode == "chunk" else balanced(extent, ways)
         named = mode.values
-        sizes = self.scope.listed(named, at) if isinstance(named, str) else [self.scope.value(one) for one in named]
+        sizes = self.scope.listed(named, ways, at) if isinstance(named, str) else [self.scope.value(one) for one in named]
+        if sizes is None:
+            return self._even(extent, ways, f"here: give --set {named}=N,N,..., a size for each share", at)
         if len(sizes) != ways or sum(sizes) != extent or min(sizes) < 0:
             raise self.scope.fault(
                 f"sizes {tuple(sizes)} add up to {sum(sizes)} in {len(sizes)} shares: expected {extent} in {ways}", at
             )
         return explicit(extent, sizes)
+
+    def _even(self, extent: int, ways: int, where: str, at: t.Place) -> Sequence[tuple[int, int]]:
+        if extent % ways:
+            raise self.scope.fault(f"{extent} cannot be cut evenly {ways} ways {where}", at)
+        return balanced(extent, ways)
 
     def _position(self, axes: tuple[str, ...], at: t.Place) -> tuple[int, int]:
         ways, index = 1, 0

@@ -235,11 +235,23 @@ Clause: TypeAlias = Hold | Flag | Tied | Stored | If | Cast
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """A list of sizes: those of as many shares."""
+
+    values: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A list of sizes that the names in the files tell."""
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """A constant, by its name; files may state it under others; without a default somebody must give it."""
 
     name: str
-    default: Expr | None = None
+    default: Expr | Listed | Found | None = None
     others: tuple[str, ...] = ()
     at: Place = _AT
 

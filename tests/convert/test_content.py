@@ -44,7 +44,7 @@ def gathered(
     for tp, array in enumerate(locals_):
         held = lower(dims(text), scope, {"tp": tp})
         part = ((Box.whole(array.shape), stored(folder, f"rank{tp}", array, dtype)),)
-        shares.append(Share(array.shape, part, held.pieces, f"w of rank {tp}", agreement, divisor))
+        shares.append(Share(array.shape, part, held.pieces, f"w of rank {tp}", agreement, divisor, (tp,)))
     return Gathered(held.whole, dtype, tuple(shares), divided, NOWHERE)
 
 

@@ -82,7 +82,7 @@ def test_options_that_do_not_fit(megatron, tmp_path, capsys, words: list[str], s
             "axis 'tp' is not mentioned",
         ),
         (lambda text: text + "    strange  h  same pp, tp, v\n", "no tensor has such a name"),
-        (lambda text: text.replace("num_layers/v/pp", "num_layers/v/pp:(1, 2)"), "sizes (1, 2) add up to 3 in 2 shares"),
+        (lambda text: text.replace("(v pp):stages", "(v pp):(1, 2)"), "sizes (1, 2) add up to 3 in 2 shares"),
         (
             lambda text: text.replace("order optimizer = matrices, vectors", "order optimizer = matrices"),
             "order 'optimizer' has",
