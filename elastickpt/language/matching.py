@@ -153,7 +153,7 @@ class _Finder:
 
 def _with_found_shares(rules: Rules, hits: Sequence[_Hit]) -> Scope:
     """The scope with the lists of sizes that numbers in names tell: of each share one more than its highest number."""
-    wanted = {need.name for need in needed(rules.program) if isinstance(need.default, t.Found) and need.name in rules.scope.own}
+    wanted = {need.name for need in needed(rules.program) if need.default == t.Listed(None)} & rules.scope.own
     found: dict[str, list[int]] = {}
     for hit in hits if wanted else ():
         for hole in hit.rule.pattern.holes:

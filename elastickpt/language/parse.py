@@ -15,6 +15,7 @@ from lark.indenter import DedentError, Indenter
 from elastickpt.errors import LimitExceeded, ProgramFault
 from elastickpt.language import tree as t
 from elastickpt.language.faults import fault
+from elastickpt.language.patterns import placed_at
 from elastickpt.language.syntax_faults import unexpected
 
 MAX_TEXT_NBYTES = 1 << 20
@@ -130,8 +131,8 @@ class _Builder(Transformer[Token, Any]):
     def list(self, *values: t.Expr | None) -> t.Listed:
         return t.Listed(tuple(value for value in values if value is not None))
 
-    def found(self) -> t.Found:
-        return t.Found()
+    def found(self) -> t.Listed:
+        return t.Listed(None)
 
     def let(self, name: Token, value: t.Expr) -> t.Let:
         return t.Let(str(name), value, at=_at(name))
@@ -340,7 +341,7 @@ class _Builder(Transformer[Token, Any]):
             factor = _Builder(self._source, self._name).transform(_parsers()[1].parse(share))
         except UnexpectedInput:
             raise self._fault(f"expected a share as {{i: layers/pp}}, found {{{text}}}", at) from None
-        return t.Hole(name, _placed(factor, at), at=at)
+        return t.Hole(name, placed_at(factor, at), at=at)
 
     def _fault(self, message: str, at: t.Place) -> ProgramFault:
         return fault(message, at=at, source=self._source, name=self._name)
@@ -351,16 +352,3 @@ class _Dims:
 
     def __init__(self, factors: Any) -> None:
         self.factors = factors
-
-
-def _placed(factor: t.Factor, at: t.Place) -> t.Factor:
-    """A factor inside a hole, with the hole's place: it was parsed by itself."""
-    from dataclasses import fields, replace
-
-    inner = {one.name: getattr(factor, one.name) for one in fields(factor)}
-    moved: dict[str, Any] = {"at": at} if "at" in inner else {}
-    if isinstance(factor, t.Cut | t.Deal):
-        moved["inner"] = _placed(factor.inner, at)
-    elif isinstance(factor, t.Sum):
-        moved["parts"] = tuple(replace(part, factors=tuple(_placed(one, at) for one in part.factors)) for part in factor.parts)
-    return replace(factor, **moved)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 from elastickpt.language import tree as t
 
@@ -51,3 +53,16 @@ def _patterns(line: t.Line, outer: t.Pattern) -> Iterator[t.Pattern]:
         yield own
     for inner in line.body:
         yield from _patterns(inner, own)
+
+
+def placed_at(factor: t.Factor, at: t.Place) -> t.Factor:
+    """A factor inside a hole, with the hole's place: it was parsed by itself."""
+    inner = {one.name: getattr(factor, one.name) for one in fields(factor)}
+    moved: dict[str, Any] = {"at": at} if "at" in inner else {}
+    if isinstance(factor, t.Cut | t.Deal):
+        moved["inner"] = placed_at(factor.inner, at)
+    elif isinstance(factor, t.Sum):
+        moved["parts"] = tuple(
+            replace(part, factors=tuple(placed_at(one, at) for one in part.factors)) for part in factor.parts
+        )
+    return replace(factor, **moved)

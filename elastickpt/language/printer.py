@@ -67,16 +67,12 @@ def _need(need: t.Need) -> str:
     return names if need.default is None else f"{names} = {_default(need.default)}"
 
 
-def _default(default: t.Expr | t.Listed | t.Found) -> str:
-    match default:
-        case t.Found():
-            return "found"
-        case t.Listed((only,)):
-            return f"({expr_text(only)},)"
-        case t.Listed(values):
-            return f"({', '.join(map(expr_text, values))})"
-        case _:
-            return expr_text(default)
+def _default(default: t.Expr | t.Listed) -> str:
+    if not isinstance(default, t.Listed):
+        return expr_text(default)
+    if default.values is None:
+        return "found"
+    return f"({', '.join(map(expr_text, default.values))}{',' if len(default.values) == 1 else ''})"
 
 
 def _order(order: t.Order) -> Iterator[str]:

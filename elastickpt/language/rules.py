@@ -221,10 +221,9 @@ class _Resolving:
         match need.default:
             case None:
                 raise self._scope.fault(f"constant {need.name!r} is in no file: give --set {need.name}=N", need.at)
-            case t.Found() | t.Listed():
+            case t.Listed(values):
                 self._scope = replace(self._scope, own={*self._scope.own, need.name})
-                values = need.default.values if isinstance(need.default, t.Listed) else ()
-                return tuple(map(self._scope.value, values))
+                return tuple(map(self._scope.value, values or ()))
             case _:
                 return self._scope.value(need.default)
 

@@ -236,14 +236,9 @@ Clause: TypeAlias = Hold | Flag | Tied | Stored | If | Cast
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A list of sizes: those of as many shares."""
+    """A list of sizes: those of as many shares; None where names in the files tell them."""
 
-    values: tuple[Expr, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A list of sizes that the names in the files tell."""
+    values: tuple[Expr, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +246,7 @@ class Need:
     """A constant, by its name; files may state it under others; without a default somebody must give it."""
 
     name: str
-    default: Expr | Listed | Found | None = None
+    default: Expr | Listed | None = None
     others: tuple[str, ...] = ()
     at: Place = _AT
 
