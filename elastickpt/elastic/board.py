@@ -16,13 +16,12 @@ class Board:
 
     def take(self, uid: str, message: Put | Ask) -> list[tuple[str, Held]]:
         """Who is told what, now that `uid` has said this."""
-        key = message.key
         if isinstance(message, Put):
-            self.held[key] = message.value
-            tell = self.asked.pop(key, [])
-        elif key in self.held:
-            tell = [uid]
+            self.held[message.key] = message.value
+            tell = [(one, message.key) for one in self.asked.pop(message.key, ())]
         else:
-            self.asked.setdefault(key, []).append(uid)
-            return []
-        return [(one, Held(message.generation, key, self.held[key])) for one in tell]
+            tell = [(uid, key) for key in message.keys if key in self.held]
+            for key in message.keys:
+                if key not in self.held:
+                    self.asked.setdefault(key, []).append(uid)
+        return [(one, Held(message.generation, key, self.held[key])) for one, key in tell]

@@ -69,6 +69,7 @@ class Conductor:
         self._terms: Terms | None = None
         self._history = History()
         self._recoveries = Recoveries(clock_offset)
+        self._ordered = 0  # replacements that are not started yet
         self._board = Board()
         self._waits = Waits()
         self._ends_at: float | None = None
@@ -78,6 +79,7 @@ class Conductor:
 
     def started(self, uid: str, now: float) -> None:
         """A launcher is about to fork it."""
+        self._ordered = max(0, self._ordered - 1)
         self._workers[uid] = Worker(uid, True, now)
 
     def enlisted(self, workers: int) -> None:
@@ -162,10 +164,12 @@ class Conductor:
         self._replace()
 
     def _replace(self) -> None:
-        if self.job.phase is not Phase.ENDED:
-            count = self._replacing.wanted(len(self._workers))
+        """Not while members form and rebuild: what a new process takes to start is theirs then."""
+        if self.job.phase in (Phase.GATHERING, Phase.WORKING):
+            count = self._replacing.wanted(len(self._workers) + self._ordered)
             if count:
                 self._replacing.replaced(count)
+                self._ordered += count
                 self.deeds.append(Replace(count))
 
     # -- messages
@@ -270,6 +274,8 @@ class Conductor:
             self._recoveries.timeline.formed_at = now
         for order in orders:
             self._carry(order, now)
+        if before.phase is not self.job.phase:
+            self._replace()
         if self.job.end is not None and self._departure is None:
             self._ended(self.job.end, now)
 

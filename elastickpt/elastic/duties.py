@@ -14,7 +14,7 @@ effect. A Step is never over before it was carried out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -60,6 +60,10 @@ class Exchange(Protocol):
 
     def get(self, key: str, *, limit_s: float) -> bytes:
         """Blocks until somebody has set it. Raises TaskOver as soon as the task is, and DeadlineExceeded."""
+        ...
+
+    def get_all(self, keys: Sequence[str], *, limit_s: float) -> list[bytes]:
+        """Several at once, in their order, within one limit: one question instead of one after the other."""
         ...
 
 

@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -70,7 +70,10 @@ class Exchange:
         self._job._say(Put(self._task.generation, key, value))
 
     def get(self, key: str, *, limit_s: float) -> bytes:
-        return self._job._ask(self._task, key, limit_s)
+        return self.get_all((key,), limit_s=limit_s)[0]
+
+    def get_all(self, keys: Sequence[str], *, limit_s: float) -> list[bytes]:
+        return self._job._ask(self._task, tuple(keys), limit_s)
 
 
 class Job:
@@ -304,16 +307,17 @@ class Job:
             self._reached = {one for one in self._reached if one[0] == reached[0]} | {reached}
             self._say(Reached(*reached))
 
-    def _ask(self, task: Task, key: str, limit_s: float) -> bytes:
-        self._say(Ask(task.generation, key))
+    def _ask(self, task: Task, keys: tuple[str, ...], limit_s: float) -> list[bytes]:
+        self._say(Ask(task.generation, keys))
+        wanted = [(task.generation, key) for key in keys]
         with self._changing:
-            wanted = (task.generation, key)
-            self._changing.wait_for(lambda: task.over or wanted in self._held, limit_s)
+            self._changing.wait_for(lambda: task.over or all(one in self._held for one in wanted), limit_s)
             if task.over:
                 raise TaskOver(f"generation {task.generation} is over")
-            if wanted not in self._held:
-                raise DeadlineExceeded(f"nobody set {key!r} of generation {task.generation} within {limit_s:g} s")
-            return self._held[wanted]
+            for one in wanted:
+                if one not in self._held:
+                    raise DeadlineExceeded(f"nobody set {one[1]!r} of generation {task.generation} within {limit_s:g} s")
+            return [self._held[one] for one in wanted]
 
 
 def join(endpoint: str | None = None) -> Job:

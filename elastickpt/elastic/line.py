@@ -12,6 +12,8 @@ from contextlib import suppress
 from elastickpt.elastic.stream import Closed, Stream
 from elastickpt.errors import CheckpointError
 
+NAME = "elastickpt-job"
+
 
 class Line:
     """`beat` gives what to say as a sign of life, and in how many seconds to say it again; `hear` takes each message, `lost`
@@ -28,7 +30,7 @@ class Line:
         self._stream, self._beat, self._hear, self._lost = stream, beat, hear, lost
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
-        self._thread = threading.Thread(target=self._serve, name="elastickpt-job", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=NAME, daemon=True)
 
     def open(self) -> None:
         """From now on it is heard."""
@@ -56,6 +58,8 @@ class Line:
 
     def _serve(self) -> None:
         beat_at = 0.0
+        with suppress(OSError), open("/proc/thread-self/comm", "w") as comm:
+            comm.write(NAME)  # for `top -H`, and who else asks what this thread takes
         with selectors.DefaultSelector() as selector:
             selector.register(self._stream, selectors.EVENT_READ)
             selector.register(self._wake, selectors.EVENT_READ)

@@ -9,6 +9,7 @@ its limit here, and the group's own limit is only for the making of its connecti
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from contextlib import suppress
 from datetime import timedelta
@@ -116,12 +117,13 @@ class GlooLinks:
         self._aborting = threading.Lock()
         self._aborted = False
         exchange.set(f"here/{stage}", socket_identity().encode())
-        hosts = {exchange.get(f"here/{one}", limit_s=limit_s) for one in range(stages)}
+        hosts = set(exchange.get_all([f"here/{one}" for one in range(stages)], limit_s=limit_s))
         self._store: Store | None = None
         try:
             self._store = self._met(exchange, "127.0.0.1" if len(hosts) == 1 else own_address())
-            limit = timedelta(seconds=FORM_LIMIT_S)
+            limit, hook = timedelta(seconds=FORM_LIMIT_S), sys.excepthook
             dist.init_process_group("gloo", store=self._store, rank=stage, world_size=stages, timeout=limit)
+            sys.excepthook = hook  # torch puts another one around it with each group
         except RuntimeError as error:
             self.close()
             raise LinkBroken(str(error)) from error

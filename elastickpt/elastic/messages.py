@@ -14,7 +14,7 @@
     Left       its loop ended
     Quit       an error left its block: its process ends
     Reached    a point of a recovery, for its timeline
-    Put, Ask   a key of its view is set, or wanted
+    Put, Ask   a key of its view is set; some are wanted
     Beat       it lives, and what it is at
 
 1. A member takes messages in order; one that names another generation than its newest view's is of no effect.
@@ -139,10 +139,10 @@ class Put(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """Answered by a Held once the key is set; by nothing, where the view is over."""
+    """Answered by a Held for each key once that is set; by nothing, where the view is over."""
 
     generation: int
-    key: str
+    keys: tuple[str, ...]
 
 
 class Beat(Message, frozen=True):

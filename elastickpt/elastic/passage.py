@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from elastickpt.elastic.links import LinkBroken, Links, Sending, told_by_all, told_by_one
+from elastickpt.elastic.links import LinkBroken, Links, Sending, told_by_one
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.stages import Place, Stage, Swap
 from elastickpt.errors import Refused
@@ -117,10 +117,13 @@ class Passage:
         mean = torch.tensor([sum(means) / len(means)], dtype=torch.float64)
         return told_by_one(self._links, mean, self._place.stages - 1).item()
 
+    def close(self) -> None:
+        """No microbatch passes any more; nothing here holds the process group of the view."""
+        self._ways.clear()
+
     def _flush(self, flush: Flush, batch: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """The losses, where this stage is the last one of the flush."""
         if flush not in self._ways:
-            told_by_all(self._links, torch.zeros(1, dtype=torch.uint8))  # torch greets its neighbours, within the group's limit
             self._ways[flush] = self._way(flush)
         schedule, piped = self._ways[flush]
         inputs: list[Tensor] = []
@@ -234,6 +237,14 @@ class _LinkedStage(PipelineStage):
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._sent(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
+        """Torch asks along the pipeline, and back, whether all stages know their shapes; that was told already. [REC-54]"""
+        return torch.ones(1, dtype=torch.int32)
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        """The answer to that: they do."""
+        return torch.ones(1, dtype=torch.int32)
 
     def _received(self, wanted: list[dist.P2POp]) -> list[dist.P2POp]:
         for one in wanted:

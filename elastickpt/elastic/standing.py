@@ -41,9 +41,8 @@ def stand_together(
     except Refused as error:
         mine = About(place.stage, refused=error.message)
     exchange.set(f"about/{place.stage}", msgspec.msgpack.encode(mine))
-    members = [
-        msgspec.msgpack.decode(exchange.get(f"about/{one}", limit_s=HEAR_LIMIT_S), type=About) for one in range(place.stages)
-    ]
+    told = exchange.get_all([f"about/{one}" for one in range(place.stages)], limit_s=HEAR_LIMIT_S)
+    members = [msgspec.msgpack.decode(one, type=About) for one in told]
     if why := why_apart(members, passing, equal=equal):
         raise Refused(why)
     return Standing(passage, {one.stage: one.trained for one in members})
@@ -53,10 +52,8 @@ def require_equal_replicas(stage: Stage, place: Place, exchange: Exchange) -> No
     """Both replicas of an embedding and a head begin alike, bit for bit. Raises Refused, naming the first tensor."""
     mine = {name: _digest(tensor) for part in REPLICATED for name, tensor in stage.tensors.get(part, {}).items()}
     exchange.set(f"replicas/{place.stage}", msgspec.msgpack.encode(mine))
-    told = [
-        msgspec.msgpack.decode(exchange.get(f"replicas/{one}", limit_s=HEAR_LIMIT_S), type=dict[str, str])
-        for one in range(place.stages)
-    ]
+    heard = exchange.get_all([f"replicas/{one}" for one in range(place.stages)], limit_s=HEAR_LIMIT_S)
+    told = [msgspec.msgpack.decode(one, type=dict[str, str]) for one in heard]
     for one, tensors in enumerate(told):
         twin = partner(one, place.stages)
         if twin is not None and twin > one:

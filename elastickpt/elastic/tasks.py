@@ -281,7 +281,11 @@ class Tasks:
         self.saves.interrupt()
 
     def _unlink(self) -> None:
+        """The groups of the view are gone, now: whatever else holds them would do so until a collection of garbage."""
         links, self._links = self._links, None
+        if self._held is not None and self._held.standing is not None:
+            self._held.standing.passage.close()
+            self._held.standing = None
         if links is not None:
             links.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from elastickpt.errors import DeadlineExceeded
@@ -27,3 +28,6 @@ class FilesExchange:
                 raise DeadlineExceeded(key)
             time.sleep(0.002)
         return path.read_bytes()
+
+    def get_all(self, keys: Sequence[str], *, limit_s: float) -> list[bytes]:
+        return [self.get(key, limit_s=limit_s) for key in keys]

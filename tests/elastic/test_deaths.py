@@ -74,8 +74,8 @@ class Trainee:
     def hear_all(self, task: object, key: str) -> None:
         exchange = self.job.exchange(task)  # type: ignore[arg-type]
         exchange.set(f"{key}/{self.job.rank}", str(self.state).encode())
-        for stage in range(self.stages):
-            assert exchange.get(f"{key}/{stage}", limit_s=PATIENCE_S) == str(self.state).encode(), key
+        heard = exchange.get_all([f"{key}/{stage}" for stage in range(self.stages)], limit_s=PATIENCE_S)
+        assert set(heard) == {str(self.state).encode()}, key
 
     def form(self, task: object, act: Form) -> None:
         self.stages = len(act.view.places)

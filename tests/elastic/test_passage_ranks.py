@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
-from elastickpt.elastic.links import GlooLinks
+from elastickpt.elastic.links import GlooLinks, LinkBroken
 from elastickpt.elastic.passage import Passage, Passing, sees_batches
 from elastickpt.elastic.stages import Place, Stage, require_parts
 from elastickpt.elastic.starts import seed_streams
@@ -120,3 +122,29 @@ def test_a_pipelined_step_is_the_step_of_one_process(stages: int, passing: Passi
     found = run_members(steps_of, stages, str(tmp_path / "view"), passing, clipping, 2)
     (expected,) = run_members(expected_steps_of, 1, stages, passing, clipping, 2)
     assert_same(found, expected, "stages")
+
+
+def reformed(rank: int, stages: int, folder: str, times: int) -> list[tuple[int, int]]:
+    """Threads and descriptors after each of so many views, whose last transfer was interrupted; nobody collects garbage."""
+    place, passing = Place(rank, stages), Passing(4, "gpipe")
+    stage, found = build(place, passing), list[tuple[int, int]]()
+    gc.collect()
+    gc.disable()
+    for view in range(times):
+        links = GlooLinks(FilesExchange(f"{folder}/{view}"), stage=rank, stages=stages, limit_s=60.0)
+        passage = Passage(stage, place, passing, links, Unwatched())
+        passage.train(0, Corpus().batch(0) if sees_batches(passing, rank, stages=stages) else None)
+        links.abort()
+        with pytest.raises(LinkBroken):
+            links.receive(torch.empty(1), 1 - rank)
+        passage.close()
+        links.close()
+        stage.optimizer.zero_grad()
+        found.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))))
+    return found
+
+
+def test_of_a_view_that_is_over_nothing_is_left(tmp_path: Path) -> None:
+    """Threads, connections and stores of its groups go with it, and do not wait for a collection of garbage."""
+    for counts in run_members(reformed, 2, str(tmp_path), 5):
+        assert max(counts[2:]) <= max(counts[:2]), counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -69,6 +70,9 @@ class Prefilled:
 
     def get(self, key: str, *, limit_s: float) -> bytes:
         return self.told[key]
+
+    def get_all(self, keys: Sequence[str], *, limit_s: float) -> list[bytes]:
+        return [self.get(key, limit_s=limit_s) for key in keys]
 
 
 @pytest.mark.parametrize("number", [0, 1])

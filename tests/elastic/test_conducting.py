@@ -1,0 +1,69 @@
+"""What a coordinator decides beside the table of `coordination`: values and times only."""
+
+from __future__ import annotations
+
+from elastickpt.elastic.conductor import Conductor
+from elastickpt.elastic.deeds import AskLadder, Replace
+from elastickpt.elastic.enlisting import Stopped
+from elastickpt.elastic.job import Chosen, Phase
+from elastickpt.elastic.limits import Limits
+from elastickpt.elastic.messages import Formed, Join, Rebuilt
+from elastickpt.elastic.replacing import Replacing
+
+
+class Conducted:
+    """A conductor whose workers are the test's; its clock stands still."""
+
+    def __init__(self, stages: int, workers: int) -> None:
+        self.conductor = Conductor(stages, Limits(), Replacing(workers, None), clock_offset=0.0)
+        for number in range(workers):
+            self.comes(f"w{number}")
+
+    def comes(self, uid: str) -> None:
+        self.conductor.started(uid, 0.0)
+        assert self.conductor.joined(Join(uid, 1, "host", "zone"), 0.0)
+
+    def dies(self, uid: str) -> None:
+        self.conductor.stopped(Stopped(uid, 9, -1), 0.0)
+
+    def forms(self) -> None:
+        job = self.conductor.job
+        for uid in job.members:
+            self.conductor.heard(uid, Formed(job.generation, True), 0.0)
+
+    def rebuilds(self) -> None:
+        """Members stand once they have done their part."""
+        if any(isinstance(deed, AskLadder) for deed in self.conductor.deeds):
+            self.conductor.ladder_chose(Chosen(self.conductor.job.generation, ()), (), 0.0)
+        for uid in self.conductor.job.members:
+            self.conductor.heard(uid, Rebuilt(self.conductor.job.generation), 0.0)
+
+    def replacements(self) -> int:
+        """Those that were ordered since this was asked last."""
+        deeds, self.conductor.deeds = self.conductor.deeds, []
+        return sum(deed.count for deed in deeds if isinstance(deed, Replace))
+
+
+def test_a_process_in_place_of_a_lost_one_is_started_once_members_stand() -> None:
+    """What it takes to start is taken from nobody who recovers. [REC-34]"""
+    job = Conducted(2, 3)
+    job.forms()
+    job.rebuilds()
+    assert (job.conductor.job.phase, job.replacements()) == (Phase.WORKING, 0)
+    job.dies("w0")
+    assert (job.conductor.job.phase, job.replacements()) == (Phase.FORMING, 0)
+    job.forms()
+    assert job.conductor.job.phase is Phase.REBUILDING
+    job.rebuilds()
+    assert (job.conductor.job.phase, job.replacements()) == (Phase.WORKING, 1)
+
+
+def test_a_process_for_an_empty_place_is_started_at_once() -> None:
+    """[REC-34]"""
+    job = Conducted(2, 3)
+    job.forms()
+    job.rebuilds()
+    job.dies("w0")
+    assert job.replacements() == 0
+    job.dies("w1")
+    assert (job.conductor.job.phase, job.replacements()) == (Phase.GATHERING, 2)
