@@ -31,12 +31,14 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 @dataclass
 class Job:
-    """One run: its losses by step, the loss on held-out text, its recoveries."""
+    """One run: its losses by step, the loss on held-out text, its recoveries. `control`: the processor's seconds that members'
+    threads which watch over the job took, and all that members took."""
 
     name: str
     kills: dict[int, tuple[int, ...]]
     losses: dict[int, float] = field(default_factory=dict)
     held_out: float = float("nan")
+    control: tuple[float, float] = (0.0, 1.0)
 
     @property
     def folder(self) -> Path:
@@ -74,11 +76,23 @@ class Job:
         if "step" not in told:
             return
         self.losses[told["step"]] = told["loss"]
+        if told["step"] == STEPS:
+            self.control = control_of([self.holder(stage) for stage in range(STAGES)])
         if told["step"] % 20 == 0:
             console.print(f"{self.name}: step {told['step']}, loss {told['loss']:.3f}")
         for stage in self.kills.pop(told["step"], ()):
             console.print(f"{self.name}: SIGKILL to stage {stage} after step {told['step']}")
             os.kill(self.holder(stage), signal.SIGKILL)
+
+
+def control_of(pids: list[int]) -> tuple[float, float]:
+    """The processor's seconds of these processes' threads that hold the connection to the coordinator, and of all threads."""
+    control = every = 0.0
+    for task in (task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()):
+        seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
+        every += seconds
+        control += seconds * ((task / "comm").read_text().strip() == "elastickpt-job")
+    return control, every
 
 
 def main() -> None:
@@ -90,6 +104,9 @@ def main() -> None:
     recoveries = killed.events("recovery")
     console.print(timeline(recoveries))
     console.print(f"loss on held-out text: {killed.held_out:.4f}, without failures {undisturbed.held_out:.4f}")
+    for job in jobs:
+        control, every = job.control
+        console.print(f"{job.name}: {100 * control / every:.2f} % of what members take is for watching over the job")
     draw(killed, undisturbed, recoveries, OUT / "loss.png")
     console.print(f"curves: {OUT / 'loss.png'}")
 
