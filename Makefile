@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo demo-recovery test test-all lint types imports spec docs bench chaos-save chaos-power chaos-flips clients clean
+.PHONY: setup demo demo-recovery test test-all lint types imports spec docs bench chaos-save chaos-power chaos-flips chaos-recovery clients clean
 
 setup: $(STAMP)
 
@@ -56,7 +56,7 @@ clients:
 	$(CLIENTS)/bin/python -m tools.clients --out tools/clients/results/README.md $(ARGS)
 
 # The longer forms of tests/crash, peers beside us: make chaos-power ARGS="--states 5000 --seed 7"
-chaos-save chaos-power chaos-flips: setup
+chaos-save chaos-power chaos-flips chaos-recovery: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	$(BIN)/python -m tools.chaos $(@:chaos-%=%) $(ARGS)
 

@@ -1,4 +1,4 @@
-"""`python -m tools.chaos power|save|flips`: options in, tables on stdout, talk and progress on stderr, a record beside."""
+"""`python -m tools.chaos power|save|flips|recovery`: options in, tables on stdout, talk on stderr, a record beside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tools.bench import machine
 from tools.interrupts import sigterm_interrupts
 
-from . import conduct
+from . import conduct, recovery_report
 from .entrants import FLIPPED, KILLED, POWER, is_known
 from .mounts import lacking, private_mounts
 from .records import Kind, Report, from_json, to_json
@@ -31,6 +31,8 @@ EPILOG = """examples:
   python -m tools.chaos save --kills 100 --contestant elastickpt,dcp,dcp-overwrite
   python -m tools.chaos save --contestant tc --seed 1 --only 3
   python -m tools.chaos flips                            200 bits each of ours and two peers' checkpoints, three minutes
+  python -m tools.chaos recovery                         stages of a pipeline are lost; all forms, a quarter of an hour
+  python -m tools.chaos recovery --form matrix --seed 7
   python -m tools.chaos show tools/chaos/results/FILE.json
 
 A contestant is one of those listed, or module:attribute, where an Entrant stands. Exit codes: 0 nothing of ours was found
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "show":
         console.print(render(from_json(Path(parsed.file).read_text())))
         return 0
+    if parsed.command == "recovery":
+        return _recovery(parsed, console, talk)
     if parsed.command == "power" and (why := lacking()):
         talk.print(f"power cuts cannot be replayed here: {why}", markup=False)
         return 4
@@ -76,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = found.add_subparsers(dest="command", required=True, metavar="power|save|flips|show")
+    commands = found.add_subparsers(dest="command", required=True, metavar="power|save|flips|recovery|show")
     power = commands.add_parser("power", help="power cuts on a real ext4, every block write logged")
     _common(power, POWER)
     power.add_argument("--states", type=int, default=500, metavar="N", help="states of each contestant's disk; default 500")
@@ -94,9 +98,37 @@ def parser() -> argparse.ArgumentParser:
     flips.add_argument("--flips", type=int, default=200, metavar="N", help="flips of each contestant; default 200")
     flips.add_argument("--scale", type=int, default=1, metavar="N", help="size of the state in units of 1.1 MB; default 1")
     flips.add_argument("--where", metavar="FOLDER", help="save there; default: on the disk that holds the repository")
+    recovery = commands.add_parser("recovery", help="stages of a pipeline are lost, and training goes on")
+    recovery.add_argument("--seed", type=int, default=1, metavar="S", help="of all that is drawn; default 1")
+    forms = tuple(recovery_report.FORMS)
+    recovery.add_argument(
+        "--form", action="append", choices=forms, help=f"of {', '.join(forms)}; default: all but short; may be repeated"
+    )
+    recovery.add_argument("--count", type=int, default=200, metavar="N", help="random faults; default 200")
+    recovery.add_argument("--limit", type=float, default=120.0, metavar="S", help="for one job; default 120")
+    recovery.add_argument("--only", type=int, metavar="K", help="the job of this number alone; leaves no record")
     show = commands.add_parser("show", help="print the tables of an earlier run")
     show.add_argument("file")
     return found
+
+
+def _recovery(parsed: argparse.Namespace, console: Console, talk: Console) -> int:
+    found = recovery_report.plans(parsed.form or recovery_report.LONG, parsed.seed, parsed.count)
+    if parsed.only is not None:
+        found = found[parsed.only : parsed.only + 1]
+
+    def tell(text: str) -> None:
+        talk.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with sigterm_interrupts():
+        verdicts = recovery_report.carry_out_all(found, parsed.limit, OUTPUT / "recovery", tell)
+    console.print(recovery_report.render(verdicts, parsed.seed))
+    if parsed.only is None:
+        date = datetime.date.today().isoformat()
+        record = RESULTS / f"{machine.free_stem(RESULTS, f'{date}-recovery')}.json"
+        record.write_text(recovery_report.to_json(verdicts, parsed.seed, date))
+        talk.print(f"record: {record.relative_to(machine.REPOSITORY)}")
+    return 1 if any(one.bad for one in verdicts) else 0
 
 
 def _common(found: argparse.ArgumentParser, contestants: Sequence[str]) -> None:
