@@ -183,11 +183,12 @@ def _plan(
     swap: Swap | None,
     rungs: tuple[str, ...],
 ) -> Plan:
-    """Cases some steps apart, each behind a step that is saved. Who is to be lost in a recovery needs another one to be lost
-    first."""
+    """Cases some steps apart, each behind a step that is saved; one that is struck in a save has another save before it. Who is
+    to be lost in a recovery needs another one to be lost first."""
     faults: list[Fault] = []
-    for number, (phase, stages) in enumerate(cases):
-        step = EVERY * (number + 1)
+    step = 0
+    for phase, stages in cases:
+        step += 2 * EVERY if phase == "save" else EVERY
         if phase in ("mend", "form"):
             other = drawn.choice([stage for stage in range(STAGES) if stage not in stages])
             faults.append(Fault("forward", step, (other,), drawn.randrange(6)))
@@ -196,7 +197,7 @@ def _plan(
             times = {"forward": 12, "backward": 12, "evaluate": 12, "optimizer": 2, "save": 12}.get(phase, 1)
             faults.append(Fault(phase, step, stages, drawn.randrange(times)))
     evaluates = any(phase == "evaluate" for phase, _ in cases)
-    return Plan(name, tuple(faults), EVERY * (len(cases) + 1) + 2, swap, rungs, evaluates=evaluates)
+    return Plan(name, tuple(faults), step + EVERY + 2, swap, rungs, evaluates=evaluates)
 
 
 # -- one job
