@@ -69,7 +69,6 @@ class Conductor:
         self._terms: Terms | None = None
         self._history = History()
         self._recoveries = Recoveries(clock_offset)
-        self._ordered = 0  # replacements that are not started yet
         self._board = Board()
         self._waits = Waits()
         self._ends_at: float | None = None
@@ -79,7 +78,7 @@ class Conductor:
 
     def started(self, uid: str, now: float) -> None:
         """A launcher is about to fork it."""
-        self._ordered = max(0, self._ordered - 1)
+        self._replacing.started()
         self._workers[uid] = Worker(uid, True, now)
 
     def enlisted(self, workers: int) -> None:
@@ -165,12 +164,8 @@ class Conductor:
 
     def _replace(self) -> None:
         """Not while members form and rebuild: what a new process takes to start is theirs then."""
-        if self.job.phase in (Phase.GATHERING, Phase.WORKING):
-            count = self._replacing.wanted(len(self._workers) + self._ordered)
-            if count:
-                self._replacing.replaced(count)
-                self._ordered += count
-                self.deeds.append(Replace(count))
+        if self.job.phase in (Phase.GATHERING, Phase.WORKING) and (count := self._replacing.order(len(self._workers))):
+            self.deeds.append(Replace(count))
 
     # -- messages
 

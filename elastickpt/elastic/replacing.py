@@ -15,17 +15,21 @@ class Replacing:
     workers: int
     left: int | None
     fruitless: int = 0
+    ordered: int = 0  # to be started, and not started yet
 
-    def wanted(self, alive: int) -> int:
-        """How many to start while so many live."""
+    def order(self, alive: int) -> int:
+        """How many are to be started now, while so many live."""
         if self.fruitless >= FRUITLESS:
             return 0
-        missing = max(0, self.workers - alive)
-        return missing if self.left is None else min(missing, self.left)
-
-    def replaced(self, count: int) -> None:
+        missing = max(0, self.workers - alive - self.ordered)
+        count = missing if self.left is None else min(missing, self.left)
+        self.ordered += count
         if self.left is not None:
             self.left -= count
+        return count
+
+    def started(self) -> None:
+        self.ordered = max(0, self.ordered - 1)
 
     def joined(self) -> None:
         self.fruitless = 0

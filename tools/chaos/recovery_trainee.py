@@ -193,12 +193,11 @@ def main() -> None:
                     try:
                         report.saved.result()
                         saved += 1
+                        bound = held() if saved == 2 else bound
                     except CheckpointError as error:
                         note("not saved", stage=stage, step=step, why=str(error))
             if PLAN["evaluates"]:
                 note("evaluated", stage=stage, step=step, loss=trainer.evaluate([Corpus().batch(900)]))
-            if saved == 2 and not bound:
-                bound = held()
         if saved > 2:
             note("held", stage=trainer.place.stage, bound=bound, found=settled(bound), threads=_names())
         if job.rank == 0:
