@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from elastickpt.saving.request import AsyncOptions as AsyncOptions
     from elastickpt.saving.request import CheckpointInfo as CheckpointInfo
     from elastickpt.saving.save import save as save
-    from elastickpt.training.perrank import PerRank as PerRank
+    from elastickpt.training.modules import trainable as trainable
+    from elastickpt.training.own import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
-    from elastickpt.training.trainable import trainable as trainable
 
 
 # name → where it lives. Lazy (PEP 562), so that a reader of checkpoints never imports torch.
@@ -53,7 +53,7 @@ _PUBLIC = {
     "Every": ("elastickpt.runs.due", "Every"),
     "Keep": ("elastickpt.ledger.retention", "Keep"),
     "LoadReport": ("elastickpt.loading.session", "LoadReport"),
-    "PerRank": ("elastickpt.training.perrank", "PerRank"),
+    "PerRank": ("elastickpt.training.own", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
     "Restored": ("elastickpt.runs.restoring", "Restored"),
     "Run": ("elastickpt.runs.run", "Run"),
@@ -65,7 +65,7 @@ _PUBLIC = {
     "load": ("elastickpt.runs.loading", "load"),
     "open": ("elastickpt.runs.opening", "open_checkpoint"),
     "save": ("elastickpt.saving.save", "save"),
-    "trainable": ("elastickpt.training.trainable", "trainable"),
+    "trainable": ("elastickpt.training.modules", "trainable"),
 }
 
 __all__ = [

@@ -21,10 +21,10 @@ from elastickpt.loading.plan import Elements, Wanted, plan_fetch, require_files
 from elastickpt.ranks.messages import Message
 from elastickpt.training.dtensors import Job
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
 from elastickpt.training.kinds import kinds_of
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
 from elastickpt.training.modules import hold_module
+from elastickpt.training.parameters import Identities
 
 
 def held_by_models(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> tuple[HeldArray, ...]:

@@ -36,10 +36,10 @@ from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, req
 from elastickpt.ranks.process_group import Group, job_group, team_of
 from elastickpt.ranks.team import Alone, Call, Question, Team, all_do, require_limit
 from elastickpt.training.collection import collection_paused
+from elastickpt.training.elements import fill_device, host_elements, host_tensor
 from elastickpt.training.held import HeldArray
 from elastickpt.training.listing import Binding, Listing
-from elastickpt.training.memory import fill_device, host_elements, host_tensor
-from elastickpt.training.meshes import mesh_of
+from elastickpt.training.parallel import mesh_of
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import Continuation
 

@@ -91,7 +91,7 @@ class _Arrays:
             )
         if self._kind == "numpy" or reference.origin == "numpy":
             return self._checkpoint.read(array)
-        from elastickpt.training.memory import host_elements, host_tensor
+        from elastickpt.training.elements import host_elements, host_tensor
 
         spec = self._checkpoint.records[array].spec
         tensor = host_tensor(spec.dtype, spec.shape)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from elastickpt.errors import SaveSkipped
 from elastickpt.ranks.threads import Pool
 from elastickpt.saving.staging import Stager, slices_of
-from elastickpt.training.gates import Copies, DeviceCopier
+from elastickpt.training.device import Copies, DeviceCopier
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 

@@ -46,9 +46,9 @@ from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.plan import replicas_of
 from elastickpt.saving.request import SHARES, Request
 from elastickpt.saving.staging import range_digest
-from elastickpt.training.device_digest import device_digest, on_the_way
+from elastickpt.training.device import device_digest, on_the_way
+from elastickpt.training.elements import host_address, host_elements
 from elastickpt.training.held import HeldArray
-from elastickpt.training.memory import host_address, host_elements
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,7 @@ from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buf
 from elastickpt.storage.opening import place_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.collection import collection_paused
-from elastickpt.training.memory import host_elements
+from elastickpt.training.elements import host_elements
 from elastickpt.writer.plans import PAGE, Slice, WritePlan
 from elastickpt.writer.share import write_whole_share
 

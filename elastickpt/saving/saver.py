@@ -35,7 +35,7 @@ from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN, propose
 from elastickpt.saving.task import Task, Times, info_of
 from elastickpt.saving.writer_pool import WriterPool
-from elastickpt.training.gates import Cuda, DeviceCopier, StepGate
+from elastickpt.training.device import Cuda, DeviceCopier, StepGate
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan

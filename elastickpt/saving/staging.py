@@ -21,8 +21,8 @@ from elastickpt.errors import LimitExceeded, Refused
 from elastickpt.format.arrays import Box
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import address_of
+from elastickpt.training.elements import host_address, host_elements
 from elastickpt.training.held import HeldArray
-from elastickpt.training.memory import host_address, host_elements
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan
 from elastickpt.writer.plans import PlannedPiece, Slice

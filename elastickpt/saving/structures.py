@@ -34,7 +34,7 @@ from elastickpt.saving.staging import Stager
 from elastickpt.saving.structure import encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState
-from elastickpt.training.meshes import mesh_of
+from elastickpt.training.parallel import mesh_of
 from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import Document, WritePlan
 

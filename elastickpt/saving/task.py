@@ -18,7 +18,7 @@ from elastickpt.saving.request import CheckpointInfo, Request
 from elastickpt.saving.save_states import Progress
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KnownStructure, Proposal
-from elastickpt.training.gates import Copies
+from elastickpt.training.device import Copies
 from elastickpt.writer.share import Share
 
 log = logging.getLogger(__name__)

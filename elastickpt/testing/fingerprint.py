@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from elastickpt.format.encode_values import typed_key
-from elastickpt.training.perrank import PerRank
+from elastickpt.training.own import PerRank
 from elastickpt.training.rng import RNG, streams
 from elastickpt.training.stateful import is_stateful
 

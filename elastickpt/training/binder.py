@@ -12,14 +12,14 @@ from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import SPARSE, composition_in, differing, require_indices
 from elastickpt.training.dtensors import Job, whole_id
+from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
 from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, Names
+from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import Continuation
 from elastickpt.training.trees import mapped
 from elastickpt.training.values import array_value
-from elastickpt.training.versions import mark_changed
 
 
 @dataclass(slots=True, eq=False)

@@ -18,21 +18,18 @@ from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job, placed
 from elastickpt.training.entries import code_of, elements, entry_name
-from elastickpt.training.held import HeldArray, LiveState
-from elastickpt.training.identities import Identities
-from elastickpt.training.kinds import Kind, item_of, kinds_of
-from elastickpt.training.memo import remembering
+from elastickpt.training.held import HeldArray, LiveState, remembering
+from elastickpt.training.kinds import Kind, item_of, kinds_of, refuse_zero
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizers import Beside, HeldOptimizer, hold_optimizer
-from elastickpt.training.own import hold_own
+from elastickpt.training.own import PerRank, hold_own
 from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
-from elastickpt.training.perrank import PerRank
+from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import streams
 from elastickpt.training.schedulers import LISTS, scheduler_state
 from elastickpt.training.stateful import hold_tree, is_stateful
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import carried
-from elastickpt.training.zero import refuse_zero
 
 
 def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> LiveState:

@@ -23,8 +23,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import DtypeValue, Value
 from elastickpt.training.contexts import NotMade, context_from, described, description_text, outer_shapes
-from elastickpt.training.elements import PLAIN, Attributes, settled
-from elastickpt.training.loaded import is_loaded_instance
+from elastickpt.training.elements import PLAIN, Attributes, is_loaded_instance, settled
 from elastickpt.training.trees import loaded_class, type_name
 
 COMPOSITION = "composition"

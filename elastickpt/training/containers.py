@@ -25,9 +25,8 @@ from elastickpt.training.anew import referred_anew
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import is_sparse
 from elastickpt.training.dtensors import hold
-from elastickpt.training.elements import dtype_name
+from elastickpt.training.elements import dtype_name, shares, tensor_over
 from elastickpt.training.held import HeldArray
-from elastickpt.training.memory import shares, tensor_over
 from elastickpt.training.modules import hold_tensor
 from elastickpt.training.own import own_holders
 from elastickpt.training.stateful import bind_tree, copy_into, tensors_at

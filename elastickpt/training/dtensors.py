@@ -19,11 +19,9 @@ from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.layout.placement import physical_box
 from elastickpt.training.composites import Cut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
-from elastickpt.training.elements import PLAIN, elements_of, settled
-from elastickpt.training.held import HeldArray, Kept, Role, Sharing
-from elastickpt.training.loaded import is_loaded_instance, loaded_type
-from elastickpt.training.memo import Memo, Seen
-from elastickpt.training.meshes import mesh_of, widened
+from elastickpt.training.elements import PLAIN, elements_of, is_loaded_instance, loaded_type, settled
+from elastickpt.training.held import HeldArray, Kept, Memo, Role, Seen, Sharing
+from elastickpt.training.parallel import mesh_of, widened
 from elastickpt.training.trees import token
 
 if TYPE_CHECKING:

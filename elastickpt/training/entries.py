@@ -1,17 +1,61 @@
-"""Entries of `state` run code of their own (state dicts, loading, hooks): whose it was that raised, and what had changed.
+"""Entries of `state` run code of their own (state dicts, loading, hooks): which of them, whose it was that raised, and what had
+changed.
 
 On saving and binding nothing has changed yet. While a Binding is installed entries change one after the other; what the
 error then says is enough to know which of them hold the checkpoint's contents and which still hold their own.
+
+Modules that neither save nor load in a way of their own, nearly all, are known by their registered tensors, and none of their
+code runs in a save. Class and hooks alone tell; what torch itself overrides or registers without adding contents stands here.
+
+Such code is that of one rank: a collective in it would wait for ranks that do not call it too. Every collective, of c10d or of
+a DTensor, goes through torch's dispatcher, where it is stopped before it begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
-from elastickpt.errors import CheckpointError, EntryFailed
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from elastickpt.errors import CheckpointError, EntryFailed, ValueNotCarried
+
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+_LOCAL = frozenset(("_c10d_functional::wait_tensor", "_c10d_functional_autograd::wait_tensor"))
+
+
+class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
+    def __init__(self, who: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._who = who
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name.split("::")[0] in _COLLECTIVES and name.split(".")[0] not in _LOCAL:
+            raise ValueNotCarried(
+                f"{self._who} starts a collective ({name.split('.')[0]}), which saving and loading never do: gather before, "
+                f"or keep what it gives in a buffer or a state"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def collectives_refused(who: str) -> Iterator[None]:
+    """Inside, a collective that this thread starts raises ValueNotCarried, which names `who`, and does not begin."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    with _NoCollectives(who):
+        yield
+
 
 Step = Callable[[], None]
 
@@ -80,3 +124,107 @@ def _told(error: Exception) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return "".join(f", {name}" for name in names)
+
+
+# Their hooks bring sharded parameters back, take wrappers' names away or write down versions: nothing that names do not say.
+_SHARDING_HOOKS = frozenset(
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param",
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+        "torch.distributed.fsdp._state_dict_utils",
+    )
+)
+_HARMLESS_HOOKS = _SHARDING_HOOKS | frozenset(
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "torch.nn.utils.spectral_norm",
+    )
+)
+# They supply counters to checkpoints of before torch 0.4.1.
+_HARMLESS_LOADING = frozenset(cls._load_from_state_dict for cls in (nn.Module, _NormBase, _InstanceNorm))
+
+
+def saves_by_itself(module: nn.Module) -> bool:
+    """Whether a module's state dict may have anything beside or instead of its registered tensors."""
+    cls = type(module)
+    return (
+        cls._save_to_state_dict is not nn.Module._save_to_state_dict
+        or cls.state_dict is not nn.Module.state_dict
+        or bool(module._state_dict_hooks and _any_own(module._state_dict_hooks))
+        or bool(module._state_dict_pre_hooks and _any_own(module._state_dict_pre_hooks))
+        or "state_dict" in module.__dict__
+    )
+
+
+def loads_by_itself(module: nn.Module) -> bool:
+    """Whether a module does anything else on loading than to fill its registered tensors."""
+    cls = type(module)
+    return (
+        cls._load_from_state_dict not in _HARMLESS_LOADING
+        or cls.load_state_dict is not nn.Module.load_state_dict
+        or bool(module._load_state_dict_pre_hooks and _any_own(module._load_state_dict_pre_hooks))
+        or bool(module._load_state_dict_post_hooks and _any_own(module._load_state_dict_post_hooks))
+        or "load_state_dict" in module.__dict__
+    )
+
+
+def overrides_state_dict(module: nn.Module) -> bool:
+    """Whether a module has a `state_dict` of its own, as wrappers that hand on to what they wrap do."""
+    return type(module).state_dict is not nn.Module.state_dict
+
+
+def _any_own(hooks: Mapping[int, Any]) -> bool:
+    return any(_home(hook) not in _HARMLESS_HOOKS for hook in hooks.values())
+
+
+def without_sharding(hooks: Mapping[int, Any]) -> dict[int, Any]:
+    """Hooks without those of torch's own sharding, which want real shards."""
+    return {number: hook for number, hook in hooks.items() if _home(hook) not in _SHARDING_HOOKS}
+
+
+def _home(hook: Any) -> str:
+    """The module that a hook was written in: of a function, a method, or an object that is called."""
+    inner = getattr(hook, "hook", hook)  # torch wraps those that get their module
+    while isinstance(inner, partial):
+        inner = inner.func
+    home = getattr(inner, "__module__", None)
+    return home if isinstance(home, str) else type(inner).__module__
+
+
+def own_state_dict(module: nn.Module, *, name: str, root: bool) -> Mapping[str, Any]:
+    """What the module's `state_dict` says, its own code and hooks included; keys below `name`, "" at the root.
+
+    A root is called as users call it, a part of a model as its parent does. Raises ValueNotCarried if it begins a collective,
+    or if what it returns is no mapping of texts.
+    """
+    found: object
+    with collectives_refused(f"the state dict of {titled(name, module)}"):
+        if root:
+            found = module.state_dict()
+        else:
+            found = module.state_dict(destination=_destination(), prefix=below(name), keep_vars=False)
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise ValueNotCarried(f"{titled(name, module)}: its state dict is no mapping of names to contents")
+    return found
+
+
+def titled(name: str, module: nn.Module) -> str:
+    """A module in a message."""
+    return f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+
+
+def below(name: str) -> str:
+    """What the names of a module's contents begin with."""
+    return f"{name}." if name else ""
+
+
+def covering(names: Iterable[str], key: str) -> bool:
+    """Whether one of these modules is above (or is) what the key names."""
+    return any(not name or key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _destination() -> Any:
+    """An empty state dict as torch makes it."""
+    made: Any = OrderedDict()
+    made._metadata = OrderedDict()
+    return made

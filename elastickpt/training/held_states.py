@@ -13,9 +13,8 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import Job, Placed, has_place, hold, is_even, memorable, parts_of_spec, placed
 from elastickpt.training.elements import elements_of, settled
-from elastickpt.training.held import HeldArray
-from elastickpt.training.members import Lying, Member
-from elastickpt.training.memo import Seen
+from elastickpt.training.held import HeldArray, Seen
+from elastickpt.training.parameters import Lying, Member
 
 
 def local_scalar(tensor: torch.Tensor) -> torch.Tensor:

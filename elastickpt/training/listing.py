@@ -14,9 +14,9 @@ from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 from elastickpt.training.composites import Path, Saved, composition_in
 from elastickpt.training.dtensors import whole_id
+from elastickpt.training.elements import Order
 from elastickpt.training.held import HeldArray
 from elastickpt.training.rng import Continuation
-from elastickpt.training.strides import Order
 from elastickpt.training.values import place_of
 
 Difference = Literal["missing", "unexpected", "shape", "dtype", "value"]

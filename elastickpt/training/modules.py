@@ -1,4 +1,6 @@
-"""Models as held arrays: a module, a pipeline stage, or a list of them, under one key of `state`."""
+"""Models as held arrays: a module, a pipeline stage, or a list of them, under one key of `state`; or the part of a model that
+training changes, `trainable`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,10 @@ from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Item
 from elastickpt.training.dtensors import Job, hold, holders_of
+from elastickpt.training.elements import mark_changed
+from elastickpt.training.entries import below, covering
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities, KnownTensor
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
-from elastickpt.training.overrides import below, covering
 from elastickpt.training.own_state import OwnEntry, Registered, Said, ask, beyond
 from elastickpt.training.parallel import (
     buffers_kept,
@@ -27,8 +29,44 @@ from elastickpt.training.parallel import (
     sharded_parameters,
     sharding_ranks,
 )
-from elastickpt.training.trainable import Trainable
-from elastickpt.training.versions import mark_changed
+from elastickpt.training.parameters import Identities, KnownTensor
+
+
+class Trainable:
+    """What `trainable` returns. `model` is a module, a pipeline stage, or a list of these."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, model: object) -> None:
+        self.model = model
+
+    def __repr__(self) -> str:
+        return f"trainable({type(self.model).__name__})"
+
+
+def trainable(model: object) -> Trainable:
+    """Those parameters of a model that require gradients, as an entry of `state`, under the model's own names: adapters, for
+    example.
+
+    Which they are is looked at in each save and load. Frozen parameters, buffers and extra state are left out: on loading
+    they are as the program made them. A checkpoint of the whole model under the same key loads into it with
+    `strict="missing"`.
+
+    Args:
+        model: A module, a pipeline stage, or a list of these.
+
+    Returns:
+        The entry.
+
+    Raises:
+        LayoutUnsupported: When it is saved: `model` is no module.
+
+    Examples:
+        >>> info = ek.save({"model": ek.trainable(model)}, "out/adapters")
+        >>> sorted(name for _, name in ek.open("out/adapters").parameters)
+        ['layers.0.bias', 'layers.0.weight']
+    """
+    return Trainable(model)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

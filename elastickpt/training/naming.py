@@ -17,9 +17,9 @@ from torch import nn
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.limits import MAX_NAME_NBYTES
+from elastickpt.training.elements import is_loaded_instance
+from elastickpt.training.entries import loads_by_itself, overrides_state_dict, own_state_dict, saves_by_itself
 from elastickpt.training.known_memory import spans_of
-from elastickpt.training.loaded import is_loaded_instance
-from elastickpt.training.overrides import loads_by_itself, overrides_state_dict, own_state_dict, saves_by_itself
 
 # The one child through which each wrapper holds what it wraps: (module of the type, type, attribute).
 _WRAPPERS = (

@@ -20,12 +20,12 @@ from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved
 from elastickpt.training.entries import elements, type_name
 from elastickpt.training.groups import bind_groups
-from elastickpt.training.members import Member, groups_of, states_of
 from elastickpt.training.optimizer_columns import ENTRIES, PART, PER_RANK
 from elastickpt.training.optimizer_entries import Keys, entry_place
 from elastickpt.training.optimizer_loading import containers_copied, has_own_way, load_own, packed, state_dict_of
 from elastickpt.training.optimizer_parts import Part, Prefix, parts_of
 from elastickpt.training.optimizers import Beside, entries_of
+from elastickpt.training.parameters import Member, groups_of, states_of
 from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import TableView

@@ -20,10 +20,9 @@ import torch
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.encode_values import values_equal
 from elastickpt.format.values import Value
-from elastickpt.training.known_entries import Computed, Known, Path
-from elastickpt.training.known_memory import KnownMemory, tensors_in
-from elastickpt.training.members import Member, groups_of, states_of
+from elastickpt.training.known_memory import Computed, Known, KnownMemory, Path, tensors_in
 from elastickpt.training.optimizer_parts import NO_OPTION, Part
+from elastickpt.training.parameters import Member, groups_of, states_of
 from elastickpt.training.values import carried, place_of
 
 By = Literal["place", "group and place", "parameter"]

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from elastickpt.training.entries import collectives_refused
 from elastickpt.training.known_memory import spans_of
-from elastickpt.training.local_only import collectives_refused
-from elastickpt.training.members import groups_of, states_of
 from elastickpt.training.optimizer_parts import Part
+from elastickpt.training.parameters import groups_of, states_of
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",

@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.training.entries import elements
-from elastickpt.training.identities import Identities
-from elastickpt.training.members import Member, groups_of, members_of, states_of
+from elastickpt.training.parameters import Identities, Member, groups_of, members_of, states_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,10 +32,7 @@ from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job
 from elastickpt.training.entries import elements
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
-from elastickpt.training.known_entries import Computed, Known
-from elastickpt.training.known_memory import tensors_in
-from elastickpt.training.members import groups_of, states_of
+from elastickpt.training.known_memory import Computed, Known, tensors_in
 from elastickpt.training.optimizer_columns import StateColumns, require_text
 from elastickpt.training.optimizer_entries import Beyond, beyond
 from elastickpt.training.optimizer_loading import has_own_way, state_dict_of
@@ -46,6 +43,7 @@ from elastickpt.training.optimizer_parts import (
     parts_of,
     prefixes_of,
 )
+from elastickpt.training.parameters import Identities, groups_of, states_of
 from elastickpt.training.stateful import hold_tree
 from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import place_of

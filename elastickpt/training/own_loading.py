@@ -22,12 +22,11 @@ from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import torch_dtype
+from elastickpt.training.entries import below, collectives_refused, covering, own_state_dict, titled
 from elastickpt.training.held import HeldArray
 from elastickpt.training.known_memory import KnownMemory
-from elastickpt.training.local_only import collectives_refused
 from elastickpt.training.modules import ExtraState, HeldModule, Part
 from elastickpt.training.naming import Keys, unwrapped
-from elastickpt.training.overrides import below, covering, own_state_dict, titled
 from elastickpt.training.own_state import PER_RANK, VERSION
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
 from elastickpt.training.stateful import bind_tree

@@ -22,9 +22,9 @@ from torch import nn
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.training.dtensors import placed
+from elastickpt.training.entries import below, covering, own_state_dict, saves_by_itself, titled
 from elastickpt.training.known_memory import KnownMemory, spans_of
 from elastickpt.training.naming import Keys
-from elastickpt.training.overrides import below, covering, own_state_dict, saves_by_itself, titled
 
 PER_RANK = "@per-rank"
 VERSION = "@version"

@@ -17,8 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastickpt.errors import CheckpointError
-from elastickpt.training.local_only import collectives_refused
-from elastickpt.training.overrides import titled, without_sharding
+from elastickpt.training.entries import collectives_refused, titled, without_sharding
 
 
 @dataclass(slots=True, eq=False)

@@ -12,20 +12,18 @@ from elastickpt.training.binder import Binder
 from elastickpt.training.containers import bind_container
 from elastickpt.training.dtensors import Job
 from elastickpt.training.entries import elements
-from elastickpt.training.identities import Identities
-from elastickpt.training.kinds import Kind, kinds_of
+from elastickpt.training.kinds import Kind, kinds_of, refuse_zero
 from elastickpt.training.listing import Binding, Listing, Names
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
 from elastickpt.training.optimizers import Beside
-from elastickpt.training.own import in_memory
+from elastickpt.training.own import PerRank, Reshardable, in_memory
 from elastickpt.training.own_loading import bind_model
-from elastickpt.training.perrank import PerRank, Reshardable
+from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import continued, rederived
 from elastickpt.training.schedulers import bind_scheduler
 from elastickpt.training.stateful import bind_object, bind_tree, is_stateful
 from elastickpt.training.values import carried, place_of, revived, shown
-from elastickpt.training.zero import refuse_zero
 
 
 def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:

@@ -26,9 +26,9 @@ from elastickpt.format.tables import Name
 from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.groups import differ, option_lists
-from elastickpt.training.members import groups_of
 from elastickpt.training.optimizer_binding import BoundOptimizer
 from elastickpt.training.optimizers import HeldOptimizer
+from elastickpt.training.parameters import groups_of
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import Disagreement, OneValue, TableView
 from elastickpt.training.values import carried, revived, token

@@ -17,17 +17,16 @@ import torch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import Name
 from elastickpt.format.values import ArrayReference, StateReference, Value
-from elastickpt.training.anew import tensor_anew
+from elastickpt.training.anew import composite_state, fill_own, like_parameter, local_of, replicated_as, tensor_anew
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved, is_composite, is_sparse
 from elastickpt.training.dtensors import hold_for_loading, placed, placed_as
+from elastickpt.training.elements import numpy_over
 from elastickpt.training.groups import overwritten
 from elastickpt.training.held_states import hold_state, local_scalar
-from elastickpt.training.members import Member
-from elastickpt.training.memory import numpy_over
 from elastickpt.training.optimizer_columns import DTENSOR, IN_STATE_DICT, PART, PER_RANK, state_place
 from elastickpt.training.optimizer_parts import Prefix
-from elastickpt.training.state_anew import composite_state, fill_own, like_parameter, local_of, replicated_as
+from elastickpt.training.parameters import Member
 from elastickpt.training.stateful import bind_tree
 from elastickpt.training.trees import holds_arrays, mapped, named_tuple_of, place_of, references
 from elastickpt.training.values import revived, revived_leaf, shown

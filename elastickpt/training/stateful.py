@@ -18,16 +18,15 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, ArrayValue, Value
-from elastickpt.training.anew import referred_anew, shape_and_dtype
+from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, shape_and_dtype
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
 from elastickpt.training.dtensors import Job, placed
-from elastickpt.training.fresh_tensors import NoPlaceSaid, placed_anew
+from elastickpt.training.elements import order_of
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
 from elastickpt.training.modules import hold_tensor
 from elastickpt.training.own import as_tensor, is_large
-from elastickpt.training.strides import order_of
+from elastickpt.training.parameters import Identities
 from elastickpt.training.trees import (
     children,
     mapped,

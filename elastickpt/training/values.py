@@ -27,8 +27,7 @@ from elastickpt.format.values import (
     StateReference,
     Value,
 )
-from elastickpt.training.elements import torch_dtype
-from elastickpt.training.strides import axis_order, in_order, numpy_in_order, order_of
+from elastickpt.training.elements import axis_order, in_order, numpy_in_order, order_of, torch_dtype
 from elastickpt.training.trees import ATOMS, holds_arrays, mapped, named_tuple_of, place_of, token, type_name
 
 __all__ = [

@@ -18,7 +18,7 @@ from elastickpt.format.encode_fragments import decode_fragments, encode_fragment
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.records import FileDigest, FragmentMap, IndexEntry, IndexPart, Manifest
-from elastickpt.training.memory import host_elements
+from elastickpt.training.elements import host_elements
 
 Picture = dict[str, Any]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt.layout import grid
-from elastickpt.training.memory import host_elements
+from elastickpt.training.elements import host_elements
 
 SCRIPT = Path(__file__).with_name("plain_reader.py")
 CORE = ("float64", "float32", "float16", "int8", "int16", "int32", "int64", "uint8", "bool", "complex64", "complex128")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastickpt.training.device_staging import DeviceStaging
+from elastickpt.training.device import DeviceStaging
 from elastickpt.writer.arena import Arena
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -21,9 +21,9 @@ from elastickpt.saving.async_save import close_all
 from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.staging import Bytes
-from elastickpt.training.gates import StepGate
+from elastickpt.training.device import StepGate
+from elastickpt.training.elements import host_elements
 from elastickpt.training.held import HeldArray
-from elastickpt.training.memory import host_elements
 
 LIMIT_S = 60.0
 
@@ -208,7 +208,7 @@ def test_a_gate_lets_steps_pass_once_it_is_open_or_gone() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_is_staged_beside_training(tmp_path: Path) -> None:
-    from elastickpt.training.gates import Cuda
+    from elastickpt.training.device import Cuda
 
     job = Job(Cuda(), device="cuda")  # type: ignore[arg-type]
     job.save(tmp_path / "known").result(LIMIT_S)

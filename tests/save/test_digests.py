@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128
 
 from elastickpt.saving.drift import Digests, host_digest
-from elastickpt.training import device_digest as module
-from elastickpt.training.device_digest import device_digest, on_the_way
+from elastickpt.training import device as module
+from elastickpt.training.device import device_digest, on_the_way
 
 
 def test_a_host_digest_is_xxh3_of_the_bytes_in_c_order() -> None:

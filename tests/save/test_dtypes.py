@@ -10,7 +10,7 @@ import torch
 import elastickpt as ek
 from elastickpt.errors import LayoutUnsupported, StateMismatch
 from elastickpt.format.arrays import ArrayId
-from elastickpt.training.memory import host_elements
+from elastickpt.training.elements import host_elements
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.training.local_only import collectives_refused
+from elastickpt.training.entries import collectives_refused
 
 
 @pytest.fixture

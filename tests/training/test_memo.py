@@ -16,16 +16,16 @@ from torch import nn
 import elastickpt as ek
 from elastickpt.format.arrays import Mesh
 from elastickpt.saving.structures import propose
-from elastickpt.training import memo
+from elastickpt.training import held
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState
 
 
 @pytest.fixture(autouse=True)
 def _forgetful() -> Iterator[None]:
-    memo._MEMOS.clear()
+    held._MEMOS.clear()
     yield
-    memo._MEMOS.clear()
+    held._MEMOS.clear()
 
 
 def captured(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
@@ -33,7 +33,7 @@ def captured(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
 
 
 def afresh(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
-    memo._MEMOS.clear()
+    held._MEMOS.clear()
     return captured(state, declared)
 
 
@@ -110,7 +110,7 @@ def test_the_table_of_a_saved_state_is_encoded_again_when_anything_in_it_changed
     state["loose"]["t"].resize_(3, 4)
     second = propose(state, None, rank=0, world_size=1)
     assert second.table.digest != first.table.digest
-    memo._MEMOS.clear()
+    held._MEMOS.clear()
     assert propose(state, None, rank=0, world_size=1).table.digest == second.table.digest
 
 
@@ -127,7 +127,7 @@ def test_nothing_is_kept_alive() -> None:
 def test_what_was_not_asked_for_again_is_forgotten() -> None:
     state = trained()
     captured(state)
-    (kept,) = memo._MEMOS.values()
+    (kept,) = held._MEMOS.values()
     assert len(kept._last) == len(captured(state).arrays)
     state["loose"].pop("t")
     captured(state)

@@ -13,8 +13,8 @@ from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.values import DtypeValue
 from elastickpt.training.dtensors import Job
 from elastickpt.training.elements import dtype_name, torch_dtype
-from elastickpt.training.identities import Identities
 from elastickpt.training.modules import HeldModule, hold_module, hold_tensor, is_model
+from elastickpt.training.parameters import Identities
 
 ALONE = Job(rank=0, world_size=1)
 

@@ -24,9 +24,9 @@ from elastickpt.layout.placement import replica_ranks
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job, hold, holders_of
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
 from elastickpt.training.modules import hold_module
 from elastickpt.training.parallel import module_of
+from elastickpt.training.parameters import Identities
 
 pytestmark = pytest.mark.ranks
 

@@ -18,8 +18,8 @@ from elastickpt.format.arrays import Box
 from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job
 from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities
 from elastickpt.training.modules import hold_module
+from elastickpt.training.parameters import Identities
 
 pytestmark = pytest.mark.ranks
 

@@ -17,7 +17,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import Binding, unexpected
-from elastickpt.training.perrank import PerRank
+from elastickpt.training.own import PerRank
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import RNG
 

@@ -1,7 +1,10 @@
-"""The parameters of optimizers, by the names that the models of `state` give them, and how each of them lies."""
+"""Which tensors of `state` are one object: ties between names, and the parameters of optimizers by the names that the models of
+`state` give them, and how each of them lies.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +14,56 @@ from torch.optim import Optimizer
 from elastickpt.errors import LayoutUnsupported, StructureConflict
 from elastickpt.format.arrays import Box
 from elastickpt.format.tables import Name
-from elastickpt.training.dtensors import Placed, box_of, placed
-from elastickpt.training.held import HeldArray
-from elastickpt.training.identities import Identities, KnownTensor
-from elastickpt.training.loaded import is_loaded_instance
+from elastickpt.training.dtensors import Holders, Placed, box_of, placed
+from elastickpt.training.elements import is_loaded_instance
+from elastickpt.training.held import HeldArray, Role
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownTensor:
+    """A tensor of `state` under the first name at which it was met.
+
+    `held` is what this rank holds of it: nothing on a rank outside its mesh, several arrays for a composite tensor.
+    `holders` is for what belongs to it: a plain optimizer state of this parameter is held by the same ranks.
+    """
+
+    item: str
+    name: str
+    tensor: torch.Tensor
+    role: Role
+    held: tuple[HeldArray, ...]
+    holders: Holders
+
+
+class Identities:
+    """Tensors of `state` by identity, in the order in which they were met; kept alive, so that no id is used again."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, KnownTensor] = {}
+        self._aliases: dict[int, list[tuple[str, str]]] = {}
+
+    def find(self, tensor: torch.Tensor) -> KnownTensor | None:
+        """The first name of this tensor object, None if it was not met."""
+        return self._known.get(id(tensor))
+
+    def add(self, known: KnownTensor) -> None:
+        """Records a tensor that was not met before."""
+        self._known[id(known.tensor)] = known
+        self._aliases[id(known.tensor)] = [(known.item, known.name)]
+
+    def alias(self, tensor: torch.Tensor, item: str, name: str) -> None:
+        """Records one more name of a tensor that was met before; the same name again changes nothing."""
+        names = self._aliases[id(tensor)]
+        if (item, name) not in names:
+            names.append((item, name))
+
+    def tied(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """Groups of (item, name) that are one tensor; only the first of each group is stored."""
+        return tuple(tuple(names) for names in self._aliases.values() if len(names) > 1)
+
+    def __iter__(self) -> Iterator[KnownTensor]:
+        return iter(self._known.values())
+
 
 _ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 
