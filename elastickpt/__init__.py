@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from elastickpt.runs.restoring import Restored as Restored
     from elastickpt.runs.run import Run as Run
     from elastickpt.saving.async_save import async_save as async_save
-    from elastickpt.saving.handle import SaveHandle as SaveHandle
     from elastickpt.saving.request import AsyncOptions as AsyncOptions
     from elastickpt.saving.request import CheckpointInfo as CheckpointInfo
     from elastickpt.saving.save import save as save
+    from elastickpt.saving.task import SaveHandle as SaveHandle
+    from elastickpt.training.held_trees import PerRank as PerRank
     from elastickpt.training.modules import trainable as trainable
-    from elastickpt.training.own import PerRank as PerRank
     from elastickpt.training.rng import RNG as RNG
 
 
@@ -53,12 +53,12 @@ _PUBLIC = {
     "Every": ("elastickpt.runs.due", "Every"),
     "Keep": ("elastickpt.ledger.retention", "Keep"),
     "LoadReport": ("elastickpt.loading.session", "LoadReport"),
-    "PerRank": ("elastickpt.training.own", "PerRank"),
+    "PerRank": ("elastickpt.training.held_trees", "PerRank"),
     "RNG": ("elastickpt.training.rng", "RNG"),
     "Restored": ("elastickpt.runs.restoring", "Restored"),
     "Run": ("elastickpt.runs.run", "Run"),
     "RunOptions": ("elastickpt.runs.options", "RunOptions"),
-    "SaveHandle": ("elastickpt.saving.handle", "SaveHandle"),
+    "SaveHandle": ("elastickpt.saving.task", "SaveHandle"),
     "YoungDaly": ("elastickpt.runs.due", "YoungDaly"),
     "adopt": ("elastickpt.runs.adopting", "adopt"),
     "async_save": ("elastickpt.saving.async_save", "async_save"),

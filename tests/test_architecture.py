@@ -47,7 +47,7 @@ def test_zarr_is_imported_in_one_module() -> None:
 
 def test_messages_and_pools_have_one_place_each() -> None:
     """Messages in flight are of `ranks.messages`; msgpack by hand is for what is on disk. Threads that share the work of a save
-    or a load are of `ranks.workers`."""
+    or a load are of `ranks.threads`."""
     assert {name.partition("/")[0] for name in importers("msgpack")} == {"format"}
     pools = {where(path) for path in FILES if "ThreadPoolExecutor(" in path.read_text()}
     assert {

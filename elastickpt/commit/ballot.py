@@ -2,7 +2,7 @@
 
     a member                                               the committer
     enrolls an attempt, says so         -- vote -->        counts it as present
-    attests, or fails, says so          -- vote -->        tally.py says what is next: finish, abort, look for attestations
+    attests, or fails, says so          -- vote -->        its tally says what is next: finish, abort, look
     hears the verdict                   <- verdict --      to all that spoke of the attempt, and to all that ask later
 
 1. The committer is the first candidate that a member reaches. One that cannot be reached for `succession_s`, or that is silent
@@ -24,11 +24,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
-from elastickpt.commit.commit_thread import CommitThread
+from elastickpt.commit.committer import Abort, CommitThread, Finish, LookFor, Tally
 from elastickpt.commit.contents import Contents
 from elastickpt.commit.links import CommitterLink, MemberLink, MemberLinks, Seat, Step
 from elastickpt.commit.outcome import Patience
-from elastickpt.commit.tally import Abort, Finish, LookFor, Tally
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.messages import Frame, Kind

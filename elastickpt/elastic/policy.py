@@ -11,7 +11,7 @@ from elastickpt.elastic.recovery import Recovery, Rung
 from elastickpt.errors import Refused
 
 if TYPE_CHECKING:
-    from elastickpt.saving.handle import SaveHandle
+    from elastickpt.saving.task import SaveHandle
 
 Weighting = Literal["norm", "norm2", "uniform"]
 Moments = Literal["reset", "average"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from elastickpt.elastic.messages import Commit, Go
 from elastickpt.elastic.policy import Report
 from elastickpt.elastic.recovery import Recovery
-from elastickpt.saving.handle import SaveHandle
+from elastickpt.saving.task import SaveHandle
 
 
 class Reports:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from elastickpt.saving.handle import SaveHandle
+from elastickpt.saving.task import SaveHandle
 
 
 class Saves(Protocol):

@@ -48,9 +48,9 @@ from elastickpt.runs.run_team import call_of, met, new_purpose
 from elastickpt.runs.trace import trace_in
 from elastickpt.runs.trainer_address import claimer
 from elastickpt.runs.upkeep import Upkeep
-from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
+from elastickpt.saving.task import SaveHandle
 from elastickpt.storage.opening import locate_for_saving, open_store, place_in
 from elastickpt.storage.store import Store
 

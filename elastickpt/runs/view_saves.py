@@ -20,9 +20,9 @@ from elastickpt.ranks.process_group import Group, end_team, job_group
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Every, Measured
 from elastickpt.runs.run import Run
-from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
+from elastickpt.saving.task import SaveHandle
 
 log = logging.getLogger(__name__)
 

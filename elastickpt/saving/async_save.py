@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from elastickpt.commit.destination import PathDestination
 from elastickpt.ranks.process_group import Group, job_group
-from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.request import DEFAULT, AsyncOptions, PlacementChoice, Replicas, Request, step_of
 from elastickpt.saving.saver import Saver
+from elastickpt.saving.task import SaveHandle
 from elastickpt.storage.store import Durability
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """One save on one rank, in the order in which it happens: whether it blocks, or goes on beside training.
 
-    capture   what this rank holds of the state; nothing is asked of others                              propose.py
+    capture   what this rank holds of the state; nothing is asked of others                           structures.py
     agree     all ranks hold one structure, and each has its plan of what it writes                      agree.py
     open      the attempt exists: member 0 has made its draft, and every rank is told of it              commit/destination.py
     write     bytes come from a source, go into files, are made durable, are attested                    writer/share.py

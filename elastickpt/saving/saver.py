@@ -28,12 +28,11 @@ from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.threads import Worker
 from elastickpt.saving.arenas import Arenas, Slot
 from elastickpt.saving.beside import Beside
-from elastickpt.saving.handle import SaveHandle
 from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.save_states import Event
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN, propose
-from elastickpt.saving.task import Task, Times, info_of
+from elastickpt.saving.task import SaveHandle, Task, Times, info_of
 from elastickpt.saving.writer_pool import WriterPool
 from elastickpt.training.device import Cuda, DeviceCopier, StepGate
 from elastickpt.training.held import HeldArray

@@ -16,7 +16,6 @@ from urllib.parse import unquote
 from elastickpt.errors import MissingFile, NotACheckpoint, PathOccupied, Refused
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.storage.remote import FsspecStore
 from elastickpt.storage.store import Store, naming
 
 STORES = "elastickpt.stores"
@@ -34,8 +33,15 @@ def open_store(url: str) -> Store:
         return LocalStore(rest)
     if scheme == "memory":
         return MemoryStore(rest.strip("/"))
-    opener = _registered(scheme)
-    return FsspecStore(url) if opener is None else opener(url)
+    opener = _registered(scheme) or _of_fsspec
+    return opener(url)
+
+
+def _of_fsspec(url: str) -> Store:
+    """Imported here: fsspec takes most of a second to import, which nobody pays who saves and loads by local paths."""
+    from elastickpt.storage.remote import FsspecStore
+
+    return FsspecStore(url)
 
 
 def _registered(scheme: str) -> Callable[[str], Store] | None:

@@ -11,9 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from elastickpt.format.encode_values import typed_key
-from elastickpt.training.own import PerRank
+from elastickpt.training.held_trees import PerRank, is_stateful
 from elastickpt.training.rng import RNG, streams
-from elastickpt.training.stateful import is_stateful
 
 
 def fingerprint(state: Mapping[str, object]) -> dict[str, Hashable]:

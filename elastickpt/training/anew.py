@@ -1,8 +1,8 @@
 """Tensors that do not exist yet, made for arrays of a checkpoint and to be filled from them.
 
 A state of an optimizer is made beside its parameter: on its device, its mesh, its placements. A fresh optimizer behind an
-object takes what its `load_state_dict` gets. A whole plain tensor on every rank would be taken too, and the next step would fail
-inside torch: so it gets a DTensor, as it was saved, or as the one parameter of its shape lies.
+object takes what its `load_state_dict` gets. A whole plain tensor on every rank would be taken too, and the next step would
+fail inside torch: so it gets a DTensor, as it was saved, or as the one parameter of its shape lies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from elastickpt.training.dtensors import Placed, hold, hold_for_loading, place_o
 from elastickpt.training.elements import Order, elements_of, empty_in_order, numpy_over, torch_dtype
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_states import hold_state
-from elastickpt.training.own import own_holders
+from elastickpt.training.held_trees import own_holders
 from elastickpt.training.parallel import mesh_of
 from elastickpt.training.parameters import Lying, Member
 

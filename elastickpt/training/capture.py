@@ -19,15 +19,13 @@ from elastickpt.format.values import Value
 from elastickpt.training.dtensors import Job, placed
 from elastickpt.training.entries import code_of, elements, entry_name
 from elastickpt.training.held import HeldArray, LiveState, remembering
+from elastickpt.training.held_trees import PerRank, hold_own, hold_tree, is_stateful
 from elastickpt.training.kinds import Kind, item_of, kinds_of, refuse_zero
 from elastickpt.training.modules import hold_module
-from elastickpt.training.optimizers import Beside, HeldOptimizer, hold_optimizer
-from elastickpt.training.own import PerRank, hold_own
+from elastickpt.training.optimizers import LISTS, Beside, HeldOptimizer, hold_optimizer, scheduler_state
 from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import streams
-from elastickpt.training.schedulers import LISTS, scheduler_state
-from elastickpt.training.stateful import hold_tree, is_stateful
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import carried
 

@@ -133,7 +133,7 @@ def _demand(code: object, what: str) -> None:
 
 
 class Copies(Protocol):
-    """Copies beside training; see `device_staging.DeviceStaging`, which is this for CUDA."""
+    """Copies beside training; see `DeviceStaging`, which is this for CUDA."""
 
     def begin(self) -> None: ...
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastickpt.errors import CheckpointError, EntryFailed, ValueNotCarried
@@ -228,3 +229,42 @@ def _destination() -> Any:
     made: Any = OrderedDict()
     made._metadata = OrderedDict()
     return made
+
+
+OPTIMIZER_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+_METHODS = ("state_dict", "load_state_dict")
+
+
+def has_own_way(optimizer: Optimizer) -> bool:
+    """Whether an override or a hook takes part in an optimizer's saving or loading."""
+    own = vars(optimizer)
+    overrides = any(getattr(type(optimizer), name) is not getattr(Optimizer, name) or name in own for name in _METHODS)
+    return overrides or any(own.get(hooks) for hooks in OPTIMIZER_HOOKS)
+
+
+def state_dict_of(item: str, optimizer: Optimizer) -> Any:
+    """The optimizer's own state dict. Raises ValueNotCarried for one that communicates."""
+    with collectives_refused(f"state_dict of optimizer {item!r} ({type(optimizer).__name__})"), hooks_there(optimizer):
+        return optimizer.state_dict()
+
+
+@contextmanager
+def hooks_there(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, the optimizer has the dicts for hooks, without which torch's methods fail, though it never called torch's own
+    __init__: of a class older than they are.
+    """
+    added = [name for name in OPTIMIZER_HOOKS if not hasattr(optimizer, name)]
+    for name in added:
+        setattr(optimizer, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(optimizer, name)

@@ -18,10 +18,9 @@ from elastickpt.errors import LayoutUnsupported, StructureConflict, ValueNotCarr
 from elastickpt.format.limits import MAX_NAME_NBYTES
 from elastickpt.format.records import Item, ItemKind
 from elastickpt.training.entries import elements, type_name
+from elastickpt.training.held_trees import PerRank, is_stateful
 from elastickpt.training.modules import is_model
-from elastickpt.training.own import PerRank
 from elastickpt.training.rng import RNG
-from elastickpt.training.stateful import is_stateful
 from elastickpt.training.values import carried_leaf, mapped, place_of
 
 

@@ -18,17 +18,17 @@ from elastickpt.format.tables import Name
 from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved
-from elastickpt.training.entries import elements, type_name
+from elastickpt.training.entries import elements, has_own_way, state_dict_of, type_name
 from elastickpt.training.groups import bind_groups
 from elastickpt.training.optimizer_columns import ENTRIES, PART, PER_RANK
 from elastickpt.training.optimizer_entries import Keys, entry_place
-from elastickpt.training.optimizer_loading import containers_copied, has_own_way, load_own, packed, state_dict_of
+from elastickpt.training.optimizer_loading import containers_copied, load_own, packed
 from elastickpt.training.optimizer_parts import Part, Prefix, parts_of
 from elastickpt.training.optimizers import Beside, entries_of
 from elastickpt.training.parameters import Member, groups_of, states_of
 from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
-from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import TableView
+from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import shown
 

@@ -19,12 +19,11 @@ from elastickpt.training.dtensors import Job, hold, holders_of, placed
 from elastickpt.training.elements import settled
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_states import fewest_quantised, hold_state, local_scalar, most_elements
+from elastickpt.training.held_trees import as_tensor, hold_own, hold_tree, is_large
 from elastickpt.training.known_memory import tensors_in
 from elastickpt.training.optimizer_entries import Beyond, entry_place
 from elastickpt.training.optimizer_parts import NO_OPTION, Part
-from elastickpt.training.own import as_tensor, hold_own, is_large
 from elastickpt.training.parameters import Identities, Member, groups_of
-from elastickpt.training.stateful import hold_tree
 from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import mapped, place_of, token
 from elastickpt.training.values import carried, carried_leaf, carried_option, scalar_values

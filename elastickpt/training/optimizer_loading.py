@@ -20,47 +20,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from elastickpt.training.entries import collectives_refused
+from elastickpt.training.entries import OPTIMIZER_HOOKS, collectives_refused, hooks_there
 from elastickpt.training.known_memory import spans_of
 from elastickpt.training.optimizer_parts import Part
 from elastickpt.training.parameters import groups_of, states_of
 
-_HOOKS = (
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
-_PRE, _POST = _HOOKS[2:]
-_METHODS = ("state_dict", "load_state_dict")
-
-
-def has_own_way(optimizer: Optimizer) -> bool:
-    """Whether an override or a hook takes part in an optimizer's saving or loading."""
-    own = vars(optimizer)
-    overrides = any(getattr(type(optimizer), name) is not getattr(Optimizer, name) or name in own for name in _METHODS)
-    return overrides or any(own.get(hooks) for hooks in _HOOKS)
-
-
-def state_dict_of(item: str, optimizer: Optimizer) -> Any:
-    """The optimizer's own state dict. Raises ValueNotCarried for one that communicates."""
-    with collectives_refused(f"state_dict of optimizer {item!r} ({type(optimizer).__name__})"), _hooks_there(optimizer):
-        return optimizer.state_dict()
-
-
-@contextmanager
-def _hooks_there(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, the optimizer has the dicts for hooks, without which torch's methods fail, though it never called torch's own
-    __init__: of a class older than they are.
-    """
-    added = [name for name in _HOOKS if not hasattr(optimizer, name)]
-    for name in added:
-        setattr(optimizer, name, OrderedDict())
-    try:
-        yield
-    finally:
-        for name in added:
-            delattr(optimizer, name)
+_PRE, _POST = OPTIMIZER_HOOKS[2:]
 
 
 def packed(optimizer: Optimizer) -> dict[str, Any]:
@@ -93,7 +58,7 @@ def load_own(item: str, root: Optimizer, parts: Sequence[Part], state_dict: Any)
     optimizers = list(dict.fromkeys(one for part in parts for one in (part.optimizer, *part.delegates)))
     held = [_Held.of(one) for one in optimizers]
     with collectives_refused(f"load_state_dict of optimizer {item!r} ({type(root).__name__})"):
-        with _hooks_there(root), _hooks_watched(root) as watched:
+        with hooks_there(root), _hooks_watched(root) as watched:
             root.load_state_dict(state_dict)
         for one in held:
             one.put_back(watched.changed)

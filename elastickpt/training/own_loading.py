@@ -29,7 +29,7 @@ from elastickpt.training.modules import ExtraState, HeldModule, Part
 from elastickpt.training.naming import Keys, unwrapped
 from elastickpt.training.own_state import PER_RANK, VERSION
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
-from elastickpt.training.stateful import bind_tree
+from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.values import mapped, place_of, revived, shown
 
 

@@ -9,20 +9,19 @@ from elastickpt.format.arrays import Mesh
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
-from elastickpt.training.containers import bind_container
 from elastickpt.training.dtensors import Job
 from elastickpt.training.entries import elements
+from elastickpt.training.held_trees import PerRank, Reshardable, in_memory, is_stateful
 from elastickpt.training.kinds import Kind, kinds_of, refuse_zero
 from elastickpt.training.listing import Binding, Listing, Names
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
 from elastickpt.training.optimizers import Beside
-from elastickpt.training.own import PerRank, Reshardable, in_memory
 from elastickpt.training.own_loading import bind_model
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import continued, rederived
-from elastickpt.training.schedulers import bind_scheduler
-from elastickpt.training.stateful import bind_object, bind_tree, is_stateful
+from elastickpt.training.scheduler_binding import bind_scheduler
+from elastickpt.training.tree_binding import bind_container, bind_object, bind_tree
 from elastickpt.training.values import carried, place_of, revived, shown
 
 

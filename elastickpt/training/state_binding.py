@@ -27,7 +27,7 @@ from elastickpt.training.held_states import hold_state, local_scalar
 from elastickpt.training.optimizer_columns import DTENSOR, IN_STATE_DICT, PART, PER_RANK, state_place
 from elastickpt.training.optimizer_parts import Prefix
 from elastickpt.training.parameters import Member
-from elastickpt.training.stateful import bind_tree
+from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.trees import holds_arrays, mapped, named_tuple_of, place_of, references
 from elastickpt.training.values import revived, revived_leaf, shown
 

@@ -48,8 +48,9 @@ from typing import cast
 from elastickpt.commit.attempt import Attempt, Decision
 from elastickpt.commit.links import Limits
 from elastickpt.format.records import FileDigest
-from elastickpt.ranks import messages
 from elastickpt.ranks.messages import Message, PeerGone
+from elastickpt.ranks.messages import decode as decode_message
+from elastickpt.ranks.messages import encode as encode_message
 
 
 class Hello(Message, frozen=True, tag=True):
@@ -184,12 +185,12 @@ _ANY = cast("type[WriterMessage]", WriterMessage)
 
 def encode(message: WriterMessage) -> bytes:
     """The message with its name."""
-    return messages.encode(message)
+    return encode_message(message)
 
 
 def decode(data: bytes) -> WriterMessage:
     """What `encode` encoded. Raises InternalError for what it never makes."""
-    return messages.decode(data, _ANY)
+    return decode_message(data, _ANY)
 
 
 _LENGTH = struct.Struct("<Q")

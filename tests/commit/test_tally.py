@@ -6,7 +6,7 @@ from itertools import permutations, product
 
 import pytest
 
-from elastickpt.commit.tally import Abort, Finish, LookFor, Tally, Wait
+from elastickpt.commit.committer import Abort, Finish, LookFor, Tally, Wait
 from elastickpt.errors import RankFailure
 from elastickpt.format.records import FileDigest
 

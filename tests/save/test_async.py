@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.commit import commit_thread
+from elastickpt.commit import committer
 from elastickpt.commit.destination import RunDestination
 from elastickpt.commit.draft import begin, mark, marked, new_draft
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
@@ -139,13 +139,13 @@ def test_no_fault_of_storage_keeps_training_longer_than_the_limit(tmp_path: Path
 def test_storage_that_decides_nothing_is_not_filled_with_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """[SAVE-101]"""
     ek.async_save(state(), tmp_path / "known", options=THREAD).result(LIMIT_S)
-    let, real = threading.Event(), commit_thread.commit
+    let, real = threading.Event(), committer.commit
 
     def waiting(*args: Any, **options: Any) -> Any:
         let.wait(LIMIT_S)
         return real(*args, **options)
 
-    monkeypatch.setattr(commit_thread, "commit", waiting)
+    monkeypatch.setattr(committer, "commit", waiting)
     handles = [ek.async_save(state(), tmp_path / f"{number}", options=THREAD) for number in range(6)]
     with pytest.raises(SaveSkipped, match="5 earlier saves are under way and not decided yet"):
         handles[5].result(LIMIT_S)

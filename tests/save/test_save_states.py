@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.commit import commit_thread
+from elastickpt.commit import committer
 from elastickpt.errors import CheckpointError, InternalError, NoSpace, RankFailure, Refused, StorageFailed
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import beside, save_states, saver
@@ -233,7 +233,7 @@ def is_decided_before_it_is_known_to_be_written(scene: Scene) -> None:
 
 def is_not_committed(scene: Scene) -> None:
     scene.known()
-    scene.failing(commit_thread, "commit")
+    scene.failing(committer, "commit")
 
 
 def is_given_up_behind_its_attestation(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from elastickpt.format.values import ArrayReference, ArrayValue
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
-from elastickpt.training.own import PerRank
+from elastickpt.training.held_trees import PerRank
 from elastickpt.training.rng import RNG
 
 

@@ -16,8 +16,8 @@ from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
 from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
+from elastickpt.training.held_trees import PerRank
 from elastickpt.training.listing import Binding, unexpected
-from elastickpt.training.own import PerRank
 from elastickpt.training.restore import bind
 from elastickpt.training.rng import RNG
 

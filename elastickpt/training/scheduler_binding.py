@@ -1,99 +1,28 @@
-"""Learning-rate schedulers: their state dict, but lists with an entry for each param group go to the optimizer's table.
+"""Learning-rate schedulers taking what a checkpoint has; the reverse of `schedulers`.
 
-    state_dict()["base_lrs"]               (an entry for each group)  -> field `schedule` "<item>/base_lrs"
-    state_dict()["_schedulers"][1]["..."]  (SequentialLR)             -> field `schedule` "<item>/_schedulers/1/..."
-    everything else                                                   -> the item's value tree, None for such a list
-
-So a scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline
-stages. A list goes by groups if its name says so: torch's own are known, a class of its own names its lists in
-`elastickpt_group_lists`. Every other list is a plain value, whatever its length. [UCF-89] If its optimizer is not in
-`state`, a scheduler's lists are carried whole.
+A scheduler finds its lists again when the groups of its optimizer are cut otherwise, or differ between pipeline stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from elastickpt.errors import ValueNotCarried
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.records import OptimizerTable
 from elastickpt.format.tables import Name
-from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.optimizer_binding import BoundOptimizer
-from elastickpt.training.optimizers import HeldOptimizer
+from elastickpt.training.optimizers import LISTS, without_group_lists
 from elastickpt.training.parameters import groups_of
-from elastickpt.training.stateful import bind_tree
 from elastickpt.training.tables import Disagreement, OneValue, TableView
+from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.values import carried, revived, token
-
-# The lists of torch's schedulers that have an entry for each param group (format-v1, *Optimizer tables*).
-_TORCH_GROUP_LISTS = frozenset(("_last_lr", "base_lrs", "base_momentums", "lr_lambdas", "max_lrs", "max_momentums", "min_lrs"))
-
-GroupList = Callable[[str, Optimizer, Sequence[object]], bool]
-
-
-def _masked(scheduler: LRScheduler, state: Any, place: str, take: GroupList) -> dict[str, object]:
-    """A scheduler's state with None where `take(place, optimizer, list)` has taken a list with an entry for each
-    group.
-    """
-    if not isinstance(state, dict):
-        raise ValueNotCarried(
-            f"value {place}: the state of {type(scheduler).__name__} is a {type(state).__name__}, expected a dict"
-        )
-    nested = getattr(scheduler, "_schedulers", ())
-    found: dict[str, object] = {}
-    for key, value in state.items():
-        where = f"{place}/{token(key)}"
-        if key == "_schedulers" and isinstance(value, list) and len(value) == len(nested):
-            pairs = enumerate(zip(nested, value, strict=True))
-            found[key] = [_masked(one, each, f"{where}/{k}", take) for k, (one, each) in pairs]
-        elif _is_group_list(scheduler, key, value) and take(where, scheduler.optimizer, value):
-            found[key] = None
-        else:
-            found[key] = value
-    return found
-
-
-def _is_group_list(scheduler: LRScheduler, key: str, value: object) -> bool:
-    optimizer = getattr(scheduler, "optimizer", None)
-    return (
-        type(value) is list
-        and (key in _TORCH_GROUP_LISTS or key in getattr(type(scheduler), "elastickpt_group_lists", ()))
-        and isinstance(optimizer, Optimizer)
-        and len(value) == len(optimizer.param_groups)
-    )
-
-
-LISTS = "@lists"  # /<scheduler>/@lists, a per-rank value: the lists that went to a table, whole, by place [UCF-153]
-
-
-def scheduler_state(
-    scheduler: LRScheduler, *, place: str, optimizers: Iterable[HeldOptimizer]
-) -> tuple[dict[str, object], dict[str, Value]]:
-    """A scheduler's state without its group lists, which go to the table of that of `optimizers` which has its optimizer; and
-    these lists by place, as this rank has them.
-
-    Raises ValueNotCarried with the place of what no checkpoint can hold.
-    """
-
-    def take(place: str, optimizer: Optimizer, entries: Sequence[object]) -> bool:
-        held = next((one for one in optimizers if id(optimizer) in one.rows), None)
-        if held is None:
-            return False
-        lists[place] = carried(list(entries), place)
-        for index, (entry, rows) in enumerate(zip(entries, held.rows[id(optimizer)], strict=True)):
-            held.table.put("schedule", place[1:], carried(entry, f"{place}/{index}"), rows=rows)
-        return True
-
-    lists: dict[str, Value] = {}
-    return _masked(scheduler, scheduler.state_dict(), place, take), lists
 
 
 def bind_scheduler(
@@ -110,7 +39,7 @@ def bind_scheduler(
         live[where] = entries
         return True
 
-    masked, found = _masked(scheduler, scheduler.state_dict(), place, take), binder.listing.values[place]
+    masked, found = without_group_lists(scheduler, scheduler.state_dict(), place, take), binder.listing.values[place]
     lists = _group_lists(binder, place, scheduler, live, optimizers)
     _require_lengths(binder, live, dict(_lists(found, place)))
     tree: Any = bind_tree(binder, item, found, place=place, live=masked, instead=lists)

@@ -1,5 +1,8 @@
-"""What is one rank's own by intent, `PerRank`, or because nothing says that another rank has the same, as a value: small arrays
-stand in it, larger ones are arrays of that rank beside it.
+"""Trees of values and tensors as values and held arrays: what an object of `state` has, and what is one rank's own.
+
+Tensors become arrays of section `extra`, an ArrayReference stands in their place, all else is carried whole; `tree_binding` is
+the way back. What is one rank's own by intent, `PerRank`, or because nothing says that another rank has the same, is a value:
+small arrays stand in it, larger ones are arrays of that rank beside it.
 
     PerRank({"table": a numpy array of 1 MiB})   -> value {"table": {"$numpy": ...}} in this writer's per-rank values,
                                                      array extra/<item>/@rank<r>/table with the attribute `rank`
@@ -11,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy
 import torch
 
+from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES, ArrayId
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayReference, Value
@@ -23,7 +27,12 @@ from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import Holders, Job, hold, placed
 from elastickpt.training.elements import tensor_over
 from elastickpt.training.held import HeldArray
-from elastickpt.training.trees import mapped, place_of
+from elastickpt.training.modules import hold_tensor
+from elastickpt.training.parameters import Identities
+from elastickpt.training.trees import (
+    mapped,
+    place_of,
+)
 from elastickpt.training.values import array_value, carried_leaf
 
 
@@ -115,3 +124,47 @@ def in_memory(value: object, place: str) -> Value:
         return replace(array_value(as_tensor(one)), origin="torch" if isinstance(one, torch.Tensor) else "numpy")
 
     return mapped(value, place, leaf)
+
+
+class Stateful(Protocol):
+    """What schedulers, loaders, scalers and the like offer."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+def is_stateful(value: object) -> TypeGuard[Stateful]:
+    """Whether an entry of `state` is an object that gives and takes its state."""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
+    """The tree of `value`, which stands at `place` below `item`, and its tensors.
+
+    Raises ValueNotCarried with the places of all that no checkpoint can hold.
+    """
+    arrays: list[HeldArray] = []
+    refused: list[ValueNotCarried] = []
+    above = len(place_of(item)) + 1
+
+    def leaf(one: object, where: str) -> Value:
+        if not isinstance(one, torch.Tensor) and not is_large(one):
+            try:
+                return carried_leaf(one, where)
+            except ValueNotCarried as error:
+                refused.append(error)
+                return None
+        name = where[above:]
+        arrays.extend(hold_tensor(item, name, as_tensor(one), job=job, identities=identities))
+        return ArrayReference(item, name, "torch" if isinstance(one, torch.Tensor) else "numpy")
+
+    tree = mapped(value, place, leaf)
+    if refused:
+        others = [error.message.partition(";")[0] for error in refused[1:MAX_NAMED]]
+        more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
+        raise ValueNotCarried("; also ".join((refused[0].message, *others)) + more)
+    return tree, tuple(arrays)
+
+
+MAX_NAMED = 20  # of the values that one error names

@@ -1,4 +1,8 @@
-"""Containers that stand in `state` themselves, taking what a checkpoint has.
+"""Trees of values and tensors taking what a checkpoint has: state dicts of objects, and containers that stand in `state`.
+
+Loading an *object*: the tree comes from the checkpoint, whatever the object's own looks like now. A tensor is read
+into the one that its state dict has at that place, when shape, element type and sharding allow it, else into a new one.
+The object gets the tree through `load_state_dict`, in `install()`.
 
 Loading a *container of the user* changes it in place, and keeps its structure:
 - tensors are read into the tensors that stand there;
@@ -13,31 +17,34 @@ Loading a *container of the user* changes it in place, and keeps its structure:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import numpy
 import torch
 
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
-from elastickpt.training.anew import referred_anew
+from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, shape_and_dtype
 from elastickpt.training.binder import Binder
-from elastickpt.training.composites import is_sparse
-from elastickpt.training.dtensors import hold
-from elastickpt.training.elements import dtype_name, shares, tensor_over
+from elastickpt.training.composites import composition_of, is_composite, is_sparse
+from elastickpt.training.dtensors import hold, placed
+from elastickpt.training.elements import dtype_name, order_of, shares, tensor_over
 from elastickpt.training.held import HeldArray
+from elastickpt.training.held_trees import Stateful, own_holders
 from elastickpt.training.modules import hold_tensor
-from elastickpt.training.own import own_holders
-from elastickpt.training.stateful import bind_tree, copy_into, tensors_at
 from elastickpt.training.trees import (
+    children,
     holds_tensors,
     is_named_tuple,
+    mapped,
+    named_tuple_of,
     place_of,
     token,
     type_name,
 )
-from elastickpt.training.values import revived_leaf, shown
+from elastickpt.training.values import revived_leaf, shown, tensor_of
 
 
 def bind_container(binder: Binder, item: str, live: object, *, found: Value, put: Callable[[object], None]) -> None:
@@ -231,3 +238,104 @@ def _refill_sequence(live: list[Any] | deque[Any], new: Any) -> None:
 
 def _below(item: str, place: str) -> str:
     return place[len(place_of(item)) + 1 :]
+
+
+def bind_tree(
+    binder: Binder,
+    item: str,
+    found: Value,
+    *,
+    place: str,
+    live: object,
+    instead: Mapping[str, object] | None = None,
+    device: torch.device | str = "cpu",
+) -> object:
+    """The tree to give to an object whose own is `live`: the checkpoint's `found`, its tensors still to be filled.
+
+    `instead` maps places at which the checkpoint has None to what shall stand there. New tensors are made on `device`.
+    """
+    own = dict(tensors_at(live, place))
+    instead = instead or {}
+
+    def leaf(one: object, where: str) -> object:
+        if one is None and where in instead:
+            return instead[where]
+        if type(one) is ArrayReference:
+            return _bind_reference(binder, item, one, own.get(where), device)
+        return revived_leaf(one, device)
+
+    return mapped(found, place, leaf, named_tuple_of)
+
+
+def _bind_reference(
+    binder: Binder, item: str, found: ArrayReference, live: torch.Tensor | None, device: torch.device | str
+) -> object:
+    wanted = ArrayId("extra", found.item, found.name, "")
+    if live is None and found.origin == "torch" and (id_ := binder.names.array(wanted)) is not None:
+        return _made_anew(binder, item, found, id_, device)
+    if live is None or found.origin != "torch":
+        return referred_anew(binder, found, device=device)
+    if not _fits(binder, wanted, live):
+        return referred_anew(binder, found, device=live.device)
+    for held in hold_tensor(item, found.name, live, job=binder.job, identities=binder.identities):
+        binder.fill(held)
+    if binder.names.array(wanted) is not None:
+        binder.know(wanted)
+    return live
+
+
+def _made_anew(binder: Binder, item: str, found: ArrayReference, id_: ArrayId, device: torch.device | str) -> object:
+    """A tensor that the object does not have yet: a DTensor where the parameters of this process are such; else plain."""
+    try:
+        made = placed_anew(binder, id_)
+    except NoPlaceSaid as reason:
+        binder.know(id_)
+        binder.differs(str(id_), "value", expected=RUN_ONE_STEP, found=str(reason))
+        return None
+    if made is None:
+        return referred_anew(binder, found, device=device)
+    for held in hold_tensor(item, found.name, made, job=binder.job, identities=binder.identities):
+        binder.fill(held)
+    binder.know(id_)
+    return made
+
+
+RUN_ONE_STEP = "a tensor there, to lie as that does: put the optimizer itself into `state`, or make its states before"
+
+
+def _fits(binder: Binder, wanted: ArrayId, live: torch.Tensor) -> bool:
+    """A DTensor has to fit, since what replaces it would have to be placed; another tensor can be replaced."""
+    id_ = binder.names.array(wanted)
+    if placed(live) is not None:
+        return True
+    if (saved := binder.listing.composites.get(wanted)) is not None:
+        alike = is_composite(live) and not is_sparse(live)
+        return alike and typed_key(composition_of(live, where=wanted)) == typed_key(saved.composition)
+    if id_ is None:
+        return not is_composite(live)
+    shape, dtype, order = shape_and_dtype(binder, id_)
+    return (tuple(live.shape), live.dtype) == (shape, dtype) and not is_composite(live) and order in ((), order_of(live))
+
+
+def bind_object(binder: Binder, item: str, live: Stateful, *, place: str) -> None:
+    """Gives the checkpoint's tree at `place`, of `item` or below, to an object."""
+    binder.places.add(place)
+    if place not in binder.listing.values:
+        binder.missing(place, f"the state of a {type(live).__name__}")
+        return
+    tree = bind_tree(binder, item, binder.listing.values[place], place=place, live=live.state_dict())
+    binder.installs.append(lambda: live.load_state_dict(tree))
+
+
+def copy_into(live: torch.Tensor, value: ArrayValue) -> None:
+    """Fills a plain tensor (parameter or not) with a value of its shape and element type."""
+    with torch.no_grad():
+        live.detach().copy_(tensor_of(value))
+
+
+def tensors_at(value: object, place: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a tree that stands at `place`, each with its own place."""
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    for name, one in children(value):
+        yield from tensors_at(one, f"{place}/{name}")
