@@ -793,6 +793,8 @@ def check_tree(bases: Mapping[int, Files], manifest: Json, arrays: list[Json], m
             used[piece["file"]][begin : begin + piece["row_nbytes"]] += 1
     for (_, path), count in used.items():
         check(bool((count <= 1).all()), f"two pieces share bytes of {path}", "coverage-overlap")
+    if "packs" in manifest["requires"]:
+        check_references(files, arrays, maps)
     for array in arrays:
         listed = [writer for writer, one in enumerate(maps) if any(p["array"] == array["key"] for p in one["pieces"])]
         pieces = [p for one in maps for p in one["pieces"] if p["array"] == array["key"]]
@@ -801,6 +803,50 @@ def check_tree(bases: Mapping[int, Files], manifest: Json, arrays: list[Json], m
     for (number, path), count in used.items():
         if number == 0:
             check(not np.frombuffer(files[path], np.uint8)[count == 0].any(), f"a pad of {path}", "checksum-mismatch")
+
+
+def check_references(files: Files, arrays: list[Json], maps: list[Json]) -> None:
+    """UCF-161, UCF-163."""
+    if "references.json" not in files:
+        return
+    try:
+        found = parse_json(files["references.json"])
+    except Refusal:
+        refuse("document-mismatch", "references.json is no JSON")
+    refs = found.get("refs") if isinstance(found, dict) else None
+    for path in [one[0] for one in refs.values() if isinstance(one, list) and one] if isinstance(refs, dict) else []:
+        check(isinstance(path, str) and path.startswith("{{root}}/"), f"a reference to {path}", "unsafe")
+        checked_path(path.removeprefix("{{root}}/"))
+    lengths = {path: nbytes for one in maps for number, path, nbytes in one["files"] if number == 0}
+    entries = {array["key"]: references(array, maps, lengths) for array in arrays}
+    texts = {
+        path: text.decode() for path, text in documents([one for one in arrays if entries[one["key"]] is not None]).items()
+    }
+    chunks = {key: target for one in entries.values() for key, target in (one or {}).items()}
+    wanted = {"version": 1, "templates": {"root": "."}, "refs": texts | chunks}
+    check(found == wanted, "references.json is not what the records say", "document-mismatch")
+
+
+def references(array: Json, maps: list[Json], lengths: dict[str, int]) -> Json:
+    """The references to an array's chunks; None if one of them does not lie whole in one pack."""
+    size, chunk, found = np.dtype(TYPES[array["dtype"]][0]).itemsize, array["chunk_shape"], {}
+    slots: dict[tuple[int, ...], Counter[Json]] = defaultdict(Counter)
+    for piece in (piece for one in maps for piece in one["pieces"] if piece["array"] == array["key"]):
+        place = tuple(low // step for low, step in zip(piece["start"], chunk, strict=True))
+        cells = np.zeros(chunk, np.uint8)
+        cells[tuple(slice(low % n, low % n + k) for low, n, k in zip(piece["start"], chunk, piece["shape"], strict=True))] = 1
+        rows = piece["offset"] + np.arange(piece["nbytes"] // piece["row_nbytes"]) * piece["row_stride"]
+        lies = (rows[:, None] + np.arange(0, piece["row_nbytes"], size)[None, :]).reshape(-1)
+        bases = set((lies - np.flatnonzero(cells.reshape(-1)) * size).tolist())
+        number, path = piece["file"]
+        slots[place][(path, min(bases)) if len(bases) == 1 and number == 0 else None] += len(lies)
+    for place in np.ndindex(*(-(-extent // step) for extent, step in zip(array["shape"], chunk, strict=True))):
+        whole = prod(min(step, extent - k * step) for k, step, extent in zip(place, chunk, array["shape"], strict=True))
+        (slot, count), *more = slots[place].items() or [(None, 0)]
+        if more or slot is None or count != whole or slot[1] < 0 or slot[1] + prod(chunk) * size > lengths[slot[0]]:
+            return None
+        found[".".join([f"{array['key']}/c", *map(str, place)])] = ["{{root}}/" + slot[0], slot[1], prod(chunk) * size]
+    return found
 
 
 def check_coverage(array: Json, pieces: list[Json]) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from elastickpt.cli import adopt, check, convert, diff, inspect, verify
+from elastickpt.cli import adopt, check, convert, diff, inspect, references, verify
 from elastickpt.cli.exitcodes import FAILED, INTERRUPTED, PIPE_CLOSED
 from elastickpt.cli.output import discard_stdout, prepare, say
 from elastickpt.format.version import RELEASE
@@ -57,4 +57,5 @@ def parser() -> argparse.ArgumentParser:
     convert.add(commands)
     diff.add(commands)
     check.add(commands)
+    references.add(commands)
     return found

@@ -18,6 +18,7 @@ from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.tables import Key, Name, Row, rows_of, table_of
 from elastickpt.layout.algebra import require_coverage
+from elastickpt.layout.references import references_of, within_limits
 
 _Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
 
@@ -35,11 +36,51 @@ class Proof:
         return tuple(upper_documents(self.arrays))
 
 
+_Places = tuple[tuple[int, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's: of its files, then of its pieces
+
+
+@dataclass(frozen=True, eq=False)
+class MadeReferences:
+    """The references that were made for an attempt, and of what."""
+
+    arrays: tuple[ArrayRecord, ...]
+    places: tuple[_Places, ...]
+    attempt: str
+    text: str
+
+
 @dataclass(slots=True)
 class ProofMemory:
-    """What was proven of the arrays of one outline last; None at first."""
+    """What was proven of the arrays of one outline last, and the references to them; None at first."""
 
     last: Proof | None = None
+    references: MadeReferences | None = None
+
+
+def references_to(
+    arrays: tuple[ArrayRecord, ...], maps: Sequence[FragmentColumns], attempt: str, memory: ProofMemory
+) -> str | None:
+    """The text of `references.json` for these arrays in an attempt's packs; None where a save writes none. What lies as it lay
+    in the attempt before is not looked for again. [UCF-162]"""
+    if not within_limits(arrays):
+        return None
+    places = tuple(map(_places_of, maps))
+    made = memory.references
+    if made is not None and made.arrays is arrays and all(map(_lie_alike, places, made.places)):
+        return made.text.replace(f"/{made.attempt}-", f"/{attempt}-")
+    text = references_of(arrays, maps).text
+    memory.references = MadeReferences(arrays, places, attempt, text)
+    return text
+
+
+def _places_of(columns: FragmentColumns) -> _Places:
+    pieces = columns.pieces
+    files = tuple(number for file in columns.files for number in (file.base, file.nbytes))
+    return files, pieces.file, pieces.offset, pieces.row_nbytes, pieces.row_stride
+
+
+def _lie_alike(one: _Places, other: _Places) -> bool:
+    return one[0] == other[0] and all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
 
 
 def prove(

@@ -13,13 +13,13 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import completing, read_attested
 from elastickpt.commit.contents import Contents, parts_of
 from elastickpt.commit.draft import LEFTOVERS
-from elastickpt.commit.prove import ProofMemory, merge_tables, prove, require_distinct_ranges
+from elastickpt.commit.prove import ProofMemory, merge_tables, prove, references_to, require_distinct_ranges
 from elastickpt.errors import Uncommitted
 from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest, manifest_in
-from elastickpt.format.keys import MANIFEST, attempt_of_pack, index_file
+from elastickpt.format.keys import MANIFEST, REFERENCES, attempt_of_pack, index_file
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import (
     ArrayRecord,
@@ -44,6 +44,7 @@ class Proven:
     arrays: tuple[ArrayRecord, ...]
     tables: tuple[OptimizerTable, ...]
     requires: tuple[str, ...]
+    references: str | None = None  # the text of `references.json`, if there is to be one
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,9 @@ def prove_draft(store: Store, attempt: Attempt, contents: Contents, files: Seque
     requires = _features(arrays, tables, contents, [columns.values for columns in maps])
     if any(attempt_of_pack(file.path) for columns in maps for file in columns.files):
         requires = tuple(sorted((*requires, PACKS)))
-    return Proven(arrays, tables, requires)
+    packed = outline.frame.placement == "packed"
+    references = references_to(arrays, maps, attempt.id, outline.memory) if packed else None
+    return Proven(arrays, tables, requires, references)
 
 
 def write_records(store: Store, attempt: Attempt, contents: Contents, files: Sequence[FileDigest], proven: Proven) -> Records:
@@ -85,6 +88,9 @@ def write_records(store: Store, attempt: Attempt, contents: Contents, files: Seq
     plain = contents.outline.frame.placement == "plain"
     if plain:
         created += _write_documents(store, attempt, _documents_of(proven, contents.outline.memory))
+    elif proven.references is not None:
+        completing(store)(attempt.path(REFERENCES), proven.references.encode("ascii"))
+        created.append(REFERENCES)
     manifest = manifest_in(
         contents.outline.frame,
         attempt=attempt.id,

@@ -1,4 +1,7 @@
-"""`verify`: every byte of a checkpoint against its records, and nothing besides. Needs no torch. [UCF-2, UCF-10..17]"""
+"""`verify`: every byte of a checkpoint against its records, and nothing besides. Needs no torch.
+
+[UCF-2, UCF-10..17, UCF-161..164]
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from elastickpt.commit.prove import prove
-from elastickpt.errors import CheckpointError, DocumentMismatch, StorageFailed, StrayFile
+from elastickpt.errors import CheckpointError, DocumentMismatch, MissingFile, StorageFailed, StrayFile
 from elastickpt.format.agreement import check_keys, check_writers
 from elastickpt.format.documents import documents
 from elastickpt.format.keys import MANIFEST, REFERENCES, ROOT_DOCUMENT
 from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.version import PACKS
+from elastickpt.layout.references import check_references, references_of
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.verify_files import file_tasks, verify_files
 from elastickpt.storage.opening import place_in
@@ -65,6 +70,8 @@ class _Verification:
         mapped = indexed and len(maps) == len(opened.manifest.fragments)
         covered = mapped and self._proof(maps)
         named = indexed and self._holds(lambda: check_keys(opened.records.values()))
+        if covered and named and PACKS in opened.manifest.requires:
+            self._references(maps)
         tasks = file_tasks(maps)
         expected = {task.file.path for task in tasks if task.file.base == 0}
         if opened.manifest.placement == "plain":
@@ -111,6 +118,21 @@ class _Verification:
         records = tuple(self._opened.records.values())
         self._holds(lambda: check_writers(records, [columns.pieces.arrays for columns in maps]))
         return self._holds(lambda: prove(records, maps))
+
+    def _references(self, maps: Sequence[FragmentColumns]) -> None:
+        """The derived file says what the records say, where it is there. [UCF-161, UCF-163, UCF-164]"""
+        opened = self._opened
+        try:
+            data = opened.store.read(opened.path(REFERENCES), MAX_FRAGMENTS_NBYTES)
+        except MissingFile:
+            return
+        except StorageFailed:
+            raise
+        except CheckpointError as error:
+            self._note(error)
+            return
+        for problem in check_references(data, references_of(tuple(opened.records.values()), maps)):
+            self._note(problem)
 
     def _documents(self) -> set[str]:
         """Every zarr document is byte for byte what the index says. [UCF-8, UCF-10]"""

@@ -18,7 +18,7 @@ from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slo
 from elastickpt.layout.partition import share_of
 from elastickpt.layout.placement import replica_ranks
 from elastickpt.saving.merge import SharedArray, with_order
-from elastickpt.writer.plans import PACK, PlannedDocument, PlannedFile, PlannedPiece, WritePlan, files_of
+from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPack, PlannedPiece, WritePlan, files_of
 
 if TYPE_CHECKING:
     from elastickpt.training.held import HeldArray, LiveState
@@ -54,7 +54,7 @@ def plan_packs(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank
         for number, slot, offset in zip(arrays, slots, offsets, strict=True)
         for run in slot.runs
     )
-    files = (PlannedFile(PACK, nbytes, pieces),) if pieces else ()
+    files = (PlannedPack("", nbytes, pieces),) if pieces else ()
     return WritePlan(tuple(fact.key for fact in shared), files, ())
 
 

@@ -51,7 +51,9 @@ class LiveTensors:
         self._plan = plan
         self._elements = elements
         # from so many bytes on a range goes past the page cache of this store, and memory has to lie like the file
-        self._congruent_nbytes = MIN_DIRECT_NBYTES if store.capabilities.past_cache else math.inf
+        # (`write_packs` lays a pack's bytes itself)
+        lies = store.capabilities.past_cache and plan.pack is None
+        self._congruent_nbytes = MIN_DIRECT_NBYTES if lies else math.inf
         self._buffers = threading.local()
 
     def take(self, at: Slice, start: int, stop: int) -> Bytes:

@@ -17,7 +17,17 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.strict_reading import pack_ints
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
-from elastickpt.writer.plans import Document, PlannedDocument, PlannedFile, PlannedPiece, Portion, Slice, WritePlan, lay_out
+from elastickpt.writer.plans import (
+    Document,
+    PlannedDocument,
+    PlannedFile,
+    PlannedPack,
+    PlannedPiece,
+    Portion,
+    Slice,
+    WritePlan,
+    lay_out,
+)
 
 _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5
@@ -116,7 +126,7 @@ def decode_prepared(data: bytes) -> ArenaPlan:
     every = _decode_pieces(_ints(told.pieces))
     ends = [0, *accumulate(_ints(told.counts))]
     files = tuple(
-        PlannedFile(path, nbytes, tuple(every[first:stop]))
+        (PlannedFile if path else PlannedPack)(path, nbytes, tuple(every[first:stop]))
         for path, nbytes, (first, stop) in zip(told.paths, _ints(told.sizes), pairwise(ends), strict=True)
     )
     plan = WritePlan(told.keys, files, told.planned)

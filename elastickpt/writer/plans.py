@@ -19,8 +19,6 @@ from elastickpt.layout.algebra import relative
 from elastickpt.layout.grid import ByteRun, chunk_nbytes, runs_of
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 
-PACK = ""  # in place of a path: the pack of its writer, which is named when its attempt is known
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedPiece:
@@ -33,11 +31,17 @@ class PlannedPiece:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One chunk file, or `PACK`, its full size, and what this rank puts into it."""
+    """One chunk file, its full size, and what this rank puts into it."""
 
     path: str
     nbytes: int
     pieces: tuple[PlannedPiece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPack(PlannedFile):
+    """The pack of a rank: what lies between its pieces is this rank's too, and zero. Its path is "" until its attempt is
+    known, after which it is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,15 @@ class WritePlan:
 
     def of_attempt(self, attempt: str, writer: int) -> WritePlan:
         """The same with the name that this writer's pack has in an attempt."""
-        if all(file.path != PACK for file in self.files):
+        if self.pack is None:
             return self
-        return replace(self, files=tuple(replace(file, path=pack_file(attempt, writer)) for file in self.files))
+        return replace(self, files=(replace(self.pack, path=pack_file(attempt, writer)),))
+
+    @property
+    def pack(self) -> PlannedPack | None:
+        """The one file of placement packed, if anything is stored."""
+        found = self.files[0] if self.files else None
+        return found if isinstance(found, PlannedPack) else None
 
     @property
     def nbytes(self) -> int:

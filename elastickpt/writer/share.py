@@ -14,7 +14,7 @@ import numpy as np
 from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import attest, completing
 from elastickpt.commit.contents import encode_values
-from elastickpt.errors import LimitExceeded
+from elastickpt.errors import CapabilityMissing, LimitExceeded
 from elastickpt.format.encode_fragments import decode_beside, encode_beside
 from elastickpt.format.records import FileDigest, FragmentMap, OptimizerTable, StoredFile, StoredPiece
 from elastickpt.format.values import Value
@@ -32,6 +32,7 @@ from elastickpt.writer.write_files import (
     unwatched,
     write_portion,
 )
+from elastickpt.writer.write_packs import write_pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,15 @@ def write_share(
     target = Target(store, attempt.draft.folder, way, watch)
     create = completing(store) if repeated else store.create
     last = number == len(prepared.portions) - 1
-    checksums = write_portion(target, plan, prepared.documents if last else (), now.slices, source, create=create)
+    if store.capabilities.sequential_only and len(prepared.portions) > 1:
+        raise CapabilityMissing(
+            f"ranged_writes: {store.url} takes the bytes of a file in their order alone: expected an arena of "
+            f"{sum(file.nbytes for file in plan.files)} bytes, for all that this rank saves, found a smaller one"
+        )
+    if plan.pack is not None:
+        checksums = write_pack(target, plan.pack, now.slices, source)
+    else:
+        checksums = write_portion(target, plan, prepared.documents if last else (), now.slices, source, create=create)
     nbytes = sum(at.stop - at.start for at in now.slices)
     if not last:
         if way == "tree":

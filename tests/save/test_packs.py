@@ -57,12 +57,13 @@ def pack_of(path: Path) -> Path:
     return found
 
 
-def test_a_packed_checkpoint_is_three_kinds_of_files_and_holds_what_a_plain_one_does(tmp_path: Path) -> None:
+def test_a_packed_checkpoint_has_no_file_for_an_array_and_holds_what_a_plain_one_does(tmp_path: Path) -> None:
     """[FRAG-62, FRAG-65, UCF-19, UCF-100]"""
     live = state()
     info = ek.save(live, tmp_path / "packed", placement="packed")
     ek.save(live, tmp_path / "plain", placement="plain")
-    assert {p.name for p in (tmp_path / "packed").iterdir()} == {"checkpoint.json", "index.msgpack", "fragments", "packs"}
+    names = {"checkpoint.json", "index.msgpack", "fragments", "packs", "references.json"}
+    assert {p.name for p in (tmp_path / "packed").iterdir()} == names
     assert pack_of(tmp_path / "packed").name == f"{info.attempt}-00000.bin"
     assert contents(tmp_path / "packed") == contents(tmp_path / "plain")
     checkpoint = ek.open(tmp_path / "packed")

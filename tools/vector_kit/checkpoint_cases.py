@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from math import prod
 
-from tools.vector_kit.checkpoints import Array, Edit, Later, Parts, Piece, V, W, build, flip, only, piece, valid, vector
-from tools.vector_kit.kit import Vector, canonical, column, name_hash
+from tools.vector_kit.checkpoints import (
+    Array,
+    Edit,
+    Later,
+    Parts,
+    Piece,
+    V,
+    W,
+    base,
+    build,
+    documents,
+    flip,
+    only,
+    piece,
+    valid,
+    vector,
+)
+from tools.vector_kit.kit import Change, Json, Record, Vector, canonical, changed, column, name_hash
 
 
 def _add(array: Array, *pieces: tuple[int, Piece], **files: bytes) -> Edit:
@@ -85,6 +102,29 @@ def _named(parts: Parts) -> None:
     parts.files = files
 
 
+def _references(edit: Edit, *, left_out: str = "", change: Change = lambda record: None) -> Later:
+    """The derived file of a checkpoint in which each chunk is one piece, but for the array `left_out`."""
+    parts = base()
+    edit(parts)
+    arrays = [array for array in parts.arrays if array.key != left_out]
+    refs: Record = {path: text.decode() for path, text in documents(arrays).items()}
+    sizes = {"uint8": 1, "float32": 4, "float64": 8, "int64": 8}
+    for array in arrays:
+        nbytes = sizes[array.dtype] * prod(array.chunk)
+        for one in sorted(
+            (one for pieces in parts.pieces for one in pieces if one.key == array.key), key=lambda one: one.start
+        ):
+            place = (low // extent for low, extent in zip(one.start, array.chunk, strict=True))
+            refs[".".join([f"{array.key}/c", *map(str, place)])] = ["{{root}}/" + one.file, one.offset, nbytes]
+    record: Record = {"version": 1, "templates": {"root": "."}, "refs": refs}
+    return _put("references.json", canonical(changed(record, change)).encode())
+
+
+def _first_target(number: int, to: Json) -> Change:
+    """The change of a member of the target of the first chunk of w."""
+    return lambda record: record["refs"][f"{W}/c.0.0"].__setitem__(number, to)
+
+
 def _vocabulary(parts: Parts) -> None:
     """50,257 rows on TP2 and FSDP4: one chunk, of which every writer has a part."""
     data = bytes(row % 251 for row in range(50257))
@@ -131,6 +171,14 @@ def _valid() -> Iterator[Vector]:
     yield valid("packed-references", "The derived file is no stray.", "UCF-6", _pack, _put("references.json", b"{}"))
     yield valid("packed-named", "By the rules of writers.", "FRAG-10 FRAG-61 FRAG-62 FRAG-65 UCF-100", _named)
     yield valid("packed-vocabulary", "A chunk of eight writers.", "FRAG-60 FRAG-66 FRAG-65", _vocabulary)
+    yield valid("references", "References to every chunk.", "UCF-161", _named, _references(_named))
+    yield valid(
+        "references-left-out",
+        "A chunk of eight writers has no reference.",
+        "UCF-161",
+        _vocabulary,
+        _references(_vocabulary, left_out=W),
+    )
     yield valid("no-arrays", "Values only.", "UCF-17", _empty)
     bf16 = struct.pack("<2H", 0x7FC1, 0x8000)
     yield valid("bfloat16", "A NaN with payload and -0.", "UCF-7", _half("params/model/b/value", "b", "bfloat16", bf16))
@@ -403,6 +451,22 @@ _LATER: tuple[tuple[str, str, str, str, Later], ...] = (
 )  # fmt: skip
 
 
+_REFERENCES: tuple[tuple[str, str, str, str, Change], ...] = (
+    ("references-offset", "A reference to other bytes.", "UCF-161", "document-mismatch", _first_target(1, 64)),
+    ("references-length", "A reference to fewer bytes.", "UCF-161", "document-mismatch", _first_target(2, 64)),
+    ("references-pack", "A reference into another pack.", "UCF-161", "document-mismatch", _first_target(0, "{{root}}/" + PACK)),
+    ("references-missing", "A chunk without one.", "UCF-161", "document-mismatch",
+     lambda record: record["refs"].pop(f"{V}/c.0.0")),
+    ("references-document", "Another document.", "UCF-161", "document-mismatch",
+     lambda record: record["refs"].update({"zarr.json": "{}"})),
+    ("references-absolute", "A reference to a file anywhere.", "UCF-163", "unsafe", _first_target(0, "/etc/passwd")),
+    ("references-url", "One to another host.", "UCF-163", "unsafe", _first_target(0, "http://example.org/x")),
+    ("references-outside", "One out of the folder.", "UCF-163", "unsafe", _first_target(0, "{{root}}/../other/" + PACK)),
+    ("references-template", "A template that leads elsewhere.", "UCF-161", "document-mismatch",
+     lambda record: record["templates"].update(root="/etc")),
+)  # fmt: skip
+
+
 _PACKED_LATER: tuple[tuple[str, str, str, str, Later], ...] = (
     ("pack-missing", "A pack is gone.", "UCF-3", "missing-file", _drop(PACK)),
     ("pack-short", "A pack's last byte is gone.", "UCF-4", "wrong-length",
@@ -417,6 +481,9 @@ _PACKED_LATER: tuple[tuple[str, str, str, str, Later], ...] = (
 
 def vectors() -> Iterator[Vector]:
     yield from _valid()
+    for name, about, rule, kind, change in _REFERENCES:
+        files = build(_named, later=_references(_named, change=change))
+        yield vector("invalid", name, about, rule, files, error=kind)
     for name, about, rule, kind, later in _PACKED_LATER:
         yield vector("invalid", name, about, rule, build(_named, later=later), error=kind)
     for name, about, rule, kind, edit in _EDITS:

@@ -1,0 +1,224 @@
+"""Writes a pack: many pieces, one file. What lies close together in it is put together in memory, and written at once.
+
+A span is at most `SPAN_NBYTES` of the pack, gaps included, which are zero. On a device it goes past the page cache from memory
+that lies like the file, modulo the page, so that several threads put together while others wait for their writes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastickpt.errors import CapabilityMissing, CheckpointError
+from elastickpt.format.digest import block_checksum
+from elastickpt.layout.grid import ByteRun
+from elastickpt.ranks.threads import Pool
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
+from elastickpt.storage.store import RangeWriter
+from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile, Slice
+from elastickpt.writer.write_files import THREADS, UNIT_NBYTES, Bytes, Checksums, Source, Target, blocks_of
+
+SPAN_NBYTES = UNIT_NBYTES
+SPAN_IN_MEMORY_NBYTES = 1 << 20  # what is copied twice stays in the processor's cache between
+TOGETHER_NBYTES = 64 << 10  # of a part in memory: below this a call of its own costs more than the copy
+ROWS_APART = 4  # rows further apart than this many of them are written one by one
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
+
+    at: Slice
+    run: ByteRun
+    start: int
+    stop: int
+    begin: int
+    end: int
+    block: int
+
+
+def write_pack(target: Target, pack: PlannedFile, slices: Sequence[Slice], source: Source) -> Checksums:
+    """Writes slices of one pack, in their order; returns the checksums of their blocks, in order. Blocking.
+
+    With `target.sync` "file" they are durable on return, through the descriptor that wrote them. Raises StorageFailed kinds;
+    the file may then hold anything, and nothing that failed to sync is synced again.
+    """
+    able = target.store.capabilities
+    checksums = np.empty(sum(blocks_of(at.stop - at.start) for at in slices), dtype=np.uint64)
+    most = SPAN_NBYTES if able.past_cache else SPAN_IN_MEMORY_NBYTES
+    spans = list(_spans(_parts(pack, slices, most), most))
+    writer = _open(target, pack)
+    work = _Work(target, writer, source, checksums)
+    try:
+        with Pool("elastickpt-write", 1 if able.sequential_only or not able.past_cache else THREADS) as pool:
+            pool.share_out(spans, work.carry_out)
+        if isinstance(writer, _FrontToBack):
+            writer.fill_to(pack.nbytes)
+        if target.sync == "file":
+            writer.sync()
+    except BaseException:
+        with suppress(CheckpointError):  # which may not hide what failed
+            writer.close()
+        raise
+    writer.close()
+    return checksums
+
+
+def _open(target: Target, pack: PlannedFile) -> RangeWriter:
+    path = target.path(pack.path)
+    target.store.make_directories(path.rpartition("/")[0])
+    writer = target.store.open_writer(path, pack.nbytes)
+    return _FrontToBack(writer, path) if target.store.capabilities.sequential_only else writer
+
+
+def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int) -> Iterator[_Part]:
+    block = 0
+    for at in slices:
+        run = pack.pieces[at.piece].run
+        step = most if _in_a_row(run) else max(most // ROWS_APART, BLOCK_NBYTES)
+        for start in range(at.start, at.stop, step):
+            stop = min(start + step, at.stop)
+            yield _Part(at, run, start, stop, _place(run, start), _place(run, stop - 1) + 1, block)
+            block += blocks_of(stop - start)
+
+
+def _in_a_row(run: ByteRun) -> bool:
+    return run.row_nbytes in (run.row_stride, run.nbytes)
+
+
+def _place(run: ByteRun, position: int) -> int:
+    """Where a byte of the piece lies in the pack."""
+    row, inside = divmod(position, run.row_nbytes)
+    return run.offset + row * run.row_stride + inside
+
+
+def _spans(parts: Iterator[_Part], most: int) -> Iterator[tuple[_Part, ...]]:
+    """The parts, those together that follow each other with less than a page between."""
+    span: list[_Part] = []
+    for part in parts:
+        if span and not (0 <= part.begin - span[-1].end < PAGE and part.end - span[0].begin <= most):
+            yield tuple(span)
+            span = []
+        span.append(part)
+    if span:
+        yield tuple(span)
+
+
+class _Work:
+    """One call of `write_pack` under way: threads take spans, in order."""
+
+    def __init__(self, target: Target, writer: RangeWriter, source: Source, checksums: Checksums) -> None:
+        self._target, self._writer, self._source, self._checksums = target, writer, source, checksums
+        self._past_cache = target.store.capabilities.past_cache
+        self._buffers = threading.local()
+
+    def carry_out(self, span: tuple[_Part, ...]) -> None:
+        if len(span) == 1 and self._goes_alone(span[0]):
+            self._write_alone(span[0])
+        elif not self._past_cache and all(part.stop - part.start >= TOGETHER_NBYTES and _in_a_row(part.run) for part in span):
+            for part in span:
+                self._write_alone(part)
+        else:
+            self._write_together(span)
+        self._target.watch(sum(part.stop - part.start for part in span))
+
+    def _goes_alone(self, part: _Part) -> bool:
+        return not self._past_cache or part.stop - part.start < MIN_DIRECT_NBYTES or part.run.row_stride > self._widest(part)
+
+    def _widest(self, part: _Part) -> int:
+        return part.run.nbytes if _in_a_row(part.run) else ROWS_APART * part.run.row_nbytes
+
+    def _take(self, part: _Part) -> Bytes:
+        """The part's bytes, which are hashed."""
+        data = self._source.take(part.at, part.start, part.stop)
+        for number, begin in enumerate(range(0, data.size, BLOCK_NBYTES), start=part.block):
+            self._checksums[number] = block_checksum(data[begin : begin + BLOCK_NBYTES].data)
+        return data
+
+    def _write_alone(self, part: _Part) -> None:
+        data, position = self._take(part), part.start
+        if _in_a_row(part.run):
+            return self._writer.write(part.begin, data.data)
+        while position < part.stop:
+            stop = min((position // part.run.row_nbytes + 1) * part.run.row_nbytes, part.stop)
+            self._writer.write(_place(part.run, position), data[position - part.start : stop - part.start].data)
+            position = stop
+        return None
+
+    def _write_together(self, span: tuple[_Part, ...]) -> None:
+        begin, end = span[0].begin, span[-1].end
+        if len(span) == 1 and _in_a_row(span[0].run):
+            data = self._take(span[0])
+            if (address_of(data.data) - begin) % PAGE == 0:  # it lies like the file already
+                return self._writer.write(begin, data.data)
+            into = self._buffer(begin, end)
+            np.copyto(into, data)
+            return self._writer.write(begin, into.data)
+        into, filled = self._buffer(begin, end), begin
+        for part in span:
+            into[filled - begin : part.begin - begin] = 0
+            if _in_a_row(part.run):
+                into[part.begin - begin : part.end - begin] = self._take(part)
+            else:
+                _lay_rows(part, self._take(part), into[part.begin - begin : part.end - begin])
+            filled = part.end
+        return self._writer.write(begin, into.data)
+
+    def _buffer(self, begin: int, end: int) -> Bytes:
+        """This thread's memory for [begin, end) of the pack, which lies like the file modulo the page."""
+        shift = begin % PAGE
+        found: Bytes | None = getattr(self._buffers, "span", None)
+        if found is None or found.size < shift + end - begin:
+            found = self._buffers.span = aligned_buffer(max(shift + end - begin, SPAN_NBYTES // 8))
+        return found[shift : shift + end - begin]
+
+
+def _lay_rows(part: _Part, data: Bytes, into: Bytes) -> None:
+    """The part's rows as they lie in the pack, zeros between; `into` begins at its first byte."""
+    row, stride = part.run.row_nbytes, part.run.row_stride
+    into[:] = 0
+    done = 0
+    while done < data.size:
+        position = part.start + done
+        at, inside = _place(part.run, position) - part.begin, position % row
+        rows = (data.size - done - 1) // row if inside == 0 else 0  # the last one is shorter than its stride
+        if rows:
+            into[at : at + rows * stride].reshape(rows, stride)[:, :row] = data[done : done + rows * row].reshape(rows, row)
+            done += rows * row
+        else:
+            nbytes = min(row - inside, data.size - done)
+            into[at : at + nbytes] = data[done : done + nbytes]
+            done += nbytes
+
+
+class _FrontToBack:
+    """A writer of a file that takes bytes in their order alone: what lies between is written as zeros."""
+
+    def __init__(self, inner: RangeWriter, path: str) -> None:
+        self._inner, self._path, self._end = inner, path, 0
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if offset < self._end:
+            raise CapabilityMissing(
+                f"ranged_writes: {self._path}: byte {offset} after byte {self._end}, in a store that takes them in order alone"
+            )
+        self.fill_to(offset)
+        self._inner.write(offset, data)
+        self._end = offset + data.nbytes
+
+    def fill_to(self, end: int) -> None:
+        """Zeros up to there."""
+        while self._end < end:
+            zeros = memoryview(bytes(min(end - self._end, UNIT_NBYTES)))
+            self._inner.write(self._end, zeros)
+            self._end += len(zeros)
+
+    def sync(self) -> None:
+        self._inner.sync()
+
+    def close(self) -> None:
+        self._inner.close()
