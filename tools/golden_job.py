@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import elastickpt as ek
+from elastickpt.saving.request import PlacementChoice
 
 WORLD = 4
 STEP = 7
@@ -189,8 +190,8 @@ def _local(tensor: Any) -> torch.Tensor:
     return local
 
 
-def save_rank(rank: int, world_size: int, path: str) -> None:
+def save_rank(rank: int, world_size: int, path: str, placement: PlacementChoice = "plain") -> None:
     """What each of the four ranks does."""
     if world_size != WORLD or dist.get_rank() != rank:
         raise ValueError(f"expected {WORLD} ranks, found {world_size}")
-    ek.save(state(rank, parallel=True, filled=True), path, step=STEP)
+    ek.save(state(rank, parallel=True, filled=True), path, step=STEP, placement=placement)

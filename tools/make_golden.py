@@ -1,4 +1,5 @@
-"""Wrote tests/golden/v1-by-0.1.0: `python -m tools.make_golden`. It refuses a folder that is there: see tests/golden/README.md.
+"""Wrote tests/golden/v1-by-0.1.0: `python -m tools.make_golden`; and v1-packed-by-0.1.0: `python -m tools.make_golden packed`.
+It refuses a folder that is there: see tests/golden/README.md.
 
 Four gloo ranks (TP2 × FSDP2) save the state of `tools.golden_job` with the real `elastickpt.save`; the truth beside it is
 made from the whole tensors, not read from the checkpoint.
@@ -14,6 +15,7 @@ import torch
 import xxhash
 
 from elastickpt.format.version import RELEASE
+from elastickpt.saving.request import PlacementChoice
 from elastickpt.testing.ranks import run_ranks
 from tools import golden_job
 
@@ -30,15 +32,15 @@ def truth() -> dict[str, dict[str, object]]:
     return found
 
 
-def main() -> int:
-    name = f"v1-by-{RELEASE}"
+def main(placement: PlacementChoice = "plain") -> int:
+    name = f"v1-by-{RELEASE}" if placement == "plain" else f"v1-{placement}-by-{RELEASE}"
     if (FOLDER / name).exists():
         print(f"{FOLDER / name} is there: a golden checkpoint is never made again", file=sys.stderr)
         return 1
-    run_ranks(golden_job.save_rank, golden_job.WORLD, str(FOLDER / name))
+    run_ranks(golden_job.save_rank, golden_job.WORLD, str(FOLDER / name), placement)
     (FOLDER / f"{name}.truth.json").write_text(json.dumps(truth(), indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("packed" if sys.argv[1:] == ["packed"] else "plain"))

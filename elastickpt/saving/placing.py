@@ -51,13 +51,23 @@ def choose(asked: PlacementChoice, store: Store, *, ranks: int, hosts: int) -> C
     if asked == "packed":
         return Choice("packed")
     if asked == "auto":
-        if against or able.name in ONE_SIDED:
-            why = against or f"files on file system {able.name!r} must not be filled from several sides"
+        why = against or _against_auto(store)
+        if why:
             return Choice("packed", f"{store.url}: {why}")
         return Choice("by number")
     if against:
         raise PlacementUnsupported(f"{store.url}: {against}; choose placement 'packed'")
     return Choice("plain")
+
+
+def _against_auto(store: Store) -> str:
+    """Why `auto` makes packs there, although plain placement is possible; "" if it does not."""
+    able = store.capabilities
+    if able.name in ONE_SIDED:
+        return f"files on file system {able.name!r} must not be filled from several sides"
+    if able.name.startswith("0x") and not able.directory_sync:
+        return f"file system {able.name} is not known, and cannot sync a folder"
+    return ""
 
 
 def _against_plain(store: Store, *, ranks: int, hosts: int) -> str:

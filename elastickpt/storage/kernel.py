@@ -40,6 +40,8 @@ FILE_SYSTEMS = {
     0x0BD00BD0: "lustre",
     0x47504653: "gpfs",
 }
+# Where a folder is known to do what a save needs; elsewhere it is tried.
+TRUSTED = frozenset({"ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "ramfs", "overlay", "ceph", "lustre", "gpfs"})
 ONE_SIDED = frozenset({"nfs", "cifs", "smb", "9p", "fuse"})  # where a file that is filled from several sides may lose bytes
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 

@@ -9,10 +9,20 @@ import stat
 import threading
 import time
 import weakref
+from functools import cached_property
 from pathlib import Path
 
 from elastickpt.errors import CapabilityMissing, LimitExceeded, MissingFile, PathOccupied
-from elastickpt.storage.kernel import IN_MEMORY, file_system, make_spread, spread_below, sync_file_system, syncfs_reports
+from elastickpt.storage.kernel import (
+    IN_MEMORY,
+    TRUSTED,
+    file_system,
+    make_spread,
+    spread_below,
+    sync_file_system,
+    syncfs_reports,
+)
+from elastickpt.storage.probes import Probed, probe
 from elastickpt.storage.ranges import LocalReader, LocalWriter, demand_file, write_whole
 from elastickpt.storage.store import Caching, Capabilities, Entry, EntryKind, ancestors_of, checked, checked_directory, naming
 
@@ -35,16 +45,23 @@ class LocalStore:
         self._opening = threading.Lock()
         self._spread = ""  # the top folder that this object made last: there it makes folders wherever chance puts them
         self._anchor_of = (0, -1)  # (process id, descriptor of the root opened by it)
-        self.capabilities = Capabilities(
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """What this folder can do: where the file system's name does not tell, it is tried, by the first who asks. Reading asks
+        nobody. Raises StorageFailed kinds."""
+        with naming("open", self._root):
+            found = Probed() if self._file_system in TRUSTED else probe(self._root)
+        return Capabilities(
             exclusive_create=True,
-            no_replace_rename=True,
-            directory_sync=True,
+            no_replace_rename=found.no_replace_rename,
+            directory_sync=found.directory_sync,
             tree_sync=self._file_system in _TREE_SYNC and syncfs_reports(),
             conditional_put=False,
-            ranged_writes=True,
-            sequential_only=False,
+            ranged_writes=found.ranged_writes,
+            sequential_only=not found.ranged_writes,
             shared_by_hosts=self._file_system in _SHARED_BY_HOSTS,
-            past_cache=self._file_system not in IN_MEMORY,
+            past_cache=self._file_system not in IN_MEMORY and found.ranged_writes,
             directories=True,
             name=self._file_system,
         )
@@ -87,7 +104,10 @@ class LocalStore:
 
     def open_writer(self, path: str, nbytes: int) -> LocalWriter:
         self._anchor()
-        return LocalWriter(self._full(path), nbytes, may_bypass_cache=self._file_system not in IN_MEMORY)
+        able = self.capabilities
+        if able.sequential_only:  # its length is that of what is written
+            return LocalWriter(self._full(path), None, may_bypass_cache=False)
+        return LocalWriter(self._full(path), nbytes, may_bypass_cache=able.past_cache)
 
     def open_reader(self, path: str, *, cache: Caching = "fill") -> LocalReader:
         bypass = cache == "spare" and self._file_system not in IN_MEMORY

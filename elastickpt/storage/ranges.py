@@ -57,10 +57,10 @@ class LocalWriter:
 
     The big aligned inside of a range goes past the page cache, its edges through it: other writers may share the pages
     at the edges, never those inside. `sync` uses the descriptor opened before this writer's first write, as the kernel
-    reports a failed write-back only to descriptors that were open then.
+    reports a failed write-back only to descriptors that were open then. `nbytes` None: the file is as long as what is written.
     """
 
-    def __init__(self, path: str, nbytes: int, *, may_bypass_cache: bool) -> None:
+    def __init__(self, path: str, nbytes: int | None, *, may_bypass_cache: bool) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._may_bypass_cache = may_bypass_cache
@@ -71,7 +71,7 @@ class LocalWriter:
             self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             try:
                 # Other writers of this file may be ahead: the size is set, never the content cut.
-                if demand_file(self._descriptor, path) != nbytes:
+                if demand_file(self._descriptor, path) != nbytes and nbytes is not None:
                     os.ftruncate(self._descriptor, nbytes)
             except BaseException:
                 self.close()

@@ -20,6 +20,7 @@ from tools import golden_job, make_golden, mini_reader
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 V1 = GOLDEN / "v1-by-0.1.0"
+PACKED = GOLDEN / "v1-packed-by-0.1.0"
 TRUTHS = sorted(GOLDEN.glob("*.truth.json"))
 
 
@@ -70,11 +71,12 @@ def test_values_come_back_with_their_types() -> None:
     assert (checkpoint.step, checkpoint.manifest.world_size) == (golden_job.STEP, golden_job.WORLD)
 
 
-def test_it_loads_into_a_live_state_of_one_process() -> None:
+@pytest.mark.parametrize("golden", [V1, PACKED], ids=lambda path: path.name)
+def test_it_loads_into_a_live_state_of_one_process(golden: Path) -> None:
     random.seed(99)
     state = golden_job.state(0, parallel=False, filled=False)
     wanted = golden_job.state(0, parallel=False, filled=True)
-    report = ek.load(state, V1)
+    report = ek.load(state, golden)
     assert report.step == golden_job.STEP
     for key in ("model", "optimizer", "scheduler", "extra", "values"):
         assert fingerprint({key: state[key]}) == fingerprint({key: wanted[key]})
