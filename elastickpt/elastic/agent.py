@@ -20,7 +20,7 @@ from elastickpt.elastic.stream import Closed, Stream
 from elastickpt.elastic.zygote import Ended, Fork, Forked, answer, request
 
 _CODE = "import sys; from elastickpt.elastic.zygote import main; sys.exit(main({}, {}))"
-PRELOADED = ("torch", "torch.distributed.pipelining", "elastickpt.training.modules", "elastickpt.elastic.joining")
+PRELOADED = ("torch", "torch.distributed.pipelining", "elastickpt.training.modules", "elastickpt.elastic.trainer")
 
 
 class ZygoteLost(Exception):

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.elastic.neighbours import MIN_SWAPPED_STAGES
 from elastickpt.errors import PlacementUnsupported, Refused
+from elastickpt.training.loaded import is_loaded_instance
+from elastickpt.training.members import ZERO
 
 Part = Literal["embed", "body", "head"]
 Swap = Literal["microbatch", "step"]
@@ -117,7 +118,7 @@ class Stage:
                 raise Refused(f"Stage: {name!r} of module belongs to none of {given}, so no microbatch trains it")
 
     def _require_optimizer(self) -> None:
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+        if is_loaded_instance(self.optimizer, *ZERO):
             raise PlacementUnsupported("Stage: optimizer is a ZeroRedundancyOptimizer; which is not supported yet")
         for number, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"]:

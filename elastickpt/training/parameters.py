@@ -65,7 +65,7 @@ class Identities:
         return iter(self._known.values())
 
 
-_ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
+ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +107,7 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
     Raises LayoutUnsupported for an optimizer that spreads whole states over ranks; StructureConflict for a parameter,
     or a tensor that state is kept for, that is nowhere in `state`.
     """
-    if is_loaded_instance(optimizer, *_ZERO):
+    if is_loaded_instance(optimizer, *ZERO):
         raise LayoutUnsupported(
             f"optimizer {item!r}: ZeroRedundancyOptimizer keeps the states of a parameter on one rank only, which "
             f"nothing here says; shard the model with torch.distributed.fsdp.fully_shard"

@@ -27,6 +27,7 @@ def explored(
     ("stages", "spares", "steps", "faults", "ends"),
     [
         (2, 1, 2, Faults(deaths=1), {""}),
+        (3, 1, 1, Faults(deaths=1), {""}),
         (2, 0, 1, Faults(deaths=1), {"", "no-spare"}),
         (2, 0, 1, Faults(errors=2), {"", "step-failed"}),
         (2, 0, 2, Faults(breaks=1), {""}),
@@ -50,7 +51,7 @@ def test_losses_before_the_first_step_are_no_recovery() -> None:
 @pytest.mark.parametrize(
     ("stages", "spares", "steps", "faults", "ends"),
     [
-        (3, 1, 1, Faults(deaths=1), {""}),
+        (3, 1, 3, Faults(deaths=1), {""}),
         (2, 2, 2, Faults(deaths=2), {""}),
         (2, 1, 2, Faults(deaths=1, breaks=1, errors=1), {""}),
         (2, 2, 1, Faults(deaths=2, bad_sources=1), {""}),
