@@ -52,7 +52,7 @@ from elastickpt.elastic.recovery import Considered, Recovery, Why
 from elastickpt.elastic.replacing import Replacing
 from elastickpt.elastic.timeline import Recoveries
 from elastickpt.elastic.waits import Waits
-from elastickpt.elastic.workers import Worker, silent, stalled
+from elastickpt.elastic.workers import Worker, due_at, silent_at, stalled
 from elastickpt.errors import CheckpointError, Superseded
 
 log = logging.getLogger(__name__)
@@ -317,17 +317,17 @@ class Conductor:
     def tick(self, now: float) -> float:
         """What time alone brings; in how many seconds to ask again at the latest."""
         workers = list(self._workers.values())
-        for worker in silent(workers, now, self._limits.heartbeat_s):
-            worker.ends("silent", now)
+        for at, worker in silent_at(workers, self._limits.heartbeat_s):
+            if now >= at:
+                worker.ends("silent", now)
         if self._departure is None:
             self._look_for_stalled(now)
             self._lose_patience(now)
         for worker in workers:
             if worker.ends_at is not None and now >= worker.ends_at:
                 self._kill(worker, now)
-        times = [at - now for at in self._waits.ends]
-        times += [worker.ends_at - now for worker in self._workers.values() if worker.ends_at]
-        return max(0.0, min([self._limits.beat_s / 2, *times]))
+        times = [*self._waits.ends, *due_at(self._workers.values(), self._limits.heartbeat_s)]
+        return max(0.0, min([self._limits.beat_s / 2, *(at - now for at in times)]))
 
     def _kill(self, worker: Worker, now: float) -> None:
         """Ends it; the second time, it is given up though nobody could reap it. [REC-31]"""

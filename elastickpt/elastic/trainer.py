@@ -108,12 +108,17 @@ class PipelineTrainer:
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The mean over batches of what `Report.loss` is, in the normal order, the same on all members, which all call it with
-        the same batches. Changes nothing. Begun again after a loss. Raises as `steps` does."""
+        the same batches. Changes nothing. Begun again after a loss; but where all roll back, what was to be evaluated is gone:
+        it is not a number then, and the steps since are reported once more. Raises as `steps` does."""
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")
-        self._tasks.evaluating = True
+        self._tasks.evaluating, of = True, self._tasks.step
         while (task := self._at_boundary()) is not None:
+            if self._tasks.step < of:  # who took a lost place is on its way back there, and evaluates nothing here
+                log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, self._tasks.step)
+                self._tasks.evaluating = False
+                return float("nan")
             held, standing = self._tasks.require_standing()
             try:
                 with untouched(held.stage.module):

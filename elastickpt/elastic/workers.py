@@ -55,11 +55,17 @@ class Worker:
         return f"worker {self.uid}, process {self.pid}: {why}{by}"
 
 
-def silent(workers: Iterable[Worker], now: float, limit_s: float) -> Iterator[Worker]:
-    """Who has joined and has sent nothing for longer than the limit."""
+def silent_at(workers: Iterable[Worker], limit_s: float) -> Iterator[tuple[float, Worker]]:
+    """When each that has joined will have sent nothing for as long as the limit, if nothing comes."""
     for worker in workers:
-        if worker.who is not None and worker.connected and worker.ending is None and now - worker.heard_at > limit_s:
-            yield worker
+        if worker.who is not None and worker.connected and worker.ending is None:
+            yield worker.heard_at + limit_s, worker
+
+
+def due_at(workers: Iterable[Worker], limit_s: float) -> list[float]:
+    """When something is to be done about a worker: who is being ended is killed, who is silent is ended."""
+    known = list(workers)
+    return [one.ends_at for one in known if one.ends_at] + [at for at, _ in silent_at(known, limit_s)]
 
 
 def stalled(members: Iterable[Worker], now: float, history: History) -> tuple[list[Worker], bool]:

@@ -39,11 +39,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.ranks
 def test_stages_are_lost_at_every_phase_of_a_step() -> None:
-    """Each phase once, with another victim each time."""
+    """Each phase once, with another victim each time; and all roll back in an evaluation. [REC-61]"""
     (plan,) = short(1)
     verdict = carry_out(plan, limit_s=LIMIT_S, goes_on_s=LIMIT_S)
     assert verdict.bad == {}
-    assert {"partner", "checkfree", "stale"} <= set(verdict.rungs)
+    assert {"partner", "checkfree", "stale", "rollback"} <= set(verdict.rungs)
 
 
 @pytest.mark.long

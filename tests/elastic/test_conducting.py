@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from elastickpt.elastic.conductor import Conductor
-from elastickpt.elastic.deeds import AskLadder, Replace
+from elastickpt.elastic.deeds import AskLadder, KillWorker, Replace
 from elastickpt.elastic.enlisting import Stopped
 from elastickpt.elastic.job import Chosen, Phase
 from elastickpt.elastic.limits import Limits
-from elastickpt.elastic.messages import Formed, Join, Rebuilt
+from elastickpt.elastic.messages import Beat, Formed, Join, Rebuilt
 from elastickpt.elastic.replacing import Replacing
 
 
@@ -67,3 +69,14 @@ def test_a_process_for_an_empty_place_is_started_at_once() -> None:
     assert job.replacements() == 0
     job.dies("w1")
     assert (job.conductor.job.phase, job.replacements()) == (Phase.GATHERING, 2)
+
+
+def test_a_silent_worker_is_killed_when_the_limit_is_over_not_at_the_next_look() -> None:
+    """[REC-30]"""
+    job = Conducted(2, 2)
+    job.conductor.heard("w1", Beat("", 0), 1.0)
+    assert job.conductor.tick(4.875) == pytest.approx(0.125)
+    assert job.conductor.deeds[-1] != KillWorker("w0")
+    job.conductor.tick(5.0)
+    assert job.conductor.deeds[-1] == KillWorker("w0")
+    assert KillWorker("w1") not in job.conductor.deeds

@@ -9,6 +9,7 @@ of JSON in a file of each process.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -176,7 +177,7 @@ def main() -> None:
             swap=PLAN["swap"],
             clip=CLIP,
             run=run,
-            policy=ek.elastic.Policy(rungs=PLAN["rungs"], max_losses_of_step=PLAN["max_losses_of_step"]),
+            policy=ek.elastic.Policy(**PLAN["policy"]),
             seed=SEED,
             on_rebuilt=rebuilt,
         )
@@ -197,7 +198,8 @@ def main() -> None:
                     except CheckpointError as error:
                         note("not saved", stage=stage, step=step, why=str(error))
             if PLAN["evaluates"]:
-                note("evaluated", stage=stage, step=step, loss=trainer.evaluate([Corpus().batch(900)]))
+                loss = trainer.evaluate([Corpus().batch(900)])
+                note("evaluated", stage=stage, step=step, loss=None if math.isnan(loss) else loss)
         if saved > 2:
             note("held", stage=trainer.place.stage, bound=bound, found=settled(bound), threads=_names())
         if job.rank == 0:
