@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.elastic.neighbours import MIN_SWAPPED_STAGES
 from elastickpt.errors import PlacementUnsupported, Refused
-from elastickpt.training.loaded import is_loaded_instance
-from elastickpt.training.members import ZERO
+from elastickpt.training.elements import is_loaded_instance
+from elastickpt.training.parameters import ZERO
 
 Part = Literal["embed", "body", "head"]
 Swap = Literal["microbatch", "step"]
