@@ -80,7 +80,7 @@ def imports_torch_for_types_only(tree: ast.Module) -> bool:
 def test_torch_is_imported_only_where_live_state_is() -> None:
     layers = {name.partition("/")[0] for name in importers("torch")}
     typing_only = {where(path) for path, tree in TREES.items() if imports_torch_for_types_only(tree)}
-    assert layers <= {"training", "ranks", "testing", "saving", "loading", "runs", "elastic"}
+    assert layers <= {"training", "ranks", "saving", "loading", "runs", "elastic"}
     assert {name for name in importers("torch") if name.startswith(("saving/", "loading/", "runs/"))} <= typing_only
 
 
@@ -91,11 +91,11 @@ def test_names_that_torch_keeps_private_are_used_in_training_only() -> None:
         for name, node in imports(tree):
             if name.startswith("torch") and any(part.startswith("_") for part in name.split(".")):
                 found.add(where(path, node).partition("/")[0])
-    assert found <= {"training", "ranks", "testing"}  # the gloo harness opens its own store
+    assert found <= {"training", "ranks"}
 
 
 def test_nothing_unpickles() -> None:
-    """No load path runs code from a file. The rank harness of `testing` sends functions between its own processes."""
+    """No load path runs code from a file."""
     found = {
         where(path, node)
         for path, tree in TREES.items()
@@ -129,7 +129,7 @@ def test_only_the_command_line_exits_and_nothing_reads_the_environment() -> None
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"sys.exit", "os.environ", "os.getenv"}
     }
-    allowed = ("cli/", "testing/", "elastic/environment.py", "__main__.py")
+    allowed = ("cli/", "elastic/environment.py", "__main__.py")
     assert {place for place in found if not place.startswith(allowed)} == set()
 
 

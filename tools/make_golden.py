@@ -16,8 +16,8 @@ import xxhash
 
 from elastickpt.format.version import RELEASE
 from elastickpt.saving.request import PlacementChoice
-from elastickpt.testing.ranks import run_ranks
 from tools import golden_job
+from tools.gloo_ranks import run_ranks
 
 FOLDER = Path(__file__).parent.parent / "tests" / "golden"
 

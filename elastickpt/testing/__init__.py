@@ -1,2 +1,1 @@
-"""What authors of stores run: the suite that all stores pass, and stores that record, fail, tear and crash; beside them the
-harness of forked ranks that this project's tests and tools share."""
+"""What authors of stores run: the suite that all stores pass, and stores that record, fail, tear and crash."""

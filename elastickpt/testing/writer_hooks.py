@@ -1,4 +1,7 @@
-"""Faults inside a writer process, by `WriterOptions.hooks`: `hook("kill", 7)` is SIGKILL at its 7th change of a store."""
+"""Faults inside a writer process, which imports them by name from the package: it has nothing else.
+
+`hook("kill", 7)`, one of `WriterOptions.hooks`, is SIGKILL at its 7th change of a store.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claim, encode_claim
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import place_in
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 Json = dict[str, object]
 

@@ -11,7 +11,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.cli.main import main
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 
 def converted(*words: object) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from fingerprint import fingerprint
 
 from elastickpt.commit import destination
 from elastickpt.errors import DeadlineExceeded
@@ -27,7 +28,6 @@ from elastickpt.saving import structures as proposing
 from elastickpt.saving.request import Request
 from elastickpt.saving.save import CheckpointInfo, save_with
 from elastickpt.storage.store import Durability, Store
-from elastickpt.testing.fingerprint import fingerprint
 
 State = dict[str, object]
 Files = Mapping[str, bytes]

@@ -14,6 +14,7 @@ from typing import Literal
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from simulated import Files, State, files, load_from, opened, save_on
 
 import elastickpt as ek
@@ -22,7 +23,6 @@ from elastickpt.layout import grid, partition
 from elastickpt.loading.fetch import _Fetching
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.testing.fingerprint import fingerprint
 
 BLOCK = 64 << 10  # the smallest that the format allows, so that small pieces have several
 Sort = Literal["manifest", "index", "fragment map", "document", "chunk"]

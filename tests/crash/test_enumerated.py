@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from fingerprint import fingerprint
 from simulated import (
     Files,
     Outcome,
@@ -37,7 +38,6 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CallAt, Crash, CrashAt, FailAt, Fault, FaultyStore, Operation, RecordingStore
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.testing.replay import JournalStore
 
 CLASSES = {errno.EIO: StorageFailed, errno.ENOSPC: NoSpace, errno.EROFS: ReadOnly}

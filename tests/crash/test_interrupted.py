@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fingerprint import fingerprint
 
 import elastickpt as ek
 from elastickpt.saving.async_save import close_all
 from elastickpt.storage import kernel
 from elastickpt.storage.kernel import direct_alignment
 from elastickpt.storage.local import LocalStore
-from elastickpt.testing.fingerprint import fingerprint
 
 LIMIT_S = 120.0
 LIBC = ctypes.CDLL(None, use_errno=True)

@@ -17,7 +17,7 @@ import elastickpt as ek
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import Mode
-from elastickpt.testing.ranks import Outcome, Ranks, run_ranks, spawn_ranks
+from tools.gloo_ranks import Outcome, Ranks, run_ranks, spawn_ranks
 
 pytestmark = pytest.mark.ranks
 

@@ -22,7 +22,7 @@ from elastickpt.runs import run as run_module
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import open_store
 from elastickpt.testing.faults import CHANGING, CallAt, FaultyStore, Operation
-from elastickpt.testing.ranks import spawn_ranks
+from tools.gloo_ranks import spawn_ranks
 
 OPTIONS = ek.RunOptions(signals={}, orphans_s=30.0)
 BOUND_S = 60.0

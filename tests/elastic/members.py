@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elastickpt.testing.ranks import spawn_ranks
+from tools.gloo_ranks import spawn_ranks
 
 
 def run_members(function: Callable[..., object], stages: int, *args: object, timeout_s: float = 300.0) -> list[Any]:

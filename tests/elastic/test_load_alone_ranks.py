@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, StateMismatch
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 WIDTH = 64
 Seen = dict[str, object]

@@ -29,7 +29,7 @@ from elastickpt.errors import (
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.listing import ForeignCheckpoint
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 
 def read(path: Path) -> ForeignCheckpoint:

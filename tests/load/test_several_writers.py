@@ -20,7 +20,7 @@ from elastickpt.format.records import ArrayRecord
 from elastickpt.loading.fetch import FetchReport, fetch
 from elastickpt.loading.opened import Opened, open_records
 from elastickpt.loading.plan import Wanted, require_stored
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

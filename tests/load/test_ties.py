@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, StateMismatch
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 
 class Language(nn.Module):

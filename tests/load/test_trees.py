@@ -15,7 +15,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.errors import ChecksumMismatch, NotACheckpoint, Refused, StateMismatch
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 
 class Point(NamedTuple):

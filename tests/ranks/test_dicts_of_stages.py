@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 
 def _state(rank: int, world_size: int, fill: float) -> dict[str, Any]:

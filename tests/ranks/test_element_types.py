@@ -9,7 +9,7 @@ import torch
 from element_types import DTYPES, SHAPES, bits, load_types, save_types
 
 import elastickpt as ek
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 WORLD = {"fsdp3": 3, "tp2": 2, "single": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from layouts import CASES, load_at, save_at
 
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 SAMPLE = ("single", "hsdp2x2", "tp4", "tp2fsdp2", "pp2fsdp2")
 

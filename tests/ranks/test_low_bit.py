@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
 from elastickpt.errors import StateMismatch
-from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.composites import leaves_of
+from tools.gloo_ranks import run_ranks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

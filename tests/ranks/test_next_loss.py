@@ -8,7 +8,7 @@ import pytest
 from layouts import CASES
 from next_steps import DTYPES, resume, train_and_save
 
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

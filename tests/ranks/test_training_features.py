@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from features import PLACES, WORLDS, load_optimizers, load_stages, save_optimizers, save_stages
 
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 import elastickpt as ek
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("plain_reader.py")
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1-by-0.1.0"

@@ -22,7 +22,7 @@ from elastickpt.ledger.branch import history
 from elastickpt.ledger.history import read_told
 from elastickpt.ledger.objects import complete
 from elastickpt.storage.local import LocalStore
-from elastickpt.testing.ranks import run_ranks, spawn_ranks
+from tools.gloo_ranks import run_ranks, spawn_ranks
 
 OPTIONS = ek.RunOptions(signals={}, orphans_s=20.0)
 BOUND_S = 60.0

@@ -22,9 +22,9 @@ from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import saver as saver_module
 from elastickpt.saving import staging
 from elastickpt.saving.async_save import close_all, saver_of
-from elastickpt.testing.ranks import spawn_ranks
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.supervisor import Supervisor
+from tools.gloo_ranks import spawn_ranks
 
 PART_NBYTES = 1 << 16
 BOUND_S = 60.0

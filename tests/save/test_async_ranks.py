@@ -28,7 +28,7 @@ from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import beside
 from elastickpt.saving import saver as saver_module
 from elastickpt.saving.async_save import saver_of
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 WORLD = 3
 LIMIT_S = 60.0

@@ -24,9 +24,9 @@ from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.request import SHARES, Replicas, Request
 from elastickpt.saving.staging import DIGEST_NBYTES, range_digest
 from elastickpt.saving.structures import KNOWN
-from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.held import HeldArray, Kept, Role, Sharing
 from elastickpt.writer.plans import MIN_ARENA_NBYTES
+from tools.gloo_ranks import run_ranks
 
 WORLD = 4
 LIMIT_S = 60.0

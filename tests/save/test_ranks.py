@@ -21,7 +21,7 @@ from elastickpt import errors
 from elastickpt.loading import session as load_session
 from elastickpt.ranks import processes, star
 from elastickpt.saving import save as save_session
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 WORLD = 3
 Seen = dict[str, Any]  # "error": class name or "", "message", "report": [(rank, kind)], "left": names beside the path

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
 from elastickpt.ranks import process_group
-from elastickpt.testing.ranks import run_ranks, spawn_ranks
+from tools.gloo_ranks import run_ranks, spawn_ranks
 
 Told = tuple[str, str, tuple[int, ...]]  # kind, message, ranks in the report
 LATE_S = 3.0  # twice the silence that a rank may keep within a call

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from fingerprint import fingerprint
 
 import elastickpt as ek
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayReference
-from elastickpt.testing.fingerprint import fingerprint
 from tools import golden_job, make_golden, mini_reader
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -11,7 +11,6 @@ import psutil
 import pytest
 from rich.console import Console
 
-from elastickpt.testing.ranks import Outcome as Ended
 from tools import chaos
 from tools.bench.records import Machine
 from tools.chaos import kills
@@ -24,6 +23,7 @@ from tools.chaos.power import Recording
 from tools.chaos.processes import orphans_ended
 from tools.chaos.records import Case, Report, from_json, tally, to_json
 from tools.chaos.table import render
+from tools.gloo_ranks import Outcome as Ended
 
 A, B, C = (letter * SECTOR for letter in (b"a", b"b", b"c"))
 LOG = write_record(0, A) + flush_record() + write_record(SECTOR, B * 2) + write_record(0, C)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from torch import nn
 
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.format.records import Item
 from elastickpt.format.values import ArrayReference, ArrayValue
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.held import LiveState
 from elastickpt.training.held_trees import PerRank

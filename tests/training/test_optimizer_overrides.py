@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from memory_checkpoint import MemoryCheckpoint
 from own_optimizers import (
     Aliasing,
@@ -37,7 +38,6 @@ from torch.optim import Optimizer
 import elastickpt as ek
 from elastickpt.errors import EntryFailed, StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
 from elastickpt.training.restore import bind

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +16,6 @@ from torch.optim import Optimizer
 from elastickpt.errors import LayoutUnsupported, StateMismatch, StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayValue
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
 from elastickpt.training.restore import bind

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import elastickpt as ek
 from elastickpt.errors import StateMismatch
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from own_ways import SD, Derived, Metric, Old, Renames
 from torch import nn
 
 import elastickpt as ek
 from elastickpt.errors import EntryFailed, StateMismatch, ValueNotCarried
-from elastickpt.testing.fingerprint import fingerprint
 
 
 class Saves(nn.Module):

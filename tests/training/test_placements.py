@@ -21,12 +21,12 @@ from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.layout.algebra import prove_coverage
 from elastickpt.layout.placement import replica_ranks
-from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job, hold, holders_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.modules import hold_module
 from elastickpt.training.parallel import module_of
 from elastickpt.training.parameters import Identities
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Shard
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import Box
-from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.dtensors import Job
 from elastickpt.training.held import HeldArray
 from elastickpt.training.modules import hold_module
 from elastickpt.training.parameters import Identities
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

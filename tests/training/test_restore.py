@@ -9,12 +9,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from fingerprint import fingerprint
 from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 
 from elastickpt.errors import StateMismatch
 from elastickpt.format.arrays import ArrayId
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.held_trees import PerRank
 from elastickpt.training.listing import Binding, unexpected

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fingerprint import fingerprint
 from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,10 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from elastickpt.errors import LayoutUnsupported, StateMismatch
 from elastickpt.format.arrays import ArrayId, Box
-from elastickpt.testing.fingerprint import fingerprint
-from elastickpt.testing.ranks import run_ranks
 from elastickpt.training.capture import capture
 from elastickpt.training.restore import bind
+from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from memory_checkpoint import MemoryCheckpoint
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
@@ -18,7 +19,6 @@ from torch.optim.lr_scheduler import LRScheduler
 import elastickpt as ek
 from elastickpt.errors import StateMismatch, ValueNotCarried
 from elastickpt.format.records import Field
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.capture import capture
 from elastickpt.training.restore import bind
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, StructureConflict, ValueNotCarried
-from elastickpt.testing.fingerprint import fingerprint
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 
 class Adapted(nn.Module):

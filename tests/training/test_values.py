@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy
 import pytest
 import torch
+from fingerprint import fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from elastickpt.format.arrays import DTYPES
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import ArrayValue
-from elastickpt.testing.fingerprint import fingerprint
 from elastickpt.training.values import array_value, carried, place_of, revived, scalar_values, tensor_of
 
 

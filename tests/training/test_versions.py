@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import elastickpt as ek
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 CHANGED = "modified by an inplace operation"
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import elastickpt as ek
 from elastickpt.saving.drift import host_digest
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 from .state import shapes_for
 

@@ -18,7 +18,7 @@ from typing import Literal
 import psutil
 
 from elastickpt.errors import DeadlineExceeded, RankLost
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 from .entrants import Entrant
 from .events import Watcher

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import cast
 
 from elastickpt.errors import CheckpointError
-from elastickpt.testing.ranks import Outcome as Ended
-from elastickpt.testing.ranks import Ranks, run_ranks, spawn_ranks
+from tools.gloo_ranks import Outcome as Ended
+from tools.gloo_ranks import Ranks, run_ranks, spawn_ranks
 
 from .entrants import Entrant, Role
 from .events import Event, Watcher

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from elastickpt.errors import CheckpointError
-from elastickpt.testing.ranks import run_ranks
+from tools.gloo_ranks import run_ranks
 
 from .blockfile import logged_file
 from .blocklog import CrashState, Request, crash_states, images, requests

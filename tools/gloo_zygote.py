@@ -1,6 +1,6 @@
-"""The process that `ranks` forks gloo ranks from: it has imported torch once, and has started no threads.
+"""The process that `gloo_ranks` forks ranks from: it has imported torch once, and has started no threads.
 
-Started by `ranks` with one end of a socket pair; ends, and ends what it forked, when the other end closes.
+Started by `gloo_ranks` with one end of a socket pair; ends, and ends what it forked, when the other end closes.
 A rank is not reaped before its parent asks, so that a pid known to the parent is never another process.
 """
 

@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost, StructureConflict
-from elastickpt.testing.ranks import run_ranks, spawn_ranks
+from tools.gloo_ranks import run_ranks, spawn_ranks
 
 pytestmark = pytest.mark.ranks
 

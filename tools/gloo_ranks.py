@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: each rank is a process, forked from one that has imported torch once.
+"""Real gloo ranks for tests and tools: each rank is a process, forked from one that has imported torch once.
 
     def sums(rank: int, world_size: int, value: float) -> float:
         tensor = torch.tensor(value)
@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from elastickpt.errors import DeadlineExceeded, RankLost
-from elastickpt.testing.zygote import Answer, FunctionName, Launch, Reap, decode, encode
+from tools.gloo_zygote import Answer, FunctionName, Launch, Reap, decode, encode
 
 GRACE_S = 5.0  # what the other ranks get to end in, once one has failed
 DUMP_S = 2.0  # from SIGABRT, at which a rank dumps its stacks, to SIGKILL
@@ -179,7 +179,7 @@ class _Zygote:
 
     def __init__(self) -> None:
         here, there = socket.socketpair()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from elastickpt.testing.zygote import serve; serve({there.fileno()})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; from tools.gloo_zygote import serve; serve({there.fileno()})"
         self.owner = os.getpid()
         self._process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
         there.close()
