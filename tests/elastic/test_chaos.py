@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tools.chaos.recovery import (
     PHASES,
     STAGES,
     VICTIMS,
     Job,
+    Verdict,
     at_random,
     carry_out,
     judged,
@@ -23,7 +25,7 @@ from tools.chaos.recovery import (
     without_spares,
 )
 from tools.chaos.recovery_model import Led
-from tools.chaos.recovery_report import LONG, plans, render
+from tools.chaos.recovery_report import LONG, from_json, plans, render, to_json
 
 LIMIT_S = 280.0
 
@@ -140,8 +142,23 @@ def test_what_grows_is_a_leak() -> None:
     assert "stage 1, process 7: {'threads': (3, 4)}" in judged(PLAN, job, led, 15.0)["leak"]
 
 
-def test_a_table_names_what_was_found() -> None:
+def test_a_job_that_does_not_end_hangs() -> None:
     job, led = undisturbed()
     job.code = None
     assert "no end" in judged(PLAN, job, led, 15.0)["hang"]
-    assert render([], 1) is not None
+
+
+def test_a_record_is_read_as_it_was_written() -> None:
+    plans = [*matrix(1), *at_random(1, 10, stops=True)]
+    verdicts = [Verdict(plan, {"hang": "x"}, ("stale",), 1.5, 2.5, ((1, 0.5),)) for plan in plans]
+    assert from_json(to_json(verdicts, 7, "2026-11-29")) == (verdicts, 7)
+    with pytest.raises(ValueError, match="expected a record of recoveries"):
+        from_json("{}")
+
+
+def test_a_table_has_a_row_for_each_kind_of_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts = [Verdict(plan, {}, ("stale", "stale"), 1.5, 2.5, ()) for plan in matrix(1)]
+    Console(width=200).print(render(verdicts, 1))
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = (line.split("│") for line in lines if "during a save" in line)
+    assert [cell.strip() for cell in row[1:8]] == ["during a save", "1", "6", "0", "0", "0", "0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     console, talk = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
     if parsed.command == "show":
-        console.print(render(from_json(Path(parsed.file).read_text())))
+        text = Path(parsed.file).read_text()
+        is_of_recoveries = json.loads(text).get("kind") == "recovery"
+        shown = recovery_report.render(*recovery_report.from_json(text)) if is_of_recoveries else render(from_json(text))
+        console.print(shown)
         return 0
     if parsed.command == "recovery":
         return _recovery(parsed, console, talk)

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from tools.bench.machine import describe
 
-from .recovery import STAGES, Plan, Verdict, at_random, carry_out, matrix, short, without_spares
+from .recovery import STAGES, Fault, Plan, Verdict, at_random, carry_out, matrix, short, without_spares
 
+SCHEMA_VERSION = 1
 BAD = ("hang", "torn", "leak", "other")
 FORMS: dict[str, Callable[[int, int], list[Plan]]] = {
     "matrix": lambda seed, count: matrix(seed),
@@ -67,8 +68,21 @@ def render(verdicts: Sequence[Verdict], seed: int) -> RenderableType:
     return Group(table, *bad)
 
 
+def from_json(text: str) -> tuple[list[Verdict], int]:
+    """The jobs and the seed that `to_json` wrote. ValueError: something else; KeyError, TypeError: other members."""
+    tree = json.loads(text)
+    if not isinstance(tree, dict) or (tree.get("kind"), tree.get("schema")) != ("recovery", SCHEMA_VERSION):
+        raise ValueError(f"expected a record of recoveries, schema {SCHEMA_VERSION}")
+    found = []
+    for job in tree["jobs"]:
+        faults = tuple(Fault(**(fault | {"stages": tuple(fault["stages"])})) for fault in job["plan"]["faults"])
+        plan = Plan(**(job["plan"] | {"faults": faults, "rungs": tuple(job["plan"]["rungs"])}))
+        losses = tuple((step, loss) for step, loss in job["losses"])
+        found.append(Verdict(**(job | {"plan": plan, "rungs": tuple(job["rungs"]), "losses": losses})))
+    return found, int(tree["seed"])
+
+
 def to_json(verdicts: Sequence[Verdict], seed: int, date: str) -> str:
     """The record: machine, seed, every job with its faults and what came of it."""
-    jobs = [asdict(one) for one in verdicts]
-    record = {"schema": 1, "kind": "recovery", "date": date, "seed": seed, "machine": asdict(describe(())), "jobs": jobs}
-    return json.dumps(record, indent=1) + "\n"
+    record = {"schema": SCHEMA_VERSION, "kind": "recovery", "date": date, "seed": seed, "machine": asdict(describe(()))}
+    return json.dumps(record | {"jobs": [asdict(one) for one in verdicts]}, indent=1) + "\n"
