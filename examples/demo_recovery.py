@@ -56,7 +56,7 @@ class Job:
         """Trains to the end; kills when it is time."""
         self.folder.mkdir(parents=True)
         launcher = [sys.executable, "-c", "import sys; from elastickpt.cli.launch import main; sys.exit(main())"]
-        flags = ["--stages", STAGES, "--spares", 2, "--events", self.folder / "events.jsonl"]
+        flags = ["--stages", STAGES, "--spares", 2, "--max-replacements", 4, "--events", self.folder / "events.jsonl"]
         script = [SCRIPT, "--steps", STEPS, "--root", self.folder / "run", "--rungs", "partner,checkfree,stale,rollback"]
         command = [str(part) for part in (*launcher, *flags, *script)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

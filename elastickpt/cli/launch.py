@@ -64,15 +64,12 @@ def _run(options: argparse.Namespace) -> int:
 
         spares = options.spares or 0
         workers = options.stages + spares if options.workers is None else options.workers
-        left = options.max_replacements
-        if left is None and spares == 0:
-            left = 0
         events = None if options.events is None else Path(options.events).absolute()
         job = Launch(
             Here(program, workers, host, options.zone),
             options.stages,
             token,
-            left,
+            options.max_replacements or 0,
             _limits(options),
             events,
             options.coordinator,
@@ -137,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-replacements",
         type=_count,
         metavar="M",
-        help="how many processes are started in place of lost ones (with spares: as many as are lost; without: 0)",
+        help="how many processes are started anew over the job, to keep the spares filled or in a lost place (0)",
     )
     found.add_argument(
         "--heartbeat", type=_seconds, default=Limits().heartbeat_s, metavar="S", help="silence after which a worker is lost (5)"

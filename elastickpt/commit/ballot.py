@@ -93,6 +93,10 @@ class CommitBallot:
         """Looks whether an attempt that it enrolled is decided already: the others need not say anything of it again."""
         self._leave(lambda: self._find_out(key))
 
+    def settle(self, key: str, why: RankFailure) -> None:
+        """Waits for nobody any more: an attempt that is open is found committed, or aborted."""
+        self._leave(lambda: self._settle(key, why))
+
     def settled(self, key: str) -> bool:
         """Whether the attempt is decided, as far as is known here: nothing needs to be written for it any more."""
         return key in self._verdicts
@@ -176,6 +180,10 @@ class CommitBallot:
             return
         lost = RankFailure(self._seat.ranks[self._seat.member], WriterLost.kind, "ended with why the attempt was aborted")
         self._endings.find_out(entry.attempt, (lost,))
+
+    def _settle(self, key: str, why: RankFailure) -> None:
+        if (entry := self._open.get(key)) is not None:
+            self._endings.give_up(entry.attempt, (why,))
 
     def _speak(self, entry: _Open) -> None:
         """Says to the committer of now what is to be said of the attempt."""

@@ -36,6 +36,7 @@ from elastickpt.elastic.limits import DYING_S, ENDING_S, QUITTING_S, REAPED_S, H
 from elastickpt.elastic.messages import (
     Ask,
     Beat,
+    Commit,
     End,
     FromMember,
     Go,
@@ -139,11 +140,11 @@ class Conductor:
                 self.deeds += [Send(uid, End(75, "evicted", "the launcher of this worker is gone")), KillWorker(uid)]
                 self._gone(worker, None, now, otherwise="closed")
 
-    def _never_joined(self, worker: Worker, signal: int | None, code: int, now: float) -> None:
+    def _never_joined(self, worker: Worker, signal: int | None, code: int | None, now: float) -> None:
         del self._workers[worker.uid]
-        how = f"exit code {code}" if signal is None else f"signal {signal}"
+        how = f"signal {signal}" if signal is not None else "whatever it was" if code is None else f"exit code {code}"
         log.warning("worker %s (process %d) ended by %s before it joined", worker.uid, worker.pid, how)
-        if not self.job.began and signal is None:
+        if not self.job.began and code is not None and signal is None:
             why = f"worker {worker.uid} ended by {how} before it joined: the script must call elastic.join"
             self._event(Over(End(1, "step-failed", why)), now)
         else:
@@ -285,7 +286,10 @@ class Conductor:
         if isinstance(order, Tell):
             message = order.message
             if isinstance(message, Go):
-                message = msgspec.structs.replace(message, recovered=self._recoveries.untold)
+                last = message.last and self._with_begun(message.last)
+                message = msgspec.structs.replace(message, recovered=self._recoveries.untold, last=last)
+            elif isinstance(message, Commit):
+                message = self._with_begun(message)
             self.deeds.append(Send(order.uid, message))
         elif isinstance(order, Choose):
             self.deeds.append(AskLadder(order, self.job.last, self._terms or Terms()))
@@ -294,6 +298,9 @@ class Conductor:
         elif isinstance(order, Recovered):
             self._record_recovery(self._recoveries.given_up())
             self._recoveries.complete(order, self.job.epoch, now)
+
+    def _with_begun(self, commit: Commit) -> Commit:
+        return msgspec.structs.replace(commit, begun=self._recoveries.begun_by(commit.step))
 
     def _record_recovery(self, recovery: Recovery | None) -> None:
         if recovery is not None:

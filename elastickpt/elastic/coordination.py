@@ -41,6 +41,7 @@ from elastickpt.elastic.job import (
     Wait,
     batches_apart,
     loops_apart,
+    spare_for,
 )
 from elastickpt.elastic.messages import (
     Broke,
@@ -91,13 +92,14 @@ def after(job: Job, event: Event) -> tuple[Job, tuple[Order, ...]]:
 # -- who is there
 
 
-def _joined(turn: _Turn, uid: str, _: object) -> None:
-    turn.set(spares=(*turn.job.spares, uid))
+def _joined(turn: _Turn, uid: str, message: Join) -> None:
+    turn.set(spares=(*turn.job.spares, uid), where=(*turn.job.where, (uid, message.host, message.zone)))
     if turn.job.phase is Phase.GATHERING:
         _view(turn)
 
 
 def _gone(turn: _Turn, _: str, event: Gone) -> None:
+    turn.set(where=tuple(one for one in turn.job.where if one[0] != event.uid))
     job = turn.job
     if event.uid in job.spares:
         turn.set(spares=tuple(uid for uid in job.spares if uid != event.uid))
@@ -134,11 +136,12 @@ def _close_register(turn: _Turn) -> None:
 
 
 def _view(turn: _Turn) -> None:
-    """The next view: empty places go to spares in the order in which they came. [REC-11, REC-12]"""
+    """The next view: empty places go to spares. [REC-11, REC-12, REC-17]"""
     places, spares = list(turn.job.places), list(turn.job.spares)
     for stage, uid in enumerate(places):
         if uid == NOBODY and spares:
-            places[stage] = spares.pop(0)
+            places[stage] = spare_for(stage, places, spares, turn.job.where)
+            spares.remove(places[stage])
     turn.set(
         places=tuple(places),
         spares=tuple(spares),

@@ -29,7 +29,7 @@ class Departure:
 
     def left(self, said: Stopped) -> Departure:
         """A process that had joined has ended."""
-        if self.end.code != 0 or self.spoilt or said.killed or (said.signal is None and said.code == 0):
+        if self.end.code != 0 or self.spoilt or said.killed or (said.signal is None and said.code in (None, 0)):
             return self
         how = f"exit code {said.code}" if said.signal is None else f"signal {said.signal}"
         return replace(self, spoilt=f"{self.end.message}; worker {said.uid} ended by {how} afterwards")

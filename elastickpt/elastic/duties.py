@@ -5,7 +5,8 @@ trains asks for its next task, carries it out, says what came of it, and asks ag
 
     Form     -> Made, Failed                          Compute  -> Computed, Failed, Erred, LoopEnded
     Mend     -> Mended, NotMended, Failed             Step     -> Took
-    Stop     -> nothing: `End.code` 0 and 75 without a reason end the loop quietly, else RecoveryFailed is raised
+    Stop     -> nothing: `End` without a reason ends the loop quietly, but for code 76, which raises Superseded; else
+                RecoveryFailed is raised
 
 A task can be over before it was carried out: a newer view, or the end of the job. Then `Task.over` is true, whoever was told of
 interrupts has been called in the job's thread, waits of the job's own raise TaskOver, and what is said of the task has no
@@ -87,8 +88,8 @@ class Duties(Protocol):
         ...
 
     def on_interrupt(self, call: Callable[[], None]) -> None:
-        """`call()` from the job's thread, quick and raising nothing, whenever a task that is being carried out is over:
-        whatever the thread that trains waits for must end now. Replaces the one before."""
+        """`call()` from the job's thread, quick and raising nothing, whenever a task that is being carried out is over, and
+        when a view is whole: what the thread that trains waits for of an older one must end now. Replaces the one before."""
         ...
 
     def on_leaving(self, call: Callable[[], None]) -> None:

@@ -30,11 +30,12 @@ class Started(Message, frozen=True):
 
 
 class Stopped(Message, frozen=True):
-    """The worker's process has been reaped; `signal` ended it, or it exited with `code`. `killed`: by its launcher."""
+    """The worker's process has ended; `signal` ended it, or it exited with `code`; both are None where that is not known.
+    `killed`: by its launcher."""
 
     uid: str
     signal: int | None
-    code: int
+    code: int | None
     killed: bool = False
 
 

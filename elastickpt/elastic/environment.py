@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 ENDPOINT, TOKEN, UID = "ELASTICKPT_ENDPOINT", "ELASTICKPT_TOKEN", "ELASTICKPT_UID"
 HOST, ZONE = "ELASTICKPT_HOST", "ELASTICKPT_ZONE"
 TORCHRUN = "TORCHELASTIC_RUN_ID"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,19 @@ def tell(variables: dict[str, str]) -> None:
 def of_children(**defaults: str) -> dict[str, str]:
     """This process's environment, for a process that it starts; `defaults` where a variable is not set."""
     return {**defaults, **os.environ}
+
+
+@contextmanager
+def listens(interface: str) -> Iterator[None]:
+    """What gloo makes in here listens on this interface only, unless the user has chosen one; "" for as gloo finds it."""
+    chosen = GLOO_INTERFACE in os.environ or not interface
+    if not chosen:
+        os.environ[GLOO_INTERFACE] = interface
+    try:
+        yield
+    finally:
+        if not chosen:
+            os.environ.pop(GLOO_INTERFACE, None)
 
 
 _TOLD: list[BaseException] = []

@@ -6,7 +6,7 @@ left, and both get the sum. Norms are those of torch's clipping: the norm of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from elastickpt.elastic.links import Links, told_by_all
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.stages import PARTS, Part, Place, Stage
+from elastickpt.elastic.starts import KeptBuffers
 from elastickpt.errors import Refused
 
 Scope = Literal["stage", "global"]
@@ -68,6 +69,43 @@ def _sum_with(parameters: Sequence[nn.Parameter], links: Links, twin: int) -> in
         elif other is not None:
             parameter.grad = grad + other if links.stage < twin else other + grad
     return sum(grad.nbytes for grad in mine if grad is not None)
+
+
+def keep_buffers_equal(stage: Stage, place: Place, order: Sequence[int], links: Links, kept: KeptBuffers) -> int:
+    """Buffers of embedding and head that forward changed become, on both stages of their pair, those of the one that passed the
+    first microbatches, at the ends of `order`; `kept` are those from before. Returns the bytes sent. Raises LinkBroken, Refused
+    for a buffer that got another form. [REC-62]"""
+    twin, sent = partner(place.stage, place.stages), 0
+    if twin is None:
+        return sent
+    ends: tuple[tuple[Part, int], ...] = (("embed", order[0]), ("head", order[-1]))
+    for part, first in ends:
+        now = {name: one for name, one in stage.tensors.get(part, {}).items() if not isinstance(one, nn.Parameter)}
+        if not now:
+            continue
+        changed = torch.tensor([not torch.equal(one, kept.content(name)) for name, one in now.items()], dtype=torch.uint8)
+        if place.stage == first:
+            sent += _give(now, changed, links, twin, kept)
+            continue
+        links.receive(changed, twin)
+        for name, there in zip(now, changed.tolist(), strict=True):
+            before = kept.content(name)
+            content = torch.empty(before.shape, dtype=before.dtype, device=before.device) if there else before
+            if there:
+                links.receive(content, twin)
+            kept.put(name, content)
+    return sent
+
+
+def _give(now: Mapping[str, Tensor], changed: Tensor, links: Links, twin: int, kept: KeptBuffers) -> int:
+    given = [name for name, there in zip(now, changed.tolist(), strict=True) if there]
+    for name in given:
+        if (now[name].shape, now[name].dtype) != (kept.content(name).shape, kept.content(name).dtype):
+            raise Refused(f"{name!r}, which has a live replica, got another shape or type by forward; expected the same one")
+    sendings = [links.send(one, twin) for one in (changed, *(now[name] for name in given))]
+    for sending in sendings:
+        sending.wait()
+    return sum(now[name].nbytes for name in given)
 
 
 def divide(parameters: Iterable[nn.Parameter], count: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from elastickpt.commit.draft import marked
+from elastickpt.elastic.messages import Terms
 from elastickpt.errors import CheckpointError
 from elastickpt.ledger.branch import entries_of
 from elastickpt.ledger.epochs import claim, start
@@ -28,8 +29,6 @@ from elastickpt.storage.opening import open_store, place_in
 
 log = logging.getLogger(__name__)
 
-ORPHANS_S = 60.0
-"""For how long the start of a job waits for what writers of an earlier one have staged."""
 _POLL_S = 0.05
 
 
@@ -46,19 +45,19 @@ class Newest:
 
 
 class HeldRun:
-    """The run at `root`, whose folder exists. Blocking; by one thread at a time."""
+    """The run of a job that trains by these terms; its folder exists. Blocking; by one thread at a time."""
 
-    def __init__(self, root: str) -> None:
-        self._root, self._store = root, open_store(root)
+    def __init__(self, terms: Terms) -> None:
+        self._terms, self._store = terms, open_store(terms.run)
         self._answering = Answering()
         self._tokens: tuple[str, ...] = ()
         self._continued: AttemptId | None = None
         self._epoch = 0
 
     @property
-    def begun(self) -> bool:
-        """Whether this job has claimed the run."""
-        return self._epoch > 0
+    def epoch(self) -> int | None:
+        """That of this job's newest claim; None before the first one."""
+        return self._epoch or None
 
     def newest(self, *, up_to: int | None, refused: Collection[str]) -> Newest | None:
         """The newest checkpoint of the live branch, of at most `up_to` steps, that is none of the `refused` paths; None where
@@ -85,27 +84,33 @@ class HeldRun:
         """The live branch goes on from there, in an epoch of this job's own: its number. A second call from the same place
         changes nothing. Raises RunBusy, Refused for a run whose registers are lost, Superseded, StorageFailed kinds."""
         wanted = None if continued is None else continued.id
-        if self.begun and wanted == self._continued:
+        if self._epoch and wanted == self._continued:
             return self._epoch
-        if not self.begun:
-            complete(require_no_living_trainer(self._store))
+        if not self._epoch:
+            self._require_ours_to_take()
             self._wait_for_orphans()
         token = secrets.token_hex(16)
         self._answering.answer_for(token)
         if not complete(is_claimed_by(self._store, self._tokens)):
-            complete(require_no_living_trainer(self._store))
+            self._require_ours_to_take()
         complete(require_registers(self._store))
         holding = complete(claim(self._store, claimer(self._answering.address, token)))
-        complete(start(self._store, holding, continued=wanted))
+        complete(start(self._store, holding, continued=wanted, keep=self._terms.keep))
         self._tokens, self._continued, self._epoch = (*self._tokens, token), wanted, holding.epoch
-        log.info("%s: epoch %d goes on from %s", self._root, holding.epoch, "nothing" if continued is None else continued.path)
+        where = "nothing" if continued is None else continued.path
+        log.info("%s: epoch %d goes on from %s", self._terms.run, holding.epoch, where)
         return holding.epoch
 
     def close(self) -> None:
         """Nobody answers for the run any more."""
         self._answering.close()
 
+    def _require_ours_to_take(self) -> None:
+        """Raises RunBusy where another job has the run, unless it is to be taken over."""
+        if not self._terms.take_over:
+            complete(require_no_living_trainer(self._store))
+
     def _wait_for_orphans(self) -> None:
-        until = time.monotonic() + ORPHANS_S
+        until = time.monotonic() + self._terms.orphans_s
         while marked(self._store.url) and time.monotonic() < until:
             time.sleep(_POLL_S)

@@ -5,6 +5,7 @@ A checkpoint holds it as its item `elastic`. Who takes a lost place hears it fro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ import msgspec
 
 from elastickpt.elastic.recovery import Recovery
 from elastickpt.elastic.stages import Stage
+
+log = logging.getLogger(__name__)
 
 Mended = dict[str, int | str | bool]
 
@@ -39,6 +42,12 @@ class History(msgspec.Struct):
         self.lr_factors = {str(name): float(factor) for name, factor in state.get("lr_factors", {}).items()}
         self.norms = {int(stage): float(norm) for stage, norm in state.get("norms", {}).items()}
         self.lineage = [dict(one) for one in state.get("lineage", [])]
+
+    def goes_on(self, seed: int) -> None:
+        """The streams are drawn from this seed from now on, whatever a checkpoint says."""
+        if self.seed != seed:
+            log.warning("the checkpoint was trained with seed=%d; from here on it is seed=%d", self.seed, seed)
+            self.seed = seed
 
     def mended(self, recovery: Recovery) -> None:
         """Notes what a recovery made of lost stages; a replay, and a rollback, leave no trace in the state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -149,7 +149,8 @@ Event = tuple[str, Said] | Gone | Patience | Chosen | Ending | Over
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Where a job stands. `places` by stage: who holds it. `ready`, `stepped`, ... are uids of the newest view.
+    """Where a job stands. `places` by stage: who holds it; `where`: uid, host and zone of each process. `ready`, `stepped`, ...
+    are uids of the newest view.
 
     `failed` since the last Go, `lost` their stages that have to be rebuilt; `losses_of_step` counts them, a burst as one;
     `stood`: who held a place at the last Go; `raised` are (uid, step) of exceptions of the user's code. `ending`: it ends after
@@ -164,6 +165,7 @@ class Job:
     step: int = 0
     places: tuple[str, ...] = ()
     spares: tuple[str, ...] = ()
+    where: tuple[tuple[str, str, str], ...] = ()
     began: bool = False
     rollback: bool = False
     decision: Decision = "replay"
@@ -199,6 +201,19 @@ class Job:
         named = "; ".join(f"stage {one.stage} ({one.uid}): {one.why}" for one in self.failed)
         how = f"failed {self.losses_of_step} times, the limit"
         return f"the step after {self.step} {how}; the last ones: {named or unreached(self)}"
+
+
+def spare_for(stage: int, places: Sequence[str], spares: Sequence[str], where: Sequence[tuple[str, str, str]]) -> str:
+    """The spare that takes a place: the first one that is least likely to be lost together with the stages beside it, which is
+    what it could be rebuilt from: on no host of theirs, then in no zone of theirs. [REC-17]"""
+    at = {uid: (host, zone) for uid, host, zone in where}
+    beside = [at.get(places[one], ("", "")) for one in (stage - 1, stage + 1) if 0 <= one < len(places) and places[one]]
+
+    def shared(uid: str) -> tuple[bool, bool]:
+        host, zone = at.get(uid, ("", ""))
+        return bool(host) and host in {one for one, _ in beside}, bool(zone) and zone in {one for _, one in beside}
+
+    return min(spares, key=shared)
 
 
 def batches_apart(places: tuple[str, ...], ready: Mapping[str, Ready]) -> str:

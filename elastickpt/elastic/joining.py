@@ -41,7 +41,7 @@ from elastickpt.elastic.messages import (
     to_member,
 )
 from elastickpt.elastic.stream import Stream
-from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused
+from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused, Superseded
 
 if TYPE_CHECKING:
     from elastickpt.elastic.stages import Place
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _INTERRUPTED = (Form, Mend, Compute)
+SUPERSEDED = 76  # the code of a job of whose run a newer claim exists
 
 
 class Task:
@@ -122,6 +123,12 @@ class Job:
         """The number of the newest view; 0 for a spare."""
         return self._member.generation
 
+    @property
+    def forms(self) -> bool:
+        """Whether every place of the newest view is held."""
+        view = self._member.waiting or self._member.view
+        return view is not None and view.complete
+
     @contextmanager
     def phase(self, name: str, *, limit_s: float | None = None) -> Iterator[None]:
         """Within it, something must move every `limit_s` seconds; None: as its own history says. Of a phase that is over, the
@@ -191,8 +198,11 @@ class Job:
         return self._end
 
     def require_good_end(self) -> None:
-        """Raises RecoveryFailed, if the job is over and that was not done or asked for."""
+        """If the job is over, and that was not done or asked for: raises RecoveryFailed; Superseded, where another job has the
+        run."""
         end = self._end
+        if end is not None and end.code == SUPERSEDED:
+            raise Superseded(end.message)
         if end is not None and end.reason:
             raise RecoveryFailed(f"{end.reason}: {end.message}", reason=end.reason, code=end.code)
 
@@ -209,7 +219,7 @@ class Job:
                 text = "".join(traceback.format_exception(error))
                 self._say(Quit(error.kind if isinstance(error, CheckpointError) else "", text))
                 environment.say_is_told(error)
-            elif self._end.culprit == self._uid or isinstance(error, RecoveryFailed):
+            elif self._end.culprit == self._uid or isinstance(error, RecoveryFailed | Superseded):
                 environment.say_is_told(error)
         finally:
             self.close()
@@ -276,7 +286,8 @@ class Job:
                 log.error("this member cannot go on: %s", torn)
                 self._end = End(1, "step-failed", f"our own mistake: {torn}")
                 self._turn(self._end)
-            self._interrupting = before is not None and before.over and before.taken and isinstance(before.act, _INTERRUPTED)
+            over = before is not None and before.over and before.taken and isinstance(before.act, _INTERRUPTED)
+            self._interrupting = over or (isinstance(message, View) and self.forms)
         if self._interrupting:
             try:
                 self._interrupt()

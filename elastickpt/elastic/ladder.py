@@ -32,7 +32,7 @@ class RunLadder:
 
     def __init__(self, terms: Terms, stages: int) -> None:
         self._terms, self._stages = terms, stages
-        self._run = HeldRun(terms.run) if terms.run else None
+        self._run = HeldRun(terms) if terms.run else None
         self._saved_norms: dict[int, float] = {}
 
     def choose(self, order: Choose, last: Commit | None) -> tuple[Chosen, tuple[Considered, ...]]:
@@ -53,7 +53,9 @@ class RunLadder:
             return Chosen(order.generation, (), f"stage {failed[0]} cannot be rebuilt: {passed}"), considered
         if any(one.rung == "rollback" for one in sources.values()):
             return self._all_from(order, newest, refused), considered
-        return Chosen(order.generation, tuple(sources[stage] for stage in order.lost)), considered
+        # An answer that came too late may have claimed the run meanwhile: saves go into the newest claim.
+        epoch = None if self._run is None else self._run.epoch
+        return Chosen(order.generation, tuple(sources[stage] for stage in order.lost), epoch=epoch), considered
 
     def close(self) -> None:
         if self._run is not None:
@@ -69,7 +71,8 @@ class RunLadder:
         epoch = self._run.go_on_from(newest)
         if newest is None:
             return Chosen(order.generation, (), epoch=epoch)
-        self._saved_norms = self._run.norms(newest)
+        norms = self._run.norms(newest)
+        self._saved_norms = norms if set(norms) == set(range(self._stages)) else {}  # else of other stages than these
         back = (Source(stage, "rollback", path=newest.path, step=newest.step) for stage in range(self._stages))
         return Chosen(order.generation, tuple(back), epoch=epoch)
 

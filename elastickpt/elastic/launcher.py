@@ -43,13 +43,13 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A job. `replacements`: how many workers may be started in place of others, None for no limit. `at`: the address at which
+    """A job. `replacements`: how many workers may be started in place of others. `at`: the address at which
     further machines find the coordinator, "" for no further machines."""
 
     here: Here
     stages: int
     token: str
-    replacements: int | None
+    replacements: int
     limits: Limits = field(default_factory=Limits)
     events: Path | None = None
     at: str = ""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from elastickpt.elastic import environment
 from elastickpt.elastic.duties import Exchange
 from elastickpt.ranks.addresses import not_in_forks, own_address
 from elastickpt.ranks.processes import socket_identity
@@ -120,9 +121,11 @@ class GlooLinks:
         hosts = set(exchange.get_all([f"here/{one}" for one in range(stages)], limit_s=limit_s))
         self._store: Store | None = None
         try:
-            self._store = self._met(exchange, "127.0.0.1" if len(hosts) == 1 else own_address())
+            address, interface = ("127.0.0.1", "lo") if len(hosts) == 1 else (own_address(), "")
+            self._store = self._met(exchange, address)
             limit, hook = timedelta(seconds=FORM_LIMIT_S), sys.excepthook
-            dist.init_process_group("gloo", store=self._store, rank=stage, world_size=stages, timeout=limit)
+            with environment.listens(interface):
+                dist.init_process_group("gloo", store=self._store, rank=stage, world_size=stages, timeout=limit)
             sys.excepthook = hook  # torch puts another one around it with each group
         except RuntimeError as error:
             self.close()

@@ -8,9 +8,10 @@ scheduler at the step of the view. Members that give change nothing of their own
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +29,11 @@ from elastickpt.elastic.messages import Source
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.stages import Part, Stage, Swap
-from elastickpt.errors import CheckpointError, Refused
+from elastickpt.errors import CheckpointError, Refused, StateMismatch
+from elastickpt.loading.opened import open_records
 from elastickpt.runs.loading import load_alone
+
+log = logging.getLogger(__name__)
 
 HEAR_LIMIT_S = 60.0
 _SCALARS = (bool, int, float, str, type(None))
@@ -74,12 +78,34 @@ class Mending:
         self._options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         self._scheduler = None if stage.scheduler is None else copy.deepcopy(stage.scheduler.state_dict())
 
-    def load_all(self, path: str, history: History) -> int:
-        """The whole stage as the checkpoint has it; a rollback. Returns the bytes read. Raises NoGood."""
+    def load_all(self, path: str, step: int, history: History) -> int:
+        """The whole stage as the checkpoint has it; a rollback. Items that it lacks are as `build` made them, the scheduler at
+        its step, the history empty; but the model it must have. Returns the bytes read. Raises NoGood, and StateMismatch for
+        another model than it has. [REC-61]"""
         state: dict[str, object] = {"model": self._stage.module, "optimizer": self._stage.optimizer, "elastic": history}
         if self._stage.scheduler is not None:
             state["scheduler"] = self._stage.scheduler
-        return _loaded(state, path)
+        try:
+            return _read(state, path)
+        except StateMismatch:
+            lacking = _lacking(state, path)
+            if not lacking:
+                raise
+        self._as_built()
+        if "scheduler" in lacking:
+            self._keep_time(step, b"")
+        if "elastic" in lacking:
+            history.load_state_dict({})
+        log.warning("%s: has no %s, which begin as they were built", path, ", no ".join(sorted(lacking)))
+        return _read({item: one for item, one in state.items() if item not in lacking}, path)
+
+    def given(self) -> Iterator[Tensor]:
+        """All that others may be made of."""
+        for part, tensors in self._stage.tensors.items():
+            yield from tensors.values()
+            if part == "body" and self._policy.optimizer == "average":
+                states = (self._stage.optimizer.state.get(one, {}) for one in self._stage.parameters(part))
+                yield from (one for state in states for one in state.values() if isinstance(one, Tensor))
 
     def take_part(
         self,
@@ -123,7 +149,7 @@ class Mending:
     def _take(self, source: Source, step: int, donor: int | None, twin: int | None, way: _Way) -> None:
         self._as_built()
         if source.rung == "stale":
-            way.found.read += _loaded({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
+            way.found.read += _read_known({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
             self._options_as_built()
         else:
             self._mix(source, way)
@@ -166,7 +192,7 @@ class Mending:
         key = f"factors/{source.stage}"
         if links.stage == source.stage:
             saved = History()
-            _loaded({"elastic": saved}, source.path)
+            _read_known({"elastic": saved}, source.path)
             exchange.set(key, msgspec.msgpack.encode({name: saved.lr_factors.get(name, 1.0) for name in names}))
         return msgspec.msgpack.decode(exchange.get(key, limit_s=HEAR_LIMIT_S), type=dict[str, float])
 
@@ -218,19 +244,32 @@ class Mending:
                     scheduler.step()
 
     def _put_moments(self, part: Part, given: Sequence[list[dict[str, Any]]], alpha: float) -> None:
-        for number, parameter in enumerate(self._stage.parameters(part)):
-            states = [one[number] for one in given]
-            if not states[0] and not states[-1]:
-                continue
-            if len(states) == 1:
-                self._stage.optimizer.state[parameter] = states[0]
-                continue
-            before, after = states
-            if before.keys() != after.keys():
-                raise NoGood(f"moments of the stages beside it differ: {sorted(before)} and {sorted(after)}")
-            mixed = {key: one for key, one in before.items() if isinstance(one, Tensor) and one.shape == parameter.shape}
-            mixed = checkfree.average(mixed, {key: after[key] for key in mixed}, alpha)
-            self._stage.optimizer.state[parameter] = {**before, **mixed}
+        for parameter, *states in zip(_trained(self._stage, part), *given, strict=True):
+            found = states[0] if len(states) == 1 else mixed_moments(states[0], states[1], parameter, alpha)
+            if found:
+                self._stage.optimizer.state[parameter] = found
+
+
+def mixed_moments(before: dict[str, Any], after: dict[str, Any], parameter: Tensor, alpha: float) -> dict[str, Any]:
+    """An optimizer's state of a parameter that was averaged, from those of its sources: moments by the same weights, step
+    counts and whatever else is no tensor of numbers as in the stage before; none, where a source has none. Raises NoGood.
+    [REC-58]"""
+    if not before or not after:
+        return {}
+    if before.keys() != after.keys():
+        raise NoGood(f"moments of the stages beside it differ: {sorted(before)} and {sorted(after)}")
+    counts = {"step"} | {key for key, one in before.items() if isinstance(one, Tensor) and one.dim() == 0 < parameter.dim()}
+    mixed = {key: one for key, one in before.items() if isinstance(one, Tensor) and key not in counts}
+    try:
+        return {**before, **checkfree.average(mixed, {key: after[key] for key in mixed}, alpha)}
+    except Refused as error:
+        raise NoGood(f"moments of the stages beside it: {error.message}") from error
+
+
+def _trained(stage: Stage, part: Part) -> list[Tensor]:
+    """The parameters of a part that are trained, in the order in which two stages that are alike have them."""
+    mine = {id(one) for one in stage.parameters(part)}
+    return [tensor for _, tensor in in_order(stage.tensors[part]) if id(tensor) in mine]
 
 
 @dataclass(slots=True)
@@ -257,7 +296,7 @@ class _Way:
         told: list[list[Moment]] = []
         tensors: list[Tensor] = []
         why = ""
-        for parameter in stage.parameters(part):
+        for parameter in _trained(stage, part):
             entries = []
             for key, value in sorted(stage.optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, Tensor):
@@ -292,11 +331,41 @@ class _Way:
         return f"moments/{part}/{giver}/{self.away}"
 
 
-def _loaded(state: Mapping[str, object], path: str) -> int:
+def _read(state: Mapping[str, object], path: str) -> int:
+    """Fills the state; the bytes read. Raises StateMismatch, with nothing changed, and NoGood."""
     try:
         return load_alone(state, path).read_nbytes
+    except StateMismatch:
+        raise
     except CheckpointError as error:
         raise NoGood(f"{path}: {error.message}") from error
+
+
+def _read_known(state: Mapping[str, object], path: str) -> int:
+    """The same, of the items that the checkpoint has. Raises NoGood."""
+    try:
+        try:
+            return _read(state, path)
+        except StateMismatch:
+            lacking = _lacking(state, path)
+            if not lacking:
+                raise
+            return _read(found, path) if (found := {item: state[item] for item in state.keys() - lacking}) else 0
+    except StateMismatch as error:
+        raise NoGood(f"{path}: {error.message}") from error
+
+
+def _lacking(state: Mapping[str, object], path: str) -> frozenset[str]:
+    """The items of a state that a checkpoint lacks, and may lack. Raises StateMismatch for an optimizer under another name, and
+    NoGood."""
+    try:
+        kinds = {item.name: item.kind for item in open_records(path).manifest.items}
+    except CheckpointError as error:
+        raise NoGood(f"{path}: {error.message}") from error
+    found = frozenset(state) - kinds.keys() - {"model"}
+    if "optimizer" in found and (others := sorted(item for item, kind in kinds.items() if kind == "optimizer")):
+        raise StateMismatch(f"{path}: has an optimizer's state as {', '.join(map(repr, others))}; expected it as 'optimizer'")
+    return found
 
 
 def _is_plain(value: object) -> bool:

@@ -50,9 +50,13 @@ class Join(Message, frozen=True):
 
 
 class Terms(Message, frozen=True):
-    """By what a member trains; equal on all of them. `run` is the root of the run, "" for none; the rest is its policy."""
+    """By what a member trains; equal on all of them. `run` is the root of the run, "" for none, which is claimed as the next
+    three say (`runs.view_saves.Claims`); the rest is its policy."""
 
     run: str = ""
+    keep: str = ""
+    take_over: bool = False
+    orphans_s: float = 60.0
     rungs: tuple[Rung, ...] = ()
     swap: bool = False
     weighting: str = "norm"
@@ -201,13 +205,14 @@ class Rebuild(Message, frozen=True):
 
 class Commit(Message, frozen=True):
     """`norms` by stage, of the gradients that are stepped with; `loss` is the mean over microbatches. `ending`: the job ends
-    after this step, which is saved."""
+    after this step, which is saved. `begun` by generation: seconds until the first microbatch of what ran after a recovery."""
 
     generation: int
     step: int
     norms: tuple[float | None, ...]
     loss: float | None
     ending: bool = False
+    begun: tuple[tuple[int, float], ...] = ()
 
 
 class Go(Message, frozen=True):

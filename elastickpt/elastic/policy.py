@@ -11,6 +11,7 @@ from elastickpt.elastic.recovery import Recovery, Rung
 from elastickpt.errors import Refused
 
 if TYPE_CHECKING:
+    from elastickpt.elastic.stages import Swap
     from elastickpt.saving.task import SaveHandle
 
 Weighting = Literal["norm", "norm2", "uniform"]
@@ -62,10 +63,9 @@ class Policy:
             if type(number) is not int or number < least:
                 raise Refused(f"Policy {name}={number!r}: expected an integer from {least} on")
 
-    @property
-    def needs_equal_stages(self) -> bool:
-        """Whether one stage may be made of others."""
-        return "partner" in self.rungs or "checkfree" in self.rungs
+    def needs_equal_stages(self, swap: Swap | None) -> bool:
+        """Whether one stage may be made of others; without a swapped order no stage has a partner."""
+        return "checkfree" in self.rungs or ("partner" in self.rungs and swap is not None)
 
     def factor_after(self, before: float) -> float:
         """The learning rate's factor of a body that was averaged or copied, whose factor was `before`."""

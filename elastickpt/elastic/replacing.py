@@ -9,11 +9,11 @@ from elastickpt.elastic.limits import FRUITLESS
 
 @dataclass
 class Replacing:
-    """`workers` are kept alive; `left` more may be started, None for no limit. After FRUITLESS in a row that ended before they
-    joined no more are: the next one would not fare better."""
+    """`workers` are kept alive; `left` more may be started over the job. After FRUITLESS in a row that ended before they joined
+    no more are: the next one would not fare better."""
 
     workers: int
-    left: int | None
+    left: int
     fruitless: int = 0
     ordered: int = 0  # to be started, and not started yet
 
@@ -21,11 +21,9 @@ class Replacing:
         """How many are to be started now, while so many live."""
         if self.fruitless >= FRUITLESS:
             return 0
-        missing = max(0, self.workers - alive - self.ordered)
-        count = missing if self.left is None else min(missing, self.left)
+        count = min(max(0, self.workers - alive - self.ordered), self.left)
         self.ordered += count
-        if self.left is not None:
-            self.left -= count
+        self.left -= count
         return count
 
     def started(self) -> None:

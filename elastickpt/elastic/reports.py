@@ -57,7 +57,9 @@ class Reports:
         commit = self._commit
         if commit is None or commit.step <= self._told:
             return None
-        recovered, self._recovered = tuple(self._recovered), []
+        begun = dict(commit.begun)
+        recovered = tuple(one.begun(begun[one.generation]) if one.generation in begun else one for one in self._recovered)
+        self._recovered = []
         self._told, self._commit = commit.step, None
         loss = float("nan") if commit.loss is None else commit.loss
         return Report(commit.step, loss, by_stage(commit), epoch, generation, recovered, self._saved, self._seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from elastickpt.runs.view_saves import Claims
 from elastickpt.saving.task import SaveHandle
 
 
@@ -12,7 +13,7 @@ class Saves(Protocol):
     """See `runs.view_saves.ViewSaves`."""
 
     @property
-    def root(self) -> str: ...
+    def claims(self) -> Claims: ...
 
     def stand(self, view: str) -> None: ...
 
@@ -24,11 +25,13 @@ class Saves(Protocol):
 
     def interrupt(self) -> None: ...
 
+    def leave(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class NoSaves:
-    root = ""
+    claims = Claims()
 
     def stand(self, view: str) -> None:
         """Nothing is made for it."""
@@ -44,6 +47,9 @@ class NoSaves:
 
     def interrupt(self) -> None:
         """Nothing waits."""
+
+    def leave(self) -> None:
+        """Nothing is under way."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -100,18 +100,27 @@ class KeptBuffers:
     """The buffers of a module as they are now, to be put back."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._kept = [
-            (owner, name, buffer, buffer.detach().clone())
-            for owner in module.modules()
+        self._kept: dict[str, tuple[nn.Module, str, Tensor, Tensor]] = {
+            f"{path}.{name}" if path else name: (owner, name, buffer, buffer.detach().clone())
+            for path, owner in module.named_modules()
             for name, buffer in owner.named_buffers(recurse=False)
-        ]
+        }
+
+    def content(self, name: str) -> Tensor:
+        """What the buffer of this name in the module had then."""
+        return self._kept[name][3]
 
     def put_back(self) -> None:
         """Their contents, and the tensors themselves where forward has put others in their place."""
+        for name in self._kept:
+            self.put(name, self.content(name))
+
+    def put(self, name: str, content: Tensor) -> None:
+        """One of them has this content, whatever forward has put in its place."""
+        owner, attribute, buffer, _ = self._kept[name]
         with torch.no_grad():
-            for owner, name, buffer, content in self._kept:
-                buffer.copy_(content)
-                setattr(owner, name, buffer)
+            buffer.copy_(content)
+        setattr(owner, attribute, buffer)
 
 
 @contextmanager

@@ -5,17 +5,19 @@ Only the optimizer's step, and rebuilding, change the state of a stage; of whate
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import msgspec
 import torch
+from torch import Tensor
 
 from elastickpt.elastic.duties import Exchange, TaskOver
-from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
+from elastickpt.elastic.gradients import Clipping, clip, divide, keep_buffers_equal, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
 from elastickpt.elastic.joining import Job, Task
 from elastickpt.elastic.links import GlooLinks, LinkBroken, Links
@@ -34,14 +36,16 @@ from elastickpt.elastic.membership import (
     Took,
 )
 from elastickpt.elastic.mending import HEAR_LIMIT_S, Mending, NoGood, Rebuilding
-from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, raised_by_user, sees_batches
+from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, flushes_of, raised_by_user, sees_batches
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Reports, by_stage
 from elastickpt.elastic.saves import Saves
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.standing import Standing, require_equal_replicas, stand_together
 from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams
-from elastickpt.errors import DeadlineExceeded, RecoveryFailed, Refused
+from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
+
+log = logging.getLogger(__name__)
 
 OTHERS_BUILD_S = 3600.0
 """For how long a member waits for those that still build their stages; a loss among them ends the wait."""
@@ -61,12 +65,14 @@ class Training:
 
 @dataclass(slots=True)
 class _Held:
-    """What this member holds once it has a place. `kept`: the buffers as the step in flight found them."""
+    """What this member holds once it has a place. `kept`: the buffers as the step in flight found them; `replicated_nbytes`:
+    what it sent in the newest step to keep its replicas equal."""
 
     place: Place
     stage: Stage
     mending: Mending
     kept: KeptBuffers | None = None
+    replicated_nbytes: int = 0
     standing: Standing | None = None
 
 
@@ -115,13 +121,13 @@ class Tasks:
             if sees_batches(self._training.passing, place.stage, stages=place.stages):
                 with raised_by_user(), self._watch.own_code():
                     batch = self._training.batches.of(step)
-            held.kept = KeptBuffers(stage.module)
+            held.kept = kept = KeptBuffers(stage.module)
             self._zero(held)
             seed_streams(self._training.seed, step, place.stage)
             losses = standing.passage.train(step, batch)
             if self._training.passing.swap is not None:
                 with raised_by_user():
-                    sum_over_replicas(stage, place, links)
+                    self._unite_replicas(held, links, kept)
             divide(stage.module.parameters(), self._training.passing.microbatches)
             norm = clip(stage, place, self._training.clipping, links)
         except (LinkBroken, OwnCodeRaised) as error:
@@ -130,6 +136,15 @@ class Tasks:
         self._task = None
         digest = "" if batch is None else digest_of(batch)
         self._job.done(task, Computed(digest, norm, tuple(float(one.double()) for one in losses)))
+
+    def _unite_replicas(self, held: _Held, links: Links, kept: KeptBuffers) -> None:
+        """Both replicas of embedding and head have one gradient, and one content of each buffer."""
+        passing, place = self._training.passing, held.place
+        first, *_ = flushes_of(passing, step=self.step, stages=place.stages)
+        nbytes = sum_over_replicas(held.stage, place, links) + keep_buffers_equal(held.stage, place, first.order, links, kept)
+        if nbytes != held.replicated_nbytes:
+            held.replicated_nbytes = nbytes
+            log.info("stage %d: %d bytes a step keep its replicas of embedding and head equal", place.stage, nbytes)
 
     def give_up(self, task: Task, error: LinkBroken | OwnCodeRaised) -> None:
         self._undo()
@@ -184,12 +199,12 @@ class Tasks:
                 training.batches.of(act.view.step)
 
         passage = Passage(held.stage, held.place, training.passing, links, self._watch)
-        equal = training.policy.needs_equal_stages
+        equal = training.policy.needs_equal_stages(training.passing.swap)
         held.standing = stand_together(
             held.stage, held.place, training.passing, passage, exchange, equal=equal, ask=first_batch
         )
         self.saves.stand(f"{act.view.epoch}-{act.view.generation}")
-        finite = stage not in act.view.lost and _is_finite(held.stage)
+        finite = stage not in act.view.lost and _are_finite(held.mending.given())
         self._job.done(task, Made(finite, self.evaluating))
 
     def _built(self, stages: int) -> _Held:
@@ -209,7 +224,8 @@ class Tasks:
         self.pending = done
         try:
             if back is not None:
-                done.read = held.mending.load_all(back.path, self.history)
+                done.read = held.mending.load_all(back.path, back.step or 0, self.history)
+                self.history.goes_on(self._training.seed)
                 self.step = back.step or 0
                 self.reports.rolled_back(self.step)
             elif act.sources:
@@ -219,7 +235,9 @@ class Tasks:
                 self.pending = done
             elif self.reports.new and self._training.passing.swap is not None:
                 require_equal_replicas(held.stage, held.place, exchange)
-        except NoGood as error:
+        except (NoGood, StateMismatch) as error:
+            if isinstance(error, StateMismatch) and not (act.view.lost or act.view.rollback):
+                raise  # the first start from this checkpoint: an older one is no other model's
             self._job.done(task, NotMended(str(error)))
             return
         self.saves.goes_on(act.epoch)
@@ -255,11 +273,9 @@ class Tasks:
         self.over = True
         self._unlink()
         self.saves.close()
-        end = act.end
-        if end.reason == "step-failed" and self._raised is not None:
+        if act.end.reason == "step-failed" and self._raised is not None:
             raise self._raised
-        if end.reason:
-            raise RecoveryFailed(f"{end.reason}: {end.message}", reason=end.reason, code=end.code)
+        self._job.require_good_end()
 
     def _zero(self, held: _Held) -> None:
         for parameter in held.stage.module.parameters():
@@ -279,6 +295,8 @@ class Tasks:
         if links is not None:
             links.abort()
         self.saves.interrupt()
+        if self._job.forms:
+            self.saves.leave()
 
     def _unlink(self) -> None:
         """The groups of the view are gone, now: whatever else holds them would do so until a collection of garbage."""
@@ -316,6 +334,5 @@ class _Watched:
         return self._job.own_code()
 
 
-def _is_finite(stage: Stage) -> bool:
-    tensors = (one for part in stage.tensors.values() for one in part.values())
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point() or one.is_complex())

@@ -64,6 +64,7 @@ class Recoveries:
         self.untold: Recovery | None = None
         self._told_of = self.timeline
         self._reached: set[str] = set()
+        self._begun: list[tuple[int, int, float]] = []  # recoveries of the last two steps: step, generation, seconds
         self.survivors: frozenset[str] = frozenset()  # who held a place when all stood last
 
     def complete(self, order: Recovered, epoch: int, now: float) -> None:
@@ -82,8 +83,15 @@ class Recoveries:
         if self.untold is None or not self._reached >= set(members):
             return None
         seconds = self._told_of.since(now)
-        self.untold = self.untold if seconds is None else self.untold.begun(seconds)
+        if seconds is not None:
+            self.untold = self.untold.begun(seconds)
+            step = self.untold.step
+            self._begun = [one for one in self._begun if one[0] >= step - 1] + [(step, self.untold.generation, seconds)]
         return self.given_up()
+
+    def begun_by(self, step: int) -> tuple[tuple[int, float], ...]:
+        """By generation, when what ran after a recovery began: of those that a report of this committed step names."""
+        return tuple((generation, seconds) for at, generation, seconds in self._begun if at <= step)
 
     def given_up(self) -> Recovery | None:
         """What is to be told as it is: nothing more becomes known of it."""

@@ -20,9 +20,9 @@ from elastickpt.elastic.saves import NoSaves, Saves
 from elastickpt.elastic.stages import Place, Stage, Swap
 from elastickpt.elastic.starts import Batch, Batches, require_batch, untouched
 from elastickpt.elastic.tasks import Tasks, Training
-from elastickpt.errors import RecoveryFailed, Refused
+from elastickpt.errors import PathOccupied, RecoveryFailed, Refused
 from elastickpt.runs.run import Run
-from elastickpt.runs.view_saves import ViewSaves
+from elastickpt.runs.view_saves import Claims, ViewSaves
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class PipelineTrainer:
         self._job, self._passing, self._on_rebuilt = job, passing, on_rebuilt
         self._tasks = Tasks(job, training, saves)
         self._arrived: Task | None = None  # of which what it says has been taken in
-        job.declare(_terms(policy, passing, saves.root))
+        job.declare(_terms(policy, passing, saves.claims))
         job.on_interrupt(self._tasks.interrupt)
         job.on_leaving(self._leave)
 
@@ -146,6 +146,8 @@ class PipelineTrainer:
                 tasks.history.norms = by_stage(go.last)
         if go is None or (go.recovered is not None and go.recovered.decision == "forward"):
             tasks.reports.saved(tasks.saves.at(tasks.step, tasks.state()))
+        else:
+            tasks.reports.saved(None)  # whoever took a place knows of no save, and all are to act alike
         if go is not None and go.recovered is not None:
             self._recovered(go.recovered)
 
@@ -164,7 +166,8 @@ class PipelineTrainer:
         """The job is to end here: what is not saved yet is, and waited for."""
         tasks = self._tasks
         handle = tasks.reports.saving or tasks.saves.now(tasks.step, tasks.state())
-        if handle is not None and (error := handle.exception()) is not None:
+        error = None if handle is None else handle.exception()
+        if error is not None and not isinstance(error, PathOccupied):  # that is a step that was saved before a loss
             log.warning("step %d is not saved at the end: %s", tasks.step, error)
         self._job.done(task, LoopEnded())
 
@@ -182,9 +185,12 @@ class PipelineTrainer:
                 self._tasks.part()
 
 
-def _terms(policy: Policy, passing: Passing, run: str) -> Terms:
+def _terms(policy: Policy, passing: Passing, claims: Claims) -> Terms:
     return Terms(
-        run=run,
+        run=claims.root,
+        keep=claims.keep,
+        take_over=claims.take_over,
+        orphans_s=claims.orphans_s,
         rungs=policy.rungs,
         swap=passing.swap is not None,
         weighting=policy.weighting,

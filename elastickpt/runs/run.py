@@ -111,7 +111,8 @@ class Run:
         self._saver = Saver(self._group, self._options.saving, purpose=f"{self._purpose}-saves")
         self._keep = keep or Keep()
         self._upkeep = Upkeep(self._store, self._keep)
-        self._notices = Notices(heard_here(self._options.signals, where=self.root))
+        heard = {} if state is None else heard_here(self._options.signals, where=self.root)  # a member of a job just ends
+        self._notices = Notices(heard)
         self._answering = Answering(tcp_host=_reached_at(self._team.hosts)) if self._member == 0 else None
         self._calendar = self._calendar_of(epoch=0)
         self._trace = trace_in(self._options.trace, rank=self._group.rank)
@@ -372,13 +373,14 @@ class Run:
                 self._superseded = error
         if info is not None and self._member == 0:
             self._upkeep.committed()
-        self._upkeep.call(lambda: self._tell_saved(ended))
+        self._upkeep.call(lambda: self.tell_saved(ended, rank=self._group.rank, member=self._member))
 
-    def _tell_saved(self, ended: Ended) -> None:
+    def tell_saved(self, ended: Ended, *, rank: int, member: int) -> None:
+        """Who watches hears of a save of this rank. In the thread of the upkeep."""
         if self._trace is not None:
-            for phase in ended.phases(self._group.rank):
+            for phase in ended.phases(rank):
                 self._trace.add(phase)
-        if self._member == 0:
+        if member == 0:
             event = ended.event()
             for watcher in self._options.watchers:
                 watcher.saved(event)

@@ -1,123 +1,171 @@
 """Saves into a run by a job whose process groups come and go: who claimed the run, and who restored it, is somebody else.
 
-A view has a group and a saver of its own. A save under way when its view ends is left to its writers: it commits whole, or
-there is no checkpoint of it.
+Each view has a group, and a saver for it; all of them save by the same arenas and the same writer process. A save under way
+when a view is over is left to the writers: it commits whole, or there is no checkpoint of it, shortly after the next view.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from elastickpt.commit.destination import RunDestination
-from elastickpt.errors import CheckpointError
+from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Adopted
-from elastickpt.ledger.stored import read_adopted, read_claim
+from elastickpt.ledger.retention import words_of
+from elastickpt.ledger.stored import read_adopted, read_claim, read_start
 from elastickpt.ranks.process_group import Group, end_team, job_group
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Every, Measured
+from elastickpt.runs.ended import Ended
 from elastickpt.runs.run import Run
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.task import SaveHandle
+from elastickpt.saving.yard import Yard
 
 log = logging.getLogger(__name__)
 
-LEFT_LIMIT_S = 2.0
-"""For how long a saver of a view that is over waits for its saves, beside training."""
+LEFT_LIMIT_S = 1.5
+"""How long what is under way when a view is over has to commit, from the next view on; beside training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """How a run is claimed by who restores it for the members: its `root`, "" for no run; what it keeps, in words; `take_over`
+    and `orphans_s` as in `RunOptions`."""
+
+    root: str = ""
+    keep: str = ""
+    take_over: bool = False
+    orphans_s: float = 60.0
 
 
 class ViewSaves:
     """One member's saves into `run`, which was made before there was a group, and which nobody restores. For the thread that
-    trains, but for `interrupt`."""
+    trains, but for `interrupt` and `leave`."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._store, self._options = run, run._store, run._options
-        self._epoch, self._views = 0, 0
+        self._epoch = 0
         self._group: Group | None = None
-        self._purpose = ""
+        self._purpose, self._of_view = "", 0
+        self._yard: Yard | None = None
         self._saver: Saver | None = None
+        self._leaving: list[threading.Thread] = []
         self._calendar: Calendar | None = None
         self._holding: Holding | None = None
         self._last: CheckpointInfo | None = None
+        self._superseded: Superseded | None = None
         self._under_way = 0
-        self._began: float | None = None
         self._changing = threading.Lock()
 
     @property
-    def root(self) -> str:
-        return self._run.root
+    def claims(self) -> Claims:
+        return Claims(self._run.root, words_of(self._run._keep), self._options.take_over, self._options.orphans_s)
 
     def stand(self, view: str) -> None:
         """A view begins, whose name is the same on all members and no other one's; its process group is the default one."""
-        self._leave()
-        self._group, self._purpose = job_group(None), f"view-{view}-saves"
+        self.leave()
+        with self._changing:
+            self._group, self._purpose, self._calendar = job_group(None), f"view-{view}-saves", None
+            self._of_view = 0  # saves so far
 
     def goes_on(self, epoch: int) -> None:
         """The run is claimed for this job as `epoch`, from here on."""
-        if epoch != self._epoch:
-            self._epoch, self._holding = epoch, None
+        with self._changing:
+            if epoch != self._epoch:
+                self._epoch, self._holding, self._superseded = epoch, None, None
 
     def at(self, step: int, state: Mapping[str, object]) -> SaveHandle | None:
-        """A save of `step` completed steps, if it is due; all members call this after the same steps. Blocks as `save` does."""
-        if self._epoch == 0:
+        """A save of `step` completed steps, if it is due; all members call this after the same steps. Blocks as `save` does.
+        Raises Superseded once a save has found that another job has the run."""
+        if self._superseded is not None:
+            raise self._superseded
+        group = self._group
+        if self._epoch == 0 or group is None:
             return None
-        day = self._calendar_now().day(step, notice=None, measured=self._measured(), saves=self._saves())
+        day = self._calendar_now(group).day(step, notice=None, measured=self._measured(), saves=self._saves())
         return self.now(step, state) if day.saves else None
 
     def now(self, step: int, state: Mapping[str, object]) -> SaveHandle | None:
-        """A save of `step` completed steps, due or not; None where no run is claimed."""
-        if self._epoch == 0 or self._group is None:
-            return None
-        if self._saver is None:
-            self._saver = Saver(self._group, self._options.saving, purpose=self._purpose)
-        self._calendar_now().saved()
-        destination = RunDestination(self._store, self._holding_now(), step, self._epoch)
-        handle = self._saver.save(state, destination, self._options.request(destination.place, step))
+        """A save of `step` completed steps, due or not; None where no run is claimed, and where the view is over."""
+        with self._changing:
+            group = self._group
+            if self._epoch == 0 or group is None:
+                return None
+            self._yard = self._yard or Yard(self._options.saving)
+            self._saver = saver = self._saver or Saver(group, self._yard, purpose=self._purpose)
+            self._of_view += 1
+        if self._of_view == 2:  # by now a stage that was rebuilt has moments
+            saver.ask_once()
+        self._calendar_now(group).saved()
+        begun, about, place = time.monotonic(), (step, self._epoch), (group.rank, group.member)
+        destination = RunDestination(self._store, self._holding_now(group), step, self._epoch)
+        try:
+            handle = saver.save(state, destination, self._options.request(destination.place, step))
+        except Refused:
+            if self._saver is saver:
+                raise
+            return None  # the view was over before
         with self._changing:
             self._under_way += 1
-        handle.add_done_callback(self._ended)
+        staged = time.monotonic()
+        handle.add_done_callback(lambda ended: self._ended(ended, place, about, begun, staged))
         return handle
 
     def interrupt(self) -> None:
         """The view is over: what the thread that trains waits for in here ends. From any thread."""
-        group, saver = self._group, self._saver
+        with self._changing:
+            group, saver = self._group, self._saver
         if group is not None and saver is not None:
             end_team(group, self._purpose, "its view is over")
 
+    def leave(self) -> None:
+        """The next view is known, and whole: what is under way ends within a stated time. From any thread; not blocking."""
+        with self._changing:
+            saver, self._saver, self._group, self._calendar = self._saver, None, None, None
+            if saver is not None:
+                thread = threading.Thread(target=_leave, args=(saver,), name="elastickpt-old-saves", daemon=True)
+                self._leaving = [*(one for one in self._leaving if one.is_alive()), thread]
+                thread.start()
+
     def close(self) -> None:
         """What is under way is waited for as at the end of a run."""
-        saver, self._saver = self._saver, None
+        with self._changing:
+            saver, self._saver, self._group = self._saver, None, None
+        until = time.monotonic() + self._options.saving.exit_limit_s
         if saver is not None:
             saver.close()
+        for thread in self._leaving:
+            thread.join(max(0.0, until - time.monotonic()))
+        if self._yard is not None:
+            self._yard.close(limit_s=max(0.0, until - time.monotonic()))
         self._run.close()
 
-    def _leave(self) -> None:
-        saver, self._saver, self._calendar = self._saver, None, None
-        if saver is not None:
-            _beside(lambda: saver.close(limit_s=LEFT_LIMIT_S))
-
-    def _calendar_now(self) -> Calendar:
+    def _calendar_now(self, group: Group) -> Calendar:
         if self._calendar is None:
-            assert self._group is not None, "a view stands"
             board: Board = LocalBoard()
             if not (isinstance(self._options.due, Every) and self._options.due.steps is not None):
-                board = self._group.own_store(f"{self._purpose}/steps-{self._epoch}")
-            self._calendar = Calendar(board, self._options.due, member=self._group.member, members=len(self._group.ranks))
+                board = group.own_store(f"{self._purpose}/steps-{self._epoch}")
+            self._calendar = Calendar(board, self._options.due, member=group.member, members=len(group.ranks))
         return self._calendar
 
-    def _holding_now(self) -> Holding | None:
+    def _holding_now(self, group: Group) -> Holding | None:
         """The job's claim, as the run has it; on member 0, which opens attempts."""
-        if self._group is None or self._group.member != 0:
+        if group.member != 0:
             return None
         if self._holding is None:
             claim, adopted = complete(read_claim(self._store, self._epoch)), complete(read_adopted(self._store, self._epoch))
             if isinstance(adopted, Adopted):
                 self._holding = Holding(self._epoch, claim.by, adopted)
-                self._run._upkeep.started(self._holding, verified={})
+                continued = complete(read_start(self._store, self._epoch)).continued  # all members have loaded it
+                self._run._upkeep.started(self._holding, verified={} if continued is None else {continued: True})
         return self._holding
 
     def _measured(self) -> Measured:
@@ -128,23 +176,23 @@ class ViewSaves:
         with self._changing:
             return Saves(0.0 if last is None else last.stall_s + last.plan_s + last.write_s + last.commit_s, self._under_way)
 
-    def _ended(self, handle: SaveHandle) -> None:
+    def _ended(self, handle: SaveHandle, place: tuple[int, int], about: tuple[int, int], begun: float, staged: float) -> None:
+        rank, member = place
         error = handle.exception()
+        info = handle.result() if error is None else None
+        ended = Ended(*about, info, error, begun, staged, time.monotonic())
         with self._changing:
             self._under_way -= 1
-        if error is None:
-            self._last = handle.result()
-            if self._group is not None and self._group.member == 0:
-                self._run._upkeep.committed()
-        else:
-            log.warning("%s: not saved: %s", handle.path, error)
+            self._last = info or self._last
+            if isinstance(error, Superseded) and ended.epoch == self._epoch:  # a rollback supersedes saves under way
+                self._superseded = error
+        if info is not None and member == 0:
+            self._run._upkeep.committed()
+        self._run._upkeep.call(lambda: self._run.tell_saved(ended, rank=rank, member=member))
 
 
-def _beside(work: Callable[[], None]) -> None:
-    def carefully() -> None:
-        try:
-            work()
-        except CheckpointError as error:
-            log.warning("saves of a view that is over: %s", error)
-
-    threading.Thread(target=carefully, name="elastickpt-old-saves", daemon=True).start()
+def _leave(saver: Saver) -> None:
+    try:
+        saver.leave("its view of the job is over", limit_s=LEFT_LIMIT_S)
+    except CheckpointError as error:
+        log.warning("saves of a view that is over: %s", error)

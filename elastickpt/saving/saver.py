@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, TypeVar
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.destination import Destination, leave_place, take_place
 from elastickpt.commit.draft import ended
-from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, SaveSkipped, fault
+from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost, Refused, SaveSkipped, fault
 from elastickpt.ranks.process_group import Group, end_team, team_of
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.threads import Worker
-from elastickpt.saving.arenas import Arenas, Slot
+from elastickpt.saving.arenas import Slot
 from elastickpt.saving.beside import Beside
 from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.save_states import Event
@@ -34,9 +34,9 @@ from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN, propose
 from elastickpt.saving.task import SaveHandle, Task, Times, info_of
 from elastickpt.saving.writer_pool import WriterPool
-from elastickpt.training.device import Cuda, DeviceCopier, StepGate
+from elastickpt.saving.yard import Yard
+from elastickpt.training.device import DeviceCopier, StepGate
 from elastickpt.training.held import HeldArray
-from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan
 from elastickpt.writer.share import Share
 from elastickpt.writer.submissions import StagedPortion, Submission
@@ -56,21 +56,25 @@ class Saver:
     all ranks. All ranks call `save` in the same order, from one thread.
     """
 
-    def __init__(self, group: Group, options: AsyncOptions, *, purpose: str, copier: DeviceCopier | None = None) -> None:
+    def __init__(self, group: Group, yard: AsyncOptions | Yard, *, purpose: str, copier: DeviceCopier | None = None) -> None:
+        """In a yard that others come to after it, or in one of its own with these options."""
+        self._yard = yard if isinstance(yard, Yard) else Yard(yard, copier)
+        self._own = None if self._yard is yard else self._yard
+        options = self._yard.options
         self._owner = os.getpid()
         self._rank, self._world_size = group.rank, group.world_size
         self._meet, self._end_team = _meeting(group, purpose, options)
         self._options = options
-        self._copier = copier or Cuda()
         self._gate = StepGate()
-        self._writers = WriterPool(options)
-        self._arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, copier=self._copier)
+        self._writers = WriterPool(self._yard)
+        self._arenas = self._yard.arenas
         self._beside = Beside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
         self._rounds = Worker("elastickpt-rounds")
         self._endings = Worker("elastickpt-endings")
         self._open: set[Task] = set()
         self._changed = threading.Condition()
         self._closed = False
+        self._asks = False
         self._saves = 0
         self._skipped = 0
 
@@ -116,6 +120,11 @@ class Saver:
             raise
         return task.handle
 
+    def ask_once(self) -> None:
+        """The next save asks the other ranks before it stages, as what some of them hold may have changed; all ranks call this
+        before the same save."""
+        self._asks = True
+
     def close(self, *, limit_s: float | None = None) -> None:
         """Takes no more saves, waits for those under way at most `limit_s` (default: the option), and leaves the rest to the
         writer process to finish. Blocking."""
@@ -124,17 +133,45 @@ class Saver:
         self._closed = True
         limit_s = self._options.exit_limit_s if limit_s is None else limit_s
         until = time.monotonic() + limit_s
+        left = self._still_open(limit_s)
+        if left:
+            places = ", ".join(sorted(task.handle.path for task in left))
+            log.warning("not waiting any longer for saves under way, which are left to their writers: %s", places)
+        self._end_all(until)
+
+    def leave(self, why: str, *, limit_s: float) -> None:
+        """Takes no more saves, as its team is gone. A save that all ranks have handed over commits, if it does within the
+        limit; every other one ends without a checkpoint. Their places are free at once. Blocking, for as long as the storage
+        takes beyond the limit."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        self._end_team()
+        with self._changed:
+            for task in self._open:
+                if task.marked:
+                    task.marked = False
+                    leave_place(task.destination.place)
+        for task in self._still_open(limit_s):
+            if task.attempt is not None:
+                self._writers.settle(task.attempt, RankLost(why))
+        self._still_open(self._options.exit_limit_s)
+        self._end_all(time.monotonic())
+
+    def _still_open(self, limit_s: float) -> list[Task]:
+        """The saves that have not ended within the limit. Blocking."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open, limit_s)
-            left = sorted(task.handle.path for task in self._open)
-        if left:
-            log.warning("not waiting any longer for saves under way, which are left to their writers: %s", ", ".join(left))
+            return list(self._open)
+
+    def _end_all(self, until: float) -> None:
         self._writers.close(limit_s=max(0.0, until - time.monotonic()))
+        if self._own is not None:
+            self._own.close(limit_s=max(0.0, until - time.monotonic()))
         self._rounds.put(self._end_team)  # not before: saves that are in their rounds still end
         self._rounds.put(self._endings.stop)
         self._rounds.stop()
         self._gate.open()
-        self._arenas.close()
 
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
@@ -149,7 +186,8 @@ class Saver:
             self._require_decisions(task)
             task.slot = self._arenas.reserve(limit_s=self._options.stall_limit_s)
             arrays = task.proposal.live.arrays
-            known = KNOWN.to_stage_by(self, task.proposal.table.digest, task.request)
+            known = None if self._asks else KNOWN.to_stage_by(self, task.proposal.table.digest, task.request)
+            self._asks = False
             stager = None if known is None else known.stager(self._options.arena_nbytes)
             if known is None or stager is None or len(stager.prepared.portions) > 1:
                 return lambda: self._stage_together(task, arrays)
@@ -270,9 +308,6 @@ class Saver:
 
     # -- on other threads ----------------------------------------------------------------------------------------------
 
-    def _forget(self, arena: Arena) -> None:
-        self._writers.forget(arena)
-
     def _ended(self, task: Task, outcome: Committed | BaseException) -> None:
         at = time.perf_counter()
         self._endings.put(lambda: self._end(task, outcome, at))
@@ -280,7 +315,9 @@ class Saver:
     def _end(self, task: Task, outcome: Committed | BaseException, at: float) -> None:
         if task.attempt is not None:
             ended(task.attempt.draft)
-        if task.marked:
+        with self._changed:
+            marked, task.marked = task.marked, False
+        if marked:
             leave_place(task.destination.place)
         if isinstance(outcome, SaveSkipped):
             self._skipped += 1

@@ -1,4 +1,4 @@
-"""Where the writers of a job meet, and the writers themselves: one process for this rank, or a thread for each store."""
+"""Where the writers of a team meet, and the writers themselves: one process for this rank, or a thread for each store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
 from elastickpt.ranks.messages import Message
 from elastickpt.ranks.team import Question, Team
-from elastickpt.saving.request import AsyncOptions
+from elastickpt.saving.yard import Yard
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
-from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.submissions import StagedPortion, Submission
-from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
 
 
@@ -32,7 +30,7 @@ SEATS = Question("seats", str, Seats)  # each says where its writer listens, "" 
 
 
 class Writer(Protocol):
-    """What `Supervisor` and `ThreadWriter` have in common."""
+    """What `SeatedWriter` and `ThreadWriter` have in common."""
 
     def submit(self, staged: StagedPortion, arena: Arena) -> Submission: ...
 
@@ -40,7 +38,7 @@ class Writer(Protocol):
 
     def cancel(self, submission: Submission) -> None: ...
 
-    def forget(self, arena: Arena) -> None: ...
+    def settle(self, attempt: Attempt, why: CheckpointError) -> None: ...
 
     def close(self, *, limit_s: float = 10.0) -> None: ...
 
@@ -49,13 +47,12 @@ class Writer(Protocol):
 
 
 class WriterPool:
-    """This rank's writers. A writer is made once all members have said where theirs listen; all of it off the thread that
-    trains."""
+    """This rank's writers for one team: the process of a yard, or threads of their own. A writer is there once all members have
+    said where theirs listen; all of it off the thread that trains."""
 
-    def __init__(self, options: AsyncOptions) -> None:
-        self._options = options
+    def __init__(self, yard: Yard) -> None:
+        self._yard, self._options = yard, yard.options
         self._writers: dict[str, Writer] = {}
-        self._listeners: list[socket.socket] = []
         self._closed = False
 
     def seated(self, store: str) -> bool:
@@ -103,29 +100,25 @@ class WriterPool:
             if listener is not None:
                 listener.close()
             raise Refused("these writers were closed")
-        key, options = self._key(store.url), self._options
+        key = self._key(store.url)
         old = self._writers.pop(key, None)  # of before somebody lost his
         if old is not None:
             old.close(limit_s=0.0)
-        if options.executor == "thread":
+        if self._options.executor == "thread":
             self._writers[key] = ThreadWriter(store, seat=seat, listener=listener)
         else:
-            wanted = WriterOptions(niceness=options.niceness, io=options.io)
-            self._writers[key] = Supervisor(wanted, seat=seat, listener=listener)
-        if listener is not None:
-            self._listeners.append(listener)
+            self._writers[key] = self._yard.seated(seat, listener)
 
     def _key(self, store: str) -> str:
         return store if self._options.executor == "thread" else ""
 
-    def forget(self, arena: Arena) -> None:
-        for writer in self._writers.values():
-            writer.forget(arena)
+    def settle(self, attempt: Attempt, why: CheckpointError) -> None:
+        """Its team is gone: the attempt is found committed, or aborted. Not blocking."""
+        if (writer := self._writers.get(self._key(attempt.store))) is not None:
+            writer.settle(attempt, why)
 
     def close(self, *, limit_s: float) -> None:
-        """Ends the writers; see `Supervisor.close`. Blocking."""
+        """Takes nothing more. Ends writers that are threads, see `ThreadWriter.close`. Blocking."""
         self._closed = True
         for writer in self._writers.values():
             writer.close(limit_s=limit_s)
-        while self._listeners:
-            self._listeners.pop().close()

@@ -99,6 +99,15 @@ class AttemptWorker:
             self._assembly.say(say.attempt, RankFailure(self._rank, *say.failed))
         self._assembly.find_out(say.attempt)
 
+    def settle(self, attempt: str, kind: str, message: str) -> None:
+        """The team is gone: what became of the attempt is found out, or it is aborted for that reason. Does not block."""
+        self._assembly.settle(attempt, RankFailure(self._rank, kind, message))
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it takes part in an attempt that is not decided."""
+        return bool(self._enrolled)
+
     def join(self, limit_s: float) -> bool:
         """Whether all attempts were decided within the limit. Blocking."""
         return self._assembly.join(limit_s)

@@ -64,7 +64,8 @@ class Child:
         self.heard_at = time.monotonic()
         self.arenas: set[int] = set()
         self._structures: OrderedDict[str, None] = OrderedDict()  # that it was sent, by digest
-        self._seated = False
+        self._seats: set[bytes] = set()  # that it was sent, by secret
+        self._seat: bytes | None = None  # the one of the jobs that come
         self._errors = errors
 
     @classmethod
@@ -99,11 +100,13 @@ class Child:
         return child
 
     def seat(self, seat: Seat, listener: socket.socket | None) -> None:
-        """It sits among the job's writers. Raises PeerGone."""
-        if not self._seated:
-            self._seated = True
-            here = SeatHere(seat.member, seat.ranks, seat.candidates, seat.secret, seat.limits, listener is not None)
-            self.wire.send(here, descriptors=() if listener is None else (listener.fileno(),))
+        """It sits there among the writers of a team. Raises PeerGone."""
+        if self._seat != seat.secret:
+            given = listener if seat.secret not in self._seats else None
+            self._seat = seat.secret
+            self._seats.add(seat.secret)
+            here = SeatHere(seat.member, seat.ranks, seat.candidates, seat.secret, seat.limits, given is not None)
+            self.wire.send(here, descriptors=() if given is None else (given.fileno(),))
 
     def hand(self, submission: Submission) -> None:
         """It is told of the submission, and before of all that this names. Raises PeerGone."""
@@ -117,11 +120,14 @@ class Child:
         if submission.takes_part:
             self.wire.send(submission.enroll())
         if submission.said is not None or arena is None:
-            return self.wire.send(submission.say())
-        if arena.number not in self.arenas:
-            self.arenas.add(arena.number)
-            self.wire.send(ArenaHere(arena.number, arena.nbytes), descriptors=(arena.descriptor,))
-        return self.wire.send(submission.write())
+            self.wire.send(submission.say())
+        else:
+            if arena.number not in self.arenas:
+                self.arenas.add(arena.number)
+                self.wire.send(ArenaHere(arena.number, arena.nbytes), descriptors=(arena.descriptor,))
+            self.wire.send(submission.write())
+        if submission.settling is not None:
+            self.wire.send(submission.settle())
 
     def put_down(self, limit_s: float) -> bool:
         """Kills it; whether it is gone for certain, with all that it had begun. Blocking, at most `limit_s`."""

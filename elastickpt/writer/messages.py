@@ -10,7 +10,8 @@ A message is a length, then msgpack; descriptors go beside it.
                 by digest; sent once
     StructureGone   no job will name it again              Failed      the job ended; nothing more is done for it
     SeatHere    with a descriptor, if it listens: where
-                it sits among the job's writers            Decided     what became of the attempt of a job that enrolled
+                it sits among a team's writers, for the
+                jobs that follow                           Decided     what became of the attempt of a job that enrolled
     MarkHere    with a descriptor: the mark of an attempt,
                 to be held until that is decided
     Enroll      before Write or Say: take part in the
@@ -18,6 +19,8 @@ A message is a length, then msgpack; descriptors go beside it.
     Write       a portion of a job is staged, or begins to be:
                 write it
     Say         a job's attempt is attested, or failed
+    Settle      its team is gone: an attempt that is open is
+                found committed now, or aborted
     Cancel      end the job as soon as may be
     Quit        end now, whatever is left
 
@@ -87,7 +90,7 @@ class StructureGone(Message, frozen=True, tag=True):
 
 
 class SeatHere(Message, frozen=True, tag=True):
-    """A `Seat`. `listening`: its listener comes with this message."""
+    """A `Seat`; one with the secret of an earlier one is that. `listening`: its listener comes with this message."""
 
     member: int
     ranks: tuple[int, ...]
@@ -134,6 +137,14 @@ class Say(Message, frozen=True, tag=True):
     failed: tuple[str, str] | None
 
 
+class Settle(Message, frozen=True, tag=True):
+    """The attempt with this id; `kind` and `message` are why it is aborted, if it is."""
+
+    attempt: str
+    kind: str
+    message: str
+
+
 class Cancel(Message, frozen=True, tag=True):
     job: int
 
@@ -177,7 +188,7 @@ class Decided(Message, frozen=True, tag=True):
 
 Here = ArenaHere | StructureHere | SeatHere | MarkHere
 Gone = ArenaGone | StructureGone
-ToWriter = Hello | Here | Gone | Enroll | Write | Say | Cancel | Quit
+ToWriter = Hello | Here | Gone | Enroll | Write | Say | Settle | Cancel | Quit
 FromWriter = Ready | Beat | Progress | Done | Failed | Decided
 WriterMessage = ToWriter | FromWriter
 _ANY = cast("type[WriterMessage]", WriterMessage)

@@ -45,6 +45,7 @@ from elastickpt.writer.messages import (
     Ready,
     Say,
     SeatHere,
+    Settle,
     StructureGone,
     StructureHere,
     Wire,
@@ -86,9 +87,10 @@ class _Process:
         self._stores: dict[str, Store] = {}
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
-        self._enrolled: set[int] = set()  # jobs whose attempt this writer has a part in
-        self._part: AttemptWorker | None = None
-        self._opening = threading.Lock()
+        self._enrolled: dict[int, AttemptWorker] = {}  # by job: this writer's part in its attempt
+        self._parts: dict[bytes, AttemptWorker] = {}  # by the secret of a seat
+        self._part: AttemptWorker | None = None  # of the seat of the jobs that come
+        self._sitting, self._opening = threading.Lock(), threading.Lock()
         self._quitting = False
         self._orphaned = False
 
@@ -111,8 +113,9 @@ class _Process:
         except PeerGone:
             self._finish()
             worker.join()
+            for part in list(self._parts.values()):
+                part.join(self._hello.lease_s)
             if self._part is not None:
-                self._part.join(self._hello.lease_s)
                 self._part.depart()
 
     # -- the listening thread ------------------------------------------------------------------------------------------
@@ -150,12 +153,15 @@ class _Process:
             case MarkHere(attempt):
                 self._taking_part().hold(attempt, socket.socket(fileno=descriptor))
             case Enroll(job):
-                self._enrolled.add(job)
-                self._taking_part().begin(message, self._structures.get(message.structure))
+                self._enrolled[job] = part = self._taking_part()
+                part.begin(message, self._structures.get(message.structure))
             case Write():
                 self._tasks.put(_Task(message, self._structures[message.structure], self._arenas[message.arena]))
             case Say():
                 self._taking_part().repeat(message)
+            case Settle(attempt, kind, why):
+                for part in list(self._parts.values()):
+                    part.settle(attempt, kind, why)
             case Cancel(job):
                 self._cancelled.add(job)
             case Quit():
@@ -164,15 +170,32 @@ class _Process:
                 pass
 
     def _sit(self, message: SeatHere, descriptor: int) -> None:
+        """The jobs that follow are of this seat. Of an older one, its attempts are still decided."""
+        with self._sitting:
+            if message.secret not in self._parts:
+                self._parts[message.secret] = self._part_at(message, descriptor)
+            self._part = self._parts[message.secret]
+        self._leave_seats()
+
+    def _leave_seats(self) -> None:
+        """Seats of which no job comes, and where nothing is open any more."""
+        with self._sitting:
+            left = {secret: one for secret, one in self._parts.items() if one is not self._part and not one.at_work}
+            for secret, part in left.items():
+                del self._parts[secret]
+                part.close()
+
+    def _part_at(self, message: SeatHere, descriptor: int) -> AttemptWorker:
         seat = Seat(message.member, message.ranks, message.candidates, message.secret, message.limits)
         listener = socket.socket(fileno=descriptor) if message.listening else None
 
         def tell(job: int, verdict: Verdict) -> None:
             with suppress(PeerGone):
                 self._wire.send(Decided(job, Decision.of("", verdict)))
+            self._leave_seats()
             gc.collect()  # not before: it would keep the commit waiting, 20 ms for 333 arrays
 
-        self._part = AttemptWorker(seat, listener, self._store, tell)
+        return AttemptWorker(seat, listener, self._store, tell)
 
     def _taking_part(self) -> AttemptWorker:
         if self._part is None:
@@ -227,11 +250,11 @@ class _Process:
             return Failed(job, failure.kind, failure.message)
         finally:
             self._cancelled.discard(job)
-            self._enrolled.discard(job)
+            self._enrolled.pop(job, None)
 
     def _carry_out(self, task: _Task, watch: Watch) -> Done:
         write, structure = task.write, task.structure
-        part = self._taking_part() if write.job in self._enrolled else None
+        part = self._enrolled.get(write.job)
         if self._orphaned and write.portion < len(structure.prepared.portions) - 1:
             lost = RankLost("the trainer ended before it had staged the rest")
             if part is not None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from elastickpt.commit.attempt import Attempt, Committed, Verdict
 from elastickpt.commit.draft import mark
+from elastickpt.commit.links import ALONE, Seat
 from elastickpt.errors import CheckpointError, DeadlineExceeded, fault, from_report, kinds
 from elastickpt.format.records import FileDigest
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import WriterStructure
-from elastickpt.writer.messages import Done, Enroll, Failed, Say, Write
+from elastickpt.writer.messages import Done, Enroll, Failed, Say, Settle, Write
 from elastickpt.writer.share import Share, Written
 
 
@@ -26,25 +27,25 @@ class StagedPortion:
     earlier: bytes = b""
 
 
-def submission_of(number: int, staged: StagedPortion, arena: Arena) -> Submission:
+def submission_of(number: int, staged: StagedPortion, arena: Arena, seat: Seat) -> Submission:
     """A new one; its attempt is marked as being worked on from now on, if its writer takes part in the decision."""
-    submission = Submission(number, staged.share.attempt, staged, arena)
+    submission = Submission(number, staged.share.attempt, staged, arena, seat)
     if submission.takes_part:
         submission.mark = mark(submission.attempt.store, submission.attempt.id)
     return submission
 
 
-def withdrawal_of(number: int, attempt: Attempt, failure: CheckpointError) -> Submission:
+def withdrawal_of(number: int, attempt: Attempt, failure: CheckpointError, seat: Seat) -> Submission:
     """This rank takes no part in the attempt after all, and says so."""
-    submission = Submission(number, attempt, None, None, mark=mark(attempt.store, attempt.id))
+    submission = Submission(number, attempt, None, None, seat, mark=mark(attempt.store, attempt.id))
     submission.end(failure)
     return submission
 
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """A portion on its way. The arena is the writer's until `result` returned or raised; what was withdrawn has none, nor a
-    portion.
+    """A portion on its way to a writer that has a seat for it. The arena is the writer's until `result` returned or raised;
+    what was withdrawn has none, nor a portion.
 
     Of a writer that takes part in the decision, `decided` of the last portion, or of the first that failed, is what became of
     the attempt: the same on all ranks, or the error that all of them raise. `said` is this rank's last word on it.
@@ -54,6 +55,7 @@ class Submission:
     attempt: Attempt
     staged: StagedPortion | None
     arena: Arena | None
+    seat: Seat = ALONE
     future: Future[Written] = field(default_factory=Future)
     decided: Future[Committed] = field(default_factory=Future)
     said: FileDigest | CheckpointError | None = None
@@ -62,6 +64,7 @@ class Submission:
     deaths: int = 0  # of writers that had it
     handed: bool = False  # to the writer of now
     cancelled: bool = False
+    settling: CheckpointError | None = None  # nobody is waited for any more: why the attempt is aborted, if it is
 
     def result(self, timeout_s: float | None = None) -> Written:
         """Blocks until it is written. Raises what the writer raised, WriterLost, or DeadlineExceeded and goes on."""
@@ -145,6 +148,13 @@ class Submission:
             earlier=staged.earlier,
             repeated=self.deaths > 0,
         )
+
+    def settle(self) -> Settle:
+        """What a writer is told whose team is gone."""
+        why = self.settling
+        if why is None:
+            raise fault("an attempt was to be settled for no reason")
+        return Settle(self.attempt.id, why.kind, why.message)
 
     def say(self) -> Say:
         """What a writer is told that only has to pass on this rank's last word."""

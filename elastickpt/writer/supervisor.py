@@ -57,7 +57,9 @@ class Supervisor:
         self, options: WriterOptions | None = None, *, seat: Seat = ALONE, listener: socket.socket | None = None
     ) -> None:
         self._options = options or WriterOptions()
-        self._seat, self._listener = seat, listener
+        self._seat = seat  # where it sits first
+        self._newest = seat
+        self._listeners = {seat.secret: listener}  # of seats of which something may still come
         self._owner = os.getpid()
         self._hooks = iter(self._options.hooks)
         self._actor = Actor("elastickpt-supervisor", self._run)
@@ -77,12 +79,19 @@ class Supervisor:
         child = self._child
         return None if child is None else child.process.pid
 
-    def submit(self, staged: StagedPortion, arena: Arena) -> Submission:
-        """Has the portion written from the arena. Raises Refused after `close`, and for an arena that is not free."""
+    def sit(self, seat: Seat, listener: socket.socket | None) -> None:
+        """It takes this seat, too, in the same process: of another team, as the one before is gone. What is submitted names its
+        seat; of an older one nothing new is written. Raises Refused after `close`."""
+        self._require_open()
+        self._leave(lambda: self._sit(seat, listener))
+
+    def submit(self, staged: StagedPortion, arena: Arena, seat: Seat | None = None) -> Submission:
+        """Has the portion written from the arena, by the first seat if none is named. Raises Refused after `close`, and for an
+        arena that is not free."""
         self._require_open()
         arena.require_free()
         self._count += 1
-        submission = submission_of(self._count, staged, arena)
+        submission = submission_of(self._count, staged, arena, seat or self._seat)
         arena.lent = True
         try:
             self._leave(lambda: self._pending.__setitem__(submission.number, submission))
@@ -91,12 +100,12 @@ class Supervisor:
             raise
         return submission
 
-    def withdraw(self, attempt: Attempt, failure: CheckpointError) -> Submission:
+    def withdraw(self, attempt: Attempt, failure: CheckpointError, seat: Seat | None = None) -> Submission:
         """This rank takes no part in the attempt after all, which ends it on all ranks; `decided` tells. Raises Refused after
         `close`."""
         self._require_open()
         self._count += 1
-        submission = withdrawal_of(self._count, attempt, failure)
+        submission = withdrawal_of(self._count, attempt, failure, seat or self._seat)
         self._leave(lambda: self._awaiting.__setitem__(submission.number, submission))
         return submission
 
@@ -104,6 +113,11 @@ class Supervisor:
         """Ends it as soon as may be; its result says which came first."""
         with suppress(Refused):
             self._leave(lambda: self._cancel(submission))
+
+    def settle(self, attempt: Attempt, why: CheckpointError) -> None:
+        """Its team is gone, and nobody is waited for any more: the attempt is found committed, or aborted."""
+        with suppress(Refused):
+            self._leave(lambda: self._settle(attempt, why))
 
     @property
     def closed(self) -> bool:
@@ -189,9 +203,9 @@ class Supervisor:
         try:
             self._child = Child.spawn(self._options, wrap=next(self._hooks, ""))
             self._actor.selector.register(self._child.wire, selectors.EVENT_READ)
-            if self._seat.candidates:  # at once, so that it can say farewell if nothing ever comes
+            if self._newest.candidates:  # at once, so that it can say farewell if nothing ever comes
                 with suppress(PeerGone):  # whoever listens next finds out
-                    self._child.seat(self._seat, self._listener)
+                    self._seat_child(self._child, self._newest)
         except OSError as error:
             self._not_born(f"it could not be started: {error}")
             time.sleep(self._options.beat_s)
@@ -205,8 +219,33 @@ class Supervisor:
                 continue
             submission.handed = True
             if submission.takes_part:
-                child.seat(self._seat, self._listener)
+                self._seat_child(child, submission.seat)
             child.hand(submission)
+
+    def _seat_child(self, child: Child, seat: Seat) -> None:
+        child.seat(seat, self._listeners.get(seat.secret))
+
+    def _sit(self, seat: Seat, listener: socket.socket | None) -> None:
+        before, self._newest = self._newest, seat
+        self._listeners[seat.secret] = listener
+        self._forget_seat(before)
+        if self._child is not None and seat.candidates:
+            self._seat_child(self._child, seat)
+
+    def _forget_seat(self, seat: Seat) -> None:
+        """Its listener is let go here, once nothing of it has to be handed to a writer again."""
+        at_work = (one.seat.secret == seat.secret for one in (*self._pending.values(), *self._awaiting.values()))
+        if seat.secret != self._newest.secret and not any(at_work):
+            listener = self._listeners.pop(seat.secret, None)
+            if listener is not None:
+                listener.close()
+
+    def _settle(self, attempt: Attempt, why: CheckpointError) -> None:
+        for submission in (*self._pending.values(), *self._awaiting.values()):
+            if submission.attempt.id == attempt.id and submission.settling is None:
+                submission.settling = why
+                if submission.handed and self._child is not None:
+                    self._child.wire.send(submission.settle())
 
     def _heard(self, message: WriterMessage) -> None:
         if isinstance(message, Ready) and self._child is not None:
@@ -223,6 +262,7 @@ class Supervisor:
             decided = self._awaiting.pop(message.job, None) or self._pending.get(message.job)
             if decided is not None:
                 decided.decide(message.decision.verdict)
+                self._forget_seat(decided.seat)
 
     def _await(self, submission: Submission) -> None:
         if submission.awaits_decision:
@@ -308,8 +348,9 @@ class Supervisor:
             if submission.arena is not None and not submission.future.done():
                 submission.arena.retire()
         self._fail_all(why)
-        if self._listener is not None:
-            self._listener.close()
+        for listener in self._listeners.values():
+            if listener is not None:
+                listener.close()
         if child is None:
             return
         if not at_work:

@@ -39,7 +39,7 @@ class ThreadWriter:
         self._require_open()
         arena.require_free()
         self._count += 1
-        submission = submission_of(self._count, staged, arena)
+        submission = submission_of(self._count, staged, arena, self._seat)
         if submission.takes_part:
             self._begin(submission)
         arena.lent = True
@@ -51,7 +51,7 @@ class ThreadWriter:
         `close`."""
         self._require_open()
         self._count += 1
-        submission = withdrawal_of(self._count, attempt, failure)
+        submission = withdrawal_of(self._count, attempt, failure, self._seat)
         part = self._begin(submission)
         part.repeat(submission.say())
         return submission
@@ -59,6 +59,11 @@ class ThreadWriter:
     def cancel(self, submission: Submission) -> None:
         """Ends it as soon as may be; its result says which came first."""
         submission.cancelled = True
+
+    def settle(self, attempt: Attempt, why: CheckpointError) -> None:
+        """Its team is gone: the attempt is found committed, or aborted."""
+        if self._part is not None:
+            self._part.settle(attempt.id, why.kind, why.message)
 
     def forget(self, arena: Arena) -> None:
         """Nothing is kept of an arena."""

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import elastickpt as ek
 from elastickpt.cli.main import main
+from elastickpt.elastic.history import History
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
@@ -75,6 +77,16 @@ def test_the_header_tells_the_checkpoint_as_a_whole(four_ranks: Path, capsys: Ca
     assert row(lines, "mesh", "dp.tp")[2:] == ["dp=2", "×", "tp=2", "over", "ranks", "0-3"]
     assert row(lines, "bytes") == ["bytes", "11,008", "(10.8", "KiB)"]
     assert "model (module FSDPModel)" in " ".join(row(lines, "items"))
+
+
+def test_a_state_that_losses_made_approximate_says_since_when(tmp_path: Path, capsys: Captured) -> None:
+    """[REC-60]"""
+    mended = [{"step": step, "stage": 1, "rung": "checkfree", "generation": 2} for step in (3, 1007)]
+    for name, lineage in (("exact", []), ("rebuilt", mended)):
+        state = {"model": torch.nn.Linear(2, 2), "elastic": History(lineage=lineage)}
+        ek.save(state, tmp_path / name, step=1010)
+        said = [line for line in shown(capsys, "inspect", tmp_path / name) if "approximate" in line]
+        assert [line.split()[-4:] for line in said] == [["approximate", "since", "step", "3"]] * bool(lineage)
 
 
 def test_equal_numbered_siblings_are_one_in_the_tree_and_apart_with_all(four_ranks: Path, capsys: Captured) -> None:

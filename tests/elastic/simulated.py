@@ -55,19 +55,19 @@ class Simulated:
         optimizer.param_groups.pop()
         group["params"] = whole
 
-    def average(self, lost: int) -> None:
-        """CheckFree, in numpy. [REC-1, REC-4]"""
+    def average(self, lost: int, *, moments: bool = False, factor: float = 1.1) -> None:
+        """CheckFree, in numpy; `moments` likewise, or none. [REC-1, REC-4, REC-58]"""
         before, after = (list(self.bodies(stage).values()) for stage in (lost - 1, lost + 1))
         x, y = self.norms[lost - 1], self.norms[lost + 1]
         alpha = (x + 1e-4) / ((x + y) + 2 * 1e-4)
-        made = []
-        for b, a in zip(before, after, strict=True):
-            if b.is_floating_point():
-                mixed = np.float32(alpha) * b.detach().numpy() + np.float32(1.0 - alpha) * a.detach().numpy()
-                made.append(torch.from_numpy(np.asarray(mixed)))
-            else:
-                made.append(b.clone())
-        self._put_body(lost, made)
+        self._put_body(lost, [mixed(b, a, alpha) for b, a in zip(before, after, strict=True)])
+        self.factors[lost] = factor
+        one, middle, other = (self.reference.stages[stage] for stage in (lost - 1, lost, lost + 1))
+        if moments:
+            for parameter, b, a in zip(*(stage.parameters("body") for stage in (middle, one, other)), strict=True):
+                states = one.optimizer.state[b], other.optimizer.state[a]
+                found = {key: mixed(value, states[1][key], alpha) for key, value in states[0].items() if key != "step"}
+                middle.optimizer.state[parameter] = {"step": states[0]["step"].clone(), **found}
 
     def copy(self, lost: int, partner: int) -> None:
         self._put_body(lost, [one.detach().clone() for one in self.bodies(partner).values()])
@@ -93,3 +93,10 @@ class Simulated:
             "lr": [group["lr"] for group in stage.optimizer.param_groups],
             "step": self.step,
         }
+
+
+def mixed(before: Tensor, after: Tensor, alpha: float) -> Tensor:
+    if not before.is_floating_point():
+        return before.clone()
+    made = np.float32(alpha) * before.detach().numpy() + np.float32(1.0 - alpha) * after.detach().numpy()
+    return torch.from_numpy(np.asarray(made))

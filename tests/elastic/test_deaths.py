@@ -61,6 +61,7 @@ class Trainee:
 
     def __init__(self, job: Job, fate: Fate) -> None:
         self.job, self.fate, self.state, self.stages = job, fate, 0, 0
+        self.begun: dict[int, float] = {}  # by generation, as commits say
         job.declare(Terms())
 
     def live(self) -> None:
@@ -91,6 +92,8 @@ class Trainee:
 
     def compute(self, task: object, act: Compute) -> None:
         assert self.state == act.step - 1
+        if act.go is not None and act.go.last is not None:
+            self.begun |= dict(act.go.last.begun)
         if act.step > STEPS:
             self.fate.at("leave", self.job.rank, 1)
             self.job.done(task, LoopEnded())  # type: ignore[arg-type]
@@ -106,13 +109,15 @@ class Trainee:
         assert self.state == act.step - 1
         self.fate.at("step", self.job.rank, act.step)
         self.state = act.step
+        if act.commit is not None:
+            self.begun |= dict(act.commit.begun)
         self.job.done(task, Took())  # type: ignore[arg-type]
         self.fate.at("took", self.job.rank, act.step)
 
 
-def run(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> tuple[Inside, Fate, list[int]]:
-    """A whole job; the states of the members that were there at its end."""
-    fate, states, errors = Fate(set(deaths)), [], []
+def run(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> tuple[Inside, Fate, list[Trainee]]:
+    """A whole job; the members that were there at its end."""
+    fate, stood, errors = Fate(set(deaths)), [], []
     all_in = threading.Barrier(STAGES + spares, timeout=PATIENCE_S)
     with inside(folder, STAGES, of=lambda terms, stages: AlwaysStale()) as job:
 
@@ -126,7 +131,7 @@ def run(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> tupl
                     trainee.live()
                     with_end = member.end
                     if member.rank is not None:
-                        states.append(trainee.state)
+                        stood.append(trainee)
                 finally:
                     member.close()
             except Died:
@@ -143,18 +148,23 @@ def run(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> tupl
             thread.join(PATIENCE_S)
         assert not [thread for thread in threads if thread.is_alive()]
         assert (end.code, errors) == (0, []), end
-    return job, fate, states
+    return job, fate, stood
 
 
 def check(folder: Path, deaths: set[tuple[str, int, int]], *, spares: int) -> None:
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    job, fate, states = run(folder, deaths, spares=spares)
-    assert states == [STEPS] * STAGES
+    job, fate, stood = run(folder, deaths, spares=spares)
+    assert [one.state for one in stood] == [STEPS] * STAGES
+    begun = {generation: seconds for one in stood for generation, seconds in one.begun.items()}
     lost = [(event["step"], one["stage"]) for event in job.events("recovery") for one in event["lost"]]
     assert len(lost) == len([one for one in fate.met if one[:1] != ("form",) or one[2] > 0])
     for event in job.events("recovery"):
         seconds = [one for one in event["seconds"].values() if one is not None]
         assert seconds == sorted(seconds)
+        first = event["seconds"]["first_microbatch"]
+        assert begun.get(event["generation"], first) == first
+        if first is not None and event["step"] < STEPS:
+            assert event["generation"] in begun
     assert threading.active_count() <= threads + 1  # the pool of the ladder's thread may still be ending
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 

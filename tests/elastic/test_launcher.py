@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from launched import LIMIT_S, SLEEPER, alive, launched
 
 from elastickpt.cli.launch import main
+from elastickpt.elastic.agent import Agent, Program, ZygoteLost
+from elastickpt.elastic.environment import Told
 
 QUICK = (SLEEPER, 5, 0.01)
 
@@ -160,6 +163,18 @@ def test_an_error_that_leaves_the_block_is_the_loss_of_the_place(tmp_path: Path)
     assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
 
 
+def test_a_spare_that_cannot_take_the_place_is_dropped(tmp_path: Path) -> None:
+    """Its traceback is in the event; the next one takes the place. [REC-11, REC-30, CLI-94]"""
+    script = (*QUICK, "kill:compute:0:3", "raise:form:0:2")
+    with launched(tmp_path, "--stages", 4, "--spares", 2, script=script) as job:
+        assert job.code() == 0, job.stderr
+    lost = one(job.events("recovery"))["lost"]
+    assert [(e["stage"], e["why"]) for e in lost] == [(0, "exit"), (0, "raised")]
+    assert "ValueError: a fault of the test at form" in lost[1]["traceback"]
+    assert job.stderr.count("ValueError: a fault of the test at form") == 1
+    assert stands(tmp_path) == {0: 5, 1: 5, 2: 5, 3: 5}
+
+
 def test_a_step_that_is_lost_again_and_again_ends_the_job(tmp_path: Path) -> None:
     script = (*QUICK, *["kill:compute:1:3"] * 3)
     with launched(tmp_path, "--stages", 4, "--spares", 3, script=script) as job:
@@ -232,16 +247,38 @@ def test_when_the_launcher_is_killed_its_workers_leave(tmp_path: Path, *, stoppe
         wait_for_end([*pids, *zygote])
 
 
-def test_when_the_process_that_forks_is_killed_the_job_is_to_be_started_again(tmp_path: Path) -> None:
-    """[REC-46]"""
-    with launched(tmp_path, "--stages", 3, script=(SLEEPER, 100_000, 0.01)) as job:
-        job.until(lambda: len(list(tmp_path.glob("in-*"))) == 3, "all workers")
+def test_a_job_outlives_the_process_that_forks_its_workers(tmp_path: Path) -> None:
+    """Its members live on. Another one forks those that are wanted from then on; it is seen when one of the older ones ends,
+    and how is not known. [REC-46]"""
+    with launched(tmp_path, "--stages", 4, "--max-replacements", 2, script=(SLEEPER, 100_000, 0.02)) as job:
+        job.until(lambda: len(list(tmp_path.glob("in-*"))) == 4, "all workers")
         pids = [e["pid"] for e in job.events("member")]
-        (zygote,) = [child.pid for child in job.children() if child.pid not in pids]
-        os.kill(zygote, signal.SIGKILL)
+        for number, stage in enumerate((3, 0), 1):
+            others = [e["pid"] for e in job.events("member")]
+            (zygote,) = [child.pid for child in job.children() if child.pid not in others]
+            job.until(lambda: (tmp_path / f"begun-{stage}").exists(), "a step")  # noqa: B023
+            os.kill(zygote, signal.SIGKILL)
+            job.until(lambda: job.stderr.count("another one is started") == number, "another zygote")  # noqa: B023
+            os.kill(job.pid_of(stage), signal.SIGKILL)
+            job.until(lambda: len(job.events("recovery")) == number, "a recovery")  # noqa: B023
+        job.process.terminate()
         assert job.code() == 75, job.stderr
-    assert one(job.events("ended"))["why"].startswith("coordinator-lost: ")
-    assert alive(pids) == []
+    lost = [one for event in job.events("recovery") for one in event["lost"]]
+    assert [(one["stage"], one["why"], one["signal"]) for one in lost] == [(3, "exit", None), (0, "exit", None)]
+    assert len({e["pid"] for e in job.events("member")} - {*pids}) == 2
+    assert alive([e["pid"] for e in job.events("member")]) == []
+    assert len(set(stands(tmp_path).values())) == 1
+
+
+def test_a_process_that_ended_before_it_forked_anybody_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would fare no better. [REC-46]"""
+    monkeypatch.setattr("elastickpt.elastic.agent._CODE", "raise SystemExit(3)  # {} {}")
+    agent = Agent(Program(("x",)), Told("", "", "", "", "", torchrun=False))
+    agent.start("0.0")
+    assert select.select([agent], [], [], LIMIT_S)[0]
+    with pytest.raises(ZygoteLost, match="ended with 3"):
+        list(agent.receive())
+    agent.close()
 
 
 def wait_for_end(pids: list[int]) -> None:

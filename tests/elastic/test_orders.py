@@ -130,6 +130,27 @@ def begun(job: Job, *uids: str) -> Job:
     return job
 
 
+@pytest.mark.parametrize(
+    ("where", "chosen"),
+    [
+        ({"p": ("a", "x"), "q": ("b", "x"), "r": ("b", "y")}, "r"),  # neither a host nor a zone of those beside it
+        ({"p": ("a", "x"), "q": ("b", "x")}, "q"),  # another host of the same zone
+        ({"p": ("a", "x"), "q": ("c", "z")}, "p"),  # all the same: who came first
+        ({"p": ("", ""), "q": ("", "")}, "p"),
+    ],
+)
+def test_a_spare_is_not_to_be_lost_with_what_it_is_rebuilt_from(where: dict[str, tuple[str, str]], chosen: str) -> None:
+    """[REC-17]"""
+    held = {"m0": ("a", "x"), "m1": ("d", "w"), "m2": ("c", "z"), "m3": ("b", "y")}
+    job = Job(4, epoch=1)
+    for uid, (host, zone) in (held | where).items():
+        job, _ = coordination.after(job, (uid, Join(uid, 1, host, zone)))
+    assert job.places == tuple(held)
+    job, _ = coordination.after(job, Gone("m1", "exit"))
+    assert job.places == ("m0", chosen, "m2", "m3")
+    assert "m1" not in {uid for uid, *_ in job.where}
+
+
 def test_places_have_different_batches() -> None:
     job = begun(Job(2, epoch=1), "a", "b")
     job, _ = coordination.after(job, ("a", Ready(job.generation, 1, batch="0f")))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_commit
 from torch import nn
 
 from elastickpt.elastic.alike import About, about, in_order, why_apart
@@ -17,6 +19,7 @@ from elastickpt.elastic.history import History, scaled
 from elastickpt.elastic.messages import Commit, Go
 from elastickpt.elastic.passage import Passing
 from elastickpt.elastic.policy import Policy
+from elastickpt.elastic.recovery import From, Moved, Recovery, Seconds
 from elastickpt.elastic.reports import Reports
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.standing import require_equal_replicas
@@ -167,6 +170,34 @@ def test_factors_are_set_or_multiplied_up_to_a_cap() -> None:
     assert [paper.factor_after(one) for one in (1.0, 1.1, 1.2)] == [1.1, 1.2, 1.2]
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda made: torch.optim.lr_scheduler.LambdaLR(made, lambda step: 1 / (1 + step)),
+        lambda made: torch.optim.lr_scheduler.MultiplicativeLR(made, lambda step: 0.5 + step / 10),
+        lambda made: torch.optim.lr_scheduler.ExponentialLR(made, 0.5),
+        lambda made: torch.optim.lr_scheduler.CosineAnnealingLR(made, 5),
+    ],
+)
+@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25)])
+def test_a_factor_stands_on_top_of_what_the_scheduler_says(scheduler: Any, rate: Any) -> None:
+    """However the scheduler finds its next value. [REC-59]"""
+    seen: dict[float, list[float]] = {}
+    for factor in (1.0, 1.5):
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate if isinstance(rate, float) else rate.clone())
+        stage = Stage(model, optimizer, scheduler=scheduler(optimizer))
+        model(torch.ones(1, 2)).sum().backward()
+        seen[factor] = []
+        for _ in range(4):
+            with scaled(stage, {"weight": factor}):
+                seen[factor].append(float(optimizer.param_groups[0]["lr"]))
+                optimizer.step()
+            stage.scheduler.step()
+    assert seen[1.5] == pytest.approx([1.5 * one for one in seen[1.0]])
+    assert len(set(seen[1.0])) == 4
+
+
 def test_a_history_survives_its_own_state() -> None:
     one = History(3, {"w": 1.1}, {0: 0.5, 11: 2.0}, [{"step": 4, "stage": 1, "rung": "checkfree", "generation": 2}])
     other = History()
@@ -175,6 +206,19 @@ def test_a_history_survives_its_own_state() -> None:
     other.put_factors(["w", "v"], {"v": 1.2})
     assert other.lr_factors == {"v": 1.2}
     assert one.lr_factors == {"w": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("rungs", "swap", "equal"),
+    [
+        (("stale", "rollback"), "step", False),
+        (("partner", "rollback"), None, False),
+        (("partner",), "step", True),
+        (("checkfree",), None, True),
+    ],
+)
+def test_stages_have_to_be_alike_where_one_may_be_made_of_others(rungs: Any, swap: Any, *, equal: bool) -> None:
+    assert Policy(rungs=rungs).needs_equal_stages(swap) is equal
 
 
 @pytest.mark.parametrize(
@@ -226,6 +270,23 @@ def test_every_committed_step_is_reported_once() -> None:
     assert told(reports) == []
     reports.committed(commit(3))
     assert told(reports) == [3]
+
+
+def test_a_report_says_when_what_ran_after_a_recovery_began() -> None:
+    """Which is not known when the members hear of the recovery. [REC-41, REC-42]"""
+    seconds = Seconds(0.01, 0.02, 0.03, 0.04)
+    made = Recovery(0.0, 1, 2, 0, "replay", (), "replay", False, From(()), (), seconds, Moved())
+    other = replace(made, generation=3)
+    reports = Reports()
+    reports.arrived(Go(2, 0, None))
+    reports.recovered(made)
+    reports.recovered(other)  # the one before was overtaken: nothing ran after it
+    reports.committed(replace_commit(commit(1), begun=((3, 0.25), (9, 1.0))))
+    report = reports.next(1, 3)
+    assert report is not None
+    assert [one.seconds.first_microbatch for one in report.recovered] == [None, 0.25]
+    assert report.recovered[0] is made
+    assert report.recovered[1].seconds == replace(seconds, first_microbatch=0.25)
 
 
 @pytest.mark.parametrize(("evaluating", "expected"), [(False, []), (True, [7])])

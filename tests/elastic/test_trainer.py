@@ -33,19 +33,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def run_job(folder: Path, *arguments: object, expected: int = 0, **told: object) -> list[Event]:
-    """The events of a job that trains the small model."""
+def begun_job(folder: Path, *arguments: object, **told: object) -> subprocess.Popen[str]:
+    """The launcher of a job that trains the small model."""
     folder.mkdir(exist_ok=True)
-    events = folder / "events.jsonl"
     script = [TRAINEE, json.dumps({"folder": str(folder), "faults": [], **told})]
-    flags = ("--heartbeat", 120, "--events", events)  # a loaded machine is no fault
+    flags = ("--heartbeat", 120, "--events", folder / "events.jsonl")  # a loaded machine is no fault
     command = [sys.executable, "-c", RUN, *flags, *arguments, *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(one) for one in command], capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment
+    return subprocess.Popen(
+        [str(one) for one in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert done.returncode == expected, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return [json.loads(line) for line in events.read_text().splitlines()]
+
+
+def ended_job(folder: Path, launcher: subprocess.Popen[str], *, expected: int) -> list[Event]:
+    """The events of a job that ends with this code."""
+    try:
+        told = launcher.communicate(timeout=LIMIT_S)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == expected, f"{launcher.returncode}\n{told[0]}\n{told[1]}"
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def run_job(folder: Path, *arguments: object, expected: int = 0, **told: object) -> list[Event]:
+    """The events of a job that trains the small model."""
+    return ended_job(folder, begun_job(folder, *arguments, **told), expected=expected)
 
 
 def notes(folder: Path, kind: str, stage: int) -> list[dict[str, Any]]:
@@ -76,9 +88,10 @@ def recoveries(events: list[Event]) -> list[tuple[object, ...]]:
 
 @pytest.mark.ranks
 def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None:
-    """[REC-1, REC-4, REC-10..16, REC-53, REC-58, REC-59]"""
+    """[REC-1, REC-4, REC-10..16, REC-41, REC-42, REC-53, REC-58, REC-59]"""
     faults = [[2, 1, "forward"], [1, 2, "optimizer"], [3, 4, "evaluate"], [0, 5, "raise-forward"]]
-    events = run_job(tmp_path, "--stages", 5, "--spares", 3, faults=faults, until=6, evaluate=[4])
+    policy = {"optimizer": "average", "lr_mode": "multiply", "lr_factor": 1.15}
+    events = run_job(tmp_path, "--stages", 5, "--spares", 3, faults=faults, until=6, evaluate=[4], policy=policy)
     assert recoveries(events) == [
         (1, "checkfree", [2], True),
         (3, "checkfree", [1], True),
@@ -91,7 +104,7 @@ def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None
         losses[step] = (job.take_step(), dict(enumerate(job.norms)))
         reported[step] = [job.state(stage) for stage in range(5)]
         if lost is not None:
-            job.average(lost)
+            job.average(lost, moments=True, factor=1.15)
             rebuilt.append([job.state(stage) for stage in range(5)])
     rebuilt.append(reported[5])  # a replay changes nothing
     reported[4] = rebuilt[2]  # noted behind the evaluation
@@ -109,6 +122,9 @@ def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None
         assert len(found) == 4
         for number, note in enumerate(found):
             assert_stands(note, rebuilt[number][stage], f"recovery {number}, stage {stage}")
+    told = [one for one in events if one["event"] == "recovery"]
+    reported = [dict(one) for note in notes(tmp_path, "report", 4) for one in note["recovered"]]
+    assert reported == [{"generation": one["generation"], "seconds": one["seconds"]} for one in told]
     assert len({note["evaluated"] for stage in range(5) for note in notes(tmp_path, "report", stage)}) == 2
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +16,22 @@ import torch
 import elastickpt as ek
 from elastickpt.elastic.passage import Passing
 from elastickpt.elastic.stages import Place
+from elastickpt.ledger.branch import history
+from elastickpt.ledger.objects import complete
+from elastickpt.ledger.records import Start
+from elastickpt.ledger.stored import list_commits, read_start
+from elastickpt.storage.local import LocalStore
 from tests.elastic.simulated import Simulated
 from tests.elastic.small_model import build
-from tests.elastic.test_trainer import assert_stands, notes, one_thread, recoveries, run_job
+from tests.elastic.test_trainer import LIMIT_S, assert_stands, begun_job, ended_job, notes, one_thread, recoveries, run_job
 
 __all__ = ["one_thread"]  # a fixture
 LAYERS = 6
 
 
-def restored(stages: int, path: str) -> Simulated:
+def restored(stages: int, path: str, *, layers: int = LAYERS) -> Simulated:
     """A job by one process that goes on from a checkpoint."""
-    job = Simulated(stages, Passing(12), clip=0.05, layers=LAYERS)
+    job = Simulated(stages, Passing(12), clip=0.05, layers=layers)
     for stage in job.reference.stages:
         state = {"model": stage.module, "optimizer": stage.optimizer, "scheduler": stage.scheduler}
         job.step = ek.elastic.load_alone(state, path).step or 0
@@ -97,3 +106,90 @@ def test_a_stage_from_the_newest_checkpoint_then_a_rollback_then_fewer_stages(tm
 
 def recovery_generation(events: list[dict[str, Any]]) -> int:
     return int(next(one for one in events if one["event"] == "recovery")["generation"])
+
+
+def plain_run(root: Path, *, layers: int, steps: int) -> None:
+    """A run of a plain job, by one process, that has completed so many steps."""
+    job = Simulated(1, Passing(12), clip=0.05, layers=layers)
+    for _ in range(steps):
+        job.take_step()
+    (stage,) = job.reference.stages
+    with ek.Run(root, {"model": stage.module, "optimizer": stage.optimizer}) as run:
+        run.restore()
+        run.save(steps).result()
+
+
+@pytest.mark.ranks
+def test_saves_outlive_losses_and_a_plain_job_may_have_begun_the_run(tmp_path: Path) -> None:
+    """With live replicas. Whoever is lost while a save is under way, it is whole or there is none, soon; a due step that is
+    reached by rolling forward is saved. The writer processes of the others stay. [REC-58, REC-60, REC-61, REC-63, REC-65]"""
+    root, layers = tmp_path / "run", 8
+    plain_run(root, layers=layers, steps=1)
+    swap, policy = "microbatch", {"rungs": ["partner", "checkfree"]}
+    faults = [[1, 3, "optimizer"], [2, 6, "staged"], [0, 8, "handed-over"]]
+    arguments = ("--stages", 4, "--spares", 3)
+    told = {"swap": swap, "layers": layers, "run": str(root), "every": 2, "keep": 3, "policy": policy}
+    events = run_job(tmp_path, *arguments, faults=faults, until=11, **told)
+    assert [one[1:3] for one in recoveries(events)] == [("partner", [1]), ("partner", [2]), ("partner", [0])]
+
+    reports = {stage: {one["reported"]: one for one in notes(tmp_path, "report", stage)} for stage in range(4)}
+    assert {min(one) for one in reports.values()} == {2}
+    saved = {step: [one[step]["saved"] for one in reports.values() if step in one] for step in (2, 6, 8, 10)}
+    whole_or_none = {step: {error for error, _ in found} == {"NoneType"} for step, found in saved.items()}
+    assert (whole_or_none[2], whole_or_none[10]) == (True, True)
+    assert all((error != "NoneType", seconds < 30.0) == (True, True) for error, seconds in saved[6])
+    kept = [one.step for one in history(root) if one.state == "live"]
+    assert kept == [10, 8, 4] if whole_or_none[8] else [10, 4, 2]
+    (writers,) = {tuple(one["writers"]) for one in reports[3].values()}
+    assert len(writers) == 1
+
+    whole = build(Place(0, 1), Passing(12), layers=layers).module
+    assert ek.load({"model": whole}, f"{root}@latest", strict="missing").step == 10
+    noted = {name: one for stage in range(4) for name, one in reports[stage][10]["model"].items()}
+    assert all(torch.equal(noted[name], one) for name, one in whole.state_dict().items())
+    assert ek.open(f"{root}@latest").verify().problems == ()  # every element is there once, those of both replicas too
+    for stage in restored(8, f"{root}@latest", layers=layers).reference.stages:
+        assert all(torch.equal(noted[name], one) for name, one in stage.module.state_dict().items())
+    words = [one.keep for one in starts(root)]
+    assert words == ["all", "last=3"]
+
+
+@pytest.mark.ranks
+def test_a_job_whose_run_is_taken_over_ends_and_the_other_one_saves_when_it_is_told_to_end(tmp_path: Path) -> None:
+    """[REC-63, REC-64, CLI-90, CLI-92]"""
+    folders, root = [tmp_path / "first", tmp_path / "second"], tmp_path / "run"
+    told = {"run": str(root), "until": 1_000_000, "note": False, "layers": 2}
+    first = begun_job(folders[0], "--stages", 2, every=1, **told)
+    until(lambda: newest(root), first)
+    busy = run_job(tmp_path / "busy", "--stages", 2, every=1, expected=1, **told)
+    assert "run-busy" in busy[-1]["why"]
+    second = begun_job(folders[1], "--stages", 2, every=1000, take_over=True, **told)
+    ended = ended_job(folders[0], first, expected=76)[-1]
+    assert (ended["event"], ended["code"]) == ("ended", 76)
+    assert "superseded" in ended["why"]
+    until(lambda: "member" in (folders[1] / "events.jsonl").read_text() and (folders[1] / "begun").exists(), second)
+    second.send_signal(signal.SIGTERM)
+    ended = ended_job(folders[1], second, expected=75)[-1]
+    entry = history(root)[0]
+    assert (entry.epoch, entry.step) == (2, ended["step"])
+
+
+def newest(root: Path) -> int:
+    try:
+        return history(root)[0].step
+    except (IndexError, ek.errors.CheckpointError):
+        return 0
+
+
+def until(holds: Callable[[], object], launcher: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not holds():
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def starts(root: Path) -> list[Start]:
+    """The starts of a run's epochs, in their order."""
+    store = LocalStore(root)
+    return [complete(read_start(store, epoch)) for epoch in sorted(complete(list_commits(store)).starts)]

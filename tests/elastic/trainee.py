@@ -12,15 +12,19 @@ import json
 import os
 import signal
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+import psutil
 import torch
 
 import elastickpt as ek
 from elastickpt.elastic.passage import Passing
+from elastickpt.saving.beside import Beside
 from tests.elastic.small_model import SEED, Corpus, build
 
 TOLD = json.loads(sys.argv[1])
@@ -30,18 +34,20 @@ ROOM = {"microbatches": 12, "until": 6, "swap": None, "clip": 0.05, "scope": "st
 
 class Faults:
     """What is to happen on this member. `phase` as in the marks: forward, backward, optimizer, boundary, evaluate, and with
-    `raise-` before it an exception instead of a death."""
+    `raise-` before it an exception instead of a death; staged and handed-over, of the save of that step."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
         self.count = {"forward": 0, "backward": 0}
 
-    def reached(self, phase: str) -> None:
+    def reached(self, phase: str, at: int | None = None) -> None:
         trainer = self.trainer
         if trainer is None:
             return
         for stage, step, what, *times in ROOM["faults"]:
-            if (stage, step) != (trainer.place.stage, trainer.step) or what.removeprefix("raise-") != phase:
+            if (stage, step) != (trainer.place.stage, trainer.step if at is None else at) or what.removeprefix(
+                "raise-"
+            ) != phase:
                 continue
             marks = [FOLDER / f"fault-{stage}-{step}-{what}-{number}" for number in range(*(times or [1]))]
             left = [mark for mark in marks if not mark.exists()]
@@ -50,6 +56,11 @@ class Faults:
                 if what.startswith("raise-"):
                     raise ValueError(f"ordered: {what} at {step}")
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writers() -> list[int]:
+    """The writer processes of this one."""
+    return [one.pid for one in psutil.Process().children() if "writer" in " ".join(one.cmdline())]
 
 
 def noted(trainer: Any, kind: str, **more: object) -> None:
@@ -71,7 +82,8 @@ def main() -> None:
     passing, faults = Passing(ROOM["microbatches"], swap=ROOM["swap"]), Faults()
     run = None
     if ROOM["every"]:
-        run = ek.Run(ROOM.get("run", FOLDER / "run"), options=ek.RunOptions(due=ek.Every(steps=ROOM["every"])))
+        options = ek.RunOptions(due=ek.Every(steps=ROOM["every"]), take_over=ROOM.get("take_over", False))
+        run = ek.Run(ROOM.get("run", FOLDER / "run"), keep=ek.Keep(last=ROOM.get("keep")), options=options)
 
     def built(place: Any) -> ek.elastic.Stage:
         stage = build(place, passing, layers=ROOM.get("layers"))
@@ -81,6 +93,14 @@ def main() -> None:
         stage.optimizer.register_step_post_hook(lambda *_: faults.reached("optimizer"))
         return stage
 
+    hand_over = Beside._hand_over
+
+    def handed_over(beside: Beside, task: Any, share: Any) -> None:
+        faults.reached("staged", task.request.step)
+        hand_over(beside, task, share)
+        faults.reached("handed-over", task.request.step)
+
+    Beside._hand_over = handed_over  # type: ignore[method-assign]
     with ek.elastic.join() as job:
         trainer = ek.elastic.PipelineTrainer(
             job,
@@ -100,9 +120,15 @@ def main() -> None:
         faults.trainer = trainer
         for report in trainer.steps(ROOM["until"]):
             loss = trainer.evaluate([Corpus().batch(900), Corpus().batch(901)]) if report.step in ROOM["evaluate"] else None
-            noted(trainer, "report", loss=report.loss, norms=dict(report.norms), reported=report.step, evaluated=loss)
+            recovered = [{"generation": one.generation, "seconds": asdict(one.seconds)} for one in report.recovered]
+            about = {"loss": report.loss, "norms": dict(report.norms), "reported": report.step, "recovered": recovered}
+            saved, began = None, time.monotonic()
             if report.saved is not None:
-                report.saved.result()
+                error = report.saved.exception()
+                saved = (type(error).__name__, time.monotonic() - began)
+            if ROOM.get("note", True):
+                noted(trainer, "report", evaluated=loss, saved=saved, writers=writers(), **about)
+            (FOLDER / "begun").touch()
             faults.reached("boundary")
 
 

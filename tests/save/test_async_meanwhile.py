@@ -222,8 +222,8 @@ def test_a_writer_that_is_killed_while_the_trainer_copies_is_replaced(known: Pat
     filling = Filling(monkeypatch, reached=HALF)
     saving = Saving(state(2.0), known / "c")
     assert filling.reached.wait(BOUND_S)
-    (writer,) = saver_of(job_group(None), ek.AsyncOptions())._writers._writers.values()
-    assert isinstance(writer, Supervisor)
+    writer = saver_of(job_group(None), ek.AsyncOptions())._yard._supervisor
+    assert writer is not None
     time.sleep(0.1)
     assert writer.pid is not None
     os.kill(writer.pid, signal.SIGKILL)

@@ -18,11 +18,12 @@ import elastickpt as ek
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import is_draft
 from elastickpt.commit.links import Limits
-from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded
+from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded, WriterLost
 from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claimer
+from elastickpt.saving.yard import SeatedWriter
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
@@ -135,6 +136,66 @@ def test_processes_commit_one_attempt_after_the_other(tmp_path: Path, job: Job, 
             outcome(one)
         assert ek.open(tmp_path / f"c{step}").step == step
     demand_sound(tmp_path / "c2")
+
+
+def test_a_process_takes_another_seat_and_stays(tmp_path: Path, job: Job, processes: Start) -> None:
+    """What it has under way by the first seat is decided there. [SAVE-80]"""
+    writers, other = processes(3, limits=PATIENT), Job(big_state(1), 3)
+    first = job.attempt(tmp_path / "first")
+    begun = [writers[m].submit(job.members[m].staged(first), job.members[m].arena) for m in (0, 1)]
+    begun[0].result(BOUND_S)
+    pids = [writer.pid for writer in writers]
+    team = []
+    for writer, (seat, listener) in zip(writers, seats(3, PATIENT), strict=True):
+        writer.sit(seat, listener)
+        team.append(SeatedWriter(writer, seat))
+    second = other.submit(other.attempt(tmp_path / "second"), team)  # type: ignore[arg-type]
+    for one in second:
+        outcome(one)
+    begun.append(writers[2].submit(job.members[2].staged(first), job.members[2].arena))  # by its first seat
+    for one in begun:
+        outcome(one)
+    assert [writer.pid for writer in writers] == pids
+    assert [writer.deaths for writer in writers] == [0, 0, 0]
+    for name in ("first", "second"):
+        demand_sound(tmp_path / name)
+    seats_left = [list(writer._listeners) for writer in writers]
+    assert seats_left == [[one.seat.secret] for one in team]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_team_that_is_gone_waits_for_nobody(tmp_path: Path, job: Job, processes: Start, *, killed: bool) -> None:
+    """Of an attempt that one member never had: it is aborted on those that are told, and one that stands committed is found so,
+    by a writer process too that was killed meanwhile. [SAVE-80, SAVE-83]"""
+    writers = processes(3, limits=PATIENT)
+    whole = job.submit(job.attempt(tmp_path / "whole"), writers)
+    for one in whole:
+        outcome(one)
+    open = job.attempt(tmp_path / "open")
+    begun = [writers[m].submit(job.members[m].staged(open), job.members[m].arena) for m in (0, 1)]
+    for one in begun:
+        one.result(BOUND_S)
+    for one, writer in zip(begun, writers, strict=False):
+        writer.settle(one.attempt, RankLost("its view is over"))
+        if killed:
+            os.kill(writer.pid or 0, signal.SIGKILL)
+    reasons = (RankLost, WriterLost) if killed else RankLost  # the next process may find that it was aborted, and not why
+    for one in begun:
+        assert isinstance(one.decided.exception(BOUND_S), reasons)
+    assert not (tmp_path / "open").exists()
+    for one, writer in zip(whole, writers, strict=True):
+        writer.settle(one.attempt, RankLost("its view is over"))
+        assert one.decided.exception(0) is None
+    demand_sound(tmp_path / "whole")
+
+
+def test_threads_that_write_wait_for_nobody_either(tmp_path: Path, job: Job) -> None:
+    writers = threads(LocalStore(tmp_path), 2, PATIENT)
+    open = job.attempt(tmp_path / "open")
+    one = writers[0].submit(job.members[0].staged(open), job.members[0].arena)
+    one.result(BOUND_S)
+    writers[0].settle(one.attempt, RankLost("its view is over"))
+    assert isinstance(one.decided.exception(BOUND_S), RankLost)
 
 
 def test_a_failure_of_one_is_the_same_report_for_all(tmp_path: Path, job: Job) -> None:

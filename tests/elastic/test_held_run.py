@@ -1,0 +1,53 @@
+"""The run of a job as its coordinator holds it: claimed as the run's options say."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+import elastickpt as ek
+from elastickpt.elastic.held_run import HeldRun
+from elastickpt.elastic.job import Choose
+from elastickpt.elastic.ladder import RunLadder
+from elastickpt.elastic.messages import Terms
+from elastickpt.errors import RunBusy
+from elastickpt.ledger.history import read_told
+from elastickpt.ledger.objects import complete
+from elastickpt.storage.local import LocalStore
+
+
+def test_a_claim_says_what_is_kept_and_leaves_a_living_job_its_run(tmp_path: Path) -> None:
+    """[REC-63]"""
+    first = HeldRun(Terms(run=str(tmp_path), keep="last=2"))
+    assert first.epoch is None
+    assert first.go_on_from(None) == 1 == first.go_on_from(None)
+    other = HeldRun(Terms(run=str(tmp_path), keep="all"))
+    with pytest.raises(RunBusy, match="epoch 1"):
+        other.go_on_from(None)
+    assert other.epoch is None
+    taking = HeldRun(Terms(run=str(tmp_path), keep="last=5", take_over=True))
+    assert taking.go_on_from(None) == 2
+    rules = complete(read_told(LocalStore(tmp_path))).rules
+    assert rules is not None
+    assert rules.words == "last=5"
+    for one in (first, other, taking):
+        one.close()
+
+
+def test_what_is_rebuilt_goes_on_under_the_newest_claim(tmp_path: Path) -> None:
+    """A rollback that was overtaken may have claimed the run once more. [REC-14, REC-64]"""
+    ladder = RunLadder(Terms(run=str(tmp_path), rungs=("checkfree",)), 3)
+    begun, _ = ladder.choose(Choose(1, 0, (), frozenset(range(3)), False, (), begins=True), None)
+    assert (begun.epoch, begun.sources) == (1, ())
+    chosen, _ = ladder.choose(Choose(2, 5, (1,), frozenset({0, 2}), False, ()), None)
+    assert (chosen.epoch, chosen.sources[0].rung) == (1, "checkfree")
+    ladder.close()
+
+
+def test_a_run_without_a_state_hears_no_signals(tmp_path: Path) -> None:
+    """A member of a job that is told to end does so, and is lost: the others go on."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)}
+    with ek.Run(tmp_path / "run"):
+        assert {one: signal.getsignal(one) for one in before} == before

@@ -1,0 +1,39 @@
+"""Where the groups of a view listen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from elastickpt.elastic.links import GlooLinks
+from tests.elastic.files_exchange import FilesExchange
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "lo"), ("eth7", "eth7")])
+def test_on_one_machine_nothing_listens_beyond_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: str
+) -> None:
+    """Gloo by itself would listen where the name of the host leads. [REC-21]"""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
+    begun = dist.init_process_group
+    seen: list[str | None] = []
+
+    def init(*args: object, **options: object) -> None:
+        seen.append(os.environ.get("GLOO_SOCKET_IFNAME"))
+        with monkeypatch.context() as here:
+            here.setenv("GLOO_SOCKET_IFNAME", "lo")
+            begun(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dist, "init_process_group", init)
+    links = GlooLinks(FilesExchange(str(tmp_path)), stage=0, stages=1, limit_s=60.0)
+    listening = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN]
+    links.close()
+    assert seen == [expected]
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+    assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
