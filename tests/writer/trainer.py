@@ -37,8 +37,9 @@ def main() -> None:
         store, draft = begun(Path(folder), "c")
         arena.empty()
         Stager(rank.prepared).stage(arena, 0, rank.live.arrays)
-        submission = supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
-        while not submission.handed:
+        before = set(Path(folder).rglob("*"))
+        supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
+        while set(Path(folder).rglob("*")) == before:  # what the writer has begun, it was told whole
             time.sleep(0.01)
     while supervisor.pid is None:
         time.sleep(0.01)
