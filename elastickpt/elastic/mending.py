@@ -81,7 +81,7 @@ class Mending:
     def load_all(self, path: str, step: int, history: History) -> int:
         """The whole stage as the checkpoint has it; a rollback. Items that it lacks are as `build` made them, the scheduler at
         its step, the history empty; but the model it must have. Returns the bytes read. Raises NoGood, and StateMismatch for
-        another model than it has. [REC-61]"""
+        another model than it has. [REC-66]"""
         state: dict[str, object] = {"model": self._stage.module, "optimizer": self._stage.optimizer, "elastic": history}
         if self._stage.scheduler is not None:
             state["scheduler"] = self._stage.scheduler

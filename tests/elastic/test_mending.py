@@ -97,7 +97,7 @@ def plain(folder: Path, *items: str, whole: Stage | None = None) -> tuple[str, S
 def test_a_checkpoint_of_a_plain_job_is_what_a_run_begins_with(
     tmp_path: Path, items: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it lacks begins as it was built, the scheduler at its step; that is said. [REC-61]"""
+    """What it lacks begins as it was built, the scheduler at its step; that is said. [REC-66]"""
     path, whole = plain(tmp_path, *items)
     stage, history = build(Place(1, 3), PASSING, layers=6), History(5, {"gone": 1.1}, {0: 1.0}, [{"step": 1}])
     built = dict(stage.optimizer.param_groups[0])
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_a_plain_job_is_what_a_run_begins_with(
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
-    """[REC-61]"""
+    """[REC-66]"""
     path, _ = plain(tmp_path, "model", "opt")
     stage = build(Place(1, 3), PASSING, layers=6)
     before = {name: one.clone() for name, one in stage.module.state_dict().items()}

@@ -122,7 +122,7 @@ def plain_run(root: Path, *, layers: int, steps: int) -> None:
 @pytest.mark.ranks
 def test_saves_outlive_losses_and_a_plain_job_may_have_begun_the_run(tmp_path: Path) -> None:
     """With live replicas. Whoever is lost while a save is under way, it is whole or there is none, soon; a due step that is
-    reached by rolling forward is saved. The writer processes of the others stay. [REC-58, REC-60, REC-61, REC-63, REC-65]"""
+    reached by rolling forward is saved. The writer processes of the others stay. [REC-58, REC-60, REC-66, REC-63, REC-65]"""
     root, layers = tmp_path / "run", 8
     plain_run(root, layers=layers, steps=1)
     swap, policy = "microbatch", {"rungs": ["partner", "checkfree"]}
