@@ -286,10 +286,10 @@ class Conductor:
         if isinstance(order, Tell):
             message = order.message
             if isinstance(message, Go):
-                last = message.last and self._with_begun(message.last)
+                last = message.last and self._recoveries.said_in(message.last)
                 message = msgspec.structs.replace(message, recovered=self._recoveries.untold, last=last)
             elif isinstance(message, Commit):
-                message = self._with_begun(message)
+                message = self._recoveries.said_in(message)
             self.deeds.append(Send(order.uid, message))
         elif isinstance(order, Choose):
             self.deeds.append(AskLadder(order, self.job.last, self._terms or Terms()))
@@ -298,9 +298,6 @@ class Conductor:
         elif isinstance(order, Recovered):
             self._record_recovery(self._recoveries.given_up())
             self._recoveries.complete(order, self.job.epoch, now)
-
-    def _with_begun(self, commit: Commit) -> Commit:
-        return msgspec.structs.replace(commit, begun=self._recoveries.begun_by(commit.step))
 
     def _record_recovery(self, recovery: Recovery | None) -> None:
         if recovery is not None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elastickpt.elastic import checkfree
 from elastickpt.elastic.alike import in_order
+from elastickpt.elastic.checkpoints import NoGood, lacking_in, read, read_known
 from elastickpt.elastic.duties import Exchange
 from elastickpt.elastic.gradients import REPLICATED
 from elastickpt.elastic.history import History
@@ -29,18 +30,12 @@ from elastickpt.elastic.messages import Source
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.stages import Part, Stage, Swap
-from elastickpt.errors import CheckpointError, Refused, StateMismatch
-from elastickpt.loading.opened import open_records
-from elastickpt.runs.loading import load_alone
+from elastickpt.errors import Refused, StateMismatch
 
 log = logging.getLogger(__name__)
 
 HEAR_LIMIT_S = 60.0
 _SCALARS = (bool, int, float, str, type(None))
-
-
-class NoGood(Exception):
-    """The source of the own stage cannot be used; the message says why."""
 
 
 @dataclass(slots=True)
@@ -86,9 +81,9 @@ class Mending:
         if self._stage.scheduler is not None:
             state["scheduler"] = self._stage.scheduler
         try:
-            return _read(state, path)
+            return read(state, path)
         except StateMismatch:
-            lacking = _lacking(state, path)
+            lacking = lacking_in(state, path)
             if not lacking:
                 raise
         self._as_built()
@@ -97,7 +92,7 @@ class Mending:
         if "elastic" in lacking:
             history.load_state_dict({})
         log.warning("%s: has no %s, which begin as they were built", path, ", no ".join(sorted(lacking)))
-        return _read({item: one for item, one in state.items() if item not in lacking}, path)
+        return read({item: one for item, one in state.items() if item not in lacking}, path)
 
     def given(self) -> Iterator[Tensor]:
         """All that others may be made of."""
@@ -149,7 +144,7 @@ class Mending:
     def _take(self, source: Source, step: int, donor: int | None, twin: int | None, way: _Way) -> None:
         self._as_built()
         if source.rung == "stale":
-            way.found.read += _read_known({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
+            way.found.read += read_known({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
             self._options_as_built()
         else:
             self._mix(source, way)
@@ -192,7 +187,7 @@ class Mending:
         key = f"factors/{source.stage}"
         if links.stage == source.stage:
             saved = History()
-            _read_known({"elastic": saved}, source.path)
+            read_known({"elastic": saved}, source.path)
             exchange.set(key, msgspec.msgpack.encode({name: saved.lr_factors.get(name, 1.0) for name in names}))
         return msgspec.msgpack.decode(exchange.get(key, limit_s=HEAR_LIMIT_S), type=dict[str, float])
 
@@ -329,43 +324,6 @@ class _Way:
 
     def _key(self, giver: int, part: Part) -> str:
         return f"moments/{part}/{giver}/{self.away}"
-
-
-def _read(state: Mapping[str, object], path: str) -> int:
-    """Fills the state; the bytes read. Raises StateMismatch, with nothing changed, and NoGood."""
-    try:
-        return load_alone(state, path).read_nbytes
-    except StateMismatch:
-        raise
-    except CheckpointError as error:
-        raise NoGood(f"{path}: {error.message}") from error
-
-
-def _read_known(state: Mapping[str, object], path: str) -> int:
-    """The same, of the items that the checkpoint has. Raises NoGood."""
-    try:
-        try:
-            return _read(state, path)
-        except StateMismatch:
-            lacking = _lacking(state, path)
-            if not lacking:
-                raise
-            return _read(found, path) if (found := {item: state[item] for item in state.keys() - lacking}) else 0
-    except StateMismatch as error:
-        raise NoGood(f"{path}: {error.message}") from error
-
-
-def _lacking(state: Mapping[str, object], path: str) -> frozenset[str]:
-    """The items of a state that a checkpoint lacks, and may lack. Raises StateMismatch for an optimizer under another name, and
-    NoGood."""
-    try:
-        kinds = {item.name: item.kind for item in open_records(path).manifest.items}
-    except CheckpointError as error:
-        raise NoGood(f"{path}: {error.message}") from error
-    found = frozenset(state) - kinds.keys() - {"model"}
-    if "optimizer" in found and (others := sorted(item for item, kind in kinds.items() if kind == "optimizer")):
-        raise StateMismatch(f"{path}: has an optimizer's state as {', '.join(map(repr, others))}; expected it as 'optimizer'")
-    return found
 
 
 def _is_plain(value: object) -> bool:

@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from elastickpt.elastic.checkpoints import NoGood
 from elastickpt.elastic.duties import Exchange, TaskOver
 from elastickpt.elastic.gradients import Clipping, clip, divide, keep_buffers_equal, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
@@ -35,7 +36,7 @@ from elastickpt.elastic.membership import (
     Stop,
     Took,
 )
-from elastickpt.elastic.mending import HEAR_LIMIT_S, Mending, NoGood, Rebuilding
+from elastickpt.elastic.mending import HEAR_LIMIT_S, Mending, Rebuilding
 from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, flushes_of, raised_by_user, sees_batches
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Reports, by_stage

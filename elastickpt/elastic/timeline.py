@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from elastickpt.elastic.job import Loss, Recovered
-from elastickpt.elastic.messages import Source
+from elastickpt.elastic.messages import Commit, Source
 from elastickpt.elastic.recovery import Considered, From, Lost, Mended, Moved, Recovery, Seconds, is_approximate
 
 
@@ -89,9 +91,10 @@ class Recoveries:
             self._begun = [one for one in self._begun if one[0] >= step - 1] + [(step, self.untold.generation, seconds)]
         return self.given_up()
 
-    def begun_by(self, step: int) -> tuple[tuple[int, float], ...]:
-        """By generation, when what ran after a recovery began: of those that a report of this committed step names."""
-        return tuple((generation, seconds) for at, generation, seconds in self._begun if at <= step)
+    def said_in(self, commit: Commit) -> Commit:
+        """With when what ran after a recovery began, of those recoveries that a report of this step names."""
+        begun = tuple((generation, seconds) for step, generation, seconds in self._begun if step <= commit.step)
+        return msgspec.structs.replace(commit, begun=begun)
 
     def given_up(self) -> Recovery | None:
         """What is to be told as it is: nothing more becomes known of it."""

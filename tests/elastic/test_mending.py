@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import elastickpt as ek
+from elastickpt.elastic.checkpoints import NoGood
 from elastickpt.elastic.gradients import keep_buffers_equal
 from elastickpt.elastic.history import History
-from elastickpt.elastic.mending import Mending, NoGood, mixed_moments
+from elastickpt.elastic.mending import Mending, mixed_moments
 from elastickpt.elastic.passage import Passing, flushes_of
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.stages import Place, Stage
