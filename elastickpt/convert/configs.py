@@ -39,7 +39,9 @@ def config_files(
         template = config_text(name) or "{}"
         filling = _Filling(contents, known)
         made = filling.fill(json.loads(template))
-        if filling.fits:
+        if filling.lacking and name in names:
+            raise Refused(f"{CONFIG} says the size of {filling.lacking[0]}, which is not written: give --config DIR")
+        if not filling.lacking:
             if filling.missing:
                 wanted = ", ".join(filling.missing)
                 raise Refused(
@@ -62,7 +64,7 @@ def constants_in(template: object) -> set[str]:
     if not isinstance(template, dict):
         return set()
     inner = {one for value in template.values() for one in constants_in(value)}
-    return inner | set(template.get("of", ()))
+    return inner | {*template.get("of", ()), *template.get("when", ())}
 
 
 def _text(config: object) -> bytes:
@@ -83,17 +85,17 @@ def _copied(folder: str) -> dict[str, bytes]:
 
 @dataclass(slots=True)
 class _Filling:
-    """Fills a template: {"of": constants, "else": default}, and of what is written {"rows" | "columns" | "dtype" | "tied":
-    names} and {"has": names, "then": ..., "else": ...}.
+    """Fills a template: {"of": constants, "else": default}, {"when": constants, "then": ..., "else": ...}, and of what is
+    written {"rows" | "columns" | "dtype": names} and {"has": names, "then": ..., "else": ...}.
     """
 
     contents: Contents
     known: Mapping[str, object]
     missing: list[str]
-    fits: bool
+    lacking: list[str]
 
     def __init__(self, contents: Contents, known: Mapping[str, object]) -> None:
-        self.contents, self.known, self.missing, self.fits = contents, known, [], True
+        self.contents, self.known, self.missing, self.lacking = contents, known, [], []
 
     def fill(self, template: object) -> object:
         if not isinstance(template, dict):
@@ -105,8 +107,8 @@ class _Filling:
             if "else" not in template:
                 self.missing.append(" or ".join(template["of"]))
             return template.get("else")
-        if "tied" in template:
-            return any(name in template["tied"] for group in self.contents.tied for _, name in group)
+        if "when" in template:
+            return self.fill(template["then" if any(self.known.get(name) for name in template["when"]) else "else"])
         if "has" in template:
             there = {one.id.name for one in self.contents.arrays.values()}
             return self.fill(template["then" if there & set(template["has"]) else "else"])
@@ -119,5 +121,5 @@ class _Filling:
         for one in self.contents.arrays.values():
             if isinstance(names, list) and one.id.name in names and one.id.state == "value":
                 return _OF_ARRAYS[what](one)
-        self.fits = False
+        self.lacking.append(" or ".join(names if isinstance(names, list) else []))
         return None

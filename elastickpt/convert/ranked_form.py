@@ -178,7 +178,7 @@ class _Forming:
 
     def _resized(self, name: str, state: str, shape: tuple[int, ...], true: tuple[int, ...] | None) -> Node:
         """The array in the shape that OUT pads it to; true rows are never dropped."""
-        if true is not None and true != shape:
+        if true is not None:
             self._padded = shape[0]
         if (name, state) not in self._whole:
             array = self._array(name, state)

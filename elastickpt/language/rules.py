@@ -127,17 +127,26 @@ def resolve(program: t.Program, constants: Mapping[str, ConstantValue | None], s
     for a constant that is missing, axes that are not the program's, and whatever the program says of itself that is wrong.
     """
     scope = Scope({}, {}, {}, program.source, program.name)
-    axes = axes_of(program)
+    program, axes = _with_chunks(program, sizes), axes_of(program)
     meshes = [one.at for one in program.statements if isinstance(one, t.MeshLine)]
     at = meshes[0] if meshes else t.NOWHERE
     for axis, size in sizes.items():
-        if axis not in axes:
-            raise scope.fault(f"mesh axis {axis!r}: expected one of {', '.join(axes) or 'none'}", at)
+        if axis not in (known := (*axes, *(one.axis for one in program.statements if isinstance(one, t.Chunks)))):
+            raise scope.fault(f"mesh axis {axis!r}: expected one of {', '.join(known) or 'none'}", at)
         if size < 1:
             raise scope.fault(f"mesh axis {axis!r} of size {size}: expected at least 1", at)
     stated = sizes_of(program)
     scope = replace(scope, axes={axis: sizes.get(axis, stated.get(axis, 1)) for axis in axes})
     return _Resolving(program, scope, constants).run()
+
+
+def _with_chunks(program: t.Program, sizes: Mapping[str, int]) -> t.Program:
+    """The program with these sizes of its axes inside a rank."""
+    made = (
+        replace(one, size=t.Number(sizes[one.axis])) if isinstance(one, t.Chunks) and one.axis in sizes else one
+        for one in program.statements
+    )
+    return replace(program, statements=tuple(made))
 
 
 def declared(program: t.Program, constants: Mapping[str, ConstantValue | None]) -> Scope:

@@ -7,6 +7,7 @@ Groups keep their parameters; each gets the options that its parameters had, exc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from elastickpt.training.optimizer_parts import Prefix
 from elastickpt.training.tables import Disagreement, OneValue, TableView
 from elastickpt.training.tree_binding import bind_tree, copy_into
 from elastickpt.training.trees import token
-from elastickpt.training.values import member_of, shown
+from elastickpt.training.values import member_of, shown, tensor_of
 
 _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
 
@@ -110,6 +111,8 @@ def overwritten(binder: Binder, live: torch.Tensor, found: Value, where: str) ->
             binder.differs(where, "shape", expected=str(tuple(live.shape)), found=str(found.shape))
             return None
         if found.dtype != dtype_name(live.dtype):
+            if (same := _same_number(live, found)) is not None:
+                return partial(_fill, live, same)
             binder.differs(where, "dtype", expected=str(live.dtype).removeprefix("torch."), found=found.dtype)
             return None
         return lambda: copy_into(live, found)
@@ -122,6 +125,15 @@ def overwritten(binder: Binder, live: torch.Tensor, found: Value, where: str) ->
             f"{where}: {found!r} (in the checkpoint) is rounded to {live.dtype}, the type of the tensor in this process"
         )
     return lambda: _fill(live, made)
+
+
+def _same_number(live: torch.Tensor, found: ArrayValue) -> torch.Tensor | None:
+    """A saved number of another element type in that of the tensor, where it is the same number there."""
+    number = None if live.ndim or live.dtype == torch.bool else tensor_of(found).item()
+    if type(number) not in (int, float):
+        return None
+    made = torch.tensor(number, dtype=live.dtype)
+    return made if made.item() == number else None
 
 
 def _fill(live: torch.Tensor, made: torch.Tensor) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
+from numbers import Number
 from typing import Any
 
 from torch.optim import Optimizer
@@ -153,10 +155,25 @@ def _bind_part(binder: Binder, bound: BoundOptimizer, part: Part) -> None:
         else:
             saved = bound.saved_states(part, member, name)
             ParameterStates(binder, bound.item, member, saved, states_of(part.optimizer), groups[member.group]).bind()
+    if isinstance(part.optimizer, Optimizer):
+        binder.installs.append(partial(_with_own_numbers, part.optimizer))
     if bound.has_options(part):
         pairs = zip(groups, bound.saved_groups(part), strict=True)
         bind_groups(binder, bound.item, bound.view, pairs, part.path, bound.options[part.path])
     _bind_values(binder, bound, part)
+
+
+def _with_own_numbers(optimizer: Optimizer) -> None:
+    """Plain numbers among the states become what the optimizer makes of those that it loads: torch's own count their steps by
+    tensors, and take the numbers of files from before torch 1.12 so."""
+    plain = any(
+        isinstance(one, Number) and not isinstance(one, bool)
+        for states in states_of(optimizer).values()
+        if isinstance(states, dict)
+        for one in states.values()
+    )
+    if plain and type(optimizer).__setstate__ is not Optimizer.__setstate__:
+        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
 def _bind_values(binder: Binder, bound: BoundOptimizer, part: Part) -> None:
