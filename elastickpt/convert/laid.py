@@ -24,6 +24,7 @@ from elastickpt.language.matching import Matched, match
 from elastickpt.language.printer import filled_in, print_program
 from elastickpt.language.rules import Rules, resolve
 from elastickpt.language.scope import ConstantValue, Scope
+from elastickpt.language.sequence import Places, as_in_files
 
 ReadBytes = Callable[[StoredTensor], bytes]
 MODEL = "model"
@@ -75,7 +76,8 @@ class _Laying:
         tied += [(one.item, one.alias, one.name) for one in found.tied]
         constants = dict(self._rules.scope.constants) | dict(matched.lists) | dict(matched.sizes)
         orders = self._counted(holds) if len(self._ranks) == 1 else {}
-        program = with_orders(filled_in(self._program, constants, self._sizes), orders)
+        program = as_in_files(self._program, self._models(matched))
+        program = with_orders(filled_in(program, constants, self._sizes), orders)
         return Contents(
             arrays=self._arrays,
             rows=self._rows,
@@ -97,6 +99,15 @@ class _Laying:
             for k in self._values[rank]
         )
         return RankShapes(of.coordinate, tensors, of.where)
+
+    def _models(self, matched: Matched) -> Iterator[list[Places]]:
+        """Of each rank and chunk, the rules of its tensors in the order of the file."""
+        found: dict[tuple[int, int], dict[int, Places]] = {}
+        for array in matched.arrays:
+            for one in array.holders:
+                own = found.setdefault((one.rank, self._tensor(one).chunk), {})
+                own[one.tensor] = tuple(line for line, _ in one.rule.path)
+        return ([own[k] for k in sorted(own)] for own in found.values())
 
     def _dropped(self, matched: Matched) -> Iterator[NotCarried]:
         names = {str(self._ranks[rank].tensors[self._values[rank][index]].name) for rank, index in matched.dropped}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from elastickpt.convert import reading
 from elastickpt.convert.nodes import Agreement, Gathered, Share, resized
 from elastickpt.convert.reading import Reading
 from elastickpt.errors import ProgramFault, ReplicaConflict
@@ -99,6 +101,28 @@ def test_a_mean_is_made_in_double_in_order_and_rounded_once(tmp_path) -> None:
     found, _ = read(tmp_path, gathered(tmp_path, "a", parts, agreement="average", a=2))
     wanted = ((parts[0].astype(np.float64) + parts[1] + parts[2]) / 3).astype(np.float32)
     assert found.tolist() == wanted.tolist()
+
+
+def test_a_mean_is_made_in_pieces_that_read_what_they_need(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "_AVERAGED_COUNT", 8)
+    parts = [numbers(5, 6) * (k + 1) for k in range(3)]
+    taken: list[int] = []
+    take = reading.Buffers.take
+    monkeypatch.setattr(
+        reading.Buffers, "take", lambda self, nbytes, phase=0: taken.append(nbytes) or take(self, nbytes, phase)
+    )
+    found, _ = read(tmp_path, gathered(tmp_path, "a b", parts, agreement="average", a=5, b=6))
+    assert np.array_equal(found, numbers(5, 6) * 2)
+    assert max(taken[1:]) <= 8 * 4  # beside the array itself
+
+
+def test_what_ranks_hold_of_one_worker_is_compared_before_the_mean_is_made(tmp_path) -> None:
+    node = gathered(tmp_path, "a", [numbers(4), numbers(4), numbers(4) + 3], agreement="average", a=4)
+    same = replace(node, shares=tuple(replace(one, worker=(k // 2,)) for k, one in enumerate(node.shares)))
+    assert np.array_equal(read(tmp_path, same)[0], numbers(4) + 1.5)
+    other = replace(node, shares=tuple(replace(one, worker=((k + 1) // 2,)) for k, one in enumerate(node.shares)))
+    with pytest.raises(ReplicaConflict, match=r"element \(0,\): 0.0 in w of rank 1, 3.0 in w of rank 2"):
+        read(tmp_path, other)
 
 
 @pytest.mark.parametrize("by", [2, 4, 3])

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import elastickpt as ek
 from elastickpt.convert import buffers as memory
 from elastickpt.convert import engine, place
 from elastickpt.convert.buffers import Buffers
@@ -22,6 +23,7 @@ from elastickpt.convert.job import open_source, prepare
 from elastickpt.convert.options import Options
 from elastickpt.convert.workers import Helpers
 from elastickpt.errors import NoSpace, NotDurable
+from elastickpt.format.arrays import ArrayId
 from elastickpt.storage.kernel import PAGE
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import locate_for_saving
@@ -135,6 +137,67 @@ def test_no_byte_of_a_tensor_is_read_twice_over_all_workers(
         assert all(stop <= start for (_, stop), (start, _) in pairwise(sorted(some)))
     assert sum(stop - start for some in tensors.values() for start, stop in some) > 0
     assert done.nbytes > 0
+
+
+def interleaved(folder: Path) -> dict[str, np.ndarray]:
+    """Tensors whose bytes lie between one another: views of one storage, by short runs, by long ones, and of one another."""
+    import torch
+
+    fused = torch.arange(24_000.0).reshape(1000, 24)
+    wide = torch.arange(36_864.0).reshape(6, 6144)
+    model = {f"short.{k}": one for k, one in enumerate(fused.chunk(3, 1))} | {
+        f"long.{k}": one for k, one in enumerate(wide.chunk(3, 1))
+    }
+    model |= {"even": fused[:, 0::2], "odd": fused[:, 1::2], "flat": fused.reshape(-1), "turned": wide.T}
+    torch.save({"model": model}, folder)
+    return {name: one.numpy() for name, one in model.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_that_lie_between_those_of_others_are_read_once(tmp_path, read, workers_within, workers: int) -> None:
+    truth = interleaved(tmp_path / "a.pt")
+    asked = Options(str(tmp_path / "a.pt"), str(tmp_path / "u"), workers=workers)
+    source = open_source(asked)
+    read.clear()
+    engine.carry_out(prepare(asked, source))
+    ranges = sorted((start, stop) for path, start, stop in read if path.endswith("a.pt"))
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(ranges))
+    assert sum(stop - start for start, stop in ranges) == 4 * (24_000 + 36_864)
+    for name, one in truth.items():
+        assert np.array_equal(ek.open(tmp_path / "u").read(ArrayId("params", "model", name, "value")), one), name
+
+
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_ranks_stack_is_read_once_wherever_the_number_stands(
+    tmp_path, read, workers_within, workers: int, inner: bool
+) -> None:
+    """The number of a stacked array is the last dimension, or one in the middle."""
+    import argparse
+
+    import torch
+
+    shape = (40, 6, 4) if inner else (40, 4, 2048)
+    whole = torch.arange(2 * np.prod(shape), dtype=torch.float32).reshape(2, *shape)
+    for tp in range(2):
+        folder = tmp_path / "m" / f"mp_rank_{tp:02d}"
+        folder.mkdir(parents=True)
+        args = argparse.Namespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=1)
+        torch.save({"args": args, "model": {"w": whole[tp]}, "iteration": 1}, folder / "model_optim_rng.pt")
+    dims = "a/tp  b  (e=4)" if inner else "a/tp  (e=4)  b"
+    (tmp_path / "my.ucl").write_text(f"ucl 1\nmesh m = tp\nin model\n    w  as e.{{e}}.w  {dims}\n")
+    asked = Options(str(tmp_path / "m"), str(tmp_path / "u"), workers=workers, rules=str(tmp_path / "my.ucl"))
+    source = open_source(asked)
+    read.clear()
+    engine.carry_out(prepare(asked, source))
+    for tp in range(2):
+        ranges = sorted((start, stop) for path, start, stop in read if f"mp_rank_{tp:02d}" in path)
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(ranges))
+        assert sum(stop - start for start, stop in ranges) == 4 * np.prod(shape)
+    for e in range(4):
+        wanted = whole[..., e] if inner else whole[:, :, e]
+        found = ek.open(tmp_path / "u").read(ArrayId("params", "model", f"e.{e}.w", "value"))
+        assert np.array_equal(found, wanted.reshape(found.shape).numpy()), e
 
 
 @pytest.mark.parametrize("workers", [1, 2])

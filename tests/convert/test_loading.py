@@ -94,6 +94,46 @@ def test_what_ek_saved_goes_out_and_comes_back(tmp_path) -> None:
     assert [step(third, last, k) for k in range(3, 6)] == wanted
 
 
+@pytest.mark.parametrize("number", [int, float, np.int64, np.float32, lambda k: torch.tensor(k, dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_steps_that_are_numbers_of_any_kind_load_and_count_on(tmp_path, number, stepped: bool) -> None:
+    """As files from before torch 1.12 have them, and programs that count by themselves."""
+    model = net(0)
+    optimizer = adamw(model)
+    for k in range(3):
+        step(model, optimizer, k)
+    saved = optimizer.state_dict()
+    states = {key: {**one, "step": number(3)} for key, one in saved["state"].items()}
+    torch.save({"model": model.state_dict(), "optimizer": {**saved, "state": states}}, tmp_path / "file.pt")
+    wanted = [step(model, optimizer, k) for k in range(3, 6)]
+    assert main(["convert", str(tmp_path / "file.pt"), str(tmp_path / "u"), "--quiet"]) == 0
+    other = net(1)
+    fresh = adamw(other)
+    if stepped:
+        step(other, fresh, 9)
+    ek.load({"model": other, "optimizer": fresh}, tmp_path / "u")
+    assert [step(other, fresh, k) for k in range(3, 6)] == wanted
+    assert {float(one["step"]) for one in fresh.state.values()} == {6.0}
+
+
+def test_a_state_that_is_none_stays_none(tmp_path) -> None:
+    model = net(0)
+    optimizer = torch.optim.SGD(list(model.named_parameters()), lr=0.1, momentum=0.9)
+    step(model, optimizer, 0)
+    saved = optimizer.state_dict()
+    saved["state"][0]["momentum_buffer"] = None
+    torch.save({"model": model.state_dict(), "optimizer": saved}, tmp_path / "file.pt")
+    assert main(["convert", str(tmp_path / "file.pt"), str(tmp_path / "u"), "--quiet"]) == 0
+    other = net(1)
+    fresh = torch.optim.SGD(list(other.named_parameters()), lr=0.1, momentum=0.9)
+    ek.load({"model": other, "optimizer": fresh}, tmp_path / "u")
+    found = fresh.state_dict()["state"]
+    assert found[0] == {"momentum_buffer": None}
+    assert torch.equal(found[1]["momentum_buffer"], saved["state"][1]["momentum_buffer"])
+    assert main(["convert", str(tmp_path / "u"), str(tmp_path / "again.pt"), "--to", "torch", "--quiet"]) == 0
+    assert torch.load(tmp_path / "again.pt", weights_only=True)["optimizer"]["state"][0] == {"momentum_buffer": None}
+
+
 def half_types(folder: Path) -> dict[str, torch.Tensor]:
     """bf16 weights with fp32 masters, on two tensor-parallel ranks of Megatron."""
     from elastickpt.foreign.file_plans import NewTensor

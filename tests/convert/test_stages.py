@@ -112,6 +112,36 @@ def test_another_mesh_has_even_stages_or_those_that_are_given(tmp_path) -> None:
     assert (code, "sizes (2, 0, 3) add up to 5 in 3 shares: expected 6 in 4" in told) == (1, True)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_files_that_order_names_otherwise_come_back_with_their_own_numbers(tmp_path, turned: bool) -> None:
+    """Optimizers count by the model's order, which is that of the files and not that of the program. [LANG-28]"""
+    megatron(tmp_path / "m", [[1, 2], [2, 1]])
+    for path in (tmp_path / "m").rglob("*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, weights_only=True)
+        for chunk in ("model0", "model1"):
+            contents[chunk] = dict(sorted(contents[chunk].items(), reverse=turned))
+        values = [one for chunk in ("model0", "model1") for one in contents[chunk].values()]
+        ordered = [one for one in values if one.ndim > 1] + [one for one in values if one.ndim < 2]
+        states = {k: {"step": torch.tensor(3.0), "exp_avg": one * 2} for k, one in enumerate(ordered)}
+        groups = [{"lr": 0.1, "params": list(range(len(ordered)))}]
+        torch.save({**contents, "optimizer": {"state": states, "param_groups": groups}}, path)
+    done(tmp_path / "m", tmp_path / "u", "--quiet")
+    done(tmp_path / "u", tmp_path / "back", "--to", "megatron", "--quiet")
+    for path in (tmp_path / "m").rglob("*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            one = torch.load(path, weights_only=True)
+            other = torch.load(tmp_path / "back" / path.relative_to(tmp_path / "m"), weights_only=True)
+        assert [list(one[chunk]) for chunk in ("model0", "model1")] == [list(other[chunk]) for chunk in ("model0", "model1")]
+        for number, states in one["optimizer"]["state"].items():
+            assert torch.equal(states["exp_avg"], other["optimizer"]["state"][number]["exp_avg"]), number
+    done(tmp_path / "u", tmp_path / "v1", "--to", "megatron", "--mesh", "pp=1", "--quiet")
+    done(tmp_path / "v1", tmp_path / "w", "--quiet")
+    assert main(["diff", str(tmp_path / "u"), str(tmp_path / "w"), "--quiet"]) == 6  # but for what args say of stages
+    done(tmp_path / "u", tmp_path / "v2", "--to", "megatron", "--mesh", "pp=2,v=1", "--quiet")
+    assert {key for one in tensors(tmp_path / "v2").values() for key in one} == {"model", "args"}
+
+
 def test_layers_that_no_file_holds_are_refused(tmp_path) -> None:
     megatron(tmp_path / "m", [[3, 1, 2]])
     path = next((tmp_path / "m").rglob("mp_rank_00_001/*.pt"))
