@@ -17,6 +17,7 @@ from elastickpt.format.values import Value
 from elastickpt.language.scope import ConstantValue
 from elastickpt.language.tree import Let, Member, Names, Needs, Number, Order, Pattern, Program, Within
 
+Groups = tuple[tuple[str, ...], ...]  # names, by param groups
 MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
 
 
@@ -53,9 +54,7 @@ class Contents:
     layout_text: str | None = None
     not_carried: tuple[NotCarried, ...] = ()
     said: tuple[str, ...] = ()
-    orders: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # optimizer item → its parameters, as a file counted them
+    orders: Mapping[str, Groups] = field(default_factory=dict)  # optimizer item → its parameters, as a file counted them
 
     def tables(self) -> tuple[OptimizerTable, ...]:
         """The optimizers' rows as columns."""
@@ -106,11 +105,23 @@ def _matches(identity: ArrayId, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(text, glob) for glob in globs for text in texts)
 
 
-def with_orders(program: Program, orders: Mapping[str, tuple[str, ...]]) -> Program:
+def with_orders(program: Program, orders: Mapping[str, Groups]) -> Program:
     """The program with these orders written out, where they fit a text of the language."""
     known = {one.name for one in program.statements if isinstance(one, Order)}
-    fit = {item: names for item, names in orders.items() if item not in known and item.isidentifier() and _spellable(names)}
-    clauses = tuple(Order(item, Names(tuple(Member(Pattern((name,))) for name in names))) for item, names in fit.items())
+    fit = {item: of for item, of in orders.items() if item not in known and _spellable((*of, (item,)))}
+    clauses = tuple(
+        Order(
+            item,
+            Names(
+                tuple(
+                    Member(Pattern((name,)), None, k == 0 < number)
+                    for number, some in enumerate(of)
+                    for k, name in enumerate(some)
+                )
+            ),
+        )
+        for item, of in fit.items()
+    )
     first = next((k for k, one in enumerate(program.statements) if isinstance(one, Within)), len(program.statements))
     return replace(program, statements=(*program.statements[:first], *clauses, *program.statements[first:]))
 
@@ -123,5 +134,6 @@ def with_constants(program: Program, constants: Mapping[str, ConstantValue]) -> 
     return replace(program, statements=(*(Let(name, Number(value)) for name, value in new.items()), *program.statements))
 
 
-def _spellable(names: tuple[str, ...]) -> bool:
+def _spellable(groups: Groups) -> bool:
+    names = [name for some in groups for name in some]
     return sum(map(len, names)) < MAX_ORDER_LENGTH and not any('"' in name or "\n" in name for name in names)

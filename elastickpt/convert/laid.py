@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Laid, with_orders
+from elastickpt.convert.contents import Array, Contents, Groups, Laid, with_orders
 from elastickpt.convert.local_tensors import Local, local_ranks
 from elastickpt.convert.nodes import Agreement, Gathered, Share
 from elastickpt.convert.owners import Key, Owners
@@ -256,14 +256,18 @@ class _Laying:
             self._lost[place] = NotCarried(place, "settings of a parameter of which nothing is in the files")
         return names
 
-    def _counted(self, holds: Sequence[Holds]) -> dict[str, tuple[str, ...]]:
-        """Whole names in the order in which each optimizer's groups have them."""
-        found: dict[str, dict[str, None]] = {}
+    def _counted(self, holds: Sequence[Holds]) -> dict[str, Groups]:
+        """Whole names in the order in which each optimizer's groups have them; one that several have is the first one's."""
+        found: dict[str, list[tuple[str, ...]]] = {}
+        seen: set[Name] = set()
         for group in self._ranks[0].groups:
-            for member in group.members:
-                for _, name in self._named(0, holds[0], group.item, member):
-                    found.setdefault(group.item, {})[name] = None
-        return {item: tuple(some) for item, some in found.items()}
+            names = dict.fromkeys(one for member in group.members for one in self._named(0, holds[0], group.item, member))
+            found.setdefault(group.item, []).append(tuple(name for item, name in names if (group.item, name) not in seen))
+            seen.update((group.item, name) for _, name in names)
+            if not group.members:
+                place = f"{group.item}/param_groups/{len(found[group.item]) - 1}"
+                self._lost[place] = NotCarried(place, "a param group without parameters")
+        return {item: tuple(some for some in groups if some) for item, groups in found.items()}
 
     def _extras(self) -> None:
         """Tensors that are no states of parameters."""
@@ -294,10 +298,12 @@ class _Laying:
 
     def _items(self) -> Iterator[Item]:
         models = dict.fromkeys(one.item for one in self._arrays if one.section == "params")
-        yield from (Item(name, "module", "") for name in models)
-        yield from (Item(name, "optimizer", "") for name in self._rows if name not in models)
-        for pointer in self._found.values:
-            name = pointer.split("/")[1].replace("~1", "/").replace("~0", "~") if pointer.startswith("/") else pointer
-            if name not in models and name not in self._rows:
-                yield Item(name, "values", type(self._found.values[pointer]).__name__)
-        yield from (Item(one.item, "values", "Tensor") for one in self._arrays if one.section == "extra")
+        found = {name: Item(name, "optimizer", "") for name in self._rows} | {name: Item(name, "module", "") for name in models}
+        for pointer, value in self._found.values.items():
+            name, _, below = pointer.removeprefix("/").partition("/")
+            name = name.replace("~1", "/").replace("~0", "~")
+            found.setdefault(name, Item(name, "values", "dict" if below else type(value).__name__))
+        for one in self._arrays:
+            if one.section == "extra":
+                found.setdefault(one.item, Item(one.item, "values", "Tensor"))
+        return iter(found.values())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents
+from elastickpt.convert.contents import Array, Contents, Groups
 from elastickpt.convert.nodes import Cast, Mapped, Node, Term
 from elastickpt.errors import Refused
 from elastickpt.foreign.listing import NotCarried
@@ -35,7 +35,7 @@ def apply_names(
     parameters = contents.parameters()
     arrays = {one.id: one for one in contents.arrays.values() if one.id.section != "params"}
     rows: dict[str, dict[Name, Row]] = {}
-    orders: dict[str, tuple[str, ...]] = {}
+    orders: dict[str, Groups] = {}
     tied: list[tuple[Name, ...]] = []
     lost: list[NotCarried] = []
     for item in dict.fromkeys(item for item, _ in parameters):
@@ -50,7 +50,7 @@ def apply_names(
             own = {name: row for name, row in of_optimizer.items() if name[0] == item}
             rows.setdefault(optimizer, {}).update(_rows(own, links))
             if own and optimizer in contents.orders:
-                orders[optimizer] = _order(contents.orders[optimizer], links)
+                orders[optimizer] = tuple(_order(some, links) for some in contents.orders[optimizer])
         dropped = left_out(lines, [one.name for one in shapes])
         tied += _tied([group for group in contents.tied if group[0][0] == item], lines, links, dropped)
         lost += [NotCarried(f"{item}/{name}", f"the map {program.name} drops it") for name in dropped]

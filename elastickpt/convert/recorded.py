@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from elastickpt.convert.contents import Array, Contents, Laid
+from elastickpt.convert.contents import Array, Contents, Groups, Laid
 from elastickpt.convert.nodes import Recorded
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.tables import rows_of
 from elastickpt.language import tree as t
-from elastickpt.language.orders import written_names
+from elastickpt.language.orders import written_groups
 from elastickpt.language.parse import parse
 from elastickpt.language.rules import resolve, sizes_of
 from elastickpt.loading.opened import Opened
@@ -41,10 +41,10 @@ def recorded_contents(opened: Opened) -> Contents:
     )
 
 
-def orders_in(text: str | None) -> dict[str, tuple[str, ...]]:
+def orders_in(text: str | None) -> dict[str, Groups]:
     """The orders that a `layout_text` writes out."""
     statements = parse(text, name="layout_text").statements if text is not None else ()
-    return {one.name: written_names(one) for one in statements if isinstance(one, t.Order) and isinstance(one.by, t.Names)}
+    return {one.name: written_groups(one) for one in statements if isinstance(one, t.Order) and isinstance(one.by, t.Names)}
 
 
 def laid_by(text: str | None) -> Laid | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from elastickpt.convert.contents import Contents
+from elastickpt.convert.contents import Contents, Groups
 from elastickpt.convert.nodes import Node
 from elastickpt.errors import Refused
 from elastickpt.foreign.assemble import NewArray, NewState, assemble
@@ -97,22 +97,24 @@ def optimizer_of(contents: Contents, name: Name) -> str:
     return known or next(iter(contents.rows), "optimizer")
 
 
-def counted_groups(rows: Mapping[Name, Row], item: str, order: tuple[str, ...]) -> Iterator[Group]:
-    """The param groups as a file counted them: a new one begins where options change."""
+def counted_groups(rows: Mapping[Name, Row], item: str, order: Groups) -> Iterator[Group]:
+    """The param groups as a file counted them; a new one begins where options change, too."""
     by_name = {name: row for (_, name), row in rows.items()}
-    last: tuple[tuple[str, str], ...] | None = None
-    members: list[str] = []
-    options: dict[str, object] = {}
-    for name in (*(name for name in order if name in by_name), *(name for name in by_name if name not in order)):
-        found = {key: value for (kind, key), value in by_name[name].items() if kind == "hyper"}
-        code = tuple(sorted((key, value_digest(value)) for key, value in found.items()))
-        if last is not None and code != last:
+    known = {name for some in order for name in some}
+    for some in (*order, tuple(name for name in by_name if name not in known)):
+        last: tuple[tuple[str, str], ...] | None = None
+        members: list[str] = []
+        options: dict[str, object] = {}
+        for name in (name for name in some if name in by_name):
+            found = {key: value for (kind, key), value in by_name[name].items() if kind == "hyper"}
+            code = tuple(sorted((key, value_digest(value)) for key, value in found.items()))
+            if last is not None and code != last:
+                yield Group(item, tuple(members), options)
+                members = []
+            members.append(name)
+            last, options = code, found
+        if members:
             yield Group(item, tuple(members), options)
-            members = []
-        members.append(name)
-        last, options = code, found
-    if members:
-        yield Group(item, tuple(members), options)
 
 
 def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> Iterator[Group]:

@@ -52,12 +52,35 @@ def assemble(state: NewState, *, keyed: Keyed) -> dict[str, object]:
         _put(root, (*tie.item.split("."), tie.alias), _get(root, at))
     for item in sorted(optimizers):
         _put(root, tuple(item.split(".")), _optimizer(state, item, keyed))
+    lists = []
     for pointer, value in sorted(state.values.items(), key=lambda pair: pair[0].count("/")):
-        _put(root, _tokens(pointer), _with_tensors(from_plain(value), state.arrays))
+        if isinstance(value, list) and _holds(root, state.values, pointer):
+            lists.append((_tokens(pointer), len(value)))
+        else:
+            _put(root, _tokens(pointer), _with_tensors(from_plain(value), state.arrays))
     for array in state.arrays:
         if not array.state and not array.name:
             _put(root, (array.item,), array.tensor)
+    for path, count in reversed(lists):
+        _make_list(root, path, count)
     return root
+
+
+def _holds(root: Mapping[str, object], values: Mapping[str, object], pointer: str) -> bool:
+    """Whether what is in a list stands by itself."""
+    at: object = root
+    for name in _tokens(pointer):
+        at = at.get(name) if isinstance(at, Mapping) else None
+    return at is not None or any(other.startswith(f"{pointer}/") for other in values)
+
+
+def _make_list(root: dict[str, object], path: tuple[str, ...], count: int) -> None:
+    above = _get(root, path[:-1])
+    found = above.get(path[-1], {}) if isinstance(above, dict) else None
+    places = [str(k) for k in range(count)]
+    if not isinstance(above, dict) or not isinstance(found, dict) or not found.keys() <= set(places):
+        raise StructureConflict(f"{'/'.join(path)}: a list of {count} and a mapping of other things")
+    above[path[-1]] = [found.get(place) for place in places]
 
 
 def _optimizer(state: NewState, item: str, keyed: Keyed) -> dict[str, object]:

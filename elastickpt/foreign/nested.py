@@ -100,6 +100,7 @@ class _Sorter:
         elif isinstance(value, Mapping) and any(_is_of_note(one) for one in value.values()):
             self._members(path, value)
         elif isinstance(value, list) and any(_is_of_note(one) for one in value):
+            self.found.values[_pointer(path)] = [None] * len(value)  # that it is a list: what is in it stands by itself
             self._members(path, dict(enumerate(value)))
         elif isinstance(value, StoredTensor | ChunkedTensor) and len(path) == 1:
             self._extra(path, value)

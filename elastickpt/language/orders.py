@@ -19,7 +19,17 @@ def plain_name(pattern: t.Pattern) -> str:
 
 def written_names(order: t.Order) -> tuple[str, ...]:
     """The names of an order that is written out; none of another one."""
-    return tuple(plain_name(one.name) for one in order.by.members) if isinstance(order.by, t.Names) else ()
+    return tuple(name for group in written_groups(order) for name in group)
+
+
+def written_groups(order: t.Order) -> tuple[tuple[str, ...], ...]:
+    """The same, group by group."""
+    groups: list[list[str]] = []
+    for one in order.by.members if isinstance(order.by, t.Names) else ():
+        if one.begins or not groups:
+            groups.append([])
+        groups[-1].append(plain_name(one.name))
+    return tuple(map(tuple, groups))
 
 
 def counted(

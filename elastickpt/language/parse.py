@@ -154,13 +154,13 @@ class _Builder(Transformer[Token, Any]):
         return t.On(str(mesh), at=_at(mesh))
 
     def order(self, name: Token, by: Any) -> t.Order:
-        return t.Order(str(name), by, at=_at(name))
+        return t.Order(str(name).strip('"'), by, at=_at(name))
 
     def order_names(self, name: Token, *members: t.Member) -> t.Order:
-        return t.Order(str(name), t.Names(members), at=_at(name))
+        return t.Order(str(name).strip('"'), t.Names(members), at=_at(name))
 
-    def member(self, name: Token, dims: _Dims | None) -> t.Member:
-        return t.Member(self._pattern(name), None if dims is None else dims.factors)
+    def member(self, group: Token | None, name: Token, dims: _Dims | None) -> t.Member:
+        return t.Member(self._pattern(name), None if dims is None else dims.factors, group is not None)
 
     def listing(self, name: Token) -> str:
         return str(name)

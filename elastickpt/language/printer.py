@@ -76,14 +76,16 @@ def _default(default: t.Expr | t.Listed) -> str:
 
 
 def _order(order: t.Order) -> Iterator[str]:
+    name = order.name if order.name.isidentifier() else f'"{order.name}"'
     if isinstance(order.by, str):
-        yield f"order {order.name} = listing {order.by}"
+        yield f"order {name} = listing {order.by}"
     elif isinstance(order.by, t.Names):
-        yield f"order {order.name}:"
+        yield f"order {name}:"
         for member in order.by.members:
-            yield _INDENT + "  ".join((pattern_text(member.name), *([] if member.dims is None else [dims_text(member.dims)])))
+            words = [*(["group"] if member.begins else []), pattern_text(member.name)]
+            yield _INDENT + "  ".join((*words, *([] if member.dims is None else [dims_text(member.dims)])))
     else:
-        yield f"order {order.name} = {', '.join(map(str, order.by))}"
+        yield f"order {name} = {', '.join(map(str, order.by))}"
 
 
 def _line(line: t.Line, depth: int) -> Iterator[str]:

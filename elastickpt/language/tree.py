@@ -305,6 +305,7 @@ class Member:
 
     name: Pattern
     dims: tuple[Factor, ...] | None = None
+    begins: bool = False  # a param group
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ def test_what_ranks_stack_is_read_once_wherever_the_number_stands(
         args = argparse.Namespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=1)
         torch.save({"args": args, "model": {"w": whole[tp]}, "iteration": 1}, folder / "model_optim_rng.pt")
     dims = "a/tp  b  (e=4)" if inner else "a/tp  (e=4)  b"
-    (tmp_path / "my.ucl").write_text(f"ucl 1\nmesh m = tp\nin model\n    w  as e.{{e}}.w  {dims}\n")
+    (tmp_path / "my.ucl").write_text(f"ucl 1\nmesh m = pp, tp\nin model\n    w  as e.{{e}}.w  {dims}  same pp\n")
     asked = Options(str(tmp_path / "m"), str(tmp_path / "u"), workers=workers, rules=str(tmp_path / "my.ucl"))
     source = open_source(asked)
     read.clear()

@@ -46,6 +46,8 @@ def megatron(folder: Path, **args: object) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     model = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     every = {**ARGS, **args, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    if not every["swiglu"]:
+        model["decoder.layers.0.mlp.linear_fc1.weight"] = torch.randn(12, 8)
     if every["padded_vocab_size"] != 16:
         model["embedding.word_embeddings.weight"] = torch.randn(int(str(every["padded_vocab_size"])), 8)
     rank_file(folder, {"args": argparse.Namespace(**every), "model": model}, 0)

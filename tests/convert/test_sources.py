@@ -184,6 +184,33 @@ def test_lightnings_file_goes_in_and_out(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("form", ["torch", "dcp"])
+def test_lists_and_groups_come_back_as_they_were(tmp_path, form: str) -> None:
+    """Lists with models in them, several values in one mapping, two groups with equal options, one without parameters."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    named = list(net.named_parameters())
+    optimizer = torch.optim.AdamW([{"params": named[:2]}, {"params": named[2:]}, {"params": []}])
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    inner = {"opt": [optimizer.state_dict()], "x": 1, "y": (2, "z")}
+    nets = [{"w": torch.ones(2)}, 3, [{"v": torch.ones(1)}, "s"]]
+    torch.save({"model": net.state_dict(), "trainer": inner, "nets": nets}, tmp_path / "a.pt")
+    said = done(tmp_path / "a.pt", tmp_path / "u")
+    assert "not carried: trainer.opt.0/param_groups/2: a param group without parameters" in said
+    done(tmp_path / "u", tmp_path / form, "--to", form, "--quiet")
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / form), "--quiet"]) == 0
+    done(tmp_path / form, tmp_path / "b.pt", "--to", "torch", "--quiet")
+    found = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert found["nets"][1:] == [3, [{"v": torch.ones(1)}, "s"]]
+    assert {key: one for key, one in found["trainer"].items() if key != "opt"} == {"x": 1, "y": (2, "z")}
+    if form == "torch":
+        groups = found["trainer"]["opt"][0]["param_groups"]
+        assert [group["params"] for group in groups] == [[0, 1], [2, 3]]
+        again = torch.optim.AdamW([{"params": named[:2]}, {"params": named[2:]}])
+        again.load_state_dict(found["trainer"]["opt"][0])
+        assert torch.equal(again.state_dict()["state"][3]["exp_avg"], optimizer.state_dict()["state"][3]["exp_avg"])
+
+
+@pytest.mark.parametrize("form", ["torch", "dcp"])
 def test_a_class_that_no_reader_takes_is_told_where_only_its_value_goes(tmp_path, form: str) -> None:
     torch.save({"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=0.1, where=Path("x"))}, tmp_path / "a.pt")
     done(tmp_path / "a.pt", tmp_path / "u", "--quiet")

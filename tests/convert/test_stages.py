@@ -120,7 +120,9 @@ def test_files_that_order_names_otherwise_come_back_with_their_own_numbers(tmp_p
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, weights_only=True)
         for chunk in ("model0", "model1"):
-            contents[chunk] = dict(sorted(contents[chunk].items(), reverse=turned))
+            names = sorted(contents[chunk], key=lambda name: name[::-1] if turned else name)
+            layers = sorted(names, key=lambda name: "".join(filter(str.isdigit, name.partition(".mlp")[0])))  # in their order
+            contents[chunk] = {name: contents[chunk][name] for name in layers}
         values = [one for chunk in ("model0", "model1") for one in contents[chunk].values()]
         ordered = [one for one in values if one.ndim > 1] + [one for one in values if one.ndim < 2]
         states = {k: {"step": torch.tensor(3.0), "exp_avg": one * 2} for k, one in enumerate(ordered)}

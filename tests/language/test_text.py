@@ -26,7 +26,9 @@ order optimizer = matrices, vectors
 order listed = listing param_shapes
 order given:
     a.b
-    c
+    group c
+    group
+order "other.0" = all
 in model or other{k}
     embedding.weight                pad(vocab, divisor*|tp|)/tp  h   first pp
     decoder.layers.{i: layers/v/pp}.
