@@ -36,6 +36,9 @@ formats: universal, dcp, safetensors (hf), torch (plain), megatron (megatron-leg
 name maps, each read in whichever direction fits:
 {maps}
 
+Megatron: axes are pp, tp, and v for virtual stages. Uneven, empty and virtual stages of SOURCE are found; those of OUT are
+even, or --set stages=3,2,2,1 says how many layers each has. Experts need rules of your own: begin with --show-rules.
+
 exit codes:
   0 done   1 failed, or refused by program or content   2 usage   3 damage found   4 unsupported   5 refused as unsafe
   130 interrupted
@@ -51,13 +54,28 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("--from", dest="source_format", metavar="F", help="the format of SOURCE (default: found out)")
     parser.add_argument("--to", dest="target_format", metavar="F", help="the format of OUT (default: universal)")
     parser.add_argument("--step", type=int, metavar="N", help="the step to take of a SOURCE that holds several")
-    parser.add_argument("--rules", metavar="FILE", help="the program of SOURCE, or of OUT where SOURCE is universal")
-    parser.add_argument("--rules-out", metavar="FILE", help="the program of OUT where neither side is universal")
-    parser.add_argument("--names", action="append", default=[], metavar="NAME|FILE", help="a name map; may be repeated")
     parser.add_argument(
-        "--set", action="append", default=[], type=constant, metavar="KEY=VALUE", help="a constant that no file states"
+        "--rules", metavar="FILE", help="the program of SOURCE, or of OUT where SOURCE is universal: how ranks' tensors lie"
     )
-    parser.add_argument("--mesh", type=mesh, default={}, metavar="AXIS=N,...", help="the sizes of OUT's axes")
+    parser.add_argument("--rules-out", metavar="FILE", help="the program of OUT where neither side is universal")
+    parser.add_argument(
+        "--names",
+        action="append",
+        default=[],
+        metavar="NAME|FILE",
+        help="a name map of those below, or a file; may be repeated",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=constant,
+        metavar="KEY=VALUE",
+        help="a constant that no file states: vocab=101, stages=3,2,2,1",
+    )
+    parser.add_argument(
+        "--mesh", type=mesh, default={}, metavar="AXIS=N,...", help="the sizes of OUT's axes (default: SOURCE's, else 1)"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="only what matches, by SOURCE's names")
     parser.add_argument("--skip", action="append", default=[], metavar="GLOB", help="all but what matches")
     parser.add_argument("--cast", action="append", default=[], type=cast, metavar="STATE=TYPE", help="another element type")

@@ -130,7 +130,7 @@ def unread_scalar(reading: Reading, stored: StoredTensor) -> bytes:
 
 def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Source:
     """Opens SOURCE and lays it out by its program. Reads no tensor, but by `scalar`. Raises what readers and programs raise."""
-    if options.source_format == "universal" or _is_universal(options.source):
+    if _names_universal(options):
         opened = open_records(options.source)
         contents = recorded_contents(opened)
         known: dict[str, object] = dict(_plain_constants(contents))
@@ -161,7 +161,7 @@ def _listed(options: Options) -> ForeignCheckpoint:
 def program_in_use(options: Options) -> t.Program | None:
     """The program that lays the source out, or OUT where the source is universal, whether it fits or not; None where neither
     side has one. Reads no tensor."""
-    if options.source_format != "universal" and not _is_universal(options.source):
+    if not _names_universal(options):
         return _source_program(options, _listed(options))
     return _target_program(options, open_source(options)) if options.target() == "megatron-legacy" else None
 
@@ -188,9 +188,13 @@ def require_unchanged(source: Source) -> None:
             raise Refused(f"{path}: the source changed meanwhile: {then} when it was listed, {now} now")
 
 
-def _is_universal(path: str) -> bool:
-    store, name = locate(path)
-    return store.exists(f"{name}/checkpoint.json")
+def _names_universal(options: Options) -> bool:
+    """Whether SOURCE is a universal checkpoint. Raises NotACheckpoint, Refused where `--from` says another format, or others
+    stand there, too."""
+    store, name = locate(options.source)
+    if not store.exists(f"{name}/{MANIFEST}"):
+        return options.source_format == "universal"
+    return find_source(open_folder(options.source), options.source_format).format == "universal"
 
 
 def _plain_constants(contents: Contents) -> Mapping[str, object]:

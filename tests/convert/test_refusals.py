@@ -186,6 +186,18 @@ def test_several_workers_make_the_same(megatron, tmp_path, form: str) -> None:
             assert file.read_bytes() == (tmp_path / "3" / file.relative_to(tmp_path / "1")).read_bytes(), file
 
 
+def test_a_universal_source_is_what_from_says_and_stands_alone(megatron, tmp_path, capsys) -> None:
+    assert main(["convert", str(megatron), str(tmp_path / "u"), "--quiet"]) == 0
+    assert main(["convert", str(tmp_path / "u"), str(tmp_path / "out"), "--from", "dcp"]) == 1
+    assert "expected dcp, found universal (checkpoint.json)" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "u"), str(tmp_path / "out"), "--from", "zarr"]) == 1
+    assert "format 'zarr' is not known; expected one of universal, dcp" in capsys.readouterr().err
+    (tmp_path / "u" / "model.safetensors").write_bytes(b"")
+    assert main(["convert", str(tmp_path / "u"), str(tmp_path / "out")]) == 1
+    assert "several formats in one folder: universal (checkpoint.json); safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_check_tells_whether_a_program_is_right(megatron, tmp_path, capsys) -> None:
     assert main(["check", "megatron"]) == 0
     assert main(["check", "llama-hf"]) == 0
