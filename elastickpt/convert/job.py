@@ -241,6 +241,7 @@ def prepare(options: Options, source: Source) -> Job:
     """Decides the whole conversion; no tensor is read. Raises Refused, ProgramFault and Unsupported kinds."""
     target = options.target()
     _check_places(options)
+    _check_used(options, source, target)
     contents = with_masters(source.contents, options.weights)
     contents = selected(contents, options.only, options.skip)
     maps = [names_of(name) for name in options.names]
@@ -302,6 +303,20 @@ def _check_constants(options: Options, source: Source, maps: Sequence[t.Program]
     for name in options.constants:
         if name not in known:
             raise Refused(f"--set {name}: no program here needs it; they need {', '.join(sorted(known)) or 'none'}")
+
+
+def _check_used(options: Options, source: Source, target: Format) -> None:
+    """What is asked for of a side that has no such thing is refused, and not passed over."""
+    ranked = target == "megatron-legacy"
+    given: Mapping[str, tuple[object, bool, str]] = {
+        "--mesh": (options.mesh, ranked, f"OUT is {target}, which has no axes"),
+        "--rules-out": (options.rules_out, ranked, f"OUT is {target}, which needs no program"),
+        "--rules": (options.rules, ranked or source.format != "universal", f"neither {source.format} nor {target} needs one"),
+        "--config": (options.config, target == "safetensors", f"OUT is {target}, beside which no configuration stands"),
+    }
+    for name, (value, used, why) in given.items():
+        if value and not used:
+            raise Refused(f"{name}: {why}")
 
 
 def _check_places(options: Options) -> None:

@@ -55,7 +55,7 @@ def test_a_rank_without_its_file(megatron, tmp_path, capsys) -> None:
         (["--set", "num_layers=5"], "constant 'num_layers': 4 in the files, 5 by --set"),
         (["--set", "swiglu=1", "--set", "swiglu=1"], "--set swiglu is given twice"),
         (["--names", "nothing"], "expected a file or the name of a shipped one"),
-        (["--names", "gpt2-hf"], "by the map, found"),
+        (["--names", "gpt2-hf"], "neither a gate nor squares"),
         (["--to", "strange"], "--to strange: expected one of"),
         (["--only", "nothing"], "nothing is left to convert"),
         (["--cast", "value=float31"], "expected one of the types"),
@@ -64,6 +64,9 @@ def test_a_rank_without_its_file(megatron, tmp_path, capsys) -> None:
         (["--to", "megatron", "--mesh", "tp=3"], "cannot be cut evenly 3 ways"),
         (["--from", "dcp"], "expected dcp, found megatron-legacy"),
         (["--workers", "0"], "--workers 0"),
+        (["--to", "dcp", "--mesh", "tp=2"], "--mesh: OUT is dcp, which has no axes"),
+        (["--rules-out", "megatron"], "--rules-out: OUT is universal, which needs no program"),
+        (["--to", "torch", "--config", "."], "--config: OUT is torch, beside which no configuration stands"),
     ],
 )
 def test_options_that_do_not_fit(megatron, tmp_path, capsys, words: list[str], said: str) -> None:
