@@ -9,6 +9,7 @@ import pytest
 from elastickpt.errors import ProgramFault
 from elastickpt.language.holders import LocalShape, RankShapes
 from elastickpt.language.matching import match
+from elastickpt.language.orders import counted
 from elastickpt.language.parse import parse
 from elastickpt.language.placing import place
 from elastickpt.language.renaming import NamedShape, equations, fitting, link
@@ -40,6 +41,8 @@ def program(text: str):
     [
         ("needs a b", "found 'b', expected one of", "b"),
         ("let a = (1 + ", "expected one of", ""),
+        ("needs s = (1, ", "expected one of", ""),
+        ("order o:\n    group", "found", ""),
         ("let a = most(1, 2)", "function most of 2: expected one of", "most"),
         ("in m\n    x{i}{i}  a", "a hole stands twice", "x{i}{i}"),
         ("in m\n    x{i: /}  a", "expected a share", "{i: /}"),
@@ -111,6 +114,18 @@ MESH = "mesh m = pp, tp\n"
         ("in x\n    a  v/tp  same pp", {(0, 0): [("a", (2,))], (0, 1): [("a", (1,))]}, "cannot be cut evenly", "tp"),
         ("in x\n    a  4/tp:(1, 2)  same pp", {(0, 0): [("a", (1,))], (0, 1): [("a", (2,))]}, "add up to 3 in 2 shares", "tp"),
         ("in x\n    a  4/tp:list  same pp", {(0, 0): [("a", (2,))]}, "expected a constant that is a list", "tp"),
+        (
+            "needs s = (1, 2, 2)\nin x\n    a  5/tp:s  same pp",
+            {(0, 0): [("a", (2,))], (0, 1): [("a", (3,))]},
+            "5 cannot be cut evenly 2 ways here: give --set s=N,N,..., a size for each share",
+            "tp",
+        ),
+        (
+            "needs s = found\nin x\n    l.{i: 4/pp:s}  h  same tp",
+            {(0, 0): [("l.0", (2,))], (1, 0): [("l.0", (2,))]},
+            "sizes (1, 1) add up to 2 in 2 shares: expected 4 in 2",
+            "{i: 4/pp:s}",
+        ),
         ("in x\n    a  (2 3)%tp  same pp", {(0, 0): [("a", (6,))]}, "only a plain size can be dealt", "tp"),
         ("in x\n    a  pad(k, 0)  same pp, tp", {(0, 0): [("a", (3,))]}, "pad to a multiple of 0", "k"),
         ("in x\n    a  cat(o)  4  same pp, tp", {(0, 0): [("a", (4, 4))]}, "cat(...) can stand alone or inside pad only", "o"),
@@ -150,6 +165,22 @@ def test_programs_against_what_ranks_hold(text: str, ranks: Shapes, said: str, b
         return match(resolve(program(MESH + text), {"k": 3}, sizes), shapes)
 
     message, marked = refusal(act)
+    assert said in message
+    assert marked == below
+
+
+@pytest.mark.parametrize(
+    ("order", "said", "below"),
+    [
+        ("o:\n    a\n    a", "order 'o' has the name 'a' twice", "a"),
+        ("o:\n    group b", "order 'o' names 'b', which is no tensor there", "b"),
+        ("o = listing l", "listing 'l': expected one that the files hold (none)", "o"),
+        ('"o" = listing l', "listing 'l': expected one that the files hold (none)", '"o"'),
+    ],
+)
+def test_orders(order: str, said: str, below: str) -> None:
+    known = resolve(program(f"mesh m =\norder {order}"), {}, {})
+    message, marked = refusal(lambda: counted(known.orders["o"], known, [LocalShape("x", "a", (2,))], {}))
     assert said in message
     assert marked == below
 
