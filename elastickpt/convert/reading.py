@@ -20,7 +20,7 @@ from elastickpt.convert.regions import Regions
 from elastickpt.convert.sections import direct, of_piece, sections
 from elastickpt.convert.words import Words, as_words, cast_into, lattice, number, numbers, scale, word_type
 from elastickpt.errors import ReplicaConflict
-from elastickpt.foreign.listing import StoredTensor
+from elastickpt.foreign.listing import StoredTensor, in_order
 from elastickpt.foreign.tensor_bytes import read_tensor, read_tensor_into
 from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
@@ -176,10 +176,6 @@ class _Gathering:
         if any(share.agreement == "average" for share in shares):
             return self._averaged()
         several = node.divided and len({tuple(map(_key, share.pieces)) for share in shares}) > 1
-        if not several and _is_whole(shares[0], self._made.size):
-            self._fill(shares[0], self._made)
-            self._first[_key(shares[0].pieces[0])] = shares[0].where
-            shares = shares[1:]
         for share in shares:
             self._add(share, several=several)
         if several and len(self._digests) == 1:
@@ -189,15 +185,30 @@ class _Gathering:
     def _add(self, share: Share, *, several: bool) -> None:
         digests = []
         for section in sections(share):
-            local = self._local(section)
+            place = self._place(section)
+            local = self._local(section) if place is None else self._made[place]
+            if place is not None:  # it lies there as here, and nobody has filled it
+                self._fill(section, local)
+                self._first[_key(section.pieces[0])] = section.where
             if several:
                 digests.append(file_digest(local.view(np.uint8).data) if local.size else "")
-            for piece in section.pieces:
-                if piece.count:
-                    self._put(section, piece, local)
-            self._reading.buffers.give_back(local)
+            if place is None:
+                for piece in section.pieces:
+                    if piece.count:
+                        self._put(section, piece, local)
+                self._reading.buffers.give_back(local)
         if several:
             self._digests.add(" ".join(digests))
+
+    def _place(self, section: Share) -> slice | None:
+        """Where the array has the section's words as they are, end to end; None where it has not, or where they stand already."""
+        if len(section.pieces) != 1:
+            return None
+        (piece,) = section.pieces
+        alike = all(in_order(piece.extents, side.strides) for side in (piece.whole, piece.local))
+        if not alike or piece.local.offset or piece.count != prod(section.shape) or _key(piece) in self._first:
+            return None
+        return slice(piece.whole.offset, piece.whole.offset + piece.count)
 
     def _local(self, section: Share) -> Words:
         local = self._take(prod(section.shape))
@@ -321,11 +332,3 @@ def _cut(piece: HeldPiece, count: int) -> Iterator[HeldPiece]:
         extents = (*piece.extents[:along], min(step, piece.extents[along] - start), *piece.extents[along + 1 :])
         whole, local = (replace(s, offset=s.offset + start * s.strides[along]) for s in (piece.whole, piece.local))
         yield from _cut(HeldPiece(extents, whole, local, piece.axes), count)
-
-
-def _is_whole(share: Share, count: int) -> bool:
-    """Whether the local tensor is the array, word for word. One that feeds several arrays is none of them."""
-    if len(share.pieces) != 1 or prod(share.shape) != count:
-        return False
-    (piece,) = share.pieces
-    return piece.whole == piece.local and piece.count == count

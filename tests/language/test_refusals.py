@@ -42,7 +42,6 @@ def program(text: str):
         ("needs a b", "found 'b', expected one of", "b"),
         ("let a = (1 + ", "expected one of", ""),
         ("needs s = (1, ", "expected one of", ""),
-        ("order o:\n    group", "found", ""),
         ("let a = most(1, 2)", "function most of 2: expected one of", "most"),
         ("in m\n    x{i}{i}  a", "a hole stands twice", "x{i}{i}"),
         ("in m\n    x{i: /}  a", "expected a share", "{i: /}"),
