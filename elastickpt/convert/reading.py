@@ -201,7 +201,7 @@ class _Gathering:
             self._digests.add(" ".join(digests))
 
     def _place(self, section: Share) -> slice | None:
-        """Where the array has the section's words as they are, end to end; None where it has not, or where they stand already."""
+        """Where the array has the section's words as they are, end to end; None where it has not, or has them already."""
         if len(section.pieces) != 1:
             return None
         (piece,) = section.pieces
