@@ -36,19 +36,29 @@ def config_files(
     if isinstance(config, dict) and "model_type" in config:
         return {CONFIG: _text(config)}
     for name in templates_for(names):
-        template = config_text(name) or "{}"
+        template = json.loads(config_text(name) or "{}")
+        wanted = template.pop("requires", {})
         filling = _Filling(contents, known)
-        made = filling.fill(json.loads(template))
+        made = filling.fill(template)
         if filling.lacking and name in names:
             raise Refused(f"{CONFIG} says the size of {filling.lacking[0]}, which is not written: give --config DIR")
         if not filling.lacking:
+            _require(wanted, known, name)
             if filling.missing:
-                wanted = ", ".join(filling.missing)
+                lacks = ", ".join(filling.missing)
                 raise Refused(
-                    f"{CONFIG} needs {wanted}, which no file states: give --config DIR, or --set KEY=VALUE of whole ones"
+                    f"{CONFIG} needs {lacks}, which no file states: give --config DIR, or --set KEY=VALUE of whole ones"
                 )
             return {CONFIG: _text(made)}
     return {CONFIG: _text(config)} if isinstance(config, dict) else {}
+
+
+def _require(wanted: Mapping[str, object], known: Mapping[str, object], name: str) -> None:
+    """Raises Refused where the source states something else than every model of the family is like."""
+    for constant, value in wanted.items():
+        if known.get(constant) not in (None, value):
+            said = f"{constant} is {known[constant]!r}, and the models of {name} have {value!r}"
+            raise Refused(f"{CONFIG} cannot say it: {said}; give --config DIR where it is no difference")
 
 
 def templates_for(names: tuple[str, ...]) -> list[str]:

@@ -132,6 +132,14 @@ def test_scaled_frequencies_stand_in_the_config_that_is_made(tmp_path) -> None:
     }
 
 
+@pytest.mark.parametrize("args", [{"rotary_percent": 0.5}, {"position_embedding_type": "none"}, {"normalization": "LayerNorm"}])
+def test_what_no_model_of_a_family_is_like_is_refused(tmp_path, args: dict[str, object]) -> None:
+    megatron(tmp_path / "m", **args)
+    code, said = convert(tmp_path / "m", tmp_path / "hf", "--to", "hf", "--names", "llama-hf")
+    ((name, value),) = args.items()
+    assert (code, f"{name} is {value!r}, and the models of llama-hf have" in said) == (1, True)
+
+
 def test_a_config_that_cannot_be_made_is_refused(tmp_path) -> None:
     megatron(tmp_path / "m")
     words = [tmp_path / "m", tmp_path / "hf", "--to", "hf", "--names", "llama-hf", "--skip", "embedding.*"]

@@ -94,7 +94,7 @@ def test_what_ek_saved_goes_out_and_comes_back(tmp_path) -> None:
     assert [step(third, last, k) for k in range(3, 6)] == wanted
 
 
-@pytest.mark.parametrize("number", [int, float, np.int64, np.float32, lambda k: torch.tensor(k, dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize("number", [int, float, np.int64, np.float32, torch.tensor])
 @pytest.mark.parametrize("stepped", [False, True])
 def test_steps_that_are_numbers_of_any_kind_load_and_count_on(tmp_path, number, stepped: bool) -> None:
     """As files from before torch 1.12 have them, and programs that count by themselves."""
