@@ -6,9 +6,12 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dense import bits, whole_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elastickpt.errors import (
     ChecksumMismatch,
@@ -23,7 +26,7 @@ from elastickpt.errors import (
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
 from elastickpt.foreign.listing import ForeignCheckpoint, Storage, StoredTensor, Tied
-from elastickpt.foreign.tensor_bytes import read_box
+from elastickpt.foreign.tensor_bytes import ranges, read_box, read_tensor_into
 from elastickpt.format.arrays import DTYPES, Box
 from elastickpt.storage.store import RangeReader
 
@@ -304,3 +307,42 @@ def test_reading_a_part_reads_the_parts_bytes_and_little_between(tmp_path, box, 
         made = read_box(counting, found.wholes[0].pieces[0].stored, box)
     part = tensor[box.start[0] : box.stop[0], box.start[1] : box.stop[1]]
     assert (counting.read, bytes(made)) == (read, of_torch(part)[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    gaps=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    order=st.permutations(range(3)),
+    run=st.sampled_from([1, 3, 2000]),
+)
+def test_what_is_read_is_what_is_said_to_be_read(shape: list[int], gaps: list[int], order: list[int], run: int) -> None:
+    """Tensors of any strides: the elements, and the ranges that a plan counts on."""
+    extents, strides, step = (*shape, run), [0] * len(shape) + [1], run
+    for k in [one for one in order if one < len(shape)]:
+        step += gaps[k]
+        strides[k] = step
+        step *= shape[k]
+    data = np.arange(step + run, dtype=np.float32)
+    tensor = StoredTensor(Storage("a", 0, data.nbytes), 0, extents, tuple(strides), "float32")
+    counting = Noting(data.tobytes())
+    made = np.empty(tensor.nbytes, np.uint8)
+    read_tensor_into(counting, tensor, made)
+    wanted = np.lib.stride_tricks.as_strided(data, extents, [4 * one for one in strides])
+    assert made.tobytes() == np.ascontiguousarray(wanted).tobytes()
+    assert counting.ranges == list(ranges(tensor))
+
+
+class Noting:
+    """Bytes in memory, and which of them were read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.nbytes = data, len(data)
+        self.ranges: list[tuple[int, int]] = []
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        self.ranges.append((offset, offset + into.nbytes))
+        into.cast("B")[:] = self.data[offset : offset + into.nbytes]
+
+    def close(self) -> None:
+        """Nothing is open."""
