@@ -128,8 +128,8 @@ def overwritten(binder: Binder, live: torch.Tensor, found: Value, where: str) ->
 
 
 def _same_number(live: torch.Tensor, found: ArrayValue) -> torch.Tensor | None:
-    """A saved number of another element type in that of the tensor, where it is the same number there."""
-    number = None if live.ndim or live.dtype == torch.bool else tensor_of(found).item()
+    """A saved number of another element type in the floating one of the tensor, where it is the same number there."""
+    number = None if live.ndim or not live.dtype.is_floating_point else tensor_of(found).item()
     if type(number) not in (int, float):
         return None
     made = torch.tensor(number, dtype=live.dtype)
