@@ -188,10 +188,12 @@ def test_lists_and_groups_come_back_as_they_were(tmp_path, form: str) -> None:
     """Lists with models in them, several values in one mapping, two groups with equal options, one without parameters."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     named = list(net.named_parameters())
-    optimizer = torch.optim.AdamW([{"params": named[:2]}, {"params": named[2:]}, {"params": []}])
+    optimizer = torch.optim.AdamW([{"params": named[:2]}, {"params": named[2:]}])
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    inner = {"opt": [optimizer.state_dict()], "x": 1, "y": (2, "z")}
+    saved = optimizer.state_dict()
+    saved["param_groups"].append({**saved["param_groups"][0], "params": [], "param_names": []})
+    inner = {"opt": [saved], "x": 1, "y": (2, "z")}
     nets = [{"w": torch.ones(2)}, 3, [{"v": torch.ones(1)}, "s"]]
     torch.save({"model": net.state_dict(), "trainer": inner, "nets": nets}, tmp_path / "a.pt")
     said = done(tmp_path / "a.pt", tmp_path / "u")
