@@ -194,8 +194,6 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """`optional`, `drop` or `equal`."""
-
     word: Literal["optional", "drop", "equal"]
     at: Place = _AT
 
