@@ -57,6 +57,18 @@ class Cutting:
         axis = next((axis for axis, extent in enumerate(self.box) if extent > 1), None)
         return None if axis is None else (axis, -(-self.box[axis] // replicas))
 
+    def keeps_chunks_whole(self, *, replicas: int) -> bool:
+        """Whether every chunk lies in one pack: then readers of zarr can be referred to it. [FRAG-61]"""
+        divided = self.division(replicas)
+        ends = list(self.cuts)  # every part of the array ends at a multiple of these, where they are not 0
+        if divided is not None:
+            axis, extent = divided
+            if ends[axis] % extent:
+                return False
+            ends[axis] = extent
+        chunk = self.chunk_shape(replicas=replicas)
+        return self.regular and all(end % extent == 0 for end, extent in zip(ends, chunk, strict=True))
+
     def chunk_shape(self, *, replicas: int) -> tuple[int, ...]:
         """The chunk shape of the array. Raises LimitExceeded. [FRAG-60]"""
         if not self.regular:

@@ -66,7 +66,8 @@ class Offer:
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
     """What the ranks agreed to save. On the committer only: `intentions`, by member, `merged`, values of which ranks hold
-    different parts, `notes`, what is to be said of this save, and `placed`, why its files are packs. `opened`: see `agree`."""
+    different parts, `notes`, what is to be said of this save, and `placed`, why its files are packs, and what readers of zarr
+    will not find. `opened`: see `agree`."""
 
     located: Located
     live: LiveState
@@ -74,7 +75,7 @@ class Agreed:
     intentions: tuple[Intention, ...]
     merged: Mapping[str, Value]
     notes: tuple[str, ...] = ()
-    placed: str = ""
+    placed: tuple[str, ...] = ()
     opened: OpenedAttempt | None = None
 
 
@@ -132,7 +133,8 @@ class _Agreement:
         KNOWN.remember(structure, offer.proposal.table)
         merged = self._merge_values(live, then.differing) if then.differing else {}
         notes = self._compare(then, live.arrays, structure) if self._compares(structure) else ()
-        placed = "" if self.team.member else self.choice.note(structure.file_parts)
+        why = "" if self.team.member else self.choice.note(structure.file_parts)
+        placed = (*([why] if why else []), *structure.notes)
         return Agreed(offer.located, live, structure, tuple(self.intentions), merged, notes, placed, then.opened)
 
     def _compares(self, structure: KnownStructure) -> bool:
@@ -235,6 +237,7 @@ class _Agreement:
             told.placement,
             None if whole is None else whole.outline,
             0 if whole is None else whole.file_parts,
+            () if whole is None else whole.notes,
         )
 
     def _compare(self, then: Next, arrays: Sequence[HeldArray], structure: KnownStructure) -> tuple[str, ...]:

@@ -12,13 +12,14 @@ from math import prod
 from elastickpt.commit.contents import Outline
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Box, Mesh
-from elastickpt.format.keys import array_keys
+from elastickpt.format.keys import REFERENCES, array_keys
 from elastickpt.format.records import ArrayRecord, Frame, Item, Layout, Placement
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting
 from elastickpt.layout.partition import MIN_SPLIT_NBYTES
 from elastickpt.layout.placement import cuts_of
+from elastickpt.layout.references import within_limits
 from elastickpt.ranks.messages import Message
 from elastickpt.saving.placing import PLAIN, Choice
 from elastickpt.saving.structure import HeldEntry, StructureTable
@@ -58,6 +59,7 @@ class MergedStructure:
     shared: tuple[tuple[SharedArray, ...], ...]
     file_parts: int
     compares: bool
+    notes: tuple[str, ...] = ()  # of packs: what readers of zarr will not find
 
     @property
     def placement(self) -> Placement:
@@ -99,6 +101,7 @@ def merge(
     arrays: list[ArrayRecord] = []
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
     compares = False
+    torn: list[str] = []
     for identity, found in holdings.items():
         _require_agreement(identity, found)
     grouped = {identity: _groups(identity, found) for identity, found in holdings.items()}
@@ -112,7 +115,13 @@ def merge(
             layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
         groups = grouped[identity]
         primary = groups[0]
-        grid = _grid(first) if placement == "plain" else _packed_grid(first, replicas=len(primary.ranks))
+        if placement == "plain":
+            grid = _grid(first)
+        else:
+            cutting, replicas = _cutting(first, replicas=len(primary.ranks))
+            grid = cutting.chunk_shape(replicas=replicas)
+            if not cutting.keeps_chunks_whole(replicas=replicas):
+                torn.append(keys[identity])
         axes = next((holding.entry.order for holding in found if holding.entry.order), ())
         attributes = with_order(first.entry.attributes, axes)
         arrays.append(ArrayRecord(first.entry.spec, keys[identity], grid, layout, (), attributes))
@@ -143,7 +152,7 @@ def merge(
     )
     by_table = tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True))
     outline = Outline(frame, tuple(sorted(arrays, key=lambda record: record.key)))
-    return MergedStructure(outline, by_table, file_parts, compares)
+    return MergedStructure(outline, by_table, file_parts, compares, _notes(placement, arrays, torn))
 
 
 def with_order(attributes: Attributes, order: Sequence[int]) -> Attributes:
@@ -226,14 +235,27 @@ def _grid(holding: _Holding) -> tuple[int, ...]:
     return chunk_shape(spec.shape, itemsize=spec.type.itemsize, cuts=cuts)
 
 
-def _packed_grid(holding: _Holding, *, replicas: int) -> tuple[int, ...]:
-    """`replicas`: ranks that hold the array as a plain tensor."""
+def _cutting(holding: _Holding, *, replicas: int) -> tuple[Cutting, int]:
+    """How an array is cut in packs, and among how many ranks a box of it is shared out. `replicas`: ranks that hold it as a
+    plain tensor."""
     entry = holding.entry
     if holding.mesh is not None:
         replicas = prod(size for size, way in zip(holding.mesh.sizes, entry.placements, strict=True) if way == "R")
     whole, itemsize = Box.whole(entry.spec.shape), entry.spec.type.itemsize
     cutting = Cutting.of(entry.spec.shape, itemsize, holding.mesh, entry.placements, whole)
-    return cutting.chunk_shape(replicas=replicas if entry.role == "parameter" else 1)
+    return cutting, replicas if entry.role == "parameter" else 1
+
+
+def _notes(placement: Placement, arrays: Sequence[ArrayRecord], torn: Sequence[str]) -> tuple[str, ...]:
+    """What is to be said of the references to these arrays."""
+    if placement == "plain":
+        return ()
+    if not within_limits(arrays):
+        return (f"no {REFERENCES}: there are too many arrays or chunks; `ckpt-convert references` makes it",)
+    if not torn:
+        return ()
+    more = f" and {len(torn) - 3} more" if len(torn) > 3 else ""
+    return (f"{REFERENCES} leaves out {', '.join(torn[:3])}{more}: chunks of it lie in the packs of several ranks",)
 
 
 def _file_parts(holding: _Holding, *, replicas: int) -> int:

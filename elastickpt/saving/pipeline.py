@@ -82,9 +82,9 @@ class Pipeline:
         self.notes = (*self.agreed.notes, *self.notes, *lowered)
         for note in self.notes if self.team.member == 0 else ():
             log.warning("%s: %s", self.path, note)
-        if self.agreed.placed:
-            log.info("%s: %s", self.path, self.agreed.placed)
-            self.notes = (*self.notes, self.agreed.placed)
+        for note in self.agreed.placed:
+            log.info("%s: %s", self.path, note)
+        self.notes = (*self.notes, *self.agreed.placed)
         return attempt
 
     def _open_at_once(self, intentions: Sequence[Intention], placement: Placement) -> Sequence[OpenedAttempt | None]:

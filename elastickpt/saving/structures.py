@@ -74,7 +74,7 @@ def encoded_table(live: LiveState) -> EncodedTable:
 class KnownStructure:
     """A job's structure, `id`, as one rank knows it, whose own table is `table`, of the newest state with it. `looks`: what
     this rank compares with others in every save; `compares`: some rank does. On the committer only: `outline`, one object for
-    all saves, so that what was proven of its arrays is known again; `file_parts` as in `MergedStructure`."""
+    all saves, so that what was proven of its arrays is known again; `file_parts` and `notes` as in `MergedStructure`."""
 
     id: str
     rank: int
@@ -87,6 +87,7 @@ class KnownStructure:
     placement: Placement
     outline: Outline | None
     file_parts: int = 0
+    notes: tuple[str, ...] = ()
 
     def hashed(self, arrays: Sequence[HeldArray], request: Request) -> Hashed:
         """Digests of what this rank compares in a save of this structure, and what was asked for beside. Blocking for a pass

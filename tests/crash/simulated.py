@@ -25,7 +25,7 @@ from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Star
 from elastickpt.ranks.team import Alone, Call, Team
 from elastickpt.saving import structures as proposing
-from elastickpt.saving.request import Request
+from elastickpt.saving.request import PlacementChoice, Request
 from elastickpt.saving.save import CheckpointInfo, save_with
 from elastickpt.storage.store import Durability, Store
 
@@ -112,14 +112,21 @@ def mesh(world: int) -> Mesh | None:
 Outcome = CheckpointInfo | BaseException
 
 
-def save_on(stores: Sequence[Store], name: str, states: Sequence[State], *, durability: Durability = "power") -> list[Outcome]:
+def save_on(
+    stores: Sequence[Store],
+    name: str,
+    states: Sequence[State],
+    *,
+    durability: Durability = "power",
+    placement: PlacementChoice = "plain",
+) -> list[Outcome]:
     """How `save` ended on each member, one a store; all members' threads have ended."""
     found: list[Outcome] = []
     joined = teams(len(stores))
     ranks = tuple(range(len(stores)))
 
     def one(member: int) -> Outcome:
-        request = Request(f"{member}/{name}", 7, "auto", durability)
+        request = Request(f"{member}/{name}", 7, placement, durability)
         try:
             return save_with(joined[member], Member(member, ranks), request, states[member], mesh(len(stores)))  # type: ignore[arg-type]
         except BaseException as error:

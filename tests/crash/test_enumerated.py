@@ -32,7 +32,8 @@ from simulated import (
 )
 
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, NotACheckpoint, RankLost, ReadOnly, StorageFailed
-from elastickpt.layout import partition
+from elastickpt.layout import packs, partition
+from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
@@ -66,8 +67,9 @@ ALL_FAULTS: tuple[Fault, ...] = tuple(
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that two members fill one chunk file of a few bytes together."""
+    """So that two members fill one chunk file of a few bytes together, and each has a pack."""
     monkeypatch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
+    monkeypatch.setattr(packs, "WHOLE_NBYTES", 8)
 
 
 @pytest.fixture
@@ -96,29 +98,32 @@ class Case:
     world: int
     victim: int
     fault: Fault
+    placement: PlacementChoice = "plain"
 
     def save(self) -> tuple[list[Outcome], FaultyStore, RecordingStore]:
         faulty = FaultyStore(self.store, self.fault)
         recording = RecordingStore(faulty)
         stores: list[Store] = [self.store] * self.world
         stores[self.victim] = recording
-        return save_on(stores, "new", [NEW] * self.world), faulty, recording
+        return save_on(stores, "new", [NEW] * self.world, placement=self.placement), faulty, recording
 
 
-def prepared(store: Store, world: int) -> Files:
+def prepared(store: Store, world: int, placement: PlacementChoice = "plain") -> Files:
     """`old` saved, and its files."""
-    for outcome in save_on([store] * world, "old", [OLD] * world):
+    for outcome in save_on([store] * world, "old", [OLD] * world, placement=placement):
         assert isinstance(outcome, CheckpointInfo)
     require_whole(store, "old", OLD)
     return files(store, "old")
 
 
-def enumerate_faults(store: Store, world: int, victim: int, faults: Sequence[Fault]) -> int:
+def enumerate_faults(
+    store: Store, world: int, victim: int, faults: Sequence[Fault], placement: PlacementChoice = "plain"
+) -> int:
     """Every fault at every operation of the victim; the number of operations."""
-    before = prepared(store, world)
+    before = prepared(store, world, placement)
     for n in itertools.count(1):
         for fault in faults:
-            case = Case(store, world, victim, replace(fault, n=n))
+            case = Case(store, world, victim, replace(fault, n=n), placement)
             outcomes, faulty, recording = case.save()
             if faulty.struck is None:
                 assert all(isinstance(outcome, CheckpointInfo) for outcome in outcomes)
@@ -184,7 +189,7 @@ def judge_next_save(case: Case, there: bool) -> None:
     store, world = case.store, case.world
     if there:
         store.remove_tree("new")
-    for outcome in save_on([store] * world, "new", [NEW] * world):
+    for outcome in save_on([store] * world, "new", [NEW] * world, placement=case.placement):
         assert isinstance(outcome, CheckpointInfo)
     assert drafts(store) == []
     assert store.exists("new/checkpoint.json")
@@ -222,11 +227,24 @@ def test_the_local_file_system_with_a_fault_at_every_operation(disk: LocalStore)
     assert enumerate_faults(disk, 1, 0, faults) >= 50
 
 
+def test_packs_with_a_fault_at_every_operation(memory: JournalStore) -> None:
+    assert enumerate_faults(memory, 1, 0, FAST, "packed") >= 25
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["committer", "member"])
+def test_packs_of_two_ranks_with_a_fault_at_every_operation_of_one(memory: JournalStore, victim: int) -> None:
+    some = (FailAt(1, errno.EIO, "after"), FailAt(1, errno.ENOSPC, "torn"), CrashAt(1, "torn"))
+    assert enumerate_faults(memory, 2, victim, some, "packed") >= 10
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("placement", ["plain", "packed"])
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 @pytest.mark.parametrize(("world", "victim"), [(1, 0), (2, 0), (2, 1), (4, 0), (4, 3)])
-def test_every_fault_at_every_operation(kind: str, world: int, victim: int, request: pytest.FixtureRequest) -> None:
-    assert enumerate_faults(request.getfixturevalue(kind), world, victim, ALL_FAULTS) >= 20
+def test_every_fault_at_every_operation(
+    kind: str, world: int, victim: int, placement: PlacementChoice, request: pytest.FixtureRequest
+) -> None:
+    assert enumerate_faults(request.getfixturevalue(kind), world, victim, ALL_FAULTS, placement) >= 10
 
 
 # -- processes that die ------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def outcomes(who: Entrant, folder: Path, count: int, ranks: int = 1) -> list[Cas
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-run"])
+@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-packed", "elastickpt-run"])
 def test_a_flipped_bit_is_detected_or_harmless(folder: Path, name: str) -> None:
     cases = outcomes(entrant(name), folder, 16, ranks=2)
     assert [case for case in cases if case.is_bad] == []
@@ -45,8 +45,9 @@ def test_a_flipped_bit_is_detected_or_harmless(folder: Path, name: str) -> None:
 @pytest.mark.long
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_many_flipped_bits(folder: Path, ranks: int) -> None:
-    cases = outcomes(entrant("elastickpt"), folder, 600, ranks)
+@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-packed"])
+def test_many_flipped_bits(folder: Path, ranks: int, name: str) -> None:
+    cases = outcomes(entrant(name), folder, 600, ranks)
     assert {case.outcome for case in cases} == {"detected", "harmless"}
 
 

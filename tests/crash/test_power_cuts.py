@@ -45,7 +45,11 @@ def require_whole_or_absent(cases: Sequence[Case], states: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "saves", "states"),
-    [("elastickpt", 1, 60), ("elastickpt-async", 1, 30), ("elastickpt-run", KEPT + 1, 30)],  # the run's last two make room
+    [
+        ("elastickpt", 1, 60),
+        ("elastickpt-async", 1, 30),
+        ("elastickpt-run", KEPT + 1, 30),
+    ],  # the run's last two make room
 )
 def test_no_power_cut_takes_an_acknowledged_checkpoint_or_shows_half_a_one(name: str, saves: int, states: int) -> None:
     """Whether the caller writes, a process beside it, or one into a run, behind which retention removes."""
@@ -54,8 +58,9 @@ def test_no_power_cut_takes_an_acknowledged_checkpoint_or_shows_half_a_one(name:
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_many_power_cuts(ranks: int) -> None:
-    require_whole_or_absent(cut(entrant("elastickpt"), ranks=ranks, saves=3, states=600), 600)
+@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-packed"])
+def test_many_power_cuts(ranks: int, name: str) -> None:
+    require_whole_or_absent(cut(entrant(name), ranks=ranks, saves=3, states=600), 600)
 
 
 @pytest.mark.long

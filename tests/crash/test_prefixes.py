@@ -10,7 +10,8 @@ import pytest
 from simulated import files, require_absent_or_whole, require_whole, save_on, state
 
 from elastickpt.errors import CheckpointError
-from elastickpt.layout import partition
+from elastickpt.layout import packs, partition
+from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
@@ -22,6 +23,7 @@ NAMES = itertools.count()
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
+    monkeypatch.setattr(packs, "WHOLE_NBYTES", 8)
 
 
 @pytest.fixture
@@ -31,11 +33,16 @@ def top() -> Iterator[str]:
     MemoryStore("").remove_tree(name)
 
 
-def two_saves(top: str, world: int, *, tree_sync: bool = False) -> tuple[tuple[Change, ...], int]:
+def two_saves(
+    top: str, world: int, *, tree_sync: bool = False, placement: PlacementChoice = "plain"
+) -> tuple[tuple[Change, ...], int]:
     """The journal of a save at `old` and one at `new`, and how much of it is the first."""
     store = JournalStore(f"{top}/journal", tree_sync=tree_sync)
     for name, value in (("old", OLD), ("new", NEW)):
-        assert all(isinstance(outcome, CheckpointInfo) for outcome in save_on([store] * world, name, [value] * world))
+        assert all(
+            isinstance(outcome, CheckpointInfo)
+            for outcome in save_on([store] * world, name, [value] * world, placement=placement)
+        )
         if name == "old":
             acknowledged = len(store.journal)
     return store.journal, acknowledged
@@ -69,6 +76,13 @@ def test_a_power_cut_after_every_change_leaves_what_was_acknowledged(top: str, w
     assert judge(journal, acknowledged, [*FATES, *map(drawn, range(3))], top) > 400
 
 
+def test_a_power_cut_after_every_change_of_packs(top: str) -> None:
+    """Whole or absent, with references and without. [SAVE-1, SAVE-60, UCF-162]"""
+    journal, acknowledged = two_saves(top, 2, placement="packed")
+    assert any("/packs/" in change.path for change in journal)
+    assert judge(journal, acknowledged, [*FATES, drawn(0)], top) > 200
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["one", "another while data is written"])
 def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pytest.MonkeyPatch, beside: bool) -> None:
     if beside:
@@ -81,13 +95,15 @@ def test_a_power_cut_with_one_sync_of_the_whole_tree(top: str, monkeypatch: pyte
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tree_sync", [False, True])
-def test_many_drawn_states_of_every_prefix(top: str, tree_sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tree_sync", "placement"), [(False, "plain"), (True, "plain"), (False, "packed")])
+def test_many_drawn_states_of_every_prefix(
+    top: str, tree_sync: bool, placement: PlacementChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if tree_sync:
         monkeypatch.setattr("elastickpt.writer.write_files.SYNC_TREE_FILES", 0)
         monkeypatch.setattr("elastickpt.commit.record.SYNC_TREE_FILES", 0)
-    journal, acknowledged = two_saves(top, 2, tree_sync=tree_sync)
-    assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 4000
+    journal, acknowledged = two_saves(top, 2, tree_sync=tree_sync, placement=placement)
+    assert judge(journal, acknowledged, [drawn(seed) for seed in range(60)], top) > 3000
 
 
 def test_the_next_save_works_after_every_power_cut(top: str) -> None:

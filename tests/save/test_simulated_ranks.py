@@ -13,6 +13,7 @@ from imagined import held, job, live, plain, records
 from elastickpt.commit.prove import ProofMemory, prove, require_distinct_ranges
 from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Mesh
+from elastickpt.layout.references import references_of
 from elastickpt.saving.merge import merge
 from elastickpt.saving.placing import PLAIN, Choice
 from elastickpt.saving.plan import plan_writes
@@ -107,6 +108,17 @@ def test_replicas_store_whole_boxes_in_packs_of_one_size() -> None:
     _, maps = job([live(*(held(n, s, rank, mesh, ("R",)) for n, s in many.items())) for rank in range(8)], packed)
     sums = [int(columns.pieces.nbytes.sum()) for columns in maps]
     assert max(sums) - min(sums) <= 17 * 64 * 4
+
+
+@pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
+def test_what_references_will_leave_out_is_known_before(name: str, mesh: Mesh, placements: tuple[str, ...]) -> None:
+    """[UCF-161]"""
+    shapes = {n: s for n, s in SHAPES.items() if not any(p != "R" and int(p[-2]) >= len(s) for p in placements)}
+    for n, shape in shapes.items():
+        merged, maps = job([live(held(n, shape, rank, mesh, placements)) for rank in mesh.ranks], Choice("packed"))
+        left_out = references_of(merged.outline.arrays, maps).left_out
+        assert [key in note for note in merged.notes for key in left_out] == [True] * len(left_out)
+        assert bool(merged.notes) == bool(left_out)
 
 
 def test_small_replicated_arrays_spread_over_the_replicas() -> None:

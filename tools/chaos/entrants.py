@@ -25,9 +25,10 @@ Finish = Callable[[], object]
 Role = Literal["committer", "trainer", "helper"]  # rank 0, another rank, a process that a rank has started
 ALL_STEPS = 1 << 30
 
-POWER = ("elastickpt", "elastickpt-async", "elastickpt-large", "elastickpt-run", "dcp", "tc+fsync")
+POWER = ("elastickpt", "elastickpt-packed", "elastickpt-async", "elastickpt-large", "elastickpt-run", "dcp", "tc+fsync")
 KILLED = (
     "elastickpt",
+    "elastickpt-packed",
     "elastickpt-async",
     "elastickpt-large",
     "elastickpt-run",
@@ -40,7 +41,7 @@ KILLED = (
     "tc",
     "tc-async",
 )
-FLIPPED = ("elastickpt", "elastickpt-run", "dcp", "tc")
+FLIPPED = ("elastickpt", "elastickpt-packed", "elastickpt-run", "dcp", "tc")
 
 
 class Contestant(Protocol):

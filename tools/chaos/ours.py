@@ -36,6 +36,16 @@ def blocking(folder: Path) -> Contestant:
     return StepFolders(folder, saving, loading)
 
 
+def packed(folder: Path) -> Contestant:
+    """The same in packs."""
+
+    def saving(state: State, path: Path) -> Finish:
+        SAVE(state, path, placement="packed")
+        return nothing_left_to_wait_for
+
+    return StepFolders(folder, saving, loading)
+
+
 def asynchronous(folder: Path) -> Contestant:
     """`ek.async_save` into a folder for each step."""
 
@@ -86,6 +96,12 @@ class InARun:
 
 ENTRANTS = {
     "elastickpt": Entrant("elastickpt", ek.__version__, "ek.save, durability='power'; a folder for each step", blocking),
+    "elastickpt-packed": Entrant(
+        "elastickpt-packed",
+        ek.__version__,
+        "ek.save, placement='packed', durability='power'; a folder for each step",
+        packed,
+    ),
     "elastickpt-async": Entrant(
         "elastickpt-async",
         ek.__version__,
