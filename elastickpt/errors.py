@@ -6,7 +6,7 @@ CheckpointError
 │   ├── ReplicaConflict         ranks hold different contents under one name
 │   ├── StructureConflict       ranks, or items of `state`, contradict each other
 │   ├── PathOccupied            something stands where the checkpoint should go
-│   ├── PlacementUnsupported    this placement is not possible here, or not built yet
+│   ├── PlacementUnsupported    this placement is not possible here
 │   ├── LayoutUnsupported       local tensors whose place in the whole is not known
 │   └── ProgramFault            a program of the conversion language that is wrong, or does not fit
 ├── InternalError           a fault of this library itself, nobody's input: please report it

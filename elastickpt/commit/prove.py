@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
@@ -133,19 +132,25 @@ def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
 
     Pieces of one array are disjoint boxes, so this can only happen between arrays or through a wrong offset.
     """
-    spans: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+    numbers: dict[tuple[int, str], int] = {}
+    rows = []  # of each piece: its file, first byte, end, writer
     for columns in maps:
         pieces = columns.pieces
-        contiguous = np.flatnonzero(pieces.row_nbytes == pieces.nbytes)
-        for piece in contiguous.tolist():
-            file = columns.files[int(pieces.file[piece])]
-            offset, nbytes = int(pieces.offset[piece]), int(pieces.nbytes[piece])
-            spans.setdefault((file.base, file.path), []).append((offset, offset + nbytes, columns.writer))
-    for (_, path), found in spans.items():
-        found.sort()
-        for (_, stop, one), (start, _, other) in pairwise(found):
-            if start < stop:
-                raise CoverageOverlap(f"{path}: bytes {start} to {stop} are claimed by writers {one} and {other}")
+        mine = np.flatnonzero(pieces.row_nbytes == pieces.nbytes)
+        if len(mine):
+            known = [numbers.setdefault((file.base, file.path), len(numbers)) for file in columns.files]
+            first = pieces.offset[mine]
+            file = np.array(known, dtype=np.int64)[pieces.file[mine]]
+            rows.append(np.stack([file, first, first + pieces.nbytes[mine], np.full_like(first, columns.writer)]))
+    if not rows:
+        return
+    files, starts, stops, writers = (every := np.concatenate(rows, axis=1))[:, np.lexsort((every[1], every[0]))]
+    shared = np.flatnonzero((files[1:] == files[:-1]) & (starts[1:] < stops[:-1]))
+    for at in shared[:1].tolist():
+        _, path = list(numbers)[int(files[at])]
+        raise CoverageOverlap(
+            f"{path}: bytes {starts[at + 1]} to {stops[at]} are claimed by writers {writers[at]} and {writers[at + 1]}"
+        )
 
 
 # -- what optimizers hold per parameter --------------------------------------------------------------------------------

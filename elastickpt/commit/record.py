@@ -121,7 +121,8 @@ def find_records(store: Store, attempt: Attempt) -> Records:
     if found.manifest.attempt != attempt.id:
         raise Uncommitted(f"{attempt.where}: the draft holds the manifest of attempt {found.manifest.attempt}")
     if attempt.durability == "power":
-        sync_records(store, attempt, [MANIFEST, *(entry.file.path for entry in found.manifest.index)])
+        derived = [REFERENCES] if store.exists(attempt.path(REFERENCES)) else []
+        sync_records(store, attempt, [MANIFEST, *(entry.file.path for entry in found.manifest.index), *derived])
     return found
 
 

@@ -136,7 +136,7 @@ def test_a_run_saves_packs_and_goes_on_from_them(tmp_path: Path) -> None:
 
 
 def test_a_pack_is_synced_by_itself_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never the whole file system, however many arrays there are. [SAVE-41]"""
+    """Never the whole file system, however many arrays there are. [SAVE-118]"""
     store = RecordingStore(LocalStore(tmp_path))
     monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, "c"))
     ek.save({f"t{n}": torch.ones(3) for n in range(300)}, tmp_path / "c", placement="packed")

@@ -258,6 +258,12 @@ def test_every_rank_gets_the_same_error_nothing_is_left_and_the_next_save_works(
 
 
 @pytest.mark.ranks
+def test_ranks_that_ask_for_different_placements_are_refused(ranks: list[dict[str, Seen]]) -> None:
+    """[SAVE-119]"""
+    assert {seen["option"]["error"] for seen in ranks} == {"PlacementUnsupported"}
+
+
+@pytest.mark.ranks
 def test_ranks_on_several_hosts_make_packs_of_their_own_accord(ranks: list[dict[str, Seen]]) -> None:
     for seen in ranks:
         assert seen["hosts packed"]["error"] == ""

@@ -307,6 +307,7 @@ def test_a_full_device_and_a_read_only_one(tmp_path: Path) -> None:
 def test_a_store_that_cannot_hold_a_checkpoint_is_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, placement: Any, text: str
 ) -> None:
+    """[SAVE-120]"""
     store = LocalStore(tmp_path)
     store.capabilities = replace(store.capabilities, **{lacks: False}, name="objects")
     monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, "c"))

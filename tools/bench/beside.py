@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from .contestants import OURS
 from .records import Durability, Finish
 from .state import State
 
@@ -23,15 +24,17 @@ class BesideTraining(Protocol):
 
 
 class BesideElastickpt:
-    """`ek.async_save` with its defaults."""
+    """`ek.async_save` with its defaults, but for the placement."""
 
-    name = "elastickpt"
     durability: Durability = "power"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def begin(self, state: State, path: Path) -> Finish:
         import elastickpt as ek
 
-        handle = ek.async_save(state, path)
+        handle = ek.async_save(state, path, placement=OURS[self.name])
         handle.wait_staged()
         return lambda: _ended(handle.result(300.0))
 
@@ -46,8 +49,8 @@ def _ended(result: object) -> None:
 def make_beside(name: str) -> tuple[BesideTraining, ...]:
     """The ways in which the library of that contestant saves beside training. Imports it."""
     library, _, threads = name.partition(":")
-    if library == "elastickpt":
-        return (BesideElastickpt(),)
+    if library in OURS:
+        return (BesideElastickpt(library),)
     if library == "dcp":
         from .peer_dcp_beside import BesideDcp
 

@@ -9,7 +9,7 @@ from .compare import Row, rows, title
 from .records import FLOORS, Report
 from .table import unsynced_names
 
-COLOURS = {"elastickpt": "#1b6ca8", "dcp": "#d1603d", "tc": "#b8b8b8", "tc+fsync": "#7a7a7a"}
+COLOURS = {"elastickpt": "#1b6ca8", "elastickpt-packed": "#5aa9d6", "dcp": "#d1603d", "tc": "#b8b8b8", "tc+fsync": "#7a7a7a"}
 
 
 def draw(report: Report, path: Path) -> None:

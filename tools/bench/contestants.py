@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from .records import Durability, Entrant
 from .state import State
 
-LIBRARIES = ("elastickpt", "dcp", "tc", "tc+fsync")
+OURS: Mapping[str, Literal["plain", "packed"]] = {"elastickpt": "plain", "elastickpt-packed": "packed"}  # by placement
+LIBRARIES = ("elastickpt", "elastickpt-packed", "dcp", "tc", "tc+fsync")
 
 
 class Contestant(Protocol):
@@ -32,10 +34,10 @@ class Contestant(Protocol):
 def make(name: str) -> Contestant:
     """The contestant of that name; `dcp:4` is dcp with four threads per rank. Imports its library."""
     library, _, threads = name.partition(":")
-    if library == "elastickpt":
+    if library in OURS:
         from .ours import Elastickpt
 
-        return Elastickpt()
+        return Elastickpt(OURS[library])
     if library == "dcp":
         from .peer_dcp import TorchDcp
 
@@ -61,4 +63,4 @@ def entrant(name: str) -> Entrant:
 def is_known(name: str) -> bool:
     """Whether `name` is a library's, perhaps with a number of threads."""
     library, colon, threads = name.partition(":")
-    return library in LIBRARIES and (not colon or (threads.isdigit() and int(threads) > 0 and library != "elastickpt"))
+    return library in LIBRARIES and (not colon or (threads.isdigit() and int(threads) > 0 and library not in OURS))
