@@ -102,6 +102,7 @@ def merge(
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
     compares = False
     torn: list[str] = []
+    grids: dict[tuple[Cutting, int], tuple[tuple[int, ...], bool]] = {}  # many arrays are cut alike
     for identity, found in holdings.items():
         _require_agreement(identity, found)
     grouped = {identity: _groups(identity, found) for identity, found in holdings.items()}
@@ -118,9 +119,12 @@ def merge(
         if placement == "plain":
             grid = _grid(first)
         else:
-            cutting, replicas = _cutting(first, replicas=len(primary.ranks))
-            grid = cutting.chunk_shape(replicas=replicas)
-            if not cutting.keeps_chunks_whole(replicas=replicas):
+            way = _cutting(first, replicas=len(primary.ranks))
+            if way not in grids:
+                cutting, replicas = way
+                grids[way] = cutting.chunk_shape(replicas=replicas), cutting.keeps_chunks_whole(replicas=replicas)
+            grid, whole = grids[way]
+            if not whole:
                 torn.append(keys[identity])
         axes = next((holding.entry.order for holding in found if holding.entry.order), ())
         attributes = with_order(first.entry.attributes, axes)

@@ -74,7 +74,7 @@ def _packed_boxes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, r
 
 def _shared_box(array: HeldArray, fact: SharedArray, replicas: int) -> Shared:
     itemsize = array.spec.type.itemsize
-    if array.role != "parameter":
+    if array.role != "parameter" or replicas == 1:
         return Shared(fact.key, array.box, itemsize, by_first=True)
     cutting = Cutting.of(array.spec.shape, itemsize, array.mesh, array.placements, array.box)
     return Shared(fact.key, array.box, itemsize, cutting.division(replicas))
