@@ -75,8 +75,12 @@ def require_schemas(tree: Path) -> dict[str, int]:
         for entry in sealed[kind]:
             validator(name).validate(hexed(msgpack.unpackb((tree / entry["path"]).read_bytes())))
             counts[kind] += 1
-    for path in tree.rglob("zarr.json"):
-        document = json.loads(path.read_text())
+    texts = [path.read_text() for path in tree.rglob("zarr.json")]
+    if sealed["placement"] == "packed":
+        refs = json.loads((tree / "references.json").read_text())["refs"]
+        texts = [text for key, text in refs.items() if key.endswith("zarr.json")]
+    for text in texts:
+        document = json.loads(text)
         if document["node_type"] == "array":
             validator("array-document.schema.json").validate(document)
         counts[f"{document['node_type']}s"] += 1
