@@ -6,38 +6,32 @@ Threads take the units of a plan in order, so that files are read front to back,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
+from elastickpt.errors import ChecksumMismatch, StateMismatch
 from elastickpt.format.digest import block_checksum
-from elastickpt.format.records import StoredFile, StoredPiece
-from elastickpt.layout.reads import Direct, segments
+from elastickpt.format.records import StoredFile
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import (
     UNIT_NBYTES,
-    Bytes,
-    Elements,
     FetchPlan,
     ReadTarget,
     Unit,
     Wanted,
-    joined,
     plan_fetch,
     require_length,
-    span_of,
 )
+from elastickpt.loading.stretches import Runs, runs_of
+from elastickpt.loading.units import Scratch, UnitReader, mismatch, naming_array
+from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool
-from elastickpt.storage.store import RangeReader
+from elastickpt.storage.kernel import IN_MEMORY, address_of
+from elastickpt.storage.store import Capabilities, RangeReader, lend
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
-SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
-
-Verify = Literal["on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +63,16 @@ def carry_out(
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
     be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
-    reads = joined(plan.units)
-    _Fetching(opened, reads, verify, progress).run(threads)
+    pace = pace_of(opened.store.capabilities)
+    fetching = _Fetching(opened, plan, verify, progress, pace.unit_nbytes)
+    if threads is None:
+        with Pool("elastickpt-read", pace.threads) as pool:
+            fetching.run(pool)
+    else:
+        fetching.run(threads)
     for target in plan.targets:
         _settle(target)
-    return FetchReport(
-        sum(unit.end - unit.start for unit in plan.units),
-        sum(target.data.size for target in plan.targets),
-        len(reads),
-    )
+    return FetchReport(fetching.nbytes, sum(target.data.size for target in plan.targets), len(fetching.reads))
 
 
 def _settle(target: ReadTarget) -> None:
@@ -98,12 +93,31 @@ def _settle(target: ReadTarget) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class _Open:
-    """One file: opened by its first unit, closed by its last."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many threads read at most, and how much at once, in bytes."""
 
-    def __init__(self, units: int) -> None:
+    threads: int
+    unit_nbytes: int
+
+
+DEVICE = Pace(THREADS, UNIT_NBYTES)
+MEMORY = Pace(2, 256 << 10)  # of reads that are copies: more threads fight for the cores, larger ones leave their caches
+
+
+def pace_of(able: Capabilities) -> Pace:
+    """What suits a store."""
+    return MEMORY if able.name in IN_MEMORY else DEVICE
+
+
+class _Open:
+    """One file: opened by its first read, closed by its last."""
+
+    def __init__(self, file: StoredFile) -> None:
         self.lock = threading.Lock()
-        self.left = units
+        self.file = file
+        self.left = 0
+        self.spared = 0  # bytes more that nobody else wants than that others want too
         self.reader: RangeReader | None = None
 
 
@@ -111,162 +125,146 @@ class _Fetching:
     """One call of `fetch` under way: threads take what is read at once, in order."""
 
     def __init__(
-        self, opened: Opened, reads: Sequence[tuple[Unit, ...]], verify: Verify, progress: Callable[[int], None]
+        self, opened: Opened, plan: FetchPlan, verify: Verify, progress: Callable[[int], None], unit_nbytes: int
     ) -> None:
         self._opened = opened
-        self._reads = reads
+        self._plan = plan
+        self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=unit_nbytes)
+        self._columns = _Columns.of(self._runs)
         self._verify = verify
         self._progress = progress
-        self._scratch = threading.local()
-        self._files: dict[StoredFile, _Open] = {}
-        for unit, *_ in reads:
-            if unit.file in self._files:
-                self._files[unit.file].left += 1
-            else:
-                self._files[unit.file] = _Open(1)
+        self._scratch = Scratch()
+        self._units = UnitReader(verify, self._scratch)
+        self._files = {file: _Open(file) for file in plan.files}
+        self._of_runs = [self._files[plan.files[number]] for number in self._runs.file.tolist()]
+        for opening, nbytes, first in zip(self._of_runs, self._columns.run_nbytes, self._columns.first, strict=False):
+            self._expect(opening, plan.targets[self._columns.target[first]], nbytes)
+        for unit in plan.units:
+            self._expect(self._files.setdefault(unit.file, _Open(unit.file)), unit.target, unit.end - unit.start)
+        self.reads = self._in_order()
 
-    def run(self, threads: Pool | None) -> None:
-        pool = threads or Pool("elastickpt-read", THREADS)
+    def _expect(self, opening: _Open, target: ReadTarget, nbytes: int) -> None:
+        opening.left += 1
+        opening.spared += nbytes if target.wanted.cache == "spare" else -nbytes
+
+    def _in_order(self) -> list[int | Unit]:
+        """Numbers of runs, and units, in the order in which they lie."""
+        if not self._plan.units:
+            return list(range(len(self._runs)))
+        runs = [
+            (opening.file.path, at, 0, run)
+            for run, (opening, at) in enumerate(zip(self._of_runs, self._columns.run_offset, strict=True))
+        ]
+        units = [(unit.file.path, unit.piece.offset + unit.start, 1, place) for place, unit in enumerate(self._plan.units)]
+        return [self._plan.units[number] if kind else number for _, _, kind, number in sorted(runs + units)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(self._columns.run_nbytes) + sum(unit.end - unit.start for unit in self._plan.units)
+
+    def run(self, pool: Pool) -> None:
         try:
-            pool.share_out(self._reads, self._carry_out)
+            pool.share_out(self.reads, self._carry_out)
         finally:
-            if threads is None:
-                pool.close()
-            for file in self._files.values():
-                if file.reader is not None:
-                    file.reader.close()
+            for opening in self._files.values():
+                if opening.reader is not None:
+                    opening.reader.close()
 
-    def _reader(self, unit: Unit) -> RangeReader:
-        file = self._files[unit.file]
-        with file.lock:
-            if file.reader is None:
-                file.reader = self._opened.store.open_reader(self._opened.where(unit.file), cache=unit.target.wanted.cache)
-                require_length(unit, file.reader.nbytes)
-            return file.reader
+    def _reader(self, opening: _Open, target: ReadTarget) -> RangeReader:
+        with opening.lock:
+            if opening.reader is None:
+                where = self._opened.where(opening.file)
+                opening.reader = self._opened.store.open_reader(where, cache="spare" if opening.spared > 0 else "fill")
+                require_length(opening.file, opening.reader.nbytes, target.wanted.record)
+            return opening.reader
 
-    def _done(self, unit: Unit) -> None:
-        file = self._files[unit.file]
-        with file.lock:
-            file.left -= 1
-            if file.left == 0 and file.reader is not None:
-                file.reader.close()
-                file.reader = None
+    def _done(self, opening: _Open, nbytes: int) -> None:
+        with opening.lock:
+            opening.left -= 1
+            if opening.left == 0 and opening.reader is not None:
+                opening.reader.close()
+                opening.reader = None
+        self._progress(nbytes)
 
-    def _buffer(self, nbytes: int) -> Bytes:
-        found: Bytes | None = getattr(self._scratch, "data", None)
-        if found is None or found.size < nbytes:
-            found = np.empty(max(nbytes, UNIT_NBYTES), dtype=np.uint8)
-            self._scratch.data = found
-        return found[:nbytes]
-
-    def _carry_out(self, units: tuple[Unit, ...]) -> None:
-        reader = self._reader(units[0])
-        if len(units) == 1:
-            self._one(reader, units[0])
+    def _carry_out(self, read: int | Unit) -> None:
+        if isinstance(read, Unit):
+            opening = self._files[read.file]
+            self._units.read(self._reader(opening, read.target), read)
+            self._done(opening, read.end - read.start)
         else:
-            self._in_a_row(reader, units)
-        self._done(units[0])
-        self._progress(sum(unit.end - unit.start for unit in units))
+            self._run(read)
 
-    def _in_a_row(self, reader: RangeReader, units: tuple[Unit, ...]) -> None:
-        spans = [span for unit in units if (span := span_of(unit)) is not None]
-        target, first, last = units[0].target, spans[0], spans[-1]
-        with _naming(units[0]):
-            reader.read_into(first.offset, target.data[first.at : last.at + last.nbytes].data)
-        for unit, span in zip(units, spans, strict=True):
-            self._verify_blocks(unit, unit.start, target.data[span.at : span.at + span.nbytes])
+    # -- runs ----------------------------------------------------------------------------------------------------------
 
-    def _one(self, reader: RangeReader, unit: Unit) -> None:
-        step = unit.read.steps[0] if len(unit.read.steps) == 1 else None
-        if isinstance(step, Direct):
-            self._direct(reader, unit, step)
+    def _run(self, run: int) -> None:
+        opening, columns = self._of_runs[run], self._columns
+        first, stop, nbytes = columns.first[run], columns.first[run + 1], columns.run_nbytes[run]
+        target = self._plan.targets[columns.target[first]]
+        reader = self._reader(opening, target)
+        at = columns.at[first]
+        into = target.data[at : at + nbytes] if stop - first == 1 else self._scratch.take(nbytes)
+        with naming_array(target):
+            lent = lend(reader, columns.run_offset[run], into.data)
+        if stop - first == 1:
+            self._require_blocks(first, lent)
+            if address_of(lent) != address_of(into.data):
+                into[:] = np.frombuffer(lent, dtype=np.uint8)
         else:
-            data = self._buffer(unit.end - unit.start)
-            self._read_blocks(reader, unit, unit.start, data)
-            for one in unit.read.steps:
-                if isinstance(one, Direct):
-                    low = one.source - unit.start
-                    unit.target.data[one.target : one.target + one.nbytes] = data[low : low + one.nbytes]
-                    continue
-                dtype = unit.target.wanted.into.dtype
-                source: Elements = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
-                into: Elements = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
-                np.copyto(into, source)
+            self._hand_out(run, lent)
+        self._done(opening, nbytes)
 
-    def _direct(self, reader: RangeReader, unit: Unit, step: Direct) -> None:
-        """Blocks wholly inside go straight to the destination; one that only partly belongs there goes through a buffer."""
-        block, stop = unit.block_nbytes, step.source + step.nbytes
-        first = max(unit.start, -(-step.source // block) * block)
-        last = unit.end if unit.end <= stop else stop // block * block
-        edges = [(unit.start, unit.end)]
-        if first < last:
-            at = step.target + first - step.source
-            self._read_blocks(reader, unit, first, unit.target.data[at : at + last - first])
-            edges = [(unit.start, first), (last, unit.end)]
-        for low, high in edges:
-            if low < high:
-                data = self._buffer(high - low)
-                self._read_blocks(reader, unit, low, data)
-                begin, end = max(low, step.source), min(high, stop)
-                at = step.target + begin - step.source
-                unit.target.data[at : at + end - begin] = data[begin - low : end - low]
+    def _hand_out(self, run: int, lent: memoryview) -> None:
+        """Verifies stretches that were read at once, and copies each to where it belongs."""
+        columns, targets = self._columns, self._plan.targets
+        begin = columns.run_offset[run]
+        for stretch in range(columns.first[run], columns.first[run + 1]):
+            low, at, nbytes = columns.offset[stretch] - begin, columns.at[stretch], columns.nbytes[stretch]
+            part = lent[low : low + nbytes]
+            self._require_blocks(stretch, part)
+            targets[columns.target[stretch]].data[at : at + nbytes].data[:] = part
 
-    def _read_blocks(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
-        """Fills `into` with the piece's bytes from `start`, a multiple of the block size, and verifies them."""
-        with _naming(unit):
-            _read(reader, unit.piece, start, into)
-        self._verify_blocks(unit, start, into)
-
-    def _verify_blocks(self, unit: Unit, start: int, into: Bytes) -> None:
-        """Raises ChecksumMismatch unless `into` are the piece's bytes from `start`. [FRAG-32]"""
+    def _require_blocks(self, stretch: int, data: memoryview) -> None:
+        """Raises ChecksumMismatch unless this is what was stored. [FRAG-32]"""
+        columns = self._columns
+        block, number = columns.block[stretch], columns.checksum_start[stretch]
         if self._verify == "off":
             return
-        block = unit.block_nbytes
-        for begin in range(0, into.size, block):
-            number = (start + begin) // block
-            found = block_checksum(into[begin : begin + block].data)
-            if found != unit.piece.checksums[number]:
-                record = unit.target.wanted.record
-                raise ChecksumMismatch(
-                    f"{unit.file.path}: block {number} of piece {unit.piece.box} of array {record.spec.id} "
-                    f"(file offset {_file_offset(unit.piece, start + begin)}): expected checksum "
-                    f"{unit.piece.checksums[number]:016x} (in the fragment map), found {found:016x}"
-                )
+        if data.nbytes <= block:
+            if block_checksum(data) != columns.checksums[number]:
+                raise self._mismatch(stretch, 0, data)
+            return
+        for begin in range(0, data.nbytes, block):
+            if block_checksum(data[begin : begin + block]) != columns.checksums[number]:
+                raise self._mismatch(stretch, begin, data[begin : begin + block])
+            number += 1
+
+    def _mismatch(self, stretch: int, begin: int, data: memoryview) -> ChecksumMismatch:
+        columns, cut = self._columns, self._runs.stretches
+        pieces = self._plan.maps[int(cut.map[stretch])]
+        piece = pieces.pieces.piece_of(number := int(cut.piece[stretch]), pieces.pieces.box(number))
+        at = int(cut.start[stretch]) + begin
+        record = self._plan.targets[columns.target[stretch]].wanted.record
+        return mismatch(pieces.files[piece.file], piece, record, at // pieces.block_nbytes, at, block_checksum(data))
 
 
-@contextmanager
-def _naming(unit: Unit) -> Iterator[None]:
-    """Says in an error of its file what the file holds."""
-    try:
-        yield
-    except WrongLength as error:
-        raise WrongLength(f"{error.message}; it holds array {unit.target.wanted.record.spec.id}") from error
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of runs as lists, which threads go through one by one."""
 
+    target: list[int]
+    at: list[int]
+    offset: list[int]
+    nbytes: list[int]
+    block: list[int]
+    checksums: list[int]
+    checksum_start: list[int]
+    run_offset: list[int]
+    run_nbytes: list[int]
+    first: list[int]
 
-def _read(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:
-    if piece.row_nbytes in (piece.row_stride, piece.nbytes):
-        reader.read_into(piece.offset + start, into.data)
-    elif piece.row_stride <= SPAN_RATIO * piece.row_nbytes or piece.row_stride <= 4096:
-        _read_span(reader, piece, start, into)
-    else:
-        done = 0
-        for segment in segments(piece, start, start + into.size):
-            reader.read_into(segment.offset, into[done : done + segment.nbytes].data)
-            done += segment.nbytes
-
-
-def _read_span(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:
-    """Rows that lie close together: everything from the first to the last is read, then the gaps are left out."""
-    row, stride = piece.row_nbytes, piece.row_stride
-    first, stop = start // row, -(-(start + into.size) // row)
-    span = np.empty((stop - first) * stride, dtype=np.uint8)
-    used = (stop - first - 1) * stride + row
-    reader.read_into(piece.offset + first * stride, span[:used].data)
-    rows = span.reshape(stop - first, stride)[:, :row]
-    skip = start - first * row
-    into[:] = rows.reshape(-1)[skip : skip + into.size]
-
-
-def _file_offset(piece: StoredPiece, position: int) -> int:
-    row, inside = divmod(position, piece.row_nbytes)
-    return piece.offset + row * piece.row_stride + inside
+    @classmethod
+    def of(cls, runs: Runs) -> _Columns:
+        cut = runs.stretches
+        columns = (cut.target, cut.at, runs.offsets, cut.end - cut.start, runs.block, runs.checksums, runs.checksum_start)
+        return cls(*(column.tolist() for column in (*columns, runs.offset, runs.nbytes, runs.first)))

@@ -135,16 +135,24 @@ class Opened:
 
         Raises Damaged kinds as `fragments`, of what is wrong with single arrays only for this one. [FRAG-36]
         """
-        columns = self._map(writer)
-        problem = self._fragments.problems[writer].get(key)
+        columns, known, problems = self.places(writer)
+        problem = problems.get(key)
         if problem is not None:
             raise problem
-        known = self._fragments.places.get(writer)
-        if known is None:
-            known = self._fragments.places[writer] = columns.pieces.by_array()
         if key not in known:
             raise Malformed(f"fragment map of writer {writer}: no piece of {key}, which the index says it holds")
         return columns, known[key]
+
+    def places(self, writer: int) -> tuple[FragmentColumns, Mapping[str, range], Mapping[str, Malformed]]:
+        """The fragment map of one writer, where in it the pieces of each array stand, and what is wrong with single arrays.
+
+        Raises Damaged kinds for what is wrong with the map.
+        """
+        columns = self._map(writer)
+        known = self._fragments.places.get(writer)
+        if known is None:
+            known = self._fragments.places[writer] = columns.pieces.by_array()
+        return columns, known, self._fragments.problems[writer]
 
     def _map(self, writer: int) -> FragmentColumns:
         """The map, of which single arrays may be wrong; they stand in the cache."""

@@ -1,14 +1,12 @@
 """What a load will read: decided, and held against the fragment maps and the files, before the first byte is filled.
 
-wanted boxes --> pieces of the fragment maps --> reads (layout.reads) --> units, by file and offset
-
-Units whose bytes follow each other in their file and in memory (pieces of a part that several ranks held) are read at once: a
-read costs 0.1 ms apart from its bytes, and a job on fewer ranks than wrote finds several small pieces in a row.
+wanted boxes --> pieces of the fragment maps --> stretches: what lies in a row on both sides, in columns (loading.stretches)
+                                              `-> reads (layout.reads) --> units: the rest
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +16,18 @@ from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsup
 from elastickpt.format.arrays import Box
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
+from elastickpt.format.strict_reading import IntColumn
 from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_coverage
 from elastickpt.layout.placement import places_that_hold
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.loading.opened import Opened
+from elastickpt.loading.stretches import Stretches, number_files, whole_pieces
 from elastickpt.storage.store import Caching
 
 UNIT_NBYTES = 1 << 20
 
 Bytes = NDArray[np.uint8]
+FoundPiece = tuple[FragmentColumns, int, StoredPiece]  # a piece, with its map and its number in it
 Elements = NDArray[np.generic]
 
 
@@ -53,9 +54,9 @@ class ReadTarget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """Some blocks of one read: bytes [start, end) of a piece, and what they deliver to `target`.
+    """Some blocks of one read that are no stretch: bytes [start, end) of a piece, and what they deliver to `target`.
 
-    At most `UNIT_NBYTES` of whole blocks, so that a block is hashed while it is still in the cache.
+    At most `UNIT_NBYTES` of whole blocks where it can be cut, so that a block is hashed while it is still in the cache.
     """
 
     file: StoredFile
@@ -69,9 +70,16 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FetchPlan:
-    """Units in the order in which their bytes lie, by file. Making it has read records only, and filled nothing."""
+    """What lies in a row on both sides, in columns, and the rest as units. Making it has read records only, and filled nothing.
+
+    `files` are those of the stretches, `file` the number of each stretch's.
+    """
 
     targets: tuple[ReadTarget, ...]
+    maps: tuple[FragmentColumns, ...]
+    stretches: Stretches
+    files: tuple[StoredFile, ...]
+    file: IntColumn
     units: tuple[Unit, ...]
 
 
@@ -80,37 +88,135 @@ def plan_fetch(opened: Opened, wanted: Sequence[Wanted]) -> FetchPlan:
 
     Raises Damaged kinds naming the map, or the array with a gap or overlap, StorageFailed kinds for what cannot be read.
     """
-    targets = tuple(_target(want) for want in wanted)
-    units = [unit for target in targets for unit in _units_of(opened, target)]
-    units.sort(key=lambda unit: (unit.file.path, unit.piece.offset + unit.start))
-    return FetchPlan(targets, tuple(units))
+    targets = tuple(map(_target, wanted))
+    return _Planning(opened, targets).run()
+
+
+class _Planning:
+    """One call of `plan_fetch`: boxes that are one stored piece are found in columns, the others one by one."""
+
+    def __init__(self, opened: Opened, targets: tuple[ReadTarget, ...]) -> None:
+        self._opened = opened
+        self._targets = targets
+        self._maps: dict[FragmentColumns, int] = {}
+        self._rows: list[tuple[int, int, int, int, int, int]] = []
+        self._units: list[Unit] = []
+        self._known: dict[tuple[tuple[int, ...], int | None, tuple[int, ...], Box], tuple[int, ...]] = {}
+
+    def run(self) -> FetchPlan:
+        by_writer: dict[int, list[int]] = {}
+        others: list[int] = []
+        for number, target in enumerate(self._targets):
+            if target.data.size:
+                holders = self._holders_of(target.wanted.record, target.wanted.box)
+                (by_writer.setdefault(holders[0], []) if len(holders) == 1 else others).append(number)
+        whole = []
+        for writer, numbers in by_writer.items():
+            found, rest = self._whole(writer, numbers)
+            whole.append(found)
+            others += rest
+        for number in sorted(others):
+            self._pieces_of(number)
+        maps = tuple(self._maps)
+        stretches = Stretches.together([*whole, Stretches.of(self._rows)])
+        return FetchPlan(self._targets, maps, stretches, *number_files(maps, stretches), tuple(self._units))
+
+    def _holders_of(self, record: ArrayRecord, box: Box) -> tuple[int, ...]:
+        """As `_holders`, once for all arrays that are alike in this."""
+        if len(record.writers) == 1:
+            return record.writers
+        alike = record.writers, record.layout, record.spec.shape, box
+        known = self._known.get(alike)
+        if known is None:
+            known = self._known[alike] = _holders(self._opened, record, box)
+        return known
+
+    def _whole(self, writer: int, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
+        """What is one piece of this writer and lies in a row; and the numbers of what is not."""
+        columns, places, problems = self._opened.places(writer)
+        asked: list[tuple[int, int]] = []
+        boxes = []
+        rest = []
+        for number in numbers:
+            want = self._targets[number].wanted
+            key = want.record.key
+            held = places.get(key)
+            if held is None or len(held) != 1 or key in problems or want.box.ndim != len(want.record.spec.shape):
+                rest.append(number)  # what is wrong with it is said there
+                continue
+            asked.append((number, held.start))
+            boxes.append((want.box.start, want.box.shape))
+        mine, pieces = np.array(asked, dtype=np.int64).reshape(len(asked), 2).T
+        nbytes = np.fromiter((self._targets[number].data.size for number, _ in asked), dtype=np.int64, count=len(asked))
+        fits = whole_pieces(columns, pieces, boxes, nbytes)
+        if len(fits) < len(mine):
+            rest += np.delete(mine, fits).tolist()
+        zeros = np.zeros(len(fits), dtype=np.int64)
+        number = self._maps.setdefault(columns, len(self._maps))
+        return Stretches(zeros + number, pieces[fits], zeros, nbytes[fits], mine[fits], zeros), rest
+
+    def _pieces_of(self, number: int) -> None:
+        target = self._targets[number]
+        want = target.wanted
+        for columns, place, piece in require_stored(self._opened, want.record, want.box):
+            for read in _reads_of(want, piece, block_nbytes=columns.block_nbytes):
+                low, high = _in_a_row(piece, read, columns.block_nbytes)
+                if low < high:
+                    at = read.steps[0].target + low - read.steps[0].source
+                    self._rows.append((self._maps.setdefault(columns, len(self._maps)), place, low, high, number, at))
+                for start, end in ((read.start, low), (high, read.end)) if low < high else ((read.start, read.end),):
+                    self._units += _units(columns, piece, read, target, start, end)
+
+
+def _in_a_row(piece: StoredPiece, read: Read, block: int) -> tuple[int, int]:
+    """Which bytes of a piece are whole blocks that lie in a row, and belong in a row; from a byte to itself for none."""
+    step = read.steps[0]
+    if len(read.steps) > 1 or not isinstance(step, Direct) or piece.row_nbytes not in (piece.row_stride, piece.nbytes):
+        return read.start, read.start
+    stop = step.source + step.nbytes
+    return max(read.start, -(-step.source // block) * block), read.end if read.end <= stop else stop // block * block
+
+
+def _units(
+    columns: FragmentColumns, piece: StoredPiece, read: Read, target: ReadTarget, start: int, end: int
+) -> Iterator[Unit]:
+    step = max(UNIT_NBYTES // columns.block_nbytes, 1) * columns.block_nbytes
+    if not isinstance(read.steps[0], Direct) or len(read.steps) > 1:
+        step = read.nbytes
+    for low in range(start, end, step):
+        yield Unit(columns.files[piece.file], piece, columns.block_nbytes, low, min(low + step, end), read, target)
 
 
 def require_files(opened: Opened, plan: FetchPlan) -> None:
     """Raises MissingFile or WrongLength, naming an array in it, unless every file of the plan is there and whole."""
-    first: dict[StoredFile, Unit] = {}
-    for unit in plan.units:
-        first.setdefault(unit.file, unit)
-    for file, unit in first.items():
+    for file, record in _an_array_of_each(plan).items():
         try:
-            require_length(unit, opened.store.size(opened.where(file)))
+            require_length(file, opened.store.size(opened.where(file)), record)
         except WrongLength:
             raise
         except MissingFile:
             raise MissingFile(
                 f"{opened.where(file)}: expected {file.nbytes} bytes (in the fragment map), found no such file; "
-                f"it holds array {unit.target.wanted.record.spec.id}"
+                f"it holds array {record.spec.id}"
             ) from None
         except Damaged as error:
-            raise type(error)(f"{error.message}; it holds array {unit.target.wanted.record.spec.id}") from error
+            raise type(error)(f"{error.message}; it holds array {record.spec.id}") from error
 
 
-def require_length(unit: Unit, nbytes: int) -> None:
-    """Raises WrongLength unless the unit's file has the recorded size."""
-    if nbytes != unit.file.nbytes:
+def _an_array_of_each(plan: FetchPlan) -> dict[StoredFile, ArrayRecord]:
+    files, first = np.unique(plan.file, return_index=True)
+    numbers = plan.stretches.target[first].tolist()
+    found = {plan.files[file]: plan.targets[number].wanted.record for file, number in zip(files.tolist(), numbers, strict=True)}
+    for unit in plan.units:
+        found.setdefault(unit.file, unit.target.wanted.record)
+    return found
+
+
+def require_length(file: StoredFile, nbytes: int, record: ArrayRecord) -> None:
+    """Raises WrongLength unless a file, which holds some of an array, has the recorded size."""
+    if nbytes != file.nbytes:
         raise WrongLength(
-            f"{unit.file.path}: expected {unit.file.nbytes} bytes (in the fragment map), "
-            f"found {nbytes}; it holds array {unit.target.wanted.record.spec.id}"
+            f"{file.path}: expected {file.nbytes} bytes (in the fragment map), found {nbytes}; it holds array {record.spec.id}"
         )
 
 
@@ -123,39 +229,19 @@ def _target(wanted: Wanted) -> ReadTarget:
     return ReadTarget(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
 
 
-def _pieces_by(
-    writers: Sequence[int], opened: Opened, record: ArrayRecord, within: Box
-) -> list[tuple[FragmentColumns, StoredPiece]]:
-    """The pieces that these writers stored of an array and that hold any of `within`, with their fragment maps."""
-    found: list[tuple[FragmentColumns, StoredPiece]] = []
+def _pieces_by(writers: Sequence[int], opened: Opened, record: ArrayRecord, within: Box) -> list[FoundPiece]:
+    """The pieces that these writers stored of an array and that hold any of `within`."""
+    found: list[FoundPiece] = []
     for writer in writers:
         columns, places = opened.pieces(writer, record.key)
         for place in places:
             box = columns.pieces.box(place)
             if box == within or intersect(box, within) is not None:
-                found.append((columns, columns.pieces.piece_of(place, box)))
+                found.append((columns, place, columns.pieces.piece_of(place, box)))
     return found
 
 
-def _units_of(opened: Opened, target: ReadTarget) -> list[Unit]:
-    want = target.wanted
-    if want.box.count == 0:
-        return []
-    found = require_stored(opened, want.record, want.box)
-    units = []
-    for columns, piece in found:
-        file = columns.files[piece.file]
-        for read in _reads_of(want, piece, block_nbytes=columns.block_nbytes):
-            step = max(UNIT_NBYTES // columns.block_nbytes, 1) * columns.block_nbytes
-            if not isinstance(read.steps[0], Direct) or len(read.steps) > 1:
-                step = read.nbytes
-            for start in range(read.start, read.end, step):
-                end = min(start + step, read.end)
-                units.append(Unit(file, piece, columns.block_nbytes, start, end, read, target))
-    return units
-
-
-def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[FragmentColumns, StoredPiece]]:
+def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[FoundPiece]:
     """The pieces that hold a box of an array. Raises CoverageGap or CoverageOverlap unless they hold every element of it
     exactly once. [FRAG-30, FRAG-31]
 
@@ -163,7 +249,7 @@ def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[
     """
     holders = _holders(opened, record, box)
     found = _pieces_by(holders, opened, record, box)
-    if len(found) == 1 and found[0][1].box == box:  # the usual case
+    if len(found) == 1 and found[0][2].box == box:  # the usual case
         return found
     report = _proof(found, box)
     if report.gaps and holders != record.writers:
@@ -176,8 +262,8 @@ def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[tuple[
     return found
 
 
-def _proof(found: Sequence[tuple[FragmentColumns, StoredPiece]], box: Box) -> CoverageReport:
-    return prove_box_coverage(box, [part for _, piece in found if (part := intersect(piece.box, box)) is not None])
+def _proof(found: Sequence[FoundPiece], box: Box) -> CoverageReport:
+    return prove_box_coverage(box, [part for _, _, piece in found if (part := intersect(piece.box, box)) is not None])
 
 
 def _holders(opened: Opened, record: ArrayRecord, box: Box) -> tuple[int, ...]:
@@ -201,46 +287,3 @@ def _reads_of(want: Wanted, piece: StoredPiece, *, block_nbytes: int) -> tuple[R
     except Malformed as error:
         raise Malformed(f"array {want.record.spec.id}: {error.message}") from error
     return tuple(reads)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """`nbytes` at `offset` of a file that belong at `at` of a destination as they are."""
-
-    offset: int
-    at: int
-    nbytes: int
-
-
-def span_of(unit: Unit) -> Span | None:
-    """All bytes of a unit, if they lie in a row and belong in a row."""
-    piece, step = unit.piece, unit.read.steps[0]
-    if len(unit.read.steps) > 1 or not isinstance(step, Direct) or piece.row_nbytes not in (piece.row_stride, piece.nbytes):
-        return None
-    if unit.start < step.source or unit.end > step.source + step.nbytes:
-        return None
-    return Span(piece.offset + unit.start, step.target + unit.start - step.source, unit.end - unit.start)
-
-
-def joined(units: Iterable[Unit]) -> tuple[tuple[Unit, ...], ...]:
-    """The units in their order, those together that are read at once: at most `UNIT_NBYTES`, of one file and one target."""
-    found: list[list[Unit]] = []
-    end: Span | None = None  # all of the last ones, None where nothing can follow them
-    for unit in units:
-        span = span_of(unit)
-        if end is not None and span is not None and _follows(found[-1][-1], unit, end, span):
-            found[-1].append(unit)
-            end = Span(end.offset, end.at, end.nbytes + span.nbytes)
-        else:
-            found.append([unit])
-            end = span
-    return tuple(map(tuple, found))
-
-
-def _follows(last: Unit, unit: Unit, end: Span, span: Span) -> bool:
-    return (
-        last.target is unit.target
-        and (end.offset + end.nbytes, end.at + end.nbytes) == (span.offset, span.at)
-        and end.nbytes + span.nbytes <= UNIT_NBYTES
-        and last.file == unit.file
-    )

@@ -174,6 +174,19 @@ def aligned_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 1), flags=flags), dtype=np.uint8, count=nbytes)
 
 
+HUGE_PAGE = 2 << 20
+
+
+def huge_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
+    """shape=[nbytes]: zeroed memory that starts at a huge page's boundary, and is on huge pages where the system has them."""
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, dtype=np.uint8)
+    start = -address_of(whole.data) % HUGE_PAGE
+    return whole[start : start + nbytes]
+
+
 def address_of(view: memoryview) -> int:
     """The address of the view's first byte; 0 for an empty view."""
     if not view.nbytes:

@@ -13,13 +13,14 @@ from elastickpt.storage.kernel import (
     MIN_DIRECT_NBYTES,
     MIN_DIRECT_READ_NBYTES,
     DirectDescriptor,
-    aligned_buffer,
     aligned_inside,
     cached_pages,
+    huge_buffer,
     open_direct,
 )
 from elastickpt.storage.store import naming
 
+_LARGEST_ALIGNMENT = 64 << 10  # of a device's blocks
 _LARGEST_CALL = 64 << 20  # bytes of one system call: a failing or killed writer stops within so much
 _NOT_DIRECT = (
     errno.EINVAL,
@@ -178,6 +179,18 @@ class LocalReader:
                     raise WrongLength(f"{self._path}: expected at least {offset + into.nbytes} bytes, found {found}")
                 done += got
 
+    def lend(self, offset: int, into: memoryview) -> memoryview:
+        """As `Lending` says: what comes past the page cache is in this thread's aligned memory until its next read."""
+        into = as_bytes(into)
+        with naming("read", self._path):
+            direct = self._direct_for(offset, into.nbytes) if into.nbytes <= UNIT_NBYTES else None
+            if direct is not None:
+                shift = offset % direct.alignment
+                if self._bounced(direct, offset, into.nbytes) == into.nbytes:
+                    return _bounce()[shift : shift + into.nbytes]
+        self.read_into(offset, into)  # also the rest of a short read, from its start
+        return into
+
     def close(self) -> None:
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
@@ -213,27 +226,32 @@ class LocalReader:
         direct = self._direct_for(offset, into.nbytes)
         if direct is None:
             return 0
-        buffer, done = _bounce(), 0
+        done = 0
         while done < into.nbytes:
-            shift = (offset + done) % direct.alignment
-            wanted = min(into.nbytes - done, buffer.nbytes - shift)
-            length = -(-(shift + wanted) // direct.alignment) * direct.alignment
-            try:
-                got = os.preadv(direct.descriptor, [buffer[:length]], offset + done - shift) - shift
-            except OSError as error:
-                if error.errno not in _NOT_DIRECT:
-                    raise
-                self._may_bypass_cache = False
-                return done
+            got = self._bounced(direct, offset + done, min(into.nbytes - done, UNIT_NBYTES))
             if got <= 0:
                 return done
-            got = min(got, wanted)
-            into[done : done + got] = buffer[shift : shift + got]
+            shift = (offset + done) % direct.alignment
+            into[done : done + got] = _bounce()[shift : shift + got]
             done += got
         return done
 
+    def _bounced(self, direct: DirectDescriptor, offset: int, nbytes: int) -> int:
+        """How many of at most a unit of bytes now stand in this thread's memory, from `offset` modulo the alignment on; none
+        where the file system refuses."""
+        shift = offset % direct.alignment
+        length = -(-(shift + nbytes) // direct.alignment) * direct.alignment
+        try:
+            got = os.preadv(direct.descriptor, [_bounce()[:length]], offset - shift) - shift
+        except OSError as error:
+            if error.errno not in _NOT_DIRECT:
+                raise
+            self._may_bypass_cache = False
+            return 0
+        return min(got, nbytes)
 
-_BOUNCE_NBYTES = (1 << 20) + (64 << 10)  # a unit of a load, wherever it begins in its first block of the device
+
+UNIT_NBYTES = 1 << 20  # of one read past the page cache, wherever it begins in its first block of the device
 
 
 class _Bounce(threading.local):
@@ -244,7 +262,8 @@ _OF_THREAD = _Bounce()
 
 
 def _bounce() -> memoryview:
-    """This thread's aligned memory, which lives as long as the thread."""
+    """This thread's aligned memory, which lives as long as the thread: small, so that it stays in the core's cache, and on a
+    huge page, as the kernel pins it page by page for each read."""
     if _OF_THREAD.buffer is None:
-        _OF_THREAD.buffer = aligned_buffer(_BOUNCE_NBYTES).data
+        _OF_THREAD.buffer = huge_buffer(UNIT_NBYTES + _LARGEST_ALIGNMENT).data
     return _OF_THREAD.buffer

@@ -237,6 +237,24 @@ class Store(Protocol):
 
 
 @runtime_checkable
+class Lending(Protocol):
+    """A reader that has what it reads in memory of its own at first."""
+
+    def lend(self, offset: int, into: memoryview) -> memoryview:
+        """What `read_into` would fill `into` with: in `into`, or in memory of the calling thread's, until its next call of any
+        reader. Raises as `read_into`."""
+
+
+def lend(reader: RangeReader, offset: int, into: memoryview) -> memoryview:
+    """All that `read_into` fills `into` with: in it, or in memory that holds it until this thread's next call. Who looks at it
+    there, and copies it then, has it in the core's cache both times."""
+    if isinstance(reader, Lending):
+        return reader.lend(offset, into)
+    reader.read_into(offset, into)
+    return into
+
+
+@runtime_checkable
 class Stamping(Protocol):
     """A store that knows when a file was written last."""
 

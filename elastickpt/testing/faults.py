@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, storage_failure
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, lend, storage_failure
 
 T = TypeVar("T")
 Mode = Literal["before", "after", "torn"]
@@ -225,6 +225,10 @@ class _Reader:
     def read_into(self, offset: int, into: memoryview) -> None:
         act = _Act("reader.read_into", self._path, f"{into.nbytes} bytes at {offset}")
         self._store._do(act, lambda: self._inner.read_into(offset, into))
+
+    def lend(self, offset: int, into: memoryview) -> memoryview:
+        act = _Act("reader.read_into", self._path, f"{into.nbytes} bytes at {offset}")
+        return self._store._do(act, lambda: lend(self._inner, offset, into))
 
     def close(self) -> None:
         self._store._do(_Act("reader.close", self._path), self._inner.close)

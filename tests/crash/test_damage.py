@@ -297,7 +297,7 @@ def test_damage_of_every_kind_in_every_sort_of_file_is_found_or_harmless(saved: 
 
 
 def test_a_load_that_verifies_no_block_is_seen(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Fetching, "_verify_blocks", lambda *args: None)
+    monkeypatch.setattr(_Fetching, "_require_blocks", lambda *args: None)
     damage = next(damage for damage in damages(saved) if (damage.how, sort_of(damage.path)) == ("flipped", "chunk"))
     with pytest.raises(AssertionError, match="something else was read"):
         judge(saved, damage)

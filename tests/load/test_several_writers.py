@@ -47,7 +47,7 @@ def record_of(opened: Opened) -> ArrayRecord:
 def read(opened: Opened, rows: tuple[int, int]) -> tuple[set[int], list[tuple[int, int]]]:
     """The writers whose maps were read for these rows, and the rows of the pieces found."""
     found = require_stored(opened, record_of(opened), Box((rows[0], 0), (rows[1], 2)))
-    return set(opened._fragments.maps), [(piece.box.start[0], piece.box.stop[0]) for _, piece in found]
+    return set(opened._fragments.maps), [(piece.box.start[0], piece.box.stop[0]) for _, _, piece in found]
 
 
 @pytest.mark.parametrize(

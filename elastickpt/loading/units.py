@@ -1,0 +1,144 @@
+"""Reads what does not lie in a row on both sides: strided pieces, parts of rows, blocks of which only a part is wanted.
+
+[FRAG-32, FRAG-33]
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+
+from elastickpt.errors import ChecksumMismatch, WrongLength
+from elastickpt.format.digest import block_checksum
+from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
+from elastickpt.layout.reads import Direct, segments
+from elastickpt.loading.plan import UNIT_NBYTES, Bytes, Elements, ReadTarget, Unit
+from elastickpt.storage.store import RangeReader
+
+SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
+
+Verify = Literal["on", "off"]
+
+
+class Scratch:
+    """Memory of each thread, which its next use overwrites."""
+
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
+
+    def take(self, nbytes: int) -> Bytes:
+        found: Bytes | None = getattr(self._of_thread, "data", None)
+        if found is None or found.size < nbytes:
+            found = np.empty(max(nbytes, UNIT_NBYTES), dtype=np.uint8)
+            self._of_thread.data = found
+        return found[:nbytes]
+
+
+class UnitReader:
+    """Reads units, from several threads; each verified, and put where it belongs."""
+
+    def __init__(self, verify: Verify, scratch: Scratch) -> None:
+        self._verify, self._scratch = verify, scratch
+
+    def read(self, reader: RangeReader, unit: Unit) -> None:
+        step = unit.read.steps[0] if len(unit.read.steps) == 1 else None
+        if isinstance(step, Direct):
+            self._direct(reader, unit, step)
+        else:
+            data = self._scratch.take(unit.end - unit.start)
+            self._read_blocks(reader, unit, unit.start, data)
+            for one in unit.read.steps:
+                if isinstance(one, Direct):
+                    low = one.source - unit.start
+                    unit.target.data[one.target : one.target + one.nbytes] = data[low : low + one.nbytes]
+                    continue
+                dtype = unit.target.wanted.into.dtype
+                source: Elements = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
+                into: Elements = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
+                np.copyto(into, source)
+
+    def _direct(self, reader: RangeReader, unit: Unit, step: Direct) -> None:
+        """Blocks wholly inside go straight to the destination; one that only partly belongs there goes through a buffer."""
+        block, stop = unit.block_nbytes, step.source + step.nbytes
+        first = max(unit.start, -(-step.source // block) * block)
+        last = unit.end if unit.end <= stop else stop // block * block
+        edges = [(unit.start, unit.end)]
+        if first < last:
+            at = step.target + first - step.source
+            self._read_blocks(reader, unit, first, unit.target.data[at : at + last - first])
+            edges = [(unit.start, first), (last, unit.end)]
+        for low, high in edges:
+            if low < high:
+                data = self._scratch.take(high - low)
+                self._read_blocks(reader, unit, low, data)
+                begin, end = max(low, step.source), min(high, stop)
+                at = step.target + begin - step.source
+                unit.target.data[at : at + end - begin] = data[begin - low : end - low]
+
+    def _read_blocks(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
+        """Fills `into` with the piece's bytes from `start`, a multiple of the block size, and verifies them."""
+        with naming_array(unit.target):
+            _read(reader, unit.piece, start, into)
+        self._verify_blocks(unit, start, into)
+
+    def _verify_blocks(self, unit: Unit, start: int, into: Bytes) -> None:
+        """Raises ChecksumMismatch unless `into` are the piece's bytes from `start`. [FRAG-32]"""
+        if self._verify == "off":
+            return
+        block = unit.block_nbytes
+        for begin in range(0, into.size, block):
+            number = (start + begin) // block
+            found = block_checksum(into[begin : begin + block].data)
+            if found != unit.piece.checksums[number]:
+                raise mismatch(unit.file, unit.piece, unit.target.wanted.record, number, start + begin, found)
+
+
+def mismatch(file: StoredFile, piece: StoredPiece, record: ArrayRecord, number: int, at: int, found: int) -> ChecksumMismatch:
+    """Block `number` of a piece, which begins at byte `at` of it, has the checksum `found`."""
+    return ChecksumMismatch(
+        f"{file.path}: block {number} of piece {piece.box} of array {record.spec.id} "
+        f"(file offset {_file_offset(piece, at)}): expected checksum "
+        f"{piece.checksums[number]:016x} (in the fragment map), found {found:016x}"
+    )
+
+
+@contextmanager
+def naming_array(target: ReadTarget) -> Iterator[None]:
+    """Says in an error of its file what the file holds."""
+    try:
+        yield
+    except WrongLength as error:
+        raise WrongLength(f"{error.message}; it holds array {target.wanted.record.spec.id}") from error
+
+
+def _read(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:
+    if piece.row_nbytes in (piece.row_stride, piece.nbytes):
+        reader.read_into(piece.offset + start, into.data)
+    elif piece.row_stride <= SPAN_RATIO * piece.row_nbytes or piece.row_stride <= 4096:
+        _read_span(reader, piece, start, into)
+    else:
+        done = 0
+        for segment in segments(piece, start, start + into.size):
+            reader.read_into(segment.offset, into[done : done + segment.nbytes].data)
+            done += segment.nbytes
+
+
+def _read_span(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:
+    """Rows that lie close together: everything from the first to the last is read, then the gaps are left out."""
+    row, stride = piece.row_nbytes, piece.row_stride
+    first, stop = start // row, -(-(start + into.size) // row)
+    span = np.empty((stop - first) * stride, dtype=np.uint8)
+    used = (stop - first - 1) * stride + row
+    reader.read_into(piece.offset + first * stride, span[:used].data)
+    rows = span.reshape(stop - first, stride)[:, :row]
+    skip = start - first * row
+    into[:] = rows.reshape(-1)[skip : skip + into.size]
+
+
+def _file_offset(piece: StoredPiece, position: int) -> int:
+    row, inside = divmod(position, piece.row_nbytes)
+    return piece.offset + row * piece.row_stride + inside
