@@ -6,15 +6,26 @@ import argparse
 import re
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", re.IGNORECASE)
+_FLOAT = re.compile(r"[0-9]+\.[0-9]*(e[-+]?[0-9]+)?|[0-9]+e[-+]?[0-9]+", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def constant(text: str) -> tuple[str, int | tuple[int, ...]]:
     """`vocab=101`, or `stages=2,0,3`."""
+    name, value = number(text)
+    if isinstance(value, float):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number")
+    return name, value
+
+
+def number(text: str) -> tuple[str, int | float | tuple[int, ...]]:
+    """The same, or `rms_norm_eps=1e-5`."""
     name, equals, value = text.partition("=")
+    if equals and name.isidentifier() and _FLOAT.fullmatch(value):
+        return name, float(value)
     if not equals or not name.isidentifier() or not re.fullmatch(r"[0-9]+(,[0-9]+)*|true|false", value):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=NUMBER, or KEY=NUMBER,NUMBER,...")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=NUMBER, or KEY=NUMBER,NUMBER,... of whole ones")
     if value in ("true", "false"):
         return name, int(value == "true")
     numbers = tuple(map(int, value.split(",")))

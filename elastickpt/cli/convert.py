@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from elastickpt.cli.bar import byte_bar
 from elastickpt.cli.command import Subparsers, add_command
-from elastickpt.cli.conversion_words import cast, constant, mesh, size
+from elastickpt.cli.conversion_words import cast, mesh, number, size
 from elastickpt.cli.exitcodes import DONE, FAILED, code_of
 from elastickpt.cli.grid import Line, Span
 from elastickpt.cli.output import say, say_error, show, show_json
@@ -69,7 +69,7 @@ def add(subparsers: Subparsers) -> None:
         "--set",
         action="append",
         default=[],
-        type=constant,
+        type=number,
         metavar="KEY=VALUE",
         help="a constant that no file states: vocab=101, stages=3,2,2,1",
     )
@@ -145,7 +145,8 @@ def options_of(args: argparse.Namespace) -> Options:
         rules=args.rules,
         rules_out=args.rules_out,
         names=tuple(args.names),
-        constants=dict(args.set),
+        constants={name: value for name, value in args.set if not isinstance(value, float)},
+        settings={name: value for name, value in args.set if isinstance(value, float)},
         mesh=args.mesh,
         only=tuple(args.only),
         skip=tuple(args.skip),

@@ -46,9 +46,7 @@ def config_files(
             _require(wanted, known, name)
             if filling.missing:
                 lacks = ", ".join(filling.missing)
-                raise Refused(
-                    f"{CONFIG} needs {lacks}, which no file states: give --config DIR, or --set KEY=VALUE of whole ones"
-                )
+                raise Refused(f"{CONFIG} needs {lacks}, which no file states: give --config DIR, or --set KEY=VALUE")
             return {CONFIG: _text(made)}
     return {CONFIG: _text(config)} if isinstance(config, dict) else {}
 
@@ -75,6 +73,18 @@ def constants_in(template: object) -> set[str]:
         return set()
     inner = {one for value in template.values() for one in constants_in(value)}
     return inner | {*template.get("of", ()), *template.get("when", ())}
+
+
+def require_agreement(template: object, known: Mapping[str, object], given: Mapping[str, object]) -> None:
+    """Raises Refused where the source states otherwise, under any of its names, what is given for a template."""
+    if not isinstance(template, dict):
+        return
+    for name in (name for name in template.get("of", ()) if name in given):
+        other = next((one for one in template["of"] if known.get(one) not in (None, given[name])), None)
+        if other is not None:
+            raise Refused(f"--set {name}={given[name]}: the source states {other} {known[other]!r}")
+    for value in template.values():
+        require_agreement(value, known, given)
 
 
 def _text(config: object) -> bytes:

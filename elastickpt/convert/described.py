@@ -28,7 +28,7 @@ def description_of(job: Job, written: Iterable[object]) -> dict[str, str]:
 def _given(options: Options) -> Iterable[tuple[str, str]]:
     """Options that change what is written, as they are told."""
     yield "step", str(options.step)
-    yield "set", _pairs(options.constants)
+    yield "set", _pairs({**options.constants, **options.settings})
     yield "mesh", _pairs(options.mesh)
     yield "names", " then ".join(options.names)
     yield "only", " ".join(options.only)

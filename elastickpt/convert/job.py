@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from elastickpt.convert.configs import config_files, constants_in, templates_for
+from elastickpt.convert.configs import CONFIG, config_files, constants_in, require_agreement, templates_for
 from elastickpt.convert.constants import lasting
 from elastickpt.convert.contents import Contents, selected, with_constants
 from elastickpt.convert.laid import lay
@@ -262,7 +262,7 @@ def prepare(options: Options, source: Source) -> Job:
     elif target == "dcp":
         form = dcp_form(contents)
     elif target == "safetensors":
-        beside = config_files(options.config, options.names, contents, {**known, **options.constants})
+        beside = config_files(options.config, options.names, contents, {**known, **options.constants, **options.settings})
         form = with_config(safetensors_form(contents, options.shard_nbytes), beside)
     elif target == "megatron-legacy":
         program = program_of(options.rules_out) if options.rules_out else _target_program(options, source)
@@ -297,12 +297,18 @@ def _check_constants(options: Options, source: Source, maps: Sequence[t.Program]
     known |= _needs(shipped_program("megatron")) if options.target() == "megatron-legacy" else set()
     known |= _needs(program_of(options.rules)) if options.rules else set()
     known |= _needs(program_of(options.rules_out)) if options.rules_out else set()
+    configured: set[str] = set()
     if options.target() == "safetensors" and options.config is None:
-        templates = (json.loads(config_text(name) or "{}") for name in templates_for(options.names))
-        known |= {one for template in templates for one in constants_in(template)}
+        for template in (json.loads(config_text(name) or "{}") for name in templates_for(options.names)):
+            configured |= constants_in(template)
+            require_agreement(template, source.known, {**options.constants, **options.settings})
     for name in options.constants:
-        if name not in known:
-            raise Refused(f"--set {name}: no program here needs it; they need {', '.join(sorted(known)) or 'none'}")
+        if name not in known | configured:
+            needed = ", ".join(sorted(known | configured)) or "none"
+            raise Refused(f"--set {name}: no program here needs it; they need {needed}")
+    for name, value in options.settings.items():
+        if name not in configured:
+            raise Refused(f"--set {name}={value}: expected a whole number; {CONFIG} takes others, which is not made here")
 
 
 def _check_used(options: Options, source: Source, target: Format) -> None:

@@ -29,6 +29,7 @@ class Options:
     rules_out: str | None = None
     names: tuple[str, ...] = ()
     constants: Mapping[str, ConstantValue] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)  # of a configuration: no program computes with them
     mesh: Mapping[str, int] = field(default_factory=dict)
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

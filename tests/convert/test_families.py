@@ -140,6 +140,22 @@ def test_what_no_model_of_a_family_is_like_is_refused(tmp_path, args: dict[str, 
     assert (code, f"{name} is {value!r}, and the models of llama-hf have" in said) == (1, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("rms_norm_eps=1e-6", "--set rms_norm_eps=1e-06: the source states norm_epsilon 1e-05"),
+        ("rope_theta=500000.0", "--set rope_theta=500000.0: the source states rotary_base 10000"),
+        ("vocab=1.5", "--set vocab=1.5: expected a whole number"),
+    ],
+)
+def test_settings_of_a_config_against_those_of_the_source_are_refused(tmp_path, given: str, said: str) -> None:
+    megatron(tmp_path / "m")
+    code, told = convert(tmp_path / "m", tmp_path / "hf", "--to", "hf", "--names", "llama-hf", "--set", given)
+    assert (code, said in told) == (1, True)
+    same = ["--set", "rms_norm_eps=1e-5", "--set", "rope_theta=10000.0"]
+    done(tmp_path / "m", tmp_path / "hf", "--to", "hf", "--names", "llama-hf", *same, "--quiet")
+
+
 def test_a_config_that_cannot_be_made_is_refused(tmp_path) -> None:
     megatron(tmp_path / "m")
     words = [tmp_path / "m", tmp_path / "hf", "--to", "hf", "--names", "llama-hf", "--skip", "embedding.*"]

@@ -52,6 +52,7 @@ def test_a_rank_without_its_file(megatron, tmp_path, capsys) -> None:
     ("words", "said"),
     [
         (["--set", "strange=3"], "--set strange: no program here needs it"),
+        (["--set", "num_layers=4.5"], "--set num_layers=4.5: expected a whole number"),
         (["--set", "num_layers=5"], "constant 'num_layers': 4 in the files, 5 by --set"),
         (["--set", "swiglu=1", "--set", "swiglu=1"], "--set swiglu is given twice"),
         (["--names", "nothing"], "expected a file or the name of a shipped one"),

@@ -529,12 +529,13 @@ def test_a_release_of_meta_becomes_a_folder_of_transformers(tmp_path) -> None:
     whole["norm.weight"] = torch.ones(8)
     (tmp_path / "meta").mkdir()
     torch.save(whole, tmp_path / "meta" / "consolidated.00.pth")
-    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": -1, "norm_eps": 1e-5}
+    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": -1}
     (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
     words = [tmp_path / "meta", tmp_path / "hf", "--to", "hf", "--names", "llama-meta"]
     code, said = convert(*words)
-    assert (code, "config.json needs max_position_embeddings, rope_theta" in said) == (1, True)
-    said = done(*words, "--set", "max_position_embeddings=64", "--set", "rope_theta=10000")
+    assert (code, "config.json needs max_position_embeddings, rms_norm_eps or norm_epsilon" in said) == (1, True)
+    given = ["--set", "max_position_embeddings=64", "--set", "rope_theta=10000.0", "--set", "rms_norm_eps=1e-5"]
+    said = done(*words, *given)
     assert "not carried: model/rope.freqs" in said
     made = json.loads((tmp_path / "hf" / "config.json").read_text())
     wanted = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "rms_norm_eps": 1e-5}
