@@ -81,6 +81,7 @@ _ENUMS = (  # of a framework's `args`: the member's value is kept
 _HELD = (  # classes of which the arguments and the state are kept, and nothing is done
     "_io.BytesIO",
     "argparse.Namespace",
+    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
     "numpy._core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.numeric._frombuffer",

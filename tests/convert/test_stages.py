@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,34 @@ def test_files_that_order_names_otherwise_come_back_with_their_own_numbers(tmp_p
     assert main(["diff", str(tmp_path / "u"), str(tmp_path / "w"), "--quiet"]) == 6  # but for what args say of stages
     done(tmp_path / "u", tmp_path / "v2", "--to", "megatron", "--mesh", "pp=2,v=1", "--quiet")
     assert {key for one in tensors(tmp_path / "v2").values() for key in one} == {"model", "args"}
+
+
+def test_a_layout_of_stages_in_args_stays_with_its_mesh(tmp_path, monkeypatch) -> None:
+    """An object of Megatron's own, which is data here, and is Megatron's again at the source's mesh."""
+    module = types.ModuleType("megatron.core.transformer.pipeline_parallel_layer_layout")
+    layout = type("PipelineParallelLayerLayout", (), {"__module__": module.__name__})
+    vars(module)["PipelineParallelLayerLayout"] = layout
+    for name in ("megatron", "megatron.core", "megatron.core.transformer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    made = layout()
+    vars(made)["input_data"] = "Et*3|t|t*2L"
+    megatron(tmp_path / "m", [[3, 1, 2]])
+    for path in (tmp_path / "m").rglob("*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, weights_only=True)
+        vars(contents["args"])["pipeline_model_parallel_layout"] = made
+        torch.save(contents, path)
+    done(tmp_path / "m", tmp_path / "u", "--quiet")
+    done(tmp_path / "u", tmp_path / "back", "--to", "megatron", "--quiet")
+    with torch.serialization.safe_globals([argparse.Namespace, layout]):
+        (found,) = {
+            torch.load(path, weights_only=True)["args"].pipeline_model_parallel_layout.input_data
+            for path in (tmp_path / "back").rglob("*.pt")
+        }
+    assert found == "Et*3|t|t*2L"
+    said = done(tmp_path / "u", tmp_path / "n", "--to", "megatron", "--mesh", "pp=2")
+    assert "not carried: /args/pipeline_model_parallel_layout: it says how the source's layers were cut into stages" in said
 
 
 def test_layers_that_no_file_holds_are_refused(tmp_path) -> None:
