@@ -150,3 +150,14 @@ def test_stages_of_end_pairs_are_copied_from_their_partners(tmp_path: Path) -> N
         assert_stands(notes(tmp_path, "report", stage)[-1], job.state(stage), f"stage {stage}")
         for number, note in enumerate(notes(tmp_path, "rebuilt", stage)[:2]):
             assert_stands(note, rebuilt[number][stage], f"recovery {number}, stage {stage}")
+
+
+@pytest.mark.ranks
+def test_what_raises_twice_ends_the_job_with_the_users_error(tmp_path: Path) -> None:
+    """On the member whose it is; the others hear of it. [REC-15]"""
+    events = run_job(tmp_path, "--stages", 2, faults=[[1, 1, "raise-forward", 2]], until=3, expected=1)
+    assert recoveries(events) == [(1, "replay", [1], False)]
+    said = sorted(path.read_text() for path in tmp_path.glob("raised-*"))
+    assert [one.partition(":")[0] for one in said] == ["RecoveryFailed", "ValueError"]
+    assert said[0].startswith("RecoveryFailed: step-failed: step 2")
+    assert said[1] == "ValueError: ordered: raise-forward at 1"

@@ -133,4 +133,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException as error:
+        (FOLDER / f"raised-{os.getpid()}").write_text(f"{type(error).__name__}: {error}")
+        raise
