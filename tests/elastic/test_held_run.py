@@ -12,7 +12,7 @@ from elastickpt.elastic.held_run import HeldRun
 from elastickpt.elastic.job import Choose
 from elastickpt.elastic.ladder import RunLadder
 from elastickpt.elastic.messages import Terms
-from elastickpt.errors import RunBusy
+from elastickpt.errors import Refused, RunBusy
 from elastickpt.ledger.history import read_told
 from elastickpt.ledger.objects import complete
 from elastickpt.storage.local import LocalStore
@@ -51,3 +51,12 @@ def test_a_run_without_a_state_hears_no_signals(tmp_path: Path) -> None:
     before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)}
     with ek.Run(tmp_path / "run"):
         assert {one: signal.getsignal(one) for one in before} == before
+
+
+@pytest.mark.parametrize(("variable", "said"), [("TORCHELASTIC_RUN_ID", "torchrun"), ("HOME", "no coordinator")])
+def test_who_was_not_started_by_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, said: str) -> None:
+    for name in ("ELASTICKPT_ENDPOINT", "ELASTICKPT_UID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/nowhere")
+    with pytest.raises(Refused, match=said):
+        ek.elastic.join()

@@ -1,4 +1,4 @@
-"""From what lost stages are rebuilt: each takes the first rung that is possible for it, and what was passed over is said why."""
+"""From what lost stages are rebuilt: each by the first rung that is possible for it; of those passed over it is said why."""
 
 from __future__ import annotations
 

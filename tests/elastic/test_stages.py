@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import distribute_module
+from torch.nn.parallel import DistributedDataParallel
 
 from elastickpt.elastic.passage import Flush, Passing, flushes_of, order_of, parts_at, sees_batches
 from elastickpt.elastic.stages import Place, Stage, Swap, require_parts
 from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams, untouched
-from elastickpt.errors import RecoveryFailed, Refused
+from elastickpt.errors import PlacementUnsupported, RecoveryFailed, Refused
 
 HIDDEN = torch.empty(2, 4, device="meta")
 
@@ -64,6 +69,24 @@ def test_what_cannot_be_trained_is_refused_by_name(make: Callable[[Parts], Stage
     with pytest.raises(Refused) as error:
         make(Parts())
     assert said in error.value.message
+
+
+@pytest.fixture
+def alone() -> Iterator[DeviceMesh]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_stages_that_are_sharded_or_replicated_are_refused_by_name(alone: DeviceMesh) -> None:
+    with pytest.raises(PlacementUnsupported, match="module is a DistributedDataParallel"):
+        staged(DistributedDataParallel(nn.Linear(4, 4)))
+    model = nn.Linear(4, 4)
+    with pytest.raises(PlacementUnsupported, match="optimizer is a ZeroRedundancyOptimizer"):
+        staged(model, optimizer=ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1))
+    with pytest.raises(PlacementUnsupported, match="'weight' is a DTensor"):
+        staged(distribute_module(nn.Linear(4, 4), alone))
 
 
 @pytest.mark.parametrize(
