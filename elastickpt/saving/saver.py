@@ -155,11 +155,11 @@ class Saver:
         for task in self._still_open(limit_s):
             if task.attempt is not None:
                 self._writers.settle(task.attempt, RankLost(why))
-        self._still_open(self._options.exit_limit_s)
+        self._still_open(None)
         self._end_all(time.monotonic())
 
-    def _still_open(self, limit_s: float) -> list[Task]:
-        """The saves that have not ended within the limit. Blocking."""
+    def _still_open(self, limit_s: float | None) -> list[Task]:
+        """The saves that have not ended within the limit, if there is one. Blocking."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open, limit_s)
             return list(self._open)
