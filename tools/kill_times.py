@@ -75,7 +75,7 @@ class Started:
 
     def __init__(self, command: Sequence[object], folder: Path) -> None:
         self.folder = folder
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(machine.REPOSITORY)}
+        environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(machine.REPOSITORY)}
         with (folder / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [str(one) for one in command], stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True

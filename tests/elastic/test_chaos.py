@@ -11,20 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from tools.chaos.recovery import (
-    PHASES,
-    STAGES,
-    VICTIMS,
-    Job,
-    Verdict,
-    at_random,
-    carry_out,
-    judged,
-    matrix,
-    short,
-    without_spares,
-)
+from tools.chaos.recovery import Job, Verdict, carry_out, judged
 from tools.chaos.recovery_model import Led
+from tools.chaos.recovery_plans import PHASES, STAGES, VICTIMS, at_random, matrix, short, without_spares
 from tools.chaos.recovery_report import LONG, from_json, plans, render, to_json
 
 LIMIT_S = 280.0

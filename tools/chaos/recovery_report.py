@@ -15,7 +15,8 @@ from rich.text import Text
 
 from tools.bench.machine import describe
 
-from .recovery import STAGES, Fault, Plan, Verdict, at_random, carry_out, matrix, short, without_spares
+from .recovery import Verdict, carry_out
+from .recovery_plans import STAGES, Fault, Plan, at_random, matrix, short, without_spares
 
 SCHEMA_VERSION = 1
 BAD = ("hang", "torn", "leak", "other")

@@ -1,6 +1,6 @@
 """Trains the small model of the tests under `elastickpt-run`; members strike at ordered moments, and note what they have.
 
-    recovery_trainee.py PLAN                a `recovery.Plan` as JSON
+    recovery_trainee.py PLAN                a `recovery_plans.Plan` as JSON
 
 Whoever reaches the moment first strikes all victims, itself last; each fault happens once in a job. What members note are lines
 of JSON in a file of each process.
@@ -36,6 +36,7 @@ PLAN = json.loads(sys.argv[1])
 FOLDER = Path(PLAN["folder"])
 NOTES = os.open(FOLDER / f"notes-{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 SETTLE_S = 20.0
+TIMED = {"save": 0.001, "form": 0.004}  # somewhere in them: seconds behind their beginning, for each of a fault's `nth`
 
 
 def note(kind: str, **told: object) -> None:
@@ -58,7 +59,7 @@ class Faults:
         self._times[phase, step] += 1
         for number, fault in enumerate(PLAN["faults"]):
             mine = (fault["phase"], fault["step"]) == (phase, step) and stage in fault["stages"]
-            times = 0 if phase == "save" else fault["nth"]
+            times = 0 if phase in TIMED else fault["nth"]
             if mine and self._times[phase, step] > times and self._first_at(number, fault):
                 self._strike(number, fault)
 
@@ -75,8 +76,12 @@ class Faults:
         return True
 
     def _strike(self, number: int, fault: dict[str, Any]) -> None:
-        if fault["phase"] == "save":
-            time.sleep(fault["nth"] / 1000)  # somewhere in it
+        if fault["phase"] in TIMED and fault["nth"]:
+            threading.Timer(TIMED[fault["phase"]] * fault["nth"], self._kill, (number, fault)).start()
+        else:
+            self._kill(number, fault)
+
+    def _kill(self, number: int, fault: dict[str, Any]) -> None:
         note("fault", number=number)
         others = [stage for stage in fault["stages"] if stage != self.job.rank]
         for stage in others:
