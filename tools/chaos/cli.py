@@ -32,7 +32,7 @@ EPILOG = """examples:
   python -m tools.chaos save --kills 100 --contestant elastickpt,dcp,dcp-overwrite
   python -m tools.chaos save --contestant tc --seed 1 --only 3
   python -m tools.chaos flips                            200 bits each of ours and two peers' checkpoints, three minutes
-  python -m tools.chaos recovery                         stages of a pipeline are lost; all forms, a quarter of an hour
+  python -m tools.chaos recovery                         stages of a pipeline are lost; all forms, half an hour
   python -m tools.chaos recovery --form matrix --seed 7
   python -m tools.chaos show tools/chaos/results/FILE.json
 
