@@ -69,6 +69,7 @@ class PipelineTrainer:
         self._job, self._passing, self._on_rebuilt = job, passing, on_rebuilt
         self._tasks = Tasks(job, training, saves)
         self._arrived: Task | None = None  # of which what it says has been taken in
+        self._at_report = False  # the user's loop is at a report
         job.declare(_terms(policy, passing, saves.claims))
         job.on_interrupt(self._tasks.interrupt)
         job.on_leaving(self._leave)
@@ -98,7 +99,11 @@ class PipelineTrainer:
         while (task := self._at_boundary()) is not None:
             report = self._tasks.reports.next(self._job.epoch, self._job.generation)
             if report is not None:
-                yield report
+                self._at_report = True
+                try:
+                    yield report
+                finally:
+                    self._at_report = False
             elif _act(task).ending:
                 self._end(task)
             elif self._tasks.step >= until:
@@ -108,17 +113,21 @@ class PipelineTrainer:
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The mean over batches of what `Report.loss` is, in the normal order, the same on all members, which all call it with
-        the same batches. Changes nothing. Begun again after a loss; but where all roll back, what was to be evaluated is gone:
-        it is not a number then, and the steps since are reported once more. Raises as `steps` does."""
+        the same batches. Changes nothing. Begun again after a loss. Where all roll back, what was to be evaluated is gone:
+        within the loop this is not a number then, and the steps since are reported once more; behind it they are taken once
+        more, and evaluated then. Raises as `steps` does."""
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")
         self._tasks.evaluating, of = True, self._tasks.step
         while (task := self._at_boundary()) is not None:
-            if self._tasks.step < of:  # who took a lost place is on its way back there, and evaluates nothing here
-                log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, self._tasks.step)
-                self._tasks.evaluating = False
-                return float("nan")
+            self._tasks.evaluating = self._tasks.step >= of
+            if not self._tasks.evaluating:  # who took a lost place is on its way back there, and evaluates nothing here
+                if self._at_report:
+                    log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, self._tasks.step)
+                    return float("nan")
+                self._go_back(task)
+                continue
             held, standing = self._tasks.require_standing()
             try:
                 with untouched(held.stage.module):
@@ -171,15 +180,20 @@ class PipelineTrainer:
             log.warning("step %d is not saved at the end: %s", tasks.step, error)
         self._job.done(task, LoopEnded())
 
+    def _go_back(self, task: Task) -> None:
+        """One step of the way to where this member's loop ended; nothing is reported of it."""
+        if _act(task).ending:
+            self._end(task)
+        else:
+            self._tasks.compute(task)
+
     def _leave(self) -> None:
         """The user's loop is over on this member; what becomes of the others is waited for. After a rollback the way back to
         where the loop ended is gone without it."""
         ended_at = self._tasks.step
         while (task := self._at_boundary()) is not None:
-            if _act(task).ending:
-                self._end(task)
-            elif self._tasks.step < ended_at:
-                self._tasks.compute(task)
+            if self._tasks.step < ended_at or _act(task).ending:
+                self._go_back(task)
             else:
                 self._job.done(task, LoopEnded())
                 self._tasks.part()
