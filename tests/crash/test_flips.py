@@ -32,7 +32,7 @@ def outcomes(who: Entrant, folder: Path, count: int, ranks: int = 1) -> list[Cas
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-packed", "elastickpt-run"])
+@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-run"])
 def test_a_flipped_bit_is_detected_or_harmless(folder: Path, name: str) -> None:
     cases = outcomes(entrant(name), folder, 16, ranks=2)
     assert [case for case in cases if case.is_bad] == []
