@@ -28,6 +28,11 @@ TOGETHER_NBYTES = 64 << 10  # of a part in memory: below this a call of its own 
 ROWS_APART = 4  # rows further apart than this many of them are written one by one
 
 
+# Buffers of packs that were written: to fault in new ones takes a third as long as to write so much to a device. Popping and
+# extending a list are one step each, whatever threads do.
+_KEPT: list[Bytes] = []
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
@@ -64,6 +69,7 @@ def write_pack(target: Target, pack: PlannedFile, slices: Sequence[Slice], sourc
         with suppress(CheckpointError):  # which may not hide what failed
             writer.close()
         raise
+    work.let_go()
     writer.close()
     return checksums
 
@@ -114,7 +120,8 @@ class _Work:
     def __init__(self, target: Target, writer: RangeWriter, source: Source, checksums: Checksums) -> None:
         self._target, self._writer, self._source, self._checksums = target, writer, source, checksums
         self._past_cache = target.store.capabilities.past_cache
-        self._buffers = threading.local()
+        self._of_thread = threading.local()
+        self._taken: dict[int, Bytes] = {}
 
     def carry_out(self, span: tuple[_Part, ...]) -> None:
         if len(span) == 1 and self._goes_alone(span[0]):
@@ -171,10 +178,20 @@ class _Work:
     def _buffer(self, begin: int, end: int) -> Bytes:
         """This thread's memory for [begin, end) of the pack, which lies like the file modulo the page."""
         shift = begin % PAGE
-        found: Bytes | None = getattr(self._buffers, "span", None)
-        if found is None or found.size < shift + end - begin:
-            found = self._buffers.span = aligned_buffer(max(shift + end - begin, SPAN_NBYTES // 8))
-        return found[shift : shift + end - begin]
+        nbytes = shift + end - begin
+        found: Bytes | None = getattr(self._of_thread, "buffer", None)
+        if found is None and _KEPT:
+            found = _KEPT.pop()
+        if found is None or found.size < nbytes:
+            found = aligned_buffer(max(nbytes, SPAN_IN_MEMORY_NBYTES))
+        self._of_thread.buffer = self._taken[threading.get_ident()] = found
+        return found[shift:nbytes]
+
+    def let_go(self) -> None:
+        """Nobody writes any more: the next pack may have the buffers."""
+        fit = [buffer for buffer in self._taken.values() if buffer.size <= SPAN_NBYTES + PAGE]
+        _KEPT.extend(fit[: max(0, THREADS - len(_KEPT))])
+        self._taken.clear()
 
 
 def _lay_rows(part: _Part, data: Bytes, into: Bytes) -> None:

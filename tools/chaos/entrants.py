@@ -25,13 +25,13 @@ Finish = Callable[[], object]
 Role = Literal["committer", "trainer", "helper"]  # rank 0, another rank, a process that a rank has started
 ALL_STEPS = 1 << 30
 
-POWER = ("elastickpt", "elastickpt-packed", "elastickpt-async", "elastickpt-large", "elastickpt-run", "dcp", "tc+fsync")
+POWER = ("elastickpt", "elastickpt-async", "elastickpt-large", "elastickpt-run", "elastickpt-packed", "dcp", "tc+fsync")
 KILLED = (
     "elastickpt",
-    "elastickpt-packed",
     "elastickpt-async",
     "elastickpt-large",
     "elastickpt-run",
+    "elastickpt-packed",
     "dcp",
     "dcp-overwrite",
     "dcp-thread",
@@ -41,7 +41,7 @@ KILLED = (
     "tc",
     "tc-async",
 )
-FLIPPED = ("elastickpt", "elastickpt-packed", "elastickpt-run", "dcp", "tc")
+FLIPPED = ("elastickpt", "elastickpt-run", "elastickpt-packed", "dcp", "tc")
 
 
 class Contestant(Protocol):
