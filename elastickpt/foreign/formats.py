@@ -145,7 +145,7 @@ def _step_folder(folder: Folder, step: int | None) -> tuple[Folder, tuple[str, .
     if step is not None:
         fitting = [name for name in steps if int(_digits(name)) == step and not RANK_FOLDER.fullmatch(name)]
         if len(fitting) != 1:
-            raise MissingFile(
+            raise NotACheckpoint(
                 f"{folder.url}: expected one folder of step {step}, found {', '.join(fitting or steps) or 'none'}"
             )
         return folder.below(fitting[0]), (f"step {step}: {fitting[0]} is read",)

@@ -112,7 +112,7 @@ def test_a_tracker_names_the_step_and_a_chosen_step_wins(tmp_path) -> None:
     assert source.folder.url.endswith("global_step10")
     assert source.said == ("latest says global_step10: global_step10 is read",)
     assert find_source(open_folder(tmp_path), step=5).folder.url.endswith("global_step5")
-    with pytest.raises(MissingFile, match="step 0"):
+    with pytest.raises(NotACheckpoint, match="step 0"):
         find_source(open_folder(tmp_path), step=0)
 
 
