@@ -21,7 +21,7 @@ FUNCTIONS |= {
 }
 FUNCTIONS["ek.elastic.load_alone"] = ek.elastic.load_alone
 CLASSES = {f"ek.{name}": getattr(ek, name) for name in ek.__all__ if inspect.isclass(getattr(ek, name))}
-OF_THE_LIBRARY = {("SaveHandle", "staging"), ("SaveHandle", "end")}  # what ends a save calls them
+OF_THE_LIBRARY = {("SaveHandle", "staging"), ("SaveHandle", "end"), ("Run", "tell_saved")}  # what ends a save calls them
 WITHOUT_EXAMPLE = {"ek.AdoptReport", "ek.CheckpointInfo"}  # what functions with an example return
 
 
