@@ -31,7 +31,7 @@ from elastickpt.language import tree as t
 from elastickpt.language.parse import MAX_TEXT_NBYTES, parse
 from elastickpt.language.patterns import known_names
 from elastickpt.language.printer import print_program
-from elastickpt.language.rules import axes_of
+from elastickpt.language.rules import axes_of, needed
 from elastickpt.language.shelf import config_text, name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.loading.opened import open_records
@@ -144,7 +144,8 @@ def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Source
     found = without_numbered(listed, options.only, options.skip)
     reading = Reading(store=open_linked(found.folder))
     program = _source_program(options, found)
-    given = {name: value for name, value in options.constants.items() if name in _needs(program)}
+    own = {need.name for need in needed(program) if need.default == t.Listed(None)} if _is_ranked(options) else set()
+    given = {name: value for name, value in options.constants.items() if name in _needs(program) - own}  # such lists are OUT's
     try:
         contents = lay(found, program, given, partial(scalar, reading))
     except ProgramFault as error:
@@ -174,6 +175,11 @@ def _with_a_way_on(error: ProgramFault, options: Options, found: ForeignCheckpoi
     lacks = "; this release ships none for experts" if experts else ""
     said = f"the shipped program {program.name!r} is for dense GPT models{lacks}"
     return ProgramFault(f"{error.message}\n{said}: change the one that --show-rules prints, and give it by --rules FILE")
+
+
+def _is_ranked(options: Options) -> bool:
+    """Whether OUT has a mesh of its own."""
+    return options.target() == "megatron-legacy"
 
 
 def _stamped(url: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:

@@ -110,6 +110,11 @@ def test_another_mesh_has_even_stages_or_those_that_are_given(tmp_path) -> None:
     done(tmp_path / "o", tmp_path / "v", "--quiet")
     for name, one in whole.items():
         assert array(tmp_path / "v", name).tobytes() == one.numpy().tobytes(), name
+    done(tmp_path / "m", tmp_path / "q", "--to", "megatron", "--mesh", "pp=2", "--set", "stages=5,1", "--quiet")  # in one step
+    assert {rank: len(one["model"]) for rank, one in tensors(tmp_path / "q").items()} == {
+        "mp_rank_00_000": 21,
+        "mp_rank_00_001": 6,
+    }
     code, told = convert(tmp_path / "u", tmp_path / "p", "--to", "megatron", "--mesh", "pp=4", "--set", "stages=2,0,3")
     assert (code, "sizes (2, 0, 3) add up to 5 in 3 shares: expected 6 in 4" in told) == (1, True)
 
