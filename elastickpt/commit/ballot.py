@@ -24,8 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.attest import Contents
 from elastickpt.commit.committer import Abort, CommitThread, Finish, LookFor, Tally
-from elastickpt.commit.contents import Contents
 from elastickpt.commit.links import CommitterLink, MemberLink, MemberLinks, Seat, Step
 from elastickpt.commit.outcome import Patience
 from elastickpt.errors import RankFailure, RankLost, WriterLost

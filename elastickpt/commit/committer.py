@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from math import inf
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.commit.attest import find_attestation
-from elastickpt.commit.contents import Contents
+from elastickpt.commit.attest import Contents, find_attestation
 from elastickpt.commit.outcome import STANDS, Patience, Standing, commit, give_up, look
 from elastickpt.errors import RankFailure, RankLost
 from elastickpt.format.records import FileDigest

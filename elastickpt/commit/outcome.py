@@ -25,8 +25,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from elastickpt.commit.attempt import Attempt, Committed, Verdict
-from elastickpt.commit.attest import left_contents
-from elastickpt.commit.contents import Contents
+from elastickpt.commit.attest import Contents, left_contents
 from elastickpt.commit.draft import CONTENTS, abort
 from elastickpt.commit.draft import commit as commit_draft
 from elastickpt.commit.record import Proven, Records, find_records, prove_draft, read_records, write_records

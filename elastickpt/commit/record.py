@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import completing, read_attested
-from elastickpt.commit.contents import Contents, parts_of
+from elastickpt.commit.attest import Contents, completing, parts_of, read_attested
 from elastickpt.commit.draft import LEFTOVERS
 from elastickpt.commit.prove import ProofMemory, merge_tables, prove, references_to, require_distinct_ranges
 from elastickpt.errors import Uncommitted

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import attest
-from elastickpt.commit.contents import Contents as Whole
-from elastickpt.commit.contents import Outline
+from elastickpt.commit.attest import Contents as Whole
+from elastickpt.commit.attest import Outline, attest
 from elastickpt.commit.outcome import commit
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.contents import Array, Contents

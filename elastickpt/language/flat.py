@@ -21,7 +21,7 @@ from elastickpt.language.patterns import filled, regex_of
 from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Coordinate
-from elastickpt.layout.partition import balanced, torch_chunk
+from elastickpt.layout.placement import balanced, torch_chunk
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]  # names in an order, with the shapes that the rank has of them
 

@@ -17,7 +17,7 @@ from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Coordinate, Digit, Lowering, Strand, clipped
 from elastickpt.layout.algebra import CoverageReport, intersect, prove_coverage
 from elastickpt.layout.grid import c_strides
-from elastickpt.layout.partition import flat_boxes
+from elastickpt.layout.placement import flat_boxes
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from math import prod
 
 from elastickpt.language import tree as t
 from elastickpt.language.scope import Scope
-from elastickpt.layout.partition import balanced, explicit, torch_chunk
+from elastickpt.layout.placement import balanced, explicit, torch_chunk
 
 Coordinate = Mapping[str, int]
 

@@ -20,7 +20,7 @@ from elastickpt.format.arrays import Box
 from elastickpt.format.limits import MIB
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import c_strides, fold, slices
-from elastickpt.layout.partition import flat_boxes
+from elastickpt.layout.placement import flat_boxes
 
 SCATTER_NBYTES = 16 * MIB  # of a read that goes through a buffer: bounds a reader's memory, long enough for any disk
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost, RanksFailed
-from elastickpt.ranks.door import Door, KeyValue
+from elastickpt.ranks.addresses import Door, KeyValue
 from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Acquaintances
 from elastickpt.ranks.star import Answer, Report, Star, loss

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost
-from elastickpt.ranks.door import FAR, HUB, Address, Hello, call_at
+from elastickpt.ranks.addresses import FAR, HUB, Address, Hello, call_at
 from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Process
 from elastickpt.ranks.star import Answer, Report, Star, loss

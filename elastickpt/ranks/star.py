@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import Protocol
 
 from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, fault, from_report
-from elastickpt.ranks.door import KeyValue
+from elastickpt.ranks.addresses import KeyValue
 from elastickpt.ranks.messages import Connection, Frame, Kind, decode, encode
 from elastickpt.ranks.processes import Acquaintances, Process, this_process
 from elastickpt.ranks.team import BEAT_S, SILENCE_S, Call, Contribute, Decide, failure_of

@@ -39,8 +39,7 @@ from elastickpt.ranks.team import Call
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Measured
-from elastickpt.runs.ended import Ended
-from elastickpt.runs.events import Phase, RestoreEvent
+from elastickpt.runs.events import Ended, Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices, heard_here
 from elastickpt.runs.restoring import Restored, Restoring, WantedCommit

@@ -22,7 +22,7 @@ from elastickpt.ledger.stored import read_adopted, read_claim, read_start
 from elastickpt.ranks.process_group import Group, end_team, job_group
 from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
 from elastickpt.runs.due import Every, Measured
-from elastickpt.runs.ended import Ended
+from elastickpt.runs.events import Ended
 from elastickpt.runs.run import Run
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from elastickpt.commit.contents import Outline
+from elastickpt.commit.attest import Outline
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.format.keys import REFERENCES, array_keys
@@ -17,8 +17,7 @@ from elastickpt.format.records import ArrayRecord, Frame, Item, Layout, Placemen
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting
-from elastickpt.layout.partition import MIN_SPLIT_NBYTES
-from elastickpt.layout.placement import cuts_of
+from elastickpt.layout.placement import MIN_SPLIT_NBYTES, cuts_of
 from elastickpt.layout.references import within_limits
 from elastickpt.ranks.messages import Message
 from elastickpt.saving.placing import PLAIN, Choice

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.contents import Contents
+from elastickpt.commit.attest import Contents
 from elastickpt.commit.outcome import STANDS, abandon
 from elastickpt.errors import CheckpointError, fault
 from elastickpt.format.canonical_json import dump

@@ -15,8 +15,7 @@ from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.tables import without
 from elastickpt.layout.algebra import relative
 from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slots_of
-from elastickpt.layout.partition import share_of
-from elastickpt.layout.placement import replica_ranks
+from elastickpt.layout.placement import replica_ranks, share_of
 from elastickpt.saving.merge import SharedArray, with_order
 from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPack, PlannedPiece, WritePlan, files_of
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from elastickpt.commit.contents import Outline
+from elastickpt.commit.attest import Outline
 from elastickpt.format.arrays import ArraySpec
 from elastickpt.format.encode_values import value_digest
 from elastickpt.format.records import Item, Placement

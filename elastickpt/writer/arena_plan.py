@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from elastickpt.commit.contents import Outline, decode_outline, encode_outline
+from elastickpt.commit.attest import Outline, decode_outline, encode_outline
 from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
 from elastickpt.format.strict_reading import pack_ints

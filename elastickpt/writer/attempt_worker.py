@@ -6,9 +6,8 @@ import socket
 from collections.abc import Callable
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.commit.attest import completing, find_attestation, leave_contents
+from elastickpt.commit.attest import Contents, EncodedContents, completing, decode_values, find_attestation, leave_contents
 from elastickpt.commit.ballot import CommitBallot
-from elastickpt.commit.contents import Contents, EncodedContents, decode_values
 from elastickpt.commit.links import Seat, say_farewell
 from elastickpt.commit.outcome import Patience, Standing, look
 from elastickpt.errors import CheckpointError, RankFailure, WriterLost

@@ -12,8 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import attest, completing
-from elastickpt.commit.contents import encode_values
+from elastickpt.commit.attest import attest, completing, encode_values
 from elastickpt.errors import CapabilityMissing, LimitExceeded
 from elastickpt.format.encode_fragments import decode_beside, encode_beside
 from elastickpt.format.records import FileDigest, FragmentMap, OptimizerTable, StoredFile, StoredPiece

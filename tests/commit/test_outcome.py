@@ -14,8 +14,7 @@ from simulated_members import Job, OpenAttempt
 
 import elastickpt as ek
 from elastickpt.commit.attempt import Committed, decode_verdict, decode_vote, encode_verdict, encode_vote
-from elastickpt.commit.attest import find_attestation, leave_contents, left_contents
-from elastickpt.commit.contents import Contents, decode_contents
+from elastickpt.commit.attest import Contents, decode_contents, find_attestation, leave_contents, left_contents
 from elastickpt.commit.draft import CONTENTS, mark, marked, sweep
 from elastickpt.commit.outcome import Patience, Standing, commit, give_up, look
 from elastickpt.errors import (

@@ -19,7 +19,7 @@ from simulated import Files, Outcome, State, files, load_from, opened, save_on
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
-from elastickpt.layout import grid, packs, partition
+from elastickpt.layout import grid, packs, placement
 from elastickpt.loading.fetch import _Fetching
 from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
@@ -139,7 +139,7 @@ class Saved:
 def saved(request: pytest.FixtureRequest) -> Iterator[Saved]:
     name = f"damage-{uuid.uuid4().hex}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
+        patch.setattr(placement, "MIN_SPLIT_NBYTES", 8)
         patch.setattr(packs, "WHOLE_NBYTES", 8)
         patch.setattr(grid, "CHUNK_NBYTES", 160_000)
         patch.setattr(packs, "CHUNK_NBYTES", 160_000)

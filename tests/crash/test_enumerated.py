@@ -32,7 +32,7 @@ from simulated import (
 )
 
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, NotACheckpoint, RankLost, ReadOnly, StorageFailed
-from elastickpt.layout import packs, partition
+from elastickpt.layout import packs, placement
 from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.local import LocalStore
@@ -68,7 +68,7 @@ ALL_FAULTS: tuple[Fault, ...] = tuple(
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that two members fill one chunk file of a few bytes together, and each has a pack."""
-    monkeypatch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
+    monkeypatch.setattr(placement, "MIN_SPLIT_NBYTES", 8)
     monkeypatch.setattr(packs, "WHOLE_NBYTES", 8)
 
 

@@ -10,7 +10,7 @@ import pytest
 from simulated import files, require_absent_or_whole, require_whole, save_on, state
 
 from elastickpt.errors import CheckpointError
-from elastickpt.layout import packs, partition
+from elastickpt.layout import packs, placement
 from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
@@ -22,7 +22,7 @@ NAMES = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "MIN_SPLIT_NBYTES", 8)
+    monkeypatch.setattr(placement, "MIN_SPLIT_NBYTES", 8)
     monkeypatch.setattr(packs, "WHOLE_NBYTES", 8)
 
 

@@ -19,7 +19,7 @@ from simulated import files
 from simulated_members import Job
 
 import elastickpt as ek
-from elastickpt.commit.contents import decode_contents
+from elastickpt.commit.attest import decode_contents
 from elastickpt.commit.outcome import Patience, commit
 from elastickpt.errors import Damaged, MissingFile, NotACheckpoint
 from elastickpt.ledger.branch import CommitEntry, entries_of

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.contents import EncodedContents, decode_contents, encode_outline, encode_values
+from elastickpt.commit.attest import EncodedContents, decode_contents, encode_outline, encode_values
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.links import CANDIDATES, Limits, Seat, new_secret
 from elastickpt.format.records import FileDigest, OptimizerTable

@@ -13,7 +13,7 @@ from elastickpt.errors import CoverageGap, CoverageOverlap, Malformed
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.layout import algebra
 from elastickpt.layout.algebra import LISTED, CoverageReport, intersect, prove_box_coverage, prove_coverage, require_coverage
-from elastickpt.layout.partition import balanced, flat_boxes
+from elastickpt.layout.placement import balanced, flat_boxes
 
 law = settings(max_examples=200, deadline=None)
 Shape = tuple[int, ...]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import LayoutUnsupported, Malformed
 from elastickpt.format.arrays import Box
-from elastickpt.layout.partition import Split, balanced, even, explicit, flat_boxes, torch_chunk
+from elastickpt.layout.placement import Split, balanced, even, explicit, flat_boxes, torch_chunk
 
 law = settings(max_examples=200, deadline=None)
 extents, ways = st.integers(0, 200), st.integers(1, 17)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from elastickpt.errors import LayoutUnsupported, Malformed
 from elastickpt.format.arrays import Box, Mesh
 from elastickpt.layout.algebra import intersect, prove_coverage
-from elastickpt.layout.partition import share_of
-from elastickpt.layout.placement import cuts_of, physical_box, places_that_hold, replica_ranks
+from elastickpt.layout.placement import cuts_of, physical_box, places_that_hold, replica_ranks, share_of
 
 law = settings(max_examples=150, deadline=None)
 Shape = tuple[int, ...]

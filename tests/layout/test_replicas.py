@@ -10,7 +10,7 @@ from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import Box
 from elastickpt.format.limits import MIB
 from elastickpt.layout.algebra import prove_box_coverage
-from elastickpt.layout.partition import MIN_SPLIT_NBYTES, share_of
+from elastickpt.layout.placement import MIN_SPLIT_NBYTES, share_of
 
 law = settings(max_examples=200, deadline=None)
 

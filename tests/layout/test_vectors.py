@@ -10,8 +10,7 @@ import pytest
 from elastickpt.format.arrays import Box
 from elastickpt.layout.algebra import intersect, prove_coverage
 from elastickpt.layout.grid import runs_of
-from elastickpt.layout.partition import even, explicit, flat_boxes, torch_chunk
-from elastickpt.layout.placement import physical_box
+from elastickpt.layout.placement import even, explicit, flat_boxes, physical_box, torch_chunk
 from elastickpt.layout.reads import plan_reads
 
 Degrees = tuple[int, int, int]  # pipeline, tensor, data parallel

@@ -31,8 +31,7 @@ from elastickpt.errors import (
     from_report,
 )
 from elastickpt.ranks import star as starred
-from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.door import HUB, Address, Hello
+from elastickpt.ranks.addresses import HUB, Address, Hello, dial
 from elastickpt.ranks.hub import Hub
 from elastickpt.ranks.messages import Connection as Peer
 from elastickpt.ranks.messages import Frame, Kind, decode, encode

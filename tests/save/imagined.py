@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.contents import Contents
+from elastickpt.commit.attest import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.commit.contents import Contents, Outline
+from elastickpt.commit.attest import Contents, Outline
 from elastickpt.commit.destination import PathDestination
 from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box

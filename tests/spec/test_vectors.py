@@ -30,8 +30,7 @@ from elastickpt.format.records import ArrayRecord
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slots_of
-from elastickpt.layout.partition import balanced, even, explicit, flat_boxes, torch_chunk
-from elastickpt.layout.placement import physical_box
+from elastickpt.layout.placement import balanced, even, explicit, flat_boxes, physical_box, torch_chunk
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_records
 from elastickpt.loading.plan import Wanted

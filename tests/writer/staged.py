@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.contents import Contents
+from elastickpt.commit.attest import Contents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit as commit_attempt
 from elastickpt.format.records import FileDigest

@@ -17,8 +17,8 @@ from simulated_members import Job, seats, threads
 from trainer import BOUND_S
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
+from elastickpt.commit.attest import decode_contents
 from elastickpt.commit.ballot import CommitBallot
-from elastickpt.commit.contents import decode_contents
 from elastickpt.commit.draft import CONTENTS, marked
 from elastickpt.commit.links import Limits, Seat, say_farewell
 from elastickpt.commit.outcome import Standing, commit, look
