@@ -55,7 +55,7 @@ class _Open:
 
 
 class CommitBallot:
-    """One writer's part. Methods do not block and may come from any thread; `tell` is called from the assembly's thread."""
+    """One writer's part. Methods do not block and may come from any thread; `tell` is called from the ballot's thread."""
 
     def __init__(
         self,
@@ -68,16 +68,16 @@ class CommitBallot:
     ) -> None:
         self._seat, self._tell = seat, tell
         self._actor = Actor("elastickpt-ballot", self._run)
-        self._clients = MemberLinks(seat, listener, self._actor.selector)
+        self._member_links = MemberLinks(seat, listener, self._actor.selector)
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tallies: dict[str, Tally] = {}
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self._strangers: dict[str, tuple[Attempt, float]] = {}
         self._turned_at = time.monotonic()
-        self._way = CommitterLink(seat, self._actor.selector)
+        self._committer_link = CommitterLink(seat, self._actor.selector)
         self._beaten_at = 0.0
         rank = seat.ranks[seat.member]
-        self._endings = CommitThread(rank, stores, patience or Patience(), self._leave, self._decided)
+        self._commit_thread = CommitThread(rank, stores, patience or Patience(), self._leave, self._decided)
         self._closed = False
         self._actor.start()
 
@@ -110,7 +110,7 @@ class CommitBallot:
         self._closed = True
         self._leave(lambda: None)
 
-    # -- everything below runs in the assembly's thread ----------------------------------------------------------------
+    # -- everything below runs in the ballot's thread ----------------------------------------------------------------
 
     def _leave(self, command: Callable[[], None]) -> None:
         self._actor.leave(command)  # after the end nobody takes part any more
@@ -120,22 +120,22 @@ class CommitBallot:
             try:
                 self._turn()
             except Exception:
-                log.exception("a turn of the assembly failed")
+                log.exception("a turn of the ballot failed")
                 time.sleep(RECOVER_S)
-        self._clients.close()
-        self._way.close()
-        self._endings.stop()
+        self._member_links.close()
+        self._committer_link.close()
+        self._commit_thread.stop()
         self._actor.end()
 
     def _turn(self) -> None:
         for key in self._actor.wait(TURN_S if self._open or self._tallies else None):
             if isinstance(key.data, MemberLink):
-                self._hear_client(key.data)
+                self._hear_member(key.data)
             elif isinstance(key.data, CommitterLink):
-                for frame in self._way.hear():
+                for frame in self._committer_link.hear():
                     self._decided(*decode_verdict(frame.data))
             else:
-                self._clients.accept()
+                self._member_links.accept()
         self._actor.carry_out()
         now = time.monotonic()
         self._excuse(now)
@@ -144,26 +144,26 @@ class CommitBallot:
         self._take_in(now)
         self._act(now)
         if not self._open:
-            self._way.begin_anew()
+            self._committer_link.begin_anew()
             self._actor.rest()
 
     def _excuse(self, now: float) -> None:
         """Silence counts only while this process was listening and had something open, so that the others beat."""
         idle = not self._open and not self._tallies
         if idle or now - self._turned_at > self._seat.limits.silence_s / 2:
-            self._clients.excuse()
-            self._way.excuse(now)
+            self._member_links.excuse()
+            self._committer_link.excuse(now)
         self._turned_at = now
 
     def _enroll(self, attempt: Attempt, contents: Read) -> None:
         self._strangers.pop(attempt.id, None)
         if attempt.id in self._open:
             return
-        if (known := self._verdicts.get(attempt.id)) is not None:  # told again by a trainer that had not heard
-            self._tell(attempt.id, known)
+        if (verdict := self._verdicts.get(attempt.id)) is not None:  # told again by a trainer that had not heard
+            self._tell(attempt.id, verdict)
             return
         if not self._open:
-            self._way.excuse(time.monotonic())
+            self._committer_link.excuse(time.monotonic())
         entry = _Open(attempt, contents)
         self._open[attempt.id] = entry
         self._speak(entry)
@@ -176,10 +176,10 @@ class CommitBallot:
 
     def _find_out(self, key: str) -> None:
         entry = self._open.get(key)
-        if entry is None or not self._way.ends_here:  # the committer answers the others
+        if entry is None or not self._committer_link.ends_here:  # the committer answers the others
             return
         lost = RankFailure(self._seat.ranks[self._seat.member], WriterLost.kind, "ended with why the attempt was aborted")
-        self._endings.find_out(entry.attempt, (lost,))
+        self._commit_thread.find_out(entry.attempt, (lost,))
 
     def _settle(self, key: str, why: RankFailure) -> None:
         if (entry := self._open.get(key)) is not None:
@@ -187,49 +187,49 @@ class CommitBallot:
 
     def _speak(self, entry: _Open) -> None:
         """Says to the committer of now what is to be said of the attempt."""
-        if self._way.ends_here:
+        if self._committer_link.ends_here:
             self._count(self._seat.member, entry.attempt, entry.said)
         else:
-            self._way.send(encode_vote(entry.attempt, entry.said))
+            self._committer_link.send(encode_vote(entry.attempt, entry.said))
 
     # -- the member ----------------------------------------------------------------------------------------------------
 
     def _reach(self, now: float) -> None:
-        match self._way.go_on(now) if self._open else Step.STAYED:
+        match self._committer_link.go_on(now) if self._open else Step.STAYED:
             case Step.ARRIVED:
                 for entry in list(self._open.values()):
                     self._speak(entry)
             case Step.ENDED:
                 report = (RankFailure(self._seat.ranks[0], RankLost.kind, "no writer that could commit was reached"),)
                 for entry in list(self._open.values()):
-                    self._endings.give_up(entry.attempt, report)
+                    self._commit_thread.give_up(entry.attempt, report)
             case _:
                 pass
 
     def _beat(self, now: float) -> None:
         if now - self._beaten_at >= BEAT_S / 2:
             self._beaten_at = now
-            self._way.beat()
-            self._clients.beat()
+            self._committer_link.beat()
+            self._member_links.beat()
 
     # -- the committer -------------------------------------------------------------------------------------------------
 
-    def _hear_client(self, client: MemberLink) -> None:
-        for frame in self._clients.read(client):
+    def _hear_member(self, link: MemberLink) -> None:
+        for frame in self._member_links.read(link):
             attempt, said = decode_vote(frame.data)
-            if (known := self._verdicts.get(attempt.id)) is not None:
-                self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(attempt.id, known)))
+            if (verdict := self._verdicts.get(attempt.id)) is not None:
+                self._member_links.send(link, Frame(Kind.VERDICT, 0, encode_verdict(attempt.id, verdict)))
             else:
-                client.attempts[attempt.id] = attempt
-                self._count(client.member, attempt, said)
-        if client.gone:
-            self._lost(client, time.monotonic())
+                link.attempts[attempt.id] = attempt
+                self._count(link.member, attempt, said)
+        if link.gone:
+            self._lost(link, time.monotonic())
 
-    def _lost(self, client: MemberLink, now: float) -> None:
+    def _lost(self, link: MemberLink, now: float) -> None:
         """Nothing is heard by this connection any more; its member may have another one by now."""
-        for key in client.attempts:
-            if key in self._tallies and not self._clients.has(client.member, key):
-                self._tallies[key].lost(client.member, now=now)
+        for key in link.attempts:
+            if key in self._tallies and not self._member_links.has(link.member, key):
+                self._tallies[key].lost(link.member, now=now)
 
     def _count(self, member: int, attempt: Attempt, said: Said) -> None:
         tally = self._tallies.get(attempt.id)
@@ -252,22 +252,22 @@ class CommitBallot:
 
     def _act(self, now: float) -> None:
         """The next thing for the first attempt that this member enrolled, if it is the committer."""
-        for client in self._clients.silent(now):
-            self._lost(client, now)
-        if self._endings.at_work or not self._way.ends_here or not self._open:
+        for link in self._member_links.silent(now):
+            self._lost(link, now)
+        if self._commit_thread.at_work or not self._committer_link.ends_here or not self._open:
             return
         entry = next(iter(self._open.values()))
         tally = self._tallies.get(entry.attempt.id)
         if tally is None:
             return
-        tally.passed_over([*range(self._seat.member), *self._clients.departed])
+        tally.passed_over([*range(self._seat.member), *self._member_links.departed])
         match tally.next(now=now, missing_s=self._seat.limits.missing_s):
             case Finish(files):
-                self._endings.commit(entry.attempt, entry.contents, files)
+                self._commit_thread.commit(entry.attempt, entry.contents, files)
             case Abort(report):
-                self._endings.give_up(entry.attempt, report)
+                self._commit_thread.give_up(entry.attempt, report)
             case LookFor(members):
-                self._endings.look_for(entry.attempt, members, lambda found: self._looked_for(entry.attempt.id, found))
+                self._commit_thread.look_for(entry.attempt, members, lambda found: self._looked_for(entry.attempt.id, found))
             case _:
                 pass
 
@@ -284,8 +284,8 @@ class CommitBallot:
             self._verdicts.popitem(last=False)
         self._tallies.pop(key, None)
         self._strangers.pop(key, None)
-        for client in self._clients.that_spoke_of(key):
-            self._clients.send(client, Frame(Kind.VERDICT, 0, encode_verdict(key, verdict)))
+        for link in self._member_links.that_spoke_of(key):
+            self._member_links.send(link, Frame(Kind.VERDICT, 0, encode_verdict(key, verdict)))
         entry = self._open.pop(key, None)
         if entry is not None:
             self._tell(key, verdict)

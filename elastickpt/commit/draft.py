@@ -120,7 +120,7 @@ class DraftFound:
 
 
 @dataclass(frozen=True, slots=True)
-class SweepReport:
+class SweptDrafts:
     """Drafts found beside the path: removed ones, and those whose owner may live (folder → why it was left)."""
 
     removed: tuple[str, ...]
@@ -273,7 +273,7 @@ def drafts_of(store: Store, name: str) -> tuple[DraftFound, ...]:
     return tuple(found)
 
 
-def sweep(store: Store, name: str) -> SweepReport:
+def sweep(store: Store, name: str) -> SweptDrafts:
     """Removes drafts of `name` that nobody writes any more, as far as this host can prove it, and names the others. [SAVE-24]
 
     Those are drafts of processes that are gone, and of this process but of attempts that it has ended; not those that a writer
@@ -290,7 +290,7 @@ def sweep(store: Store, name: str) -> SweepReport:
             left.append((found.folder, why or f"nobody writes it any more, but it cannot be removed: {failed}"))
         else:
             removed.append(found.folder)
-    return SweepReport(tuple(removed), tuple(left))
+    return SweptDrafts(tuple(removed), tuple(left))
 
 
 def take_up(store: Store, found: DraftFound, name: str, *, pid: int) -> Draft:

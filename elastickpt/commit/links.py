@@ -236,68 +236,68 @@ class MemberLinks:
         except OSError:
             time.sleep(PAUSE_S)  # it is gone again; or there are no descriptors, and it would be asked at once, and for ever
             return
-        client = MemberLink(Connection(sock))
-        self._all.append(client)
-        self._selector.register(client.connection, selectors.EVENT_READ, client)
+        link = MemberLink(Connection(sock))
+        self._all.append(link)
+        self._selector.register(link.connection, selectors.EVENT_READ, link)
 
-    def read(self, client: MemberLink) -> list[Frame]:
+    def read(self, link: MemberLink) -> list[Frame]:
         """The votes that came; marks the client as gone at its end, and drops whoever does not know the secret."""
         try:
-            client.connection.pump()
+            link.connection.pump()
         except Exception:  # gone, or none of ours, whatever it sent
-            self._drop(client)
+            self._drop(link)
         frames = []
-        while (frame := client.connection.take()) is not None:
-            if client.member >= 0 and frame.kind is Kind.PAYLOAD:
+        while (frame := link.connection.take()) is not None:
+            if link.member >= 0 and frame.kind is Kind.PAYLOAD:
                 frames.append(frame)
-            elif client.member >= 0 and frame.kind is Kind.FAILURE:
-                self.departed.add(client.member)
-            elif client.member < 0 and frame.kind is Kind.HELLO:
-                client.member = self._member(frame.data)
-                if client.member < 0:
-                    self._drop(client)
+            elif link.member >= 0 and frame.kind is Kind.FAILURE:
+                self.departed.add(link.member)
+            elif link.member < 0 and frame.kind is Kind.HELLO:
+                link.member = self._member(frame.data)
+                if link.member < 0:
+                    self._drop(link)
         return frames
 
-    def send(self, client: MemberLink, frame: Frame) -> None:
+    def send(self, link: MemberLink, frame: Frame) -> None:
         """Blocks at most `SEND_S`; drops a client that takes nothing."""
-        if client.gone:
+        if link.gone:
             return
         try:
-            client.connection.send(frame, silence_s=SEND_S)
+            link.connection.send(frame, silence_s=SEND_S)
         except Exception:  # whatever it is, the connection is of no use any more
-            self._drop(client)
+            self._drop(link)
 
     def beat(self) -> None:
-        for client in self._all:
-            client.connection.beat(0)
+        for link in self._all:
+            link.connection.beat(0)
 
     def silent(self, now: float) -> list[MemberLink]:
         """Those that have something open and said nothing within the limit; they are dropped."""
         limit = self._seat.limits.silence_s
         found = [one for one in self._all if one.attempts and now - one.connection.heard_at > limit]
-        for client in found:
-            self._drop(client)
+        for link in found:
+            self._drop(link)
         return found
 
     def excuse(self) -> None:
         """This process stood still, not they."""
-        for client in self._all:
-            client.connection.heard_at = time.monotonic()
+        for link in self._all:
+            link.connection.heard_at = time.monotonic()
 
     def has(self, member: int, key: str) -> bool:
         """Whether a connection of that member is there by which it spoke of the attempt."""
-        return any(client.member == member and key in client.attempts for client in self._all)
+        return any(link.member == member and key in link.attempts for link in self._all)
 
     def that_spoke_of(self, key: str) -> Iterable[MemberLink]:
         """Those who wait for the verdict on the attempt; they are taken to have it."""
-        found = [client for client in self._all if key in client.attempts]
-        for client in found:
-            del client.attempts[key]
+        found = [link for link in self._all if key in link.attempts]
+        for link in found:
+            del link.attempts[key]
         return found
 
     def close(self) -> None:
-        for client in list(self._all):
-            self._drop(client)
+        for link in list(self._all):
+            self._drop(link)
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()
@@ -310,9 +310,9 @@ class MemberLinks:
         known = secrets.compare_digest(who.secret, self._seat.secret) and 0 <= who.member < len(self._seat.ranks)
         return who.member if known else -1
 
-    def _drop(self, client: MemberLink) -> None:
-        if not client.gone:
-            client.gone = True
-            self._all.remove(client)
-            self._selector.unregister(client.connection)
-            client.connection.close()
+    def _drop(self, link: MemberLink) -> None:
+        if not link.gone:
+            link.gone = True
+            self._all.remove(link)
+            self._selector.unregister(link.connection)
+            link.connection.close()

@@ -36,7 +36,7 @@ from elastickpt.writer.plans import (
     whole_pieces,
 )
 from elastickpt.writer.share import stored_pieces
-from elastickpt.writer.write_files import Target, blocks_of, directories_of, unwatched, write_portion
+from elastickpt.writer.write_files import WrittenFolder, blocks_of, directories_of, unwatched, write_portion
 
 _CHECKSUM = np.dtype("<u8")
 _CHECKSUM_NBYTES = 8
@@ -97,7 +97,7 @@ class UniversalTarget:
         self._place, self._worker = place, worker
         store = place.store
         self._durability: Durability = self._wanted if store.capabilities.directory_sync else "process"
-        self._target = Target(store, place.draft.folder, "none", unwatched)  # all is made durable at once, at the end
+        self._target = WrittenFolder(store, place.draft.folder, "none", unwatched)  # all is made durable at once, at the end
 
     def close(self) -> None:
         """Nothing is open between tasks."""

@@ -12,7 +12,7 @@ from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.arrays import dtype_named
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.limits import MAX_DEPTH, MAX_DIM, MAX_INT_DIGITS, MAX_NDIM, MAX_SMALL_ARRAY_NBYTES
-from elastickpt.format.strict_reading import Members, integer, integers, pair, sequence, text
+from elastickpt.format.strict_reading import StrictObject, integer, integers, pair, sequence, text
 from elastickpt.format.values import (
     FACTORIES,
     MAX_PLAIN_INT,
@@ -196,14 +196,14 @@ def _complex(obj: object, where: str, depth: int) -> Value:
 
 
 def _array(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     found = _array_value(members, where, ())
     members.close()
     return found
 
 
 def _strided(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     order = integers(members.take("order"), where=f"{where}/order")
     found = _array_value(members, where, order)
     members.close()
@@ -214,7 +214,7 @@ def _strided(obj: object, where: str, depth: int) -> Value:
     return found
 
 
-def _array_value(members: Members, where: str, order: tuple[int, ...]) -> ArrayValue:
+def _array_value(members: StrictObject, where: str, order: tuple[int, ...]) -> ArrayValue:
     dtype = dtype_named(members.text("dtype"))
     shape = tuple(integer(one, where=f"{where}/shape", high=MAX_DIM) for one in members.sequence("shape"))
     data, origin = _base64(members.take("data"), where), _origin(members, where)
@@ -225,7 +225,7 @@ def _array_value(members: Members, where: str, order: tuple[int, ...]) -> ArrayV
     return ArrayValue(dtype.name, shape, data, origin, order)
 
 
-def _origin(members: Members, where: str) -> Origin:
+def _origin(members: StrictObject, where: str) -> Origin:
     origin = members.text("origin")
     if origin not in ORIGINS:
         raise Malformed(f"{where}: origin {origin!r} of an array, expected torch or numpy")
@@ -241,14 +241,14 @@ def _numpy(obj: object, where: str, depth: int) -> Value:
 
 
 def _reference(obj: object, where: str, origin: Origin) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     found = ArrayReference(members.text("item"), members.text("name"), origin)
     members.close()
     return found
 
 
 def _state(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     found = StateReference(_some(members.take("name"), where), _origin(members, where))
     members.close()
     return found
@@ -271,14 +271,14 @@ def _device(obj: object, where: str, depth: int) -> Value:
 
 
 def _enum(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     found = EnumValue(_some(members.take("type"), where), _some(members.take("name"), where))
     members.close()
     return found
 
 
 def _deque(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     maxlen, items = members.take("maxlen"), _items(members.take("items"), where, depth)
     members.close()
     if maxlen is not None and integer(maxlen, where=f"{where}/maxlen") < len(items):  # [UCF-101]
@@ -287,7 +287,7 @@ def _deque(obj: object, where: str, depth: int) -> Value:
 
 
 def _defaultdict(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     factory, pairs = members.take("factory"), _pairs(members.take("pairs"), where, depth)
     members.close()
     if factory is None:
@@ -299,7 +299,7 @@ def _defaultdict(obj: object, where: str, depth: int) -> Value:
 
 
 def _named_tuple(obj: object, where: str, depth: int) -> Value:
-    members = Members(obj, where=where)
+    members = StrictObject(obj, where=where)
     kind, below = _some(members.take("type"), where), _deeper(where, depth)
     fields = [pair(one, where=where) for one in members.sequence("fields")]
     members.close()

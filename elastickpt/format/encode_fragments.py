@@ -23,7 +23,7 @@ from elastickpt.format.limits import (
 )
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, starts
 from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
-from elastickpt.format.strict_reading import IntColumn, Members, pack, pack_ints, take_ints, take_uints, text, unpack
+from elastickpt.format.strict_reading import IntColumn, StrictObject, pack, pack_ints, take_ints, take_uints, text, unpack
 from elastickpt.format.tables import pack_tables, take_tables
 from elastickpt.format.values import Value
 
@@ -125,14 +125,14 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
     return fragments
 
 
-def _writer(members: Members) -> int:
+def _writer(members: StrictObject) -> int:
     writer = members.integer("writer")
     if writer >= MAX_WRITERS:  # [UCF-96]
         raise LimitExceeded(f"{members.where}: writer {writer}, the limit is {MAX_WRITERS}")
     return writer
 
 
-def check_version(members: Members, name: str) -> None:
+def check_version(members: StrictObject, name: str) -> None:
     """Takes `format` and `version`. Raises Malformed for another record, Unsupported for another version. [UCF-72]"""
     found = members.text("format")
     if found != name:
@@ -142,13 +142,13 @@ def check_version(members: Members, name: str) -> None:
         raise Unsupported(f"{members.where}: format version {version}; this release reads version {FORMAT_VERSION}")
 
 
-def _values(members: Members) -> Value:
+def _values(members: StrictObject) -> Value:
     value = members.take("values")
     where = f"{members.where}/values"
     return None if value is None else decode_pointers(parse(text(value, where=where), where=where), where=where)
 
 
-def _files(members: Members) -> tuple[StoredFile, ...]:
+def _files(members: StrictObject) -> tuple[StoredFile, ...]:
     paths = tuple(checked_path(path) for path in members.texts("path"))  # [UCF-38]
     base = take_ints(members, "base", length=len(paths)).tolist()
     nbytes = take_ints(members, "nbytes", length=len(paths), high=MAX_FILE_NBYTES).tolist()
@@ -159,7 +159,7 @@ def _files(members: Members) -> tuple[StoredFile, ...]:
     return files
 
 
-def _arrays(members: Members) -> tuple[tuple[str, ...], IntColumn]:
+def _arrays(members: StrictObject) -> tuple[tuple[str, ...], IntColumn]:
     keys = tuple(checked_path(key) for key in members.texts("arrays"))
     if any(low >= high for low, high in pairwise(keys)):  # [FRAG-24]
         raise Malformed(f"{members.where}/arrays: keys out of order, or twice")
@@ -169,7 +169,7 @@ def _arrays(members: Members) -> tuple[tuple[str, ...], IntColumn]:
     return keys, ndims
 
 
-def _pieces(members: Members, files: tuple[StoredFile, ...], block_nbytes: int) -> PieceColumns:
+def _pieces(members: StrictObject, files: tuple[StoredFile, ...], block_nbytes: int) -> PieceColumns:
     keys, ndims = _arrays(members)
     columns = members.members("pieces")
     array = take_ints(columns, "array", high=len(keys) - 1)

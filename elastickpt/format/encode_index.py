@@ -31,7 +31,18 @@ from elastickpt.format.limits import (
     MAX_NDIM,
 )
 from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart
-from elastickpt.format.strict_reading import Members, Runs, integers, pack, pack_ints, pack_runs, pair, take_ints, text, unpack
+from elastickpt.format.strict_reading import (
+    Runs,
+    StrictObject,
+    integers,
+    pack,
+    pack_ints,
+    pack_runs,
+    pair,
+    take_ints,
+    text,
+    unpack,
+)
 from elastickpt.format.tables import pack_tables, take_tables
 from elastickpt.format.values import Value
 
@@ -154,7 +165,9 @@ def decode_index(data: bytes, *, path: str) -> IndexPart:
         raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
     members = unpack(data, path=path)
     check_version(members, FORMAT)
-    templates = [_template(Members(one, where=f"{path}/templates[{k}]")) for k, one in enumerate(members.sequence("templates"))]
+    templates = [
+        _template(StrictObject(one, where=f"{path}/templates[{k}]")) for k, one in enumerate(members.sequence("templates"))
+    ]
     entries = _entries(members.members("entries"))
     leaves = [_leaf(one, f"{path}/leaves[{k}]") for k, one in enumerate(members.sequence("leaves"))]
     runs = Runs()
@@ -185,7 +198,7 @@ class _Rows:
     writer_sets: list[tuple[int, ...]]
 
 
-def _template(members: Members) -> _Decoded:
+def _template(members: StrictObject) -> _Decoded:
     where = members.where
     dtype = dtype_named(members.text("data_type"))
     chunk_shape = integers(members.take("chunk_shape"), where=f"{where}/chunk_shape")
@@ -213,7 +226,7 @@ def _attributes(data: str, *, where: str) -> tuple[tuple[str, Value], ...]:
     return tuple((text(name, where=where), decode_value(one, where=f"{where}/{name}")) for name, one in found.items())
 
 
-def _entries(members: Members) -> list[_Entry]:
+def _entries(members: StrictObject) -> list[_Entry]:
     items = tuple(checked_name(item) for item in members.texts("items"))
     names, keys = members.texts("name"), members.texts("key")
     if len(names) != len(keys):
@@ -244,7 +257,7 @@ def _writers(runs: Runs, value: object, where: str) -> tuple[int, ...]:
     return found
 
 
-def _arrays(members: Members, rows: _Rows) -> tuple[ArrayRecord, ...]:
+def _arrays(members: StrictObject, rows: _Rows) -> tuple[ArrayRecord, ...]:
     entry = take_ints(members, "entry", high=len(rows.entries) - 1).tolist()
     count = len(entry)
     if count > MAX_ARRAYS:

@@ -31,7 +31,7 @@ from elastickpt.format.records import (
     Manifest,
     Placement,
 )
-from elastickpt.format.strict_reading import Members, Runs, integers, is_int, pack_runs, pair, text
+from elastickpt.format.strict_reading import Runs, StrictObject, integers, is_int, pack_runs, pair, text
 from elastickpt.format.values import Value
 from elastickpt.format.version import FEATURES
 
@@ -100,7 +100,7 @@ def encode_frame(frame: Frame) -> bytes:
 def decode_frame(data: bytes, *, path: str) -> Frame:
     """What `encode_frame` encoded. `path` is for messages. Raises as `decode_manifest`."""
     check_seal(data, where=path)
-    members = Members(parse(data, where=path), where=path)
+    members = StrictObject(parse(data, where=path), where=path)
     check_version(members, FRAME)
     frame = _frame(members)
     members.take("digest")
@@ -108,7 +108,7 @@ def decode_frame(data: bytes, *, path: str) -> Frame:
     return frame
 
 
-def _frame(members: Members) -> Frame:
+def _frame(members: StrictObject) -> Frame:
     meshes = tuple(_meshes(members))
     return Frame(
         world_size=members.integer("world_size", low=1, high=MAX_WRITERS),
@@ -168,7 +168,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     if len(data) > MAX_MANIFEST_NBYTES:
         raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
     check_seal(data, where=path)
-    members = Members(parse(data, where=path), where=path)
+    members = StrictObject(parse(data, where=path), where=path)
     check_version(members, FORMAT)  # [UCF-72]
     requires = members.texts("requires")
     unknown = sorted(set(requires) - FEATURES)
@@ -191,19 +191,19 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     return manifest
 
 
-def _one_of(members: Members, name: str, known: dict[str, Placement]) -> Placement:
+def _one_of(members: StrictObject, name: str, known: dict[str, Placement]) -> Placement:
     found = members.text(name)
     if found not in known:
         raise Malformed(f"{members.where}/{name}: {found!r}, expected one of {', '.join(known)}")
     return known[found]
 
 
-def _optional_text(members: Members, name: str) -> str | None:
+def _optional_text(members: StrictObject, name: str) -> str | None:
     value = members.take(name)
     return None if value is None else text(value, where=f"{members.where}/{name}")
 
 
-def _step(members: Members) -> int | None:
+def _step(members: StrictObject) -> int | None:
     value = members.take("step")
     if value is None:
         return None
@@ -212,14 +212,14 @@ def _step(members: Members) -> int | None:
     return value
 
 
-def _time(members: Members) -> float:
+def _time(members: StrictObject) -> float:
     value = members.take("time")
     if not isinstance(value, float) or not isfinite(value):
         raise Malformed(f"{members.where}/time: expected seconds since 1970 with a fraction, found {value!r}")
     return value
 
 
-def _versions(members: Members) -> tuple[tuple[str, str], ...]:
+def _versions(members: StrictObject) -> tuple[tuple[str, str], ...]:
     value = members.take("versions")
     if not isinstance(value, dict):
         raise Malformed(f"{members.where}/versions: expected an object")
@@ -227,12 +227,12 @@ def _versions(members: Members) -> tuple[tuple[str, str], ...]:
     return tuple((text(name, where=where), text(one, where=f"{where}/{name}")) for name, one in value.items())
 
 
-def _each(members: Members, name: str) -> list[Members]:
+def _each(members: StrictObject, name: str) -> list[StrictObject]:
     where = f"{members.where}/{name}"
-    return [Members(one, where=f"{where}[{k}]") for k, one in enumerate(members.sequence(name))]
+    return [StrictObject(one, where=f"{where}[{k}]") for k, one in enumerate(members.sequence(name))]
 
 
-def _items(members: Members) -> tuple[Item, ...]:
+def _items(members: StrictObject) -> tuple[Item, ...]:
     found = []
     for one in _each(members, "items"):
         kind = one.text("kind")
@@ -245,7 +245,7 @@ def _items(members: Members) -> tuple[Item, ...]:
     return tuple(found)
 
 
-def _meshes(members: Members) -> list[Mesh]:
+def _meshes(members: StrictObject) -> list[Mesh]:
     runs = Runs()
     found = []
     for one in _each(members, "meshes"):
@@ -256,7 +256,7 @@ def _meshes(members: Members) -> list[Mesh]:
     return found
 
 
-def _layouts(members: Members, meshes: tuple[Mesh, ...]) -> tuple[Layout, ...]:
+def _layouts(members: StrictObject, meshes: tuple[Mesh, ...]) -> tuple[Layout, ...]:
     found = []
     for one in _each(members, "layouts"):
         mesh = one.integer("mesh", high=len(meshes) - 1)
@@ -271,18 +271,18 @@ def _layouts(members: Members, meshes: tuple[Mesh, ...]) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def _digest(members: Members) -> str:
+def _digest(members: StrictObject) -> str:
     found = members.text("digest")
     if not _DIGEST.fullmatch(found):
         raise Malformed(f"{members.where}/digest: expected 32 lower-case hex digits, found {found[:40]!r}")
     return found
 
 
-def _file_digest(members: Members) -> FileDigest:
+def _file_digest(members: StrictObject) -> FileDigest:
     return FileDigest(checked_path(members.text("path")), members.integer("nbytes"), _digest(members))
 
 
-def _fragments(members: Members) -> tuple[FileDigest, ...]:
+def _fragments(members: StrictObject) -> tuple[FileDigest, ...]:
     found = []
     for one in _each(members, "fragments"):
         found.append(_file_digest(one))
@@ -290,7 +290,7 @@ def _fragments(members: Members) -> tuple[FileDigest, ...]:
     return tuple(found)
 
 
-def _index(members: Members) -> tuple[IndexEntry, ...]:
+def _index(members: StrictObject) -> tuple[IndexEntry, ...]:
     found: list[IndexEntry] = []
     for one in _each(members, "index"):
         entry = IndexEntry(_file_digest(one), one.text("first"), one.text("last"))
@@ -303,7 +303,7 @@ def _index(members: Members) -> tuple[IndexEntry, ...]:
     return tuple(found)
 
 
-def _tied(members: Members) -> tuple[tuple[tuple[str, str], ...], ...]:
+def _tied(members: StrictObject) -> tuple[tuple[tuple[str, str], ...], ...]:
     groups = []
     for k, group in enumerate(members.sequence("tied")):
         where = f"{members.where}/tied[{k}]"
@@ -314,7 +314,7 @@ def _tied(members: Members) -> tuple[tuple[tuple[str, str], ...], ...]:
     return tuple(groups)
 
 
-def _bases(members: Members) -> tuple[Base, ...]:
+def _bases(members: StrictObject) -> tuple[Base, ...]:
     found = []
     for one in _each(members, "bases"):
         base = Base(one.text("uri"), _digest(one))

@@ -67,7 +67,7 @@ def pair(value: object, *, where: str) -> tuple[object, object]:
     return items[0], items[1]
 
 
-class Members:
+class StrictObject:
     """The members of one object, each taken once. `close` raises Malformed for those that nobody took."""
 
     __slots__ = ("_left", "where")
@@ -106,8 +106,8 @@ class Members:
             raise Malformed(f"{self.where}/{name}: expected bytes, found {_shown(value)}")
         return value
 
-    def members(self, name: str) -> Members:
-        return Members(self.take(name), where=f"{self.where}/{name}")
+    def members(self, name: str) -> StrictObject:
+        return StrictObject(self.take(name), where=f"{self.where}/{name}")
 
     def close(self) -> None:
         if self._left:
@@ -154,7 +154,7 @@ def _no_extension(code: int, data: bytes) -> object:
     raise Malformed(f"msgpack extension type {code} in a record")
 
 
-def unpack(data: bytes, *, path: str) -> Members:
+def unpack(data: bytes, *, path: str) -> StrictObject:
     """The members of a record that is one msgpack map. Raises Malformed, or LimitExceeded for depth and counts."""
     budget = _Budget(path)
     try:
@@ -172,7 +172,7 @@ def unpack(data: bytes, *, path: str) -> Members:
         raise LimitExceeded(f"{path}: msgpack is nested too deeply") from None
     except (ValueError, msgpack.UnpackException) as problem:
         raise Malformed(f"{path}: {type(problem).__name__}: {problem}") from None
-    return Members(record, where=path)
+    return StrictObject(record, where=path)
 
 
 def pack_ints(values: npt.ArrayLike) -> bytes:
@@ -180,7 +180,7 @@ def pack_ints(values: npt.ArrayLike) -> bytes:
     return np.ascontiguousarray(values, dtype="<i8").tobytes()
 
 
-def _column(members: Members, name: str, *, dtype: str, length: int | None) -> npt.NDArray[np.generic]:
+def _column(members: StrictObject, name: str, *, dtype: str, length: int | None) -> npt.NDArray[np.generic]:
     data = members.binary(name)
     if len(data) % 8 or (length is not None and len(data) != 8 * length):
         expected = "a multiple of 8" if length is None else f"{8 * length}"
@@ -188,7 +188,9 @@ def _column(members: Members, name: str, *, dtype: str, length: int | None) -> n
     return np.frombuffer(data, dtype=dtype)
 
 
-def take_ints(members: Members, name: str, *, length: int | None = None, low: int = 0, high: int | None = None) -> IntColumn:
+def take_ints(
+    members: StrictObject, name: str, *, length: int | None = None, low: int = 0, high: int | None = None
+) -> IntColumn:
     """A read-only column with every entry in [low, high] (`high` None: below 2^63). Raises Malformed otherwise."""
     column = _column(members, name, dtype="<i8", length=length).astype(np.int64, copy=False)
     if column.size and (int(column.min()) < low or (high is not None and int(column.max()) > high)):
@@ -199,7 +201,7 @@ def take_ints(members: Members, name: str, *, length: int | None = None, low: in
     return column
 
 
-def take_uints(members: Members, name: str, *, length: int) -> UintColumn:
+def take_uints(members: StrictObject, name: str, *, length: int) -> UintColumn:
     """A read-only column of `length` unsigned integers."""
     return _column(members, name, dtype="<u8", length=length).astype(np.uint64, copy=False)
 

@@ -13,7 +13,7 @@ from elastickpt.format.canonical_json import dump_bounded
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value, value_digest
 from elastickpt.format.records import Field, FieldKind, OptimizerTable
-from elastickpt.format.strict_reading import Members, pack_ints, take_ints
+from elastickpt.format.strict_reading import StrictObject, pack_ints, take_ints
 from elastickpt.format.values import Value
 
 Name = tuple[str, str]  # (model item, FQN)
@@ -92,16 +92,16 @@ def _pack_field(table: OptimizerTable, field: Field) -> dict[str, object]:
     }
 
 
-def take_tables(members: Members, name: str) -> tuple[OptimizerTable, ...]:
+def take_tables(members: StrictObject, name: str) -> tuple[OptimizerTable, ...]:
     """The tables under a member. Raises Malformed."""
     where = f"{members.where}/{name}"
-    tables = tuple(_table(Members(one, where=f"{where}[{k}]")) for k, one in enumerate(members.sequence(name)))
+    tables = tuple(_table(StrictObject(one, where=f"{where}[{k}]")) for k, one in enumerate(members.sequence(name)))
     if len({table.item for table in tables}) != len(tables):
         raise Malformed(f"{where}: two tables of one optimizer")
     return tables
 
 
-def _table(members: Members) -> OptimizerTable:
+def _table(members: StrictObject) -> OptimizerTable:
     models = members.texts("models")
     names = members.texts("names")
     model = take_ints(members, "model", length=len(names), high=len(models) - 1).tolist()
@@ -109,7 +109,7 @@ def _table(members: Members) -> OptimizerTable:
     if len(set(parameters)) != len(parameters):
         raise Malformed(f"{members.where}: a parameter stands twice in one table")
     fields = tuple(
-        _field(Members(one, where=f"{members.where}/fields[{k}]"), len(names))
+        _field(StrictObject(one, where=f"{members.where}/fields[{k}]"), len(names))
         for k, one in enumerate(members.sequence("fields"))
     )
     if len({(field.kind, field.key) for field in fields}) != len(fields):
@@ -119,7 +119,7 @@ def _table(members: Members) -> OptimizerTable:
     return table
 
 
-def _field(members: Members, count: int) -> Field:
+def _field(members: StrictObject, count: int) -> Field:
     kind = _KINDS.get(members.text("kind"))
     if kind is None:
         raise Malformed(f"{members.where}/kind: expected one of {', '.join(_KINDS)}")

@@ -18,7 +18,7 @@ from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import encode_value
 from elastickpt.format.limits import MAX_FILE_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.records import FORMAT_VERSION
-from elastickpt.format.strict_reading import Members, text
+from elastickpt.format.strict_reading import StrictObject, text
 from elastickpt.format.values import as_real, described
 from elastickpt.ledger.names import MAX_NUMBER, AttemptId, adopted_name, claim_name, found_name, parse_id, start_name
 
@@ -233,11 +233,11 @@ def _of_found(found: Found) -> dict[str, object]:
     return {"time": found.time, "verified": found.verified, "passed": passed}
 
 
-def _found(members: Members, epoch: int, continued: AttemptId | None) -> Found:
+def _found(members: StrictObject, epoch: int, continued: AttemptId | None) -> Found:
     time, verified = _time(members), members.take("verified")
     if type(verified) is not bool or (verified and continued is None):
         raise Malformed(f"{members.where}/verified: expected true or false, and false where nothing was loaded")
-    passed = tuple(_passed(Members(one, where=f"{members.where}/passed"), epoch) for one in members.sequence("passed"))
+    passed = tuple(_passed(StrictObject(one, where=f"{members.where}/passed"), epoch) for one in members.sequence("passed"))
     members.close()
     ids = [one.id for one in passed]
     if continued in ids or len(set(ids)) != len(ids):  # [RUN-66]
@@ -245,7 +245,7 @@ def _found(members: Members, epoch: int, continued: AttemptId | None) -> Found:
     return Found(time, verified, passed)
 
 
-def _passed(members: Members, epoch: int) -> PassedOver:
+def _passed(members: StrictObject, epoch: int) -> PassedOver:
     attempt = _older(members.take("id"), epoch, where=f"{members.where}/id")
     kind, message = members.text("kind"), members.text("message")
     if _KIND.fullmatch(kind) is None:
@@ -305,17 +305,17 @@ def _seal(kind: str, members: dict[str, object]) -> bytes:
     return seal({"format": f"elastickpt-{kind}", "version": FORMAT_VERSION, **members}, where=kind)
 
 
-def _open(data: bytes, kind: str, *, where: str) -> Members:
+def _open(data: bytes, kind: str, *, where: str) -> StrictObject:
     if len(data) > MAX_OBJECT_NBYTES:
         raise LimitExceeded(f"{where}: {len(data)} bytes, the limit is {MAX_OBJECT_NBYTES}")
     check_seal(data, where=where)  # [RUN-10]
-    members = Members(parse(data, where=where), where=where)
+    members = StrictObject(parse(data, where=where), where=where)
     check_version(members, f"elastickpt-{kind}")
     members.take("digest")
     return members
 
 
-def _same(members: Members, name: str, expected: int | str) -> None:
+def _same(members: StrictObject, name: str, expected: int | str) -> None:
     """The object says what its name says. [RUN-11]"""
     found = members.take(name)
     if type(found) is not type(expected) or found != expected:
@@ -336,7 +336,7 @@ def _older(value: object, epoch: int, *, where: str) -> AttemptId:
     return found
 
 
-def _time(members: Members) -> float:
+def _time(members: StrictObject) -> float:
     value = members.take("time")
     if not isinstance(value, float) or not isfinite(value):
         raise Malformed(f"{members.where}/time: expected seconds since 1970 with a fraction, found {str(value)[:80]!r}")
@@ -347,7 +347,7 @@ def _encoded(metrics: Metrics) -> dict[str, object]:
     return {name: encode_value(value, where=f"metric {name}") for name, value in metrics}
 
 
-def _metrics(members: Members) -> Metrics:
+def _metrics(members: StrictObject) -> Metrics:
     value = members.take("metrics")
     where = f"{members.where}/metrics"
     if not isinstance(value, dict):

@@ -19,7 +19,7 @@ from elastickpt.loading.fetch import Verify, carry_out
 from elastickpt.loading.opened import Opened, is_converted
 from elastickpt.loading.plan import Elements, Wanted, plan_fetch, require_files
 from elastickpt.ranks.messages import Message
-from elastickpt.training.dtensors import Job
+from elastickpt.training.dtensors import JobView
 from elastickpt.training.held import HeldArray
 from elastickpt.training.kinds import kinds_of
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
@@ -30,7 +30,7 @@ from elastickpt.training.parameters import Identities
 def held_by_models(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> tuple[HeldArray, ...]:
     """What the models of `state` hold on this rank: the layout of a job is that of its parameters. Local, no I/O."""
     kinds = kinds_of(state)
-    job, identities = Job(rank, world_size, declared), Identities()
+    job, identities = JobView(rank, world_size, declared), Identities()
     return tuple(
         held
         for key, model in state.items()

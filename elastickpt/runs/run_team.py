@@ -10,7 +10,8 @@ from elastickpt.ranks.process_group import Group, team_of
 from elastickpt.ranks.team import Call, Team, all_do
 from elastickpt.storage.store import Store
 
-# By process group and root: runs of one group at one root have teams of their own, which all of its ranks count alike.
+# By process group and root, never by process: runs of one group at one root have teams of their own, one after the other or at
+# one time, so a name must not come twice; all ranks of the group open them in one order, and so count alike.
 _COUNTS: weakref.WeakKeyDictionary[object, dict[str, count[int]]] = weakref.WeakKeyDictionary()
 
 

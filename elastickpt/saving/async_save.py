@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 
 class _Group:
-    """The savers of one process group, in the order in which all of its ranks made them. It does not hold the group."""
+    """The savers of one process group, in the order in which all of its ranks made them. It does not hold the group.
+
+    The name of a saver's team counts the savers of the group, never those of the process, whose other groups are other ranks'
+    business. A name from the options alone would not do: a saver that is made again after `close_all` would meet what its
+    predecessor left in the job's store, and ranks whose options differ by mistake would wait for each other in two teams.
+    """
 
     def __init__(self) -> None:
         self.savers: dict[AsyncOptions, Saver] = {}

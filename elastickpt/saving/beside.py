@@ -28,12 +28,12 @@ from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.save_states import Event, IllegalStep, Room, State, Tell
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN
-from elastickpt.saving.task import Task
+from elastickpt.saving.task import SaveTask
 from elastickpt.saving.writer_pool import WriterPool
 from elastickpt.writer.share import Share, Written
 from elastickpt.writer.submissions import StagedPortion, Submission
 
-Ended = Callable[[Task, "Committed | BaseException"], None]
+Ended = Callable[[SaveTask, "Committed | BaseException"], None]
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class Beside:
     ended, on some thread, once."""
 
     def __init__(
-        self, saver: object, meet: Callable[[Task], Team], writers: WriterPool, arena_nbytes: int | None, ended: Ended
+        self, saver: object, meet: Callable[[SaveTask], Team], writers: WriterPool, arena_nbytes: int | None, ended: Ended
     ) -> None:
         self._saver, self._meet, self._writers, self._arena_nbytes, self._ended = saver, meet, writers, arena_nbytes, ended
 
-    def carry_out(self, task: Task) -> None:
+    def carry_out(self, task: SaveTask) -> None:
         """Agrees with the other ranks and hands over what was staged. Blocking; raises nothing."""
         try:
             task.progress.advance(Event.ASKED)
@@ -75,7 +75,7 @@ class Beside:
 
     # -- what goes wrong -----------------------------------------------------------------------------------------------
 
-    def fail(self, task: Task, event: Event, error: BaseException, *, writing: Submission | None = None) -> None:
+    def fail(self, task: SaveTask, event: Event, error: BaseException, *, writing: Submission | None = None) -> None:
         """Carries out what the table says of this failure; `writing` may still read the arena. From any thread; raises
         nothing."""
         try:
@@ -97,7 +97,7 @@ class Beside:
             self._ended(task, error)
         return None
 
-    def _go_on(self, task: Task, event: Event) -> bool:
+    def _go_on(self, task: SaveTask, event: Event) -> bool:
         """The save is one step further; False where the table has no such step, which ends it."""
         try:
             row = task.progress.advance(event)
@@ -107,7 +107,7 @@ class Beside:
         self._make_room(task, row.room, None)
         return True
 
-    def _break_off(self, task: Task, fault: IllegalStep) -> None:
+    def _break_off(self, task: SaveTask, fault: IllegalStep) -> None:
         """What the table does not have ends the save, on all ranks if that can be."""
         before = task.progress.end()
         if before in (State.ENDED, State.LET_GO):
@@ -122,7 +122,7 @@ class Beside:
         error.__cause__ = fault
         self._ended(task, error)
 
-    def _make_room(self, task: Task, room: Room, writing: Submission | None) -> None:
+    def _make_room(self, task: SaveTask, room: Room, writing: Submission | None) -> None:
         slot = task.slot
         if room is Room.FREE:
             task.give_up_slot()
@@ -131,7 +131,7 @@ class Beside:
             self._writers.of(writing.attempt.store).cancel(writing)  # behind the withdrawal, which says why
             writing.future.add_done_callback(lambda _: slot.release())
 
-    def _withdraw(self, task: Task, error: BaseException) -> None:
+    def _withdraw(self, task: SaveTask, error: BaseException) -> None:
         """This rank takes no part in the open attempt any more: it fails on all ranks."""
         attempt = task.attempt
         if attempt is None:
@@ -146,7 +146,7 @@ class Beside:
 
     # -- agree, open ---------------------------------------------------------------------------------------------------
 
-    def _open(self, task: Task, pipeline: Pipeline) -> None:
+    def _open(self, task: SaveTask, pipeline: Pipeline) -> None:
         """The attempt is open, and this rank has staged, or is going to in portions. Raises the same on all ranks."""
         pipeline.agree(
             lambda: self._offer(task),
@@ -159,7 +159,7 @@ class Beside:
             log.warning(said, task.handle.path, ", ".join(ignored))
         self._learn(task, pipeline)
 
-    def _offer(self, task: Task) -> Offer:
+    def _offer(self, task: SaveTask) -> Offer:
         if task.failure is not None:
             raise task.failure
         located = task.destination.locate()
@@ -169,7 +169,7 @@ class Beside:
         staged = "" if task.stages_by is None else task.stages_by.id
         return Offer(task.proposal, located, staged, self._writers.seated(located.store.url), task.hashed)
 
-    def _stage(self, task: Task, pipeline: Pipeline) -> None:
+    def _stage(self, task: SaveTask, pipeline: Pipeline) -> None:
         """What this rank has to do before the attempt is opened. One that stages by a structure that it knew may still do so
         after it: should that fail, it withdraws."""
         prepared = self._learn(task, pipeline).prepared
@@ -178,7 +178,7 @@ class Beside:
             self.fail(task, Event.NOT_STAGED, error)
             raise task.failure or error
 
-    def _learn(self, task: Task, pipeline: Pipeline) -> Stager:
+    def _learn(self, task: SaveTask, pipeline: Pipeline) -> Stager:
         """The plan by which this rank stages, for which the thread that trains may be waiting."""
         structure = pipeline.agreed.structure
         if not task.agreed.done():
@@ -189,7 +189,7 @@ class Beside:
 
     # -- write, by this rank's writer ----------------------------------------------------------------------------------
 
-    def _share(self, task: Task, pipeline: Pipeline) -> Share:
+    def _share(self, task: SaveTask, pipeline: Pipeline) -> Share:
         """With all that this rank's writer has to know, once this rank sees the draft. What fails from here on is not told in a
         round, and need not be."""
         store, attempt = pipeline.agreed.located.store, pipeline.opened.attempt
@@ -208,7 +208,7 @@ class Beside:
         _ = share.beside, share.encoded_values  # found out here, where it may fail
         return share
 
-    def _hand_over(self, task: Task, share: Share) -> None:
+    def _hand_over(self, task: SaveTask, share: Share) -> None:
         if task.staged.done() and (error := task.staged.exception()) is not None:
             return self.fail(task, Event.NOT_STAGED, error)
         submission = self.submit(task, StagedPortion(share, 0))
@@ -222,7 +222,7 @@ class Beside:
 
         return task.staged.add_done_callback(staged)
 
-    def submit(self, task: Task, staged: StagedPortion) -> Submission:
+    def submit(self, task: SaveTask, staged: StagedPortion) -> Submission:
         """Has a portion written that is staged, or will be by the thread that trains. Blocking while a device copies."""
         slot = task.slot
         if slot is None:
@@ -235,7 +235,7 @@ class Beside:
 
     # -- commit, by all writers ----------------------------------------------------------------------------------------
 
-    def follow(self, task: Task, submission: Submission) -> None:
+    def follow(self, task: SaveTask, submission: Submission) -> None:
         """Ties the save's outcome to this portion, which is its last, or the first that failed."""
 
         def written(future: Future[Written]) -> None:
@@ -248,7 +248,7 @@ class Beside:
         submission.future.add_done_callback(written)
         self._follow_decision(task, submission)
 
-    def _follow_decision(self, task: Task, submission: Submission) -> None:
+    def _follow_decision(self, task: SaveTask, submission: Submission) -> None:
         def committed(outcome: Committed) -> None:
             if self._go_on(task, Event.COMMITTED):
                 self._ended(task, outcome)

@@ -20,7 +20,7 @@ from elastickpt.layout.packs import Cutting
 from elastickpt.layout.placement import MIN_SPLIT_NBYTES, cuts_of
 from elastickpt.layout.references import within_limits
 from elastickpt.ranks.messages import Message
-from elastickpt.saving.placing import PLAIN, Choice
+from elastickpt.saving.placing import PLAIN, Placing
 from elastickpt.saving.structure import HeldEntry, StructureTable
 
 Attributes = tuple[tuple[str, Value], ...]
@@ -80,7 +80,7 @@ def merge(
     tables: Sequence[StructureTable],
     ranks: Sequence[tuple[int, ...]],
     *,
-    choice: Choice = PLAIN,
+    choice: Placing = PLAIN,
     versions: tuple[tuple[str, str], ...] = (),
 ) -> MergedStructure:
     """Joins distinct tables; `ranks[t]` are the ranks with table t, in order. `versions` of what writes are for people.
@@ -219,12 +219,12 @@ def _require_agreement(identity: ArrayId, found: Sequence[_Holding]) -> None:
             and (first.entry.placements, first.mesh.sizes) != (other.entry.placements, other.mesh.sizes)
         ):
             raise StructureConflict(
-                f"array {identity}: held in different ways on rank {first.ranks[0]} ({_way(first)}) "
-                f"and rank {other.ranks[0]} ({_way(other)}); contents cannot be compared, so give them different names"
+                f"array {identity}: held in different ways on rank {first.ranks[0]} ({_described(first)}) "
+                f"and rank {other.ranks[0]} ({_described(other)}); contents cannot be compared, so give them different names"
             )
 
 
-def _way(holding: _Holding) -> str:
+def _described(holding: _Holding) -> str:
     if holding.mesh is None:
         return "a plain tensor"
     return f"{', '.join(holding.entry.placements)} on mesh {holding.mesh.name} {holding.mesh.sizes}"
@@ -243,7 +243,7 @@ def _cutting(holding: _Holding, *, replicas: int) -> tuple[Cutting, int]:
     plain tensor."""
     entry = holding.entry
     if holding.mesh is not None:
-        replicas = prod(size for size, way in zip(holding.mesh.sizes, entry.placements, strict=True) if way == "R")
+        replicas = prod(size for size, placement in zip(holding.mesh.sizes, entry.placements, strict=True) if placement == "R")
     whole, itemsize = Box.whole(entry.spec.shape), entry.spec.type.itemsize
     cutting = Cutting.of(entry.spec.shape, itemsize, holding.mesh, entry.placements, whole)
     return cutting, replicas if entry.role == "parameter" else 1
@@ -265,7 +265,7 @@ def _file_parts(holding: _Holding, *, replicas: int) -> int:
     """The most pairs of a chunk file of an array and a rank that writes into it, in placement plain."""
     spec, shards, grid = holding.entry.spec, 1, _grid(holding)
     if holding.mesh is not None:
-        split = [size for size, way in zip(holding.mesh.sizes, holding.entry.placements, strict=True) if way != "R"]
+        split = [size for size, placement in zip(holding.mesh.sizes, holding.entry.placements, strict=True) if placement != "R"]
         shards, replicas = prod(split), prod(holding.mesh.sizes) // max(1, prod(split))
     shared_out = holding.entry.role == "parameter" and spec.nbytes >= shards * MIN_SPLIT_NBYTES
     chunks = prod(-(-extent // cut) for extent, cut in zip(spec.shape, grid, strict=True) if cut)

@@ -18,7 +18,7 @@ Rule = Literal["plain", "packed", "by number"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Placing:
     """By which rule the placement follows: "by number" of the pairs of a writer and a file. `why`: of packs that nobody asked
     for."""
 
@@ -36,10 +36,10 @@ class Choice:
         return f"placement 'packed', as {self.why}" if self.why else ""
 
 
-PLAIN = Choice("plain")
+PLAIN = Placing("plain")
 
 
-def choose(asked: PlacementChoice, store: Store, *, ranks: int, hosts: int) -> Choice:
+def choose(asked: PlacementChoice, store: Store, *, ranks: int, hosts: int) -> Placing:
     """The rule for a save by so many ranks on so many hosts. Raises PlacementUnsupported where there is none."""
     able = store.capabilities
     if not able.no_replace_rename:
@@ -49,15 +49,15 @@ def choose(asked: PlacementChoice, store: Store, *, ranks: int, hosts: int) -> C
         )
     against = _against_plain(store, ranks=ranks, hosts=hosts)
     if asked == "packed":
-        return Choice("packed")
+        return Placing("packed")
     if asked == "auto":
         why = against or _against_auto(store)
         if why:
-            return Choice("packed", f"{store.url}: {why}")
-        return Choice("by number")
+            return Placing("packed", f"{store.url}: {why}")
+        return Placing("by number")
     if against:
         raise PlacementUnsupported(f"{store.url}: {against}; choose placement 'packed'")
-    return Choice("plain")
+    return Placing("plain")
 
 
 def _against_auto(store: Store) -> str:

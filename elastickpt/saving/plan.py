@@ -89,15 +89,15 @@ def records_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray]) -> tu
 
 def replicas_of(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[tuple[int, ...], ...]:
     """For each array the ranks that hold the same box of it as `rank`, itself among them, as it is known on all of them."""
-    ways: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
+    groups_by_layout: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
     groups = []
     for array, fact in zip(held, shared, strict=True):
         group = fact.group
         if array.mesh is not None:
-            way = (array.mesh, array.placements)
-            if way not in ways:
-                ways[way] = replica_ranks(array.mesh, array.placements, rank)
-            group = ways[way]
+            laid = (array.mesh, array.placements)
+            if laid not in groups_by_layout:
+                groups_by_layout[laid] = replica_ranks(array.mesh, array.placements, rank)
+            group = groups_by_layout[laid]
         groups.append(group)
     return tuple(groups)
 

@@ -32,7 +32,7 @@ from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.save_states import Event
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN, propose
-from elastickpt.saving.task import SaveHandle, Task, Times, info_of
+from elastickpt.saving.task import SaveHandle, SaveTask, Times, info_of
 from elastickpt.saving.writer_pool import WriterPool
 from elastickpt.saving.yard import Yard
 from elastickpt.training.device import DeviceCopier, StepGate
@@ -71,7 +71,7 @@ class Saver:
         self._beside = Beside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
         self._rounds = Worker("elastickpt-rounds")
         self._endings = Worker("elastickpt-endings")
-        self._open: set[Task] = set()
+        self._open: set[SaveTask] = set()
         self._changed = threading.Condition()
         self._closed = False
         self._asks = False
@@ -103,7 +103,7 @@ class Saver:
         if self._closed or os.getpid() != self._owner:
             raise Refused("this saver was closed" if self._closed else "a saver belongs to the process that made it")
         self._saves += 1
-        task = Task(SaveHandle(destination.place), destination, request, Times(time.perf_counter()), self._saves)
+        task = SaveTask(SaveHandle(destination.place), destination, request, Times(time.perf_counter()), self._saves)
         with self._changed:
             self._open.add(task)
         left = False
@@ -158,7 +158,7 @@ class Saver:
         self._still_open(None)
         self._end_all(time.monotonic())
 
-    def _still_open(self, limit_s: float | None) -> list[Task]:
+    def _still_open(self, limit_s: float | None) -> list[SaveTask]:
         """The saves that have not ended within the limit, if there is one. Blocking."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open, limit_s)
@@ -175,7 +175,7 @@ class Saver:
 
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
-    def _prepare(self, task: Task, state: Mapping[str, object], mesh: DeviceMesh | None) -> Callable[[], None]:
+    def _prepare(self, task: SaveTask, state: Mapping[str, object], mesh: DeviceMesh | None) -> Callable[[], None]:
         """Captures, and stages by a plan that is known; returns what is left to do once the rounds have begun. What fails is
         left to the rounds, in which all ranks learn of it."""
         try:
@@ -209,7 +209,7 @@ class Saver:
         takes longer to copy than the ranks to agree."""
         return self._options.executor == "process" and prepared.arena_nbytes >= MEANWHILE_NBYTES
 
-    def _stage_meanwhile(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+    def _stage_meanwhile(self, task: SaveTask, slot: Slot, arrays: Sequence[HeldArray]) -> None:
         """Copies, and says on the way how far. What fails is said by the writer, as the attempt may be open by now."""
         try:
             slot.stage(0, arrays)
@@ -219,7 +219,7 @@ class Saver:
             task.times.staged = time.perf_counter()
             task.staged.set_result(None)
 
-    def _require_decisions(self, task: Task) -> None:
+    def _require_decisions(self, task: SaveTask) -> None:
         """Storage that takes bytes and decides nothing must not be filled with drafts. Raises SaveSkipped. [SAVE-101]"""
         with self._changed:
             waiting = len(self._open - {task})
@@ -228,13 +228,13 @@ class Saver:
                 f"{waiting} earlier saves are under way and not decided yet; save less often, or look at the storage"
             )
 
-    def _stage(self, task: Task, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+    def _stage(self, task: SaveTask, slot: Slot, arrays: Sequence[HeldArray]) -> None:
         task.copies = copies = slot.stage(0, arrays)
         if copies is not None:
             self._gate.close_for(copies, until=task.handle.done)
             task.handle.staging(copies.wait)
 
-    def _stage_together(self, task: Task, arrays: Sequence[HeldArray]) -> None:
+    def _stage_together(self, task: SaveTask, arrays: Sequence[HeldArray]) -> None:
         """Waits until the ranks have agreed; then stages, or all portions but the last are also written before this returns.
 
         Where they take longer than training may wait, this rank gives the save up, and all ranks skip it. [SAVE-104]
@@ -259,7 +259,7 @@ class Saver:
             if len(stager.prepared.portions) > 1:
                 self._stage_open(task, stager, arrays)
 
-    def _stage_open(self, task: Task, stager: Stager, arrays: Sequence[HeldArray]) -> None:
+    def _stage_open(self, task: SaveTask, stager: Stager, arrays: Sequence[HeldArray]) -> None:
         """Stages all portions once the attempt is open, which nobody else hands to the writer."""
         try:
             share = self._of_the_others(task.open)
@@ -280,11 +280,11 @@ class Saver:
             raise SaveSkipped(f"the ranks did not agree within {limit_s:g} s, for which training would have had to wait")
         return None if found.exception() is not None else found.result()
 
-    def _withdraw(self, task: Task, opened: Future[Share], error: BaseException) -> None:
+    def _withdraw(self, task: SaveTask, opened: Future[Share], error: BaseException) -> None:
         if opened.exception() is None:
             self._beside.fail(task, Event.NOT_STAGED, error)
 
-    def _stage_portions(self, task: Task, share: Share, stager: Stager, arrays: Sequence[HeldArray]) -> None:
+    def _stage_portions(self, task: SaveTask, share: Share, stager: Stager, arrays: Sequence[HeldArray]) -> None:
         prepared, slot, checksums = share.prepared, task.slot, b""
         last, submission = len(prepared.portions) - 1, None
         words = (task.handle.path, last + 1, prepared.arena_nbytes)
@@ -308,11 +308,11 @@ class Saver:
 
     # -- on other threads ----------------------------------------------------------------------------------------------
 
-    def _ended(self, task: Task, outcome: Committed | BaseException) -> None:
+    def _ended(self, task: SaveTask, outcome: Committed | BaseException) -> None:
         at = time.perf_counter()
         self._endings.put(lambda: self._end(task, outcome, at))
 
-    def _end(self, task: Task, outcome: Committed | BaseException, at: float) -> None:
+    def _end(self, task: SaveTask, outcome: Committed | BaseException, at: float) -> None:
         if task.attempt is not None:
             ended(task.attempt.draft)
         with self._changed:
@@ -330,14 +330,14 @@ class Saver:
             self._changed.notify_all()
 
 
-def _meeting(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[Task], Team], Callable[[], None]]:
+def _meeting(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[SaveTask], Team], Callable[[], None]]:
     """The team of these savers, in the call that a save is, and its end. They hold no process group, so that one that is gone
     takes its savers along. All ranks make as many saves: one that is behind is told so."""
     rank, ranks = group.rank, group.ranks
     handle = None if group.handle is None else weakref.ref(group.handle)
     limit_s = group.timeout_s
 
-    def meet(task: Task) -> Team:
+    def meet(task: SaveTask) -> Team:
         live = None if handle is None else handle()
         if handle is not None and live is None:
             raise Refused("the process group of this save is gone")

@@ -1,5 +1,5 @@
-"""One save beside training: a `SaveHandle` as its caller has it, and a `Task` as the thread that trains and the one that works
-beside it both see it.
+"""One save beside training: a `SaveHandle` as its caller has it, and a `SaveTask` as the thread that trains and the one that
+works beside it both see it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Times:
 
 
 @dataclass(slots=True, eq=False)
-class Task:
+class SaveTask:
     """What the training thread leaves: a proposal, or the failure with which this rank takes part; and, if it knew the plan,
     the slot where it has staged by it, or is just doing so. Else it waits for `agreed` and stages then: `staged` runs while
     it copies, and ends when it has."""
@@ -206,7 +206,7 @@ class Task:
                 future.set_exception(error)
 
 
-def info_of(task: Task, outcome: Committed, at: float) -> CheckpointInfo:
+def info_of(task: SaveTask, outcome: Committed, at: float) -> CheckpointInfo:
     """Its one line in the log, and what its handle returns; `at` is when it was known to be committed."""
     times, pipeline = task.times, task.pipeline
     if pipeline is None:

@@ -23,7 +23,7 @@ from elastickpt.training.held import HeldArray
 from elastickpt.training.held_states import hold_state
 from elastickpt.training.held_trees import own_holders
 from elastickpt.training.parallel import mesh_of
-from elastickpt.training.parameters import Lying, Member
+from elastickpt.training.parameters import Lying, OwnedParameter
 
 RUN_ONE_STEP = "run one step before loading"
 
@@ -163,9 +163,9 @@ def fill_own(binder: Binder, found: ArrayReference, live: torch.Tensor, *, where
         binder.fill(held)
 
 
-def like_parameter(binder: Binder, member: Member, id_: ArrayId) -> torch.Tensor:
+def like_parameter(binder: Binder, param: OwnedParameter, id_: ArrayId) -> torch.Tensor:
     """An uninitialised plain state for an array, beside a parameter; its axes lie as they lay. [UCF-107]"""
-    parameter, parts = member.parameter, placed(member.parameter)
+    parameter, parts = param.parameter, placed(param.parameter)
     shape, dtype, order = shape_and_dtype(binder, id_)
     device = parameter.device if parts is None else parts.local.device
     if tuple(parameter.shape) != shape:
@@ -190,10 +190,10 @@ def replicated_as(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(whole, parts.device_mesh, [Replicate() for _ in parts.placements], run_check=False)
 
 
-def composite_state(binder: Binder, member: Member, id_: ArrayId, saved: Saved) -> torch.Tensor | None:
+def composite_state(binder: Binder, param: OwnedParameter, id_: ArrayId, saved: Saved) -> torch.Tensor | None:
     """A composite state, to be filled: whole, or of this rank's rows as its class cuts them. None, and a mismatch, where it
     cannot be made."""
-    parameter, lying = member.parameter, member.lying
+    parameter, lying = param.parameter, param.lying
     parts = placed(parameter)
     if parts is None or lying is None:
         return composite_anew(binder, id_, saved, device=parameter.device)
@@ -205,7 +205,7 @@ def composite_state(binder: Binder, member: Member, id_: ArrayId, saved: Saved) 
     except NotMade as reason:
         not_made(binder, id_, saved, reason)
         return None
-    held = hold_state(id_, found, member=member, job=binder.job)
+    held = hold_state(id_, found, param=param, job=binder.job)
     for one in held or hold_for_loading(id_, found, job=binder.job) or ():
         binder.fill(one)
     return found

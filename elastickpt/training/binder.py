@@ -11,11 +11,11 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import SPARSE, composition_in, differing, require_indices
-from elastickpt.training.dtensors import Job, whole_id
+from elastickpt.training.dtensors import JobView, whole_id
 from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
-from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, Names
+from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, SavedNames
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import Continuation
 from elastickpt.training.trees import mapped
@@ -30,9 +30,9 @@ class Binder:
     """
 
     listing: Listing
-    job: Job
+    job: JobView
     identities: Identities
-    names: Names
+    names: SavedNames
     targets: list[HeldArray] = field(default_factory=list)
     ties: list[tuple[HeldArray, ArrayId]] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)

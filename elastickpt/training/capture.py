@@ -16,7 +16,7 @@ from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Job, placed
+from elastickpt.training.dtensors import JobView, placed
 from elastickpt.training.entries import code_of, elements, entry_name
 from elastickpt.training.held import HeldArray, LiveState, remembering
 from elastickpt.training.held_trees import PerRank, hold_own, hold_tree, is_stateful
@@ -40,7 +40,7 @@ def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared
     """
     kinds = kinds_of(state)
     with remembering((rank, world_size, declared, tuple(kinds.items()))) as memo:
-        gathering = _Gathering(state, kinds, Job(rank, world_size, declared, memo))
+        gathering = _Gathering(state, kinds, JobView(rank, world_size, declared, memo))
         gathering.models()
         gathering.values_of_the_user()
         gathering.optimizers()
@@ -62,7 +62,7 @@ class _Gathering:
 
     state: Mapping[str, Any]
     kinds: Mapping[str, Kind]
-    job: Job
+    job: JobView
     identities: Identities = field(default_factory=Identities)
     arrays: list[HeldArray] = field(default_factory=list)
     items: dict[str, Item] = field(default_factory=dict)

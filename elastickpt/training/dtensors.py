@@ -31,7 +31,7 @@ _DTENSOR = ("torch.distributed.tensor", "DTensor")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobView:
     """This process in its job: global rank, number of ranks, and the mesh, if any, that repeats plain tensors.
 
     `memo` spares captures of one state after another most of their work; None does all of it.
@@ -62,7 +62,7 @@ class Placed:
     placements: tuple[Any, ...]
 
 
-def holders_of(job: Job, *, data_parallel: Sequence[int] = (), kept: Kept = "equal") -> Holders:
+def holders_of(job: JobView, *, data_parallel: Sequence[int] = (), kept: Kept = "equal") -> Holders:
     """Who holds this rank's plain tensors: DDP's group, the declared mesh, both together, or it is not known. `kept`:
     what keeps those of data parallel ranks equal."""
     ranks = set(data_parallel)
@@ -92,7 +92,7 @@ def placed(tensor: torch.Tensor) -> Placed | None:
     return Placed(local, tuple(spec.shape), spec.mesh, tuple(spec.placements))
 
 
-def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders: Holders) -> tuple[HeldArray, ...]:
+def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: JobView, holders: Holders) -> tuple[HeldArray, ...]:
     """What this rank holds of `tensor`: one array; several for a composite tensor; none on a rank outside its mesh.
 
     The held tensors share memory with `tensor`. `holders` counts for plain tensors; a DTensor gets from it the axes of
@@ -134,7 +134,7 @@ def parts_of_spec(spec: object) -> tuple[object, ...]:
     return () if spec is None else (spec.mesh, spec.placements, spec.tensor_meta)  # type: ignore[attr-defined]
 
 
-def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: Job, holders: Holders) -> tuple[HeldArray, ...]:
+def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: JobView, holders: Holders) -> tuple[HeldArray, ...]:
     tensor = settled(tensor)
     parts = placed(tensor)
     if parts is None:
@@ -167,7 +167,7 @@ def box_of(parts: Placed) -> Box:
     return physical_box(parts.shape, sizes=sizes, coordinate=parts.device_mesh.get_coordinate() or (), placements=placements)
 
 
-def has_place(tensor: torch.Tensor, *, job: Job) -> bool:
+def has_place(tensor: torch.Tensor, *, job: JobView) -> bool:
     """Whether the parts of a DTensor have a place in the whole: of a plain one they have, of a composite one its class says."""
     parts = placed(settled(tensor))
     if parts is None or not is_composite(parts.local):
@@ -200,7 +200,7 @@ def _cuts(parts: Placed, placements: Sequence[str], sizes: Sequence[int]) -> Map
     return None if cuts is None or not is_even(parts) else cuts.by_path
 
 
-def hold_for_loading(array: ArrayId, tensor: torch.Tensor, *, job: Job) -> tuple[HeldArray, ...] | None:
+def hold_for_loading(array: ArrayId, tensor: torch.Tensor, *, job: JobView) -> tuple[HeldArray, ...] | None:
     """The parts of a composite DTensor as targets, also where ranks hold unevenly many rows; None where its class does not say
     how they are cut."""
     parts = placed(settled(tensor))
@@ -236,7 +236,9 @@ def _hold_parts(
         spec = ArraySpec(part_id(array, path), (*shape, *elements.tail), elements.dtype)
         found = (spec, _with_tail(own, elements.tail), elements.tensor)
         attributes = (*attributes_of(composition, path), *elements.attributes)
-        if cuts[path] == "fixed" and any(size > 1 and way != "R" for size, way in zip(mesh.sizes, placements, strict=True)):
+        if cuts[path] == "fixed" and any(
+            size > 1 and placement != "R" for size, placement in zip(mesh.sizes, placements, strict=True)
+        ):
             yield HeldArray(*found, "other", "undeclared", attributes=attributes, order=elements.order)
         else:
             yield HeldArray(*found, role, "placed", mesh, placements, attributes=attributes, order=elements.order)

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import Job, Placed, has_place, hold, is_even, memorable, parts_of_spec, placed
+from elastickpt.training.dtensors import JobView, Placed, has_place, hold, is_even, memorable, parts_of_spec, placed
 from elastickpt.training.elements import elements_of, settled
 from elastickpt.training.held import HeldArray, Seen
-from elastickpt.training.parameters import Lying, Member
+from elastickpt.training.parameters import Lying, OwnedParameter
 
 
 def local_scalar(tensor: torch.Tensor) -> torch.Tensor:
@@ -27,36 +27,38 @@ def local_scalar(tensor: torch.Tensor) -> torch.Tensor:
     return parts.local
 
 
-def hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job) -> tuple[HeldArray, ...] | None:
+def hold_state(id_: ArrayId, tensor: torch.Tensor, *, param: OwnedParameter, job: JobView) -> tuple[HeldArray, ...] | None:
     """What this rank holds of a state; None when it is this rank's own, with no place in the whole.
 
     A DTensor has its own shape and place. A plain tensor has its parameter's, if it has the shape of the local shard;
     on a parameter that is not sharded it is whole, whatever its shape.
     """
-    lying = member.lying
+    lying = param.lying
     if lying is None:
         return ()
     memo, plain = job.memo, None if job.memo is None else memorable(tensor)
     if memo is None or plain is None:
-        return _hold_state(id_, tensor, member=member, job=job, lying=lying)
+        return _hold_state(id_, tensor, param=param, job=job, lying=lying)
     local, spec = plain
     cause = (lying.held.spec, spec, *parts_of_spec(spec))  # the parameter's spec is an object of its own: it says how that lies
     if (again := memo.find(tensor, local, id_, "parameter", cause)) is not None:
         return (again,)
-    found = _hold_state(id_, tensor, member=member, job=job, lying=lying)
+    found = _hold_state(id_, tensor, param=param, job=job, lying=lying)
     if found is not None and len(found) == 1:
         memo.put(tensor, Seen.of(found[0], local, role="parameter", cause=cause))
     return found
 
 
-def _hold_state(id_: ArrayId, tensor: torch.Tensor, *, member: Member, job: Job, lying: Lying) -> tuple[HeldArray, ...] | None:
+def _hold_state(
+    id_: ArrayId, tensor: torch.Tensor, *, param: OwnedParameter, job: JobView, lying: Lying
+) -> tuple[HeldArray, ...] | None:
     tensor = settled(tensor)
     parts = placed(tensor)
     local = tensor if parts is None else parts.local
     if is_composite(local) or (parts is not None and not _same_place(parts, lying.own)):
         if (parts is None and lying.sharded) or not has_place(tensor, job=job):
             return None
-        return hold(id_, tensor, role="parameter", job=job, holders=member.known.holders)
+        return hold(id_, tensor, role="parameter", job=job, holders=param.known.holders)
     if tuple(local.shape) == lying.box.shape or lying.box.count == 0 == local.numel():
         return (_beside(id_, local, lying.held, box=lying.box, shape=lying.shape),)
     if lying.sharded:

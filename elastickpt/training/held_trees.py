@@ -24,7 +24,7 @@ from elastickpt.format.arrays import DTYPES, ArrayId
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import Holders, Job, hold, placed
+from elastickpt.training.dtensors import Holders, JobView, hold, placed
 from elastickpt.training.elements import tensor_over
 from elastickpt.training.held import HeldArray
 from elastickpt.training.modules import hold_tensor
@@ -91,12 +91,12 @@ def as_tensor(value: object) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else tensor_over(value)  # type: ignore[arg-type]
 
 
-def own_holders(job: Job) -> Holders:
+def own_holders(job: JobView) -> Holders:
     """Nobody but this rank."""
     return Holders("declared", (job.rank,))
 
 
-def hold_own(item: str, value: object, *, place: str, job: Job) -> tuple[Value, Sequence[HeldArray]]:
+def hold_own(item: str, value: object, *, place: str, job: JobView) -> tuple[Value, Sequence[HeldArray]]:
     """A rank's own value, which stands at `place` below `item`, and the arrays beside it.
 
     Raises ValueNotCarried with the place.
@@ -139,7 +139,9 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def hold_tree(item: str, value: object, *, place: str, job: Job, identities: Identities) -> tuple[Value, tuple[HeldArray, ...]]:
+def hold_tree(
+    item: str, value: object, *, place: str, job: JobView, identities: Identities
+) -> tuple[Value, tuple[HeldArray, ...]]:
     """The tree of `value`, which stands at `place` below `item`, and its tensors.
 
     Raises ValueNotCarried with the places of all that no checkpoint can hold.

@@ -20,8 +20,8 @@ import torch
 from elastickpt.training.composites import leaves_of
 from elastickpt.training.dtensors import placed
 from elastickpt.training.elements import settled
-from elastickpt.training.optimizer_parts import Part
-from elastickpt.training.parameters import Member, states_of
+from elastickpt.training.optimizer_parts import OptimizerPart
+from elastickpt.training.parameters import OwnedParameter, states_of
 
 Span = tuple[str, int, int]  # device, first byte, byte behind the last one
 
@@ -98,7 +98,7 @@ Path = tuple[Any, ...]
 _NOTHING = object()
 
 
-class Known:
+class CarriedTensors:
     """Tensors that are carried already."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -122,27 +122,29 @@ class Computed:
         self._again: object = _NOTHING
         self._found: dict[tuple[Path, object], bool] = {}
 
-    def __call__(self, path: Path, key: object, state: object, entry: object, part: Part, member: Member) -> bool:
+    def __call__(
+        self, path: Path, key: object, state: object, entry: object, part: OptimizerPart, param: OwnedParameter
+    ) -> bool:
         """`path`, `key` and `state` are where the entry stands; one answer counts for all parameters."""
         if (path, state) not in self._found:
-            self._found[path, state] = self._asked((*path, key, state), entry, part, member)
+            self._found[path, state] = self._asked((*path, key, state), entry, part, param)
         return self._found[path, state]
 
-    def _asked(self, where: Path, entry: object, part: Part, member: Member) -> bool:
+    def _asked(self, where: Path, entry: object, part: OptimizerPart, param: OwnedParameter) -> bool:
         if self._again is _NOTHING:
             self._again = self._state_dict()
         before = _at(self._again, where)
         memories = [spans_of(one) for one in tensors_in(entry)]
         if memories and memories == [spans_of(one) for one in tensors_in(before)]:
             return False
-        states, kept = states_of(part.optimizer), states_of(part.optimizer)[member.parameter]
-        states[member.parameter] = {key: _other(value) for key, value in kept.items()}
+        states, kept = states_of(part.optimizer), states_of(part.optimizer)[param.parameter]
+        states[param.parameter] = {key: _other(value) for key, value in kept.items()}
         try:
             after = _at(self._state_dict(), where)
         except Exception:  # its own code, on states that make no sense: then nothing is known, and the entry is carried
             return False
         finally:
-            states[member.parameter] = kept
+            states[param.parameter] = kept
         return not _alike(before, after)
 
 

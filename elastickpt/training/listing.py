@@ -133,7 +133,7 @@ def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[
             yield Mismatch(place, "unexpected", "nothing", "a value", "in the checkpoint")
 
 
-class Names:
+class SavedNames:
     """Finds what this process calls (item, FQN) in a checkpoint that may have stored it under another tied name."""
 
     def __init__(self, listing: Listing, live_tied: Iterable[tuple[tuple[str, str], ...]]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Item
-from elastickpt.training.dtensors import Job, hold, holders_of
+from elastickpt.training.dtensors import JobView, hold, holders_of
 from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import below, covering
 from elastickpt.training.held import HeldArray
@@ -78,7 +78,7 @@ class ExtraState:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class ModulePart:
     """One module of an item: `names` are its canonical names, tied ones included, to the tensor that stands there.
 
     `entries` are what its own state dict has beyond these; `loaders` its modules that load by themselves, by name, with the
@@ -99,7 +99,7 @@ class HeldModule:
     """
 
     item: Item
-    parts: tuple[Part, ...]
+    parts: tuple[ModulePart, ...]
     arrays: tuple[HeldArray, ...]
     extra_states: tuple[ExtraState, ...]
     names: Mapping[str, torch.Tensor]
@@ -122,7 +122,7 @@ def is_model(value: object) -> bool:
     return isinstance(value, nn.Module) or is_stage(value)
 
 
-def hold_module(item: str, model: object, *, job: Job, identities: Identities) -> HeldModule:
+def hold_module(item: str, model: object, *, job: JobView, identities: Identities) -> HeldModule:
     """What this rank holds of the model under `item`; runs training code only where modules save by themselves (their own
     state dicts and hooks), before what they register is looked at.
 
@@ -147,14 +147,14 @@ def hold_module(item: str, model: object, *, job: Job, identities: Identities) -
 class _Holding:
     """One walk over all parts of an item."""
 
-    def __init__(self, item: str, modules: Sequence[nn.Module], job: Job, identities: Identities) -> None:
+    def __init__(self, item: str, modules: Sequence[nn.Module], job: JobView, identities: Identities) -> None:
         self.names: dict[str, torch.Tensor] = {}
         self.arrays: list[HeldArray] = []
         self.extra: dict[str, nn.Module] = {}
         self._item, self._modules, self._job, self._identities = item, modules, job, identities
         self._origin: dict[str, int] = {}
 
-    def part(self, index: int) -> Part:
+    def part(self, index: int) -> ModulePart:
         module = self._modules[index]
         sharded = sharded_parameters(module)
         trained_on = sharding_ranks(module, world_size=self._job.world_size) if sharded else {}
@@ -175,9 +175,9 @@ class _Holding:
                 registered.gathered[found.name] = found.tensor
             self._tensor(found, tensor, index, trained_on.get(id(found.owner), ()) if found.role == "buffer" else ())
         entries = tuple(entry for one in said for entry in beyond(one, registered))
-        return Part(module, registered.tensors, entries, loaders)
+        return ModulePart(module, registered.tensors, entries, loaders)
 
-    def trained(self, index: int) -> Part:
+    def trained(self, index: int) -> ModulePart:
         """The parameters that require gradients, and nothing else; no code of the modules runs."""
         module, own = self._modules[index], dict[str, torch.Tensor]()
         sharded = sharded_parameters(module)
@@ -187,7 +187,7 @@ class _Holding:
                 if tensor.requires_grad:
                     own[found.name] = tensor
                     self._tensor(found, tensor, index, ())
-        return Part(module, own, (), {})
+        return ModulePart(module, own, (), {})
 
     def _tensor(self, found: NamedTensor, tensor: torch.Tensor, index: int, trained_on: tuple[int, ...]) -> None:
         if found.name not in self.names:
@@ -198,7 +198,7 @@ class _Holding:
 
 
 def _hold_once(
-    item: str, found: NamedTensor, tensor: torch.Tensor, job: Job, identities: Identities, trained_on: tuple[int, ...]
+    item: str, found: NamedTensor, tensor: torch.Tensor, job: JobView, identities: Identities, trained_on: tuple[int, ...]
 ) -> tuple[HeldArray, ...]:
     if identities.find(tensor) is not None:
         identities.alias(tensor, item, found.name)
@@ -214,7 +214,7 @@ def _hold_once(
     return held
 
 
-def hold_tensor(item: str, name: str, tensor: torch.Tensor, *, job: Job, identities: Identities) -> tuple[HeldArray, ...]:
+def hold_tensor(item: str, name: str, tensor: torch.Tensor, *, job: JobView, identities: Identities) -> tuple[HeldArray, ...]:
     """What this rank holds of a tensor elsewhere in `state`; `name`: its JSON pointer below `item`, no first slash.
 
     () for a tensor that is known already under another name, which is recorded as a tie.

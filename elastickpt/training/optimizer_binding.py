@@ -25,9 +25,9 @@ from elastickpt.training.groups import bind_groups
 from elastickpt.training.optimizer_columns import ENTRIES, PART, PER_RANK
 from elastickpt.training.optimizer_entries import Keys, entry_place
 from elastickpt.training.optimizer_loading import containers_copied, load_own, packed
-from elastickpt.training.optimizer_parts import Part, Prefix, parts_of
+from elastickpt.training.optimizer_parts import OptimizerPart, Prefix, parts_of
 from elastickpt.training.optimizers import Beside, entries_of
-from elastickpt.training.parameters import Member, groups_of, states_of
+from elastickpt.training.parameters import OwnedParameter, groups_of, states_of
 from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
 from elastickpt.training.tables import TableView
 from elastickpt.training.tree_binding import bind_tree
@@ -56,35 +56,35 @@ class BoundOptimizer:
         others = tuple(f"{path}." for path in prefixed)
         self.options = {part.path: Prefix(*_text(part.path, prefixed, others)) for part in self.parts}
 
-    def part_of(self, optimizer: object) -> Part | None:
+    def part_of(self, optimizer: object) -> OptimizerPart | None:
         """The part that an optimizer is, or whose states it gives as its own."""
         return next((part for part in self.parts if optimizer in (part.optimizer, *part.delegates)), None)
 
-    def has_options(self, part: Part) -> bool:
+    def has_options(self, part: OptimizerPart) -> bool:
         """Whether the options that the checkpoint has for the part's parameters are its own, and no later part's."""
         if not part.own_groups or self.options[part.path].text:
             return part.own_groups
         after = self.parts[self.parts.index(part) + 1 :]
         others = (other for other in after if other.own_groups and not self.options[other.path].text)
-        own = {id(member.parameter) for member in part.members}
-        return not any(id(member.parameter) in own for other in others for member in other.members)
+        own = {id(param.parameter) for param in part.params}
+        return not any(id(param.parameter) in own for other in others for param in other.params)
 
-    def saved_name(self, member: Member) -> Name | None:
+    def saved_name(self, param: OwnedParameter) -> Name | None:
         """The name, its own or a tied one, under which the checkpoint's table has this parameter."""
-        names = self._binder.names.candidates(*member.name)
+        names = self._binder.names.candidates(*param.name)
         return next((name for name in names if self.view is not None and self.view.has(name)), None)
 
-    def saved_groups(self, part: Part) -> list[list[Name]]:
+    def saved_groups(self, part: OptimizerPart) -> list[list[Name]]:
         """For each live group of a part, the names of its parameters in the checkpoint's table."""
         found: list[list[Name]] = [[] for _ in groups_of(part.optimizer)]
-        for member in part.members:
-            if (name := self.saved_name(member)) is not None:
-                found[member.group].append(name)
+        for param in part.params:
+            if (name := self.saved_name(param)) is not None:
+                found[param.group].append(name)
         return found
 
-    def saved_states(self, part: Part, member: Member, name: Name) -> SavedStates:
+    def saved_states(self, part: OptimizerPart, param: OwnedParameter, name: Name) -> SavedStates:
         """What the checkpoint has of a parameter for this part's own states."""
-        having = [one.path for one in self.parts if any(each.parameter is member.parameter for each in one.members)]
+        having = [one.path for one in self.parts if any(each.parameter is param.parameter for each in one.params)]
         fields = {} if self.view is None else self.view.of("scalar", name)
         unnamed = fields.get(PART, having[0])
         others = tuple(f"{path}." for path in having if path != unnamed)
@@ -125,7 +125,7 @@ def bind_optimizer(binder: Binder, item: str, entry: object, beside: Beside) -> 
     binder.places.add(place)
     bound = BoundOptimizer(binder, item, entry, beside)
     if bound.view is None:
-        count = len({id(member.parameter) for part in bound.parts for member in part.members})
+        count = len({id(param.parameter) for part in bound.parts for param in part.params})
         binder.missing(place, f"the state of {type_name(entry)} over {count} parameters")
         return bound
     saved, now = next((one.type for one in binder.listing.items if one.name == item), ""), type_name(entry)
@@ -145,16 +145,16 @@ def _text(path: str, prefixed: set[str], others: tuple[str, ...]) -> tuple[str, 
     return (f"{path}.", ()) if path in prefixed else ("", others)
 
 
-def _bind_part(binder: Binder, bound: BoundOptimizer, part: Part) -> None:
+def _bind_part(binder: Binder, bound: BoundOptimizer, part: OptimizerPart) -> None:
     place, groups = place_of(bound.item), groups_of(part.optimizer)
     assert bound.view is not None
-    for member in part.members:
-        name = bound.saved_name(member)
+    for param in part.params:
+        name = bound.saved_name(param)
         if name is None:
-            binder.missing(place + place_of("state", *member.name), "a parameter of this optimizer")
+            binder.missing(place + place_of("state", *param.name), "a parameter of this optimizer")
         else:
-            saved = bound.saved_states(part, member, name)
-            ParameterStates(binder, bound.item, member, saved, states_of(part.optimizer), groups[member.group]).bind()
+            saved = bound.saved_states(part, param, name)
+            ParameterStates(binder, bound.item, param, saved, states_of(part.optimizer), groups[param.group]).bind()
     if isinstance(part.optimizer, Optimizer):
         binder.installs.append(partial(_with_own_numbers, part.optimizer))
     if bound.has_options(part):
@@ -176,7 +176,7 @@ def _with_own_numbers(optimizer: Optimizer) -> None:
         optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
-def _bind_values(binder: Binder, bound: BoundOptimizer, part: Part) -> None:
+def _bind_values(binder: Binder, bound: BoundOptimizer, part: OptimizerPart) -> None:
     """State that belongs to no parameter."""
     item, states = bound.item, states_of(part.optimizer)
     others = tuple(f"{other.path}." for other in bound.parts[1:])
@@ -229,7 +229,7 @@ class _OwnWay:
         self._root = root
         self._parts = [part for part in bound.parts if part.root_path == path]
         self._at: list[tuple[list[Any], object]] = []
-        self._made: list[tuple[dict[str, Any], Part, dict[Any, Any]]] = []
+        self._made: list[tuple[dict[str, Any], OptimizerPart, dict[Any, Any]]] = []
         self._complete = False
 
     def bind(self) -> None:
@@ -238,16 +238,16 @@ class _OwnWay:
         self._binder.places.add(place_of(self._bound.item, ENTRIES))
         self._complete = saved is not None
         live = state_dict_of(self._bound.item, self._root)
-        for place, way in (saved or {}).items():
-            self._entry(str(place), way, live)
+        for place, whereabouts in (saved or {}).items():
+            self._entry(str(place), whereabouts, live)
         if saved is None:
             self._report(live)
         for part in self._parts:
             self._of_parameters(part)
         self._binder.installs.append(self._load)
 
-    def _entry(self, place: str, way: Any, live: object) -> None:
-        root_path, *path = way
+    def _entry(self, place: str, whereabouts: Any, live: object) -> None:
+        root_path, *path = whereabouts
         if root_path != self._path:
             return
         shared = self._binder.listing.values
@@ -270,23 +270,23 @@ class _OwnWay:
         for path, entry in rest.at.items():
             self._binder.missing(entry_place(self._bound.item, self._path, path), shown(entry))
         for one in rest.of_parameters:
-            self._binder.missing(place_of(self._bound.item, "state", *one.member.name, one.name), shown(one.entry))
+            self._binder.missing(place_of(self._bound.item, "state", *one.param.name, one.name), shown(one.entry))
 
-    def _of_parameters(self, part: Part) -> None:
+    def _of_parameters(self, part: OptimizerPart) -> None:
         """Makes what the state dict has of parameters; the tensors that it has now are not the object's to keep."""
         stores: dict[str, tuple[dict[str, Any], dict[Any, Any]]] = {}
-        for member in part.members:
-            name = self._bound.saved_name(member)
+        for param in part.params:
+            name = self._bound.saved_name(param)
             saved = None if name is None else self._bound.saved_in_state_dict(name)
-            for way in () if saved is None else saved.ways.values():
-                if not isinstance(way, dict) or way["part"] != part.path:
+            for whereabouts in () if saved is None else saved.all_whereabouts.values():
+                if not isinstance(whereabouts, dict) or whereabouts["part"] != part.path:
                     continue
-                _, store = stores.setdefault(repr(way), (way, {}))
-                if member.parameter not in store and saved is not None:
-                    store[member.parameter] = {}
-                    group = groups_of(part.optimizer)[member.group]
-                    ParameterStates(self._binder, self._bound.item, member, saved.only(way), store, group).create({})
-        self._made.extend((way, part, store) for way, store in stores.values())
+                _, store = stores.setdefault(repr(whereabouts), (whereabouts, {}))
+                if param.parameter not in store and saved is not None:
+                    store[param.parameter] = {}
+                    group = groups_of(part.optimizer)[param.group]
+                    ParameterStates(self._binder, self._bound.item, param, saved.only(whereabouts), store, group).create({})
+        self._made.extend((whereabouts, part, store) for whereabouts, store in stores.values())
 
     def _load(self) -> None:
         """Builds the state dict of the filled optimizer with the checkpoint's entries, and lets the optimizer load it."""
@@ -299,13 +299,13 @@ class _OwnWay:
                 _remove(state_dict, (*one.path, one.key, *(() if one.state is None else (one.state,))))
         for path, entry in self._at:
             state_dict = _put(state_dict, path, entry)
-        for way, part, store in self._made:
-            keys = Keys.of(part).keys[way["by"]]
-            for key, member in zip(keys, part.members, strict=True):
-                for entry in store.get(member.parameter, {}).values():
-                    at = member.parameter if way["by"] == "parameter" else key
-                    last = () if way["state"] is None else (way["state"],)
-                    state_dict = _put(state_dict, (*way["path"], at, *last), entry)
+        for whereabouts, part, store in self._made:
+            keys = Keys.of(part).keys[whereabouts["by"]]
+            for key, param in zip(keys, part.params, strict=True):
+                for entry in store.get(param.parameter, {}).values():
+                    at = param.parameter if whereabouts["by"] == "parameter" else key
+                    last = () if whereabouts["state"] is None else (whereabouts["state"],)
+                    state_dict = _put(state_dict, (*whereabouts["path"], at, *last), entry)
         load_own(self._bound.item, self._root, self._parts, state_dict)
 
     def _filled(self) -> Any:

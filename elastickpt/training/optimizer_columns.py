@@ -15,15 +15,15 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import Name
 from elastickpt.format.values import ArrayReference, StateReference, Value
 from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import Job, hold, holders_of, placed
+from elastickpt.training.dtensors import JobView, hold, holders_of, placed
 from elastickpt.training.elements import settled
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_states import fewest_quantised, hold_state, local_scalar, most_elements
 from elastickpt.training.held_trees import as_tensor, hold_own, hold_tree, is_large
 from elastickpt.training.known_memory import tensors_in
 from elastickpt.training.optimizer_entries import Beyond, entry_place
-from elastickpt.training.optimizer_parts import NO_OPTION, Part
-from elastickpt.training.parameters import Identities, Member, groups_of
+from elastickpt.training.optimizer_parts import NO_OPTION, OptimizerPart
+from elastickpt.training.parameters import Identities, OwnedParameter, groups_of
 from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import mapped, place_of, token
 from elastickpt.training.values import carried, carried_leaf, carried_option, scalar_values
@@ -50,7 +50,7 @@ def require_text(item: str, key: object) -> str:
 class StateColumns:
     """The states of an entry's optimizers, sorted into arrays, fields and per-rank values."""
 
-    def __init__(self, item: str, job: Job, prefix: str) -> None:
+    def __init__(self, item: str, job: JobView, prefix: str) -> None:
         self.item = item
         self.table = TableBuilder(item)
         self.rows: dict[Name, int] = {}
@@ -63,22 +63,22 @@ class StateColumns:
         self._put: dict[int, list[Container[str]]] = {}
         self._fewest: dict[int, float] = {}
 
-    def add(self, member: Member, states: Any, part: Part, prefix: str) -> None:
+    def add(self, param: OwnedParameter, states: Any, part: OptimizerPart, prefix: str) -> None:
         """All states of one parameter in a part; `prefix` stands before their names."""
-        first = member.name not in self.rows
-        row = self._row(member)
+        first = param.name not in self.rows
+        row = self._row(param)
         if states and not (first or prefix):
             self.table.put("scalar", PART, part.path, rows=(row,))
         if not isinstance(states, dict):
-            place = place_of(self.item, "state", *member.name)
+            place = place_of(self.item, "state", *param.name)
             raise ValueNotCarried(f"value {place}: a {type(states).__name__}, expected a dict of states")
         self._fewest_quantised = self._fewest_of(part.optimizer)
         put = self._put.get(row, ())
         for key, entry in states.items():
             name = prefix + require_text(self.item, key)
             if put:
-                self._require_new(member, row, name)
-            self._add(member, row, name, entry)
+                self._require_new(param, row, name)
+            self._add(param, row, name, entry)
         self._put.setdefault(row, []).append({prefix + key for key in states} if prefix else states)
         self._fewest_quantised = inf
 
@@ -87,24 +87,24 @@ class StateColumns:
             self._fewest[id(optimizer)] = fewest_quantised(optimizer)
         return self._fewest[id(optimizer)]
 
-    def _row(self, member: Member) -> int:
-        row = self.rows.get(member.name)
+    def _row(self, param: OwnedParameter) -> int:
+        row = self.rows.get(param.name)
         if row is None:
-            row = self.rows[member.name] = self.table.row(member.name)
+            row = self.rows[param.name] = self.table.row(param.name)
         return row
 
-    def _add(self, member: Member, row: int, name: str, entry: object) -> None:
+    def _add(self, param: OwnedParameter, row: int, name: str, entry: object) -> None:
         if not isinstance(entry, torch.Tensor):
-            self._add_tree(member, name, entry, row)
+            self._add_tree(param, name, entry, row)
         elif entry.ndim == 0 and not is_composite(entry):
             self._scalars.append((name, row, local_scalar(entry)))
         else:
-            self._add_tensor(member, name, entry, row)
+            self._add_tensor(param, name, entry, row)
 
-    def _require_new(self, member: Member, row: int, name: str) -> None:
+    def _require_new(self, param: OwnedParameter, row: int, name: str) -> None:
         if any(name in names for names in self._put.get(row, ())):
             raise StructureConflict(
-                f"optimizer {self.item!r}: two states of {'/'.join(member.name)} have the one name {name!r}; "
+                f"optimizer {self.item!r}: two states of {'/'.join(param.name)} have the one name {name!r}; "
                 f"give one of them another key in the optimizer's state dict"
             )
 
@@ -114,11 +114,11 @@ class StateColumns:
         values: dict[str, Value] = {}
         for root_path, rest in found.items():
             for one in rest.of_parameters:
-                row = self._row(one.member)
-                self._require_new(one.member, row, one.name)
+                row = self._row(one.param)
+                self._require_new(one.param, row, one.name)
                 self._put.setdefault(row, []).append((one.name,))
-                self._add(one.member, row, one.name, one.entry)
-                self.table.put("scalar", one.name + IN_STATE_DICT, one.way, rows=(row,))
+                self._add(one.param, row, one.name, one.entry)
+                self.table.put("scalar", one.name + IN_STATE_DICT, one.whereabouts, rows=(row,))
             for path, entry in rest.at.items():
                 place = entry_place(self.item, root_path, path)
                 if place in places:
@@ -135,14 +135,14 @@ class StateColumns:
         shared[place_of(self.item, ENTRIES)] = places
         return values
 
-    def _add_tensor(self, member: Member, name: str, entry: torch.Tensor, row: int) -> None:
+    def _add_tensor(self, param: OwnedParameter, name: str, entry: torch.Tensor, row: int) -> None:
         if not self._may_differ(entry):
-            held = hold_state(self._id(member, name), entry, member=member, job=self._job)
+            held = hold_state(self._id(param, name), entry, param=param, job=self._job)
             if held is not None:
                 self.arrays.extend(held)
                 return
         parts = placed(settled(entry))
-        self._add_own(member, name, entry if parts is None else parts.local, row, says=True if parts is None else DTENSOR)
+        self._add_own(param, name, entry if parts is None else parts.local, row, says=True if parts is None else DTENSOR)
 
     def _may_differ(self, entry: torch.Tensor) -> bool:
         """Whether one rank's part may be quantised and another's plain."""
@@ -151,16 +151,16 @@ class StateColumns:
         parts = placed(settled(entry))
         return parts is not None and not is_composite(parts.local) and most_elements(parts) >= self._fewest_quantised
 
-    def _add_own(self, member: Member, name: str, entry: object, row: int, *, says: Value) -> None:
+    def _add_own(self, param: OwnedParameter, name: str, entry: object, row: int, *, says: Value) -> None:
         self.table.put("scalar", name + PER_RANK, says, rows=(row,))
-        place = state_place(self.item, member.name, name)
+        place = state_place(self.item, param.name, name)
         self.per_rank[place], held = hold_own(self.item, entry, place=place, job=self._job)
         self.arrays.extend(held)
 
-    def _add_tree(self, member: Member, name: str, entry: object, row: int) -> None:
+    def _add_tree(self, param: OwnedParameter, name: str, entry: object, row: int) -> None:
         """A state that is no tensor: its large tensors, and those of a sharded parameter, are states of their own. [UCF-112]"""
-        place, held = state_place(self.item, member.name, name), list[HeldArray]()
-        sharded = member.lying is not None and member.lying.sharded
+        place, held = state_place(self.item, param.name, name), list[HeldArray]()
+        sharded = param.lying is not None and param.lying.sharded
 
         def leaf(one: object, where: str) -> Value:
             if isinstance(one, torch.Tensor) and one.ndim == 0 and not is_composite(one):
@@ -168,7 +168,7 @@ class StateColumns:
             if not (is_large(one) or (isinstance(one, torch.Tensor) and (sharded or placed(one) is not None))):
                 return carried_leaf(one, where)
             state = inner_state(name, where[len(place) :])
-            found = hold_state(self._id(member, state), as_tensor(one), member=member, job=self._job)
+            found = hold_state(self._id(param, state), as_tensor(one), param=param, job=self._job)
             if found is None:
                 raise _NoPlace
             held.extend(found)
@@ -177,27 +177,27 @@ class StateColumns:
         try:
             value = mapped(entry, place, leaf)
         except _NoPlace:
-            self._add_own(member, name, entry, row, says=True)
+            self._add_own(param, name, entry, row, says=True)
         else:
             self.table.put("scalar", name, value, rows=(row,))
             self.arrays.extend(held)
 
-    def _id(self, member: Member, state: str) -> ArrayId:
-        return ArrayId("params", *member.name, self._prefix + state)
+    def _id(self, param: OwnedParameter, state: str) -> ArrayId:
+        return ArrayId("params", *param.name, self._prefix + state)
 
     def put_scalars(self) -> None:
         """All 0-d states at once, so that those on a device cost one copy."""
         for (name, row, _), value in zip(self._scalars, scalar_values([one for _, _, one in self._scalars]), strict=True):
             self.table.put("scalar", name, value, rows=(row,))
 
-    def put_groups(self, part: Part, prefix: str) -> None:
+    def put_groups(self, part: OptimizerPart, prefix: str) -> None:
         """The options of a part's groups, as columns over their parameters."""
         rows: dict[int, list[int]] = {}
-        for member in part.members:
-            rows.setdefault(member.group, []).append(self.rows[member.name])
+        for param in part.params:
+            rows.setdefault(param.group, []).append(self.rows[param.name])
         for index, group in enumerate(groups_of(part.optimizer)):
             place = group_place(self.item, part.path, index)
-            names = [member.name for member in part.members if member.group == index]
+            names = [param.name for param in part.params if param.group == index]
             options = {
                 require_text(self.item, key): self._option(one, f"{place}/{token(key)}", prefix + key, names)
                 for key, one in options_of(group)

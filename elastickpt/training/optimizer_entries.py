@@ -20,9 +20,9 @@ import torch
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.encode_values import values_equal
 from elastickpt.format.values import Value
-from elastickpt.training.known_memory import Computed, Known, KnownMemory, Path, tensors_in
-from elastickpt.training.optimizer_parts import NO_OPTION, Part
-from elastickpt.training.parameters import Member, groups_of, states_of
+from elastickpt.training.known_memory import CarriedTensors, Computed, KnownMemory, Path, tensors_in
+from elastickpt.training.optimizer_parts import NO_OPTION, OptimizerPart
+from elastickpt.training.parameters import OwnedParameter, groups_of, states_of
 from elastickpt.training.values import carried, place_of
 
 By = Literal["place", "group and place", "parameter"]
@@ -38,14 +38,14 @@ class ByParameter:
     path: Path
     by: By
     part: str
-    member: Member
+    param: OwnedParameter
     key: Any
     state: str | None
     name: str
     entry: object
 
     @property
-    def way(self) -> Value:
+    def whereabouts(self) -> Value:
         """All that is needed to put it there again for another parameter."""
         return {"path": list(self.path), "by": self.by, "part": self.part, "state": self.state}
 
@@ -58,7 +58,9 @@ class Beyond:
     of_parameters: list[ByParameter] = field(default_factory=list)
 
 
-def beyond(item: str, parts: Sequence[Part], state_dict: object, *, known: Known, computed: Computed) -> Beyond:
+def beyond(
+    item: str, parts: Sequence[OptimizerPart], state_dict: object, *, known: CarriedTensors, computed: Computed
+) -> Beyond:
     """What `state_dict`, that of one root, has beyond its `parts`. `known` is the memory of all that is carried already.
 
     Raises ValueNotCarried for an entry under the name of a part's state with other contents that do not follow from it.
@@ -71,7 +73,7 @@ def beyond(item: str, parts: Sequence[Part], state_dict: object, *, known: Known
 class _Walk:
     """One walk over one state dict."""
 
-    def __init__(self, item: str, parts: Sequence[Part], known: Known, computed: Computed) -> None:
+    def __init__(self, item: str, parts: Sequence[OptimizerPart], known: CarriedTensors, computed: Computed) -> None:
         self.found = Beyond()
         self._item = item
         self._parts = parts
@@ -90,7 +92,7 @@ class _Walk:
         else:
             self.node(node, ())
 
-    def _outermost(self, node: dict[Any, Any]) -> Part | None:
+    def _outermost(self, node: dict[Any, Any]) -> OptimizerPart | None:
         """The optimizer itself, if the state dict is of torch's form and over its parameters, whatever was added to it."""
         states, groups, part = node.get("state"), node.get("param_groups"), self._parts[0]
         if not isinstance(states, dict) or not isinstance(groups, list) or states_of(part.optimizer):
@@ -126,7 +128,7 @@ class _Walk:
 
     # -- state dicts as torch's optimizers have them -------------------------------------------------------------------
 
-    def _part_of(self, node: dict[Any, Any]) -> Part | None:
+    def _part_of(self, node: dict[Any, Any]) -> OptimizerPart | None:
         """The part whose states and groups these are; told by what they hold, and where they hold nothing by options."""
         states, groups = node.get("state"), node.get("param_groups")
         if not isinstance(states, dict) or not isinstance(groups, list):
@@ -144,14 +146,14 @@ class _Walk:
                 return part
         return None
 
-    def _mine(self, part: Part, key: object, entry: object) -> bool:
-        member = self._keys[part].places["place"].get(key)
-        if member is None or not isinstance(entry, dict):
+    def _mine(self, part: OptimizerPart, key: object, entry: object) -> bool:
+        param = self._keys[part].places["place"].get(key)
+        if param is None or not isinstance(entry, dict):
             return False
-        own = {id(tensor) for tensor in tensors_in(states_of(part.optimizer).get(member.parameter, {}))}
+        own = {id(tensor) for tensor in tensors_in(states_of(part.optimizer).get(param.parameter, {}))}
         return any(id(tensor) in own for tensor in tensors_in(entry))
 
-    def _standard(self, node: dict[Any, Any], path: Path, part: Part) -> None:
+    def _standard(self, node: dict[Any, Any], path: Path, part: OptimizerPart) -> None:
         if part in self._left:
             self._left.remove(part)
         for key, one in node.items():
@@ -166,35 +168,37 @@ class _Walk:
             else:
                 self.node(one, (*path, key))
 
-    def _states(self, node: dict[Any, Any], path: Path, part: Part) -> None:
-        members, own = self._keys[part].places["place"], states_of(part.optimizer)
+    def _states(self, node: dict[Any, Any], path: Path, part: OptimizerPart) -> None:
+        params, own = self._keys[part].places["place"], states_of(part.optimizer)
         for key, entry in node.items():
-            member = members.get(key)
-            if member is None or not isinstance(entry, dict):
+            param = params.get(key)
+            if param is None or not isinstance(entry, dict):
                 if not (key in own and _same(entry, own[key])):
                     self.node(entry, (*path, key))
                 continue
-            self._of_member(entry, path, "place", part, member, key)
+            self._of_member(entry, path, "place", part, param, key)
 
-    def _of_member(self, entries: dict[Any, Any], path: Path, by: By, part: Part, member: Member, key: object) -> None:
-        own = states_of(part.optimizer).get(member.parameter, {})
+    def _of_member(
+        self, entries: dict[Any, Any], path: Path, by: By, part: OptimizerPart, param: OwnedParameter, key: object
+    ) -> None:
+        own = states_of(part.optimizer).get(param.parameter, {})
         for state, entry in entries.items():
             if (state in own and _same(entry, own[state])) or self._is_known(entry):
                 continue
-            if own and self._computed(path, key, state, entry, part, member):
+            if own and self._computed(path, key, state, entry, part, param):
                 continue
             if state in own and path == ("state",):
                 raise ValueNotCarried(
                     f"optimizer {self._item!r}: state_dict of {type(part.root).__name__} has {state!r} of "
-                    f"{'/'.join(member.name)} with contents that are not those of its state and do not follow from it; "
+                    f"{'/'.join(param.name)} with contents that are not those of its state and do not follow from it; "
                     f"give it another name there"
                 )
             name = _name(path, state)
-            self.found.of_parameters.append(ByParameter(path, by, part.path, member, key, state, name, entry))
+            self.found.of_parameters.append(ByParameter(path, by, part.path, param, key, state, name, entry))
 
     # -- other entries that go by parameters ---------------------------------------------------------------------------
 
-    def _by_parameter(self, node: dict[Any, Any]) -> tuple[By, Part] | None:
+    def _by_parameter(self, node: dict[Any, Any]) -> tuple[By, OptimizerPart] | None:
         """How a dict goes by the parameters of a part, if it does."""
         if not node:
             return None
@@ -205,15 +209,15 @@ class _Walk:
                     return by, part
         return None
 
-    def _entries(self, node: dict[Any, Any], path: Path, by: By, part: Part) -> None:
+    def _entries(self, node: dict[Any, Any], path: Path, by: By, part: OptimizerPart) -> None:
         places = self._keys[part].places[by]
         for key, entry in node.items():
-            member = places[_hashable(key)]
+            param = places[_hashable(key)]
             if isinstance(entry, dict):
-                self._of_member(entry, path, by, part, member, key)
+                self._of_member(entry, path, by, part, param, key)
             elif not self._is_known(entry):
                 name = _name(path, None)
-                self.found.of_parameters.append(ByParameter(path, by, part.path, member, key, None, name, entry))
+                self.found.of_parameters.append(ByParameter(path, by, part.path, param, key, None, name, entry))
 
     def _is_known(self, entry: object) -> bool:
         found = list(tensors_in(entry))
@@ -231,11 +235,11 @@ class Keys:
     """
 
     keys: Mapping[By, Sequence[object]]
-    places: Mapping[By, Mapping[object, Member]]
+    places: Mapping[By, Mapping[object, OwnedParameter]]
     packed: Sequence[Sequence[int]]
 
     @classmethod
-    def of(cls, part: Part) -> Keys:
+    def of(cls, part: OptimizerPart) -> Keys:
         """Those of the parameters that the part has now."""
         first: dict[int, int] = {}
         packed: list[list[int]] = []
@@ -248,9 +252,9 @@ class Keys:
         keys: dict[By, Sequence[object]] = {
             "place": [place for places in packed for place in places],
             "group and place": pairs,
-            "parameter": [_hashable(member.parameter) for member in part.members],
+            "parameter": [_hashable(param.parameter) for param in part.params],
         }
-        places = {by: dict(zip(each, part.members, strict=True)) for by, each in keys.items()}
+        places = {by: dict(zip(each, part.params, strict=True)) for by, each in keys.items()}
         return cls(keys, places, packed)
 
 
@@ -283,23 +287,23 @@ def _same(one: object, other: object) -> bool:
         return False
 
 
-def _shaped(places: Mapping[object, Member], node: Mapping[Any, Any]) -> bool:
+def _shaped(places: Mapping[object, OwnedParameter], node: Mapping[Any, Any]) -> bool:
     """Whether entries with these keys hold tensors with their parameters' shapes: each one that holds any with axes."""
     some = False
     for key, entry in node.items():
-        member = places.get(_hashable(key))
-        if member is None:
+        param = places.get(_hashable(key))
+        if param is None:
             return False
         with_axes = [tuple(tensor.shape) for tensor in tensors_in(entry) if tensor.ndim]
-        if with_axes and not any(shape in _shapes(member) for shape in with_axes):
+        if with_axes and not any(shape in _shapes(param) for shape in with_axes):
             return False
         some = some or bool(with_axes)
     return some
 
 
-def _shapes(member: Member) -> tuple[tuple[int, ...], ...]:
-    whole = tuple(member.parameter.shape)
-    return (whole,) if member.lying is None else (whole, member.lying.shape, member.lying.box.shape)
+def _shapes(param: OwnedParameter) -> tuple[tuple[int, ...], ...]:
+    whole = tuple(param.parameter.shape)
+    return (whole,) if param.lying is None else (whole, param.lying.shape, param.lying.box.shape)
 
 
 def _name(path: Path, state: object) -> str:

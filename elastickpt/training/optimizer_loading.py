@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from elastickpt.training.entries import OPTIMIZER_HOOKS, collectives_refused, hooks_there
 from elastickpt.training.known_memory import spans_of
-from elastickpt.training.optimizer_parts import Part
+from elastickpt.training.optimizer_parts import OptimizerPart
 from elastickpt.training.parameters import groups_of, states_of
 
 _PRE, _POST = OPTIMIZER_HOOKS[2:]
@@ -53,7 +53,7 @@ def containers_copied(value: Any) -> Any:
     return value
 
 
-def load_own(item: str, root: Optimizer, parts: Sequence[Part], state_dict: Any) -> None:
+def load_own(item: str, root: Optimizer, parts: Sequence[OptimizerPart], state_dict: Any) -> None:
     """Gives `state_dict` to the optimizer's own `load_state_dict`; `parts` are the root's and hold the right states."""
     optimizers = list(dict.fromkeys(one for part in parts for one in (part.optimizer, *part.delegates)))
     held = [_Held.of(one) for one in optimizers]

@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.training.entries import elements
-from elastickpt.training.parameters import Identities, Member, groups_of, members_of, states_of
+from elastickpt.training.parameters import Identities, OwnedParameter, groups_of, owned_parameters, states_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class OptimizerPart:
     """An optimizer with states of its own. `root` is the optimizer of the entry that it is or stands in, at `root_path`.
 
     `own_groups` says that its param groups are no other part's. `delegates` are optimizers whose states these are too.
@@ -34,7 +34,7 @@ class Part:
     root_path: str
     root: Optimizer
     optimizer: Optimizer
-    members: tuple[Member, ...]
+    params: tuple[OwnedParameter, ...]
     own_groups: bool
     delegates: tuple[Optimizer, ...]
 
@@ -44,13 +44,15 @@ class Part:
         return self.optimizer is self.root
 
 
-def parts_of(item: str, entry: object, identities: Identities, *, elsewhere: frozenset[int] = frozenset()) -> tuple[Part, ...]:
+def parts_of(
+    item: str, entry: object, identities: Identities, *, elsewhere: frozenset[int] = frozenset()
+) -> tuple[OptimizerPart, ...]:
     """All parts of an entry, outer ones first. `elsewhere` are ids of optimizers that are entries of `state` themselves.
 
-    Raises what `members_of` does for optimizers that the user has put there; ValueNotCarried for one without states and
+    Raises what `owned_parameters` does for optimizers that the user has put there; ValueNotCarried for one without states and
     groups that offers no state dict of its own either.
     """
-    found: list[Part] = []
+    found: list[OptimizerPart] = []
     seen = set(elsewhere)
     roots = elements(entry)
     seen.update(id(root) for root in roots.values())
@@ -62,7 +64,7 @@ def parts_of(item: str, entry: object, identities: Identities, *, elsewhere: fro
         own = states_of(root)
         states.add(id(own))
         delegates = tuple(one for _, one in inside if states_of(one) is own)
-        found.append(Part(root_path, root_path, root, root, members_of(item, root, identities), True, delegates))
+        found.append(OptimizerPart(root_path, root_path, root, root, owned_parameters(item, root, identities), True, delegates))
         groups.update(id(group) for group in groups_of(root))
         for path, one in inside:
             if id(states_of(one)) in states or not _all_known(one, identities):
@@ -71,7 +73,7 @@ def parts_of(item: str, entry: object, identities: Identities, *, elsewhere: fro
             same = tuple(other for _, other in inside if other is not one and states_of(other) is states_of(one))
             own_groups = not any(id(group) in groups for group in groups_of(one))
             groups.update(id(group) for group in groups_of(one))
-            found.append(Part(path, root_path, root, one, members_of(item, one, identities), own_groups, same))
+            found.append(OptimizerPart(path, root_path, root, one, owned_parameters(item, one, identities), own_groups, same))
     return tuple(found)
 
 
@@ -147,7 +149,7 @@ class Prefixes:
     values: str
 
 
-def prefixes_of(parts: Sequence[Part]) -> dict[str, Prefixes]:
+def prefixes_of(parts: Sequence[OptimizerPart]) -> dict[str, Prefixes]:
     """By path: "" for a part that has a parameter for itself, else "<path>." for one after a part that has states, or options,
     of the same parameter.
 
@@ -158,16 +160,16 @@ def prefixes_of(parts: Sequence[Part]) -> dict[str, Prefixes]:
     with_states: set[int] = set()
     found: dict[str, Prefixes] = {}
     for part in parts:
-        own, after = {id(member.parameter) for member in part.members}, f"{part.path}."
+        own, after = {id(param.parameter) for param in part.params}, f"{part.path}."
         found[part.path] = Prefixes(
             after if own & with_options else "", after if own & with_states else "", after if part is not parts[0] else ""
         )
         states, groups = states_of(part.optimizer), groups_of(part.optimizer)
-        for member in part.members:
-            if part.own_groups and groups[member.group].keys() - NO_OPTION:
-                with_options.add(id(member.parameter))
-            if states.get(member.parameter):
-                with_states.add(id(member.parameter))
+        for param in part.params:
+            if part.own_groups and groups[param.group].keys() - NO_OPTION:
+                with_options.add(id(param.parameter))
+            if states.get(param.parameter):
+                with_states.add(id(param.parameter))
     return found
 
 

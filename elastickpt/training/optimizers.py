@@ -44,15 +44,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.tables import Name
 from elastickpt.format.values import Value
-from elastickpt.training.dtensors import Job
+from elastickpt.training.dtensors import JobView
 from elastickpt.training.entries import elements, has_own_way, state_dict_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import hold_tree
-from elastickpt.training.known_memory import Computed, Known, tensors_in
+from elastickpt.training.known_memory import CarriedTensors, Computed, tensors_in
 from elastickpt.training.optimizer_columns import StateColumns, require_text
 from elastickpt.training.optimizer_entries import Beyond, beyond
 from elastickpt.training.optimizer_parts import (
-    Part,
+    OptimizerPart,
     Prefixes,
     optimizers_inside,
     parts_of,
@@ -107,7 +107,7 @@ class Beside:
         return frozenset(which for which, owner in self.owners.items() if owner != item)
 
 
-def state_prefix(item: str, parts: Sequence[Part], prefixes: Mapping[str, Prefixes], beside: Beside) -> str:
+def state_prefix(item: str, parts: Sequence[OptimizerPart], prefixes: Mapping[str, Prefixes], beside: Beside) -> str:
     """What stands before each state's name: "<item>." where names alone would not say whose it is, else ""."""
     prefix = f"{item}."
     others = tuple(f"{other}." for other in beside.items)
@@ -115,19 +115,19 @@ def state_prefix(item: str, parts: Sequence[Part], prefixes: Mapping[str, Prefix
         if prefixes[part.path].states.startswith(others):
             return prefix
         states = states_of(part.optimizer)
-        for member in part.members:
-            names = states.get(member.parameter, ())
+        for param in part.params:
+            names = states.get(param.parameter, ())
             unclear = any(str(name) == "value" or str(name).startswith(("value.", prefix)) for name in names)
-            if id(member.parameter) in beside.shared or unclear:
+            if id(param.parameter) in beside.shared or unclear:
                 return prefix
     return ""
 
 
-def hold_optimizer(item: str, entry: object, *, job: Job, identities: Identities, beside: Beside) -> HeldOptimizer:
+def hold_optimizer(item: str, entry: object, *, job: JobView, identities: Identities, beside: Beside) -> HeldOptimizer:
     """What this rank holds of an entry with optimizers. `identities` knows all models of `state`; nothing is changed, and no
     step is run. The state dicts of optimizers that override them, or have hooks there, are called.
 
-    Raises StructureConflict as `members_of` does, ValueNotCarried with the place of what no checkpoint can hold.
+    Raises StructureConflict as `owned_parameters` does, ValueNotCarried with the place of what no checkpoint can hold.
     """
     parts = parts_of(item, entry, identities, elsewhere=beside.elsewhere(item))
     own = {path: state_dict_of(item, root) for path, root in elements(entry).items() if has_own_way(root)}
@@ -135,8 +135,8 @@ def hold_optimizer(item: str, entry: object, *, job: Job, identities: Identities
     saver = StateColumns(item, job, state_prefix(item, parts, prefixes, beside))
     for part in parts:
         states, before = states_of(part.optimizer), prefixes[part.path].states
-        for member in part.members:
-            saver.add(member, states.get(member.parameter, {}), part, before)
+        for param in part.params:
+            saver.add(param, states.get(param.parameter, {}), part, before)
     values: dict[str, Value] = {}
     for part in parts:
         if part.own_groups:
@@ -153,21 +153,21 @@ def hold_optimizer(item: str, entry: object, *, job: Job, identities: Identities
     return HeldOptimizer(saver.table, _rows(parts, saver.rows), tuple(saver.arrays), values, saver.per_rank)
 
 
-def entries_of(item: str, root_path: str, parts: Sequence[Part], state_dict: object, identities: Identities) -> Beyond:
+def entries_of(item: str, root_path: str, parts: Sequence[OptimizerPart], state_dict: object, identities: Identities) -> Beyond:
     """What the state dict of the root at `root_path` has beyond the entry's parts."""
     within = [part for part in parts if part.root_path == root_path]
     root = within[0].root
     states = (tensor for part in parts for tensor in tensors_in(dict(states_of(part.optimizer))))
-    known = Known((*states, *(one.tensor for one in identities)))
+    known = CarriedTensors((*states, *(one.tensor for one in identities)))
     return beyond(item, within, state_dict, known=known, computed=Computed(lambda: state_dict_of(item, root)))
 
 
-def _rows(parts: Sequence[Part], rows: Mapping[Name, int]) -> dict[int, list[list[int]]]:
+def _rows(parts: Sequence[OptimizerPart], rows: Mapping[Name, int]) -> dict[int, list[list[int]]]:
     found: dict[int, list[list[int]]] = {}
     for part in parts:
         groups: list[list[int]] = [[] for _ in groups_of(part.optimizer)]
-        for member in part.members:
-            groups[member.group].append(rows[member.name])
+        for param in part.params:
+            groups[param.group].append(rows[param.name])
         for one in (part.optimizer, *part.delegates):
             if len(groups_of(one)) == len(groups):
                 found[id(one)] = groups

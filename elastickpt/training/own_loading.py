@@ -25,7 +25,7 @@ from elastickpt.training.elements import torch_dtype
 from elastickpt.training.entries import below, collectives_refused, covering, own_state_dict, titled
 from elastickpt.training.held import HeldArray
 from elastickpt.training.known_memory import KnownMemory
-from elastickpt.training.modules import ExtraState, HeldModule, Part
+from elastickpt.training.modules import ExtraState, HeldModule, ModulePart
 from elastickpt.training.naming import Keys, unwrapped
 from elastickpt.training.own_state import PER_RANK, VERSION
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
@@ -94,7 +94,7 @@ def of_ranks(binder: Binder, place: str, what: str) -> tuple[Value, ...]:
 class _OwnLoading:
     """One part of a model that loads by itself. Keys are those of its own state dict, names are canonical."""
 
-    def __init__(self, binder: Binder, item: str, part: Part, model: HeldModule) -> None:
+    def __init__(self, binder: Binder, item: str, part: ModulePart, model: HeldModule) -> None:
         self.part = part
         self._binder, self._item, self._model = binder, item, model
         self._top = unwrapped(part.module)

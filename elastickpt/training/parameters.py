@@ -84,7 +84,7 @@ class Lying:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Member:
+class OwnedParameter:
     """A parameter of an optimizer: the tensor in its group, and what the models of `state` say about it.
 
     `lying` is None on a rank outside the parameter's mesh.
@@ -101,7 +101,7 @@ class Member:
         return self.known.item, self.known.name
 
 
-def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple[Member, ...]:
+def owned_parameters(item: str, optimizer: Optimizer, identities: Identities) -> tuple[OwnedParameter, ...]:
     """The optimizer's parameters with their names, in the order of its groups.
 
     Raises LayoutUnsupported for an optimizer that spreads whole states over ranks; StructureConflict for a parameter,
@@ -112,20 +112,20 @@ def members_of(item: str, optimizer: Optimizer, identities: Identities) -> tuple
             f"optimizer {item!r}: ZeroRedundancyOptimizer keeps the states of a parameter on one rank only, which "
             f"nothing here says; shard the model with torch.distributed.fsdp.fully_shard"
         )
-    members = []
+    params = []
     for index, group in enumerate(groups_of(optimizer)):
         for parameter in group["params"]:
             known = identities.find(parameter)
             if known is None or known.role == "buffer":
                 raise StructureConflict(_nameless(item, index, parameter, identities))
-            members.append(Member(parameter, index, known, _lying(known)))
-    ids = {id(member.parameter) for member in members}
+            params.append(OwnedParameter(parameter, index, known, _lying(known)))
+    ids = {id(param.parameter) for param in params}
     for key in states_of(optimizer):
         if isinstance(key, torch.Tensor) and id(key) not in ids:
             raise StructureConflict(
                 f"optimizer {item!r}: it keeps state for a tensor of shape {tuple(key.shape)} that is in none of its groups"
             )
-    return tuple(members)
+    return tuple(params)
 
 
 def _nameless(item: str, group: int, parameter: torch.Tensor, identities: Identities) -> str:

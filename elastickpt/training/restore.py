@@ -9,11 +9,11 @@ from elastickpt.format.arrays import Mesh
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
-from elastickpt.training.dtensors import Job
+from elastickpt.training.dtensors import JobView
 from elastickpt.training.entries import elements
 from elastickpt.training.held_trees import PerRank, Reshardable, in_memory, is_stateful
 from elastickpt.training.kinds import Kind, kinds_of, refuse_zero
-from elastickpt.training.listing import Binding, Listing, Names
+from elastickpt.training.listing import Binding, Listing, SavedNames
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
 from elastickpt.training.optimizers import Beside
@@ -33,9 +33,9 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
     by `install()`. Differences are in the Binding; what `capture` would refuse is refused here too, with the same
     errors.
     """
-    job, kinds, identities = Job(rank, world_size, declared), kinds_of(state), Identities()
+    job, kinds, identities = JobView(rank, world_size, declared), kinds_of(state), Identities()
     models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
-    binder = Binder(listing, job, identities, Names(listing, identities.tied()))
+    binder = Binder(listing, job, identities, SavedNames(listing, identities.tied()))
     for model in models:
         with binder.entry(model.item.name, state[model.item.name]):
             bind_model(binder, model)

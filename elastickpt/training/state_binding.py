@@ -26,7 +26,7 @@ from elastickpt.training.groups import overwritten
 from elastickpt.training.held_states import hold_state, local_scalar
 from elastickpt.training.optimizer_columns import DTENSOR, IN_STATE_DICT, PART, PER_RANK, state_place
 from elastickpt.training.optimizer_parts import Prefix
-from elastickpt.training.parameters import Member
+from elastickpt.training.parameters import OwnedParameter
 from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.trees import holds_arrays, mapped, named_tuple_of, place_of, references
 from elastickpt.training.values import revived, revived_leaf, shown
@@ -60,7 +60,7 @@ class SavedStates:
     composites: Composites
     scalars: Mapping[str, Value]
     own: Mapping[str, Value]
-    ways: Mapping[str, Value]
+    all_whereabouts: Mapping[str, Value]
     referred: Mapping[str, ArrayId]
     inner: Composites
 
@@ -92,9 +92,9 @@ class SavedStates:
         """The array of a state that has one."""
         return ArrayId("params", *self.name, self.stored + self.prefix.text + key)
 
-    def only(self, way: Value | None) -> SavedStates:
+    def only(self, whereabouts: Value | None) -> SavedStates:
         """Those that stand in the state dict in this way; None: those of the optimizer's own states."""
-        kept = {key for key in self.all_keys() if self.ways.get(key) == way}
+        kept = {key for key in self.all_keys() if self.all_whereabouts.get(key) == whereabouts}
         return replace(
             self,
             arrays={key: id_ for key, id_ in self.arrays.items() if key in kept},
@@ -118,13 +118,13 @@ class ParameterStates:
         self,
         binder: Binder,
         item: str,
-        member: Member,
+        param: OwnedParameter,
         saved: SavedStates,
         store: dict[Any, Any],
         group: Mapping[str, object],
     ) -> None:
         self._binder = binder
-        self._member = member
+        self._member = param
         self._item = item
         self._store = store
         self._group = group
@@ -171,7 +171,7 @@ class ParameterStates:
 
     def _fill_tensor(self, key: str, entry: torch.Tensor) -> None:
         id_ = self._saved.array(key)
-        held = hold_state(id_, entry, member=self._member, job=self._binder.job)
+        held = hold_state(id_, entry, param=self._member, job=self._binder.job)
         if key in self._own and (held is None or self._own[key] == DTENSOR):
             self._fill_own(key, entry)
             return
@@ -229,7 +229,7 @@ class ParameterStates:
     def _array_anew(self, key: str, id_: ArrayId) -> torch.Tensor:
         self._binder.know(id_)
         made = like_parameter(self._binder, self._member, id_)
-        held = hold_state(id_, made, member=self._member, job=self._binder.job)
+        held = hold_state(id_, made, param=self._member, job=self._binder.job)
         for one in held or ():
             self._binder.fill(one)
         return made

@@ -35,7 +35,7 @@ class AttemptWorker:
         self._enrolled: dict[str, _Enrolled] = {}
         self._marks: dict[str, socket.socket] = {}
         patience = Patience(limit_s=seat.limits.adopt_s)
-        self._assembly = CommitBallot(seat, listener, stores, self._tell, patience=patience)
+        self._ballot = CommitBallot(seat, listener, stores, self._tell, patience=patience)
 
     def hold(self, attempt: str, mark: socket.socket) -> None:
         """Somebody works on the attempt as long as the mark is open: until it is decided."""
@@ -48,14 +48,14 @@ class AttemptWorker:
         attempt = enroll.attempt
         enrolled = self._enrolled.setdefault(attempt.id, _Enrolled(enroll, structure))
         enrolled.jobs.append(enroll.job)
-        self._assembly.enroll(attempt, enrolled.contents)
+        self._ballot.enroll(attempt, enrolled.contents)
 
     def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
         """Writes the portion, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
         attempt = job.attempt
 
         def watch_both(nbytes: int) -> None:
-            if self._assembly.settled(attempt.id):
+            if self._ballot.settled(attempt.id):
                 raise CheckpointError(f"{attempt.draft.folder}: the attempt is decided already")
             watch(nbytes)
 
@@ -68,10 +68,10 @@ class AttemptWorker:
                 self._leave_contents(store, attempt, repeated=job.repeated)
             done = perform(store, job, structure, arena, watch=watch_both)
         except Exception as error:
-            self._assembly.say(attempt.id, failure_of(error, self._rank))
+            self._ballot.say(attempt.id, failure_of(error, self._rank))
             raise
         if done.file:
-            self._assembly.say(attempt.id, done.file)
+            self._ballot.say(attempt.id, done.file)
         return done
 
     def _leave_contents(self, store: Store, attempt: Attempt, *, repeated: bool) -> None:
@@ -88,15 +88,15 @@ class AttemptWorker:
 
     def fail(self, job: Write, error: CheckpointError) -> None:
         """The portion cannot be written."""
-        self._assembly.say(job.attempt.id, failure_of(error, self._rank))
+        self._ballot.say(job.attempt.id, failure_of(error, self._rank))
 
     def repeat(self, say: Say) -> None:
         """Says what was said before, or what its trainer found."""
         if say.attested is not None:
-            self._assembly.say(say.attempt, say.attested)
+            self._ballot.say(say.attempt, say.attested)
         elif say.failed is not None:
-            self._assembly.say(say.attempt, RankFailure(self._rank, *say.failed))
-        self._assembly.find_out(say.attempt)
+            self._ballot.say(say.attempt, RankFailure(self._rank, *say.failed))
+        self._ballot.find_out(say.attempt)
 
     def settle(self, attempt: str, kind: str, message: str) -> None:
         """The team is gone: what became of the attempt is found out, or it is aborted for that reason. Does not block."""
@@ -109,14 +109,14 @@ class AttemptWorker:
 
     def join(self, limit_s: float) -> bool:
         """Whether all attempts were decided within the limit. Blocking."""
-        return self._assembly.join(limit_s)
+        return self._ballot.join(limit_s)
 
     def depart(self) -> None:
         """The trainer is gone and all that it gave is decided: the others need not wait for what it had not given. Blocking."""
         say_farewell(self._seat)
 
     def close(self) -> None:
-        self._assembly.close()
+        self._ballot.close()
 
     def _tell(self, key: str, verdict: Verdict) -> None:
         held = self._marks.pop(key, None)

@@ -23,11 +23,11 @@ from elastickpt.writer.plans import BLOCK_NBYTES, WritePlan
 from elastickpt.writer.write_files import (
     Checksums,
     Source,
-    Target,
     Watch,
+    WrittenFolder,
     blocks_of,
     make_durable,
-    sync_way,
+    sync_for,
     unwatched,
     write_portion,
 )
@@ -101,8 +101,8 @@ def write_share(
     """
     attempt, prepared = share.attempt, share.prepared
     plan, now = share.plan, prepared.portions[number]
-    way = sync_way(store, len(plan.files) + len(plan.documents), durability=attempt.durability)
-    target = Target(store, attempt.draft.folder, way, watch)
+    sync = sync_for(store, len(plan.files) + len(plan.documents), durability=attempt.durability)
+    target = WrittenFolder(store, attempt.draft.folder, sync, watch)
     create = completing(store) if repeated else store.create
     last = number == len(prepared.portions) - 1
     if store.capabilities.sequential_only and len(prepared.portions) > 1:
@@ -116,7 +116,7 @@ def write_share(
         checksums = write_portion(target, plan, prepared.documents if last else (), now.slices, source, create=create)
     nbytes = sum(at.stop - at.start for at in now.slices)
     if not last:
-        if way == "tree":
+        if sync == "tree":
             store.sync_tree()
         return Written(nbytes, _encode(checksums), None)
     make_durable(target, plan, prepared.documents)

@@ -43,7 +43,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class WrittenFolder:
     """A folder of a store, and how what is written there is made durable. `watch` is told of bytes as they are written, and
     ends the work by raising."""
 
@@ -60,7 +60,7 @@ def unwatched(nbytes: int) -> None:
     """Nobody wants to know."""
 
 
-def sync_way(store: Store, files: int, *, durability: Durability) -> Sync:
+def sync_for(store: Store, files: int, *, durability: Durability) -> Sync:
     """How so many files are made durable in that store at the least cost."""
     if durability == "process":
         return "none"
@@ -68,7 +68,7 @@ def sync_way(store: Store, files: int, *, durability: Durability) -> Sync:
 
 
 def write_portion(
-    target: Target,
+    target: WrittenFolder,
     plan: WritePlan,
     documents: Sequence[Document],
     slices: Sequence[Slice],
@@ -101,7 +101,7 @@ def write_portion(
     return checksums
 
 
-def make_folders(target: Target, plan: WritePlan) -> None:
+def make_folders(target: WrittenFolder, plan: WritePlan) -> None:
     """All folders that the plan's files and documents stand in."""
     needed = {file.path.rpartition("/")[0] for file in plan.files}
     needed.update(plan.keys[document.array] for document in plan.documents)
@@ -109,7 +109,7 @@ def make_folders(target: Target, plan: WritePlan) -> None:
         target.store.make_directories(target.path(path))
 
 
-def make_durable(target: Target, plan: WritePlan, documents: Sequence[Document]) -> None:
+def make_durable(target: WrittenFolder, plan: WritePlan, documents: Sequence[Document]) -> None:
     """Documents and all names are durable, as `target.sync` says; files' contents are already, but for "tree"."""
     if target.sync == "tree":
         target.store.sync_tree()
@@ -176,7 +176,7 @@ class _Open:
                 self._writer.close()
 
 
-def write_slices(target: Target, files: Sequence[PlannedFile], slices: Sequence[Slice], source: Source) -> Checksums:
+def write_slices(target: WrittenFolder, files: Sequence[PlannedFile], slices: Sequence[Slice], source: Source) -> Checksums:
     """Writes the slices; returns the checksums of their blocks, in order. Blocking.
 
     With `target.sync` "file" every file is durable on return, through the descriptor that wrote it. Raises StorageFailed kinds;
@@ -214,7 +214,7 @@ def blocks_of(nbytes: int) -> int:
     return -(-nbytes // BLOCK_NBYTES)
 
 
-def _opener(target: Target, file: PlannedFile) -> Callable[[], RangeWriter]:
+def _opener(target: WrittenFolder, file: PlannedFile) -> Callable[[], RangeWriter]:
     path = target.path(file.path)
 
     def open_file() -> RangeWriter:
@@ -236,7 +236,7 @@ def _units(slices: Sequence[Slice]) -> Iterator[_Unit]:
             block += blocks_of(stop - start)
 
 
-def _threads_for(target: Target, slices: Sequence[Slice]) -> int:
+def _threads_for(target: WrittenFolder, slices: Sequence[Slice]) -> int:
     """1.8 GB of 2 ranks on 2 cores into tmpfs takes as long with one thread as with three; 0.1 GB 79 ms with one, 92 with 3."""
     if target.store.capabilities.past_cache:
         return THREADS

@@ -20,7 +20,7 @@ from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.store import RangeWriter
 from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile, Slice
-from elastickpt.writer.write_files import THREADS, UNIT_NBYTES, Bytes, Checksums, Source, Target, blocks_of
+from elastickpt.writer.write_files import THREADS, UNIT_NBYTES, Bytes, Checksums, Source, WrittenFolder, blocks_of
 
 SPAN_NBYTES = UNIT_NBYTES
 SPAN_IN_MEMORY_NBYTES = 1 << 20  # what is copied twice stays in the processor's cache between
@@ -46,7 +46,7 @@ class _Part:
     block: int
 
 
-def write_pack(target: Target, pack: PlannedFile, slices: Sequence[Slice], source: Source) -> Checksums:
+def write_pack(target: WrittenFolder, pack: PlannedFile, slices: Sequence[Slice], source: Source) -> Checksums:
     """Writes slices of one pack, in their order; returns the checksums of their blocks, in order. Blocking.
 
     With `target.sync` "file" they are durable on return, through the descriptor that wrote them. Raises StorageFailed kinds;
@@ -74,7 +74,7 @@ def write_pack(target: Target, pack: PlannedFile, slices: Sequence[Slice], sourc
     return checksums
 
 
-def _open(target: Target, pack: PlannedFile) -> RangeWriter:
+def _open(target: WrittenFolder, pack: PlannedFile) -> RangeWriter:
     path = target.path(pack.path)
     target.store.make_directories(path.rpartition("/")[0])
     writer = target.store.open_writer(path, pack.nbytes)
@@ -117,7 +117,7 @@ def _spans(parts: Iterator[_Part], most: int) -> Iterator[tuple[_Part, ...]]:
 class _Work:
     """One call of `write_pack` under way: threads take spans, in order."""
 
-    def __init__(self, target: Target, writer: RangeWriter, source: Source, checksums: Checksums) -> None:
+    def __init__(self, target: WrittenFolder, writer: RangeWriter, source: Source, checksums: Checksums) -> None:
         self._target, self._writer, self._source, self._checksums = target, writer, source, checksums
         self._past_cache = target.store.capabilities.past_cache
         self._of_thread = threading.local()

@@ -125,7 +125,7 @@ def test_what_stands_in_several_packs_is_left_out_and_named(tmp_path: Path, caps
     from imagined import held, job_of, live
 
     from elastickpt.format.arrays import Mesh
-    from elastickpt.saving.placing import Choice
+    from elastickpt.saving.placing import Placing
     from elastickpt.storage.local import LocalStore
 
     mesh = Mesh("fsdp.tp", ("fsdp", "tp"), (4, 2), tuple(range(8)))
@@ -133,7 +133,7 @@ def test_what_stands_in_several_packs_is_left_out_and_named(tmp_path: Path, caps
     wholes = {name: np.arange(shape[0] * shape[1], dtype="<f4").reshape(shape) for name, shape in shapes.items()}
     ways = ("_S(0)", "S(0)")
     states = [live(*(held(name, shape, rank, mesh, ways) for name, shape in shapes.items())) for rank in range(8)]
-    job = job_of(states, Choice("packed"))
+    job = job_of(states, Placing("packed"))
     store = LocalStore(tmp_path)
     draft = job.draft(store, "c")
     job.commit(store, draft, [job.write(store, draft, rank, wholes) for rank in range(8)])

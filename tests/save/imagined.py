@@ -19,7 +19,7 @@ from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item
 from elastickpt.layout.placement import physical_box
 from elastickpt.saving.merge import MergedStructure, merge
-from elastickpt.saving.placing import PLAIN, Choice
+from elastickpt.saving.placing import PLAIN, Placing
 from elastickpt.saving.plan import plan_packs, plan_writes, records_of
 from elastickpt.saving.save import LiveTensors
 from elastickpt.saving.structure import StructureTable, table_of
@@ -104,7 +104,7 @@ class Job:
         commit(store, Attempt(store.url, draft, "process"), contents, attested)
 
 
-def job_of(states: Sequence[LiveState], choice: Choice = PLAIN) -> Job:
+def job_of(states: Sequence[LiveState], choice: Placing = PLAIN) -> Job:
     tables: dict[StructureTable, list[int]] = {}
     for rank, state in enumerate(states):
         tables.setdefault(table_of(state), []).append(rank)
@@ -112,7 +112,7 @@ def job_of(states: Sequence[LiveState], choice: Choice = PLAIN) -> Job:
     return Job(states, merged, {rank: t for t, ranks in enumerate(tables.values()) for rank in ranks})
 
 
-def job(states: Sequence[LiveState], choice: Choice = PLAIN) -> tuple[MergedStructure, list[FragmentColumns]]:
+def job(states: Sequence[LiveState], choice: Placing = PLAIN) -> tuple[MergedStructure, list[FragmentColumns]]:
     """The merged structure of these ranks, and the fragment map that each would write."""
     found = job_of(states, choice)
     return found.merged, found.maps()

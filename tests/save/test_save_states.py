@@ -25,7 +25,7 @@ from elastickpt.saving.beside import Beside
 from elastickpt.saving.save_states import TABLE, Event, Progress, Room, Row, State, Tell
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.staging import Stager
-from elastickpt.saving.task import Task
+from elastickpt.saving.task import SaveTask
 from elastickpt.writer.attempt_worker import AttemptWorker
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.thread import ThreadWriter
@@ -94,10 +94,10 @@ class Scene:
 
     def save(self) -> BaseException | None:
         """How it ended."""
-        taken: list[Task] = []
-        real = saver.Task
+        taken: list[SaveTask] = []
+        real = saver.SaveTask
 
-        def made(*args: Any) -> Task:
+        def made(*args: Any) -> SaveTask:
             taken.append(real(*args))
             return taken[0]
 

@@ -15,7 +15,7 @@ from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Mesh
 from elastickpt.layout.references import references_of
 from elastickpt.saving.merge import merge
-from elastickpt.saving.placing import PLAIN, Choice
+from elastickpt.saving.placing import PLAIN, Placing
 from elastickpt.saving.plan import plan_writes
 from elastickpt.saving.structure import table_of
 
@@ -45,9 +45,9 @@ def layouts() -> Iterator[tuple[str, Mesh, tuple[str, ...]]]:
     yield "128 replicas", Mesh("dp", ("dp",), (128,), tuple(range(128))), ("R",)
 
 
-@pytest.mark.parametrize("choice", [PLAIN, Choice("packed")], ids=["plain", "packed"])
+@pytest.mark.parametrize("choice", [PLAIN, Placing("packed")], ids=["plain", "packed"])
 @pytest.mark.parametrize(("name", "mesh", "placements"), list(layouts()), ids=[name for name, *_ in layouts()])
-def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...], choice: Choice) -> None:
+def test_every_element_is_stored_exactly_once(name: str, mesh: Mesh, placements: tuple[str, ...], choice: Placing) -> None:
     """Uneven, empty, replicated and 3-D: the proof that a committer runs holds for the plans of all simulated ranks.
 
     [SAVE-33, SAVE-42]
@@ -100,7 +100,7 @@ def test_replicas_share_the_bytes_evenly() -> None:
 def test_replicas_store_whole_boxes_in_packs_of_one_size() -> None:
     """64 MiB go whole to one of 8; 65 MiB to each an eighth; many small ones spread by their bytes. [SAVE-116, SAVE-117]"""
     mesh = Mesh("dp", ("dp",), (8,), tuple(range(8)))
-    packed = Choice("packed")
+    packed = Placing("packed")
     for rows, sizes in ((4096, [64 << 20]), (4160, [8 * 520 * 16384 // 8] * 8)):
         _, maps = job([live(held("w", (rows, 4096), rank, mesh, ("R",))) for rank in range(8)], packed)
         assert sorted(int(columns.pieces.nbytes.sum()) for columns in maps if len(columns.pieces)) == sizes

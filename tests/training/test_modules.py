@@ -11,12 +11,12 @@ from torch.testing._internal.two_tensor import TwoTensor
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.values import DtypeValue
-from elastickpt.training.dtensors import Job
+from elastickpt.training.dtensors import JobView
 from elastickpt.training.elements import dtype_name, torch_dtype
 from elastickpt.training.modules import HeldModule, hold_module, hold_tensor, is_model
 from elastickpt.training.parameters import Identities
 
-ALONE = Job(rank=0, world_size=1)
+ALONE = JobView(rank=0, world_size=1)
 
 
 def held(model: object, *, item: str = "model", identities: Identities | None = None) -> HeldModule:

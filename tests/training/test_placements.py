@@ -21,7 +21,7 @@ from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.layout.algebra import prove_coverage
 from elastickpt.layout.placement import replica_ranks
-from elastickpt.training.dtensors import Job, hold, holders_of
+from elastickpt.training.dtensors import JobView, hold, holders_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.modules import hold_module
 from elastickpt.training.parallel import module_of
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.ranks
 Held = dict[str, tuple[HeldArray, ...]]
 
 
-def held_of(model: object, job: Job) -> tuple[HeldArray, ...]:
+def held_of(model: object, job: JobView) -> tuple[HeldArray, ...]:
     return hold_module("model", model, job=job, identities=Identities()).arrays
 
 
@@ -75,7 +75,7 @@ def rows(arrays: Iterable[HeldArray]) -> list[tuple[int, int]]:
 
 
 def _two_ranks(rank: int, world_size: int) -> Held:
-    job = Job(rank, world_size)
+    job = JobView(rank, world_size)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     gathered = fully_shard(mlp(5, 3), reshard_after_forward=False, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def _two_ranks(rank: int, world_size: int) -> Held:
     assert not isinstance(next(gathered.parameters()), DTensor)  # the gathered copy is registered now
     ignoring = filled(nn.Linear(3, 2))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ignoring, ["bias"])
-    declared = Job(rank, world_size, Mesh("dp", ("dp",), (2,), (0, 1)))
+    declared = JobView(rank, world_size, Mesh("dp", ("dp",), (2,), (0, 1)))
     return {
         "plain": held_of(mlp(5, 3), job),
         "plain under mesh=": held_of(mlp(5, 3), declared),
@@ -134,7 +134,7 @@ def test_two_ranks() -> None:
 
 
 def _three_ranks(rank: int, world_size: int) -> Held:
-    return {"fsdp": held_of(fully_shard(mlp(10, 2)), Job(rank, world_size))}
+    return {"fsdp": held_of(fully_shard(mlp(10, 2)), JobView(rank, world_size))}
 
 
 def test_three_ranks_where_the_last_shard_of_two_rows_is_empty() -> None:
@@ -145,11 +145,11 @@ def test_three_ranks_where_the_last_shard_of_two_rows_is_empty() -> None:
 
 
 def _four_ranks(rank: int, world_size: int) -> Held:
-    job = Job(rank, world_size)
+    job = JobView(rank, world_size)
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     line = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
     nine, many = (fully_shard(tensor_parallel(mlp(n, n), grid["tp"]), mesh=grid["dp"]) for n in (9, 101))
-    declared = Job(rank, world_size, Mesh("all", ("d",), (4,), (0, 1, 2, 3)))
+    declared = JobView(rank, world_size, Mesh("all", ("d",), (4,), (0, 1, 2, 3)))
     half = DeviceMesh("cpu", [0, 1])
     mine = [nn.ModuleDict({str(k): filled(nn.Linear(2, 2))}) for k in (rank, rank + 4)]
     for part in mine:
@@ -223,7 +223,7 @@ def test_four_ranks() -> None:
 def _strided(rank: int, world_size: int) -> tuple[Box, bool]:
     mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
     vocabulary = parallelize_module(filled(nn.Linear(1, 50_257, bias=False)), mesh["tp"], ColwiseParallel())
-    (held,) = held_of(fully_shard(vocabulary, mesh=mesh["dp"]), Job(rank, world_size))
+    (held,) = held_of(fully_shard(vocabulary, mesh=mesh["dp"]), JobView(rank, world_size))
     return held.box, torch.equal(held.tensor, cut("weight", (50_257, 1), held.box))
 
 
@@ -236,7 +236,7 @@ def test_a_vocabulary_of_50257_rows_on_tp2_x_fsdp4_is_cut_as_torch_cuts_it() -> 
 
 
 def _refused(rank: int, world_size: int) -> list[str]:
-    job = Job(rank, world_size)
+    job = JobView(rank, world_size)
     mesh = init_device_mesh("cpu", (2,))
     local, whole = torch.ones(2, 4), torch.Size((4, 4))
     said = []
@@ -267,8 +267,8 @@ def _stages(rank: int, world_size: int) -> tuple[list[str], bool]:
         PipelineStage(layer, rank + 2 * n, 4, torch.device("cpu"), input_args=torch.ones(1, 2), output_args=torch.ones(1, 2))
         for n, layer in enumerate(layers)
     ]
-    one = held_of(stages[0], Job(rank, world_size))
-    both = held_of(stages, Job(rank, world_size))
+    one = held_of(stages[0], JobView(rank, world_size))
+    both = held_of(stages, JobView(rank, world_size))
     return [a.spec.id.name for a in both], module_of(stages[0]) is layers[0] and len(one) == 2
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import Box
-from elastickpt.training.dtensors import Job
+from elastickpt.training.dtensors import JobView
 from elastickpt.training.held import HeldArray
 from elastickpt.training.modules import hold_module
 from elastickpt.training.parameters import Identities
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ranks
 
 
 def held_of(model: nn.Module, rank: int) -> tuple[HeldArray, ...]:
-    return hold_module("model", model, job=Job(rank, 2), identities=Identities()).arrays
+    return hold_module("model", model, job=JobView(rank, 2), identities=Identities()).arrays
 
 
 def _gathered(rank: int, world_size: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def _gathered(rank: int, world_size: int) -> dict[str, Any]:
         model(ones)
     shows_shards = isinstance(model.weight, DTensor)
     identities = Identities()
-    held = hold_module("model", model, job=Job(rank, world_size), identities=identities)
+    held = hold_module("model", model, job=JobView(rank, world_size), identities=identities)
     known = identities.find(optimizer.param_groups[0]["params"][0])
     held.arrays[0].tensor.fill_(2.0)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.writer import write_packs
 from elastickpt.writer.plans import BLOCK_NBYTES, PlannedPack, PlannedPiece, Slice, whole_pieces
-from elastickpt.writer.write_files import Bytes, Target, unwatched
+from elastickpt.writer.write_files import Bytes, WrittenFolder, unwatched
 
 MIB = 1 << 20
 # (elements of a box, extents of its chunk): a whole chunk, an edge chunk in rows, one in planes, a part of a chunk
@@ -72,7 +72,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 def write(store: Store, pack: PlannedPack, data: list[Bytes], slices: tuple[Slice, ...]) -> np.ndarray:
     store.make_directories("draft")
-    return write_packs.write_pack(Target(store, "draft", "none", unwatched), pack, slices, Pieces(data))
+    return write_packs.write_pack(WrittenFolder(store, "draft", "none", unwatched), pack, slices, Pieces(data))
 
 
 CASES: dict[str, list[Held]] = {
