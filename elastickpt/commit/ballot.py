@@ -68,13 +68,13 @@ class CommitBallot:
     ) -> None:
         self._seat, self._tell = seat, tell
         self._actor = Actor("elastickpt-ballot", self._run)
-        self._member_links = MemberLinks(seat, listener, self._actor.selector)
+        self._member_links = MemberLinks(seat, listener, self._actor.sockets)
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._tallies: dict[str, Tally] = {}
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self._strangers: dict[str, tuple[Attempt, float]] = {}
         self._turned_at = time.monotonic()
-        self._committer_link = CommitterLink(seat, self._actor.selector)
+        self._committer_link = CommitterLink(seat, self._actor.sockets)
         self._beaten_at = 0.0
         rank = seat.ranks[seat.member]
         self._commit_thread = CommitThread(rank, stores, patience or Patience(), self._leave, self._decided)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import selectors
 import socket
 import time
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import InternalError
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.messages import Connection, Frame, Kind, Message, PeerGone, PeerSilent, decode, encode
+from elastickpt.ranks.threads import Sockets
 
 CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
 
@@ -94,10 +94,10 @@ def hello(seat: Seat) -> bytes:
 
 
 class CommitterLink:
-    """Belongs to one thread; registers its connection with the selector, with itself as data."""
+    """Belongs to one thread; registers its connection with the sockets, with itself as data."""
 
-    def __init__(self, seat: Seat, selector: selectors.BaseSelector) -> None:
-        self._seat, self._selector = seat, selector
+    def __init__(self, seat: Seat, sockets: Sockets) -> None:
+        self._seat, self._sockets = seat, sockets
         self._at = 0
         self._link: Connection | None = None
         self._unreached_since: float | None = None
@@ -193,12 +193,12 @@ class CommitterLink:
             link.close()
             return False
         self._link = link
-        self._selector.register(link, selectors.EVENT_READ, self)
+        self._sockets.register(link, self)
         return True
 
     def _unlink(self) -> None:
         if self._link is not None:
-            self._selector.unregister(self._link)
+            self._sockets.unregister(self._link)
             self._link.close()
             self._link = None
 
@@ -220,13 +220,13 @@ class MemberLink:
 class MemberLinks:
     """All connections to one candidate. Belongs to one thread."""
 
-    def __init__(self, seat: Seat, listener: socket.socket | None, selector: selectors.BaseSelector) -> None:
-        self._seat, self._listener, self._selector = seat, listener, selector
+    def __init__(self, seat: Seat, listener: socket.socket | None, sockets: Sockets) -> None:
+        self._seat, self._listener, self._sockets = seat, listener, sockets
         self._all: list[MemberLink] = []
         self.departed: set[int] = set()  # members that said farewell
         if listener is not None:
             listener.setblocking(False)
-            selector.register(listener, selectors.EVENT_READ)
+            sockets.register(listener)
 
     def accept(self) -> None:
         if self._listener is None:
@@ -238,7 +238,7 @@ class MemberLinks:
             return
         link = MemberLink(Connection(sock))
         self._all.append(link)
-        self._selector.register(link.connection, selectors.EVENT_READ, link)
+        self._sockets.register(link.connection, link)
 
     def read(self, link: MemberLink) -> list[Frame]:
         """The votes that came; marks the client as gone at its end, and drops whoever does not know the secret."""
@@ -299,7 +299,7 @@ class MemberLinks:
         for link in list(self._all):
             self._drop(link)
         if self._listener is not None:
-            self._selector.unregister(self._listener)
+            self._sockets.unregister(self._listener)
             self._listener.close()
 
     def _member(self, data: bytes) -> int:
@@ -314,5 +314,5 @@ class MemberLinks:
         if not link.gone:
             link.gone = True
             self._all.remove(link)
-            self._selector.unregister(link.connection)
+            self._sockets.unregister(link.connection)
             link.connection.close()

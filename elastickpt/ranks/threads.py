@@ -1,7 +1,7 @@
 """Threads: one that alone touches what belongs to it, and those that carry out what they are given, in order or shared out.
 
 another thread   --- leave(command) --->   the mailbox   --- carry_out() --->   the actor's thread
-a socket         --- registered with `selector` ------------ wait() ------->
+a socket         --- registered with `sockets` ------------- wait() ------->
 
 Those that work beside training may have a lower priority. Linux keeps it per thread; threads made later inherit it.
 """
@@ -22,15 +22,58 @@ from contextlib import suppress
 from typing import Literal, Self, TypeVar
 
 
+class Sockets:
+    """What an actor waits for beside its commands. It takes its two descriptors with the first socket, and none before: the
+    writer of a job of one rank has no socket ever."""
+
+    def __init__(self) -> None:
+        self._selector: selectors.BaseSelector | None = None
+        self._woken = -1
+
+    def __bool__(self) -> bool:
+        return self._selector is not None
+
+    def register(self, socket: selectors._FileObject, data: object = None) -> None:
+        """From the actor's thread, or before it starts."""
+        if self._selector is None:
+            self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._selector = selectors.DefaultSelector()
+            self._selector.register(self._woken, selectors.EVENT_READ)
+        self._selector.register(socket, selectors.EVENT_READ, data)
+
+    def unregister(self, socket: selectors._FileObject) -> None:
+        if self._selector is not None:
+            self._selector.unregister(socket)
+
+    def readable(self, limit_s: float | None) -> list[selectors.SelectorKey]:
+        """Those that can be read; returns early when it is woken. Blocking at most for the limit, None: for none."""
+        ready = []
+        for key, _ in self._selector.select(limit_s) if self._selector is not None else ():
+            if key.fileobj == self._woken:
+                os.eventfd_read(self._woken)
+            else:
+                ready.append(key)
+        return ready
+
+    def wake(self) -> None:
+        """From any thread."""
+        if self._woken >= 0:
+            os.eventfd_write(self._woken, 1)
+
+    def close(self) -> None:
+        if self._selector is not None:
+            self._selector.close()
+            os.close(self._woken)
+            self._selector, self._woken = None, -1
+
+
 class Actor:
     """`run` is what the thread does, from `start` on; it calls `wait` and `carry_out` by turns, and `end` when it is over."""
 
     def __init__(self, name: str, run: Callable[[], None]) -> None:
-        self.selector = selectors.DefaultSelector()
-        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.selector.register(self._woken, selectors.EVENT_READ)
+        self.sockets = Sockets()
         self._commands: deque[Callable[[], None]] = deque()
-        self._leaving = threading.Lock()
+        self._leaving = threading.Condition()
         self._over = False
         self._idle = threading.Event()
         self._idle.set()
@@ -48,7 +91,8 @@ class Actor:
                 return False
             self._idle.clear()
             self._commands.append(command)
-            os.eventfd_write(self._woken, 1)
+            self.sockets.wake()
+            self._leaving.notify()
             return True
 
     def idle_within(self, limit_s: float) -> bool:
@@ -62,14 +106,12 @@ class Actor:
     # -- from the actor's own thread -----------------------------------------------------------------------------------
 
     def wait(self, limit_s: float | None) -> list[selectors.SelectorKey]:
-        """What of the selector is ready; returns early for a command. Blocking at most for the limit, None: for none."""
-        ready = []
-        for key, _ in self.selector.select(limit_s):
-            if key.fileobj == self._woken:
-                os.eventfd_read(self._woken)
-            else:
-                ready.append(key)
-        return ready
+        """The sockets that can be read; returns early for a command. Blocking at most for the limit, None: for none."""
+        if self.sockets:  # a command that came before there was one has woken nobody
+            return self.sockets.readable(0.0 if self._commands else limit_s)
+        with self._leaving:
+            self._leaving.wait_for(lambda: bool(self._commands), limit_s)
+        return []
 
     def carry_out(self) -> None:
         """All commands that were left, in order. Raises what one raises: those behind it stay."""
@@ -88,8 +130,7 @@ class Actor:
             if self._over:
                 return ()
             self._over = True
-        self.selector.close()
-        os.close(self._woken)
+        self.sockets.close()
         return tuple(self._commands)
 
 

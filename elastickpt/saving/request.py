@@ -75,7 +75,8 @@ class AsyncOptions:
         stall_limit_s: How long a call waits for a free arena, and for other ranks where it must; in vain, the save is
             skipped on all ranks.
         executor: "process" writes in a process of its own, which finishes what was staged even when this one ends; "thread"
-            is for stores that only this process reaches.
+            is for stores that only this process reaches. It keeps three threads a store, and no descriptor beside the
+            arena's, until the process or its process group ends; among several ranks also its connections.
         copy_threads: How many threads stage.
         niceness: Lowers the writer process's priority for the processor, 0 to 19.
         io: Its priority for the disk.

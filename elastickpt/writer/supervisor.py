@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import selectors
 import signal
 import socket
 import time
@@ -202,7 +201,7 @@ class Supervisor:
     def _start(self) -> None:
         try:
             self._child = Child.spawn(self._options, wrap=next(self._hooks, ""))
-            self._actor.selector.register(self._child.wire, selectors.EVENT_READ)
+            self._actor.sockets.register(self._child.wire)
             if self._newest.candidates:  # at once, so that it can say farewell if nothing ever comes
                 with suppress(PeerGone):  # whoever listens next finds out
                     self._seat_child(self._child, self._newest)
@@ -289,7 +288,7 @@ class Supervisor:
     def _lost(self, child: Child, why: str) -> None:
         """Kills and reaps it; what it had is handed to the next one, but for what it may still be writing."""
         reaped = child.put_down(self._options.reap_s)
-        self._actor.selector.unregister(child.wire)
+        self._actor.sockets.unregister(child.wire)
         self._child = None
         self.deaths += 1
         messages, said = child.last_words()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
@@ -114,6 +117,71 @@ def test_an_actor_carries_out_commands_in_order_and_none_after_its_end() -> None
     actor.join(LIMIT_S)
     assert not actor.leave(lambda: found.append(100))
     assert found == list(range(100))
+
+
+def kernel_waits() -> set[int]:
+    """Descriptors of this process by which somebody waits in the kernel."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            if "event" in os.readlink(f"/proc/self/fd/{name}"):
+                found.add(int(name))
+    return found
+
+
+def test_an_actor_takes_descriptors_with_its_first_socket_and_hears_both_then() -> None:
+    heard: list[object] = []
+    over = threading.Event()
+    mine, theirs = socket.socketpair()
+
+    def run() -> None:
+        while not over.is_set():
+            for key in actor.wait(None):
+                heard.append((key.data, mine.recv(1)))
+                actor.sockets.unregister(mine)
+            actor.carry_out()
+            actor.rest()
+        actor.end()
+
+    before = kernel_waits()
+    actor = Actor("elastickpt-test", run)
+    actor.start()
+    assert actor.leave(lambda: heard.append("alone"))
+    assert actor.idle_within(LIMIT_S)
+    assert kernel_waits() <= before
+    theirs.send(b"x")  # before anybody listens
+    assert actor.leave(lambda: actor.sockets.register(mine, "named"))
+    for number in range(100):
+        assert actor.leave(lambda number=number: heard.append(number))  # type: ignore[misc]
+    assert actor.leave(over.set)
+    actor.join(LIMIT_S)
+    assert [one for one in heard if isinstance(one, int)] == list(range(100))
+    assert heard[0] == "alone"
+    mine.close()
+    theirs.close()
+    assert kernel_waits() <= before
+
+
+@pytest.mark.parametrize("turn", range(20))
+def test_an_actor_is_woken_by_commands_whenever_its_first_socket_comes(turn: int) -> None:
+    """None is lost between the two forms of waiting."""
+    over, done = threading.Event(), threading.Semaphore(0)
+    mine, theirs = socket.socketpair()
+
+    def run() -> None:
+        while not over.is_set():
+            actor.wait(None)
+            actor.carry_out()
+        actor.end()
+
+    actor = Actor("elastickpt-test", run)
+    actor.start()
+    for command in (lambda: actor.sockets.register(mine), *[done.release] * 3, over.set):
+        assert actor.leave(command)
+    actor.join(LIMIT_S)
+    assert [done.acquire(blocking=False) for _ in range(3)] == [True] * 3
+    mine.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
