@@ -146,7 +146,7 @@ def test_drafts_of_other_names_are_not_touched(store: Store, ended: tuple[int, i
     others = [owned(name, pid=pid, start=start) for name in ("b", "a.b", "a.draft-x", "aa", ".a", "a.aborted")]
     for folder in others:
         store.make_directories(folder)
-    assert sweep(store, "a") == module.SweepReport((), ())
+    assert sweep(store, "a") == module.SweptDrafts((), ())
     assert names(store) == set(others)
 
 
@@ -182,7 +182,7 @@ def test_drafts_of_odd_names_are_found_again(store: Store, name: str, ended: tup
 def test_names_that_are_no_drafts_are_not_touched(store: Store, folder: str) -> None:
     store.make_directories(folder)
     assert not is_draft(folder)
-    assert sweep(store, "a") == module.SweepReport((), ())
+    assert sweep(store, "a") == module.SweptDrafts((), ())
     assert names(store) == {folder}
 
 
@@ -201,7 +201,7 @@ def test_only_folders_are_swept(tmp_path: Path, ended: tuple[int, int]) -> None:
     link, file = owned("a", pid=pid, start=start), owned("a", pid=pid, start=start)
     (root / link).symlink_to(elsewhere)
     (root / file).write_text("x")
-    assert sweep(LocalStore(root), "a") == module.SweepReport((), ())
+    assert sweep(LocalStore(root), "a") == module.SweptDrafts((), ())
     assert (elsewhere / "kept").is_dir()
     assert sorted(path.name for path in root.iterdir()) == sorted([link, file])
 

@@ -206,12 +206,12 @@ def abort(scene: Scene) -> None:
     (writer,) = saver_of(job_group(None), scene.options)._writers._writers.values()
     assert isinstance(writer, ThreadWriter)
     assert writer._part is not None
-    assembly, until = writer._part._assembly, time.monotonic() + LIMIT_S
-    while not assembly._open:  # its thread enrols the attempt
+    ballot, until = writer._part._ballot, time.monotonic() + LIMIT_S
+    while not ballot._open:  # its thread enrols the attempt
         assert time.monotonic() < until
         time.sleep(0.005)
-    (key,) = assembly._open
-    assembly.say(key, RankFailure(0, "no-space", "no space left on another device"))
+    (key,) = ballot._open
+    ballot.say(key, RankFailure(0, "no-space", "no space left on another device"))
 
 
 def _then(real: Callable[..., Any], call: Callable[[], object]) -> Callable[..., Any]:

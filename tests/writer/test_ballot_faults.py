@@ -105,73 +105,73 @@ class Fake:
         self._link.close()
 
 
-class TestOneAssembly:
+class TestOneBallot:
     """Member 0 of two."""
 
     @pytest.fixture
     def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[CommitBallot, Seat, Attempt]]:
         (first, listener), (second, unused) = seats(2, Limits(missing_s=0.3))
         attempt = job.attempt(tmp_path / "c")
-        assembly = CommitBallot(first, listener, lambda _: attempt.store, lambda key, verdict: None)
-        yield assembly, second, attempt.attempt
-        assembly.close()
+        ballot = CommitBallot(first, listener, lambda _: attempt.store, lambda key, verdict: None)
+        yield ballot, second, attempt.attempt
+        ballot.close()
         assert unused is not None
         unused.close()
 
     def test_a_member_with_a_newer_connection_is_not_missing(self, played: tuple[CommitBallot, Seat, Attempt]) -> None:
         """The older one may be found gone long afterwards. [SAVE-82]"""
-        assembly, seat, attempt = played
+        ballot, seat, attempt = played
         older, newer = Fake(seat, attempt), Fake(seat, attempt)
-        assembly.enroll(attempt, lambda: None)
+        ballot.enroll(attempt, lambda: None)
         older.vote(None)
         newer.vote(None)
-        until(lambda: len([one for one in assembly._clients._all if one.attempts]) == 2)
+        until(lambda: len([one for one in ballot._member_links._all if one.attempts]) == 2)
         older.close()
-        until(lambda: len(assembly._clients._all) == 1)
+        until(lambda: len(ballot._member_links._all) == 1)
         turned = threading.Event()
-        assembly._leave(turned.set)
+        ballot._leave(turned.set)
         assert turned.wait(BOUND_S)
-        assert 1 not in assembly._tallies[attempt.id]._missing_since
+        assert 1 not in ballot._tallies[attempt.id]._missing_since
         newer.vote(RankFailure(1, "no-space", "no room"))
         assert newer.verdict() == (RankFailure(1, "no-space", "no room"),)
 
     def test_one_that_asks_again_is_told_and_forgotten(self, played: tuple[CommitBallot, Seat, Attempt]) -> None:
         """[SAVE-89]"""
-        assembly, seat, attempt = played
+        ballot, seat, attempt = played
         member = Fake(seat, attempt)
-        assembly.enroll(attempt, lambda: None)
+        ballot.enroll(attempt, lambda: None)
         for _ in range(3):
             member.vote(RankFailure(1, "no-space", "no room"))
             assert member.verdict() == (RankFailure(1, "no-space", "no room"),)
-        assert [one.attempts for one in assembly._clients._all] == [{}]
+        assert [one.attempts for one in ballot._member_links._all] == [{}]
 
     def test_who_talks_nonsense_is_hung_up_on(self, played: tuple[CommitBallot, Seat, Attempt]) -> None:
-        assembly, seat, _ = played
+        ballot, seat, _ = played
         stranger = dial(seat.candidates[0], timeout_s=BOUND_S)
         stranger.sendall(struct.pack("<QBI", 0, 200, 0))
         while stranger.recv(64):  # beats
             pass
         stranger.close()
-        assert assembly._clients._all == []
+        assert ballot._member_links._all == []
 
     def test_it_is_not_idle_when_an_attempt_comes_at_the_end_of_a_turn(
         self, played: tuple[CommitBallot, Seat, Attempt]
     ) -> None:
         """Else an orphan would end before its attempt is decided. [SAVE-97]"""
-        assembly, _, attempt = played
-        real, enrolled = assembly._way.begin_anew, threading.Event()
+        ballot, _, attempt = played
+        real, enrolled = ballot._committer_link.begin_anew, threading.Event()
 
         def begin_anew() -> None:
             real()
             if not enrolled.is_set():
-                assembly.enroll(attempt, lambda: None)  # by another thread
+                ballot.enroll(attempt, lambda: None)  # by another thread
                 enrolled.set()
 
-        assembly._way.begin_anew = begin_anew  # type: ignore[method-assign]
-        assembly._leave(lambda: None)
+        ballot._committer_link.begin_anew = begin_anew  # type: ignore[method-assign]
+        ballot._leave(lambda: None)
         assert enrolled.wait(BOUND_S)
-        until(lambda: assembly._open)
-        assert not assembly.join(0)
+        until(lambda: ballot._open)
+        assert not ballot.join(0)
 
 
 def test_a_revived_writer_completes_what_other_committers_need_before_it_attests_and_not_afterwards(
