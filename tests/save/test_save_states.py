@@ -102,7 +102,7 @@ class Scene:
             return taken[0]
 
         with self.patch.context() as patch:
-            patch.setattr(saver, "Task", made)
+            patch.setattr(saver, "SaveTask", made)
             with suppress(KeyboardInterrupt):
                 ek.async_save(self.live, self.path, options=self.options)
         self.handle = taken[0].handle
