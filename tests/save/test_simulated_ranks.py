@@ -115,7 +115,7 @@ def test_what_references_will_leave_out_is_known_before(name: str, mesh: Mesh, p
     """[UCF-161]"""
     shapes = {n: s for n, s in SHAPES.items() if not any(p != "R" and int(p[-2]) >= len(s) for p in placements)}
     for n, shape in shapes.items():
-        merged, maps = job([live(held(n, shape, rank, mesh, placements)) for rank in mesh.ranks], Choice("packed"))
+        merged, maps = job([live(held(n, shape, rank, mesh, placements)) for rank in mesh.ranks], Placing("packed"))
         left_out = references_of(merged.outline.arrays, maps).left_out
         assert [key in note for note in merged.notes for key in left_out] == [True] * len(left_out)
         assert bool(merged.notes) == bool(left_out)
