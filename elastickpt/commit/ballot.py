@@ -183,7 +183,7 @@ class CommitBallot:
 
     def _settle(self, key: str, why: RankFailure) -> None:
         if (entry := self._open.get(key)) is not None:
-            self._endings.give_up(entry.attempt, (why,))
+            self._commit_thread.give_up(entry.attempt, (why,))
 
     def _speak(self, entry: _Open) -> None:
         """Says to the committer of now what is to be said of the attempt."""

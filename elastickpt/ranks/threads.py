@@ -19,7 +19,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 
 class Sockets:
@@ -33,7 +36,7 @@ class Sockets:
     def __bool__(self) -> bool:
         return self._selector is not None
 
-    def register(self, socket: selectors._FileObject, data: object = None) -> None:
+    def register(self, socket: FileDescriptorLike, data: object = None) -> None:
         """From the actor's thread, or before it starts."""
         if self._selector is None:
             self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -41,7 +44,7 @@ class Sockets:
             self._selector.register(self._woken, selectors.EVENT_READ)
         self._selector.register(socket, selectors.EVENT_READ, data)
 
-    def unregister(self, socket: selectors._FileObject) -> None:
+    def unregister(self, socket: FileDescriptorLike) -> None:
         if self._selector is not None:
             self._selector.unregister(socket)
 

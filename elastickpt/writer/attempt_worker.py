@@ -100,7 +100,7 @@ class AttemptWorker:
 
     def settle(self, attempt: str, kind: str, message: str) -> None:
         """The team is gone: what became of the attempt is found out, or it is aborted for that reason. Does not block."""
-        self._assembly.settle(attempt, RankFailure(self._rank, kind, message))
+        self._ballot.settle(attempt, RankFailure(self._rank, kind, message))
 
     @property
     def at_work(self) -> bool:
