@@ -181,7 +181,7 @@ def test_a_revived_writer_completes_what_other_committers_need_before_it_attests
     attempt, member = job.attempt(tmp_path / "c"), job.members[0]
     ((seat, listener), *_) = seats(5)
     part = AttemptWorker(seat, listener, lambda _: attempt.store, lambda number, verdict: None)
-    submission = submission_of(1, member.staged(attempt), member.arena)
+    submission = submission_of(1, member.staged(attempt), member.arena, seat)
     again, structure = replace(submission.write(), repeated=True), submission.structure
     assert structure is not None
     left = tmp_path / attempt.draft.path(CONTENTS)
@@ -247,7 +247,7 @@ def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) 
     (seat, listener), _ = seats(2, Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
     told: SimpleQueue[Verdict] = SimpleQueue()
     part = AttemptWorker(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
-    submission = submission_of(1, small.members[0].staged(attempt), small.members[0].arena)
+    submission = submission_of(1, small.members[0].staged(attempt), small.members[0].arena, seat)
     submission.said = files[0]
     part.begin(submission.enroll(), submission.structure)
     part.repeat(submission.say())
