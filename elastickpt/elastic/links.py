@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from elastickpt.elastic import environment
 from elastickpt.elastic.duties import Exchange
@@ -179,6 +179,8 @@ class GlooLinks:
             self._aborted = True
             if dist.is_initialized():
                 dist.destroy_process_group()
+            else:  # it was not made; torch counts it all the same, and would look for the next one under another name
+                distributed_c10d._world.group_count = 0
             self._store = None
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from elastickpt.elastic import links as links_of
 from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
-from elastickpt.elastic.links import GlooLinks, LinkBroken
+from elastickpt.elastic.links import GlooLinks, LinkBroken, told_by_one
 from elastickpt.elastic.passage import Passage, Passing, sees_batches
 from elastickpt.elastic.stages import Place, Stage, require_parts
 from elastickpt.elastic.starts import seed_streams
+from elastickpt.ranks.processes import socket_identity
 from tests.elastic.files_exchange import FilesExchange
 from tests.elastic.members import run_members
 from tests.elastic.small_model import SEED, Corpus, Sequential, build
@@ -148,3 +150,24 @@ def test_of_a_view_that_is_over_nothing_is_left(tmp_path: Path) -> None:
     """Threads, connections and stores of its groups go with it, and do not wait for a collection of garbage."""
     for counts in run_members(reformed, 2, str(tmp_path), 5):
         assert max(counts[2:]) <= max(counts[:2]), counts
+
+
+def met_in_the_second(rank: int, stages: int, folder: str) -> float:
+    """The first view fails on one member, while the other one has seen nothing of it."""
+    first = FilesExchange(f"{folder}/first")
+    if rank == 0:
+        links_of.FORM_LIMIT_S = 0.5
+        with pytest.raises(LinkBroken):
+            GlooLinks(first, stage=0, stages=stages, limit_s=60.0)
+        links_of.FORM_LIMIT_S = 60.0
+    else:
+        first.set("here/1", socket_identity().encode())
+    links = GlooLinks(FilesExchange(f"{folder}/second"), stage=rank, stages=stages, limit_s=60.0)
+    told = told_by_one(links, torch.tensor([7.0 if rank == 0 else 0.0]), 0).item()
+    links.close()
+    return told
+
+
+def test_who_failed_to_make_a_group_makes_the_next_one_with_who_did_not_try(tmp_path: Path) -> None:
+    """As when a member dies while groups are made: who takes its place has tried once less than the others. [REC-11]"""
+    assert run_members(met_in_the_second, 2, str(tmp_path)) == [7.0, 7.0]
