@@ -226,7 +226,9 @@ def _next_save(place: Place, step: int) -> str:
         job.watcher.wait("ended", frozenset(range(place.setting.ranks)), None, time.monotonic() + START_LIMIT_S)
         if text := _failure(job.ranks.wait()):
             return text
-    found = place.look() or ()
+    found = place.look()
+    if found is None:
+        return f"step {step} was acknowledged; the reader did not return"
     if any((seen.verdict, seen.step, seen.job) == ("whole", step, 1) for seen in found):
         return ""
     return f"step {step} was acknowledged; found: {'; '.join(f'{one.place} {one.verdict} {one.detail}' for one in found)}"[:400]
