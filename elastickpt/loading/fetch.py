@@ -58,13 +58,13 @@ def carry_out(
 ) -> FetchReport:
     """Fills every destination; blocking. `progress` is called with numbers of bytes read, from several threads.
 
-    `threads` are those of a caller that reads one plan after the other; else there are `THREADS` for this plan.
+    `threads` are those of a caller that reads one plan after the other; else this plan has its own.
 
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
     be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
     pace = pace_of(opened.store.capabilities)
-    fetching = _Fetching(opened, plan, verify, progress, pace.unit_nbytes)
+    fetching = _Fetching(opened, plan, verify, progress, pace)
     if threads is None:
         with Pool("elastickpt-read", pace.threads) as pool:
             fetching.run(pool)
@@ -125,11 +125,16 @@ class _Fetching:
     """One call of `fetch` under way: threads take what is read at once, in order."""
 
     def __init__(
-        self, opened: Opened, plan: FetchPlan, verify: Verify, progress: Callable[[int], None], unit_nbytes: int
+        self,
+        opened: Opened,
+        plan: FetchPlan,
+        verify: Verify,
+        progress: Callable[[int], None],
+        pace: Pace,
     ) -> None:
         self._opened = opened
         self._plan = plan
-        self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=unit_nbytes)
+        self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=pace.unit_nbytes)
         self._columns = _Columns.of(self._runs)
         self._verify = verify
         self._progress = progress
@@ -202,27 +207,27 @@ class _Fetching:
         first, stop, nbytes = columns.first[run], columns.first[run + 1], columns.run_nbytes[run]
         target = self._plan.targets[columns.target[first]]
         reader = self._reader(opening, target)
-        at = columns.at[first]
-        into = target.data[at : at + nbytes] if stop - first == 1 else self._scratch.take(nbytes)
+        whole = stop - first == 1 and columns.wanted[first] == nbytes
+        into = target.data[columns.at[first] : columns.at[first] + nbytes] if whole else self._scratch.take(nbytes)
         with naming_array(target):
             lent = lend(reader, columns.run_offset[run], into.data)
-        if stop - first == 1:
+        if not whole:
+            self._hand_out(run, lent)
+        else:
             self._require_blocks(first, lent)
             if address_of(lent) != address_of(into.data):
                 into[:] = np.frombuffer(lent, dtype=np.uint8)
-        else:
-            self._hand_out(run, lent)
         self._done(opening, nbytes)
 
     def _hand_out(self, run: int, lent: memoryview) -> None:
-        """Verifies stretches that were read at once, and copies each to where it belongs."""
+        """Verifies stretches that were read at once, and copies what is wanted of each to where it belongs."""
         columns, targets = self._columns, self._plan.targets
         begin = columns.run_offset[run]
         for stretch in range(columns.first[run], columns.first[run + 1]):
-            low, at, nbytes = columns.offset[stretch] - begin, columns.at[stretch], columns.nbytes[stretch]
-            part = lent[low : low + nbytes]
-            self._require_blocks(stretch, part)
-            targets[columns.target[stretch]].data[at : at + nbytes].data[:] = part
+            low, at, wanted = columns.offset[stretch] - begin, columns.at[stretch], columns.wanted[stretch]
+            self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
+            low += columns.skipped[stretch]
+            targets[columns.target[stretch]].data[at : at + wanted].data[:] = lent[low : low + wanted]
 
     def _require_blocks(self, stretch: int, data: memoryview) -> None:
         """Raises ChecksumMismatch unless this is what was stored. [FRAG-32]"""
@@ -256,6 +261,8 @@ class _Columns:
     at: list[int]
     offset: list[int]
     nbytes: list[int]
+    skipped: list[int]
+    wanted: list[int]
     block: list[int]
     checksums: list[int]
     checksum_start: list[int]
@@ -266,5 +273,6 @@ class _Columns:
     @classmethod
     def of(cls, runs: Runs) -> _Columns:
         cut = runs.stretches
-        columns = (cut.target, cut.at, runs.offsets, cut.end - cut.start, runs.block, runs.checksums, runs.checksum_start)
-        return cls(*(column.tolist() for column in (*columns, runs.offset, runs.nbytes, runs.first)))
+        own = (cut.target, cut.at, runs.offsets, cut.end - cut.start, cut.low - cut.start, cut.high - cut.low)
+        columns = (*own, runs.block, runs.checksums, runs.checksum_start, runs.offset, runs.nbytes, runs.first)
+        return cls(*(column.tolist() for column in columns))

@@ -99,7 +99,7 @@ class _Planning:
         self._opened = opened
         self._targets = targets
         self._maps: dict[FragmentColumns, int] = {}
-        self._rows: list[tuple[int, int, int, int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int, int, int, int, int]] = []
         self._units: list[Unit] = []
         self._known: dict[tuple[tuple[int, ...], int | None, tuple[int, ...], Box], tuple[int, ...]] = {}
 
@@ -153,38 +153,30 @@ class _Planning:
             rest += np.delete(mine, fits).tolist()
         zeros = np.zeros(len(fits), dtype=np.int64)
         number = self._maps.setdefault(columns, len(self._maps))
-        return Stretches(zeros + number, pieces[fits], zeros, nbytes[fits], mine[fits], zeros), rest
+        end = nbytes[fits]
+        return Stretches(zeros + number, pieces[fits], zeros, end, zeros, end, mine[fits], zeros), rest
 
     def _pieces_of(self, number: int) -> None:
         target = self._targets[number]
         want = target.wanted
         for columns, place, piece in require_stored(self._opened, want.record, want.box):
             for read in _reads_of(want, piece, block_nbytes=columns.block_nbytes):
-                low, high = _in_a_row(piece, read, columns.block_nbytes)
-                if low < high:
-                    at = read.steps[0].target + low - read.steps[0].source
-                    self._rows.append((self._maps.setdefault(columns, len(self._maps)), place, low, high, number, at))
-                for start, end in ((read.start, low), (high, read.end)) if low < high else ((read.start, read.end),):
-                    self._units += _units(columns, piece, read, target, start, end)
+                step = read.steps[0]
+                if isinstance(step, Direct) and len(read.steps) == 1 and piece.row_nbytes in (piece.row_stride, piece.nbytes):
+                    own = self._maps.setdefault(columns, len(self._maps))
+                    low, high = max(step.source, read.start), min(step.source + step.nbytes, read.end)
+                    self._rows.append((own, place, read.start, read.end, low, high, number, step.target + low - step.source))
+                else:
+                    self._units += _units(columns, piece, read, target)
 
 
-def _in_a_row(piece: StoredPiece, read: Read, block: int) -> tuple[int, int]:
-    """Which bytes of a piece are whole blocks that lie in a row, and belong in a row; from a byte to itself for none."""
-    step = read.steps[0]
-    if len(read.steps) > 1 or not isinstance(step, Direct) or piece.row_nbytes not in (piece.row_stride, piece.nbytes):
-        return read.start, read.start
-    stop = step.source + step.nbytes
-    return max(read.start, -(-step.source // block) * block), read.end if read.end <= stop else stop // block * block
-
-
-def _units(
-    columns: FragmentColumns, piece: StoredPiece, read: Read, target: ReadTarget, start: int, end: int
-) -> Iterator[Unit]:
+def _units(columns: FragmentColumns, piece: StoredPiece, read: Read, target: ReadTarget) -> Iterator[Unit]:
     step = max(UNIT_NBYTES // columns.block_nbytes, 1) * columns.block_nbytes
     if not isinstance(read.steps[0], Direct) or len(read.steps) > 1:
         step = read.nbytes
-    for low in range(start, end, step):
-        yield Unit(columns.files[piece.file], piece, columns.block_nbytes, low, min(low + step, end), read, target)
+    for low in range(read.start, read.end, step):
+        end = min(low + step, read.end)
+        yield Unit(columns.files[piece.file], piece, columns.block_nbytes, low, end, read, target)
 
 
 def require_files(opened: Opened, plan: FetchPlan) -> None:

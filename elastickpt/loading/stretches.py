@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,7 +23,7 @@ GAP_NBYTES = 4096  # between two stretches that are read at once: the most that 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretches:
-    """Whole blocks of pieces, one entry each: bytes [start, end) of a piece belong at `at` of a target.
+    """Whole blocks of pieces, one entry each: bytes [start, end) of a piece, of which [low, high) belong at `at` of a target.
 
     `map` is a number among the fragment maps of the plan, `piece` one in that map, `target` one among the plan's.
     """
@@ -31,6 +32,8 @@ class Stretches:
     piece: IntColumn
     start: IntColumn
     end: IntColumn
+    low: IntColumn
+    high: IntColumn
     target: IntColumn
     at: IntColumn
 
@@ -38,17 +41,21 @@ class Stretches:
         return len(self.map)
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, int, int, int]]) -> Stretches:
-        columns = np.array(rows, dtype=np.int64).reshape(len(rows), 6)
+    def of(cls, rows: Sequence[tuple[int, int, int, int, int, int, int, int]]) -> Stretches:
+        columns = np.array(rows, dtype=np.int64).reshape(len(rows), 8)
         return cls(*columns.T)
+
+    @property
+    def columns(self) -> tuple[IntColumn, ...]:
+        return self.map, self.piece, self.start, self.end, self.low, self.high, self.target, self.at
 
     @classmethod
     def together(cls, several: Sequence[Stretches]) -> Stretches:
-        columns = zip(*((one.map, one.piece, one.start, one.end, one.target, one.at) for one in several), strict=True)
+        columns = zip(*(one.columns for one in several), strict=True)
         return cls(*map(np.concatenate, columns)) if several else cls.of(())
 
     def take(self, places: IntColumn) -> Stretches:
-        return Stretches(*(c[places] for c in (self.map, self.piece, self.start, self.end, self.target, self.at)))
+        return Stretches(*(column[places] for column in self.columns))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,11 +84,10 @@ def number_files(maps: Sequence[FragmentColumns], stretches: Stretches) -> tuple
     """The files that stretches lie in, by path, and the number of each stretch's among them."""
     known: dict[StoredFile, int] = {}
     numbers = np.zeros(len(stretches), dtype=np.int64)
-    for number, columns, mine in _by_map(maps, stretches):
+    for columns, mine in _by_map(maps, stretches.map):
         used, inverse = np.unique(columns.pieces.file[stretches.piece[mine]], return_inverse=True)
         own = [known.setdefault(columns.files[place], len(known)) for place in used.tolist()]
         numbers[mine] = np.array(own, dtype=np.int64)[inverse]
-        del number
     ordered = sorted(known, key=lambda file: (file.path, file.base, file.nbytes))
     place = np.zeros(len(ordered), dtype=np.int64)
     for new, file in enumerate(ordered):
@@ -89,19 +95,20 @@ def number_files(maps: Sequence[FragmentColumns], stretches: Stretches) -> tuple
     return tuple(ordered), place[numbers]
 
 
-def _by_map(maps: Sequence[FragmentColumns], stretches: Stretches) -> Iterator[tuple[int, FragmentColumns, IntColumn]]:
-    """(number of the map, map, which stretches are of it)."""
-    for number, columns in enumerate(maps):
-        mine = np.flatnonzero(stretches.map == number)
-        if mine.size:
-            yield number, columns, mine
+def _by_map(maps: Sequence[FragmentColumns], of: IntColumn) -> Iterator[tuple[FragmentColumns, IntColumn]]:
+    """Each map that some entries of a column name, with their places."""
+    order = np.argsort(of, kind="stable")
+    bounds = np.searchsorted(of[order], np.arange(len(maps) + 1)).tolist()
+    for columns, (first, stop) in zip(maps, pairwise(bounds), strict=True):
+        if first < stop:
+            yield columns, order[first:stop]
 
 
 def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntColumn, *, unit_nbytes: int) -> Runs:
     """How stretches are read: cut to `unit_nbytes` or one block, in the order of files, close ones together up to that."""
     offset = np.zeros(len(stretches), dtype=np.int64)
     block = np.array([columns.block_nbytes for columns in maps], dtype=np.int64)[stretches.map]
-    for _, columns, mine in _by_map(maps, stretches):
+    for columns, mine in _by_map(maps, stretches.map):
         offset[mine] = columns.pieces.offset[stretches.piece[mine]]
     offset += stretches.start
     step = np.maximum(unit_nbytes // block, 1) * block
@@ -109,7 +116,8 @@ def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntCol
     cut = stretches.take(whole)
     start = cut.start + inside * step[whole]
     end = np.minimum(start + step[whole], cut.end)
-    cut = Stretches(cut.map, cut.piece, start, end, cut.target, cut.at + inside * step[whole])
+    low, high = np.maximum(cut.low, start), np.minimum(cut.high, end)
+    cut = Stretches(cut.map, cut.piece, start, end, low, high, cut.target, cut.at + low - cut.low)
     offset, file = offset[whole] + inside * step[whole], files[whole]
     order = np.lexsort((offset, file))
     cut, offset, file, block = cut.take(order), offset[order], file[order], block[whole][order]
@@ -142,8 +150,7 @@ def _checksums(maps: Sequence[FragmentColumns], cut: Stretches, block: IntColumn
     which, inside = _repeated(counts)
     place = cut.start[which] // block[which] + inside
     found = np.zeros(len(which), dtype=np.uint64)
-    for number, columns in enumerate(maps):
-        mine = np.flatnonzero(cut.map[which] == number)
+    for columns, mine in _by_map(maps, cut.map[which]):
         found[mine] = columns.pieces.checksums[columns.pieces.checksum_start[cut.piece[which[mine]]] + place[mine]]
     return found, begin
 

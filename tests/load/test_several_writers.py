@@ -87,12 +87,12 @@ def fetched(path: Path, rows: tuple[int, int]) -> tuple[np.ndarray, FetchReport]
     return into.view(np.float32), report
 
 
-@pytest.mark.parametrize(("rows", "reads"), [((0, 10), 1), ((3, 9), 1), ((3, 6), 1), ((4, 7), 2), ((2, 9), 2), ((0, 8), 2)])
-def test_whole_pieces_in_a_row_are_read_at_once(path: Path, rows: tuple[int, int], reads: int) -> None:
-    """A piece of which a part is needed is read whole, and into a buffer: by itself."""
+@pytest.mark.parametrize("rows", [(0, 10), (3, 9), (3, 6), (4, 7), (2, 9), (0, 8)])
+def test_pieces_in_a_row_are_read_at_once(path: Path, rows: tuple[int, int]) -> None:
+    """Also those of which a part is needed."""
     found, report = fetched(path, rows)
     assert found.tolist() == [[2.0 * row, 2.0 * row + 1] for row in range(*rows)]
-    assert report.reads == reads
+    assert report.reads == 1
     assert report.wanted_nbytes == 8 * (rows[1] - rows[0])
 
 

@@ -14,6 +14,7 @@ from elastickpt.errors import StorageFailed, WrongLength
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.storage import kernel, ranges
 from elastickpt.storage.local import LocalStore
+from elastickpt.storage.store import lend
 from elastickpt.training.held import HeldArray
 
 MIB = 1 << 20
@@ -142,3 +143,39 @@ MESH = Mesh("mesh", ("replica", "shard"), (2, 2), (0, 1, 2, 3))
 def test_an_array_is_held_alone_where_no_replica_of_it_is_known(alone, held):
     spec = ArraySpec(ArrayId("params", "model", "w", "value"), (4,), "float32")
     assert HeldArray(spec, Box((0,), (2,)), torch.zeros(2), "parameter", **held).held_alone is alone
+
+
+# Bytes that are lent
+
+
+def lent(store, monkeypatch, calls, start, stop):
+    monkeypatch.setattr(ranges.os, "preadv", calls)
+    with closing(store.open_reader("file", cache="spare")) as reader:
+        into = bytearray(stop - start)
+        found = lend(reader, start, memoryview(into))
+        assert found == DATA[start:stop]
+        return found.obj is into
+
+
+@pytest.mark.parametrize("start", [0, 1, 511, 4096, MIB - 1, 2 * MIB + 1000])
+@pytest.mark.parametrize("nbytes", [64 * 1024, MIB - 1, MIB])
+def test_what_comes_past_the_cache_is_lent(store, monkeypatch, start, nbytes):
+    calls = Calls()
+    assert not lent(store, monkeypatch, calls, start, start + nbytes)
+    assert calls.directs == [True]
+
+
+@pytest.mark.parametrize("calls", [Calls(error=errno.EINVAL), Calls(at_most=70_000)])
+def test_what_is_refused_or_cut_short_is_filled_in(store, monkeypatch, calls):
+    assert lent(store, monkeypatch, calls, 5, MIB)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1000), (0, 2 * MIB)])
+def test_small_and_very_large_ranges_are_filled_in(store, monkeypatch, start, stop):
+    assert lent(store, monkeypatch, Calls(), start, stop)
+
+
+def test_lending_beyond_the_end_says_what_it_expected_and_found(store):
+    said = pytest.raises(WrongLength, match=rf"file: expected at least {NBYTES + 1} bytes, found {NBYTES}")
+    with closing(store.open_reader("file", cache="spare")) as reader, said:
+        lend(reader, 3 * MIB, memoryview(bytearray(NBYTES + 1 - 3 * MIB)))
