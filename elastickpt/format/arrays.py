@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from operator import gt, sub
 from typing import Literal
@@ -82,7 +83,7 @@ class Box:
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
         """The box of all elements of an array of this shape."""
-        return cls((0,) * len(shape), tuple(shape))
+        return _whole_box(tuple(shape))
 
     @property
     def ndim(self) -> int:
@@ -99,6 +100,11 @@ class Box:
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{low}:{high}" for low, high in zip(self.start, self.stop, strict=True)) + "]"
+
+
+@lru_cache(maxsize=4096)  # many arrays have one shape
+def _whole_box(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), tuple(map(int, shape)))  # whoever asked first, with what kind of integers
 
 
 Section = Literal["params", "extra"]
@@ -137,9 +143,9 @@ class ArraySpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        if any(extent < 0 for extent in self.shape):
+        if min(self.shape, default=0) < 0:
             raise Malformed(f"array {self.id}: shape {self.shape} has an extent below 0")
-        if len(self.shape) > MAX_NDIM or any(extent > MAX_DIM for extent in self.shape):  # [UCF-93]
+        if len(self.shape) > MAX_NDIM or max(self.shape, default=0) > MAX_DIM:  # [UCF-93]
             raise LimitExceeded(f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis")
         dtype_named(self.dtype)
 

@@ -61,7 +61,11 @@ def _decode(obj: object, where: str, depth: int) -> Value:
 
 
 def _object(obj: dict[str, object], where: str, depth: int) -> Value:
-    tag = next((name for name in obj if name.startswith("$")), None)
+    tag = None
+    for name in obj:
+        if name.startswith("$"):
+            tag = name
+            break
     if tag is None:
         below = _deeper(where, depth)
         return {text(name, where=where): _decode(one, f"{where}/{name}", below) for name, one in obj.items()}
@@ -241,6 +245,10 @@ def _numpy(obj: object, where: str, depth: int) -> Value:
 
 
 def _reference(obj: object, where: str, origin: Origin) -> Value:
+    if isinstance(obj, dict) and len(obj) == 2:  # as all of them are: a tree of tensors has one each
+        item, name = obj.get("item"), obj.get("name")
+        if isinstance(item, str) and isinstance(name, str) and item.isascii() and name.isascii():
+            return ArrayReference(item, name, origin)
     members = StrictObject(obj, where=where)
     found = ArrayReference(members.text("item"), members.text("name"), origin)
     members.close()

@@ -20,7 +20,7 @@ from elastickpt.format.decode_values import decode_value
 from elastickpt.format.documents import codecs_of
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import encode_value
-from elastickpt.format.keys import checked_name, checked_path, components
+from elastickpt.format.keys import checked_name, checked_path, depth_of
 from elastickpt.format.limits import (
     MAX_ARRAYS,
     MAX_CHUNK_NBYTES,
@@ -288,9 +288,10 @@ def _record(
     state, leaf_key = leaf
     key = f"{entry.key}/{leaf_key}" if state else entry.key
     array = ArrayId(entry.section, entry.item, entry.name, state)
-    if not key.startswith(f"{entry.section}/") or key.count("/") != len(components(array)):  # [UCF-67]
+    if not key.startswith(f"{entry.section}/") or key.count("/") != depth_of(array):  # [UCF-67]
         raise Malformed(f"array {array}: {key!r} is no key of it")
-    chunks = prod(-(-extent // step) for extent, step in zip(shape, like.chunk_shape, strict=True))
+    alike = shape == like.chunk_shape
+    chunks = 1 if alike else prod(-(-extent // step) for extent, step in zip(shape, like.chunk_shape, strict=True))
     if chunks > MAX_CHUNKS:
         raise LimitExceeded(f"array {key!r} of shape {shape} has {chunks} chunks, the limit is {MAX_CHUNKS}")
     return ArrayRecord(ArraySpec(array, shape, like.dtype), key, like.chunk_shape, like.layout, writers, like.attributes)

@@ -102,6 +102,13 @@ def components(array: ArrayId) -> tuple[str, ...]:
     return (array.item, *tokens)
 
 
+def depth_of(array: ArrayId) -> int:
+    """How many `components` an array has."""
+    if array.section == "params":
+        return 3
+    return array.name.count("/") + 2 if array.name else 1
+
+
 class _Node:
     """One name in the tree of a section, with what stands below it."""
 

@@ -139,14 +139,21 @@ def physical_box(shape: Sequence[int], *, sizes: Sequence[int], coordinate: Sequ
     LayoutUnsupported for a placement that is none of the three, a dimension that the array lacks, or a coordinate
     outside the mesh.
     """
+    return _physical_box(tuple(shape), tuple(sizes), tuple(coordinate), tuple(placements))
+
+
+@lru_cache(maxsize=4096)  # a model has many arrays of one shape, and an optimizer's states have it again
+def _physical_box(
+    shape: tuple[int, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[str, ...]
+) -> Box:
     if not len(sizes) == len(coordinate) == len(placements) or any(
         not 0 <= index < size for index, size in zip(coordinate, sizes, strict=True)
     ):
         raise LayoutUnsupported(
             f"coordinate {tuple(coordinate)} with placements {tuple(placements)} on a mesh of sizes {tuple(sizes)}"
         )
-    start, stop = [0] * len(shape), list(shape)
-    for axis, dim in _splits(tuple(placements), len(shape)):
+    start, stop = [0] * len(shape), list(map(int, shape))
+    for axis, dim in _splits(placements, len(shape)):
         low, high = start[dim], stop[dim]
         size = -(-(high - low) // sizes[axis])
         start[dim] = min(low + coordinate[axis] * size, high)
@@ -191,7 +198,7 @@ def cuts_of(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str
     """
     if len(sizes) != len(placements):
         raise LayoutUnsupported(f"placements {tuple(placements)} on a mesh of sizes {tuple(sizes)}")
-    splits = _splits(tuple(placements), len(shape))
+    splits = _splits(placements, len(shape))
     return tuple(
         _regular(extent, tuple(sizes[axis] for axis, split in splits if split == dim)) for dim, extent in enumerate(shape)
     )
@@ -200,7 +207,7 @@ def cuts_of(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str
 def is_cut_regularly(shape: Sequence[int], sizes: Sequence[int], placements: Sequence[str]) -> bool:
     """Whether every dimension that these placements cut into several parts is cut as `cuts_of` means it."""
     cuts = cuts_of(shape, sizes, placements)
-    several = {dim for axis, dim in _splits(tuple(placements), len(shape)) if sizes[axis] > 1 and shape[dim] > 1}
+    several = {dim for axis, dim in _splits(placements, len(shape)) if sizes[axis] > 1 and shape[dim] > 1}
     return all(cuts[dim] for dim in several)
 
 

@@ -91,6 +91,8 @@ class Binder:
             target = held if spec == held.spec else replace(held, spec=spec)
             self.targets.append(target)
             self.ties += ((target, other) for other in found[1:])
+            if not held.attributes:
+                return
             live, path = composition_in(dict(held.attributes))
             if live is not None and (live["class"], path) == (SPARSE, ("indices",)):
                 self.installs.append(lambda: require_indices(held.tensor, live["shape"]))
@@ -98,6 +100,8 @@ class Binder:
     def _is_of_another_kind(self, held: HeldArray, id_: ArrayId) -> bool:
         """Whether this process's tensor and the checkpoint's are not both plain, or composites of one composition, or stored as
         the bytes of one element type; which is recorded. [UCF-110]"""
+        if not held.attributes and not self.listing.composites and id_ not in self.listing.attributes:
+            return False  # nothing is said of either: the usual case
         live, path = composition_in(dict(held.attributes))
         whole = whole_id(id_, path)
         saved = self.listing.composites.get(whole)

@@ -257,7 +257,7 @@ def place_of_part(part: tuple[int, ...], cut: Cut, whole: tuple[int, ...], box: 
 def _hold_plain(array: ArrayId, tensor: torch.Tensor, role: Role, holders: Holders) -> Iterator[HeldArray]:
     composition = composition_of(tensor, where=array) if is_composite(tensor) else None
     for path, inner in leaves_of(tensor):
-        if placed(inner) is not None:
+        if inner is not tensor and placed(inner) is not None:
             raise LayoutUnsupported(f"tensor {array}: {type(tensor).__name__} holds a DTensor inside, as {'.'.join(path)!r}")
         elements = elements_of(inner, where=array)
         spec = ArraySpec(part_id(array, path), (*inner.shape, *elements.tail), elements.dtype)

@@ -108,9 +108,10 @@ class _Container:
             wanted = ArrayId("extra", found.item, found.name, "")
             if is_sparse(live) and wanted in self._binder.listing.composites:
                 return referred_anew(self._binder, found, device=live.device)
-            for held in self._held(found, live, place):
+            every = self._held(found, live, place)
+            for held in every:
                 self._binder.fill(held)
-            if self._binder.names.array(wanted) is not None:
+            if all(held.spec.id != wanted for held in every) and self._binder.names.array(wanted) is not None:
                 self._binder.know(wanted)
         elif type(found) is not ArrayValue:
             self._differs(live, found, place)
