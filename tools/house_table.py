@@ -10,6 +10,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 SMALL = 60  # lines
 CALLS = ("save", "async_save", "load", "Run")  # attributes of the package
@@ -72,6 +73,33 @@ def _calls(files: dict[str, str], *names: str) -> int:
     )
 
 
+def _importers(files: dict[str, str]) -> dict[str, set[str]]:
+    """Module file → the files that import it, wherever in them."""
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            modules = [node.module, *(f"{node.module}.{one.name}" for one in node.names)] if _is_ours(node) else []
+            for module in modules:
+                path = module.removeprefix("elastickpt.").replace(".", "/")
+                if f"{path}.py" in files and f"{path}.py" != name:
+                    found[f"{path}.py"].add(name)
+    return found
+
+
+def _is_ours(node: ast.AST) -> TypeGuard[ast.ImportFrom]:
+    return isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("elastickpt.")
+
+
+def colliding(files: dict[str, str]) -> dict[str, list[str]]:
+    """Names of public classes of which several modules have one, with these modules."""
+    where: dict[str, list[str]] = {}
+    for name, text in files.items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(name)
+    return {word: modules for word, modules in sorted(where.items()) if len(modules) > 1}
+
+
 def table(root: Path) -> dict[str, str]:
     """What is counted → how much it is."""
     files = _files(root / "elastickpt")
@@ -81,6 +109,8 @@ def table(root: Path) -> dict[str, str]:
         "lines of code": f"{sum(map(_code_lines, files.values())):,}",
         "files": str(len(files)),
         f"files of at most {SMALL} lines": str(sum(count <= SMALL for count in lines.values())),
+        "files with one importer": str(sum(len(found) == 1 for found in _importers(files).values())),
+        "classes of one name in several files": ", ".join(f"{word} {len(found)}" for word, found in colliding(files).items()),
         "packb and unpackb, not of what is on disk": str(_calls(files, "packb", "unpackb")),
         "files that start a thread": str(sum(".Thread(" in text or " Thread(" in text for text in files.values())),
         "files with a pool of threads": str(sum("ThreadPoolExecutor(" in text for text in files.values())),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from noted_reads import noted_reads
 from safetensors.numpy import save_file
 
 import elastickpt as ek
@@ -90,19 +91,7 @@ def test_a_full_disk_at_any_operation_leaves_nothing(source, tmp_path, monkeypat
 @pytest.fixture
 def read(monkeypatch) -> list[tuple[str, int, int]]:
     """Ranges that are read of local files."""
-    ranges: list[tuple[str, int, int]] = []
-    opened = LocalStore.open_reader
-
-    class Noting:
-        def __init__(self, path: str, inner) -> None:
-            self._path, self._inner, self.nbytes, self.close = path, inner, inner.nbytes, inner.close
-
-        def read_into(self, offset: int, into: memoryview) -> None:
-            ranges.append((self._path, offset, offset + into.nbytes))
-            self._inner.read_into(offset, into)
-
-    monkeypatch.setattr(LocalStore, "open_reader", lambda self, path, **more: Noting(path, opened(self, path, **more)))
-    return ranges
+    return noted_reads(monkeypatch)
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
+from noted_reads import noted_reads
 
 from elastickpt.cli.main import main
 from elastickpt.convert import engine
-from elastickpt.storage.local import LocalStore
 
 SCHEMA = Draft202012Validator(
     json.loads((Path(__file__).parents[2] / "spec" / "schemas" / "cli-convert.schema.json").read_text())
@@ -67,18 +67,7 @@ def test_a_dry_run_reads_no_tensor_and_writes_nothing(megatron_case, tmp_path, t
     from elastickpt.foreign.formats import find_source, read_foreign
 
     source = megatron_case.folder / "checkpoint"
-    ranges: list[tuple[str, int, int]] = []
-    opened = LocalStore.open_reader
-
-    class Noting:
-        def __init__(self, path: str, inner) -> None:
-            self._path, self._inner, self.nbytes, self.close = path, inner, inner.nbytes, inner.close
-
-        def read_into(self, offset: int, into: memoryview) -> None:
-            ranges.append((self._path, offset, offset + into.nbytes))
-            self._inner.read_into(offset, into)
-
-    monkeypatch.setattr(LocalStore, "open_reader", lambda self, path, **more: Noting(path, opened(self, path, **more)))
+    ranges = noted_reads(monkeypatch)
     code, _ = told(source, tmp_path / "out", "--dry-run")
     assert code == 0
     assert list(tmp_path.iterdir()) == []

@@ -31,3 +31,11 @@ def test_code_is_counted_without_prose_and_calls_without_what_is_on_disk(root: P
     found = house_table.table(root)
     assert (found["files"], found["lines"], found["lines of code"]) == ("4", "17", "9")
     assert found["packb and unpackb, not of what is on disk"] == "2"
+
+
+def test_files_with_one_importer_and_words_of_two_meanings_are_found(root: Path) -> None:
+    (root / "elastickpt" / "beside.py").write_text("class Word:\n    pass\n")
+    (root / "elastickpt" / "apart.py").write_text("class Word:\n    pass\n\n\nclass _Own:\n    pass\n")
+    found = house_table.table(root)
+    assert found["files with one importer"] == "1"  # the module of `format`, by the engine
+    assert found["classes of one name in several files"] == "Word 2"
