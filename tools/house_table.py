@@ -10,7 +10,6 @@ import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard
 
 SMALL = 60  # lines
 CALLS = ("save", "async_save", "load", "Run")  # attributes of the package
@@ -78,16 +77,12 @@ def _importers(files: dict[str, str]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name: set() for name in files}
     for name, text in files.items():
         for node in ast.walk(ast.parse(text)):
-            modules = [node.module, *(f"{node.module}.{one.name}" for one in node.names)] if _is_ours(node) else []
-            for module in modules:
-                path = module.removeprefix("elastickpt.").replace(".", "/")
-                if f"{path}.py" in files and f"{path}.py" != name:
-                    found[f"{path}.py"].add(name)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("elastickpt."):
+                for module in (node.module or "", *(f"{node.module}.{one.name}" for one in node.names)):
+                    path = f"{module.removeprefix('elastickpt.').replace('.', '/')}.py"
+                    if path in files and path != name:
+                        found[path].add(name)
     return found
-
-
-def _is_ours(node: ast.AST) -> TypeGuard[ast.ImportFrom]:
-    return isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("elastickpt.")
 
 
 def colliding(files: dict[str, str]) -> dict[str, list[str]]:
