@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from elastickpt.elastic import environment
-from elastickpt.elastic.duties import Exchange
+from elastickpt.elastic.duties import Exchange, TaskOver
+from elastickpt.errors import DeadlineExceeded
 from elastickpt.ranks.addresses import not_in_forks, own_address
 from elastickpt.ranks.processes import socket_identity
 
@@ -105,6 +106,51 @@ class _GlooSending:
             raise LinkBroken(str(error)) from error
 
 
+class _ViewStore(Store):
+    """The store of a view's group. While the group is made members tell each other by the exchange, whose waits end with the
+    view, however long a member is awaited that has died; from then on it is the one that the member of stage 0 keeps."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self._exchange = exchange
+        self.kept: TCPStore | None = None
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # the stub says str; torch gives bytes
+        if self.kept is None:
+            self._exchange.set(f"group/{key}", bytes(value))
+        else:
+            self.kept.set(key, value)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        return self._told([key])[0] if self.kept is None else self.kept.get(key)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        if self.kept is None:
+            self._told(keys)
+        elif timeout is None:
+            self.kept.wait(keys)
+        else:
+            self.kept.wait(keys, timeout)
+
+    def check(self, keys: list[str]) -> bool:
+        return self.kept is not None and self.kept.check(keys)
+
+    def add(self, key: str, amount: int) -> int:
+        assert self.kept is not None, "nobody counts while a group is made"
+        return self.kept.add(key, amount)
+
+    def clone(self) -> Store:
+        """A connection of its own, for another thread."""
+        assert self.kept is not None, "nobody has threads while a group is made"
+        return self.kept.clone()  # type: ignore[attr-defined, no-any-return]  # the stub lacks it
+
+    def _told(self, keys: list[str]) -> list[bytes]:
+        try:
+            return self._exchange.get_all([f"group/{key}" for key in keys], limit_s=FORM_LIMIT_S)
+        except (TaskOver, DeadlineExceeded) as error:
+            raise RuntimeError(str(error)) from error  # which torch lets through
+
+
 class GlooLinks:
     """Links over the default process group, which is a gloo group while they are open. One at a time in a process.
 
@@ -122,16 +168,17 @@ class GlooLinks:
         self._store: Store | None = None
         try:
             address, interface = ("127.0.0.1", "lo") if len(hosts) == 1 else (own_address(), "")
-            self._store = self._met(exchange, address)
+            self._store = store = _ViewStore(exchange)
             limit, hook = timedelta(seconds=FORM_LIMIT_S), sys.excepthook
             with environment.listens(interface):
-                dist.init_process_group("gloo", store=self._store, rank=stage, world_size=stages, timeout=limit)
+                dist.init_process_group("gloo", store=store, rank=stage, world_size=stages, timeout=limit)
             sys.excepthook = hook  # torch puts another one around it with each group
+            store.kept = self._met(exchange, address)
         except RuntimeError as error:
             self.close()
             raise LinkBroken(str(error)) from error
 
-    def _met(self, exchange: Exchange, host: str) -> Store:
+    def _met(self, exchange: Exchange, host: str) -> TCPStore:
         if self.stage == 0:
             listener = not_in_forks(socket.create_server((host, 0)))
             port = listener.getsockname()[1]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
 
-from elastickpt.elastic.links import GlooLinks
+from elastickpt.elastic.duties import TaskOver
+from elastickpt.elastic.links import GlooLinks, LinkBroken
+from elastickpt.ranks.processes import socket_identity
 from tests.elastic.files_exchange import FilesExchange
 
 
@@ -37,3 +40,28 @@ def test_on_one_machine_nothing_listens_beyond_it(
     assert seen == [expected]
     assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
     assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+class Superseded:
+    """What members of a view tell each other, of whom the second one dies before it says its address: the view is over."""
+
+    def __init__(self) -> None:
+        self.told = {f"here/{stage}": socket_identity().encode() for stage in range(2)}
+
+    def set(self, key: str, value: bytes) -> None:
+        self.told[key] = value
+
+    def get(self, key: str, *, limit_s: float) -> bytes:
+        return self.get_all([key], limit_s=limit_s)[0]
+
+    def get_all(self, keys: Sequence[str], *, limit_s: float) -> list[bytes]:
+        if not self.told.keys() >= set(keys):
+            raise TaskOver("generation 1 is over")
+        return [self.told[key] for key in keys]
+
+
+def test_a_group_that_is_being_made_ends_with_its_view() -> None:
+    """No limit has to pass, though a member that died is awaited. [REC-11]"""
+    with pytest.raises(LinkBroken, match="generation 1 is over"):
+        GlooLinks(Superseded(), stage=0, stages=2, limit_s=60.0)
+    assert not dist.is_initialized()
