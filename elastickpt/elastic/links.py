@@ -29,6 +29,7 @@ FORM_LIMIT_S = 10.0
 """For how long the connections of one group may take: a member that died since it said where it is reached."""
 
 _NEVER = timedelta(days=7)  # an interrupt ends a wait, not a clock: how long a step takes is the user's affair
+_GLOO_TIMES = 5  # for so many of a group's limits gloo waits for one connection
 _POISON_TAG = 2**31 - 1
 _POISON_WAIT = timedelta(milliseconds=1)
 
@@ -169,10 +170,12 @@ class GlooLinks:
         try:
             address, interface = ("127.0.0.1", "lo") if len(hosts) == 1 else (own_address(), "")
             self._store = store = _ViewStore(exchange)
-            limit, hook = timedelta(seconds=FORM_LIMIT_S), sys.excepthook
+            limit, hook = timedelta(seconds=FORM_LIMIT_S / _GLOO_TIMES), sys.excepthook
             with environment.listens(interface):
                 dist.init_process_group("gloo", store=store, rank=stage, world_size=stages, timeout=limit)
             sys.excepthook = hook  # torch puts another one around it with each group
+            made = distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+            made.options._timeout = timedelta(seconds=FORM_LIMIT_S)  # by which saves wait for late members
             store.kept = self._met(exchange, address)
         except RuntimeError as error:
             self.close()
