@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from elastickpt.format.arrays import Box, Mesh
+from elastickpt.format.arrays import Box
 from elastickpt.format.limits import MAX_CHUNKS, MIB
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import CHUNK_NBYTES, ByteRun, chunk_count, chunk_nbytes, chunk_shape, chunks_of, runs_of
@@ -39,13 +39,18 @@ class Cutting:
     regular: bool
 
     @classmethod
-    def of(cls, shape: Sequence[int], itemsize: int, mesh: Mesh | None, placements: Sequence[str], held: Box) -> Cutting:
-        """Of an array by its layout; `held` is what a rank has of it, which counts where the layout cuts it irregularly."""
+    def of(
+        cls, shape: Sequence[int], itemsize: int, sizes: Sequence[int] | None, placements: Sequence[str], held: Box
+    ) -> Cutting:
+        """Of an array by its layout, on a mesh of such sizes; `held` is what a rank has of it.
+
+        That counts where the layout cuts it irregularly.
+        """
         whole = tuple(shape)
-        if mesh is None:
+        if sizes is None:
             return cls(whole, itemsize, whole, (0,) * len(whole), True)
-        cuts = cuts_of(whole, mesh.sizes, placements)
-        regular = is_cut_regularly(whole, mesh.sizes, placements)
+        cuts = cuts_of(whole, sizes, placements)
+        regular = is_cut_regularly(whole, sizes, placements)
         box = tuple(cut or extent for cut, extent in zip(cuts, whole, strict=True)) if regular else held.shape
         return cls(whole, itemsize, box, cuts, regular)
 

@@ -254,8 +254,12 @@ def _splits(placements: tuple[str, ...], ndim: int) -> tuple[tuple[int, int], ..
 @lru_cache(maxsize=4096)
 def _regular(extent: int, ways: tuple[int, ...]) -> int:
     """The extent of the regular grid that nested `torch.chunk` splits make, 0 if they make none or a grid of one."""
+    counts = [count for count in ways if count > 1]
+    if len(counts) == 1:  # all parts but the last one are alike, however many they are
+        size = -(-extent // counts[0])
+        return size if 0 < size < extent else 0
     intervals = [(0, extent)]
-    for count in ways:
+    for count in counts:
         intervals = [(low + a, low + b) for low, high in intervals for a, b in torch_chunk(high - low, count) if a < b]
     size = max((high - low for low, high in intervals), default=0)
     if len(intervals) < 2 or any(low % size for low, _ in intervals):

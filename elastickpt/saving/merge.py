@@ -245,7 +245,8 @@ def _cutting(holding: _Holding, *, replicas: int) -> tuple[Cutting, int]:
     if holding.mesh is not None:
         replicas = prod(size for size, placement in zip(holding.mesh.sizes, entry.placements, strict=True) if placement == "R")
     whole, itemsize = Box.whole(entry.spec.shape), entry.spec.type.itemsize
-    cutting = Cutting.of(entry.spec.shape, itemsize, holding.mesh, entry.placements, whole)
+    sizes = None if holding.mesh is None else holding.mesh.sizes
+    cutting = Cutting.of(entry.spec.shape, itemsize, sizes, entry.placements, whole)
     return cutting, replicas if entry.role == "parameter" else 1
 
 

@@ -75,7 +75,8 @@ def _shared_box(array: HeldArray, fact: SharedArray, replicas: int) -> Shared:
     itemsize = array.spec.type.itemsize
     if array.role != "parameter" or replicas == 1:
         return Shared(fact.key, array.box, itemsize, by_first=True)
-    cutting = Cutting.of(array.spec.shape, itemsize, array.mesh, array.placements, array.box)
+    sizes = None if array.mesh is None else array.mesh.sizes
+    cutting = Cutting.of(array.spec.shape, itemsize, sizes, array.placements, array.box)
     return Shared(fact.key, array.box, itemsize, cutting.division(replicas))
 
 

@@ -95,7 +95,7 @@ def test_every_layout_stores_every_element_once_in_slots_of_its_grid(
     for rank, place in enumerate(ranks):
         held = physical_box(shape, sizes=sizes, coordinate=place, placements=placements)
         group = replica_ranks(mesh, placements, rank)
-        cutting = Cutting.of(shape, 4, mesh, placements, held)
+        cutting = Cutting.of(shape, 4, mesh.sizes, placements, held)
         grid, regular = cutting.chunk_shape(replicas=len(group)), cutting.regular
         (mine,) = share_out([Shared("k", held, 4, cutting.division(len(group)))], len(group), group.index(rank))
         for slot in slots_of(mine, shape=shape, chunk_shape=grid, itemsize=4) if mine else ():

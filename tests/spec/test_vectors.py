@@ -6,7 +6,6 @@ import base64
 import json
 from collections.abc import Callable
 from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import zarr
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, Malformed
 from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
-from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.decode_values import decode_value
 from elastickpt.format.documents import array_document, documents, group_document
@@ -255,9 +254,7 @@ def test_packs(vector: Json) -> None:
 
 def _packed_grid(inputs: Json) -> Json:
     shape, sizes = inputs["shape"], inputs["sizes"]
-    axes = tuple(f"a{axis}" for axis in range(len(sizes)))
-    mesh = Mesh("mesh", axes, tuple(sizes), tuple(range(prod(sizes)))) if sizes else None
-    cutting = Cutting.of(shape, inputs["itemsize"], mesh, tuple(inputs["placements"]), Box.whole(shape))
+    cutting = Cutting.of(shape, inputs["itemsize"], sizes or None, tuple(inputs["placements"]), Box.whole(shape))
     return {"chunk_shape": list(cutting.chunk_shape(replicas=inputs["replicas"]))}
 
 
