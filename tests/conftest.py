@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from elastickpt.saving.async_save import close_all
@@ -24,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent / "elastic"))
 # What a property states holds however long a busy machine takes over an example.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+# A child of a fork has no threads of OpenMP but waits for them, where its parent has begun some.
+torch.set_num_threads(1)
 
 MANY = 200  # descriptors
 

@@ -81,6 +81,7 @@ def _forked(case: Case, life: Life, rank: int, port: int) -> tuple[int, int]:
         return pid, reading
     code = 1
     try:
+        torch.set_num_threads(1)  # threads of OpenMP that this process may have are not in its child, which would wait for them
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
