@@ -28,8 +28,8 @@ from elastickpt.loading.stretches import Runs, runs_of
 from elastickpt.loading.units import Scratch, UnitReader, mismatch, naming_array
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool
-from elastickpt.storage.kernel import IN_MEMORY, address_of
-from elastickpt.storage.store import Capabilities, RangeReader, lend
+from elastickpt.storage.kernel import address_of
+from elastickpt.storage.store import RangeReader, Store, is_in_memory, lend
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
 
@@ -63,7 +63,7 @@ def carry_out(
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
     be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
-    pace = pace_of(opened.store.capabilities)
+    pace = pace_of(opened.store)
     fetching = _Fetching(opened, plan, verify, progress, pace)
     if threads is None:
         with Pool("elastickpt-read", pace.threads) as pool:
@@ -105,9 +105,9 @@ DEVICE = Pace(THREADS, UNIT_NBYTES)
 MEMORY = Pace(2, 256 << 10)  # of reads that are copies: more threads fight for the cores, larger ones leave their caches
 
 
-def pace_of(able: Capabilities) -> Pace:
+def pace_of(store: Store) -> Pace:
     """What suits a store."""
-    return MEMORY if able.name in IN_MEMORY else DEVICE
+    return MEMORY if is_in_memory(store) else DEVICE
 
 
 class _Open:

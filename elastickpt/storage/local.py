@@ -67,6 +67,11 @@ class LocalStore:
         )
 
     @property
+    def in_memory(self) -> bool:
+        """Whether its files lie in memory, as the file system's name says: a reader asks, so nothing is tried."""
+        return self._file_system in IN_MEMORY
+
+    @property
     def url(self) -> str:
         return Path(self._root).as_uri()
 

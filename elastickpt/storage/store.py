@@ -255,6 +255,19 @@ def lend(reader: RangeReader, offset: int, into: memoryview) -> memoryview:
 
 
 @runtime_checkable
+class KnowsItsMedium(Protocol):
+    """A store that knows, without trying anything, whether what it reads lies in memory already."""
+
+    @property
+    def in_memory(self) -> bool: ...
+
+
+def is_in_memory(store: Store) -> bool:
+    """Whether reads are known to be copies."""
+    return isinstance(store, KnowsItsMedium) and store.in_memory
+
+
+@runtime_checkable
 class Stamping(Protocol):
     """A store that knows when a file was written last."""
 

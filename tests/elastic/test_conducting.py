@@ -17,7 +17,7 @@ class Conducted:
     """A conductor whose workers are the test's; its clock stands still."""
 
     def __init__(self, stages: int, workers: int) -> None:
-        self.conductor = Conductor(stages, Limits(), Replacing(workers, None), clock_offset=0.0)
+        self.conductor = Conductor(stages, Limits(), Replacing(workers, 9), clock_offset=0.0)
         for number in range(workers):
             self.comes(f"w{number}")
 

@@ -15,7 +15,7 @@ import torch
 from dense import array_of, bits
 from written import write
 
-from elastickpt.errors import CheckpointError, Malformed, MissingFile, StructureConflict, Unsafe, Unsupported
+from elastickpt.errors import CheckpointError, Malformed, MissingFile, NotACheckpoint, StructureConflict, Unsafe, Unsupported
 from elastickpt.foreign.file_plans import NewTensor
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
@@ -134,7 +134,7 @@ def test_a_step_can_be_chosen_and_a_step_folder_stands_for_itself(tmp_path) -> N
     for step in (4, 8):
         save(tmp_path, contents(1, 1, step), tp=0, pp=None, step=step)
     assert (read(tmp_path).step, read(tmp_path, step=4).step, read(tmp_path / "iter_0000004").step) == (8, 4, 4)
-    with pytest.raises(MissingFile, match="step 5"):
+    with pytest.raises(NotACheckpoint, match="step 5"):
         read(tmp_path, step=5)
 
 

@@ -116,7 +116,7 @@ def test_small_arrays_of_one_pack_are_read_at_once(path: Path) -> None:
     assert all((np.diff(words) == 1).all() for words in made.values())
     assert report.wanted_nbytes == SMALL * 2048 + LARGE * 8
     opened = open_records(path)
-    unit = pace_of(opened.store.capabilities).unit_nbytes
+    unit = pace_of(opened.store).unit_nbytes
     fewest = -(-report.wanted_nbytes // unit)
     if opened.manifest.placement == "packed":
         assert report.reads <= fewest + 3
