@@ -112,7 +112,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 TICK_S = 0.5  # between looks at limits, and at processes of this host
-DYING_S = 0.2  # from the end of a connection until the process behind it is gone, if it ends
+DYING_S = 1.0  # from the end of a connection until the process behind it is gone, if it ends
 LOG_AFTER_S, LOG_EVERY_S = 10.0, 300.0
 
 Answer = bytes | RankFailure
@@ -261,9 +261,9 @@ class Star(ABC):
         """What it means that the connection of a member ended without a word."""
         rank = self._ranks[member]
         until = time.monotonic() + DYING_S
-        while not (gone := self._losses([rank])) and self._known.lives_here(rank) and time.monotonic() < until:
+        while (lives := self._known.lives_here(rank)) and time.monotonic() < until:
             time.sleep(0.005)
-        if gone:
+        if not lives and (gone := self._losses([rank])):  # asked after it: a process may end between two looks
             return RankFailure(rank, RankLost.kind, f"{gone[0].message} in {where}")
         at = time.strftime("%H:%M:%S UTC", time.gmtime())
         return RankFailure(rank, RankLost.kind, f"its connection was lost in {where} at {at}; its process may be gone")
