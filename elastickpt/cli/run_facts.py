@@ -11,7 +11,7 @@ from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.records import Manifest
 from elastickpt.ledger.branch import CommitEntry
-from elastickpt.ledger.history import EpochEntry, Finding, Rules, epoch_history, read_told
+from elastickpt.ledger.history import EpochEntry, Finding, KeepRules, epoch_history, read_told
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.retention import Judgement, Keep, judge, keep_of, words_of
 from elastickpt.runs.opening import RunAt
@@ -90,7 +90,7 @@ def run_facts(run: RunAt, *, now: float, keep: Keep | None, epochs: bool) -> Run
     return RunFacts(run.path, now, checkpoints, rules, complete(epoch_history(run.store)) if epochs else ())
 
 
-def _rules(asked: Keep | None, own: Rules | None) -> KeepFact | None:
+def _rules(asked: Keep | None, own: KeepRules | None) -> KeepFact | None:
     """What was asked about goes before what the run's newest job said. [CLI-34]"""
     if asked is not None:
         return KeepFact(words_of(asked), None, asked)

@@ -46,7 +46,7 @@ class Outline:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class DraftContents:
     """One save of a structure. `values` are the replicated ones, by JSON pointer."""
 
     outline: Outline
@@ -92,9 +92,9 @@ def decode_values(data: bytes) -> dict[str, Value]:
     return {pointer: decode_text(text, where=pointer) for pointer, text in decode(data, dict[str, str]).items()}
 
 
-def decode_contents(encoded: EncodedContents) -> Contents:
+def decode_contents(encoded: EncodedContents) -> DraftContents:
     """What `encode_outline` and `encode_values` encoded."""
-    return Contents(decode_outline(encoded.outline), decode_values(encoded.values))
+    return DraftContents(decode_outline(encoded.outline), decode_values(encoded.values))
 
 
 def parts_of(arrays: tuple[ArrayRecord, ...]) -> list[tuple[ArrayRecord, ...]]:
@@ -209,7 +209,7 @@ def leave_contents(store: Store, attempt: Attempt, contents: EncodedContents, *,
     (create or store.create)(attempt.path(CONTENTS), body + file_digest(body).encode())
 
 
-def left_contents(store: Store, attempt: Attempt) -> Contents | None:
+def left_contents(store: Store, attempt: Attempt) -> DraftContents | None:
     """What `leave_contents` left; None if it is not there, or was not finished."""
     try:
         data = store.read(attempt.path(CONTENTS), MAX_FRAGMENTS_NBYTES)

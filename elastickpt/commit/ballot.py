@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
-from elastickpt.commit.attest import Contents
-from elastickpt.commit.committer import Abort, CommitThread, Finish, LookFor, Tally
-from elastickpt.commit.links import CommitterLink, MemberLink, MemberLinks, Seat, Step
+from elastickpt.commit.attest import DraftContents
+from elastickpt.commit.committer import CommitNow, CommitThread, GiveUp, LookFor, Tally
+from elastickpt.commit.links import CommitterLink, LinkChange, MemberLink, MemberLinks, Seat
 from elastickpt.commit.outcome import Patience
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
@@ -41,7 +41,7 @@ KNOWN_VERDICTS = 64
 TURN_S = 0.25
 RECOVER_S = 0.1
 
-Read = Callable[[], Contents | None]
+Read = Callable[[], DraftContents | None]
 Tell = Callable[[str, Verdict], None]
 
 
@@ -195,11 +195,11 @@ class CommitBallot:
     # -- the member ----------------------------------------------------------------------------------------------------
 
     def _reach(self, now: float) -> None:
-        match self._committer_link.go_on(now) if self._open else Step.STAYED:
-            case Step.ARRIVED:
+        match self._committer_link.go_on(now) if self._open else LinkChange.STAYED:
+            case LinkChange.ARRIVED:
                 for entry in list(self._open.values()):
                     self._speak(entry)
-            case Step.ENDED:
+            case LinkChange.ENDED:
                 report = (RankFailure(self._seat.ranks[0], RankLost.kind, "no writer that could commit was reached"),)
                 for entry in list(self._open.values()):
                     self._commit_thread.give_up(entry.attempt, report)
@@ -262,9 +262,9 @@ class CommitBallot:
             return
         tally.passed_over([*range(self._seat.member), *self._member_links.departed])
         match tally.next(now=now, missing_s=self._seat.limits.missing_s):
-            case Finish(files):
+            case CommitNow(files):
                 self._commit_thread.commit(entry.attempt, entry.contents, files)
-            case Abort(report):
+            case GiveUp(report):
                 self._commit_thread.give_up(entry.attempt, report)
             case LookFor(members):
                 self._commit_thread.look_for(entry.attempt, members, lambda found: self._looked_for(entry.attempt.id, found))

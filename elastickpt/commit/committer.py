@@ -1,10 +1,10 @@
 """What the committer of an attempt knows of its writers, what it does next, and what it does in the storage. [SAVE-80..83]
 
     writers                                                    next
-    one failed, or was lost                                    Abort with all failures known
-    all attested                                               Finish with their attestations
+    one failed, or was lost                                    GiveUp with all failures known
+    all attested                                               CommitNow with their attestations
     some missing for longer than `missing_s`                   LookFor their attestations in the draft
-    else                                                       Wait
+    else                                                       KeepWaiting
 
 1. A writer's first attestation or failure is its last word: it may be revived, and say it again.
 2. Missing is who is not connected: from the beginning of the tally, from the loss of its connection, or, if it was passed over
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from math import inf
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.commit.attest import Contents, find_attestation
-from elastickpt.commit.outcome import STANDS, Patience, Standing, commit, give_up, look
+from elastickpt.commit.attest import DraftContents, find_attestation
+from elastickpt.commit.outcome import STANDS, AttemptStanding, Patience, commit, give_up, look
 from elastickpt.errors import RankFailure, RankLost
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.team import failure_of
@@ -34,7 +34,7 @@ from elastickpt.storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class KeepWaiting:
     pass
 
 
@@ -44,16 +44,16 @@ class LookFor:
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
+class CommitNow:
     files: tuple[FileDigest, ...]  # by member
 
 
 @dataclass(frozen=True, slots=True)
-class Abort:
+class GiveUp:
     report: tuple[RankFailure, ...]
 
 
-Next = Wait | LookFor | Finish | Abort
+Next = KeepWaiting | LookFor | CommitNow | GiveUp
 
 
 class Tally:
@@ -97,12 +97,12 @@ class Tally:
 
     def next(self, *, now: float, missing_s: float) -> Next:
         if self._failures:
-            return Abort(tuple(sorted(self._failures.values())))
+            return GiveUp(tuple(sorted(self._failures.values())))
         open_members = [member for member in range(len(self._ranks)) if member not in self._files]
         if not open_members:
-            return Finish(tuple(self._files[member] for member in range(len(self._ranks))))
+            return CommitNow(tuple(self._files[member] for member in range(len(self._ranks))))
         missing = [m for m in open_members if m in self._missing_since and now - self._missing_since[m] >= missing_s]
-        return LookFor(tuple(missing)) if missing else Wait()
+        return LookFor(tuple(missing)) if missing else KeepWaiting()
 
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class CommitThread:
         """Whether something was begun that has not ended."""
         return self._count > 0
 
-    def commit(self, attempt: Attempt, contents: Callable[[], Contents | None], files: tuple[FileDigest, ...]) -> None:
+    def commit(self, attempt: Attempt, contents: Callable[[], DraftContents | None], files: tuple[FileDigest, ...]) -> None:
         """All have attested: it is committed, or found so."""
 
         def act(store: Store) -> None:
@@ -152,7 +152,7 @@ class CommitThread:
         """It is looked whether it has ended; `report` is said of it if it was aborted."""
 
         def act(store: Store) -> None:
-            if look(store, attempt) is not Standing.OPEN:
+            if look(store, attempt) is not AttemptStanding.OPEN:
                 self._abort(store, attempt, report)
 
         self._do(attempt, act)

@@ -26,7 +26,7 @@ CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CommitLimits:
     """Seconds. A candidate that cannot be reached for `succession_s`, or that is connected and says nothing for `silence_s`, is
     passed over for the next one; a member that no committer has heard of for `missing_s` is lost. A commit waits at most
     `adopt_s` for a newer claim of the run to adopt it."""
@@ -46,7 +46,7 @@ class Seat:
     ranks: tuple[int, ...]
     candidates: tuple[str, ...]
     secret: bytes
-    limits: Limits = Limits()
+    limits: CommitLimits = CommitLimits()
 
 
 class Introduction(Message, frozen=True):
@@ -70,7 +70,7 @@ DIAL_S = 2.0
 FAREWELL_S = 1.0
 
 
-class Step(Enum):
+class LinkChange(Enum):
     STAYED = auto()  # as before
     ARRIVED = auto()  # at another candidate, or at the same by a new connection: all that is open must be said again
     ENDED = auto()  # all candidates were passed over; it begins anew
@@ -108,14 +108,14 @@ class CommitterLink:
         """Whether this member is its own committer."""
         return self._at == self._seat.member
 
-    def go_on(self, now: float) -> Step:
+    def go_on(self, now: float) -> LinkChange:
         """One step further, if there is one to go. Dials, at most for `DIAL_S`."""
         if self.ends_here:
-            return Step.STAYED
+            return LinkChange.STAYED
         rank = self._seat.ranks[self._at]
         if self._link is not None:
             if now - self._link.heard_at <= self._seat.limits.silence_s:
-                return Step.STAYED
+                return LinkChange.STAYED
             log.warning("the committer, rank %d, is silent", rank)
             self._unlink()
             return self._pass_over()
@@ -125,11 +125,11 @@ class CommitterLink:
             self._dialled_at = now
             if self._dial():
                 self._unreached_since = None
-                return Step.ARRIVED
+                return LinkChange.ARRIVED
         if now - self._unreached_since >= self._seat.limits.succession_s:
             log.warning("the committer, rank %d, cannot be reached", rank)
             return self._pass_over()
-        return Step.STAYED
+        return LinkChange.STAYED
 
     def send(self, vote: bytes) -> None:
         """To the committer, if there is a connection; else it is said when there is one."""
@@ -174,13 +174,13 @@ class CommitterLink:
     def close(self) -> None:
         self._unlink()
 
-    def _pass_over(self) -> Step:
+    def _pass_over(self) -> LinkChange:
         self._at += 1
         self._unreached_since = None
         if self._at >= len(self._seat.candidates):
             self._at = 0
-            return Step.ENDED
-        return Step.ARRIVED if self.ends_here else Step.STAYED
+            return LinkChange.ENDED
+        return LinkChange.ARRIVED if self.ends_here else LinkChange.STAYED
 
     def _dial(self) -> bool:
         try:

@@ -25,7 +25,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from elastickpt.commit.attempt import Attempt, Committed, Verdict
-from elastickpt.commit.attest import Contents, left_contents
+from elastickpt.commit.attest import DraftContents, left_contents
 from elastickpt.commit.draft import CONTENTS, abort
 from elastickpt.commit.draft import commit as commit_draft
 from elastickpt.commit.record import Proven, Records, find_records, prove_draft, read_records, write_records
@@ -45,10 +45,10 @@ from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import FileDigest
-from elastickpt.ledger.epochs import Outcome, acknowledge, decide, superseded
+from elastickpt.ledger.epochs import Acknowledgement, acknowledge, decide, superseded
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete, remove_folder
-from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.records import AbortRegister, CommitRegister
 from elastickpt.ledger.stored import read_register
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
@@ -56,7 +56,7 @@ from elastickpt.storage.store import Store
 T = TypeVar("T")
 
 
-class Standing(StrEnum):
+class AttemptStanding(StrEnum):
     """What an attempt is, for everybody who looks."""
 
     OPEN = "open"
@@ -64,7 +64,7 @@ class Standing(StrEnum):
     ABORTED = "aborted"  # by path: the draft is gone, or was renamed; in a run: the register says abort
 
 
-class State(StrEnum):
+class CommitState(StrEnum):
     """How far one committer is with it."""
 
     ATTESTED = "attested"  # every writer's fragment file is durable, and the contents are known
@@ -88,21 +88,21 @@ class Patience:
 STANDS = (NotAcknowledged, NotDurable, Superseded)
 
 
-def look(store: Store, attempt: Attempt) -> Standing:
+def look(store: Store, attempt: Attempt) -> AttemptStanding:
     """What has become of the attempt so far. Blocking. Raises StorageFailed kinds."""
     if attempt.register is not None:
         try:
             register = complete(read_register(store, attempt.register))
         except MissingFile:
-            return Standing.OPEN
-        return Standing.COMMITTED if isinstance(register, Commit) else Standing.ABORTED
+            return AttemptStanding.OPEN
+        return AttemptStanding.COMMITTED if isinstance(register, CommitRegister) else AttemptStanding.ABORTED
     if store.exists(attempt.draft.folder):  # first this: it may be renamed between two looks
-        return Standing.OPEN
+        return AttemptStanding.OPEN
     try:
         found = decode_manifest(store.read(f"{attempt.draft.name}/{MANIFEST}", MAX_MANIFEST_NBYTES), path=MANIFEST)
     except MissingFile:
-        return Standing.ABORTED
-    return Standing.COMMITTED if found.attempt == attempt.id else Standing.ABORTED
+        return AttemptStanding.ABORTED
+    return AttemptStanding.COMMITTED if found.attempt == attempt.id else AttemptStanding.ABORTED
 
 
 # -- commit ------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class _Committer:
 
     store: Store
     attempt: Attempt
-    contents: Contents | None
+    contents: DraftContents | None
     files: Sequence[FileDigest]
     patience: Patience
     proven: Proven | None = None
@@ -124,7 +124,7 @@ class _Committer:
 def commit(
     store: Store,
     attempt: Attempt,
-    contents: Contents | None,
+    contents: DraftContents | None,
     files: Sequence[FileDigest],
     *,
     patience: Patience = Patience(),
@@ -138,7 +138,7 @@ def commit(
     """
     committer = _Committer(store, attempt, contents, files, patience)
     standing = look(store, attempt)
-    if standing is Standing.OPEN:
+    if standing is AttemptStanding.OPEN:
         try:
             return _go_through(committer, _beginning(committer))
         except STANDS:
@@ -148,21 +148,21 @@ def commit(
                 standing = look(store, attempt)  # another may have been first, which shows in any operation
             except CheckpointError:
                 raise error from None  # which says what is known [SAVE-56]
-            if standing is Standing.OPEN:
+            if standing is AttemptStanding.OPEN:
                 raise
-    if standing is Standing.ABORTED:
+    if standing is AttemptStanding.ABORTED:
         raise Uncommitted(f"{attempt.where}: the attempt {attempt.id} was aborted by another writer")
-    return _go_through(committer, State.FOUND)
+    return _go_through(committer, CommitState.FOUND)
 
 
-def _beginning(committer: _Committer) -> State:
+def _beginning(committer: _Committer) -> CommitState:
     if committer.contents is None:
         committer.contents = left_contents(committer.store, committer.attempt)
-    return State.ATTESTED if committer.contents is not None else State.BEREFT
+    return CommitState.ATTESTED if committer.contents is not None else CommitState.BEREFT
 
 
-def _go_through(committer: _Committer, state: State) -> Committed:
-    while state is not State.SETTLED:
+def _go_through(committer: _Committer, state: CommitState) -> Committed:
+    while state is not CommitState.SETTLED:
         step = STEPS.get(state)
         if step is None:
             raise InternalError(f"{committer.attempt.where}: no step leads on from {state}; please report it")
@@ -191,11 +191,11 @@ def _publish(committer: _Committer) -> None:
     store, attempt, records = committer.store, committer.attempt, _known(committer.records)
     if attempt.register is None:
         return commit_draft(store, attempt.draft)
-    register = Commit(attempt.register, records.digest, records.nbytes, records.manifest.time, attempt.metrics)
+    register = CommitRegister(attempt.register, records.digest, records.nbytes, records.manifest.time, attempt.metrics)
     try:
         said = complete(decide(store, register))
     except StorageFailed as error:
-        if look(store, attempt) is not Standing.COMMITTED:
+        if look(store, attempt) is not AttemptStanding.COMMITTED:
             raise
         raise NotDurable(f"{attempt.where} is committed and whole, but may not survive a power cut: {error}") from error
     if said != register:
@@ -235,28 +235,28 @@ def _sync_name(store: Store, attempt: Attempt) -> None:
 def _acknowledge(committer: _Committer, register: AttemptId) -> None:
     """No newer claim of the run has left it out. Raises Superseded, NotAcknowledged. [SAVE-90]"""
     store, patience = committer.store, committer.patience
-    outcome = complete(acknowledge(store, register, poll_s=patience.poll_s, limit_s=patience.limit_s))
-    if outcome is Outcome.ACKNOWLEDGED:
+    said = complete(acknowledge(store, register, poll_s=patience.poll_s, limit_s=patience.limit_s))
+    if said is Acknowledgement.ACKNOWLEDGED:
         return
-    if outcome is Outcome.SUPERSEDED:
+    if said is Acknowledgement.SUPERSEDED:
         raise complete(superseded(store, register.epoch))
-    why = "it was removed since" if outcome is Outcome.REMOVED else "a newer claim of the run has not adopted it in time"
+    why = "it was removed since" if said is Acknowledgement.REMOVED else "a newer claim of the run has not adopted it in time"
     raise NotAcknowledged(f"{committer.attempt.where}: committed, but not acknowledged: {why}")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CommitStep:
     act: Callable[[_Committer], None]
-    then: State
+    then: CommitState
 
 
-STEPS: Mapping[State, Step] = {
-    State.ATTESTED: Step(_prove, State.PROVEN),
-    State.PROVEN: Step(_record, State.RECORDED),
-    State.BEREFT: Step(_find_records, State.RECORDED),
-    State.RECORDED: Step(_publish, State.COMMITTED),
-    State.FOUND: Step(_find_commit, State.COMMITTED),
-    State.COMMITTED: Step(_confirm, State.SETTLED),
+STEPS: Mapping[CommitState, CommitStep] = {
+    CommitState.ATTESTED: CommitStep(_prove, CommitState.PROVEN),
+    CommitState.PROVEN: CommitStep(_record, CommitState.RECORDED),
+    CommitState.BEREFT: CommitStep(_find_records, CommitState.RECORDED),
+    CommitState.RECORDED: CommitStep(_publish, CommitState.COMMITTED),
+    CommitState.FOUND: CommitStep(_find_commit, CommitState.COMMITTED),
+    CommitState.COMMITTED: CommitStep(_confirm, CommitState.SETTLED),
 }
 
 
@@ -277,9 +277,9 @@ def give_up(store: Store, attempt: Attempt, report: tuple[RankFailure, ...], *, 
         standing = look(store, attempt)
     else:
         standing = _abort_register(store, attempt, attempt.register, report)
-    if standing is Standing.COMMITTED:
-        return _go_through(_Committer(store, attempt, None, (), patience), State.FOUND)
-    if standing is Standing.OPEN:
+    if standing is AttemptStanding.COMMITTED:
+        return _go_through(_Committer(store, attempt, None, (), patience), CommitState.FOUND)
+    if standing is AttemptStanding.OPEN:
         raise StorageFailed(
             f"{attempt.where}: its draft {attempt.draft.folder} cannot be aborted: a committer may still commit it"
         )
@@ -298,18 +298,18 @@ def abandon(store: Store, attempt: Attempt, why: BaseException) -> None:
         give_up(store, attempt, (failure_of(why, 0),))
 
 
-def _abort_register(store: Store, attempt: Attempt, register: AttemptId, report: tuple[RankFailure, ...]) -> Standing:
+def _abort_register(store: Store, attempt: Attempt, register: AttemptId, report: tuple[RankFailure, ...]) -> AttemptStanding:
     """The register says abort, or what another said before. On a full disk the draft first gives up what no checkpoint holds:
     room for a register, as its folder may go only behind that. [RUN-76]"""
     reason = "; ".join(f"rank {one.rank} ({one.kind}): {one.message}" for one in report)[:2000]
     try:
-        said = complete(decide(store, Abort(register, reason)))
+        said = complete(decide(store, AbortRegister(register, reason)))
     except StorageFailed as error:
-        if (standing := look(store, attempt)) is not Standing.OPEN:
+        if (standing := look(store, attempt)) is not AttemptStanding.OPEN:
             return standing  # it has its name, which alone failed to be synced
         if not isinstance(error, NoSpace):
             raise
         for leftover in (DRAFT_TOKEN, CONTENTS):
             store.remove(attempt.path(leftover))
-        said = complete(decide(store, Abort(register, reason)))
-    return Standing.COMMITTED if isinstance(said, Commit) else Standing.ABORTED
+        said = complete(decide(store, AbortRegister(register, reason)))
+    return AttemptStanding.COMMITTED if isinstance(said, CommitRegister) else AttemptStanding.ABORTED

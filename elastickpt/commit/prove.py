@@ -39,7 +39,7 @@ _Places = tuple[tuple[int, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # 
 
 
 @dataclass(frozen=True, eq=False)
-class MadeReferences:
+class AttemptReferences:
     """The references that were made for an attempt, and of what."""
 
     arrays: tuple[ArrayRecord, ...]
@@ -53,7 +53,7 @@ class ProofMemory:
     """What was proven of the arrays of one outline last, and the references to them; None at first."""
 
     last: Proof | None = None
-    references: MadeReferences | None = None
+    references: AttemptReferences | None = None
 
 
 def references_to(
@@ -68,7 +68,7 @@ def references_to(
     if made is not None and made.arrays is arrays and all(map(_lie_alike, places, made.places)):
         return made.text.replace(f"/{made.attempt}-", f"/{attempt}-")
     text = references_of(arrays, maps).text
-    memory.references = MadeReferences(arrays, places, attempt, text)
+    memory.references = AttemptReferences(arrays, places, attempt, text)
     return text
 
 

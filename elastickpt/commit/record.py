@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import Contents, completing, parts_of, read_attested
+from elastickpt.commit.attest import DraftContents, completing, parts_of, read_attested
 from elastickpt.commit.draft import LEFTOVERS
 from elastickpt.commit.prove import ProofMemory, merge_tables, prove, references_to, require_distinct_ranges
 from elastickpt.errors import Uncommitted
@@ -60,7 +60,7 @@ class Records:
         return sum(one.spec.nbytes for one in self.arrays)
 
 
-def prove_draft(store: Store, attempt: Attempt, contents: Contents, files: Sequence[FileDigest]) -> Proven:
+def prove_draft(store: Store, attempt: Attempt, contents: DraftContents, files: Sequence[FileDigest]) -> Proven:
     """Reads what each writer attested, by writer, and proves it whole. Blocking.
 
     Raises CoverageGap, CoverageOverlap, StructureConflict or ChecksumMismatch if it is not, StorageFailed kinds.
@@ -78,7 +78,9 @@ def prove_draft(store: Store, attempt: Attempt, contents: Contents, files: Seque
     return Proven(arrays, tables, requires, references)
 
 
-def write_records(store: Store, attempt: Attempt, contents: Contents, files: Sequence[FileDigest], proven: Proven) -> Records:
+def write_records(
+    store: Store, attempt: Attempt, contents: DraftContents, files: Sequence[FileDigest], proven: Proven
+) -> Records:
     """Index, documents and manifest stand in the draft, which needs only its commit, as durable as was asked. Blocking.
 
     What another committer began of them is completed. Raises StorageFailed kinds.
@@ -162,7 +164,7 @@ def _write_documents(store: Store, attempt: Attempt, documents: Sequence[tuple[s
 
 
 def _features(
-    arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], contents: Contents, per_rank: Sequence[Value]
+    arrays: Sequence[ArrayRecord], tables: Sequence[OptimizerTable], contents: DraftContents, per_rank: Sequence[Value]
 ) -> tuple[str, ...]:
     """What a reader must know beyond version 1. [UCF-100]"""
     fields = [field for table in tables for field in table.fields]

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import Contents as Whole
-from elastickpt.commit.attest import Outline, attest
+from elastickpt.commit.attest import DraftContents, Outline, attest
 from elastickpt.commit.outcome import commit
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.contents import Array, Contents
@@ -159,7 +158,7 @@ class UniversalTarget:
         outline = Outline(frame, tuple(sorted(self.records.values(), key=lambda record: record.key)))
         attempt = Attempt(place.store.url, place.draft, self._durability, step=contents.step, time=time.time())
         with place.publishing():
-            commit(place.store, attempt, Whole(outline, dict(contents.values)), attested)
+            commit(place.store, attempt, DraftContents(outline, dict(contents.values)), attested)
 
     def _renew(self, path: str, data: bytes) -> None:
         """Creates a file; one that an interrupted conversion made there was not noted as done, and is made again."""

@@ -17,7 +17,7 @@ from typing import Literal
 from elastickpt.errors import MissingFile, NotACheckpoint
 from elastickpt.ledger.names import LATEST, AttemptId
 from elastickpt.ledger.objects import NOW, Steps, complete
-from elastickpt.ledger.records import Commit, Metrics
+from elastickpt.ledger.records import CommitRegister, Metrics
 from elastickpt.ledger.stored import RunView, read_view
 from elastickpt.storage.links import replace_link
 from elastickpt.storage.opening import open_store
@@ -34,7 +34,7 @@ class CommitEntry:
 
     id: AttemptId
     state: CommitState
-    commit: Commit | None
+    commit: CommitRegister | None
     metrics: Metrics = ()
     problem: str = ""
 
@@ -104,7 +104,7 @@ def entries_of(view: RunView) -> tuple[CommitEntry, ...]:
     for attempt in (*live, *abandoned):
         state: CommitState = "live" if attempt in live else "abandoned"
         commit, metrics = by_id[attempt], view.metrics.get(attempt, ())
-        if isinstance(commit, Commit):
+        if isinstance(commit, CommitRegister):
             entries.append(CommitEntry(attempt, state, commit, metrics))
         else:
             entries.append(CommitEntry(attempt, state, None, metrics, commit.why))

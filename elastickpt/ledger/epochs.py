@@ -37,13 +37,13 @@ from elastickpt.errors import CheckpointError, Damaged, MissingFile, PathOccupie
 from elastickpt.ledger.names import COMMITS, AttemptId, RunObjects, adopted_name, claim_name, found_name, start_name
 from elastickpt.ledger.objects import NOW, Steps, create_exclusively, remove_register
 from elastickpt.ledger.records import (
-    Abort,
+    AbortRegister,
     Adopted,
     Claim,
     Claimer,
-    Commit,
+    CommitRegister,
+    EpochStart,
     Found,
-    Start,
     Void,
     decode_register,
     decode_start,
@@ -64,7 +64,7 @@ from elastickpt.ledger.stored import (
 from elastickpt.storage.store import Store
 
 
-class Outcome(StrEnum):
+class Acknowledgement(StrEnum):
     """What a writer may say of a commit that it linked."""
 
     ACKNOWLEDGED = "acknowledged"  # it counts, and no claim can take that away
@@ -108,7 +108,7 @@ def claim(store: Store, by: Claimer, *, adopting: Collection[AttemptId] = ()) ->
 
 def start(
     store: Store, holding: Holding, *, continued: AttemptId | None, keep: str | None = None, found: Found | None = None
-) -> Steps[Start]:
+) -> Steps[EpochStart]:
     """The live branch goes on from `continued` from now on, or begins anew. Once in an epoch, before its first attempt.
 
     `keep`, in words, and what the restore `found` are remembered with it: they decide nothing. Returns what stands: a second
@@ -118,7 +118,7 @@ def start(
     yield from require_newest(store, holding.epoch)
     if continued is not None and continued not in holding.adopted.commits:
         raise Refused(f"epoch {holding.epoch} cannot continue from {continued}, which it did not adopt")
-    data = encode_start(Start(holding.epoch, continued, keep, found))
+    data = encode_start(EpochStart(holding.epoch, continued, keep, found))
     record = decode_start((yield from create_exclusively(store, start_name(holding.epoch), data)), epoch=holding.epoch)
     if record.continued != continued:
         raise Refused(f"epoch {holding.epoch} has started already, from another commit than {continued}")
@@ -147,7 +147,7 @@ def open_attempt(store: Store, holding: Holding, *, step: int) -> Steps[AttemptI
         if one.step < step:
             break
         register = yield from read_register(store, one)
-        if isinstance(register, Commit):
+        if isinstance(register, CommitRegister):
             if one.step == step:
                 raise PathOccupied(f"step {step} is committed in epoch {holding.epoch} already")
             raise Refused(
@@ -157,8 +157,10 @@ def open_attempt(store: Store, holding: Holding, *, step: int) -> Steps[AttemptI
     folders = yield from attempt_folders(store)
     tried += [one.attempt for one in folders.attempts if (one.epoch, one.step) == (holding.epoch, step)]
     for attempt in sorted(set(tried)):
-        said = yield from decide(store, Abort(AttemptId(step, holding.epoch, attempt), "another attempt at the step begins"))
-        if isinstance(said, Commit):
+        said = yield from decide(
+            store, AbortRegister(AttemptId(step, holding.epoch, attempt), "another attempt at the step begins")
+        )
+        if isinstance(said, CommitRegister):
             raise PathOccupied(f"step {step} is committed in epoch {holding.epoch} already")
     return AttemptId(step, holding.epoch, max(tried, default=0) + 1)
 
@@ -193,7 +195,7 @@ def claim_lost(store: Store, by: Claimer, *, epochs: Collection[int]) -> Steps[N
 def start_lost(store: Store, *, continued: Mapping[int, AttemptId | None]) -> Steps[None]:
     """Each of these epochs, whose start object was lost, has one again, and the live branch goes on from these. [RUN-107]"""
     for epoch, attempt in sorted(continued.items()):
-        yield from create_exclusively(store, start_name(epoch), encode_start(Start(epoch, attempt)))
+        yield from create_exclusively(store, start_name(epoch), encode_start(EpochStart(epoch, attempt)))
 
 
 def _make_commits(store: Store) -> Steps[None]:
@@ -231,7 +233,7 @@ def _what_counts(store: Store, epoch: int, token: str, adopting: Collection[Atte
     found = set(below.commits) & listing.registers
     for attempt in sorted(one for one in listing.registers if one.epoch == below.epoch):
         try:
-            if isinstance((yield from read_register(store, attempt)), Commit):
+            if isinstance((yield from read_register(store, attempt)), CommitRegister):
                 found.add(attempt)
         except MissingFile:
             continue  # removed since it was listed
@@ -243,7 +245,7 @@ def _what_counts(store: Store, epoch: int, token: str, adopting: Collection[Atte
 # -- a writer --------------------------------------------------------------------------------------------------------------
 
 
-def decide(store: Store, register: Commit | Abort) -> Steps[Commit | Abort]:
+def decide(store: Store, register: CommitRegister | AbortRegister) -> Steps[CommitRegister | AbortRegister]:
     """What the attempt's register says for good: `register`, or what another said before; the caller obeys it.
 
     The folder of a commit must be whole and durable before. Raises StorageFailed kinds: then ask again. [RUN-40, RUN-41]
@@ -252,34 +254,34 @@ def decide(store: Store, register: Commit | Abort) -> Steps[Commit | Abort]:
     return decode_register(found, attempt=register.id)
 
 
-def acknowledge(store: Store, attempt: AttemptId, *, poll_s: float, limit_s: float) -> Steps[Outcome]:
+def acknowledge(store: Store, attempt: AttemptId, *, poll_s: float, limit_s: float) -> Steps[Acknowledgement]:
     """What may be said of a commit whose register is linked and durable. Looks at once, then every `poll_s` up to `limit_s`.
 
     Raises StorageFailed kinds, Damaged kinds for an adopted object that is not what was written. [RUN-42, RUN-43]
     """
-    outcome = Outcome.UNDECIDED
+    outcome = Acknowledgement.UNDECIDED
     for look in range(1 + ceil(limit_s / poll_s)):
         if look:
             yield poll_s
         outcome = yield from _look(store, attempt)
-        if outcome is not Outcome.UNDECIDED:
+        if outcome is not Acknowledgement.UNDECIDED:
             break
-    if outcome is Outcome.ACKNOWLEDGED:
+    if outcome is Acknowledgement.ACKNOWLEDGED:
         yield NOW
         if not store.exists(attempt.folder):  # linked once more, behind its removal: taken back [RUN-44]
             yield from remove_register(store, attempt)
-            return Outcome.REMOVED
+            return Acknowledgement.REMOVED
     return outcome
 
 
-def _look(store: Store, attempt: AttemptId) -> Steps[Outcome]:
+def _look(store: Store, attempt: AttemptId) -> Steps[Acknowledgement]:
     listing = yield from list_commits(store)
     if listing.newest > attempt.epoch:
         if listing.newest not in listing.adopted:
-            return Outcome.UNDECIDED
+            return Acknowledgement.UNDECIDED
         adopted = yield from read_adopted(store, listing.newest)
         if isinstance(adopted, Void):
-            return Outcome.UNDECIDED  # somebody newer claims
+            return Acknowledgement.UNDECIDED  # somebody newer claims
         if attempt not in adopted.commits:
-            return Outcome.SUPERSEDED
-    return Outcome.ACKNOWLEDGED if attempt in listing.registers else Outcome.REMOVED
+            return Acknowledgement.SUPERSEDED
+    return Acknowledgement.ACKNOWLEDGED if attempt in listing.registers else Acknowledgement.REMOVED

@@ -96,7 +96,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class KeepRules:
     """What the newest job that started keeps, in words, as it said in this epoch."""
 
     epoch: int
@@ -104,25 +104,25 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RestoreHistory:
     """`findings` by commit, whether it still counts or not; `rules` are None where that job did not say."""
 
     findings: Mapping[AttemptId, Finding] = field(default_factory=lambda: MappingProxyType({}))
-    rules: Rules | None = None
+    rules: KeepRules | None = None
 
     def verified(self) -> dict[AttemptId, bool]:
         """What is known of checkpoints, as `judge` takes it."""
         return {one: found.outcome == "verified" for one, found in self.findings.items() if found.outcome != "unread"}
 
 
-def read_told(store: Store) -> Steps[Told]:
+def read_told(store: Store) -> Steps[RestoreHistory]:
     """All start and found objects of the run. One that is not what was written tells nothing here: `epoch_history` names it.
 
     Raises StorageFailed kinds.
     """
     listing = yield from list_commits(store)
     findings: dict[AttemptId, Finding] = {}
-    rules: Rules | None = None
+    rules: KeepRules | None = None
     for epoch in sorted(listing.starts | listing.founds):
         if epoch not in listing.starts:
             findings |= yield from _nothing_loaded(store, epoch)
@@ -133,8 +133,8 @@ def read_told(store: Store) -> Steps[Told]:
             rules = None
             continue
         findings |= _findings(epoch, start.continued, start.found)
-        rules = None if start.keep is None else Rules(epoch, start.keep)
-    return Told(MappingProxyType(findings), rules)
+        rules = None if start.keep is None else KeepRules(epoch, start.keep)
+    return RestoreHistory(MappingProxyType(findings), rules)
 
 
 def _nothing_loaded(store: Store, epoch: int) -> Steps[dict[AttemptId, Finding]]:

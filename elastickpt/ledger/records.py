@@ -85,7 +85,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class EpochStart:
     """The commit that an epoch continued from; None: from nothing. `keep`: its job's rules of retention, in words; `found`:
     what its restore found out. None where the writer of the object did not say."""
 
@@ -96,7 +96,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
+class CommitRegister:
     """A register that says: this checkpoint exists. `digest` is that of its manifest; `nbytes` of its arrays;
     `time` in seconds since 1970; `metrics` known at the commit."""
 
@@ -108,7 +108,7 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Abort:
+class AbortRegister:
     """A register that says: this attempt never will be a checkpoint."""
 
     id: AttemptId
@@ -189,7 +189,7 @@ def decode_adopted(data: bytes, *, epoch: int) -> Adopted | Void:
     return Adopted(epoch, token, below, commits)
 
 
-def encode_start(start: Start) -> bytes:
+def encode_start(start: EpochStart) -> bytes:
     about: dict[str, object] = {"epoch": start.epoch, "continued": None if start.continued is None else str(start.continued)}
     if start.keep is not None:
         about["keep"] = start.keep
@@ -200,7 +200,7 @@ def encode_start(start: Start) -> bytes:
     return data
 
 
-def decode_start(data: bytes, *, epoch: int) -> Start:
+def decode_start(data: bytes, *, epoch: int) -> EpochStart:
     members = _open(data, "start", where=start_name(epoch))
     _same(members, "epoch", epoch)
     told = members.take("continued")
@@ -210,7 +210,7 @@ def decode_start(data: bytes, *, epoch: int) -> Start:
     keep = members.text("keep") if members.has("keep") else None  # [RUN-65]
     found = _found(members.members("found"), epoch, continued) if members.has("found") else None
     members.close()
-    return Start(epoch, continued, keep, found)
+    return EpochStart(epoch, continued, keep, found)
 
 
 def encode_nothing_loaded(epoch: int, found: Found) -> bytes:
@@ -254,9 +254,9 @@ def _passed(members: StrictObject, epoch: int) -> PassedOver:
     return PassedOver(attempt, kind, message)
 
 
-def encode_register(register: Commit | Abort) -> bytes:
+def encode_register(register: CommitRegister | AbortRegister) -> bytes:
     attempt = register.id
-    if isinstance(register, Abort):
+    if isinstance(register, AbortRegister):
         data = _seal("register", {"id": str(attempt), "says": "abort", "reason": register.reason})
     else:
         about = {"id": str(attempt), "says": "commit", "folder": attempt.folder, "manifest": register.digest}
@@ -266,12 +266,12 @@ def encode_register(register: Commit | Abort) -> bytes:
     return data
 
 
-def decode_register(data: bytes, *, attempt: AttemptId) -> Commit | Abort:
+def decode_register(data: bytes, *, attempt: AttemptId) -> CommitRegister | AbortRegister:
     members = _open(data, "register", where=attempt.register)
     _same(members, "id", str(attempt))
     says = members.text("says")
     if says == "abort":
-        abort = Abort(attempt, members.text("reason"))
+        abort = AbortRegister(attempt, members.text("reason"))
         members.close()
         return abort
     if says != "commit":
@@ -281,7 +281,7 @@ def decode_register(data: bytes, *, attempt: AttemptId) -> Commit | Abort:
     if len(digest) != 32 or set(digest) - set("0123456789abcdef"):
         raise Malformed(f"{members.where}/manifest: expected 32 lower-case hex digits, found {digest[:40]!r}")
     nbytes = members.integer("nbytes", high=MAX_FILE_NBYTES)
-    commit = Commit(attempt, digest, nbytes, _time(members), _metrics(members))
+    commit = CommitRegister(attempt, digest, nbytes, _time(members), _metrics(members))
     members.close()
     return commit
 

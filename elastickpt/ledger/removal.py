@@ -22,7 +22,7 @@ from elastickpt.format.keys import MANIFEST
 from elastickpt.ledger.epochs import Holding, counts, decide, require_newest
 from elastickpt.ledger.names import AttemptId, RunObjects, commits_path, listing_of, parse_name, parse_temporary
 from elastickpt.ledger.objects import NOW, Steps, remove_folder, remove_register
-from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.records import AbortRegister, CommitRegister
 from elastickpt.ledger.stored import Folders, attempt_folders, read_register
 from elastickpt.ledger.unregistered import live_step
 from elastickpt.storage.store import Entry, Store
@@ -117,7 +117,7 @@ def _fate(store: Store, holding: Holding, listing: RunObjects, *, attempt: Attem
         if not own or not has_folder:
             return _Fate.STAYS
         try:
-            return _Fate.STAYS if isinstance((yield from read_register(store, attempt)), Commit) else _Fate.DEAD
+            return _Fate.STAYS if isinstance((yield from read_register(store, attempt)), CommitRegister) else _Fate.DEAD
         except (Damaged, MissingFile):  # not ours to judge; or removed by retention at this moment
             return _Fate.STAYS
     if own or attempt not in folders.attempts:
@@ -132,7 +132,7 @@ def _fate(store: Store, holding: Holding, listing: RunObjects, *, attempt: Attem
 
 def _says_abort(store: Store, attempt: AttemptId) -> Steps[bool]:
     try:
-        return isinstance((yield from read_register(store, attempt)), Abort)
+        return isinstance((yield from read_register(store, attempt)), AbortRegister)
     except Damaged:
         return False
 
@@ -147,8 +147,8 @@ def _sweep_one(
     if registered and not own:
         yield from remove_register(store, attempt)  # [RUN-77] not adopted: it never counts again
     elif not registered and own and has_folder:
-        said = yield from decide(store, Abort(attempt, "swept: nobody works on it"))  # [RUN-76]
-        if isinstance(said, Commit):
+        said = yield from decide(store, AbortRegister(attempt, "swept: nobody works on it"))  # [RUN-76]
+        if isinstance(said, CommitRegister):
             return _Fate.STAYS
     yield from remove_metrics(store, listing, attempt)
     if has_folder:

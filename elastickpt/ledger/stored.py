@@ -22,13 +22,13 @@ from elastickpt.ledger.names import (
 from elastickpt.ledger.objects import NOW, Steps
 from elastickpt.ledger.records import (
     MAX_OBJECT_NBYTES,
-    Abort,
+    AbortRegister,
     Adopted,
     Claim,
-    Commit,
+    CommitRegister,
+    EpochStart,
     Found,
     Metrics,
-    Start,
     Void,
     decode_adopted,
     decode_claim,
@@ -61,7 +61,7 @@ class RunView:
     """A run at one moment. `commits` are those that count, rising; `starts` those of the live branch, by epoch."""
 
     newest: Adopted | None
-    commits: tuple[Commit | Broken, ...]
+    commits: tuple[CommitRegister | Broken, ...]
     metrics: Mapping[AttemptId, Metrics]
     starts: Mapping[int, AttemptId | None]
 
@@ -73,7 +73,7 @@ def read_view(store: Store) -> Steps[RunView]:
     """
     listing = yield from list_commits(store)
     newest = yield from newest_adopted(store, listing, before=listing.newest + 1)
-    commits: list[Commit | Broken] = []
+    commits: list[CommitRegister | Broken] = []
     metrics: dict[AttemptId, Metrics] = {}
     if newest is not None:
         own = [one for one in listing.registers if one.epoch == newest.epoch]
@@ -88,7 +88,7 @@ def read_view(store: Store) -> Steps[RunView]:
     return RunView(newest, tuple(commits), MappingProxyType(metrics), MappingProxyType(starts))
 
 
-def _commit(store: Store, attempt: AttemptId) -> Steps[Commit | Broken | None]:
+def _commit(store: Store, attempt: AttemptId) -> Steps[CommitRegister | Broken | None]:
     """None for what was aborted or removed."""
     try:
         register = yield from read_register(store, attempt)
@@ -96,16 +96,16 @@ def _commit(store: Store, attempt: AttemptId) -> Steps[Commit | Broken | None]:
         return None
     except Damaged as problem:
         return Broken(attempt, str(problem))
-    return register if isinstance(register, Commit) else None
+    return register if isinstance(register, CommitRegister) else None
 
 
-def _standing(store: Store, commits: list[Commit | Broken]) -> Steps[list[Commit | Broken]]:
+def _standing(store: Store, commits: list[CommitRegister | Broken]) -> Steps[list[CommitRegister | Broken]]:
     """The commits less those that were removed meanwhile; one whose folder is gone though its register stands is broken.
 
     It was linked once more by a late writer behind its removal, or somebody removed the folder by hand. [RUN-51]
     """
     folders = frozenset((yield from attempt_folders(store)).attempts)
-    standing: list[Commit | Broken] = []
+    standing: list[CommitRegister | Broken] = []
     for one in commits:
         if one.id in folders:
             standing.append(one)
@@ -114,8 +114,8 @@ def _standing(store: Store, commits: list[Commit | Broken]) -> Steps[list[Commit
     return standing
 
 
-def _all_metrics(store: Store, listing: RunObjects, commit: Commit | Broken) -> Steps[Metrics]:
-    found = dict(commit.metrics) if isinstance(commit, Commit) else {}
+def _all_metrics(store: Store, listing: RunObjects, commit: CommitRegister | Broken) -> Steps[Metrics]:
+    found = dict(commit.metrics) if isinstance(commit, CommitRegister) else {}
     for number in listing.metrics_of(commit.id):
         yield NOW
         try:
@@ -169,7 +169,7 @@ def read_adopted(store: Store, epoch: int) -> Steps[Adopted | Void]:
     return decode_adopted(store.read(commits_path(adopted_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def read_start(store: Store, epoch: int) -> Steps[Start]:
+def read_start(store: Store, epoch: int) -> Steps[EpochStart]:
     yield NOW
     return decode_start(store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
@@ -189,6 +189,6 @@ def newest_adopted(store: Store, listing: RunObjects, *, before: int) -> Steps[A
     return None
 
 
-def read_register(store: Store, attempt: AttemptId) -> Steps[Commit | Abort]:
+def read_register(store: Store, attempt: AttemptId) -> Steps[CommitRegister | AbortRegister]:
     yield NOW
     return decode_register(store.read(commits_path(attempt.register), MAX_OBJECT_NBYTES), attempt=attempt)

@@ -25,7 +25,7 @@ from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.branch import live_branch
 from elastickpt.ledger.names import LATEST, AttemptId, RunObjects, adopted_name, parse_folder, start_name
 from elastickpt.ledger.objects import NOW, Steps
-from elastickpt.ledger.records import Adopted, Commit
+from elastickpt.ledger.records import Adopted, CommitRegister
 from elastickpt.ledger.stored import attempt_folders, list_commits, newest_adopted, read_view
 from elastickpt.storage.links import link_target
 from elastickpt.storage.opening import place_in
@@ -35,7 +35,7 @@ SHOWN_FOLDERS = 6  # in a message
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RunSurvey:
     """What stands in a run at one moment, before it is known what that means; attempts rise.
 
     `unregistered` have a whole manifest and no register, `registered` a folder and a register. `live` is the newest step of the
@@ -55,7 +55,7 @@ class Standing:
         return tuple(one for one in self.unregistered if one.step > self.live)
 
 
-def require_registers(store: Store) -> Steps[Standing]:
+def require_registers(store: Store) -> Steps[RunSurvey]:
     """What stands in the run, of which nothing is lost that a crash cannot explain. Before a claim; reads only.
 
     Raises Refused, naming the folders and what can be done, StorageFailed kinds, Damaged kinds for objects of the run that are
@@ -68,7 +68,7 @@ def require_registers(store: Store) -> Steps[Standing]:
     return standing
 
 
-def what_is_lost(standing: Standing) -> str:
+def what_is_lost(standing: RunSurvey) -> str:
     """Why objects of the run must be gone; "" where a crash explains what stands."""
     epochs, newest = standing.epochs, standing.newest
     if not epochs.newest:
@@ -89,7 +89,7 @@ def what_is_lost(standing: Standing) -> str:
     return ""
 
 
-def what_stands(store: Store) -> Steps[Standing]:
+def what_stands(store: Store) -> Steps[RunSurvey]:
     """Reads manifests of folders without a register only, and what counts only if there are such. Errors as reading a run."""
     try:
         folders = frozenset((yield from attempt_folders(store)).attempts)
@@ -106,13 +106,13 @@ def what_stands(store: Store) -> Steps[Standing]:
     if unregistered and epochs.newest and epochs.starts >= {one.epoch for one in unregistered}:
         live = yield from live_step(store)
         latest = yield from _latest(store)
-    return Standing(epochs, newest, tuple(unregistered), tuple(sorted(folders - alone)), live, latest)
+    return RunSurvey(epochs, newest, tuple(unregistered), tuple(sorted(folders - alone)), live, latest)
 
 
 def live_step(store: Store) -> Steps[int]:
     """The newest step of the live branch whose commit can be opened; -1 for none. Errors as reading a run."""
     view = yield from read_view(store)
-    good = {one.id for one in view.commits if isinstance(one, Commit)}
+    good = {one.id for one in view.commits if isinstance(one, CommitRegister)}
     return max((one.step for one in live_branch(view) if one in good), default=-1)
 
 
@@ -165,7 +165,7 @@ def _adopting(run: str) -> str:
     return f"call `ckpt-convert adopt {run}`, or ek.adopt({run!r})"
 
 
-def _advice(store: Store, standing: Standing, why: str) -> str:
+def _advice(store: Store, standing: RunSurvey, why: str) -> str:
     run = place_in(store, "").rstrip("/")
     found = standing.unregistered or standing.registered
     example = f"{run}/{max(found, key=lambda one: (one.epoch, one)).folder}"

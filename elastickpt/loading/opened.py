@@ -38,7 +38,7 @@ from elastickpt.format.version import CONVERTER
 from elastickpt.ledger.epochs import counts
 from elastickpt.ledger.names import AttemptId, parse_folder
 from elastickpt.ledger.objects import Steps, complete
-from elastickpt.ledger.records import Abort
+from elastickpt.ledger.records import AbortRegister
 from elastickpt.ledger.stored import list_commits, newest_adopted, read_register
 from elastickpt.storage.opening import locate, place_in
 from elastickpt.storage.store import Store
@@ -70,7 +70,7 @@ def _digest(store: Store, attempt: AttemptId, *, where: str, swept: bool) -> Ste
         register = yield from read_register(store, attempt)
     except MissingFile:
         raise Uncommitted(f"{where}: an attempt without a register in its run: never committed, or removed") from None
-    if isinstance(register, Abort):
+    if isinstance(register, AbortRegister):
         raise Uncommitted(f"{where}: an attempt that its register calls aborted: {register.reason}")
     return register.digest
 

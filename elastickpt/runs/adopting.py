@@ -35,9 +35,9 @@ from elastickpt.ledger.epochs import (
 )
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import Steps, complete
-from elastickpt.ledger.records import Abort, Commit, Found
+from elastickpt.ledger.records import AbortRegister, CommitRegister, Found
 from elastickpt.ledger.stored import read_register, read_start, read_view
-from elastickpt.ledger.unregistered import Standing, folders_text, holds_checkpoint, what_stands
+from elastickpt.ledger.unregistered import RunSurvey, folders_text, holds_checkpoint, what_stands
 from elastickpt.loading.opened import open_in
 from elastickpt.loading.verify import verify
 from elastickpt.runs.trainer_address import claimer, require_no_living_trainer
@@ -132,21 +132,21 @@ def adopt(
 # -- what there is ---------------------------------------------------------------------------------------------------------
 
 
-def _counting(store: Store, standing: Standing) -> Steps[list[AttemptId]]:
+def _counting(store: Store, standing: RunSurvey) -> Steps[list[AttemptId]]:
     """The attempts with a folder and a register that says commit and counts."""
     found: list[AttemptId] = []
     for one in standing.registered:
         if counts(one, standing.newest):
-            found += [one] if isinstance((yield from read_register(store, one)), Commit) else []
+            found += [one] if isinstance((yield from read_register(store, one)), CommitRegister) else []
     return found
 
 
-def _candidates(store: Store, standing: Standing) -> Steps[list[AttemptId]]:
+def _candidates(store: Store, standing: RunSurvey) -> Steps[list[AttemptId]]:
     """Whole, and without a register; or with one that says commit, of an epoch whose adopted object was lost."""
     found = list(standing.unregistered)
     newest = 0 if standing.newest is None else standing.newest.epoch
     for one in standing.registered:
-        if one.epoch > newest and isinstance((yield from read_register(store, one)), Commit):
+        if one.epoch > newest and isinstance((yield from read_register(store, one)), CommitRegister):
             found += [one] if (yield from holds_checkpoint(store, one)) else []
     return sorted(found, key=_age, reverse=True)
 
@@ -167,10 +167,10 @@ def _named(candidates: Sequence[AttemptId], folders: Collection[str] | None, *, 
 
 def _verified(
     store: Store, candidates: Iterable[AttemptId], counting: Collection[AttemptId], progress: Progress
-) -> tuple[list[Commit], list[LeftOut]]:
+) -> tuple[list[CommitRegister], list[LeftOut]]:
     """Registers for those that are whole, of one step and epoch the last attempt; the others, and why."""
     taken = {(one.step, one.epoch) for one in counting}
-    good: list[Commit] = []
+    good: list[CommitRegister] = []
     left: list[LeftOut] = []
     for one in candidates:
         try:
@@ -185,14 +185,14 @@ def _verified(
     return good, left
 
 
-def _register_of(store: Store, attempt: AttemptId, progress: Progress) -> Commit:
+def _register_of(store: Store, attempt: AttemptId, progress: Progress) -> CommitRegister:
     """What its register is to say, or says. Raises the kind of error of the first thing that is wrong with it."""
     folder = attempt.folder
     try:
         said = complete(read_register(store, attempt))
     except MissingFile:
         said = None
-    if isinstance(said, Abort):
+    if isinstance(said, AbortRegister):
         raise Uncommitted(f"its register says abort: {said.reason}")
     digest = said.digest if said else file_digest(store.read(f"{folder}/{MANIFEST}", MAX_MANIFEST_NBYTES))
     opened = open_in(store, folder, digest=digest)
@@ -203,10 +203,10 @@ def _register_of(store: Store, attempt: AttemptId, progress: Progress) -> Commit
         first, more = report.problems[0], len(report.problems) - 1
         raise Damaged(f"{first.message} [{first.kind}]" + (f", and {more} problems more" if more else ""))
     nbytes = sum(record.spec.nbytes for record in opened.records.values())
-    return said or Commit(attempt, digest, nbytes, opened.manifest.time)
+    return said or CommitRegister(attempt, digest, nbytes, opened.manifest.time)
 
 
-def _epochs_without_start(store: Store, standing: Standing, ids: Collection[AttemptId]) -> Steps[list[int]]:
+def _epochs_without_start(store: Store, standing: RunSurvey, ids: Collection[AttemptId]) -> Steps[list[int]]:
     """Epochs that the live branch may pass through, and whose start objects are not there."""
     needed = {one.epoch for one in ids}
     oldest = min(needed, default=0)
@@ -221,7 +221,7 @@ def _epochs_without_start(store: Store, standing: Standing, ids: Collection[Atte
 
 
 def _register(
-    store: Store, standing: Standing, good: Sequence[Commit], epochs: Collection[int]
+    store: Store, standing: RunSurvey, good: Sequence[CommitRegister], epochs: Collection[int]
 ) -> Steps[tuple[int, list[tuple[AttemptId, str]]]]:
     """The epoch that adopted, and what somebody else had aborted meanwhile."""
     by = claimer("", secrets.token_hex(16))
@@ -233,7 +233,7 @@ def _register(
     for register in sorted(good, key=lambda one: one.id):
         yield from require_newest(store, holding.epoch)
         said = yield from decide(store, register)
-        if not isinstance(said, Commit):
+        if not isinstance(said, CommitRegister):
             refused.append((said.id, f"its register says abort: {said.reason}"))
     aborted = {one for one, _ in refused}
     counting = {one for one in holding.adopted.commits if one not in aborted}

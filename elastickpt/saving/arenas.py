@@ -19,7 +19,7 @@ from elastickpt.writer.arena import Arena
 Forget = Callable[[Arena], None]
 
 
-class Slot:
+class ArenaSlot:
     """Room for one save. Its arena is kept from save to save, and made anew only for a plan that needs a larger one.
 
     `forget` tells the writer of an arena that is given up.
@@ -108,9 +108,9 @@ class Arenas:
         self._changed = threading.Condition()
         self._closed = False
         self._copiers = Pool("elastickpt-stage", threads) if threads > 1 else None
-        self._slots = [Slot(self, copiers=self._copiers, forget=forget, copier=copier) for _ in range(count)]
+        self._slots = [ArenaSlot(self, copiers=self._copiers, forget=forget, copier=copier) for _ in range(count)]
 
-    def reserve(self, *, limit_s: float) -> Slot:
+    def reserve(self, *, limit_s: float) -> ArenaSlot:
         """A free slot. Blocking, at most `limit_s`; then raises SaveSkipped."""
         with self._changed:
             if not self._changed.wait_for(lambda: not all(slot.taken for slot in self._slots), limit_s):
@@ -122,7 +122,7 @@ class Arenas:
             slot.taken = True
             return slot
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: ArenaSlot) -> None:
         """Free for the next save; after `close` its memory goes."""
         with self._changed:
             slot.taken = False

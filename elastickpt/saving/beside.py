@@ -25,7 +25,7 @@ from elastickpt.ranks.team import Question, Team, failure_of
 from elastickpt.saving.agree import Offer
 from elastickpt.saving.messages import TypedValues
 from elastickpt.saving.pipeline import Pipeline
-from elastickpt.saving.save_states import Event, IllegalStep, Room, State, Tell
+from elastickpt.saving.save_states import Event, IllegalStep, Room, SaveState, TellOthers
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN
 from elastickpt.saving.task import SaveTask
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 CONTENTS = Question("contents", TypedValues, NoneType)
 
 
-class Beside:
+class SavesBeside:
     """What goes on beside training for one saver. `meet` gives the team, in a call of that save; `ended` is told how each one
     ended, on some thread, once."""
 
@@ -84,16 +84,16 @@ class Beside:
             fault.__cause__ = error
             return self._break_off(task, fault)
         match row.tell:
-            case Tell.ROUND:
+            case TellOthers.ROUND:
                 task.failure = error
-            case Tell.LEAVE if task.pipeline is not None:
+            case TellOthers.LEAVE if task.pipeline is not None:
                 task.pipeline.give_up(error)
-            case Tell.WITHDRAW:
+            case TellOthers.WITHDRAW:
                 self._withdraw(task, error)
             case _:  # there is nobody to tell, or somebody else does
                 pass
         self._make_room(task, row.room, writing)
-        if row.then is State.ENDED:
+        if row.then is SaveState.ENDED:
             self._ended(task, error)
         return None
 
@@ -110,11 +110,11 @@ class Beside:
     def _break_off(self, task: SaveTask, fault: IllegalStep) -> None:
         """What the table does not have ends the save, on all ranks if that can be."""
         before = task.progress.end()
-        if before in (State.ENDED, State.LET_GO):
+        if before in (SaveState.ENDED, SaveState.LET_GO):
             return
-        if before in (State.OPEN, State.WRITING):
+        if before in (SaveState.OPEN, SaveState.WRITING):
             self._withdraw(task, fault)
-        elif task.pipeline is not None and before is State.AGREEING:
+        elif task.pipeline is not None and before is SaveState.AGREEING:
             task.pipeline.give_up(fault)
         if task.slot is not None and not task.slot.lent:  # else it is free once it is written
             task.give_up_slot()

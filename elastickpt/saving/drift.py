@@ -110,7 +110,7 @@ class Look:
     arrays: tuple[int, ...]
 
 
-class Row(Message, frozen=True):
+class ArrayDigest(Message, frozen=True):
     """The digest of what one rank holds of one array, in a look."""
 
     key: int
@@ -123,7 +123,7 @@ class Row(Message, frozen=True):
 Summary = tuple[tuple[int, int], ...]  # the key of each look, and a checksum of its digests
 
 REPLICAS = Question("replicas", Summary, tuple[int, ...])
-DRIFT = Question("drift", tuple[Row, ...], NoneType)
+DRIFT = Question("drift", tuple[ArrayDigest, ...], NoneType)
 
 
 def looks_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[Look, ...]:
@@ -201,10 +201,10 @@ class Hashed:
                 self._rows.append((look, named))
         self._digests.close()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ArrayDigest]:
         """One for each array and look. Blocking until a device has hashed."""
         digests = iter(self._digests.found())
-        return [Row(look.key, look.why, *one, next(digests)) for look, named in self._rows for one in named]
+        return [ArrayDigest(look.key, look.why, *one, next(digests)) for look, named in self._rows for one in named]
 
     def summary(self) -> Summary:
         """Blocking likewise."""
@@ -235,10 +235,10 @@ def name_drift(team: Team, hashed: Hashed, keys: Sequence[int]) -> tuple[str, ..
     """
     notes: list[str] = []
 
-    def own() -> tuple[Row, ...]:
+    def own() -> tuple[ArrayDigest, ...]:
         return tuple(row for row in hashed.rows() if row.key in keys)
 
-    def judge(rows: Sequence[tuple[Row, ...]]) -> None:
+    def judge(rows: Sequence[tuple[ArrayDigest, ...]]) -> None:
         found = drifted(dict(zip(team.ranks, rows, strict=True)))
         if refused := [_REFUSED[why].format(_listed(names)) for why, names in found.items() if why in _REFUSED]:
             raise ReplicaConflict(f"{'; '.join(refused)}; nothing was saved")
@@ -261,7 +261,7 @@ _NOTED: Mapping[Why, str] = {
 }
 
 
-def drifted(by_rank: Mapping[int, Sequence[Row]]) -> dict[Why, list[str]]:
+def drifted(by_rank: Mapping[int, Sequence[ArrayDigest]]) -> dict[Why, list[str]]:
     """What is not alike: arrays with their boxes, and which ranks still agree with each other."""
     ways: dict[tuple[Why, int, ArrayId, Box], dict[bytes, list[int]]] = {}
     for rank, rows in by_rank.items():

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import Contents
+from elastickpt.commit.attest import DraftContents
 from elastickpt.commit.outcome import STANDS, abandon
 from elastickpt.errors import CheckpointError, fault
 from elastickpt.format.canonical_json import dump
@@ -118,12 +118,12 @@ class Pipeline:
         values = {pointer: decode_text(text, where=pointer) for values in told for pointer, text in values}
         return values | dict(self.agreed.merged)
 
-    def contents(self, told: Iterable[TypedValues]) -> Contents:
+    def contents(self, told: Iterable[TypedValues]) -> DraftContents:
         """On member 0 what it knows of the checkpoint beside attestations."""
         outline = self.agreed.structure.outline
         if outline is None:
             raise fault("the committer has no structure of the whole job")
-        return Contents(outline, self.replicated(told))
+        return DraftContents(outline, self.replicated(told))
 
     def let_go(self) -> None:
         """The share is made: this holds the state no longer."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class State(StrEnum):
+class SaveState(StrEnum):
     CAPTURED = "captured"  # this rank has a proposal, or a reason why not; no other rank was asked
     AGREEING = "agreeing"  # the ranks talk, and nothing exists
     OPEN = "open"  # the attempt exists; this rank's writer has nothing of it
@@ -41,7 +41,7 @@ class Event(StrEnum):
     REPORTED = "reported"
 
 
-class Tell(StrEnum):
+class TellOthers(StrEnum):
     """How the other ranks learn of it."""
 
     NOBODY = "nobody"  # there is nothing to tell, or they know
@@ -61,36 +61,38 @@ class Room(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    then: State
-    tell: Tell = Tell.NOBODY
+class Transition:
+    then: SaveState
+    tell: TellOthers = TellOthers.NOBODY
     room: Room = Room.KEPT
 
 
-TABLE: Mapping[tuple[State, Event], Row] = {
-    (State.CAPTURED, Event.ASKED): Row(State.AGREEING),
-    (State.CAPTURED, Event.FAILED): Row(State.CAPTURED, Tell.ROUND),
-    (State.CAPTURED, Event.INTERRUPTED): Row(State.ENDED, Tell.SILENCE, Room.FREE),
-    (State.AGREEING, Event.OPENED): Row(State.OPEN),
-    (State.AGREEING, Event.FAILED): Row(State.ENDED, Tell.LEAVE, Room.FREE),
-    (State.AGREEING, Event.NOT_STAGED): Row(State.AGREEING, Tell.ROUND),
-    (State.AGREEING, Event.REPORTED): Row(State.ENDED, Tell.LEAVE, Room.FREE),
-    (State.OPEN, Event.HANDED_OVER): Row(State.WRITING),
-    (State.OPEN, Event.FAILED): Row(State.WITHDRAWN, Tell.WITHDRAW, Room.FREE),
-    (State.OPEN, Event.NOT_STAGED): Row(State.WITHDRAWN, Tell.WITHDRAW, Room.FREE),
-    (State.OPEN, Event.REPORTED): Row(State.WITHDRAWN, Tell.WITHDRAW, Room.FREE),
-    (State.WRITING, Event.HANDED_OVER): Row(State.WRITING),
-    (State.WRITING, Event.WRITTEN): Row(State.ATTESTED, Tell.NOBODY, Room.FREE),
-    (State.WRITING, Event.FAILED): Row(State.WITHDRAWN, Tell.WITHDRAW, Room.FREE),  # its writer takes nothing more
-    (State.WRITING, Event.NOT_STAGED): Row(State.WITHDRAWN, Tell.WITHDRAW, Room.WHEN_READ),
-    (State.WRITING, Event.NOT_WRITTEN): Row(State.WITHDRAWN, Tell.ITS_WRITER, Room.FREE),
-    (State.WRITING, Event.REPORTED): Row(State.ENDED, Tell.NOBODY, Room.WHEN_READ),
-    (State.ATTESTED, Event.COMMITTED): Row(State.ENDED),
-    (State.ATTESTED, Event.REPORTED): Row(State.ENDED),
-    (State.WITHDRAWN, Event.REPORTED): Row(State.ENDED),
-    (State.WITHDRAWN, Event.COMMITTED): Row(State.ENDED),  # its writer had attested before it was given up
-    (State.ENDED, Event.WRITTEN): Row(State.LET_GO, Tell.NOBODY, Room.FREE),
-    (State.ENDED, Event.NOT_WRITTEN): Row(State.LET_GO, Tell.NOBODY, Room.FREE),
+TABLE: Mapping[tuple[SaveState, Event], Transition] = {
+    (SaveState.CAPTURED, Event.ASKED): Transition(SaveState.AGREEING),
+    (SaveState.CAPTURED, Event.FAILED): Transition(SaveState.CAPTURED, TellOthers.ROUND),
+    (SaveState.CAPTURED, Event.INTERRUPTED): Transition(SaveState.ENDED, TellOthers.SILENCE, Room.FREE),
+    (SaveState.AGREEING, Event.OPENED): Transition(SaveState.OPEN),
+    (SaveState.AGREEING, Event.FAILED): Transition(SaveState.ENDED, TellOthers.LEAVE, Room.FREE),
+    (SaveState.AGREEING, Event.NOT_STAGED): Transition(SaveState.AGREEING, TellOthers.ROUND),
+    (SaveState.AGREEING, Event.REPORTED): Transition(SaveState.ENDED, TellOthers.LEAVE, Room.FREE),
+    (SaveState.OPEN, Event.HANDED_OVER): Transition(SaveState.WRITING),
+    (SaveState.OPEN, Event.FAILED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE),
+    (SaveState.OPEN, Event.NOT_STAGED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE),
+    (SaveState.OPEN, Event.REPORTED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE),
+    (SaveState.WRITING, Event.HANDED_OVER): Transition(SaveState.WRITING),
+    (SaveState.WRITING, Event.WRITTEN): Transition(SaveState.ATTESTED, TellOthers.NOBODY, Room.FREE),
+    (SaveState.WRITING, Event.FAILED): Transition(
+        SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE
+    ),  # its writer takes nothing more
+    (SaveState.WRITING, Event.NOT_STAGED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.WHEN_READ),
+    (SaveState.WRITING, Event.NOT_WRITTEN): Transition(SaveState.WITHDRAWN, TellOthers.ITS_WRITER, Room.FREE),
+    (SaveState.WRITING, Event.REPORTED): Transition(SaveState.ENDED, TellOthers.NOBODY, Room.WHEN_READ),
+    (SaveState.ATTESTED, Event.COMMITTED): Transition(SaveState.ENDED),
+    (SaveState.ATTESTED, Event.REPORTED): Transition(SaveState.ENDED),
+    (SaveState.WITHDRAWN, Event.REPORTED): Transition(SaveState.ENDED),
+    (SaveState.WITHDRAWN, Event.COMMITTED): Transition(SaveState.ENDED),  # its writer had attested before it was given up
+    (SaveState.ENDED, Event.WRITTEN): Transition(SaveState.LET_GO, TellOthers.NOBODY, Room.FREE),
+    (SaveState.ENDED, Event.NOT_WRITTEN): Transition(SaveState.LET_GO, TellOthers.NOBODY, Room.FREE),
 }
 
 
@@ -98,18 +100,18 @@ class IllegalStep(RuntimeError):
     """Our own mistake: what the table does not have."""
 
 
-class Progress:
+class SaveProgress:
     """Where one save is. Safe from any thread."""
 
     def __init__(self) -> None:
-        self._state = State.CAPTURED
+        self._state = SaveState.CAPTURED
         self._changing = threading.Lock()
 
     @property
-    def state(self) -> State:
+    def state(self) -> SaveState:
         return self._state
 
-    def advance(self, event: Event) -> Row:
+    def advance(self, event: Event) -> Transition:
         """What follows. Raises IllegalStep, and stays, where the table has no row."""
         with self._changing:
             row = TABLE.get((self._state, event))
@@ -118,8 +120,8 @@ class Progress:
             self._state = row.then
             return row
 
-    def end(self) -> State:
+    def end(self) -> SaveState:
         """It has ended, whatever the table says; the state before."""
         with self._changing:
-            before, self._state = self._state, State.ENDED
+            before, self._state = self._state, SaveState.ENDED
             return before

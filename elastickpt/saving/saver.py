@@ -26,8 +26,8 @@ from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost, Refus
 from elastickpt.ranks.process_group import Group, end_team, team_of
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.threads import Worker
-from elastickpt.saving.arenas import Slot
-from elastickpt.saving.beside import Beside
+from elastickpt.saving.arenas import ArenaSlot
+from elastickpt.saving.beside import SavesBeside
 from elastickpt.saving.request import AsyncOptions, Request
 from elastickpt.saving.save_states import Event
 from elastickpt.saving.staging import Stager
@@ -68,7 +68,7 @@ class Saver:
         self._gate = StepGate()
         self._writers = WriterPool(self._yard)
         self._arenas = self._yard.arenas
-        self._beside = Beside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
+        self._beside = SavesBeside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
         self._rounds = Worker("elastickpt-rounds")
         self._endings = Worker("elastickpt-endings")
         self._open: set[SaveTask] = set()
@@ -209,7 +209,7 @@ class Saver:
         takes longer to copy than the ranks to agree."""
         return self._options.executor == "process" and prepared.arena_nbytes >= MEANWHILE_NBYTES
 
-    def _stage_meanwhile(self, task: SaveTask, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+    def _stage_meanwhile(self, task: SaveTask, slot: ArenaSlot, arrays: Sequence[HeldArray]) -> None:
         """Copies, and says on the way how far. What fails is said by the writer, as the attempt may be open by now."""
         try:
             slot.stage(0, arrays)
@@ -228,7 +228,7 @@ class Saver:
                 f"{waiting} earlier saves are under way and not decided yet; save less often, or look at the storage"
             )
 
-    def _stage(self, task: SaveTask, slot: Slot, arrays: Sequence[HeldArray]) -> None:
+    def _stage(self, task: SaveTask, slot: ArenaSlot, arrays: Sequence[HeldArray]) -> None:
         task.copies = copies = slot.stage(0, arrays)
         if copies is not None:
             self._gate.close_for(copies, until=task.handle.done)

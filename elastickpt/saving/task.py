@@ -13,11 +13,11 @@ from typing import Any
 from elastickpt.commit.attempt import Attempt, Committed
 from elastickpt.commit.destination import Destination
 from elastickpt.errors import CheckpointError, DeadlineExceeded, InternalError
-from elastickpt.saving.arenas import Slot
+from elastickpt.saving.arenas import ArenaSlot
 from elastickpt.saving.drift import Hashed
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import CheckpointInfo, Request
-from elastickpt.saving.save_states import Progress
+from elastickpt.saving.save_states import SaveProgress
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KnownStructure, Proposal
 from elastickpt.training.device import Copies
@@ -162,10 +162,10 @@ class SaveTask:
     request: Request
     times: Times
     number: int  # of the saves of this saver, from 1
-    progress: Progress = field(default_factory=Progress)
+    progress: SaveProgress = field(default_factory=SaveProgress)
     proposal: Proposal | None = None
     failure: BaseException | None = None
-    slot: Slot | None = None
+    slot: ArenaSlot | None = None
     stages_by: KnownStructure | None = None  # staged by it, or being staged
     hashed: Hashed | None = None  # before that: what is compared with other ranks
     marked: bool = False  # its destination is taken

@@ -6,10 +6,10 @@ import socket
 from collections.abc import Callable
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.commit.attest import Contents, EncodedContents, completing, decode_values, find_attestation, leave_contents
+from elastickpt.commit.attest import DraftContents, EncodedContents, completing, decode_values, find_attestation, leave_contents
 from elastickpt.commit.ballot import CommitBallot
 from elastickpt.commit.links import Seat, say_farewell
-from elastickpt.commit.outcome import Patience, Standing, look
+from elastickpt.commit.outcome import AttemptStanding, Patience, look
 from elastickpt.errors import CheckpointError, RankFailure, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
@@ -62,7 +62,7 @@ class AttemptWorker:
         try:
             watch_both(0)
             store = self._stores(attempt.store)
-            if job.repeated and look(store, attempt) is not Standing.OPEN:
+            if job.repeated and look(store, attempt) is not AttemptStanding.OPEN:
                 raise WriterLost(f"{attempt.draft.folder}: the attempt was decided before this writer process began")
             if self._leaves_contents and job.portion == 0:
                 self._leave_contents(store, attempt, repeated=job.repeated)
@@ -136,10 +136,10 @@ class _Enrolled:
         self._structure = structure
         self.jobs: list[int] = []
 
-    def contents(self) -> Contents | None:
+    def contents(self) -> DraftContents | None:
         """Those of the checkpoint, if this writer is the first to commit it. By the thread that commits."""
         outline = None if self._structure is None else self._structure.outline
-        return None if outline is None else Contents(outline, decode_values(self._values))
+        return None if outline is None else DraftContents(outline, decode_values(self._values))
 
     def encoded(self) -> EncodedContents | None:
         """The same for another committer."""

@@ -49,7 +49,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from elastickpt.commit.attempt import Attempt, Decision
-from elastickpt.commit.links import Limits
+from elastickpt.commit.links import CommitLimits
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.messages import Message, PeerGone
 from elastickpt.ranks.messages import decode as decode_message
@@ -96,7 +96,7 @@ class SeatHere(Message, frozen=True, tag=True):
     ranks: tuple[int, ...]
     candidates: tuple[str, ...]
     secret: bytes
-    limits: Limits
+    limits: CommitLimits
     listening: bool
 
 

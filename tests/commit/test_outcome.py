@@ -14,9 +14,9 @@ from simulated_members import Job, OpenAttempt
 
 import elastickpt as ek
 from elastickpt.commit.attempt import Committed, decode_verdict, decode_vote, encode_verdict, encode_vote
-from elastickpt.commit.attest import Contents, decode_contents, find_attestation, leave_contents, left_contents
+from elastickpt.commit.attest import DraftContents, decode_contents, find_attestation, leave_contents, left_contents
 from elastickpt.commit.draft import CONTENTS, mark, marked, sweep
-from elastickpt.commit.outcome import Patience, Standing, commit, give_up, look
+from elastickpt.commit.outcome import AttemptStanding, Patience, commit, give_up, look
 from elastickpt.errors import (
     CheckpointError,
     NoSpace,
@@ -60,7 +60,7 @@ class Written:
         self.contents = decode_contents(self.encoded)
         self.files = job.write(open)
 
-    def commit(self, store: Store | None = None, contents: Contents | None = None) -> Committed:
+    def commit(self, store: Store | None = None, contents: DraftContents | None = None) -> Committed:
         return commit(store or self.store, self.attempt, contents or self.contents, self.files, patience=PATIENCE)
 
 
@@ -89,14 +89,14 @@ def place(written: Written) -> Path:
 
 
 def demand_committed(written: Written) -> None:
-    assert look(written.store, written.attempt) is Standing.COMMITTED
+    assert look(written.store, written.attempt) is AttemptStanding.COMMITTED
     assert ek.open(place(written)).verify().problems == ()
 
 
 @both
 def test_it_is_committed_once_and_found_so_by_all_others(tmp_path: Path, job: Job, make: Make) -> None:
     written = make(job, tmp_path)
-    assert look(written.store, written.attempt) is Standing.OPEN
+    assert look(written.store, written.attempt) is AttemptStanding.OPEN
     first = written.commit()
     assert first.arrays == 2
     assert first.nbytes == 9 * 4 + 4 * 8
@@ -111,7 +111,7 @@ def test_what_was_aborted_is_never_committed(tmp_path: Path, job: Job, make: Mak
     assert give_up(written.store, written.attempt, REPORT, patience=PATIENCE) == REPORT
     with pytest.raises(Uncommitted):
         written.commit()
-    assert look(written.store, written.attempt) is Standing.ABORTED
+    assert look(written.store, written.attempt) is AttemptStanding.ABORTED
     assert not place(written).exists()
 
 
@@ -161,7 +161,7 @@ def test_wherever_a_committer_stops_another_one_may_give_up(tmp_path: Path, job:
             assert written.commit(late).arrays == 2
             demand_committed(written)
             continue
-        assert look(written.store, written.attempt) is Standing.ABORTED
+        assert look(written.store, written.attempt) is AttemptStanding.ABORTED
         assert not place(written).exists()
     assert seen == {tuple, Committed} or mode != "after"
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_aborted_is_not_said_to_be(tmp_path: Path, job: Job, make
     faulty = FaultyStore(written.store, CallAt(1, fail, lasting="from then on"), counted=CHANGING)
     with pytest.raises(StorageFailed):
         give_up(faulty, written.attempt, REPORT, patience=PATIENCE)
-    assert look(written.store, written.attempt) is Standing.OPEN
+    assert look(written.store, written.attempt) is AttemptStanding.OPEN
     written.commit()
     demand_committed(written)
 
@@ -305,7 +305,7 @@ def test_an_abort_whose_sync_fails_is_one(tmp_path: Path, job: Job) -> None:
 
     faulty = FaultyStore(written.store, CallAt(1, fail), counted=frozenset({"sync_directory"}))
     assert give_up(faulty, written.attempt, REPORT, patience=PATIENCE) == REPORT
-    assert look(written.store, written.attempt) is Standing.ABORTED
+    assert look(written.store, written.attempt) is AttemptStanding.ABORTED
 
 
 class Full:
@@ -328,5 +328,5 @@ def test_on_a_full_disk_an_attempt_gives_its_room_back(tmp_path: Path, job: Job)
     written = in_a_run(job, tmp_path)
     full = Full(written.store, written.draft.path(DRAFT_TOKEN))
     assert give_up(full, written.attempt, REPORT, patience=PATIENCE) == REPORT  # type: ignore[arg-type]
-    assert look(written.store, written.attempt) is Standing.ABORTED
+    assert look(written.store, written.attempt) is AttemptStanding.ABORTED
     assert not place(written).exists()

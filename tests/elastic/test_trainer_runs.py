@@ -18,7 +18,7 @@ from elastickpt.elastic.passage import Passing
 from elastickpt.elastic.stages import Place
 from elastickpt.ledger.branch import history
 from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Start
+from elastickpt.ledger.records import EpochStart
 from elastickpt.ledger.stored import list_commits, read_start
 from elastickpt.storage.local import LocalStore
 from tests.elastic.simulated import Simulated
@@ -190,7 +190,7 @@ def until(holds: Callable[[], object], launcher: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def starts(root: Path) -> list[Start]:
+def starts(root: Path) -> list[EpochStart]:
     """The starts of a run's epochs, in their order."""
     store = LocalStore(root)
     return [complete(read_start(store, epoch)) for epoch in sorted(complete(list_commits(store)).starts)]

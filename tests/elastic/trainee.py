@@ -24,7 +24,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.elastic.passage import Passing
-from elastickpt.saving.beside import Beside
+from elastickpt.saving.beside import SavesBeside
 from tests.elastic.small_model import SEED, Corpus, build
 
 TOLD = json.loads(sys.argv[1])
@@ -93,14 +93,14 @@ def main() -> None:
         stage.optimizer.register_step_post_hook(lambda *_: faults.reached("optimizer"))
         return stage
 
-    hand_over = Beside._hand_over
+    hand_over = SavesBeside._hand_over
 
-    def handed_over(beside: Beside, task: Any, share: Any) -> None:
+    def handed_over(beside: SavesBeside, task: Any, share: Any) -> None:
         faults.reached("staged", task.request.step)
         hand_over(beside, task, share)
         faults.reached("handed-over", task.request.step)
 
-    Beside._hand_over = handed_over  # type: ignore[method-assign]
+    SavesBeside._hand_over = handed_over  # type: ignore[method-assign]
     with ek.elastic.join() as job:
         trainer = ek.elastic.PipelineTrainer(
             job,

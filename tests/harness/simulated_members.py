@@ -12,7 +12,7 @@ from pathlib import Path
 from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import EncodedContents, decode_contents, encode_outline, encode_values
 from elastickpt.commit.draft import Draft, begin, new_draft
-from elastickpt.commit.links import CANDIDATES, Limits, Seat, new_secret
+from elastickpt.commit.links import CANDIDATES, CommitLimits, Seat, new_secret
 from elastickpt.format.records import FileDigest, OptimizerTable
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ranks.addresses import listen
@@ -34,10 +34,10 @@ from elastickpt.writer.thread import ThreadWriter
 from elastickpt.writer.write_files import unwatched
 
 Writer = Supervisor | ThreadWriter
-QUICK = Limits(succession_s=2.0, silence_s=5.0, missing_s=5.0, adopt_s=1.0)
+QUICK = CommitLimits(succession_s=2.0, silence_s=5.0, missing_s=5.0, adopt_s=1.0)
 
 
-def seats(world: int, limits: Limits = QUICK) -> list[tuple[Seat, socket.socket | None]]:
+def seats(world: int, limits: CommitLimits = QUICK) -> list[tuple[Seat, socket.socket | None]]:
     """A seat for each member, and its listener."""
     secret = new_secret()
     listening = [listen(host=None) for _ in range(min(world, CANDIDATES))]
@@ -49,7 +49,7 @@ def seats(world: int, limits: Limits = QUICK) -> list[tuple[Seat, socket.socket 
 _STARTED: list[ThreadWriter] = []
 
 
-def threads(store: Store, world: int, limits: Limits = QUICK) -> list[Writer]:
+def threads(store: Store, world: int, limits: CommitLimits = QUICK) -> list[Writer]:
     """A writer for each member, each a thread of this process, until `close_threads`."""
     writers = [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world, limits)]
     _STARTED.extend(writers)

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from elastickpt.errors import MissingFile, StorageFailed, Superseded
 from elastickpt.ledger.branch import entries_of
-from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
+from elastickpt.ledger.epochs import Acknowledgement, Holding, acknowledge, claim, decide, open_attempt, start
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import NOW, Steps, complete
-from elastickpt.ledger.records import Abort, Claimer, Commit
+from elastickpt.ledger.records import AbortRegister, Claimer, CommitRegister
 from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, judge, removable
 from elastickpt.ledger.stored import read_view
@@ -44,9 +44,9 @@ def by(job: int) -> Claimer:
     return Claimer(f"host:{job}", f"token-{job}", f"host{job}", 100 + job, 7, 1000.5)
 
 
-def commit_of(attempt: AttemptId, **changes: object) -> Commit:
+def commit_of(attempt: AttemptId, **changes: object) -> CommitRegister:
     about: dict[str, object] = {"digest": "0123456789abcdef" * 2, "nbytes": 8, "time": 1000.5, **changes}
-    return Commit(attempt, **about)  # type: ignore[arg-type]
+    return CommitRegister(attempt, **about)  # type: ignore[arg-type]
 
 
 def write_folder(store: Store, attempt: AttemptId) -> Steps[None]:
@@ -63,7 +63,7 @@ def committed(store: Store, holding: Holding, *, step: int, **about: object) -> 
     complete(write_folder(store, attempt))
     register = commit_of(attempt, **about)
     assert complete(decide(store, register)) == register
-    assert complete(acknowledge(store, attempt, poll_s=1, limit_s=1)) is Outcome.ACKNOWLEDGED
+    assert complete(acknowledge(store, attempt, poll_s=1, limit_s=1)) is Acknowledgement.ACKNOWLEDGED
     return attempt
 
 
@@ -102,25 +102,25 @@ def old_writer(store: Store, notes: Notes, *, attempt: AttemptId = X) -> Steps[N
         said = yield from decide(store, commit_of(attempt))
     except StorageFailed:
         return
-    if isinstance(said, Commit):
+    if isinstance(said, CommitRegister):
         yield from _acknowledge(store, notes, attempt)
 
 
 def aborting_writer(store: Store, notes: Notes) -> Steps[None]:
     """Gives up what another one may be committing, and obeys the register."""
     try:
-        said = yield from decide(store, Abort(X, "tired"))
+        said = yield from decide(store, AbortRegister(X, "tired"))
     except StorageFailed:
         return
-    if isinstance(said, Commit):
+    if isinstance(said, CommitRegister):
         yield from _acknowledge(store, notes, X)
 
 
 def _acknowledge(store: Store, notes: Notes, attempt: AttemptId) -> Steps[None]:
     outcome = yield from acknowledge(store, attempt, poll_s=1, limit_s=1)
-    if outcome is Outcome.ACKNOWLEDGED:
+    if outcome is Acknowledgement.ACKNOWLEDGED:
         notes.acknowledged.add(attempt)
-    if outcome is Outcome.SUPERSEDED:
+    if outcome is Acknowledgement.SUPERSEDED:
         notes.inert.add(attempt)
 
 
@@ -143,7 +143,7 @@ def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()
                 said = yield from decide(store, commit_of(attempt))
             except (MissingFile, StorageFailed):
                 return  # a newer job swept what it was writing
-            if isinstance(said, Commit):
+            if isinstance(said, CommitRegister):
                 yield from _acknowledge(store, notes, attempt)
             if attempt in notes.acknowledged:
                 yield from _retain(store, notes, holding)

@@ -15,7 +15,7 @@ from elastickpt.ledger.epochs import claim, decide
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Abort, Adopted
+from elastickpt.ledger.records import AbortRegister, Adopted
 from elastickpt.ledger.stored import RunView, read_view
 from elastickpt.storage.memory import MemoryStore
 
@@ -86,7 +86,7 @@ def test_what_has_no_register_that_says_commit_is_no_entry() -> None:
     """[RUN-4]"""
     store = memory_store()
     holding = begun(store, job=1)
-    complete(decide(store, Abort(AttemptId(10, 1, 1), "full")))
+    complete(decide(store, AbortRegister(AttemptId(10, 1, 1), "full")))
     committed(store, holding, step=10)
     complete(write_folder(store, AttemptId(20, 1, 1)))
     assert [(one.step, one.attempt) for one in history(store.url)] == [(10, 2)]

@@ -22,11 +22,11 @@ from run_actors import (
 
 from elastickpt.errors import CheckpointError, Damaged, PathOccupied, Refused, StorageFailed, Superseded
 from elastickpt.ledger.branch import history
-from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt, start
+from elastickpt.ledger.epochs import Acknowledgement, Holding, acknowledge, claim, decide, open_attempt, start
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId, adopted_name, commits_path
 from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.records import AbortRegister, CommitRegister
 from elastickpt.ledger.removal import remove_commit
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
@@ -37,7 +37,7 @@ def live(store: MemoryStore) -> list[AttemptId]:
     return [one.id for one in history(store.url) if one.state == "live"]
 
 
-def acknowledged(store: Store, attempt: AttemptId, *, limit_s: float = 2) -> tuple[Outcome, int]:
+def acknowledged(store: Store, attempt: AttemptId, *, limit_s: float = 2) -> tuple[Acknowledgement, int]:
     """And how often it waited."""
     waits: list[float] = []
     return complete(acknowledge(store, attempt, poll_s=0.5, limit_s=limit_s), sleep=waits.append), len(waits)
@@ -98,8 +98,8 @@ def test_what_an_older_epoch_commits_after_a_newer_one_adopted_is_inert() -> Non
     store = memory_store()
     run_with_one_commit(store)
     begun(store, job=2, continued=W)
-    assert isinstance(complete(decide(store, commit_of(X))), Commit)
-    assert acknowledged(store, X) == (Outcome.SUPERSEDED, 0)
+    assert isinstance(complete(decide(store, commit_of(X))), CommitRegister)
+    assert acknowledged(store, X) == (Acknowledgement.SUPERSEDED, 0)
     assert live(store) == [W]
     assert X not in complete(claim(store, by(3))).adopted.commits
 
@@ -112,9 +112,9 @@ def test_a_writer_waits_for_the_newest_claim_to_adopt_and_says_so_at_its_limit()
     claiming = claim(store, by(2))
     while not store.exists(commits_path("epoch-2.json")):
         next(claiming)
-    assert acknowledged(store, X) == (Outcome.UNDECIDED, 4)
+    assert acknowledged(store, X) == (Acknowledgement.UNDECIDED, 4)
     complete(claiming)
-    assert acknowledged(store, X) == (Outcome.ACKNOWLEDGED, 0)
+    assert acknowledged(store, X) == (Acknowledgement.ACKNOWLEDGED, 0)
 
 
 def test_a_void_epoch_decides_nothing_for_a_writer() -> None:
@@ -128,16 +128,16 @@ def test_a_void_epoch_decides_nothing_for_a_writer() -> None:
             next(claiming)
     while not store.exists(commits_path(adopted_name(2))):
         next(claiming)
-    assert acknowledged(store, X)[0] is Outcome.UNDECIDED
+    assert acknowledged(store, X)[0] is Acknowledgement.UNDECIDED
     complete(claiming)
-    assert acknowledged(store, X)[0] is Outcome.ACKNOWLEDGED
+    assert acknowledged(store, X)[0] is Acknowledgement.ACKNOWLEDGED
 
 
 def test_a_register_says_one_thing_for_good() -> None:
     """[RUN-40]"""
     store = memory_store()
     run_with_one_commit(store)
-    abort = Abort(X, "rank 3: disk full")
+    abort = AbortRegister(X, "rank 3: disk full")
     assert complete(decide(store, abort)) == abort
     assert complete(decide(store, commit_of(X))) == abort
     assert live(store) == [W]
@@ -153,9 +153,9 @@ def test_a_commit_that_was_removed_and_is_linked_again_is_taken_back_by_its_writ
     complete(decide(store, commit_of(W)))
     (broken,) = [one for one in history(store.url) if one.id == W]
     assert (broken.commit, "folder is gone" in broken.problem) == (None, True)
-    assert acknowledged(store, W) == (Outcome.REMOVED, 0)
+    assert acknowledged(store, W) == (Acknowledgement.REMOVED, 0)
     assert live(store) == [newer]
-    assert acknowledged(store, W) == (Outcome.REMOVED, 0)
+    assert acknowledged(store, W) == (Acknowledgement.REMOVED, 0)
 
 
 def test_no_attempt_begins_before_the_epoch_has_started() -> None:
@@ -187,7 +187,7 @@ def test_the_next_attempt_at_a_step_begins_when_the_one_before_says_abort() -> N
     complete(write_folder(store, first))
     second = complete(open_attempt(store, holding, step=10))
     assert (first.attempt, second.attempt) == (1, 2)
-    assert isinstance(complete(decide(store, commit_of(first))), Abort)
+    assert isinstance(complete(decide(store, commit_of(first))), AbortRegister)
     complete(decide(store, commit_of(second)))
     with pytest.raises(PathOccupied, match="step 10 is committed in epoch 1"):
         complete(open_attempt(store, holding, step=10))

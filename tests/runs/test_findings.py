@@ -8,7 +8,7 @@ from run_actors import W, X, begun, by, committed, memory_store
 from elastickpt.errors import StorageFailed
 from elastickpt.ledger.branch import live_branch
 from elastickpt.ledger.epochs import claim, start
-from elastickpt.ledger.history import Finding, Rules, Told, read_told
+from elastickpt.ledger.history import Finding, KeepRules, RestoreHistory, read_told
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Found, PassedOver
@@ -33,8 +33,8 @@ def two_commits() -> MemoryStore:
 
 
 def test_jobs_that_told_nothing_leave_nothing_known() -> None:
-    assert complete(read_told(memory_store())) == Told()
-    assert complete(read_told(two_commits())) == Told()
+    assert complete(read_told(memory_store())) == RestoreHistory()
+    assert complete(read_told(two_commits())) == RestoreHistory()
 
 
 def test_what_was_loaded_is_verified_and_what_was_passed_over_is_damaged() -> None:
@@ -42,7 +42,7 @@ def test_what_was_loaded_is_verified_and_what_was_passed_over_is_damaged() -> No
     store = two_commits()
     restored(store, 2, W, BAD, keep="last=3")
     told = complete(read_told(store))
-    assert told == Told({W: Finding(2, 1002.0), X: Finding(2, 1002.0, BAD.kind, BAD.message)}, Rules(2, "last=3"))
+    assert told == RestoreHistory({W: Finding(2, 1002.0), X: Finding(2, 1002.0, BAD.kind, BAD.message)}, KeepRules(2, "last=3"))
     assert [told.findings[one].outcome for one in (W, X)] == ["verified", "damaged"]
     assert told.verified() == {W: True, X: False}
 
@@ -89,7 +89,7 @@ def test_the_rules_are_those_of_the_newest_job_that_started() -> None:
     restored(store, 2, W, keep="last=2")
     restored(store, 3, W, keep="all")
     complete(claim(store, by(4)))
-    assert complete(read_told(store)).rules == Rules(3, "all")
+    assert complete(read_told(store)).rules == KeepRules(3, "all")
     restored(store, 5, W)
     assert complete(read_told(store)).rules is None
 

@@ -29,7 +29,7 @@ from run_actors import (
 from schedules import Actor, Explored, Explorer, Seen, is_local, is_local_if_nothing_goes, temporary_name
 
 from elastickpt.ledger.branch import entries_of
-from elastickpt.ledger.epochs import Outcome
+from elastickpt.ledger.epochs import Acknowledgement
 from elastickpt.ledger.objects import Steps, complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
@@ -226,9 +226,9 @@ def test_without_closing_older_epochs_a_commit_is_lost(monkeypatch: pytest.Monke
 
 
 def test_without_looking_for_a_claim_a_commit_is_acknowledged_and_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def acknowledge(store: object, attempt: object, **limits: float) -> Steps[Outcome]:
+    def acknowledge(store: object, attempt: object, **limits: float) -> Steps[Acknowledgement]:
         yield 0.0
-        return Outcome.ACKNOWLEDGED
+        return Acknowledgement.ACKNOWLEDGED
 
     monkeypatch.setattr("run_actors.acknowledge", acknowledge)
     with pytest.raises(AssertionError, match="was acknowledged and does not count"):

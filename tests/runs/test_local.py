@@ -22,11 +22,11 @@ from run_actors import (
 
 from elastickpt.errors import NotACheckpoint, Superseded
 from elastickpt.ledger.branch import at_step, history
-from elastickpt.ledger.epochs import Holding, Outcome, acknowledge, claim, decide, open_attempt
+from elastickpt.ledger.epochs import Acknowledgement, Holding, acknowledge, claim, decide, open_attempt
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Abort, Commit
+from elastickpt.ledger.records import AbortRegister, CommitRegister
 from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Best, Keep, judge, removable
 from elastickpt.storage.local import LocalStore
@@ -107,13 +107,13 @@ def test_of_committers_and_aborters_at_once_all_obey_one_register(store: LocalSt
     for step in range(1, 21):
         attempt = complete(open_attempt(store, holding, step=step))
         complete(write_folder(store, attempt))
-        said = [commit_of(attempt), Abort(attempt, "a"), commit_of(attempt, nbytes=9), Abort(attempt, "b")]
+        said = [commit_of(attempt), AbortRegister(attempt, "a"), commit_of(attempt, nbytes=9), AbortRegister(attempt, "b")]
         with ThreadPoolExecutor(4) as pool:
             found = set(pool.map(lambda register: complete(decide(LocalStore(tmp_path), register)), said))
         assert len(found) == 1
         (register,) = found
-        outcome = complete(acknowledge(store, attempt, poll_s=1, limit_s=1)) if isinstance(register, Commit) else None
-        assert outcome in (None, Outcome.ACKNOWLEDGED)
+        outcome = complete(acknowledge(store, attempt, poll_s=1, limit_s=1)) if isinstance(register, CommitRegister) else None
+        assert outcome in (None, Acknowledgement.ACKNOWLEDGED)
         assert (step in {one.step for one in history(tmp_path)}) == (outcome is not None)
 
 

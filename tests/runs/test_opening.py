@@ -15,7 +15,7 @@ from elastickpt.ledger.branch import nearest_text
 from elastickpt.ledger.epochs import Holding, claim, decide, open_attempt
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Abort
+from elastickpt.ledger.records import AbortRegister
 from elastickpt.loading.opened import open_records
 from elastickpt.runs.opening import Choice, choose, run_at
 from elastickpt.storage.local import LocalStore
@@ -49,7 +49,7 @@ def root(tmp_path: Path) -> Path:
     for step in (30, 40):
         committed(store, path, second, step=step)
     written(store, path, second, step=50)
-    complete(decide(store, Abort(written(store, path, second, step=60), "no space")))
+    complete(decide(store, AbortRegister(written(store, path, second, step=60), "no space")))
     return path
 
 

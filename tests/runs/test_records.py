@@ -32,13 +32,13 @@ from elastickpt.ledger.names import (
     temporary_name,
 )
 from elastickpt.ledger.records import (
-    Abort,
+    AbortRegister,
     Adopted,
     Claim,
+    EpochStart,
     Found,
     LaterMetrics,
     PassedOver,
-    Start,
     Void,
     decode_adopted,
     decode_claim,
@@ -59,7 +59,7 @@ from elastickpt.storage.store import Entry
 NUMBERS = st.integers(1, MAX_NUMBER)
 IDS = st.builds(AttemptId, st.integers(0, MAX_NUMBER), NUMBERS, NUMBERS)
 LATER = LaterMetrics(X, 2, metrics_of([("loss", 0.5)]))
-TOLD = Start(3, W, "last=3", Found(1000.5, True, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
+TOLD = EpochStart(3, W, "last=3", Found(1000.5, True, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),)))
 NOTHING = Found(1000.5, False, (PassedOver(X, "checksum-mismatch", "c.0: block 0"),))
 
 # how each object is written, and read under the name that it belongs under, or under another one
@@ -80,7 +80,7 @@ OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], obj
         lambda data: decode_adopted(data, epoch=2),
     ),
     "start": (
-        encode_start(Start(3, X)),
+        encode_start(EpochStart(3, X)),
         lambda data: decode_start(data, epoch=3),
         lambda data: decode_start(data, epoch=2),
     ),
@@ -100,7 +100,7 @@ OBJECTS: dict[str, tuple[bytes, Callable[[bytes], object], Callable[[bytes], obj
         lambda data: decode_register(data, attempt=W),
     ),
     "abort": (
-        encode_register(Abort(X, "disk full")),
+        encode_register(AbortRegister(X, "disk full")),
         lambda data: decode_register(data, attempt=X),
         lambda data: decode_register(data, attempt=W),
     ),
@@ -114,11 +114,11 @@ WRITTEN = {
     "claim": Claim(3, by(1)),
     "adopted": Adopted(3, "t", 1, (W, X)),
     "void": Void(3, 4),
-    "start": Start(3, X),
+    "start": EpochStart(3, X),
     "start that tells": TOLD,
     "found": NOTHING,
     "commit": commit_of(X, metrics=metrics_of([("loss", math.inf)])),
-    "abort": Abort(X, "disk full"),
+    "abort": AbortRegister(X, "disk full"),
     "metrics": LATER,
 }
 
@@ -244,8 +244,8 @@ def test_a_start_from_before_it_told_anything_reads() -> None:
     """As it was written then, byte for byte. [RUN-68]"""
     old = b'{"format":"elastickpt-start","version":1,"epoch":2,"continued":"0000000040-1-1",'
     old += b'"digest":"668f43a8e8033cc9e25323713c1fdd32"}\n'
-    assert decode_start(old, epoch=2) == Start(2, AttemptId(40, 1, 1), None, None)
-    assert encode_start(Start(2, AttemptId(40, 1, 1))) == old
+    assert decode_start(old, epoch=2) == EpochStart(2, AttemptId(40, 1, 1), None, None)
+    assert encode_start(EpochStart(2, AttemptId(40, 1, 1))) == old
 
 
 PASSED = {"id": str(X), "kind": "damaged", "message": ""}

@@ -16,7 +16,7 @@ import elastickpt as ek
 from elastickpt.errors import Damaged, StorageFailed
 from elastickpt.ledger.branch import history
 from elastickpt.ledger.epochs import claim
-from elastickpt.ledger.history import Rules, Told, read_told
+from elastickpt.ledger.history import KeepRules, RestoreHistory, read_told
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.retention import Keep
@@ -67,7 +67,7 @@ def flip(root: Path, step: int) -> None:
     chunk.write_bytes(data)
 
 
-def told_of(root: Path) -> Told:
+def told_of(root: Path) -> RestoreHistory:
     return complete(read_told(LocalStore(root)))
 
 
@@ -195,11 +195,11 @@ def test_a_found_object_that_is_not_what_was_written_tells_nothing(three_steps: 
 def test_what_a_job_keeps_is_remembered(root: Path, open_run: Open) -> None:
     """[RUN-65]"""
     open_run().restore()
-    assert told_of(root).rules == Rules(1, "all")
+    assert told_of(root).rules == KeepRules(1, "all")
     run = open_run(ek.Keep(last=3, every=1000, best=ek.Best("loss", 2, mode="min")))
     run.restore()
     run.restore()
-    assert told_of(root).rules == Rules(3, "last=3,every=1000,best=loss:2:min")
+    assert told_of(root).rules == KeepRules(3, "last=3,every=1000,best=loss:2:min")
 
 
 def test_one_checkpoint_passed_over_is_one_warning(three_steps: Path, open_run: Open, caplog: pytest.LogCaptureFixture) -> None:

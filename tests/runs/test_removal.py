@@ -13,7 +13,7 @@ from elastickpt.ledger.epochs import Holding, claim, decide, open_attempt
 from elastickpt.ledger.metrics import add_metrics
 from elastickpt.ledger.names import AttemptId, commits_path, temporary_name
 from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Abort
+from elastickpt.ledger.records import AbortRegister
 from elastickpt.ledger.removal import remove_commit, remove_commits, sweep
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
@@ -99,7 +99,7 @@ def test_attempts_of_older_epochs_without_a_counting_commit_go(store: MemoryStor
     complete(write_folder(store, X))
     aborted = AttemptId(30, 1, 1)
     complete(write_folder(store, aborted))
-    complete(decide(store, Abort(aborted, "full")))
+    complete(decide(store, AbortRegister(aborted, "full")))
     torn = AttemptId(35, 1, 1)
     store.make_directories(torn.folder)
     newer = begun(store, job=2, continued=W)
@@ -129,7 +129,7 @@ def test_an_attempt_of_this_epoch_goes_only_after_its_register_says_abort(store:
     assert complete(sweep(recording, holding, in_flight={alive})).removed == (dead,)
     done = [(one.name, one.path) for one in recording.operations]
     assert done.index(("create", commits_path(dead.register))) < done.index(("rename", dead.folder))
-    assert isinstance(complete(decide(store, commit_of(dead))), Abort)
+    assert isinstance(complete(decide(store, commit_of(dead))), AbortRegister)
     assert folders(store) == [alive.folder]
 
 

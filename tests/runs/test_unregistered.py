@@ -20,7 +20,7 @@ import elastickpt as ek
 from elastickpt.cli.main import main
 from elastickpt.errors import CheckpointError, Damaged, NotACheckpoint, Refused, RunBusy, Uncommitted
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.records import Abort
+from elastickpt.ledger.records import AbortRegister
 from elastickpt.ledger.unregistered import SHOWN_FOLDERS, folders_text
 from elastickpt.runs import adopting as adopting_module
 from elastickpt.storage.memory import MemoryStore
@@ -283,7 +283,7 @@ def test_an_attempt_that_somebody_aborts_meanwhile_is_left(place: Place, monkeyp
     real = adopting_module.decide
 
     def aborted(store: Store, register: object) -> object:
-        return real(store, Abort(AttemptId(7, 1, 1), "tired"))
+        return real(store, AbortRegister(AttemptId(7, 1, 1), "tired"))
 
     monkeypatch.setattr(adopting_module, "decide", aborted)
     report = ek.adopt(place.root)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import Contents
+from elastickpt.commit.attest import DraftContents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
@@ -100,7 +100,7 @@ class Job:
         return write_whole_share(store, share, LiveTensors(plan, sources, store))
 
     def commit(self, store: Store, draft: Draft, attested: Sequence[FileDigest]) -> None:
-        contents = Contents(self.merged.outline, {})
+        contents = DraftContents(self.merged.outline, {})
         commit(store, Attempt(store.url, draft, "process"), contents, attested)
 
 

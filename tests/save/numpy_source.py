@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastickpt.commit.attest import Contents, Outline
+from elastickpt.commit.attest import DraftContents, Outline
 from elastickpt.commit.destination import PathDestination
 from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
@@ -62,7 +62,7 @@ def save(
         layout_text=layout_text,
     )
     outline = Outline(frame, tuple(sorted(records, key=lambda record: record.key)))
-    commit(located.store, attempt, Contents(outline, values), attested)
+    commit(located.store, attempt, DraftContents(outline, values), attested)
 
 
 def _share(

@@ -468,7 +468,7 @@ def test_ranks_that_do_not_agree_keep_training_no_longer_than_the_limit(
     if arena_nbytes is not None:
         ek.async_save(live, tmp_path / "known", options=options).result(LIMIT_S)
     let = threading.Event()
-    owner: Any = beside.Beside if where == "_share" else Pipeline
+    owner: Any = beside.SavesBeside if where == "_share" else Pipeline
     real = getattr(owner, where)
 
     def hanging(*args: Any, **options: Any) -> Any:

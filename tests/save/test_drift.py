@@ -19,7 +19,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.ranks import star
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving.async_save import saver_of
-from elastickpt.saving.drift import NAMED, Hashed, Row, Why, differing_keys, drifted, looks_asked_for, looks_of
+from elastickpt.saving.drift import NAMED, ArrayDigest, Hashed, Why, differing_keys, drifted, looks_asked_for, looks_of
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.request import SHARES, Replicas, Request
 from elastickpt.saving.staging import DIGEST_NBYTES, range_digest
@@ -77,7 +77,7 @@ def plain(
     return held, SharedArray(f"params/model/{name}/value", (1,), ranks, True, peers, 0, False)
 
 
-def rows_of(arrays: list[Held], request: Request, *, rank: int = 0) -> list[Row]:
+def rows_of(arrays: list[Held], request: Request, *, rank: int = 0) -> list[ArrayDigest]:
     held, shared = [one for one, _ in arrays], [fact for _, fact in arrays]
     looks = (*looks_of(held, shared, rank=rank), *looks_asked_for(held, shared, request, rank=rank))
     return Hashed("s", looks, held, share=request.share).rows()
@@ -173,8 +173,8 @@ def test_all_ranks_look_at_the_same_share_however_they_spell_the_path() -> None:
 def test_what_differs_is_named_with_the_ranks_that_agree() -> None:
     names = [f"w{n:02}" for n in range(NAMED + 3)]
 
-    def rows(rank: int, why: Why) -> list[Row]:
-        return [Row(1, why, ArrayId("params", "m", n, "value"), Box((0,), (4,)), bytes([rank // 3])) for n in names]
+    def rows(rank: int, why: Why) -> list[ArrayDigest]:
+        return [ArrayDigest(1, why, ArrayId("params", "m", n, "value"), Box((0,), (4,)), bytes([rank // 3])) for n in names]
 
     (said,) = drifted({rank: rows(rank, "declared") for rank in range(5)}).values()
     assert said[7] == "params/m/w07/value [0:4] on ranks [0, 1, 2] and [3, 4]"

@@ -21,8 +21,8 @@ from elastickpt.errors import CheckpointError, InternalError, NoSpace, RankFailu
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import beside, save_states, saver
 from elastickpt.saving.async_save import close_all, saver_of
-from elastickpt.saving.beside import Beside
-from elastickpt.saving.save_states import TABLE, Event, Progress, Room, Row, State, Tell
+from elastickpt.saving.beside import SavesBeside
+from elastickpt.saving.save_states import TABLE, Event, Room, SaveProgress, SaveState, TellOthers, Transition
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.task import SaveTask
@@ -35,7 +35,7 @@ THREAD = ek.AsyncOptions(executor="thread")
 ROUNDS = ek.AsyncOptions(executor="thread", arena_nbytes=(1 << 20) + 4096)
 FULL = NoSpace("no space left on device")
 
-Cell = tuple[State, Event]
+Cell = tuple[SaveState, Event]
 
 
 def state(numbers: int = 5000) -> dict[str, Any]:
@@ -50,10 +50,10 @@ class Scene:
         self.live = state()
         self.handle: ek.SaveHandle | None = None
         self.seen: list[Cell] = []
-        patch.setattr(Progress, "advance", self._advance(Progress.advance))
+        patch.setattr(SaveProgress, "advance", self._advance(SaveProgress.advance))
 
-    def _advance(self, real: Callable[[Progress, Event], Row]) -> Callable[[Progress, Event], Row]:
-        def advance(progress: Progress, event: Event) -> Row:
+    def _advance(self, real: Callable[[SaveProgress, Event], Transition]) -> Callable[[SaveProgress, Event], Transition]:
+        def advance(progress: SaveProgress, event: Event) -> Transition:
             self.seen.append((progress.state, event))
             return real(progress, event)
 
@@ -164,7 +164,7 @@ def is_staged_too_late(scene: Scene) -> None:
                 left.set()
 
     scene.patch.setattr(Saver, "_of_the_others", awaited)
-    scene.before(Beside, "_share", lambda *_: left.wait(LIMIT_S))
+    scene.before(SavesBeside, "_share", lambda *_: left.wait(LIMIT_S))
 
 
 def has_a_writer_that_takes_nothing_more(scene: Scene) -> None:
@@ -248,29 +248,29 @@ def is_given_up_behind_its_attestation(scene: Scene) -> None:
 
 
 SCENES: dict[Cell, Callable[[Scene], None]] = {
-    (State.CAPTURED, Event.ASKED): goes_well,
-    (State.CAPTURED, Event.FAILED): cannot_be_captured,
-    (State.CAPTURED, Event.INTERRUPTED): is_interrupted,
-    (State.AGREEING, Event.OPENED): goes_well,
-    (State.AGREEING, Event.FAILED): is_refused_where_it_goes,
-    (State.AGREEING, Event.NOT_STAGED): is_not_staged_before_the_opening,
-    (State.AGREEING, Event.REPORTED): meets_a_fault_in_a_round,
-    (State.OPEN, Event.HANDED_OVER): goes_well,
-    (State.OPEN, Event.FAILED): does_not_see_the_draft,
-    (State.OPEN, Event.NOT_STAGED): is_staged_too_late,
-    (State.OPEN, Event.REPORTED): hears_of_a_failure_after_the_opening,
-    (State.WRITING, Event.HANDED_OVER): goes_in_rounds,
-    (State.WRITING, Event.WRITTEN): goes_well,
-    (State.WRITING, Event.FAILED): has_a_writer_that_takes_nothing_more,
-    (State.WRITING, Event.NOT_STAGED): is_not_staged_while_written,
-    (State.WRITING, Event.NOT_WRITTEN): is_not_written,
-    (State.WRITING, Event.REPORTED): is_decided_while_written,
-    (State.ATTESTED, Event.COMMITTED): goes_well,
-    (State.ATTESTED, Event.REPORTED): is_not_committed,
-    (State.WITHDRAWN, Event.REPORTED): does_not_see_the_draft,
-    (State.WITHDRAWN, Event.COMMITTED): is_given_up_behind_its_attestation,
-    (State.ENDED, Event.WRITTEN): is_decided_before_it_is_known_to_be_written,
-    (State.ENDED, Event.NOT_WRITTEN): is_decided_while_written,
+    (SaveState.CAPTURED, Event.ASKED): goes_well,
+    (SaveState.CAPTURED, Event.FAILED): cannot_be_captured,
+    (SaveState.CAPTURED, Event.INTERRUPTED): is_interrupted,
+    (SaveState.AGREEING, Event.OPENED): goes_well,
+    (SaveState.AGREEING, Event.FAILED): is_refused_where_it_goes,
+    (SaveState.AGREEING, Event.NOT_STAGED): is_not_staged_before_the_opening,
+    (SaveState.AGREEING, Event.REPORTED): meets_a_fault_in_a_round,
+    (SaveState.OPEN, Event.HANDED_OVER): goes_well,
+    (SaveState.OPEN, Event.FAILED): does_not_see_the_draft,
+    (SaveState.OPEN, Event.NOT_STAGED): is_staged_too_late,
+    (SaveState.OPEN, Event.REPORTED): hears_of_a_failure_after_the_opening,
+    (SaveState.WRITING, Event.HANDED_OVER): goes_in_rounds,
+    (SaveState.WRITING, Event.WRITTEN): goes_well,
+    (SaveState.WRITING, Event.FAILED): has_a_writer_that_takes_nothing_more,
+    (SaveState.WRITING, Event.NOT_STAGED): is_not_staged_while_written,
+    (SaveState.WRITING, Event.NOT_WRITTEN): is_not_written,
+    (SaveState.WRITING, Event.REPORTED): is_decided_while_written,
+    (SaveState.ATTESTED, Event.COMMITTED): goes_well,
+    (SaveState.ATTESTED, Event.REPORTED): is_not_committed,
+    (SaveState.WITHDRAWN, Event.REPORTED): does_not_see_the_draft,
+    (SaveState.WITHDRAWN, Event.COMMITTED): is_given_up_behind_its_attestation,
+    (SaveState.ENDED, Event.WRITTEN): is_decided_before_it_is_known_to_be_written,
+    (SaveState.ENDED, Event.NOT_WRITTEN): is_decided_while_written,
 }
 GOES_WELL = {goes_well, goes_in_rounds, is_given_up_behind_its_attestation}
 
@@ -312,17 +312,17 @@ def test_a_save_without_its_row_fails(scene: Scene, cell: Cell) -> None:
     scene.patch.setattr(save_states, "TABLE", {one: row for one, row in TABLE.items() if one != cell})
     error = scene.save()
     scene.demand(cell)
-    if cell[0] is not State.ENDED:  # it had failed before
+    if cell[0] is not SaveState.ENDED:  # it had failed before
         assert isinstance(error, InternalError)
         assert "and then" in str(error)
 
 
 def test_the_table_leaves_nobody_waiting() -> None:
     """From each state a failure leads to the end, and whoever ends a save has made room or has a writer that does."""
-    for state in State:
+    for state in SaveState:
         ways = {row.then for (at, _), row in TABLE.items() if at is state}
-        assert ways & {State.ENDED, State.WITHDRAWN, State.LET_GO} or state is State.LET_GO
+        assert ways & {SaveState.ENDED, SaveState.WITHDRAWN, SaveState.LET_GO} or state is SaveState.LET_GO
     for (at, event), row in TABLE.items():
-        if at in (State.OPEN, State.WRITING) and event in (Event.FAILED, Event.NOT_STAGED):
-            assert row.tell is Tell.WITHDRAW
+        if at in (SaveState.OPEN, SaveState.WRITING) and event in (Event.FAILED, Event.NOT_STAGED):
+            assert row.tell is TellOthers.WITHDRAW
             assert row.room is not Room.KEPT

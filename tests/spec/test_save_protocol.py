@@ -17,7 +17,7 @@ import torch
 import elastickpt as ek
 from elastickpt.commit import destination, outcome
 from elastickpt.commit import draft as drafting
-from elastickpt.commit.outcome import STEPS, State
+from elastickpt.commit.outcome import STEPS, CommitState
 from elastickpt.errors import CheckpointError, CoverageGap, PathOccupied, ValueNotCarried
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
@@ -242,23 +242,23 @@ def test_a_gap_is_never_committed(tmp_path: Path, save_to: SaveTo, monkeypatch: 
 
 def test_no_step_of_a_commit_leads_back() -> None:
     """From each state straight to the end; nothing that is committed is undone."""
-    for state in State:
+    for state in CommitState:
         way = [state]
-        while way[-1] is not State.SETTLED:
+        while way[-1] is not CommitState.SETTLED:
             way.append(STEPS[way[-1]].then)
         assert len(set(way)) == len(way)
-        assert state is State.SETTLED or State.COMMITTED in way
+        assert state is CommitState.SETTLED or CommitState.COMMITTED in way
 
 
-@pytest.mark.parametrize("missing", [State.ATTESTED, State.PROVEN, State.RECORDED, State.COMMITTED])
+@pytest.mark.parametrize("missing", [CommitState.ATTESTED, CommitState.PROVEN, CommitState.RECORDED, CommitState.COMMITTED])
 def test_a_state_without_a_step_fails_the_save(
-    tmp_path: Path, save_to: SaveTo, monkeypatch: pytest.MonkeyPatch, missing: State
+    tmp_path: Path, save_to: SaveTo, monkeypatch: pytest.MonkeyPatch, missing: CommitState
 ) -> None:
     """The table drives the commit: without a row it does not go on."""
     monkeypatch.setattr(outcome, "STEPS", {state: step for state, step in STEPS.items() if state is not missing})
     with pytest.raises(CheckpointError, match=f"no step leads on from {missing}"):
         save_to(LocalStore(tmp_path), "new")
-    assert os.listdir(tmp_path) == (["new"] if missing is State.COMMITTED else [])
+    assert os.listdir(tmp_path) == (["new"] if missing is CommitState.COMMITTED else [])
 
 
 COLLECTIVES = {"all_reduce", "all_gather", "all_gather_object", "all_to_all", "barrier", "broadcast", "broadcast_object_list"}

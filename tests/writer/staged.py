@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import Contents
+from elastickpt.commit.attest import DraftContents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit as commit_attempt
 from elastickpt.format.records import FileDigest
@@ -69,8 +69,8 @@ class Rank:
     def arena(self) -> Arena:
         return Arena.create(self.prepared.arena_nbytes)
 
-    def contents(self) -> Contents:
-        return Contents(self.merged.outline, dict(self.live.values))
+    def contents(self) -> DraftContents:
+        return DraftContents(self.merged.outline, dict(self.live.values))
 
     def share(self, draft: Draft, store: LocalStore, durability: Durability) -> Share:
         tables = own_tables(self.live, self.shared, rank=0)

@@ -17,7 +17,7 @@ from trainer import BOUND_S
 import elastickpt as ek
 from elastickpt.commit.attempt import Committed
 from elastickpt.commit.draft import is_draft
-from elastickpt.commit.links import Limits
+from elastickpt.commit.links import CommitLimits
 from elastickpt.errors import CheckpointError, NoSpace, NotACheckpoint, RankLost, StorageFailed, Superseded, WriterLost
 from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
@@ -38,7 +38,7 @@ def job() -> Job:
     return Job(big_state(1), 3)
 
 
-PATIENT = Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0)  # nobody is passed over, however busy the host
+PATIENT = CommitLimits(succession_s=600.0, silence_s=600.0, missing_s=600.0)  # nobody is passed over, however busy the host
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def processes() -> Iterator[Start]:
     """A writer process for each member, with the hooks given for some of them."""
     started: list[Supervisor] = []
 
-    def begin(world: int, *, limits: Limits = QUICK, silence_s: float = 4.0, **hooks: tuple[str, ...]) -> list[Supervisor]:
+    def begin(
+        world: int, *, limits: CommitLimits = QUICK, silence_s: float = 4.0, **hooks: tuple[str, ...]
+    ) -> list[Supervisor]:
         for seat, listener in seats(world, limits):
             told = hooks.get(f"member{seat.member}", ())
             options = WriterOptions(beat_s=0.1, silence_s=silence_s, reap_s=5.0, hooks=told)

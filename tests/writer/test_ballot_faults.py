@@ -20,8 +20,8 @@ from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, en
 from elastickpt.commit.attest import decode_contents
 from elastickpt.commit.ballot import CommitBallot
 from elastickpt.commit.draft import CONTENTS, marked
-from elastickpt.commit.links import Limits, Seat, say_farewell
-from elastickpt.commit.outcome import Standing, commit, look
+from elastickpt.commit.links import CommitLimits, Seat, say_farewell
+from elastickpt.commit.outcome import AttemptStanding, commit, look
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.ranks.addresses import dial
 from elastickpt.ranks.messages import Connection, Frame, Kind
@@ -67,19 +67,19 @@ def test_a_committer_that_cannot_look_for_an_attestation_gives_the_attempt_up(tm
     (first, *_) = threads(Unreadable(LocalStore(tmp_path)), 5)  # type: ignore[arg-type]
     submission = first.submit(job.members[0].staged(attempt), job.members[0].arena)
     assert isinstance(submission.decided.exception(BOUND_S), StorageFailed)
-    assert look(attempt.store, attempt.attempt) is Standing.ABORTED
+    assert look(attempt.store, attempt.attempt) is AttemptStanding.ABORTED
 
 
 def test_members_that_are_no_candidates_give_up_when_no_candidate_is_reached(tmp_path: Path, job: Job) -> None:
     """[SAVE-83]"""
     attempt = job.attempt(tmp_path / "c")
-    writers = threads(LocalStore(tmp_path), 5, Limits(succession_s=0.1, silence_s=1.0))
+    writers = threads(LocalStore(tmp_path), 5, CommitLimits(succession_s=0.1, silence_s=1.0))
     for writer in writers[:3]:
         writer.close(limit_s=0)
     submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (3, 4)]
     kinds = {type(one.decided.exception(BOUND_S)).__name__ for one in submissions}
     assert kinds <= {"RankLost"}
-    assert look(attempt.store, attempt.attempt) is Standing.ABORTED
+    assert look(attempt.store, attempt.attempt) is AttemptStanding.ABORTED
 
 
 class Fake:
@@ -110,7 +110,7 @@ class TestOneBallot:
 
     @pytest.fixture
     def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[CommitBallot, Seat, Attempt]]:
-        (first, listener), (second, unused) = seats(2, Limits(missing_s=0.3))
+        (first, listener), (second, unused) = seats(2, CommitLimits(missing_s=0.3))
         attempt = job.attempt(tmp_path / "c")
         ballot = CommitBallot(first, listener, lambda _: attempt.store, lambda key, verdict: None)
         yield ballot, second, attempt.attempt
@@ -223,7 +223,7 @@ def test_closing_a_thread_that_writes_leaves_nobody_waiting(tmp_path: Path, job:
 def test_who_said_farewell_is_not_waited_for(tmp_path: Path, job: Job) -> None:
     """Its trainer died before it handed anything over. [SAVE-100]"""
     small = Job({"t": {"a": torch.arange(9.0)}}, 3)
-    patient = Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0)
+    patient = CommitLimits(succession_s=600.0, silence_s=600.0, missing_s=600.0)
     sat = seats(3, patient)
     store = LocalStore(tmp_path)
     writers = [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in sat]
@@ -244,7 +244,7 @@ def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) 
     attempt = small.attempt(tmp_path / "c")
     files = small.write(attempt)
     committed = commit(attempt.store, attempt.attempt, decode_contents(attempt.contents), files)
-    (seat, listener), _ = seats(2, Limits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
+    (seat, listener), _ = seats(2, CommitLimits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
     told: SimpleQueue[Verdict] = SimpleQueue()
     part = AttemptWorker(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
     submission = submission_of(1, small.members[0].staged(attempt), small.members[0].arena, seat)
