@@ -39,7 +39,7 @@ _STATUS = {DONE: "sound", DAMAGED: "damaged", UNSUPPORTED: "unsupported", UNSAFE
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PathResult:
     """What came of one path. `error` is what kept it from being looked at, unless that is damage, a problem of its own."""
 
     path: str
@@ -121,7 +121,7 @@ def _raise(problem: CheckpointError) -> Checkpoint:
     raise problem
 
 
-def _verified(target: _Target, progress: Progress) -> Outcome:
+def _verified(target: _Target, progress: Progress) -> PathResult:
     from elastickpt.loading.verify import Problem
 
     step = None
@@ -131,11 +131,11 @@ def _verified(target: _Target, progress: Progress) -> Outcome:
         report = checkpoint.verify(progress=progress)
     except CheckpointError as error:
         reason = None if code_of(type(error)) == DAMAGED else error
-        return Outcome(target.path, step, 0, 0, 0, (Problem(error.kind, error.message),), reason)
-    return Outcome(target.path, step, report.arrays, report.files, report.nbytes, report.problems)
+        return PathResult(target.path, step, 0, 0, 0, (Problem(error.kind, error.message),), reason)
+    return PathResult(target.path, step, report.arrays, report.files, report.nbytes, report.problems)
 
 
-def _lines(outcome: Outcome) -> Iterator[Line]:
+def _lines(outcome: PathResult) -> Iterator[Line]:
     style = "green" if outcome.code == DONE else "bold red"
     yield Span(outcome.status, style), Span("  "), Span(printable(outcome.path), "bold"), Span(_said(outcome))
     if outcome.error is not None:
@@ -147,7 +147,7 @@ def _lines(outcome: Outcome) -> Iterator[Line]:
         yield (Span(f"  … and {len(outcome.problems) - MAX_PROBLEMS:,} more", "dim"),)
 
 
-def _said(outcome: Outcome) -> str:
+def _said(outcome: PathResult) -> str:
     """What stands behind the path."""
     if outcome.error is not None:
         return ""
@@ -157,12 +157,12 @@ def _said(outcome: Outcome) -> str:
     return f"  {step}{found}{seen}"
 
 
-def _say_error(outcome: Outcome) -> None:
+def _say_error(outcome: PathResult) -> None:
     if outcome.error is not None:
         say_error(outcome.error, path=outcome.path)
 
 
-def _json(outcome: Outcome) -> dict[str, object]:
+def _json(outcome: PathResult) -> dict[str, object]:
     listed = outcome.problems[:MAX_PROBLEMS]
     return {
         "path": outcome.path,

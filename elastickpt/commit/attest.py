@@ -27,7 +27,7 @@ from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import fragments_file
 from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Frame, IndexPart
+from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, IndexPart, ManifestFrame
 from elastickpt.format.values import Value
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.storage.store import Durability, Store
@@ -40,7 +40,7 @@ class Outline:
     """What saves of one structure have in common of manifest and index: the frame, and the arrays in the order of their keys,
     which have no writers yet. `memory` is what was proven of them in the newest save."""
 
-    frame: Frame
+    frame: ManifestFrame
     arrays: tuple[ArrayRecord, ...]
     memory: ProofMemory = field(default_factory=ProofMemory, compare=False, repr=False)
 

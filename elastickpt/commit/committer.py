@@ -29,7 +29,7 @@ from elastickpt.commit.outcome import STANDS, AttemptStanding, Patience, commit,
 from elastickpt.errors import RankFailure, RankLost
 from elastickpt.format.records import FileDigest
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.threads import Worker
+from elastickpt.ranks.threads import WorkerThread
 from elastickpt.storage.store import Store
 
 
@@ -123,7 +123,7 @@ class CommitThread:
     ) -> None:
         self._rank, self._stores, self._patience = rank, stores, patience
         self._leave, self._decided = leave, decided
-        self._worker = Worker("elastickpt-commit")
+        self._worker = WorkerThread("elastickpt-commit")
         self._count = 0
 
     @property

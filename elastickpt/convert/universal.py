@@ -20,7 +20,7 @@ from elastickpt.convert.place import Place
 from elastickpt.errors import PathOccupied
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import MANIFEST, array_keys
-from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, Frame, StoredFile, StoredPiece
+from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, ManifestFrame, StoredFile, StoredPiece
 from elastickpt.format.version import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.storage.store import Durability
@@ -145,7 +145,7 @@ class UniversalTarget:
     def commit(self, attested: Sequence[FileDigest]) -> None:
         """Proves, records and commits what all writers attested; on return the checkpoint exists. Blocking."""
         contents, place = self._contents, self._place
-        frame = Frame(
+        frame = ManifestFrame(
             world_size=1,
             placement="plain",
             versions=((CONVERTER, RELEASE), ("elastickpt", RELEASE), ("python", platform.python_version())),

@@ -32,7 +32,7 @@ from elastickpt.format.limits import (
 )
 from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart
 from elastickpt.format.strict_reading import (
-    Runs,
+    RankRuns,
     StrictObject,
     integers,
     pack,
@@ -170,7 +170,7 @@ def decode_index(data: bytes, *, path: str) -> IndexPart:
     ]
     entries = _entries(members.members("entries"))
     leaves = [_leaf(one, f"{path}/leaves[{k}]") for k, one in enumerate(members.sequence("leaves"))]
-    runs = Runs()
+    runs = RankRuns()
     writer_sets = [_writers(runs, one, f"{path}/writer_sets[{k}]") for k, one in enumerate(members.sequence("writer_sets"))]
     rows = _Rows(templates, entries, leaves, writer_sets)
     arrays = _arrays(members.members("arrays"), rows)
@@ -250,7 +250,7 @@ def _leaf(value: object, where: str) -> tuple[str, str]:
     return found
 
 
-def _writers(runs: Runs, value: object, where: str) -> tuple[int, ...]:
+def _writers(runs: RankRuns, value: object, where: str) -> tuple[int, ...]:
     found = runs.expand(value, where=where)
     if any(low >= high for low, high in pairwise(found)):
         raise Malformed(f"{where}: writers out of order, or twice")

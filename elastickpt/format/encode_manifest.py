@@ -23,15 +23,15 @@ from elastickpt.format.records import (
     FORMAT_VERSION,
     Base,
     FileDigest,
-    Frame,
     IndexEntry,
     Item,
     ItemKind,
     Layout,
     Manifest,
+    ManifestFrame,
     Placement,
 )
-from elastickpt.format.strict_reading import Runs, StrictObject, integers, is_int, pack_runs, pair, text
+from elastickpt.format.strict_reading import RankRuns, StrictObject, integers, is_int, pack_runs, pair, text
 from elastickpt.format.values import Value
 from elastickpt.format.version import FEATURES
 
@@ -67,7 +67,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return data
 
 
-def _frame_members(frame: Frame) -> dict[str, object]:
+def _frame_members(frame: ManifestFrame) -> dict[str, object]:
     return {
         "world_size": frame.world_size,
         "placement": frame.placement,
@@ -82,11 +82,11 @@ def _frame_members(frame: Frame) -> dict[str, object]:
     }
 
 
-def _tied_members(frame: Frame) -> list[object]:
+def _tied_members(frame: ManifestFrame) -> list[object]:
     return [[list(one) for one in group] for group in frame.tied]
 
 
-def encode_frame(frame: Frame) -> bytes:
+def encode_frame(frame: ManifestFrame) -> bytes:
     """The members of a frame, sealed like a manifest, for other processes of one job; `decode_frame` takes what this returns.
 
     Raises what `decode_frame` raises for a member that no reader of a manifest would take.
@@ -97,7 +97,7 @@ def encode_frame(frame: Frame) -> bytes:
     return data
 
 
-def decode_frame(data: bytes, *, path: str) -> Frame:
+def decode_frame(data: bytes, *, path: str) -> ManifestFrame:
     """What `encode_frame` encoded. `path` is for messages. Raises as `decode_manifest`."""
     check_seal(data, where=path)
     members = StrictObject(parse(data, where=path), where=path)
@@ -108,9 +108,9 @@ def decode_frame(data: bytes, *, path: str) -> Frame:
     return frame
 
 
-def _frame(members: StrictObject) -> Frame:
+def _frame(members: StrictObject) -> ManifestFrame:
     meshes = tuple(_meshes(members))
-    return Frame(
+    return ManifestFrame(
         world_size=members.integer("world_size", low=1, high=MAX_WRITERS),
         placement=_one_of(members, "placement", _PLACEMENTS),
         versions=_versions(members),
@@ -123,7 +123,7 @@ def _frame(members: StrictObject) -> Frame:
 
 
 def manifest_in(
-    frame: Frame,
+    frame: ManifestFrame,
     *,
     attempt: str,
     step: int | None,
@@ -246,7 +246,7 @@ def _items(members: StrictObject) -> tuple[Item, ...]:
 
 
 def _meshes(members: StrictObject) -> list[Mesh]:
-    runs = Runs()
+    runs = RankRuns()
     found = []
     for one in _each(members, "meshes"):
         sizes = integers(one.take("sizes"), where=f"{one.where}/sizes")

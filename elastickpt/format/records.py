@@ -154,7 +154,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class ManifestFrame:
     """The members of a manifest that all saves of one structure by one release have in common. `tied` lists groups of (item,
     name) that are one tensor in memory."""
 
@@ -169,7 +169,7 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest(Frame):
+class Manifest(ManifestFrame):
     """`checkpoint.json`: the record that makes a folder a checkpoint. [UCF-70]
 
     `step` counts completed optimizer steps; `time` is seconds since 1970 UTC. `values` maps the JSON pointer of each replicated

@@ -217,7 +217,7 @@ def pack_runs(ranks: Iterable[int]) -> list[list[int]]:
     return runs
 
 
-class Runs:
+class RankRuns:
     """Expands the runs of ranks in one record: each below 2^20, all together at most 2^23. [UCF-47, UCF-91, UCF-96]"""
 
     def __init__(self) -> None:

@@ -176,14 +176,14 @@ def _parts(box: Box, axis: int, extent: int) -> Iterator[Box]:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class PackSlot:
     """A place in a pack: a whole chunk with its pads, or a part of one. Offsets of `runs` count from its beginning."""
 
     nbytes: int
     runs: tuple[ByteRun, ...]
 
 
-def slots_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int) -> Iterator[Slot]:
+def slots_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], itemsize: int) -> Iterator[PackSlot]:
     """The slots in which a writer stores a box of an array, of which it stores nothing else, in C order of chunks.
 
     [FRAG-61, FRAG-66]
@@ -194,10 +194,10 @@ def slots_of(box: Box, *, shape: Sequence[int], chunk_shape: Sequence[int], item
         if part is None:
             continue
         if part == inside:
-            yield Slot(whole, runs_of(part, shape=shape, chunk_shape=chunk_shape, itemsize=itemsize))
+            yield PackSlot(whole, runs_of(part, shape=shape, chunk_shape=chunk_shape, itemsize=itemsize))
         else:
             nbytes = part.count * itemsize
-            yield Slot(nbytes, (ByteRun(chunk, part, 0, nbytes, nbytes, nbytes),))
+            yield PackSlot(nbytes, (ByteRun(chunk, part, 0, nbytes, nbytes, nbytes),))
 
 
 def place_slots(sizes: Iterable[int]) -> tuple[tuple[int, ...], int]:

@@ -25,7 +25,7 @@ from elastickpt.layout.placement import flat_boxes
 SCATTER_NBYTES = 16 * MIB  # of a read that goes through a buffer: bounds a reader's memory, long enough for any disk
 
 
-class Piece(Protocol):
+class ReadablePiece(Protocol):
     """What a plan needs to know of a stored piece; `StoredPiece` has it."""
 
     @property
@@ -91,7 +91,7 @@ class Segment:
 
 
 def plan_reads(
-    wanted: Box, pieces: Sequence[Piece], *, block_nbytes: int, itemsize: int, scatter_nbytes: int = SCATTER_NBYTES
+    wanted: Box, pieces: Sequence[ReadablePiece], *, block_nbytes: int, itemsize: int, scatter_nbytes: int = SCATTER_NBYTES
 ) -> tuple[Read, ...]:
     """The reads that deliver every element of `wanted` that lies in `pieces`, in the order of pieces, then of blocks.
 
@@ -127,7 +127,7 @@ def plan_reads(
     return tuple(reads)
 
 
-def segments(piece: Piece, start: int, end: int) -> Iterator[Segment]:
+def segments(piece: ReadablePiece, start: int, end: int) -> Iterator[Segment]:
     """Where bytes `[start, end)` of a piece are in its file, in order; one segment unless it is stored as rows."""
     if piece.row_nbytes == piece.row_stride:
         if start < end:
@@ -217,7 +217,7 @@ def _spans(frames: _Frames, part: Box, block_nbytes: int) -> Iterator[tuple[int,
         yield start, start + nbytes, span
 
 
-def _check(piece: Piece, itemsize: int) -> None:
+def _check(piece: ReadablePiece, itemsize: int) -> None:
     nbytes, row, stride = piece.nbytes, piece.row_nbytes, piece.row_stride
     if nbytes != piece.box.count * itemsize or not 0 < row <= stride or nbytes % row or piece.offset < 0:
         raise Malformed(

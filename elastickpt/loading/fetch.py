@@ -24,7 +24,7 @@ from elastickpt.loading.plan import (
     plan_fetch,
     require_length,
 )
-from elastickpt.loading.stretches import Runs, runs_of
+from elastickpt.loading.stretches import ReadRuns, runs_of
 from elastickpt.loading.units import Scratch, UnitReader, mismatch, naming_array
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool
@@ -271,7 +271,7 @@ class _Columns:
     first: list[int]
 
     @classmethod
-    def of(cls, runs: Runs) -> _Columns:
+    def of(cls, runs: ReadRuns) -> _Columns:
         cut = runs.stretches
         own = (cut.target, cut.at, runs.offsets, cut.end - cut.start, cut.low - cut.start, cut.high - cut.low)
         columns = (*own, runs.block, runs.checksums, runs.checksum_start, runs.offset, runs.nbytes, runs.first)

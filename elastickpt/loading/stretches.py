@@ -59,7 +59,7 @@ class Stretches:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Runs:
+class ReadRuns:
     """Stretches in the order of files and offsets, none longer than a unit, and which of them are read at once.
 
     Run r reads `nbytes[r]` at `offset[r]` of file `file[r]`; it holds stretches `first[r]` to `first[r + 1]`. The blocks of
@@ -104,7 +104,7 @@ def _by_map(maps: Sequence[FragmentColumns], of: IntColumn) -> Iterator[tuple[Fr
             yield columns, order[first:stop]
 
 
-def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntColumn, *, unit_nbytes: int) -> Runs:
+def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntColumn, *, unit_nbytes: int) -> ReadRuns:
     """How stretches are read: cut to `unit_nbytes` or one block, in the order of files, close ones together up to that."""
     offset = np.zeros(len(stretches), dtype=np.int64)
     block = np.array([columns.block_nbytes for columns in maps], dtype=np.int64)[stretches.map]
@@ -125,7 +125,7 @@ def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntCol
     first = _joined(file, offset, cut.end - cut.start, unit_nbytes)
     last = np.append(first[1:], len(cut)).astype(np.int64) - 1
     ends = offset + (cut.end - cut.start)
-    return Runs(
+    return ReadRuns(
         cut,
         offset,
         block,

@@ -142,7 +142,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Worker:
+class WorkerThread:
     """A thread that carries out what is put, in order; started by the first."""
 
     def __init__(self, name: str) -> None:

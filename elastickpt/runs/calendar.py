@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from elastickpt.runs.due import Every, Measured, YoungDaly, decide_step, due, interval_s
-from elastickpt.runs.preemption import Ending, Notice, decide_ending
+from elastickpt.runs.preemption import LastStep, Notice, decide_ending
 
 
-class Board(Protocol):
+class NoticeBoard(Protocol):
     """Where words are published; what one rank sets, every rank finds."""
 
     def set(self, key: str, value: bytes) -> None: ...
@@ -43,7 +43,7 @@ class LocalBoard:
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class StepDecision:
     """What this step brings."""
 
     saves: bool
@@ -51,7 +51,7 @@ class Day:
 
 
 @dataclass(frozen=True, slots=True)
-class Saves:
+class SaveTimes:
     """What this rank knows of its saves: how long one takes from its begin until it is committed, and how many are not yet."""
 
     took_s: float
@@ -59,13 +59,13 @@ class Saves:
 
 
 class Calendar:
-    """One rank's view. `day` is called once for each completed step, rising, by the thread that trains."""
+    """One rank's view. `decided` is called once for each completed step, rising, by the thread that trains."""
 
-    def __init__(self, board: Board, rule: Every | YoungDaly, *, member: int, members: int) -> None:
+    def __init__(self, board: NoticeBoard, rule: Every | YoungDaly, *, member: int, members: int) -> None:
         self._board, self._rule, self._member, self._members = board, rule, member, members
         self._published: set[int] = set()
         self._told_notice = False
-        self._ending: Ending | None = None
+        self._ending: LastStep | None = None
         self._stepped_at: float | None = None
         self._step_s = 0.0
         self._saved_at = time.monotonic()
@@ -74,7 +74,7 @@ class Calendar:
         """A save was begun now."""
         self._saved_at = time.monotonic()
 
-    def day(self, step: int, *, notice: Notice | None, measured: Measured, saves: Saves) -> Day:
+    def decided(self, step: int, *, notice: Notice | None, measured: Measured, saves: SaveTimes) -> StepDecision:
         """What `step`, which is completed, brings; on rank 0 also decides for a later one."""
         now = time.monotonic()
         if self._stepped_at is not None:
@@ -85,7 +85,7 @@ class Calendar:
             self._decide(step, now, notice, measured, saves)
         word = self._word(step)
         self._published.discard(step)
-        return Day(
+        return StepDecision(
             saves=word in ("save", "last") or (word == "" and due(self._rule, step=step, published=())),
             ends=word in ("last", "end"),
         )
@@ -109,7 +109,7 @@ class Calendar:
                     left[member] = float(self._board.get(f"notice/{member}", timeout_s=10.0))
         return left
 
-    def _decide(self, step: int, now: float, notice: Notice | None, measured: Measured, saves: Saves) -> None:
+    def _decide(self, step: int, now: float, notice: Notice | None, measured: Measured, saves: SaveTimes) -> None:
         if self._ending is not None:
             return
         ending = decide_ending(
@@ -134,6 +134,6 @@ class Calendar:
             self._published.add(later)
 
     @property
-    def ending(self) -> Ending | None:
+    def ending(self) -> LastStep | None:
         """On rank 0: what was decided about the end of the job, and why."""
         return self._ending

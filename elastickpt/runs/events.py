@@ -61,7 +61,7 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndedSave:
     """One save, begun in `epoch`: its checkpoint, or its error; when it began, was staged and ended, in monotonic seconds."""
 
     step: int

@@ -124,7 +124,7 @@ def heard_here(signals: Mapping[signal.Signals, float], *, where: str) -> Mappin
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class LastStep:
     """Everybody stops after `step`; `saves` says whether it is saved, `why` in words what decided that."""
 
     step: int
@@ -134,7 +134,7 @@ class Ending:
 
 def decide_ending(
     left_s: Mapping[int, float], *, step: int, step_s: float, save_s: float, due: Collection[int] = ()
-) -> Ending | None:
+) -> LastStep | None:
     """Rank 0, when it completed `step`: after which later step the job ends, to be published now; None without a notice.
 
     `left_s`: of the ranks that noticed something, seconds until their deadline. `step_s` is what a step takes, `save_s` a save
@@ -151,7 +151,7 @@ def decide_ending(
     times = f"{left_s[rank]:.1f} s are left on rank {rank}, {needed:.1f} s are needed"
     before = [one for one in due if step < one < at]
     if before:
-        return Ending(at, False, f"step {max(before)} is the last save, due already; {times}")
+        return LastStep(at, False, f"step {max(before)} is the last save, due already; {times}")
     if needed > left_s[rank]:
-        return Ending(at, False, f"no save fits, the checkpoint before is kept: {times}")
-    return Ending(at, True, f"a last save fits: {times}")
+        return LastStep(at, False, f"no save fits, the checkpoint before is kept: {times}")
+    return LastStep(at, True, f"a last save fits: {times}")

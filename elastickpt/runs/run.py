@@ -37,9 +37,9 @@ from elastickpt.ranks.addresses import own_address
 from elastickpt.ranks.process_group import end_team, job_group
 from elastickpt.ranks.team import Call
 from elastickpt.runs.answering import Answering
-from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
+from elastickpt.runs.calendar import Calendar, LocalBoard, NoticeBoard, SaveTimes
 from elastickpt.runs.due import Measured
-from elastickpt.runs.events import Ended, Phase, RestoreEvent
+from elastickpt.runs.events import EndedSave, Phase, RestoreEvent
 from elastickpt.runs.options import RunOptions
 from elastickpt.runs.preemption import Notices, heard_here
 from elastickpt.runs.restoring import Restored, Restoring, WantedCommit
@@ -226,12 +226,12 @@ class Run:
         stall_s = 0.0 if last is None else last.stall_s
         took_s = 0.0 if last is None else last.stall_s + last.plan_s + last.write_s + last.commit_s
         measured = Measured(stall_s, max(0.0, time.time() - self._began), max(0, self._epoch - 1 - self._rollbacks))
-        day = self._calendar.day(step, notice=notice, measured=measured, saves=Saves(took_s, under_way))
-        if day.ends and not self._ending:
+        decision = self._calendar.decided(step, notice=notice, measured=measured, saves=SaveTimes(took_s, under_way))
+        if decision.ends and not self._ending:
             self._ending = True
             why = self._calendar.ending
             log.warning("%s: the job ends after step %d%s", self.root, step, f": {why.why}" if why else "")
-        return day.saves
+        return decision.saves
 
     def notify(self, why: str, *, left_s: float) -> None:
         """Says that this process is going to be ended, as who asks for spot notices learns: `due` and `ending` go by it as by
@@ -356,7 +356,7 @@ class Run:
 
     def _calendar_of(self, *, epoch: int) -> Calendar:
         """A new one for each epoch: after a rollback what was published for later steps is out of date."""
-        board: Board = LocalBoard()
+        board: NoticeBoard = LocalBoard()
         if self._group.handle is not None:
             board = self._group.own_store(f"{self._purpose}/steps-{epoch}")
         return Calendar(board, self._options.due, member=self._member, members=len(self._group.ranks))
@@ -364,7 +364,7 @@ class Run:
     def _ended(self, handle: SaveHandle, about: tuple[int, int], begun: float, staged: float) -> None:
         error = handle.exception()
         info = handle.result() if error is None else None
-        ended = Ended(*about, info, error, begun, staged, time.monotonic())
+        ended = EndedSave(*about, info, error, begun, staged, time.monotonic())
         with self._changing:
             self._under_way.discard(handle)
             self._last = info or self._last
@@ -374,7 +374,7 @@ class Run:
             self._upkeep.committed()
         self._upkeep.call(lambda: self.tell_saved(ended, rank=self._group.rank, member=self._member))
 
-    def tell_saved(self, ended: Ended, *, rank: int, member: int) -> None:
+    def tell_saved(self, ended: EndedSave, *, rank: int, member: int) -> None:
         """Who watches hears of a save of this rank. In the thread of the upkeep."""
         if self._trace is not None:
             for phase in ended.phases(rank):

@@ -16,7 +16,7 @@ from elastickpt.ledger.objects import complete
 from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, judge, removable
 from elastickpt.ledger.stored import read_view
-from elastickpt.ranks.threads import Worker
+from elastickpt.ranks.threads import WorkerThread
 from elastickpt.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Upkeep:
         self._tokens: tuple[str, ...] = ()
         self._verified: dict[AttemptId, bool] = {}
         self._waiting = False  # folders with a manifest and no register that counts, until the live branch has passed them
-        self._worker = Worker("elastickpt-upkeep")
+        self._worker = WorkerThread("elastickpt-upkeep")
 
     def claiming(self, token: str) -> None:
         """This job claims the run with this token next: what that supersedes of its own is no news."""

@@ -20,9 +20,9 @@ from elastickpt.ledger.records import Adopted
 from elastickpt.ledger.retention import words_of
 from elastickpt.ledger.stored import read_adopted, read_claim, read_start
 from elastickpt.ranks.process_group import Group, end_team, job_group
-from elastickpt.runs.calendar import Board, Calendar, LocalBoard, Saves
+from elastickpt.runs.calendar import Calendar, LocalBoard, NoticeBoard, SaveTimes
 from elastickpt.runs.due import Every, Measured
-from elastickpt.runs.events import Ended
+from elastickpt.runs.events import EndedSave
 from elastickpt.runs.run import Run
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
@@ -90,8 +90,8 @@ class ViewSaves:
         group = self._group
         if self._epoch == 0 or group is None:
             return None
-        day = self._calendar_now(group).day(step, notice=None, measured=self._measured(), saves=self._saves())
-        return self.now(step, state) if day.saves else None
+        decision = self._calendar_now(group).decided(step, notice=None, measured=self._measured(), saves=self._saves())
+        return self.now(step, state) if decision.saves else None
 
     def now(self, step: int, state: Mapping[str, object]) -> SaveHandle | None:
         """A save of `step` completed steps, due or not; None where no run is claimed, and where the view is over."""
@@ -150,7 +150,7 @@ class ViewSaves:
 
     def _calendar_now(self, group: Group) -> Calendar:
         if self._calendar is None:
-            board: Board = LocalBoard()
+            board: NoticeBoard = LocalBoard()
             if not (isinstance(self._options.due, Every) and self._options.due.steps is not None):
                 board = group.own_store(f"{self._purpose}/steps-{self._epoch}")
             self._calendar = Calendar(board, self._options.due, member=group.member, members=len(group.ranks))
@@ -171,16 +171,18 @@ class ViewSaves:
     def _measured(self) -> Measured:
         return Measured(0.0 if self._last is None else self._last.stall_s, 0.0, 0)
 
-    def _saves(self) -> Saves:
+    def _saves(self) -> SaveTimes:
         last = self._last
         with self._changing:
-            return Saves(0.0 if last is None else last.stall_s + last.plan_s + last.write_s + last.commit_s, self._under_way)
+            return SaveTimes(
+                0.0 if last is None else last.stall_s + last.plan_s + last.write_s + last.commit_s, self._under_way
+            )
 
     def _ended(self, handle: SaveHandle, place: tuple[int, int], about: tuple[int, int], begun: float, staged: float) -> None:
         rank, member = place
         error = handle.exception()
         info = handle.result() if error is None else None
-        ended = Ended(*about, info, error, begun, staged, time.monotonic())
+        ended = EndedSave(*about, info, error, begun, staged, time.monotonic())
         with self._changing:
             self._under_way -= 1
             self._last = info or self._last

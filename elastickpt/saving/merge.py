@@ -13,7 +13,7 @@ from elastickpt.commit.attest import Outline
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, Box, Mesh
 from elastickpt.format.keys import REFERENCES, array_keys
-from elastickpt.format.records import ArrayRecord, Frame, Item, Layout, Placement
+from elastickpt.format.records import ArrayRecord, Item, Layout, ManifestFrame, Placement
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting
@@ -144,7 +144,7 @@ def merge(
                     identity in heads,
                     axes,
                 )
-    frame = Frame(
+    frame = ManifestFrame(
         world_size=sum(map(len, ranks)),
         placement=placement,
         versions=versions,

@@ -25,7 +25,7 @@ from elastickpt.commit.draft import ended
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost, Refused, SaveSkipped, fault
 from elastickpt.ranks.process_group import Group, end_team, team_of
 from elastickpt.ranks.team import Call, Team
-from elastickpt.ranks.threads import Worker
+from elastickpt.ranks.threads import WorkerThread
 from elastickpt.saving.arenas import ArenaSlot
 from elastickpt.saving.beside import SavesBeside
 from elastickpt.saving.request import AsyncOptions, Request
@@ -69,8 +69,8 @@ class Saver:
         self._writers = WriterPool(self._yard)
         self._arenas = self._yard.arenas
         self._beside = SavesBeside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
-        self._rounds = Worker("elastickpt-rounds")
-        self._endings = Worker("elastickpt-endings")
+        self._rounds = WorkerThread("elastickpt-rounds")
+        self._endings = WorkerThread("elastickpt-endings")
         self._open: set[SaveTask] = set()
         self._changed = threading.Condition()
         self._closed = False

@@ -17,7 +17,15 @@ from elastickpt.format.values import ArrayReference
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import SPARSE, Path, Saved, cuts_of, is_composite, made, require_indices
 from elastickpt.training.contexts import NotMade
-from elastickpt.training.dtensors import Placed, hold, hold_for_loading, place_of_part, placed, placed_as, spell_placements
+from elastickpt.training.dtensors import (
+    DTensorParts,
+    hold,
+    hold_for_loading,
+    place_of_part,
+    placed,
+    placed_as,
+    spell_placements,
+)
 from elastickpt.training.elements import Order, elements_of, empty_in_order, numpy_over, torch_dtype
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_states import hold_state
@@ -121,13 +129,15 @@ def placed_anew(binder: Binder, id_: ArrayId) -> torch.Tensor | None:
     raise NoPlaceSaid("an array whose ranks lay otherwise" if saved is not None else "an array that was whole")
 
 
-def _lying(binder: Binder) -> Iterator[tuple[torch.Tensor, Placed]]:
+def _lying(binder: Binder) -> Iterator[tuple[torch.Tensor, DTensorParts]]:
     for known in binder.identities:
         if known.role != "buffer" and hasattr(known.tensor, "device_mesh") and (parts := placed(known.tensor)) is not None:
             yield known.tensor, parts
 
 
-def _as_saved(binder: Binder, spec: ArraySpec, lying: list[tuple[torch.Tensor, Placed]], id_: ArrayId) -> torch.Tensor | None:
+def _as_saved(
+    binder: Binder, spec: ArraySpec, lying: list[tuple[torch.Tensor, DTensorParts]], id_: ArrayId
+) -> torch.Tensor | None:
     """A DTensor on the same mesh with the same placements; a replica on whatever mesh for what was one."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, empty  # loaded already: parameters are DTensors
 
@@ -211,7 +221,7 @@ def composite_state(binder: Binder, param: OwnedParameter, id_: ArrayId, saved: 
     return found
 
 
-def _shard_of(binder: Binder, saved: Saved, parts: Placed, lying: Lying) -> torch.Tensor:
+def _shard_of(binder: Binder, saved: Saved, parts: DTensorParts, lying: Lying) -> torch.Tensor:
     """This rank's rows of a composite tensor, not filled yet. Raises NotMade."""
     facts = {path: shape_and_dtype(binder, part) for path, part in saved.parts.items()}
     shapes: dict[Path, tuple[int, ...]] = {

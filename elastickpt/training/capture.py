@@ -22,7 +22,7 @@ from elastickpt.training.held import HeldArray, LiveState, remembering
 from elastickpt.training.held_trees import PerRank, hold_own, hold_tree, is_stateful
 from elastickpt.training.kinds import Kind, item_of, kinds_of, refuse_zero
 from elastickpt.training.modules import hold_module
-from elastickpt.training.optimizers import LISTS, Beside, HeldOptimizer, hold_optimizer, scheduler_state
+from elastickpt.training.optimizers import LISTS, HeldOptimizer, StateOptimizers, hold_optimizer, scheduler_state
 from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import streams
@@ -99,7 +99,7 @@ class _Gathering:
 
     def optimizers(self) -> None:
         entries = dict(self.of_kind("optimizer"))
-        beside = Beside.of(entries)
+        beside = StateOptimizers.of(entries)
         for key, entry in entries.items():
             with taking(key, entry):
                 for one in elements(entry).values():

@@ -53,7 +53,7 @@ class Holders:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placed:
+class DTensorParts:
     """A DTensor taken apart: this rank's local tensor, the whole's shape, and torch's mesh and placements."""
 
     local: torch.Tensor
@@ -81,7 +81,7 @@ def _declared(ranks: tuple[int, ...], kept: Kept) -> Holders:
     return Holders("declared", ranks, kept)
 
 
-def placed(tensor: torch.Tensor) -> Placed | None:
+def placed(tensor: torch.Tensor) -> DTensorParts | None:
     """A DTensor's parts; None for another tensor. DDP over a 2-D mesh keeps local tensors with the placement beside."""
     if type(tensor) not in PLAIN and is_loaded_instance(tensor, *_DTENSOR):
         spec, local = tensor._spec, settled(tensor._local_tensor)  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def placed(tensor: torch.Tensor) -> Placed | None:
         spec, local = getattr(tensor, "_st_info", None), tensor
         if spec is None:
             return None
-    return Placed(local, tuple(spec.shape), spec.mesh, tuple(spec.placements))
+    return DTensorParts(local, tuple(spec.shape), spec.mesh, tuple(spec.placements))
 
 
 def hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: JobView, holders: Holders) -> tuple[HeldArray, ...]:
@@ -160,7 +160,7 @@ def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: JobView, hol
     return tuple(_hold_parts(array, parts, cuts, box=box, role=role, mesh=mesh, placements=placements))
 
 
-def box_of(parts: Placed) -> Box:
+def box_of(parts: DTensorParts) -> Box:
     """Where this rank's part of a DTensor lies in the whole."""
     sizes = tuple(parts.device_mesh.shape)
     placements = spell_placements(parts.placements, sizes, where="a parameter")
@@ -178,7 +178,7 @@ def has_place(tensor: torch.Tensor, *, job: JobView) -> bool:
     return _cuts(parts, spell_placements(parts.placements, mesh.sizes, where="state"), mesh.sizes) is not None
 
 
-def is_even(parts: Placed) -> bool:
+def is_even(parts: DTensorParts) -> bool:
     """Whether all ranks of its mesh hold equally many rows of it, none of them none, and whole rows."""
     ways = 1
     for size, placement in zip(parts.device_mesh.shape, parts.placements, strict=True):
@@ -189,7 +189,7 @@ def is_even(parts: Placed) -> bool:
     return bool(parts.shape) and parts.shape[0] > 0 and parts.shape[0] % ways == 0
 
 
-def _cuts(parts: Placed, placements: Sequence[str], sizes: Sequence[int]) -> Mapping[Path, Cut] | None:
+def _cuts(parts: DTensorParts, placements: Sequence[str], sizes: Sequence[int]) -> Mapping[Path, Cut] | None:
     """How each part of a composite shard is cut; None where that is not known, or ranks may hold other kinds of parts."""
     leaves = leaves_of(parts.local)
     if all(leaf.shape == parts.local.shape for _, leaf in leaves):
@@ -212,7 +212,7 @@ def hold_for_loading(array: ArrayId, tensor: torch.Tensor, *, job: JobView) -> t
     return tuple(_hold_parts(array, parts, by_path, box=box_of(parts), role="parameter", mesh=mesh, placements=placements))
 
 
-def placed_as(parts: Placed, local: torch.Tensor) -> torch.Tensor:
+def placed_as(parts: DTensorParts, local: torch.Tensor) -> torch.Tensor:
     """A DTensor of this local tensor, placed as another one, whose shape it has."""
     from torch.distributed.tensor import DTensor  # loaded already: there is one
 
@@ -223,7 +223,14 @@ def placed_as(parts: Placed, local: torch.Tensor) -> torch.Tensor:
 
 
 def _hold_parts(
-    array: ArrayId, parts: Placed, cuts: Mapping[Path, Cut], *, box: Box, role: Role, mesh: Mesh, placements: tuple[str, ...]
+    array: ArrayId,
+    parts: DTensorParts,
+    cuts: Mapping[Path, Cut],
+    *,
+    box: Box,
+    role: Role,
+    mesh: Mesh,
+    placements: tuple[str, ...],
 ) -> Iterator[HeldArray]:
     """The parts of a composite shard, each where it lies in the part of the whole. [UCF-109]
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import JobView, Placed, has_place, hold, is_even, memorable, parts_of_spec, placed
+from elastickpt.training.dtensors import DTensorParts, JobView, has_place, hold, is_even, memorable, parts_of_spec, placed
 from elastickpt.training.elements import elements_of, settled
 from elastickpt.training.held import HeldArray, Seen
 from elastickpt.training.parameters import Lying, OwnedParameter
@@ -68,7 +68,7 @@ def _hold_state(
     return (replace(held, placements=("R",) * len(held.placements)),)
 
 
-def _same_place(one: Placed, other: Placed | None) -> bool:
+def _same_place(one: DTensorParts, other: DTensorParts | None) -> bool:
     return (
         other is not None
         and one.shape == other.shape
@@ -117,7 +117,7 @@ def fewest_quantised(optimizer: Optimizer) -> float:
     return inf
 
 
-def most_elements(parts: Placed) -> float:
+def most_elements(parts: DTensorParts) -> float:
     """The elements of the largest shard of a DTensor of which ranks hold unevenly many rows; -1 for another one."""
     ways = prod(
         size for size, placement in zip(parts.device_mesh.shape, parts.placements, strict=True) if not placement.is_replicate()

@@ -111,7 +111,7 @@ class CarriedTensors:
         return id(tensor) in self._ids or self._memory.covers(tensor)
 
 
-class Computed:
+class DerivedEntries:
     """Asks an optimizer whether an entry follows from the states of a parameter: it changes when they do.
 
     For what shares no memory with them. What the object keeps elsewhere has one memory in two state dicts.

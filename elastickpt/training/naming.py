@@ -161,7 +161,7 @@ class KeyPath:
     modules: tuple[tuple[str, nn.Module], ...]
 
 
-class Keys:
+class ModuleKeys:
     """The keys of one module's own state dict, followed to what they name; `under` is the module's canonical name."""
 
     def __init__(self, module: nn.Module, *, under: str = "") -> None:

@@ -23,10 +23,10 @@ from elastickpt.training.composites import Saved
 from elastickpt.training.entries import elements, has_own_way, state_dict_of, type_name
 from elastickpt.training.groups import bind_groups
 from elastickpt.training.optimizer_columns import ENTRIES, PART, PER_RANK
-from elastickpt.training.optimizer_entries import Keys, entry_place
+from elastickpt.training.optimizer_entries import ParameterKeys, entry_place
 from elastickpt.training.optimizer_loading import containers_copied, load_own, packed
 from elastickpt.training.optimizer_parts import OptimizerPart, Prefix, parts_of
-from elastickpt.training.optimizers import Beside, entries_of
+from elastickpt.training.optimizers import StateOptimizers, entries_of
 from elastickpt.training.parameters import OwnedParameter, groups_of, states_of
 from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
 from elastickpt.training.tables import TableView
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class BoundOptimizer:
     """An entry with optimizers and the table that the checkpoint has for it (None when it has none)."""
 
-    def __init__(self, binder: Binder, item: str, entry: object, beside: Beside) -> None:
+    def __init__(self, binder: Binder, item: str, entry: object, beside: StateOptimizers) -> None:
         self.item = item
         self.entry = entry
         self.parts = parts_of(item, entry, binder.identities, elsewhere=beside.elsewhere(item))
@@ -119,7 +119,7 @@ class BoundOptimizer:
         return not (stored == "value" or stored.startswith("value.")) and owner in (None, self.item)
 
 
-def bind_optimizer(binder: Binder, item: str, entry: object, beside: Beside) -> BoundOptimizer:
+def bind_optimizer(binder: Binder, item: str, entry: object, beside: StateOptimizers) -> BoundOptimizer:
     """Binds states, groups and values of one entry. Raises StructureConflict as saving it would."""
     place = place_of(item)
     binder.places.add(place)
@@ -300,7 +300,7 @@ class _OwnWay:
         for path, entry in self._at:
             state_dict = _put(state_dict, path, entry)
         for whereabouts, part, store in self._made:
-            keys = Keys.of(part).keys[whereabouts["by"]]
+            keys = ParameterKeys.of(part).keys[whereabouts["by"]]
             for key, param in zip(keys, part.params, strict=True):
                 for entry in store.get(param.parameter, {}).values():
                     at = param.parameter if whereabouts["by"] == "parameter" else key

@@ -20,7 +20,7 @@ import torch
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.encode_values import values_equal
 from elastickpt.format.values import Value
-from elastickpt.training.known_memory import CarriedTensors, Computed, KnownMemory, Path, tensors_in
+from elastickpt.training.known_memory import CarriedTensors, DerivedEntries, KnownMemory, Path, tensors_in
 from elastickpt.training.optimizer_parts import NO_OPTION, OptimizerPart
 from elastickpt.training.parameters import OwnedParameter, groups_of, states_of
 from elastickpt.training.values import carried, place_of
@@ -59,7 +59,7 @@ class Beyond:
 
 
 def beyond(
-    item: str, parts: Sequence[OptimizerPart], state_dict: object, *, known: CarriedTensors, computed: Computed
+    item: str, parts: Sequence[OptimizerPart], state_dict: object, *, known: CarriedTensors, computed: DerivedEntries
 ) -> Beyond:
     """What `state_dict`, that of one root, has beyond its `parts`. `known` is the memory of all that is carried already.
 
@@ -73,13 +73,13 @@ def beyond(
 class _Walk:
     """One walk over one state dict."""
 
-    def __init__(self, item: str, parts: Sequence[OptimizerPart], known: CarriedTensors, computed: Computed) -> None:
+    def __init__(self, item: str, parts: Sequence[OptimizerPart], known: CarriedTensors, computed: DerivedEntries) -> None:
         self.found = Beyond()
         self._item = item
         self._parts = parts
         self._known = known
         self._computed = computed
-        self._keys = {part: Keys.of(part) for part in parts}
+        self._keys = {part: ParameterKeys.of(part) for part in parts}
         self._left = list(parts)  # in which a state dict of torch's form has not been found yet
 
     def root(self, node: object) -> None:
@@ -228,7 +228,7 @@ _BY: tuple[By, ...] = ("parameter", "place", "group and place")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Keys:
+class ParameterKeys:
     """The keys with which state dicts tell the parameters of a part apart: `keys` in its order, `places` back from them.
 
     `packed` are the places group by group, as torch's state dict has them. A parameter itself stands by its identity.
@@ -239,7 +239,7 @@ class Keys:
     packed: Sequence[Sequence[int]]
 
     @classmethod
-    def of(cls, part: OptimizerPart) -> Keys:
+    def of(cls, part: OptimizerPart) -> ParameterKeys:
         """Those of the parameters that the part has now."""
         first: dict[int, int] = {}
         packed: list[list[int]] = []

@@ -48,7 +48,7 @@ from elastickpt.training.dtensors import JobView
 from elastickpt.training.entries import elements, has_own_way, state_dict_of
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import hold_tree
-from elastickpt.training.known_memory import CarriedTensors, Computed, tensors_in
+from elastickpt.training.known_memory import CarriedTensors, DerivedEntries, tensors_in
 from elastickpt.training.optimizer_columns import StateColumns, require_text
 from elastickpt.training.optimizer_entries import Beyond, beyond
 from elastickpt.training.optimizer_parts import (
@@ -79,7 +79,7 @@ class HeldOptimizer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Beside:
+class StateOptimizers:
     """The optimizers of all entries of `state`: `owners` are the entries with each, `shared` ids of parameters of several."""
 
     items: tuple[str, ...]
@@ -87,7 +87,7 @@ class Beside:
     shared: frozenset[int]
 
     @classmethod
-    def of(cls, entries: Mapping[str, object]) -> Beside:
+    def of(cls, entries: Mapping[str, object]) -> StateOptimizers:
         """`entries` are all entries with optimizers."""
         owners = {id(root): item for item, entry in entries.items() for root in elements(entry).values()}
         seen: set[int] = set()
@@ -107,7 +107,7 @@ class Beside:
         return frozenset(which for which, owner in self.owners.items() if owner != item)
 
 
-def state_prefix(item: str, parts: Sequence[OptimizerPart], prefixes: Mapping[str, Prefixes], beside: Beside) -> str:
+def state_prefix(item: str, parts: Sequence[OptimizerPart], prefixes: Mapping[str, Prefixes], beside: StateOptimizers) -> str:
     """What stands before each state's name: "<item>." where names alone would not say whose it is, else ""."""
     prefix = f"{item}."
     others = tuple(f"{other}." for other in beside.items)
@@ -123,7 +123,7 @@ def state_prefix(item: str, parts: Sequence[OptimizerPart], prefixes: Mapping[st
     return ""
 
 
-def hold_optimizer(item: str, entry: object, *, job: JobView, identities: Identities, beside: Beside) -> HeldOptimizer:
+def hold_optimizer(item: str, entry: object, *, job: JobView, identities: Identities, beside: StateOptimizers) -> HeldOptimizer:
     """What this rank holds of an entry with optimizers. `identities` knows all models of `state`; nothing is changed, and no
     step is run. The state dicts of optimizers that override them, or have hooks there, are called.
 
@@ -159,7 +159,7 @@ def entries_of(item: str, root_path: str, parts: Sequence[OptimizerPart], state_
     root = within[0].root
     states = (tensor for part in parts for tensor in tensors_in(dict(states_of(part.optimizer))))
     known = CarriedTensors((*states, *(one.tensor for one in identities)))
-    return beyond(item, within, state_dict, known=known, computed=Computed(lambda: state_dict_of(item, root)))
+    return beyond(item, within, state_dict, known=known, computed=DerivedEntries(lambda: state_dict_of(item, root)))
 
 
 def _rows(parts: Sequence[OptimizerPart], rows: Mapping[Name, int]) -> dict[int, list[list[int]]]:

@@ -26,7 +26,7 @@ from elastickpt.training.entries import below, collectives_refused, covering, ow
 from elastickpt.training.held import HeldArray
 from elastickpt.training.known_memory import KnownMemory
 from elastickpt.training.modules import ExtraState, HeldModule, ModulePart
-from elastickpt.training.naming import Keys, unwrapped
+from elastickpt.training.naming import ModuleKeys, unwrapped
 from elastickpt.training.own_state import PER_RANK, VERSION
 from elastickpt.training.rehearsal import Rehearsed, hollow, load_entries, rehearse
 from elastickpt.training.tree_binding import bind_tree
@@ -98,7 +98,7 @@ class _OwnLoading:
         self.part = part
         self._binder, self._item, self._model = binder, item, model
         self._top = unwrapped(part.module)
-        self._keys = Keys(self._top)
+        self._keys = ModuleKeys(self._top)
         model.reshard()
         self._own = own_state_dict(self._top, name="", root=True)
         self._names = {key: self._keys.follow(key).name for key in self._own}

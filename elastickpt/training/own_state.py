@@ -24,7 +24,7 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.training.dtensors import placed
 from elastickpt.training.entries import below, covering, own_state_dict, saves_by_itself, titled
 from elastickpt.training.known_memory import KnownMemory, spans_of
-from elastickpt.training.naming import Keys
+from elastickpt.training.naming import ModuleKeys
 
 PER_RANK = "@per-rank"
 VERSION = "@version"
@@ -65,7 +65,7 @@ def ask(name: str, module: nn.Module, *, root: bool) -> Said:
     """Calls the module's own `state_dict`, its hooks included. Raises as `own_state_dict` does."""
     entries: dict[str, Any] = {}
     owners: dict[str, str] = {}
-    keys, prefix = Keys(module, under=name), below(name)
+    keys, prefix = ModuleKeys(module, under=name), below(name)
     for key, value in own_state_dict(module, name=name, root=root).items():
         path = keys.follow(key.removeprefix(prefix))
         entries[path.name] = value

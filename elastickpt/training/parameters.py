@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from elastickpt.errors import LayoutUnsupported, StructureConflict
 from elastickpt.format.arrays import Box
 from elastickpt.format.tables import Name
-from elastickpt.training.dtensors import Holders, Placed, box_of, placed
+from elastickpt.training.dtensors import DTensorParts, Holders, box_of, placed
 from elastickpt.training.elements import is_loaded_instance
 from elastickpt.training.held import HeldArray, Role
 
@@ -76,7 +76,7 @@ class Lying:
     array (one of a composite tensor's).
     """
 
-    own: Placed | None
+    own: DTensorParts | None
     held: HeldArray
     box: Box
     shape: tuple[int, ...]

@@ -16,7 +16,7 @@ from elastickpt.training.kinds import Kind, kinds_of, refuse_zero
 from elastickpt.training.listing import Binding, Listing, SavedNames
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
-from elastickpt.training.optimizers import Beside
+from elastickpt.training.optimizers import StateOptimizers
 from elastickpt.training.own_loading import bind_model
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import continued, rederived
@@ -40,7 +40,7 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
         with binder.entry(model.item.name, state[model.item.name]):
             bind_model(binder, model)
     optimizers: list[BoundOptimizer] = []
-    beside = Beside.of(dict(_of_kinds(state, kinds, "optimizer")))
+    beside = StateOptimizers.of(dict(_of_kinds(state, kinds, "optimizer")))
     ways_to_bind: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
         "value": lambda key, value: _bind_value(binder, state, key, value),
         "optimizer": lambda key, value: optimizers.append(bind_optimizer(binder, key, value, beside)),

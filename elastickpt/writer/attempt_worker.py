@@ -15,7 +15,7 @@ from elastickpt.ranks.team import failure_of
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena, ArenaSource
 from elastickpt.writer.arena_plan import WriterStructure
-from elastickpt.writer.messages import Done, Enroll, Say, Write
+from elastickpt.writer.messages import Enroll, PortionDone, Say, Write
 from elastickpt.writer.share import share_of, write_share
 from elastickpt.writer.submissions import done_of
 from elastickpt.writer.write_files import Watch
@@ -50,7 +50,7 @@ class AttemptWorker:
         enrolled.jobs.append(enroll.job)
         self._ballot.enroll(attempt, enrolled.contents)
 
-    def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
+    def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> PortionDone:
         """Writes the portion, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
         attempt = job.attempt
 
@@ -148,7 +148,7 @@ class _Enrolled:
         return EncodedContents(self._structure.encoded_outline, self._values)
 
 
-def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> Done:
+def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> PortionDone:
     """The job's portion is written from the arena. Blocking. Raises what `write_share` raises."""
     share = share_of(job.attempt, job.member, structure, job.beside)
     source = ArenaSource(arena, watch)

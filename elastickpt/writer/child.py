@@ -20,13 +20,13 @@ from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.threads import IoPriority
 from elastickpt.writer.messages import (
     ArenaHere,
-    Hello,
     MarkHere,
     SeatHere,
     StructureGone,
     StructureHere,
     Wire,
     WriterMessage,
+    WriterSettings,
 )
 from elastickpt.writer.submissions import Submission
 
@@ -41,7 +41,7 @@ class WriterOptions:
 
     It is ready within `start_s`. From then on it sends a beat each `beat_s`, and is presumed dead after `silence_s` without
     one; then it is killed, and waited for at most `reap_s`. After its trainer has ended it lives at most `lease_s`. `hooks`
-    are for tests: `Hello.wrap` of the first, second, ... process.
+    are for tests: `WriterSettings.wrap` of the first, second, ... process.
     """
 
     start_s: float = 60.0
@@ -95,7 +95,7 @@ class Child:
         child.wire.limit(options.silence_s)
         with suppress(PeerGone):  # whoever listens next finds out
             child.wire.send(
-                Hello(os.getpid(), options.beat_s, options.lease_s, options.niceness, options.io, wrap),
+                WriterSettings(os.getpid(), options.beat_s, options.lease_s, options.niceness, options.io, wrap),
             )
         return child
 

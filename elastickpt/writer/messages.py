@@ -3,12 +3,12 @@
 A message is a length, then msgpack; descriptors go beside it.
 
     trainer -> writer                                      writer -> trainer
-    Hello       first; how to behave                       Ready       answer to Hello: imported and waiting
-    ArenaHere   with a descriptor: an arena to read from   Beat        each `beat_s`: alive
+    WriterSettings  first; how to behave                   WriterReady its answer: imported and waiting
+    ArenaHere   with a descriptor: an arena to read from   Alive       each `beat_s`
     ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's portion written so far
-    StructureHere   what all saves of a structure share,   Done        the portion is written, and after the last one attested
-                by digest; sent once
-    StructureGone   no job will name it again              Failed      the job ended; nothing more is done for it
+    StructureHere   what all saves of a structure share,   PortionDone the portion is written, and after the last one
+                by digest; sent once                                   attested
+    StructureGone   no job will name it again              JobFailed   the job ended; nothing more is done for it
     SeatHere    with a descriptor, if it listens: where
                 it sits among a team's writers, for the
                 jobs that follow                           Decided     what became of the attempt of a job that enrolled
@@ -22,15 +22,15 @@ A message is a length, then msgpack; descriptors go beside it.
     Settle      its team is gone: an attempt that is open is
                 found committed now, or aborted
     Cancel      end the job as soon as may be
-    Quit        end now, whatever is left
+    EndNow      whatever is left
 
-1. Every Write is answered by exactly one Done or Failed, in the order of the Writes, if the writer lives.
+1. Every Write is answered by exactly one PortionDone or JobFailed, in the order of the Writes, if the writer lives.
 2. A Write names only arenas and structures that came before it. From Write to its answer the writer reads of the arena what
    this says is filled, and waits for more: the trainer may still be filling it.
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
-4. Bytes of a portion that is not the last are as durable as asked when Done is sent, so that no later writer needs them again.
+4. Bytes of a portion that is not the last are as durable as asked when PortionDone is sent, so that no later writer needs them again.
 5. After the last portion of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
 6. When the connection or the trainer's process ends, the writer finishes the last portions it was given, then ends; at the
@@ -56,7 +56,7 @@ from elastickpt.ranks.messages import decode as decode_message
 from elastickpt.ranks.messages import encode as encode_message
 
 
-class Hello(Message, frozen=True, tag=True):
+class WriterSettings(Message, frozen=True, tag=True):
     """`trainer` is a process id. `niceness` 0 and `io` "normal" leave priorities alone. `wrap` is for tests: a function
     "module:name:argument" that gets each store and the argument, and returns the store to use."""
 
@@ -149,15 +149,15 @@ class Cancel(Message, frozen=True, tag=True):
     job: int
 
 
-class Quit(Message, frozen=True, tag=True):
+class EndNow(Message, frozen=True, tag=True):
     pass
 
 
-class Ready(Message, frozen=True, tag=True):
+class WriterReady(Message, frozen=True, tag=True):
     pid: int
 
 
-class Beat(Message, frozen=True, tag=True):
+class Alive(Message, frozen=True, tag=True):
     pass
 
 
@@ -166,7 +166,7 @@ class Progress(Message, frozen=True, tag=True):
     nbytes: int
 
 
-class Done(Message, frozen=True, tag=True):
+class PortionDone(Message, frozen=True, tag=True):
     """`checksums` of the portion's blocks, unless it was the last one: then none, and `file`, the attestation."""
 
     job: int
@@ -175,7 +175,7 @@ class Done(Message, frozen=True, tag=True):
     file: FileDigest | None
 
 
-class Failed(Message, frozen=True, tag=True):
+class JobFailed(Message, frozen=True, tag=True):
     job: int
     kind: str
     message: str
@@ -188,8 +188,8 @@ class Decided(Message, frozen=True, tag=True):
 
 Here = ArenaHere | StructureHere | SeatHere | MarkHere
 Gone = ArenaGone | StructureGone
-ToWriter = Hello | Here | Gone | Enroll | Write | Say | Settle | Cancel | Quit
-FromWriter = Ready | Beat | Progress | Done | Failed | Decided
+ToWriter = WriterSettings | Here | Gone | Enroll | Write | Say | Settle | Cancel | EndNow
+FromWriter = WriterReady | Alive | Progress | PortionDone | JobFailed | Decided
 WriterMessage = ToWriter | FromWriter
 _ANY = cast("type[WriterMessage]", WriterMessage)
 

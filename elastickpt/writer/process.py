@@ -30,19 +30,17 @@ from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import SentStructure, WriterStructure
 from elastickpt.writer.attempt_worker import AttemptWorker, perform
 from elastickpt.writer.messages import (
+    Alive,
     ArenaGone,
     ArenaHere,
-    Beat,
     Cancel,
     Decided,
-    Done,
+    EndNow,
     Enroll,
-    Failed,
-    Hello,
+    JobFailed,
     MarkHere,
+    PortionDone,
     Progress,
-    Quit,
-    Ready,
     Say,
     SeatHere,
     Settle,
@@ -51,6 +49,8 @@ from elastickpt.writer.messages import (
     Wire,
     Write,
     WriterMessage,
+    WriterReady,
+    WriterSettings,
 )
 from elastickpt.writer.write_files import Watch
 
@@ -81,7 +81,7 @@ class _Task:
 class _Process:
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self._hello = Hello(os.getppid(), 1.0, 0.0, 0, "normal", "")
+        self._hello = WriterSettings(os.getppid(), 1.0, 0.0, 0, "normal", "")
         self._arenas: dict[int, Arena] = {}
         self._structures: dict[str, WriterStructure] = {}
         self._stores: dict[str, Store] = {}
@@ -99,14 +99,14 @@ class _Process:
         with suppress(PeerGone):
             while not backlog:
                 backlog = self._wire.receive()
-        if not backlog or not isinstance(first := backlog.pop(0)[0], Hello):
+        if not backlog or not isinstance(first := backlog.pop(0)[0], WriterSettings):
             return
         self._hello = first
         lower(first.niceness, first.io)
         worker = threading.Thread(target=self._work, name="elastickpt-writer", daemon=True)
         worker.start()
         try:
-            self._wire.send(Ready(os.getpid()))
+            self._wire.send(WriterReady(os.getpid()))
             for message, descriptor in backlog:
                 self._heard(message, descriptor)
             self._listen()
@@ -135,7 +135,7 @@ class _Process:
             elif trainer in ready:
                 raise PeerGone("the trainer's process ended")
             if time.monotonic() - beaten >= self._hello.beat_s / 2:
-                self._wire.send_if_free(Beat())
+                self._wire.send_if_free(Alive())
                 beaten = time.monotonic()
 
     def _heard(self, message: WriterMessage, descriptor: int) -> None:
@@ -164,7 +164,7 @@ class _Process:
                     part.settle(attempt, kind, why)
             case Cancel(job):
                 self._cancelled.add(job)
-            case Quit():
+            case EndNow():
                 self._quitting = True
             case _:
                 pass
@@ -228,7 +228,7 @@ class _Process:
             if self._part is None:
                 gc.collect()
 
-    def _answer(self, task: _Task) -> Done | Failed:
+    def _answer(self, task: _Task) -> PortionDone | JobFailed:
         job = task.write.job
         written = told = 0
         told_at = time.monotonic()
@@ -247,12 +247,12 @@ class _Process:
             return self._carry_out(task, watch)
         except Exception as error:
             failure = failure_of(error, 0)
-            return Failed(job, failure.kind, failure.message)
+            return JobFailed(job, failure.kind, failure.message)
         finally:
             self._cancelled.discard(job)
             self._enrolled.pop(job, None)
 
-    def _carry_out(self, task: _Task, watch: Watch) -> Done:
+    def _carry_out(self, task: _Task, watch: Watch) -> PortionDone:
         write, structure = task.write, task.structure
         part = self._enrolled.get(write.job)
         if self._orphaned and write.portion < len(structure.prepared.portions) - 1:

@@ -13,7 +13,7 @@ from elastickpt.errors import CheckpointError, DeadlineExceeded, fault, from_rep
 from elastickpt.format.records import FileDigest
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import WriterStructure
-from elastickpt.writer.messages import Done, Enroll, Failed, Say, Settle, Write
+from elastickpt.writer.messages import Enroll, JobFailed, PortionDone, Say, Settle, Write
 from elastickpt.writer.share import Share, Written
 
 
@@ -166,16 +166,16 @@ class Submission:
         return Say(self.number, self.attempt.id, None, (said.kind, said.message))
 
 
-def outcome_of(done: Done) -> Written:
+def outcome_of(done: PortionDone) -> Written:
     """What a writer said it wrote."""
     return Written(done.nbytes, done.checksums, done.file)
 
 
-def done_of(job: int, written: Written) -> Done:
+def done_of(job: int, written: Written) -> PortionDone:
     """As a writer says it."""
-    return Done(job, written.nbytes, written.checksums, written.file)
+    return PortionDone(job, written.nbytes, written.checksums, written.file)
 
 
-def error_of(failed: Failed) -> CheckpointError:
+def error_of(failed: JobFailed) -> CheckpointError:
     """The error that a writer met, as it would have been raised here."""
     return kinds().get(failed.kind, CheckpointError)(failed.message)

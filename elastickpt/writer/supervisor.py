@@ -1,6 +1,6 @@
 """Keeps one writer process for this rank: hands it what is staged, and revives it, with the same work, when it is gone.
 
-    submit --> handed over --> Done / Failed --> the submission's result --> Decided --> what became of its attempt
+    submit --> handed over --> PortionDone / JobFailed --> the submission's result --> Decided --> what became of its attempt
                   |  ^                                     |  ^
      gone, silent |  | another process, `repeated`,   gone |  | another process: is told to Say the same
                   v  | from the same arena                 v  |
@@ -32,12 +32,12 @@ from elastickpt.writer.messages import (
     ArenaGone,
     Cancel,
     Decided,
-    Done,
-    Failed,
+    EndNow,
+    JobFailed,
+    PortionDone,
     Progress,
-    Quit,
-    Ready,
     WriterMessage,
+    WriterReady,
 )
 from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
 
@@ -247,14 +247,14 @@ class Supervisor:
                     self._child.wire.send(submission.settle())
 
     def _heard(self, message: WriterMessage) -> None:
-        if isinstance(message, Ready) and self._child is not None:
+        if isinstance(message, WriterReady) and self._child is not None:
             self._child.ready, self._stillborn = True, 0
         elif isinstance(message, Progress) and message.job in self._pending:
             self._pending[message.job].written = message.nbytes
-        elif isinstance(message, Done) and (done := self._pending.pop(message.job, None)) is not None:
+        elif isinstance(message, PortionDone) and (done := self._pending.pop(message.job, None)) is not None:
             done.end(outcome_of(message))
             self._await(done)
-        elif isinstance(message, Failed) and (failed := self._pending.pop(message.job, None)) is not None:
+        elif isinstance(message, JobFailed) and (failed := self._pending.pop(message.job, None)) is not None:
             failed.end(error_of(message))
             self._await(failed)
         elif isinstance(message, Decided):
@@ -292,7 +292,7 @@ class Supervisor:
         self._child = None
         self.deaths += 1
         messages, said = child.last_words()
-        child.ready |= any(isinstance(message, Ready) for message in messages)
+        child.ready |= any(isinstance(message, WriterReady) for message in messages)
         for message in messages:
             self._heard(message)
         pid, status = child.process.pid, child.process.returncode
@@ -354,7 +354,7 @@ class Supervisor:
             return
         if not at_work:
             with suppress(PeerGone):
-                child.wire.send(Quit())
+                child.wire.send(EndNow())
             if not child.wait(QUIT_S):
                 child.put_down(self._options.reap_s)
         child.close()

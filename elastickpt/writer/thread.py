@@ -12,11 +12,11 @@ from elastickpt.commit.attempt import Attempt, Verdict
 from elastickpt.commit.links import ALONE, Seat
 from elastickpt.errors import Cancelled, CheckpointError, InternalError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.threads import Worker
+from elastickpt.ranks.threads import WorkerThread
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.attempt_worker import AttemptWorker, perform
-from elastickpt.writer.messages import Done, Failed
+from elastickpt.writer.messages import JobFailed, PortionDone
 from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
 from elastickpt.writer.write_files import Watch
 
@@ -26,7 +26,7 @@ class ThreadWriter:
 
     def __init__(self, store: Store, *, seat: Seat = ALONE, listener: socket.socket | None = None) -> None:
         self._store = store
-        self._worker = Worker("elastickpt-writer")
+        self._worker = WorkerThread("elastickpt-writer")
         self._seat, self._listener = seat, listener
         self._part: AttemptWorker | None = None
         self._ordered: dict[str, Submission] = {}  # by attempt: the newest of those that are not decided
@@ -121,11 +121,11 @@ class ThreadWriter:
             done = self._carry_out(submission, arena, watch)
         except BaseException as error:
             failure = failure_of(error, 0)
-            submission.end(error_of(Failed(submission.number, failure.kind, failure.message)))
+            submission.end(error_of(JobFailed(submission.number, failure.kind, failure.message)))
         else:
             submission.end(outcome_of(done))
 
-    def _carry_out(self, submission: Submission, arena: Arena, watch: Watch) -> Done:
+    def _carry_out(self, submission: Submission, arena: Arena, watch: Watch) -> PortionDone:
         structure, write = submission.structure, submission.write()
         if structure is None:
             raise InternalError("what was withdrawn is not written")

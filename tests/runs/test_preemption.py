@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import Refused
 from elastickpt.runs.due import LEAD_STEPS
-from elastickpt.runs.preemption import MARGIN, Ending, Notice, Notices, decide_ending
+from elastickpt.runs.preemption import MARGIN, LastStep, Notice, Notices, decide_ending
 
 BOTH = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -161,9 +161,9 @@ def test_without_a_notice_nothing_is_decided() -> None:
 def test_the_nearest_deadline_decides_whether_a_save_fits() -> None:
     """[RUN-94, RUN-95]"""
     fits = decide_ending({3: 60.0, 7: 25.0}, step=100, step_s=1.0, save_s=18.0)
-    assert fits == Ending(102, True, "a last save fits: 25.0 s are left on rank 7, 25.0 s are needed")
+    assert fits == LastStep(102, True, "a last save fits: 25.0 s are left on rank 7, 25.0 s are needed")
     late = decide_ending({3: 60.0, 7: 24.9}, step=100, step_s=1.0, save_s=18.0)
-    assert late == Ending(
+    assert late == LastStep(
         102, False, "no save fits, the checkpoint before is kept: 24.9 s are left on rank 7, 25.0 s are needed"
     )
 

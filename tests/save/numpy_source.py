@@ -14,7 +14,7 @@ from elastickpt.commit.destination import PathDestination
 from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import array_keys
-from elastickpt.format.records import ArrayRecord, Frame, Item
+from elastickpt.format.records import ArrayRecord, Item, ManifestFrame
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import PlannedDocument, Slice, WritePlan, documents_of, files_of
@@ -52,7 +52,7 @@ def save(
         write_whole_share(located.store, *_share(attempt, writer, writers, records, list(arrays.values())))
         for writer in range(writers)
     ]
-    frame = Frame(
+    frame = ManifestFrame(
         world_size=writers,
         placement="plain",
         versions=(("python", platform.python_version()),),
