@@ -17,12 +17,12 @@ import threading
 import time
 from pathlib import Path
 
-from elastickpt.elastic.agent import Program
+from elastickpt.elastic.agent import WorkerProgram
 from elastickpt.elastic.duties import Outcome
 from elastickpt.elastic.joining import Job, join
 from elastickpt.elastic.ladder import ladder_of
 from elastickpt.elastic.launcher import Here, Launch, launch
-from elastickpt.elastic.membership import Compute, Computed, Form, LoopEnded, Made, Mend, Mended, Step, Stop, Took
+from elastickpt.elastic.membership import Compute, Computed, Form, LoopEnded, Made, Mend, Mended, Stop, TakeStep, Took
 from elastickpt.elastic.messages import Terms
 from elastickpt.elastic.stream import new_token
 
@@ -34,7 +34,7 @@ def member(job: Job, steps: int) -> dict[str, object]:
     ready, read = [], []
     job.declare(Terms())
     while not isinstance(act := (task := job.next_task()).act, Stop):
-        if isinstance(act, Step):
+        if isinstance(act, TakeStep):
             read.append(time.monotonic())
             job.done(task, Took())
         elif isinstance(act, Compute) and act.step <= steps:
@@ -57,7 +57,7 @@ def thread_cpu_s(name: str) -> float:
 
 def measure(steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        program = Program((__file__, "member", str(steps), folder))
+        program = WorkerProgram((__file__, "member", str(steps), folder))
         here = Here(program, MEMBERS, "here", "")
         end = launch(Launch(here, MEMBERS, new_token(), 0), ladder_of)
         if end.code != 0:

@@ -18,8 +18,8 @@ from elastickpt.errors import CheckpointError, Refused
 from elastickpt.language.shelf import name_maps, purpose
 
 if TYPE_CHECKING:
-    from elastickpt.convert.engine import Done
-    from elastickpt.convert.job import Job
+    from elastickpt.convert.engine import Converted
+    from elastickpt.convert.job import Conversion
     from elastickpt.convert.options import Options
 
 SCHEMA = "ckpt-convert.convert/1"
@@ -171,7 +171,7 @@ def resolved(path: str, step: int | None = None) -> str:
     return path
 
 
-def _report(args: argparse.Namespace, job: Job, done: Done | None) -> None:
+def _report(args: argparse.Namespace, job: Conversion, done: Converted | None) -> None:
     if args.json:
         show_json(_json(args, job, done))
         return
@@ -187,7 +187,7 @@ def _report(args: argparse.Namespace, job: Job, done: Done | None) -> None:
         show([(Span(f"{args.out}: {job.target}, {plural(done.arrays, 'array')}, {nbytes_text(done.nbytes)}", ""),)])
 
 
-def _plan_lines(job: Job) -> Iterator[Line]:
+def _plan_lines(job: Conversion) -> Iterator[Line]:
     """What would be written, array by array."""
     for one in job.contents.arrays.values():
         true = f", true {shape_text(one.true)}" if one.true is not None and one.true != one.node.shape else ""
@@ -197,7 +197,7 @@ def _plan_lines(job: Job) -> Iterator[Line]:
             yield (Span(f"file {printable(plan.path)}  {plural(len(plan.slots), 'tensor')}  {nbytes_text(plan.nbytes)}", ""),)
 
 
-def _json(args: argparse.Namespace, job: Job, done: Done | None) -> dict[str, object]:
+def _json(args: argparse.Namespace, job: Conversion, done: Converted | None) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "source": args.source,

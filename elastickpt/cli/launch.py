@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastickpt.cli.exitcodes import FAILED, INTERRUPTED
-from elastickpt.elastic.agent import Program
+from elastickpt.elastic.agent import WorkerProgram
 from elastickpt.elastic.environment import TOKEN
 from elastickpt.elastic.launcher import Here, Launch, join, launch
 from elastickpt.elastic.limits import Limits
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
     log_dir = None if options.log_dir is None else Path(options.log_dir).absolute()
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
-    program = Program((options.script, *options.args), log_dir)
+    program = WorkerProgram((options.script, *options.args), log_dir)
     host = options.host or socket.gethostname()
     token = os.environ.get(TOKEN) or new_token()
     if options.join:

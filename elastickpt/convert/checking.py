@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 def is_map(name: str) -> bool:
     """Whether a file is a name map, not a program."""
     program = names_of(name) if name in name_maps() else program_of(name)
-    return any(isinstance(one, t.Line) for one in program.statements)
+    return any(isinstance(one, t.RuleLine) for one in program.statements)
 
 
 def check_alone(name: str, given: Mapping[str, ConstantValue], sizes: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.tables import Name, Row, table_of
 from elastickpt.format.values import Value
 from elastickpt.language.scope import ConstantValue
-from elastickpt.language.tree import Let, Member, Names, Needs, Number, Order, Pattern, Program, Within
+from elastickpt.language.tree import Let, Names, Needs, Number, Order, OrderMember, Pattern, Program, Within
 
 Groups = tuple[tuple[str, ...], ...]  # names, by param groups
 MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
@@ -114,7 +114,7 @@ def with_orders(program: Program, orders: Mapping[str, Groups]) -> Program:
             item,
             Names(
                 tuple(
-                    Member(Pattern((name,)), None, k == 0 < number)
+                    OrderMember(Pattern((name,)), None, k == 0 < number)
                     for number, some in enumerate(of)
                     for k, name in enumerate(some)
                 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from elastickpt.convert.job import Job, names_of, shown_program, target_program
+from elastickpt.convert.job import Conversion, names_of, shown_program, target_program
 from elastickpt.convert.options import Options
 from elastickpt.format.digest import file_digest
 from elastickpt.format.version import RELEASE
 from elastickpt.language.printer import print_program
 
 
-def description_of(job: Job, written: Iterable[object]) -> dict[str, str]:
+def description_of(job: Conversion, written: Iterable[object]) -> dict[str, str]:
     """Name of a fact → the fact. `written` decides where bytes go. How many workers share the work is no part of it."""
     options, source = job.options, job.source
     found = {"release": RELEASE, "SOURCE": f"{source.format} at {source.url}"}

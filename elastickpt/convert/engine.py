@@ -20,9 +20,9 @@ from elastickpt.commit.draft import Draft
 from elastickpt.convert.buffers import SPARE_NBYTES, Buffers
 from elastickpt.convert.described import description_of
 from elastickpt.convert.files import FilesTarget
-from elastickpt.convert.job import Job, require_unchanged
+from elastickpt.convert.job import Conversion, require_unchanged
 from elastickpt.convert.nodes import Node, leaves, nbytes_of, working_nbytes
-from elastickpt.convert.place import Place
+from elastickpt.convert.place import ConversionDraft
 from elastickpt.convert.sections import regions
 from elastickpt.convert.universal import UniversalTarget
 from elastickpt.convert.words import Words
@@ -43,9 +43,9 @@ class Target(Protocol):
     nbytes: tuple[int, ...]
     left: tuple[int, ...]
 
-    def prepare(self, place: Place) -> None: ...
+    def prepare(self, place: ConversionDraft) -> None: ...
 
-    def open(self, place: Place, buffers: Buffers, *, worker: int) -> None: ...
+    def open(self, place: ConversionDraft, buffers: Buffers, *, worker: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -63,7 +63,7 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Converted:
     """What a conversion did. `notes`: what differed between ranks and was let pass. `resumed`: arrays that an interrupted one
     had done; `said`: what was found of one."""
 
@@ -75,8 +75,8 @@ class Done:
 
 
 def carry_out(
-    job: Job, *, progress: Progress = lambda done, total: None, say: Callable[[str], None] = lambda text: None
-) -> Done:
+    job: Conversion, *, progress: Progress = lambda done, total: None, say: Callable[[str], None] = lambda text: None
+) -> Converted:
     """Reads, maps and writes; on return the output exists, whole and durable. Blocking. `say` is told at once what was found of
     an interrupted conversion.
 
@@ -85,7 +85,7 @@ def carry_out(
     """
     target = target_of(job)
     try:
-        with Place(job.options.out, description_of(job, target.describe()), target.left) as place:
+        with ConversionDraft(job.options.out, description_of(job, target.describe()), target.left) as place:
             target.prepare(place)
             for text in place.said:
                 say(text)
@@ -105,21 +105,23 @@ def carry_out(
     finally:
         job.source.reading.close()
     every = (*notes, *(note for _, some in answers for note in some))
-    return Done(job.arrays, job.nbytes, every, len(place.done), tuple(place.said))
+    return Converted(job.arrays, job.nbytes, every, len(place.done), tuple(place.said))
 
 
-def target_of(job: Job) -> UniversalTarget | FilesTarget:
+def target_of(job: Conversion) -> UniversalTarget | FilesTarget:
     """What a conversion writes, nothing of it begun."""
     return UniversalTarget(job.contents) if job.form is None else FilesTarget(job.form)
 
 
-def _help(job: Job, draft: Draft, done: Collection[int], worker: int, tell: Tell) -> tuple[Any, Notes]:
+def _help(job: Conversion, draft: Draft, done: Collection[int], worker: int, tell: Tell) -> tuple[Any, Notes]:
     """What one helper does, in a process of its own."""
     target = target_of(job)
-    return _work(job, target, Place.joined(job.options.out, draft, target.left), worker, done, tell)
+    return _work(job, target, ConversionDraft.joined(job.options.out, draft, target.left), worker, done, tell)
 
 
-def _work(job: Job, target: Target, place: Place, worker: int, done: Collection[int], tell: Tell) -> tuple[Any, Notes]:
+def _work(
+    job: Conversion, target: Target, place: ConversionDraft, worker: int, done: Collection[int], tell: Tell
+) -> tuple[Any, Notes]:
     """Does a worker's share of what is not done: what it has written, durable; and notes."""
     reading = job.source.reading
     buffers = reading.buffers
@@ -142,7 +144,7 @@ def _work(job: Job, target: Target, place: Place, worker: int, done: Collection[
         target.close()
 
 
-def _finish(target: Target, noted: Place | None, buffers: Buffers, task: int, words: Words, tell: Tell) -> None:
+def _finish(target: Target, noted: ConversionDraft | None, buffers: Buffers, task: int, words: Words, tell: Tell) -> None:
     """Writes what was read."""
     left = target.put(task, words)
     buffers.give_back(words)

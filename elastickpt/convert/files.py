@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from elastickpt.commit.draft import commit
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.nodes import Node
-from elastickpt.convert.place import Place
-from elastickpt.convert.saved_forms import Delivery, Form
+from elastickpt.convert.place import ConversionDraft
+from elastickpt.convert.saved_forms import Delivery, SavedForm
 from elastickpt.convert.words import lattice
 from elastickpt.errors import CheckpointError
 from elastickpt.foreign.file_plans import FilePlan
@@ -34,7 +34,7 @@ Checksums = dict[str, int]
 class FilesTarget:
     """Files under way. A task is a node with all its slots: tensors of files, or what ranks have of one."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: SavedForm) -> None:
         self._form = form
         by_node: dict[int, list[Delivery]] = {}
         for delivery in form.deliveries:
@@ -51,13 +51,13 @@ class FilesTarget:
         for plan in self._form.plans:
             yield plan.path, plan.nbytes, [(slot.tensor.key, slot.offset) for slot in plan.slots]
 
-    def prepare(self, place: Place) -> None:
+    def prepare(self, place: ConversionDraft) -> None:
         """The draft is as every worker expects it. Blocking."""
         place.store.remove_tree(place.draft.path("fragments"))
         for folder in sorted({plan.path.rpartition("/")[0] for plan in self._form.plans} - {""}):
             place.store.make_directories(place.draft.path(folder))
 
-    def open(self, place: Place, buffers: Buffers, *, worker: int) -> None:
+    def open(self, place: ConversionDraft, buffers: Buffers, *, worker: int) -> None:
         """Tasks are done there from now on. Blocking."""
         self._place, self._buffers = place, buffers
         self._files = _Files(place.store, {place.draft.path(plan.path): plan.nbytes for plan in self._form.plans})

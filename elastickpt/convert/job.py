@@ -20,7 +20,7 @@ from elastickpt.convert.ranked_form import megatron_form
 from elastickpt.convert.reading import Reading
 from elastickpt.convert.recorded import recorded_contents
 from elastickpt.convert.refining import with_casts, with_masters, without_numbered
-from elastickpt.convert.saved_forms import Form, dcp_form, safetensors_form, torch_form, with_config
+from elastickpt.convert.saved_forms import SavedForm, dcp_form, safetensors_form, torch_form, with_config
 from elastickpt.errors import ProgramFault, Refused
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
@@ -42,7 +42,7 @@ _PROGRAMS: Mapping[Format, tuple[str, ...]] = {"megatron-legacy": ("megatron", "
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class OpenedSource:
     """A source, opened: its contents before any option, and how its arrays are read."""
 
     format: Format
@@ -55,14 +55,14 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Conversion:
     """A conversion that is decided. `form` is None where a universal checkpoint is written."""
 
     options: Options
-    source: Source
+    source: OpenedSource
     target: Format
     contents: Contents
-    form: Form | None
+    form: SavedForm | None
 
     @property
     def not_carried(self) -> tuple[NotCarried, ...]:
@@ -81,14 +81,14 @@ class Job:
         return sum(nbytes_of(one.node) for one in self.contents.arrays.values())
 
 
-def shown_program(job: Job) -> t.Program | None:
+def shown_program(job: Conversion) -> t.Program | None:
     """The program that lays the source out, or OUT where the source is universal; None where neither side has one."""
     if job.source.format == "universal":
         return _target_program(job.options, job.source) if job.target == "megatron-legacy" else None
     return job.source.program
 
 
-def target_program(job: Job) -> t.Program | None:
+def target_program(job: Conversion) -> t.Program | None:
     """The program that lays OUT out; None where its format needs none."""
     if job.target != "megatron-legacy":
         return None
@@ -128,7 +128,7 @@ def unread_scalar(reading: Reading, stored: StoredTensor) -> bytes:
     return bytes(stored.nbytes)
 
 
-def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Source:
+def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> OpenedSource:
     """Opens SOURCE and lays it out by its program. Reads no tensor, but by `scalar`. Raises what readers and programs raise."""
     if _names_universal(options):
         opened = open_records(options.source)
@@ -138,20 +138,20 @@ def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Source
             known.update(lasting(contents.layout.constants))
         program = contents.layout.program if contents.layout else None
         url = place_in(opened.store, opened.name)
-        return Source("universal", contents, Reading(opened=opened), known, program, url, _stamped(url, (MANIFEST,)))
+        return OpenedSource("universal", contents, Reading(opened=opened), known, program, url, _stamped(url, (MANIFEST,)))
     listed = _listed(options)
     files = _stamped(listed.folder, (one.path for one in listed.files))
     found = without_numbered(listed, options.only, options.skip)
     reading = Reading(store=open_linked(found.folder))
     program = _source_program(options, found)
-    own = {need.name for need in needed(program) if need.default == t.Listed(None)} if _is_ranked(options) else set()
+    own = {need.name for need in needed(program) if need.default == t.SizeList(None)} if _is_ranked(options) else set()
     given = {name: value for name, value in options.constants.items() if name in _needs(program) - own}  # such lists are OUT's
     try:
         contents = lay(found, program, given, partial(scalar, reading))
     except ProgramFault as error:
         raise _with_a_way_on(error, options, found, program) from None
     known = {**found.constants, **lasting(contents.layout.constants if contents.layout else {})}
-    return Source(found.format, contents, reading, known, program, found.folder, files)
+    return OpenedSource(found.format, contents, reading, known, program, found.folder, files)
 
 
 def _listed(options: Options) -> ForeignCheckpoint:
@@ -187,7 +187,7 @@ def _stamped(url: str, paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
     return tuple((path, stamp_of(store, path) if store.exists(path) else "absent") for path in paths)
 
 
-def require_unchanged(source: Source) -> None:
+def require_unchanged(source: OpenedSource) -> None:
     """Raises Refused if a file of the source has another size or time than when it was listed. [CLI-66]"""
     for (path, then), (_, now) in zip(source.files, _stamped(source.url, (path for path, _ in source.files)), strict=True):
         if now != then:
@@ -243,7 +243,7 @@ def _needs(program: t.Program) -> set[str]:
     return {need.name for one in program.statements if isinstance(one, t.Needs) for need in one.needs}
 
 
-def prepare(options: Options, source: Source) -> Job:
+def prepare(options: Options, source: OpenedSource) -> Conversion:
     """Decides the whole conversion; no tensor is read. Raises Refused, ProgramFault and Unsupported kinds."""
     target = options.target()
     _check_places(options)
@@ -262,7 +262,7 @@ def prepare(options: Options, source: Source) -> Job:
     contents = with_casts(contents, options.casts)
     if not contents.arrays:
         raise Refused(f"{options.source}: nothing is left to convert")
-    form: Form | None = None
+    form: SavedForm | None = None
     if target == "torch":
         form = torch_form(contents, "file")
     elif target == "dcp":
@@ -276,7 +276,7 @@ def prepare(options: Options, source: Source) -> Job:
             form = megatron_form(contents, program, known, options)
         except ProgramFault as error:
             raise _with_advice(error, options, contents, program) from None
-    return Job(options, source, target, contents, form)
+    return Conversion(options, source, target, contents, form)
 
 
 def _with_advice(error: ProgramFault, options: Options, contents: Contents, program: t.Program) -> ProgramFault:
@@ -289,7 +289,7 @@ def _with_advice(error: ProgramFault, options: Options, contents: Contents, prog
     return ProgramFault(f"{error.message}\nnothing here says how OUT lies: give {maps}, or --rules FILE")
 
 
-def _target_program(options: Options, source: Source) -> t.Program:
+def _target_program(options: Options, source: OpenedSource) -> t.Program:
     if source.format == "universal":
         if options.rules is not None:
             return program_of(options.rules)
@@ -298,7 +298,7 @@ def _target_program(options: Options, source: Source) -> t.Program:
     return shipped_program("megatron")
 
 
-def _check_constants(options: Options, source: Source, maps: Sequence[t.Program]) -> None:
+def _check_constants(options: Options, source: OpenedSource, maps: Sequence[t.Program]) -> None:
     known = {need for program in (*maps, *([source.program] if source.program else [])) for need in _needs(program)}
     known |= _needs(shipped_program("megatron")) if options.target() == "megatron-legacy" else set()
     known |= _needs(program_of(options.rules)) if options.rules else set()
@@ -317,7 +317,7 @@ def _check_constants(options: Options, source: Source, maps: Sequence[t.Program]
             raise Refused(f"--set {name}={value}: expected a whole number; {CONFIG} takes others, which is not made here")
 
 
-def _check_used(options: Options, source: Source, target: Format) -> None:
+def _check_used(options: Options, source: OpenedSource, target: Format) -> None:
     """What is asked for of a side that has no such thing is refused, and not passed over."""
     ranked = target == "megatron-legacy"
     given: Mapping[str, tuple[object, bool, str]] = {

@@ -8,7 +8,7 @@ from fractions import Fraction
 from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents, Groups, Laid, with_orders
 from elastickpt.convert.local_tensors import Local, local_ranks
-from elastickpt.convert.nodes import Agreement, Gathered, Share
+from elastickpt.convert.nodes import Agreement, Gathered, RankPart
 from elastickpt.convert.owners import Key, Owners
 from elastickpt.errors import Refused, StructureConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, LocalName, NotCarried, StoredTensor
@@ -140,7 +140,7 @@ class _Laying:
         node = Gathered(array.shape, first.dtype, shares, divided, tensors[0][0].rule.at, self._rules.scope)
         self._arrays[identity] = Array(identity, node, array.true)
 
-    def _share(self, holder: Holder, tensor: Local, state: str) -> Share:
+    def _share(self, holder: Holder, tensor: Local, state: str) -> RankPart:
         words = {hold.word for hold in holder.rule.holds}
         agreement: Agreement = "average" if "average" in words else "any" if "any" in words else "same"
         divisor = Fraction(1)
@@ -154,7 +154,9 @@ class _Laying:
                 )
             divisor = 1 / Fraction(self._rules.scope.value(stored.by)) ** powers.get(state, 1)
         worker = tuple(holder.at.get(axis, 0) for axis in holder.rule.averaged)
-        return Share(tensor.shape, tensor.parts, holder.held.pieces, self._said(holder, tensor), agreement, 1 / divisor, worker)
+        return RankPart(
+            tensor.shape, tensor.parts, holder.held.pieces, self._said(holder, tensor), agreement, 1 / divisor, worker
+        )
 
     def _said(self, holder: Holder, tensor: Local) -> str:
         return f"{tensor.name} of {self._ranks[holder.rank].where}"
@@ -228,7 +230,7 @@ class _Laying:
 
     def _as_it_is(self, tensor: Local, where: str) -> Gathered:
         held = lower([t.Number(extent) for extent in tensor.shape], Scope(), {})
-        share = Share(tensor.shape, tensor.parts, held.pieces, where)
+        share = RankPart(tensor.shape, tensor.parts, held.pieces, where)
         return Gathered(tensor.shape, tensor.dtype, (share,), False, t.NOWHERE, self._rules.scope)
 
     def _local_shape(self, holder: Holder) -> tuple[int, ...]:

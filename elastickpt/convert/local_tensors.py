@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalName, StateScalar, StoredTensor
+from elastickpt.foreign.listing import ForeignCheckpoint, LocalName, ParamGroup, StateScalar, StoredTensor
 from elastickpt.format.arrays import Box
 
 
@@ -29,7 +29,7 @@ class LocalRank:
     coordinate: Mapping[str, int]
     where: str
     tensors: tuple[Local, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[ParamGroup, ...]
     scalars: tuple[StateScalar, ...]
     whole: bool
 

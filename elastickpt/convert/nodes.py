@@ -11,15 +11,15 @@ from typing import Literal, TypeAlias
 from elastickpt.foreign.listing import StoredTensor
 from elastickpt.format.arrays import Box, dtype_named
 from elastickpt.format.records import ArrayRecord
-from elastickpt.language.held import HeldPiece, Side
+from elastickpt.language.held import HeldPiece, Strides
 from elastickpt.language.scope import Scope
-from elastickpt.language.tree import Place
+from elastickpt.language.tree import TextPlace
 
 Agreement = Literal["same", "any", "average"]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankPart:
     """What one rank's tensor gives of an array.
 
     `parts` are the boxes of the local tensor and where their bytes lie; `pieces` where its elements go. `divisor`: what is
@@ -45,9 +45,9 @@ class Gathered:
 
     shape: tuple[int, ...]
     dtype: str
-    shares: tuple[Share, ...]
+    shares: tuple[RankPart, ...]
     divided: bool
-    rule: Place
+    rule: TextPlace
     scope: Scope = field(default_factory=Scope)
 
 
@@ -72,8 +72,8 @@ class Term:
 
     source: Node
     extents: tuple[int, ...]
-    at: Side
-    to: Side
+    at: Strides
+    to: Strides
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +139,7 @@ def resized(node: Node, shape: tuple[int, ...]) -> Node:
     if node.shape == shape:
         return node
     common = tuple(map(min, node.shape, shape))
-    at, to = (Side(0, _steps(one)) for one in (node.shape, shape))
+    at, to = (Strides(0, _steps(one)) for one in (node.shape, shape))
     return Mapped(shape, node.dtype, (Term(node, common, at, to),))
 
 

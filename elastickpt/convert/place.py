@@ -38,7 +38,7 @@ from elastickpt.storage.opening import locate_for_saving
 _FORMAT, _VERSION = "elastickpt-conversion", 1
 
 
-class Place:
+class ConversionDraft:
     """As a context: on an error the draft is removed; it stays after an interrupt or the loss of a worker, to be taken up.
 
     `sizes` are those of the journal. `done` is what each task left that an interrupted conversion had done; `said` what a user

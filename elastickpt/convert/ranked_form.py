@@ -10,10 +10,10 @@ from elastickpt.convert.constants import constants_for
 from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.nodes import Mapped, Node, Term, resized
 from elastickpt.convert.options import Options
-from elastickpt.convert.saved_forms import Delivery, Form, optimizer_of
+from elastickpt.convert.saved_forms import Delivery, SavedForm, optimizer_of
 from elastickpt.errors import Refused
 from elastickpt.foreign.file_plans import NewTensor
-from elastickpt.foreign.listing import Group, NotCarried
+from elastickpt.foreign.listing import NotCarried, ParamGroup
 from elastickpt.foreign.megatron_plan import OF_STAGES, NewRank, plan_megatron_legacy
 from elastickpt.foreign.plain_values import CLASS, from_plain
 from elastickpt.format.arrays import ArrayId
@@ -23,7 +23,7 @@ from elastickpt.format.values import ArrayReference
 from elastickpt.language import tree as t
 from elastickpt.language.holders import LocalShape
 from elastickpt.language.orders import counted
-from elastickpt.language.placing import Placed, place
+from elastickpt.language.placing import PlacedTensor, place
 from elastickpt.language.renaming import NamedShape
 from elastickpt.language.rules import Rules, needed, resolve
 
@@ -31,7 +31,7 @@ AXES = ("pp", "tp")  # of the names of the files
 _PADDED = "padded_vocab_size"  # in `args`
 
 
-def megatron_form(contents: Contents, program: t.Program, known: Mapping[str, object], options: Options) -> Form:
+def megatron_form(contents: Contents, program: t.Program, known: Mapping[str, object], options: Options) -> SavedForm:
     """The files of all ranks. Raises ProgramFault where the program does not fit, Refused for more than one model."""
     names = {need.name for need in needed(program)}
     given = {name: value for name, value in options.constants.items() if name in names}
@@ -48,10 +48,10 @@ class _RankUnder:
     """One rank's file under way."""
 
     chunks: list[dict[str, NewTensor | None]]
-    placed: list[Placed] = field(default_factory=list)
+    placed: list[PlacedTensor] = field(default_factory=list)
     states: dict[int, dict[str, object]] = field(default_factory=dict)
     masters: dict[int, NewTensor] = field(default_factory=dict)
-    groups: tuple[Group, ...] = ()
+    groups: tuple[ParamGroup, ...] = ()
 
 
 class _Forming:
@@ -70,7 +70,7 @@ class _Forming:
         self._whole: dict[tuple[str, str], Node] = {}
         self._padded = 0
 
-    def run(self) -> Form:
+    def run(self) -> SavedForm:
         shapes = [
             NamedShape(name, one.node.shape, one.true, item)
             for (item, name), states in self._parameters.items()
@@ -94,7 +94,7 @@ class _Forming:
             NewRank(pp, tp, tuple(rank.chunks), rank.states, rank.groups, rank.masters, args, values)
             for (pp, tp), rank in sorted(ranks.items())
         ]
-        return Form(plan_megatron_legacy(made, step=self._step), tuple(self._deliveries), not_carried=tuple(lost))
+        return SavedForm(plan_megatron_legacy(made, step=self._step), tuple(self._deliveries), not_carried=tuple(lost))
 
     # -- tensors
 
@@ -119,7 +119,7 @@ class _Forming:
         item = optimizer_of(self._contents, name)
         return self._contents.rows.get(item, {}).get(name, {})
 
-    def _ordered(self, rank: _RankUnder) -> tuple[Placed, ...]:
+    def _ordered(self, rank: _RankUnder) -> tuple[PlacedTensor, ...]:
         """The rank's trained parameters as its optimizer counts them."""
         trained = [
             placed
@@ -138,7 +138,7 @@ class _Forming:
         named = [LocalShape("model", placed.name, placed.shape) for placed in trained]
         return tuple(by_name[name] for name in counted(order, self._rules, named, {}))
 
-    def _groups(self, rows: Sequence[Row]) -> Iterator[Group]:
+    def _groups(self, rows: Sequence[Row]) -> Iterator[ParamGroup]:
         """Runs of parameters with the same options."""
         members: list[int] = []
         last: tuple[tuple[str, str], ...] | None = None
@@ -147,14 +147,14 @@ class _Forming:
             found = {key: value for (kind, key), value in row.items() if kind == "hyper"}
             code = tuple(sorted((key, value_digest(value)) for key, value in found.items()))
             if last is not None and code != last:
-                yield Group("optimizer", tuple(members), options)
+                yield ParamGroup("optimizer", tuple(members), options)
                 members = []
             members.append(number)
             last, options = code, found
         if members:
-            yield Group("optimizer", tuple(members), options)
+            yield ParamGroup("optimizer", tuple(members), options)
 
-    def _tensor(self, rank: tuple[int, int], placed: Placed, state: str) -> NewTensor:
+    def _tensor(self, rank: tuple[int, int], placed: PlacedTensor, state: str) -> NewTensor:
         first = self._array(placed.parts[0].array, state)
         key = f"{rank[0]} {rank[1]} {placed.chunk} {placed.name} {state}"
         count = prod(placed.shape)

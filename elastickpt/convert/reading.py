@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.convert.buffers import Buffers
-from elastickpt.convert.nodes import Cast, Gathered, Mapped, Node, Recorded, Share, nbytes_of, visits
+from elastickpt.convert.nodes import Cast, Gathered, Mapped, Node, RankPart, Recorded, nbytes_of, visits
 from elastickpt.convert.regions import Regions
 from elastickpt.convert.sections import direct, of_piece, sections
 from elastickpt.convert.words import Words, as_words, cast_into, lattice, number, numbers, scale, word_type
@@ -25,7 +25,7 @@ from elastickpt.foreign.tensor_bytes import read_tensor, read_tensor_into
 from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
 from elastickpt.language.faults import located
-from elastickpt.language.held import HeldPiece, Side
+from elastickpt.language.held import HeldPiece, Strides
 from elastickpt.loading.fetch import THREADS, carry_out
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import Wanted, plan_fetch
@@ -182,7 +182,7 @@ class _Gathering:
             self._refuse_equal()
         return self._made
 
-    def _add(self, share: Share, *, several: bool) -> None:
+    def _add(self, share: RankPart, *, several: bool) -> None:
         digests = []
         for section in sections(share):
             place = self._place(section)
@@ -200,7 +200,7 @@ class _Gathering:
         if several:
             self._digests.add(" ".join(digests))
 
-    def _place(self, section: Share) -> slice | None:
+    def _place(self, section: RankPart) -> slice | None:
         """Where the array has the section's words as they are, end to end; None where it has not, or has them already."""
         if len(section.pieces) != 1:
             return None
@@ -210,7 +210,7 @@ class _Gathering:
             return None
         return slice(piece.whole.offset, piece.whole.offset + piece.count)
 
-    def _local(self, section: Share) -> Words:
+    def _local(self, section: RankPart) -> Words:
         local = self._take(prod(section.shape))
         self._fill(section, local)
         return local
@@ -218,7 +218,7 @@ class _Gathering:
     def _take(self, count: int) -> Words:
         return self._reading.buffers.take(count * self._type.itemsize).view(self._type)
 
-    def _fill(self, share: Share, into: Words) -> None:
+    def _fill(self, share: RankPart, into: Words) -> None:
         """All words of the local tensor."""
         if len(share.parts) == 1:
             self._reading.fill(into, share.parts[0][1])
@@ -237,7 +237,7 @@ class _Gathering:
                 self._reading.buffers.give_back(part)
         scale(into, self._node.dtype, share.divisor)
 
-    def _put(self, share: Share, piece: HeldPiece, local: Words) -> None:
+    def _put(self, share: RankPart, piece: HeldPiece, local: Words) -> None:
         into, found = lattice(self._made, piece.extents, piece.whole), lattice(local, piece.extents, piece.local)
         first = self._first.setdefault(_key(piece), share.where)
         if first == share.where:
@@ -245,7 +245,7 @@ class _Gathering:
         elif not np.array_equal(into, found):
             self._differs(share, piece, into, found, first)
 
-    def _differs(self, share: Share, piece: HeldPiece, into: Words, found: Words, first: str) -> None:
+    def _differs(self, share: RankPart, piece: HeldPiece, into: Words, found: Words, first: str) -> None:
         at = tuple(int(one[0]) for one in np.nonzero(into != found))
         place = piece.whole.offset + sum(k * s for k, s in zip(at, piece.whole.strides, strict=True))
         index = tuple(int(k) for k in np.unravel_index(place, self._node.shape))
@@ -270,7 +270,7 @@ class _Gathering:
 
     def _averaged(self) -> Words:
         """The mean over workers: in float64, in the order of workers, rounded once; some elements at a time."""
-        held: dict[HeldPiece, list[tuple[Share, HeldPiece]]] = {}
+        held: dict[HeldPiece, list[tuple[RankPart, HeldPiece]]] = {}
         for share in self._node.shares:
             for section in sections(share):
                 for piece in section.pieces:
@@ -284,11 +284,11 @@ class _Gathering:
                 self._average([(share, part) for (share, _), part in zip(in_order, parts, strict=True)], len(workers))
         return self._made
 
-    def _average(self, held: Sequence[tuple[Share, HeldPiece]], workers: int) -> None:
+    def _average(self, held: Sequence[tuple[RankPart, HeldPiece]], workers: int) -> None:
         """The mean of one piece; what several ranks hold of one worker is compared."""
         first = held[0][1]
         total = np.zeros(first.count, np.float64)
-        before: tuple[Share, Words] | None = None
+        before: tuple[RankPart, Words] | None = None
         for share, piece in held:
             found = self._of_piece(share, piece)
             if before is None or before[0].worker != share.worker:
@@ -304,7 +304,7 @@ class _Gathering:
         made = as_words(total / workers, self._node.dtype).reshape(first.extents)
         lattice(self._made, first.extents, first.whole)[...] = made
 
-    def _of_piece(self, share: Share, piece: HeldPiece) -> Words:
+    def _of_piece(self, share: RankPart, piece: HeldPiece) -> Words:
         """The elements of a piece, in the order of its digits."""
         words = self._take(piece.count)
         if direct(share):
@@ -318,7 +318,7 @@ class _Gathering:
 
 
 def _key(piece: HeldPiece) -> HeldPiece:
-    return HeldPiece(piece.extents, piece.whole, Side(0, ()))
+    return HeldPiece(piece.extents, piece.whole, Strides(0, ()))
 
 
 def _cut(piece: HeldPiece, count: int) -> Iterator[HeldPiece]:

@@ -10,7 +10,7 @@ from elastickpt.convert.contents import Array, Contents, with_arrays
 from elastickpt.convert.nodes import Cast, Gathered
 from elastickpt.convert.options import Weights
 from elastickpt.errors import Refused
-from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, WholeTensor
+from elastickpt.foreign.listing import ForeignCheckpoint, LocalTensor, NotCarried, ParamGroup, WholeTensor
 from elastickpt.format.arrays import DTYPES, ArrayId
 
 
@@ -53,7 +53,7 @@ def without_numbered(found: ForeignCheckpoint, only: tuple[str, ...], skip: tupl
 def _is_gone(
     item: str,
     tensors: Sequence[LocalTensor | WholeTensor],
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     only: tuple[str, ...],
     skip: tuple[str, ...],
 ) -> bool:

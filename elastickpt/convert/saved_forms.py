@@ -12,7 +12,7 @@ from elastickpt.errors import Refused
 from elastickpt.foreign.assemble import NewArray, NewState, assemble
 from elastickpt.foreign.dcp_plan import plan_dcp
 from elastickpt.foreign.file_plans import FilePlan, NewTensor, constant_file
-from elastickpt.foreign.listing import Group, NotCarried, StateScalar, Tied
+from elastickpt.foreign.listing import NotCarried, ParamGroup, StateScalar, TiedName
 from elastickpt.foreign.plain_values import CLASS
 from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
@@ -37,7 +37,7 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class SavedForm:
     """Files to write, what goes into their slots, and what of the contents does not."""
 
     plans: tuple[FilePlan, ...]
@@ -46,22 +46,24 @@ class Form:
     not_carried: tuple[NotCarried, ...] = ()
 
 
-def torch_form(contents: Contents, path: str) -> Form:
+def torch_form(contents: Contents, path: str) -> SavedForm:
     """One file of torch.save: {"model", "optimizer", ...} under the names of the whole."""
     state, deliveries = _new_state(contents)
     unknown = [item for item in contents.rows if item not in contents.orders]
     why = "in which order its groups have their parameters is not in the source: they stand by name, with `param_names`"
     lost = (*(NotCarried(item, why) for item in unknown), *_classes(contents))
-    return Form((plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True, not_carried=tuple(lost))
+    return SavedForm(
+        (plan_torch_archive(path, assemble(state, keyed="number")),), deliveries, single=True, not_carried=tuple(lost)
+    )
 
 
-def dcp_form(contents: Contents) -> Form:
+def dcp_form(contents: Contents) -> SavedForm:
     """A folder of torch.distributed.checkpoint."""
     state, deliveries = _new_state(contents)
-    return Form(plan_dcp(assemble(state, keyed="name")), deliveries, not_carried=tuple(_classes(contents)))
+    return SavedForm(plan_dcp(assemble(state, keyed="name")), deliveries, not_carried=tuple(_classes(contents)))
 
 
-def safetensors_form(contents: Contents, shard_nbytes: int) -> Form:
+def safetensors_form(contents: Contents, shard_nbytes: int) -> SavedForm:
     """Weights in safetensors, with an index where they are several files; ties stand once."""
     weights = [one for one in contents.arrays.values() if one.id.state == "value"]
     items = {one.id.item for one in weights}
@@ -78,7 +80,7 @@ def safetensors_form(contents: Contents, shard_nbytes: int) -> Form:
     lost += [NotCarried(item, "settings of an optimizer: safetensors hold weights only") for item in contents.rows]
     lost += [NotCarried(pointer, "safetensors hold weights only") for pointer in contents.values if pointer != "/config"]
     plans = plan_safetensors(tensors, notes={"format": "pt"}, shard_nbytes=shard_nbytes)
-    return Form(plans, deliveries, not_carried=tuple(lost))
+    return SavedForm(plans, deliveries, not_carried=tuple(lost))
 
 
 def _tensor(identity: ArrayId, contents: Contents) -> NewTensor:
@@ -97,7 +99,7 @@ def optimizer_of(contents: Contents, name: Name) -> str:
     return known or next(iter(contents.rows), "optimizer")
 
 
-def counted_groups(rows: Mapping[Name, Row], item: str, order: Groups) -> Iterator[Group]:
+def counted_groups(rows: Mapping[Name, Row], item: str, order: Groups) -> Iterator[ParamGroup]:
     """The param groups as a file counted them; a new one begins where options change, too."""
     by_name = {name: row for (_, name), row in rows.items()}
     known = {name for some in order for name in some}
@@ -109,15 +111,15 @@ def counted_groups(rows: Mapping[Name, Row], item: str, order: Groups) -> Iterat
             found = {key: value for (kind, key), value in by_name[name].items() if kind == "hyper"}
             code = tuple(sorted((key, value_digest(value)) for key, value in found.items()))
             if last is not None and code != last:
-                yield Group(item, tuple(members), options)
+                yield ParamGroup(item, tuple(members), options)
                 members = []
             members.append(name)
             last, options = code, found
         if members:
-            yield Group(item, tuple(members), options)
+            yield ParamGroup(item, tuple(members), options)
 
 
-def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> Iterator[Group]:
+def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> Iterator[ParamGroup]:
     """The param groups: parameters of the same options, in this order; a group stands where its first member does."""
     members: dict[tuple[tuple[str, str], ...], list[str]] = {}
     options: dict[tuple[tuple[str, str], ...], dict[str, object]] = {}
@@ -128,7 +130,7 @@ def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> I
             members.setdefault(code, []).append(name[1])
             options[code] = found
     for code, names in members.items():
-        yield Group(item, tuple(names), options[code])
+        yield ParamGroup(item, tuple(names), options[code])
 
 
 def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
@@ -139,7 +141,7 @@ def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
             item = optimizer_of(contents, (item, name))
         arrays.append(NewArray(item, name, one.id.state, _tensor(one.id, contents)))
     order = tuple(contents.parameters())
-    groups: list[Group] = []
+    groups: list[ParamGroup] = []
     for item, rows in contents.rows.items():
         counted = contents.orders.get(item)
         groups += groups_of(rows, item, order) if counted is None else counted_groups(rows, item, counted)
@@ -147,7 +149,7 @@ def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
     for array in arrays:
         if array.state not in ("value", "") and (array.item, array.name) not in covered:
             covered.add((array.item, array.name))
-            groups.append(Group(array.item, (array.name,), {}))
+            groups.append(ParamGroup(array.item, (array.name,), {}))
     scalars = [
         StateScalar(item, name, key, value)
         for item, rows in contents.rows.items()
@@ -155,7 +157,7 @@ def _new_state(contents: Contents) -> tuple[NewState, tuple[Delivery, ...]]:
         for (kind, key), value in row.items()
         if kind == "scalar"
     ]
-    tied = [Tied(group[0][0], alias, group[0][1]) for group in contents.tied for _, alias in group[1:]]
+    tied = [TiedName(group[0][0], alias, group[0][1]) for group in contents.tied for _, alias in group[1:]]
     state = NewState(tuple(arrays), tuple(groups), tuple(scalars), tuple(tied), _values(contents))
     return state, tuple(_whole(identity, contents) for identity in contents.arrays)
 
@@ -214,6 +216,6 @@ def _without_classes(value: object) -> object:
     return tuple(map(_without_classes, value)) if type(value) is tuple else value
 
 
-def with_config(form: Form, files: Mapping[str, bytes]) -> Form:
+def with_config(form: SavedForm, files: Mapping[str, bytes]) -> SavedForm:
     """The form with further files beside the tensors'."""
     return replace(form, plans=(*form.plans, *(constant_file(path, data) for path, data in files.items())))

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from elastickpt.convert.nodes import Gathered, Share
+from elastickpt.convert.nodes import Gathered, RankPart
 from elastickpt.foreign.listing import Storage, StoredTensor
 from elastickpt.foreign.tensor_bytes import ranges
 from elastickpt.format.arrays import Box
-from elastickpt.language.held import HeldPiece, Side
+from elastickpt.language.held import HeldPiece, Strides
 from elastickpt.layout.grid import c_strides
 
 
@@ -29,7 +29,7 @@ class Region:
     leaves: frozenset[int]
 
 
-def sections(share: Share) -> tuple[Share, ...]:
+def sections(share: RankPart) -> tuple[RankPart, ...]:
     """The share, or smaller ones that hold what it gives of its array, their pieces counted from their first element."""
     needed = [piece for piece in share.pieces if piece.count]
     count = sum(piece.count for piece in needed)
@@ -38,27 +38,27 @@ def sections(share: Share) -> tuple[Share, ...]:
     ends = [p.local.offset + sum((n - 1) * s for n, s in zip(p.extents, p.local.strides, strict=True)) for p in needed]
     first, stop = min((piece.local.offset for piece in needed), default=0), max(ends, default=-1) + 1
     if stop - first <= 2 * count or len(needed) == 0:
-        run = HeldPiece((stop - first,), Side(0, (1,)), Side(first, (1,)))
+        run = HeldPiece((stop - first,), Strides(0, (1,)), Strides(first, (1,)))
         moved = tuple(replace(p, local=replace(p.local, offset=p.local.offset - first)) for p in needed)
         return (replace(share, shape=run.extents, parts=_part(share, run), pieces=moved),)
     return tuple(
-        replace(share, shape=p.extents, parts=_part(share, p), pieces=(replace(p, local=Side(0, c_strides(p.extents, 1))),))
+        replace(share, shape=p.extents, parts=_part(share, p), pieces=(replace(p, local=Strides(0, c_strides(p.extents, 1))),))
         for p in needed
     )
 
 
-def direct(share: Share) -> bool:
+def direct(share: RankPart) -> bool:
     """Whether a lattice in the local tensor is one in the file."""
     return len(share.parts) == 1 and share.parts[0][1].contiguous
 
 
-def of_piece(share: Share, piece: HeldPiece) -> StoredTensor:
+def of_piece(share: RankPart, piece: HeldPiece) -> StoredTensor:
     """The elements of a piece as a tensor of the file, for a share of which that is so."""
     stored = share.parts[0][1]
     return replace(stored, offset=stored.offset + piece.local.offset, shape=piece.extents, strides=piece.local.strides)
 
 
-def _part(share: Share, piece: HeldPiece) -> tuple[tuple[Box, StoredTensor], ...]:
+def _part(share: RankPart, piece: HeldPiece) -> tuple[tuple[Box, StoredTensor], ...]:
     return ((Box.whole(piece.extents), of_piece(share, piece)),)
 
 

@@ -16,7 +16,7 @@ from elastickpt.commit.outcome import commit
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.contents import Array, Contents
 from elastickpt.convert.nodes import Node, nbytes_of
-from elastickpt.convert.place import Place
+from elastickpt.convert.place import ConversionDraft
 from elastickpt.errors import PathOccupied
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import MANIFEST, array_keys
@@ -83,7 +83,7 @@ class UniversalTarget:
         for one in self.records.values():
             yield one.key, str(one.spec.id), one.spec.shape, one.spec.dtype, one.chunk_shape, repr(one.attributes)
 
-    def prepare(self, place: Place) -> None:
+    def prepare(self, place: ConversionDraft) -> None:
         """The draft is as every worker expects it. Blocking."""
         for section in sorted({one.section for one in self.records}):
             place.store.make_directories(place.draft.path(section))
@@ -91,7 +91,7 @@ class UniversalTarget:
             if entry.kind == "file" and (entry.name == MANIFEST or entry.name.endswith(".msgpack")):
                 place.store.remove(place.draft.path(entry.name))
 
-    def open(self, place: Place, buffers: Buffers, *, worker: int) -> None:
+    def open(self, place: ConversionDraft, buffers: Buffers, *, worker: int) -> None:
         """Tasks are done there from now on. Blocking."""
         self._place, self._worker = place, worker
         store = place.store

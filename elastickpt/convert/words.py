@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from elastickpt.errors import Unsupported
 from elastickpt.format.arrays import dtype_named
-from elastickpt.language.held import Side
+from elastickpt.language.held import Strides
 
 Words = NDArray[Any]
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}
@@ -22,7 +22,7 @@ def word_type(dtype: str) -> np.dtype[Any]:
     return np.dtype(_WORDS[dtype_named(dtype).itemsize])
 
 
-def lattice(words: NDArray[Any], extents: tuple[int, ...], side: Side) -> NDArray[Any]:
+def lattice(words: NDArray[Any], extents: tuple[int, ...], side: Strides) -> NDArray[Any]:
     """A view of flat words: element (k1, k2, ...) is at `side`. Raises AssertionError where it would leave them."""
     last = side.offset + sum((n - 1) * s for n, s in zip(extents, side.strides, strict=True))
     if 0 in extents:

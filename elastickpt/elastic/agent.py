@@ -36,7 +36,7 @@ class ZygoteLost(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class WorkerProgram:
     """What every worker runs: script and arguments; `log_dir` for its output, None for where the launcher's goes."""
 
     argv: tuple[str, ...]
@@ -46,7 +46,7 @@ class Program:
 class Agent:
     """Workers by uid. Starting is not blocking, killing neither."""
 
-    def __init__(self, program: Program, told: Told) -> None:
+    def __init__(self, program: WorkerProgram, told: Told) -> None:
         self._program, self._told = program, told
         self._pids: dict[str, int] = {}
         self._handles: dict[str, int] = {}  # by uid: a descriptor of its process, which no other one ever has

@@ -23,16 +23,16 @@ from elastickpt.elastic.job import (
     Ending,
     Event,
     Gone,
-    Job,
+    JobPhase,
+    JobState,
     Order,
     Over,
-    Patience,
-    Phase,
     Recovered,
     Tell,
     Wait,
+    WaitOver,
 )
-from elastickpt.elastic.limits import DYING_S, ENDING_S, QUITTING_S, REAPED_S, History, Limits
+from elastickpt.elastic.limits import DYING_S, ENDING_S, QUITTING_S, REAPED_S, Limits, PhaseTimes
 from elastickpt.elastic.messages import (
     Ask,
     Beat,
@@ -63,12 +63,12 @@ class Conductor:
     """One job. Every method takes the time, `now`; `deeds` are then to be carried out in order, and emptied."""
 
     def __init__(self, stages: int, limits: Limits, replacing: Replacing, *, clock_offset: float) -> None:
-        self.job = Job(stages, epoch=1)
+        self.job = JobState(stages, epoch=1)
         self.deeds: list[Deed] = []
         self._limits, self._replacing = limits, replacing
         self._workers: dict[str, Worker] = {}
         self._terms: Terms | None = None
-        self._history = History()
+        self._history = PhaseTimes()
         self._recoveries = Recoveries(clock_offset)
         self._board = Board()
         self._waits = Waits()
@@ -123,7 +123,7 @@ class Conductor:
             return
         worker.heard(now)
         signal = None if said.killed else said.signal
-        if worker.who is None and self.job.phase is not Phase.ENDED and not said.killed:
+        if worker.who is None and self.job.phase is not JobPhase.ENDED and not said.killed:
             self._never_joined(worker, signal, said.code, now)
             return
         if worker.ending == "closed" and not said.killed:
@@ -155,7 +155,7 @@ class Conductor:
         """Nothing of it is at work any more. [REC-31]"""
         del self._workers[worker.uid]
         why: Why = worker.ending or otherwise
-        if worker.uid in self.job.members and self.job.phase is not Phase.ENDED:
+        if worker.uid in self.job.members and self.job.phase is not JobPhase.ENDED:
             log.warning("lost stage %d: %s", self.job.places.index(worker.uid), worker.in_words(why, signal))
             if self.job.began:
                 self._recoveries.timeline.lost(worker.uid, worker.pid, alive_at=worker.heard_at, now=now)
@@ -165,7 +165,7 @@ class Conductor:
 
     def _replace(self) -> None:
         """Not while members form and rebuild: what a new process takes to start is theirs then."""
-        if self.job.phase in (Phase.GATHERING, Phase.WORKING) and (count := self._replacing.order(len(self._workers))):
+        if self.job.phase in (JobPhase.GATHERING, JobPhase.WORKING) and (count := self._replacing.order(len(self._workers))):
             self.deeds.append(Replace(count))
 
     # -- messages
@@ -264,9 +264,9 @@ class Conductor:
         self.job, orders = coordination.after(before, event)
         if self.job.generation != before.generation:
             self._viewed(before)
-        if before.phase is not Phase.WORKING and self.job.phase is Phase.WORKING:
+        if before.phase is not JobPhase.WORKING and self.job.phase is JobPhase.WORKING:
             self._recoveries.survivors = frozenset(self.job.members)
-        if before.phase is Phase.FORMING and self.job.phase is Phase.REBUILDING:
+        if before.phase is JobPhase.FORMING and self.job.phase is JobPhase.REBUILDING:
             self._recoveries.timeline.formed_at = now
         for order in orders:
             self._carry(order, now)
@@ -275,7 +275,7 @@ class Conductor:
         if self.job.end is not None and self._departure is None:
             self._ended(self.job.end, now)
 
-    def _viewed(self, before: Job) -> None:
+    def _viewed(self, before: JobState) -> None:
         self._board, self._waits = Board(), Waits()
         self._recoveries.timeline.viewed()
         for uid in set(self.job.members) - set(before.members):
@@ -311,7 +311,7 @@ class Conductor:
 
     def _record_member(self, worker: Worker) -> None:
         job = self.job
-        if worker.who is not None and job.phase is not Phase.ENDED:
+        if worker.who is not None and job.phase is not JobPhase.ENDED:
             stage = job.places.index(worker.uid) if worker.uid in job.members else None
             event = member_event(worker.who, stage, job.stages, epoch=job.epoch, generation=job.generation)
             self.deeds.append(Record(event))
@@ -343,7 +343,7 @@ class Conductor:
         worker.killed, worker.ends_at = True, now + REAPED_S
 
     def _look_for_stalled(self, now: float) -> None:
-        if self.job.phase is Phase.GATHERING:
+        if self.job.phase is JobPhase.GATHERING:
             return
         members = [self._workers[uid] for uid in self.job.members if uid in self._workers]
         culprits, anybody = stalled([one for one in members if one.ending is None], now, self._history)
@@ -354,11 +354,11 @@ class Conductor:
             log.warning("members wait for each other without an end: they form anew")
             for worker in members:
                 worker.moved_at = now
-            self._event(Patience(self.job.generation, "broken"), now)
+            self._event(WaitOver(self.job.generation, "broken"), now)
 
     def _lose_patience(self, now: float) -> None:
         coming = any(worker.who is None for worker in self._workers.values())
         for wait in self._waits.over(now, coming=coming):
-            self._event(Patience(wait.generation, wait.of), now)
+            self._event(WaitOver(wait.generation, wait.of), now)
         if self._ends_at is not None and now >= self._ends_at:
             self._event(Over(End(75, "", f"ended after step {self.job.step}: no step was completed in {ENDING_S:g} s")), now)

@@ -29,16 +29,16 @@ from elastickpt.elastic.job import (
     Ending,
     Event,
     Gone,
-    Job,
+    JobPhase,
+    JobState,
     Loss,
     Order,
     Over,
-    Patience,
-    Phase,
     Recovered,
     Register,
     Tell,
     Wait,
+    WaitOver,
     batches_apart,
     loops_apart,
     spare_for,
@@ -66,7 +66,7 @@ from elastickpt.elastic.messages import (
 class _Turn:
     """One event's work: the job as it becomes, and the orders so far."""
 
-    job: Job
+    job: JobState
     orders: list[Order] = field(default_factory=list)
 
     def set(self, **changes: object) -> None:
@@ -76,7 +76,7 @@ class _Turn:
         self.orders += [Tell(uid, message) for uid in uids]
 
 
-def after(job: Job, event: Event) -> tuple[Job, tuple[Order, ...]]:
+def after(job: JobState, event: Event) -> tuple[JobState, tuple[Order, ...]]:
     """The job after one event, and what is to be said and done, in order."""
     turn = _Turn(job)
     if isinstance(event, tuple):
@@ -94,7 +94,7 @@ def after(job: Job, event: Event) -> tuple[Job, tuple[Order, ...]]:
 
 def _joined(turn: _Turn, uid: str, message: Join) -> None:
     turn.set(spares=(*turn.job.spares, uid), where=(*turn.job.where, (uid, message.host, message.zone)))
-    if turn.job.phase is Phase.GATHERING:
+    if turn.job.phase is JobPhase.GATHERING:
         _view(turn)
 
 
@@ -113,7 +113,7 @@ def _gone(turn: _Turn, _: str, event: Gone) -> None:
         _end(turn, End(1, "step-failed", f"the code of stage {stage} raised before the first step", culprit=event.uid))
         return
     lost = turn.job.lost | {stage} if job.began else turn.job.lost
-    counts = job.phase is Phase.WORKING or event.uid not in job.stood  # of a burst one counts, and who came after it
+    counts = job.phase is JobPhase.WORKING or event.uid not in job.stood  # of a burst one counts, and who came after it
     turn.set(places=places, lost=lost, failed=(*turn.job.failed, loss), losses_of_step=job.losses_of_step + counts)
     _lose(turn)
 
@@ -129,7 +129,7 @@ def _lose(turn: _Turn) -> None:
 def _close_register(turn: _Turn) -> None:
     """Before any new view: what is not committed by now never will be. [REC-10]"""
     job = turn.job
-    if job.phase is not Phase.WORKING:
+    if job.phase is not JobPhase.WORKING:
         return
     turn.set(decision="replay" if job.stepped == frozenset(job.places) else "forward")
     turn.orders.append(Register(job.generation, job.step + 1, "abort"))
@@ -146,7 +146,7 @@ def _view(turn: _Turn) -> None:
         places=tuple(places),
         spares=tuple(spares),
         generation=turn.job.generation + 1,
-        phase=Phase.FORMING if all(places) else Phase.GATHERING,
+        phase=JobPhase.FORMING if all(places) else JobPhase.GATHERING,
         formed=frozenset(),
         finite=frozenset(),
         evaluating=False,
@@ -158,7 +158,7 @@ def _view(turn: _Turn) -> None:
     job = turn.job
     lost = tuple(range(job.stages)) if job.rollback else tuple(sorted(job.lost))
     turn.tell(View(job.epoch, job.generation, job.step, job.places, lost, job.rollback), *job.members)
-    if job.phase is Phase.GATHERING:
+    if job.phase is JobPhase.GATHERING:
         turn.orders.append(Wait(job.generation, "spare"))
 
 
@@ -174,7 +174,7 @@ def _formed(turn: _Turn, uid: str, message: Formed) -> None:
     job = turn.job
     if job.formed != frozenset(job.places):
         return
-    turn.set(phase=Phase.REBUILDING)
+    turn.set(phase=JobPhase.REBUILDING)
     if job.lost or job.rollback or not job.began:
         lost, finite = tuple(sorted(job.lost)), job.finite - job.lost
         turn.orders.append(Choose(job.generation, job.step, lost, finite, job.rollback, job.refused, not job.began))
@@ -218,7 +218,7 @@ def _rebuilt(turn: _Turn, uid: str, message: Rebuilt) -> None:
     last = job.last if job.last is not None and job.last.step == job.step else None
     turn.tell(Go(job.generation, job.step, last, job.evaluating, job.ending), *job.members)
     turn.set(
-        phase=Phase.WORKING,
+        phase=JobPhase.WORKING,
         began=True,
         rollback=False,
         failed=(),
@@ -281,14 +281,14 @@ def _broke(turn: _Turn, _: str, message: Broke) -> None:
         turn.orders.append(Wait(message.generation, "broken"))
 
 
-def _patience(turn: _Turn, _: str, event: Patience) -> None:
+def _patience(turn: _Turn, _: str, event: WaitOver) -> None:
     job = turn.job
     if event.generation != job.generation:
         return
-    if event.of == "spare" and job.phase is Phase.GATHERING:
+    if event.of == "spare" and job.phase is JobPhase.GATHERING:
         empty = [stage for stage, uid in enumerate(job.places) if uid == NOBODY]
         _end(turn, End(75, "no-spare", f"no process came for stages {empty} of {job.stages} in time"))
-    elif event.of == "broken" and job.phase is not Phase.GATHERING:
+    elif event.of == "broken" and job.phase is not JobPhase.GATHERING:
         _close_register(turn)
         turn.set(losses_of_step=job.losses_of_step + 1)
         _lose(turn)
@@ -309,7 +309,7 @@ def _left(turn: _Turn, uid: str, message: Left) -> None:
 def _ending(turn: _Turn, _: str, __: Ending) -> None:
     """After the next commit; where no step is in flight or follows soon, now."""
     turn.set(ending=True)
-    if turn.job.phase is Phase.GATHERING:
+    if turn.job.phase is JobPhase.GATHERING:
         _end(turn, End(75, "", f"ended after step {turn.job.step}, as was asked for, while places were empty"))
 
 
@@ -323,7 +323,7 @@ def _ends_apart(turn: _Turn, left: dict[str, int], ready: dict[str, Ready]) -> b
 
 def _end(turn: _Turn, end: End) -> None:
     turn.tell(end, *turn.job.members, *turn.job.spares)
-    turn.set(phase=Phase.ENDED, end=end)
+    turn.set(phase=JobPhase.ENDED, end=end)
 
 
 def _too_late(turn: _Turn, uid: str, _: Join) -> None:
@@ -335,27 +335,27 @@ def _no_effect(turn: _Turn, uid: str, message: object) -> None:
     """Comes from a view that is over, or after the end."""
 
 
-_EVENTS = (Join, Formed, Rebuilt, Unbuilt, Ready, Stepped, Broke, Raised, Left, Gone, Patience, Chosen, Ending, Over)
-_FORMED = (Phase.FORMING, Phase.REBUILDING, Phase.WORKING)
-_LIVE = (Phase.GATHERING, *_FORMED)
+_EVENTS = (Join, Formed, Rebuilt, Unbuilt, Ready, Stepped, Broke, Raised, Left, Gone, WaitOver, Chosen, Ending, Over)
+_FORMED = (JobPhase.FORMING, JobPhase.REBUILDING, JobPhase.WORKING)
+_LIVE = (JobPhase.GATHERING, *_FORMED)
 
-_WORKED: dict[tuple[Phase, type], Callable[..., None]] = {
+_WORKED: dict[tuple[JobPhase, type], Callable[..., None]] = {
     **{(phase, Join): _joined for phase in _LIVE},
     **{(phase, Gone): _gone for phase in _LIVE},
-    **{(phase, Patience): _patience for phase in _LIVE},
+    **{(phase, WaitOver): _patience for phase in _LIVE},
     **{(phase, Ending): _ending for phase in _LIVE},
     **{(phase, Over): lambda turn, _, event: _end(turn, event.end) for phase in _LIVE},
     **{(phase, Broke): _broke for phase in _FORMED},
     **{(phase, Raised): _raised for phase in _FORMED},
-    (Phase.FORMING, Formed): _formed,
-    (Phase.REBUILDING, Chosen): _chosen,
-    (Phase.REBUILDING, Rebuilt): _rebuilt,
-    (Phase.REBUILDING, Unbuilt): _unbuilt,
-    (Phase.WORKING, Ready): _ready,
-    (Phase.WORKING, Stepped): _stepped,
-    (Phase.WORKING, Left): _left,
-    (Phase.ENDED, Join): _too_late,
+    (JobPhase.FORMING, Formed): _formed,
+    (JobPhase.REBUILDING, Chosen): _chosen,
+    (JobPhase.REBUILDING, Rebuilt): _rebuilt,
+    (JobPhase.REBUILDING, Unbuilt): _unbuilt,
+    (JobPhase.WORKING, Ready): _ready,
+    (JobPhase.WORKING, Stepped): _stepped,
+    (JobPhase.WORKING, Left): _left,
+    (JobPhase.ENDED, Join): _too_late,
 }
-TABLE: dict[tuple[Phase, type], Callable[..., None]] = {
-    (phase, event): _WORKED.get((phase, event), _no_effect) for phase in Phase for event in _EVENTS
+TABLE: dict[tuple[JobPhase, type], Callable[..., None]] = {
+    (phase, event): _WORKED.get((phase, event), _no_effect) for phase in JobPhase for event in _EVENTS
 }

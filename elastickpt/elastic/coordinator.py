@@ -64,7 +64,7 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class Listening:
     """Where a coordinator listens, and the token that whoever calls has to prove."""
 
     listeners: tuple[socket.socket, ...]
@@ -93,7 +93,7 @@ class FarLauncher:
 class Coordinator:
     """One job, from its listeners until nobody of it is left. `agent` forks workers here."""
 
-    def __init__(self, conductor: Conductor, agent: Agent, door: Door, ladder_of: LadderOf, events: EventLog) -> None:
+    def __init__(self, conductor: Conductor, agent: Agent, door: Listening, ladder_of: LadderOf, events: EventLog) -> None:
         self._conductor, self._agent, self._token, self._ladder_of = conductor, agent, door.token, ladder_of
         self._events = events
         self._selector = selectors.DefaultSelector()

@@ -4,13 +4,13 @@ The job has a thread of its own, which holds the connection to the coordinator a
 trains asks for its next task, carries it out, says what came of it, and asks again:
 
     Form     -> Made, Failed                          Compute  -> Computed, Failed, Erred, LoopEnded
-    Mend     -> Mended, NotMended, Failed             Step     -> Took
+    Mend     -> Mended, NotMended, Failed             TakeStep -> Took
     Stop     -> nothing: `End` without a reason ends the loop quietly, but for code 76, which raises Superseded; else
                 RecoveryFailed is raised
 
 A task can be over before it was carried out: a newer view, or the end of the job. Then `Task.over` is true, whoever was told of
 interrupts has been called in the job's thread, waits of the job's own raise TaskOver, and what is said of the task has no
-effect. A Step is never over before it was carried out.
+effect. A TakeStep is never over before it was carried out.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from elastickpt.elastic.messages import (
     Raised,
     Ready,
     Rebuilt,
-    Source,
+    StageSource,
     Stepped,
     ToMember,
     Unbuilt,
@@ -27,7 +27,7 @@ from elastickpt.elastic.recovery import Decision, Why
 NOBODY = ""
 
 
-class Phase(StrEnum):
+class JobPhase(StrEnum):
     GATHERING = "gathering"  # a place is held by nobody; members wait
     FORMING = "forming"  # a view is out: members come to its step and make their groups
     REBUILDING = "rebuilding"  # every member stands: lost stages are rebuilt, each by a rung
@@ -60,7 +60,7 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class WaitOver:
     """A wait that was ordered is over; of no effect when `generation` is not the newest any more."""
 
     generation: int
@@ -69,11 +69,11 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What the ladder says for the lost stages of a view: one Source each, or why there is none for them. `epoch`: the claim
+    """What the ladder says for the lost stages of a view: one StageSource each, or why there is none for them. `epoch`: the claim
     under which things go on, None for the one before."""
 
     generation: int
-    sources: tuple[Source, ...]
+    sources: tuple[StageSource, ...]
     why_not: str = ""
     epoch: int | None = None
 
@@ -119,13 +119,13 @@ class Choose:
     lost: tuple[int, ...]
     finite: frozenset[int]
     rollback: bool
-    refused: tuple[tuple[Source, str], ...]
+    refused: tuple[tuple[StageSource, str], ...]
     begins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Answered by a Patience, unless something else comes first."""
+    """Answered by a WaitOver, unless something else comes first."""
 
     generation: int
     of: Literal["spare", "broken"]
@@ -139,16 +139,16 @@ class Recovered:
     step: int
     decision: Decision
     failed: tuple[Loss, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[StageSource, ...]
 
 
 Order = Tell | Register | Choose | Wait | Recovered
 Said = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left
-Event = tuple[str, Said] | Gone | Patience | Chosen | Ending | Over
+Event = tuple[str, Said] | Gone | WaitOver | Chosen | Ending | Over
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobState:
     """Where a job stands. `places` by stage: who holds it; `where`: uid, host and zone of each process. `ready`, `stepped`, ...
     are uids of the newest view.
 
@@ -160,7 +160,7 @@ class Job:
     stages: int
     epoch: int
     max_losses_of_step: int = 3
-    phase: Phase = Phase.GATHERING
+    phase: JobPhase = JobPhase.GATHERING
     generation: int = 0
     step: int = 0
     places: tuple[str, ...] = ()
@@ -178,8 +178,8 @@ class Job:
     ready: tuple[tuple[str, Ready], ...] = ()
     stepped: frozenset[str] = frozenset()
     left: tuple[tuple[str, int], ...] = ()
-    sources: tuple[Source, ...] = ()
-    refused: tuple[tuple[Source, str], ...] = ()
+    sources: tuple[StageSource, ...] = ()
+    refused: tuple[tuple[StageSource, str], ...] = ()
     raised: frozenset[tuple[str, int]] = frozenset()
     losses_of_step: int = 0
     stood: frozenset[str] = frozenset()
@@ -233,7 +233,7 @@ def loops_apart(places: tuple[str, ...], left: Mapping[str, int], ready: Mapping
     return f"the loop ended at {gone}" + (f", and not at {on}" if on else "")
 
 
-def unreached(job: Job) -> str:
+def unreached(job: JobState) -> str:
     """In words, why members wait for each other though none is gone: some may have left the loop that others go on with."""
     left = dict(job.left)
     going_on = {uid: None for uid in job.members if uid not in left}

@@ -52,7 +52,7 @@ _INTERRUPTED = (Form, Mend, Compute)
 SUPERSEDED = 76  # the code of a job of whose run a newer claim exists
 
 
-class Task:
+class JobTask:
     """One act; see `duties.Task`."""
 
     def __init__(self, act: Act, generation: int) -> None:
@@ -61,10 +61,10 @@ class Task:
         self.taken = False
 
 
-class Exchange:
+class JobExchange:
     """See `duties.Exchange`."""
 
-    def __init__(self, job: Job, task: Task) -> None:
+    def __init__(self, job: Job, task: JobTask) -> None:
         self._job, self._task = job, task
 
     def set(self, key: str, value: bytes) -> None:
@@ -85,7 +85,7 @@ class Job:
         stream.send(encode(who))
         self._changing = threading.Condition()
         self._member = Member(who.uid)
-        self._task: Task | None = None
+        self._task: JobTask | None = None
         self._interrupt: Callable[[], None] = _nothing
         self._interrupting = False
         self._leave: Callable[[], None] = self._leave_quietly
@@ -150,7 +150,7 @@ class Job:
     def declare(self, terms: Terms) -> None:
         self._say(terms)
 
-    def next_task(self) -> Task:
+    def next_task(self) -> JobTask:
         with self._changing:
             while self._interrupting or self._task is None or self._task.taken:
                 self._changing.wait()
@@ -160,14 +160,14 @@ class Job:
             self._reach("unblocked")
         return task
 
-    def done(self, task: Task, outcome: Outcome) -> None:
+    def done(self, task: JobTask, outcome: Outcome) -> None:
         with self._changing:
             if not task.over and task is self._task:
                 self._count += 1
                 self._turn(outcome)
 
-    def exchange(self, task: Task) -> Exchange:
-        return Exchange(self, task)
+    def exchange(self, task: JobTask) -> JobExchange:
+        return JobExchange(self, task)
 
     def on_interrupt(self, call: Callable[[], None]) -> None:
         self._interrupt = call
@@ -304,7 +304,7 @@ class Job:
         if act is not None or self._member.duty is not before.duty:
             if self._task is not None:
                 self._task.over = True
-            self._task = None if act is None else Task(act, self._member.generation)
+            self._task = None if act is None else JobTask(act, self._member.generation)
         for message in said:
             self._say(message)
         self._changing.notify_all()
@@ -318,7 +318,7 @@ class Job:
             self._reached = {one for one in self._reached if one[0] == reached[0]} | {reached}
             self._say(Reached(*reached))
 
-    def _ask(self, task: Task, keys: tuple[str, ...], limit_s: float) -> list[bytes]:
+    def _ask(self, task: JobTask, keys: tuple[str, ...], limit_s: float) -> list[bytes]:
         self._say(Ask(task.generation, keys))
         wanted = [(task.generation, key) for key in keys]
         with self._changing:

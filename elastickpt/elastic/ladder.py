@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from elastickpt.elastic import neighbours
 from elastickpt.elastic.held_run import HeldRun, Newest
 from elastickpt.elastic.job import Choose, Chosen
-from elastickpt.elastic.messages import Commit, Source, Terms
+from elastickpt.elastic.messages import Commit, StageSource, Terms
 from elastickpt.elastic.recovery import Considered, Rung
 
 POSSIBLE = "possible"
@@ -73,13 +73,13 @@ class RunLadder:
             return Chosen(order.generation, (), epoch=epoch)
         norms = self._run.norms(newest)
         self._saved_norms = norms if set(norms) == set(range(self._stages)) else {}  # else of other stages than these
-        back = (Source(stage, "rollback", path=newest.path, step=newest.step) for stage in range(self._stages))
+        back = (StageSource(stage, "rollback", path=newest.path, step=newest.step) for stage in range(self._stages))
         return Chosen(order.generation, tuple(back), epoch=epoch)
 
 
-def sources_of(known: Known, terms: Terms, stages: int) -> tuple[dict[int, Source], tuple[Considered, ...]]:
+def sources_of(known: Known, terms: Terms, stages: int) -> tuple[dict[int, StageSource], tuple[Considered, ...]]:
     """For each lost stage that can be rebuilt, from what; and every rung that was looked at for it, with the reason."""
-    sources: dict[int, Source] = {}
+    sources: dict[int, StageSource] = {}
     considered: list[Considered] = []
     for stage in known.order.lost:
         for rung, source, why in _rungs(stage, known, terms, stages):
@@ -90,7 +90,7 @@ def sources_of(known: Known, terms: Terms, stages: int) -> tuple[dict[int, Sourc
     return sources, tuple(considered)
 
 
-def _rungs(stage: int, known: Known, terms: Terms, stages: int) -> Iterator[tuple[Rung, Source | None, str]]:
+def _rungs(stage: int, known: Known, terms: Terms, stages: int) -> Iterator[tuple[Rung, StageSource | None, str]]:
     for rung in terms.rungs:
         tried = [why for source, why in known.order.refused if (source.stage, source.rung) == (stage, rung)]
         if rung == "stale" or rung == "rollback":
@@ -101,7 +101,7 @@ def _rungs(stage: int, known: Known, terms: Terms, stages: int) -> Iterator[tupl
             yield rung, *_of_stages(rung, stage, known, terms, stages)
 
 
-def _of_checkpoint(rung: Rung, stage: int, known: Known, terms: Terms, tried: list[str]) -> tuple[Source | None, str]:
+def _of_checkpoint(rung: Rung, stage: int, known: Known, terms: Terms, tried: list[str]) -> tuple[StageSource | None, str]:
     newest = known.newest
     if not terms.run:
         return None, "the job has no run with checkpoints"
@@ -110,10 +110,10 @@ def _of_checkpoint(rung: Rung, stage: int, known: Known, terms: Terms, tried: li
     age = known.order.step - newest.step
     if rung == "stale" and age > terms.max_stale_steps:
         return None, f"the newest checkpoint is {age} steps old, more than max_stale_steps={terms.max_stale_steps}"
-    return Source(stage, rung, path=newest.path, step=newest.step), POSSIBLE
+    return StageSource(stage, rung, path=newest.path, step=newest.step), POSSIBLE
 
 
-def _of_stages(rung: Rung, stage: int, known: Known, terms: Terms, stages: int) -> tuple[Source | None, str]:
+def _of_stages(rung: Rung, stage: int, known: Known, terms: Terms, stages: int) -> tuple[StageSource | None, str]:
     order = known.order
     of = neighbours.sources(order.lost, stages=stages, swap="step" if terms.swap else None)[stage]
     if len(of) != (1 if rung == "partner" else 2):
@@ -121,9 +121,9 @@ def _of_stages(rung: Rung, stage: int, known: Known, terms: Terms, stages: int) 
     if not set(of) <= order.finite:
         return None, f"tensors of stage {min(set(of) - order.finite)} are not finite"
     if rung == "partner":
-        return Source(stage, rung, of), POSSIBLE
+        return StageSource(stage, rung, of), POSSIBLE
     before, after = (known.norms.get(one) for one in of)
-    return Source(stage, rung, of, neighbours.alpha(before, after, weighting=terms.weighting)), POSSIBLE  # type: ignore[arg-type]
+    return StageSource(stage, rung, of, neighbours.alpha(before, after, weighting=terms.weighting)), POSSIBLE  # type: ignore[arg-type]
 
 
 def _no_partner(stage: int, terms: Terms, stages: int) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from elastickpt.elastic.agent import Agent, Program, ZygoteLost
+from elastickpt.elastic.agent import Agent, WorkerProgram, ZygoteLost
 from elastickpt.elastic.calling import connected
 from elastickpt.elastic.conductor import Conductor
-from elastickpt.elastic.coordinator import Coordinator, Door
+from elastickpt.elastic.coordinator import Coordinator, Listening
 from elastickpt.elastic.duties import LadderOf
 from elastickpt.elastic.enlisting import Enlist, Finish, Start, to_launcher
 from elastickpt.elastic.environment import Told
@@ -35,7 +35,7 @@ COORDINATOR_LOST = End(75, "coordinator-lost", "the coordinator is gone")
 class Here:
     """This machine's part: what its workers run, how many there are, and how the machine is called."""
 
-    program: Program
+    program: WorkerProgram
     workers: int
     host: str
     zone: str
@@ -65,7 +65,7 @@ def launch(job: Launch, ladder_of: LadderOf) -> End:
     replacing = Replacing(here.workers, job.replacements)
     conductor = Conductor(job.stages, job.limits, replacing, clock_offset=time.time() - time.monotonic())
     events = EventLog(job.events)
-    coordinator = Coordinator(conductor, agent, Door(listeners, job.token), ladder_of, events)
+    coordinator = Coordinator(conductor, agent, Listening(listeners, job.token), ladder_of, events)
     with _signals_to(coordinator.signalled):
         coordinator.start_workers(here.workers)
         try:

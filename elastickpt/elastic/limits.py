@@ -92,7 +92,7 @@ class Limits:
         )
 
 
-class History:
+class PhaseTimes:
     """What the times between two signs of progress were, by phase, of all workers."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@
     ended        the job is over for it
 
 Whoever carries this out does one act at a time; when a new act is named, the one before is ended first: its pending
-communication fails, and it changes nothing of the state. Only Step changes state, and it runs to its end. [REC-16]
+communication fails, and it changes nothing of the state. Only TakeStep changes state, and it runs to its end. [REC-16]
 
 Pure, as `coordination` is, and explored together with it.
 """
@@ -37,7 +37,7 @@ from elastickpt.elastic.messages import (
     Ready,
     Rebuild,
     Rebuilt,
-    Source,
+    StageSource,
     Stepped,
     Unbuilt,
     View,
@@ -75,7 +75,7 @@ class Mend:
     that of the claim under which things go on."""
 
     view: View
-    sources: tuple[Source, ...]
+    sources: tuple[StageSource, ...]
     epoch: int
 
 
@@ -90,7 +90,7 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TakeStep:
     """Step the optimizer with the gradients that are held. `commit` is None when a view said so, not a commit."""
 
     step: int
@@ -102,7 +102,7 @@ class Stop:
     end: End
 
 
-Act = Form | Mend | Compute | Step | Stop
+Act = Form | Mend | Compute | TakeStep | Stop
 
 
 # What happens to a member besides messages.
@@ -222,7 +222,7 @@ def _viewed(turn: _Turn, view: View) -> None:
         _form(turn, view)
     elif member.duty is Duty.DECIDING and step == view.step - 1:
         turn.set(duty=Duty.STEPPING, waiting=view)
-        turn.act = Step(view.step, None)
+        turn.act = TakeStep(view.step, None)
     else:
         raise Torn(f"{member.duty} after step {member.step}, and view {view.generation} says step {view.step}")
 
@@ -289,7 +289,7 @@ def _committed(turn: _Turn, message: Commit) -> None:
     """[REC-10]"""
     if message.generation == turn.member.generation:
         turn.set(duty=Duty.STEPPING, ending=message.ending)
-        turn.act = Step(message.step, message)
+        turn.act = TakeStep(message.step, message)
 
 
 def _took(turn: _Turn, _: Took) -> None:

@@ -26,7 +26,7 @@ from elastickpt.elastic.duties import Exchange
 from elastickpt.elastic.gradients import REPLICATED
 from elastickpt.elastic.history import History
 from elastickpt.elastic.links import Links
-from elastickpt.elastic.messages import Source
+from elastickpt.elastic.messages import StageSource
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.stages import Part, Stage, Swap
@@ -104,7 +104,7 @@ class Mending:
 
     def take_part(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[StageSource],
         step: int,
         history: History,
         trained: Mapping[int, list[str]],
@@ -119,7 +119,9 @@ class Mending:
             found.factors[source.stage] = self._factors(source, history, trained[source.stage], links, exchange)
         return found
 
-    def _rebuild(self, source: Source, step: int, lost: set[int], links: Links, exchange: Exchange, found: Rebuilding) -> None:
+    def _rebuild(
+        self, source: StageSource, step: int, lost: set[int], links: Links, exchange: Exchange, found: Rebuilding
+    ) -> None:
         me, away = links.stage, source.stage
         twin = partner(away, links.stages) if self._swap is not None else None
         twin = None if twin in lost else twin
@@ -141,7 +143,7 @@ class Mending:
                     way.give_tensors([tensor for _, tensor in in_order(self._stage.tensors[part])])
                     way.give_moments(self._stage, part)
 
-    def _take(self, source: Source, step: int, donor: int | None, twin: int | None, way: _Way) -> None:
+    def _take(self, source: StageSource, step: int, donor: int | None, twin: int | None, way: _Way) -> None:
         self._as_built()
         if source.rung == "stale":
             way.found.read += read_known({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
@@ -157,7 +159,7 @@ class Mending:
                         mine.data.copy_(theirs)
                     self._put_moments(part, [way.take_moments(twin, part)], 1.0)
 
-    def _mix(self, source: Source, way: _Way) -> None:
+    def _mix(self, source: StageSource, way: _Way) -> None:
         """The body of its sources: a copy of one, or the average of two."""
         names = [name for name, _ in in_order(self._stage.tensors["body"])]
         mine = self._body()
@@ -179,7 +181,7 @@ class Mending:
             self._put_moments("body", moments, alpha)
 
     def _factors(
-        self, source: Source, history: History, names: Iterable[str], links: Links, exchange: Exchange
+        self, source: StageSource, history: History, names: Iterable[str], links: Links, exchange: Exchange
     ) -> dict[str, float]:
         """What the learning rates of the rebuilt body are multiplied by, by name; known to all members."""
         if source.rung != "stale":

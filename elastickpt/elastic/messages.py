@@ -184,7 +184,7 @@ class View(Message, frozen=True):
         return all(self.places)
 
 
-class Source(Message, frozen=True):
+class StageSource(Message, frozen=True):
     """How one stage is rebuilt. `stages` in order, with `alpha` for two of them; or the checkpoint at `path` of `step`."""
 
     stage: int
@@ -200,7 +200,7 @@ class Rebuild(Message, frozen=True):
 
     generation: int
     epoch: int
-    sources: tuple[Source, ...]
+    sources: tuple[StageSource, ...]
 
 
 class Commit(Message, frozen=True):

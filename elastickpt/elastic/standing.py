@@ -22,7 +22,7 @@ HEAR_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Standing:
+class ViewPassage:
     """What a view has besides its links. `trained`: the names of each stage's body parameters."""
 
     passage: Passage
@@ -31,7 +31,7 @@ class Standing:
 
 def stand_together(
     stage: Stage, place: Place, passing: Passing, passage: Passage, exchange: Exchange, *, equal: bool, ask: Callable[[], None]
-) -> Standing:
+) -> ViewPassage:
     """All members of a view call this. `equal`: a stage may be made of others; `ask`: looks at the next batch, where this stage
     sees one. Raises Refused, on all members alike, and what `exchange` raises."""
     mine = about(stage, place.stage)
@@ -45,7 +45,7 @@ def stand_together(
     members = [msgspec.msgpack.decode(one, type=About) for one in told]
     if why := why_apart(members, passing, equal=equal):
         raise Refused(why)
-    return Standing(passage, {one.stage: one.trained for one in members})
+    return ViewPassage(passage, {one.stage: one.trained for one in members})
 
 
 def require_equal_replicas(stage: Stage, place: Place, exchange: Exchange) -> None:

@@ -20,7 +20,7 @@ from elastickpt.elastic.checkpoints import NoGood
 from elastickpt.elastic.duties import Exchange, TaskOver
 from elastickpt.elastic.gradients import Clipping, clip, divide, keep_buffers_equal, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
-from elastickpt.elastic.joining import Job, Task
+from elastickpt.elastic.joining import Job, JobTask
 from elastickpt.elastic.links import GlooLinks, LinkBroken, Links
 from elastickpt.elastic.membership import (
     Compute,
@@ -32,8 +32,8 @@ from elastickpt.elastic.membership import (
     Mend,
     Mended,
     NotMended,
-    Step,
     Stop,
+    TakeStep,
     Took,
 )
 from elastickpt.elastic.mending import HEAR_LIMIT_S, Mending, Rebuilding
@@ -42,7 +42,7 @@ from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Reports, by_stage
 from elastickpt.elastic.saves import Saves
 from elastickpt.elastic.stages import Place, Stage
-from elastickpt.elastic.standing import Standing, require_equal_replicas, stand_together
+from elastickpt.elastic.standing import ViewPassage, require_equal_replicas, stand_together
 from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams
 from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
 
@@ -74,7 +74,7 @@ class _Held:
     mending: Mending
     kept: KeptBuffers | None = None
     replicated_nbytes: int = 0
-    standing: Standing | None = None
+    standing: ViewPassage | None = None
 
 
 class Tasks:
@@ -88,11 +88,11 @@ class Tasks:
         self.pending = Rebuilding()
         self._held: _Held | None = None
         self._links: Links | None = None
-        self._task: Task | None = None
+        self._task: JobTask | None = None
         self._raised: BaseException | None = None
         self._watch = _Watched(job)
 
-    def standing(self) -> Task | None:
+    def standing(self) -> JobTask | None:
         """Carries out tasks until every member stands and a step can be computed: that Compute, None once the job is over.
 
         Raises what ends the job on this member.
@@ -114,7 +114,7 @@ class Tasks:
                 self._job.done(task, Failed(str(error)))
         return None
 
-    def compute(self, task: Task) -> None:
+    def compute(self, task: JobTask) -> None:
         held, standing = self.require_standing()
         stage, place, step, links = held.stage, held.place, self.step, self._require_links()
         try:
@@ -147,7 +147,7 @@ class Tasks:
             held.replicated_nbytes = nbytes
             log.info("stage %d: %d bytes a step keep its replicas of embedding and head equal", place.stage, nbytes)
 
-    def give_up(self, task: Task, error: LinkBroken | OwnCodeRaised) -> None:
+    def give_up(self, task: JobTask, error: LinkBroken | OwnCodeRaised) -> None:
         self._undo()
         self._task = None
         if isinstance(error, LinkBroken):
@@ -173,18 +173,18 @@ class Tasks:
             raise Refused("this member has no place yet: it gets one in steps()")
         return self._held
 
-    def _carry_out(self, task: Task) -> None:
+    def _carry_out(self, task: JobTask) -> None:
         act = task.act
         if isinstance(act, Form):
             self._form(task, act)
         elif isinstance(act, Mend):
             self._mend(task, act)
-        elif isinstance(act, Step):
+        elif isinstance(act, TakeStep):
             self._take(task, act)
         elif isinstance(act, Stop):
             self._stop(act)
 
-    def _form(self, task: Task, act: Form) -> None:
+    def _form(self, task: JobTask, act: Form) -> None:
         self._unlink()
         self._undo()
         held = self._held or self._built(len(act.view.places))
@@ -218,7 +218,7 @@ class Tasks:
         self._held = _Held(place, stage, Mending(stage, self._training.policy, swap=self._training.passing.swap))
         return self._held
 
-    def _mend(self, task: Task, act: Mend) -> None:
+    def _mend(self, task: JobTask, act: Mend) -> None:
         held, standing = self.require_standing()
         exchange, done = self._job.exchange(task), Rebuilding()
         back = next((one for one in act.sources if one.rung == "rollback"), None)
@@ -254,7 +254,7 @@ class Tasks:
             told = exchange.get("history", limit_s=HEAR_LIMIT_S)
             self.history.load_state_dict(msgspec.msgpack.decode(told, type=History).state_dict())
 
-    def _take(self, task: Task, act: Step) -> None:
+    def _take(self, task: JobTask, act: TakeStep) -> None:
         """The optimizer steps; what the user's code raises in here is the loss of this place."""
         held, decided = self.require_held(), time.monotonic()
         stage = held.stage
@@ -308,7 +308,7 @@ class Tasks:
         if links is not None:
             links.close()
 
-    def require_standing(self) -> tuple[_Held, Standing]:
+    def require_standing(self) -> tuple[_Held, ViewPassage]:
         held = self.require_held()
         assert held.standing is not None, "a view was formed before"
         return held, held.standing

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from elastickpt.elastic.job import Loss, Recovered
-from elastickpt.elastic.messages import Commit, Source
+from elastickpt.elastic.messages import Commit, StageSource
 from elastickpt.elastic.recovery import Considered, From, Lost, Mended, Moved, Recovery, Seconds, is_approximate
 
 
@@ -51,7 +51,7 @@ class Timeline:
             *(source, self.considered, seconds, Moved(self.moved, self.read)),
         )
 
-    def _lost(self, loss: Loss, sources: Mapping[int, Source]) -> Lost:
+    def _lost(self, loss: Loss, sources: Mapping[int, StageSource]) -> Lost:
         rung, source = mended_by(sources.get(loss.stage))
         pid = self.pids.get(loss.uid, 0)
         return Lost(loss.stage, loss.uid, pid, loss.why, loss.signal, rung, source, loss.traceback)
@@ -102,7 +102,7 @@ class Recoveries:
         return told
 
 
-def mended_by(source: Source | None) -> tuple[Mended, From]:
+def mended_by(source: StageSource | None) -> tuple[Mended, From]:
     """How a place was mended: by its source, or by a replay where it needed none."""
     if source is None:
         return "replay", From(())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
 from elastickpt.elastic.gradients import Clipping, Scope
-from elastickpt.elastic.joining import Job, Task
+from elastickpt.elastic.joining import Job, JobTask
 from elastickpt.elastic.links import LinkBroken
 from elastickpt.elastic.membership import Compute, LoopEnded
 from elastickpt.elastic.mending import Rebuilding
@@ -68,7 +68,7 @@ class PipelineTrainer:
         training = Training(build, Batches(loader, microbatches), passing, clipping, policy, seed)
         self._job, self._passing, self._on_rebuilt = job, passing, on_rebuilt
         self._tasks = Tasks(job, training, saves)
-        self._arrived: Task | None = None  # of which what it says has been taken in
+        self._arrived: JobTask | None = None  # of which what it says has been taken in
         self._at_report = False  # the user's loop is at a report
         job.declare(_terms(policy, passing, saves.claims))
         job.on_interrupt(self._tasks.interrupt)
@@ -139,7 +139,7 @@ class PipelineTrainer:
                 return loss
         raise RecoveryFailed("the job ended while it evaluated", code=75)
 
-    def _at_boundary(self) -> Task | None:
+    def _at_boundary(self) -> JobTask | None:
         """Every member stands after the same step, and what that brings is done: the task to compute the next one."""
         task = self._tasks.standing()
         if task is not None and task is not self._arrived:
@@ -171,7 +171,7 @@ class PipelineTrainer:
         if self._on_rebuilt is not None:
             self._on_rebuilt(self, recovery)
 
-    def _end(self, task: Task) -> None:
+    def _end(self, task: JobTask) -> None:
         """The job is to end here: what is not saved yet is, and waited for."""
         tasks = self._tasks
         handle = tasks.reports.saving or tasks.saves.now(tasks.step, tasks.state())
@@ -180,7 +180,7 @@ class PipelineTrainer:
             log.warning("step %d is not saved at the end: %s", tasks.step, error)
         self._job.done(task, LoopEnded())
 
-    def _go_back(self, task: Task) -> None:
+    def _go_back(self, task: JobTask) -> None:
         """One step of the way to where this member's loop ended; nothing is reported of it."""
         if _act(task).ending:
             self._end(task)
@@ -214,7 +214,7 @@ def _terms(policy: Policy, passing: Passing, claims: Claims) -> Terms:
     )
 
 
-def _act(task: Task) -> Compute:
+def _act(task: JobTask) -> Compute:
     assert isinstance(task.act, Compute)
     return task.act
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from elastickpt.elastic.limits import History
+from elastickpt.elastic.limits import PhaseTimes
 from elastickpt.elastic.messages import Beat, Join, Quit
 from elastickpt.elastic.recovery import Why
 
@@ -36,7 +36,7 @@ class Worker:
         if self.ending is None:
             self.heard_at = now
 
-    def beats(self, beat: Beat, now: float, history: History) -> None:
+    def beats(self, beat: Beat, now: float, history: PhaseTimes) -> None:
         """Takes in what it is at; a phase that goes on tells the history how long it took to move."""
         before = self.beat
         if beat.count != before.count:
@@ -68,7 +68,7 @@ def due_at(workers: Iterable[Worker], limit_s: float) -> list[float]:
     return [one.ends_at for one in known if one.ends_at] + [at for at, _ in silent_at(known, limit_s)]
 
 
-def stalled(members: Iterable[Worker], now: float, history: History) -> tuple[list[Worker], bool]:
+def stalled(members: Iterable[Worker], now: float, history: PhaseTimes) -> tuple[list[Worker], bool]:
     """Who stands still in its own code for longer than its phase's limit, and whether anybody at all stands still for so long.
 
     Who waits for others is not to blame. Nobody is, where all wait for each other.

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from elastickpt.errors import StructureConflict
 from elastickpt.foreign.file_plans import NewTensor
-from elastickpt.foreign.listing import Group, LocalName, StateScalar, Tied
+from elastickpt.foreign.listing import LocalName, ParamGroup, StateScalar, TiedName
 from elastickpt.foreign.plain_values import from_plain
 from elastickpt.format.values import ArrayReference
 
@@ -30,9 +30,9 @@ class NewState:
     """All that is to be saved; names as in a `ForeignCheckpoint`, `values` by JSON pointer."""
 
     arrays: tuple[NewArray, ...]
-    groups: tuple[Group, ...] = ()
+    groups: tuple[ParamGroup, ...] = ()
     scalars: tuple[StateScalar, ...] = ()
-    tied: tuple[Tied, ...] = ()
+    tied: tuple[TiedName, ...] = ()
     values: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -20,7 +20,7 @@ from elastickpt.errors import (
     Unsupported,
 )
 from elastickpt.foreign.folder import Folder, inside
-from elastickpt.foreign.listing import ForeignCheckpoint, Piece, StoredTensor
+from elastickpt.foreign.listing import FilePiece, ForeignCheckpoint, StoredTensor
 from elastickpt.foreign.nested import ChunkedTensor, Path, Tensor, sort_out
 from elastickpt.foreign.pickle_machine import MAX_PICKLE_NBYTES, read_pickle
 from elastickpt.foreign.pickle_names import NAMES
@@ -154,7 +154,7 @@ class _Files:
             return pieces[0].stored
         return ChunkedTensor(shape, dtype, pieces)
 
-    def _piece(self, key: str, box: Box, dtype: str) -> Piece:
+    def _piece(self, key: str, box: Box, dtype: str) -> FilePiece:
         found = self._item(key, box.start)
         if not isinstance(found, StoredTensor):
             raise StructureConflict(f"{key}: {METADATA} says that it is a tensor, and its file holds none")
@@ -163,7 +163,7 @@ class _Files:
                 f"{found.storage.file}: {key}: expected {dtype} of shape {box.shape} as {METADATA} says,"
                 f" found {found.dtype} of shape {found.shape}"
             )
-        return Piece(box, found)
+        return FilePiece(box, found)
 
     def _item(self, key: str, offsets: tuple[int, ...]) -> object:
         place = self.places.get((key, offsets))

@@ -30,7 +30,7 @@ class NewTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class TensorSlot:
     """Where the elements of a tensor go, in C order, one after the other."""
 
     tensor: NewTensor
@@ -51,7 +51,7 @@ class FilePlan:
 
     path: str
     nbytes: int
-    slots: tuple[Slot, ...]
+    slots: tuple[TensorSlot, ...]
     framing: Callable[[Checksums], Iterable[Frame]] = field(repr=False)
 
     def frames(self, checksums: Checksums) -> Iterable[Frame]:

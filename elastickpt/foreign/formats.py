@@ -43,7 +43,7 @@ _NUMBERED = re.compile(r"(?:.*?[^0-9])?(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FoundSource:
     """A source whose format is known: the folder of its step, and what a user is told about how it was found."""
 
     format: Format
@@ -51,7 +51,7 @@ class Source:
     said: tuple[str, ...]
 
 
-def find_source(folder: Folder, word: str | None = None, step: int | None = None) -> Source:
+def find_source(folder: Folder, word: str | None = None, step: int | None = None) -> FoundSource:
     """The format of a source and the folder of its step. Nothing but names, and a first few bytes, is read.
 
     `word` is what `--from` says. Raises Refused for a folder of several formats, NotACheckpoint for one of none or of another
@@ -71,10 +71,10 @@ def find_source(folder: Folder, word: str | None = None, step: int | None = None
     if len(fitting) > 1:
         what = "; ".join(f"{one} ({why})" for one, why in found.items())
         raise Refused(f"{at.url}: several formats in one folder: {what}; say which with --from {' or --from '.join(fitting)}")
-    return Source(fitting[0], at, said)
+    return FoundSource(fitting[0], at, said)
 
 
-def read_foreign(source: Source) -> ForeignCheckpoint:
+def read_foreign(source: FoundSource) -> ForeignCheckpoint:
     """The listing of a source. Raises Unsupported for a format that this release does not read, and what its reader does."""
     reader = READERS.get(source.format)
     if reader is None:
@@ -86,7 +86,7 @@ def read_foreign(source: Source) -> ForeignCheckpoint:
     return replace(found, said=(*source.said, *found.said), not_carried=(*found.not_carried, *beside))
 
 
-def _beside(source: Source) -> list[str]:
+def _beside(source: FoundSource) -> list[str]:
     """What a trainer of transformers leaves beside weights: no part of them, and not to be passed over in silence."""
     if source.format != "safetensors" or source.folder.only is not None:
         return []

@@ -131,7 +131,7 @@ class StateScalar:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ParamGroup:
     """One param group of an optimizer: its members in order, and its options as the file has them."""
 
     item: str
@@ -158,7 +158,7 @@ class RankListing:
     coordinate: tuple[tuple[str, int], ...]
     file: str
     tensors: tuple[LocalTensor, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[ParamGroup, ...]
     values: Mapping[str, object]
     scalars: tuple[StateScalar, ...] = ()
     empty: tuple[str, ...] = ()
@@ -169,7 +169,7 @@ class RankListing:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FilePiece:
     """A box of a whole array, and where its elements lie; `stored.shape` is the box's."""
 
     box: Box
@@ -189,11 +189,11 @@ class WholeTensor:
     state: str
     shape: tuple[int, ...]
     dtype: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePiece, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Tied:
+class TiedName:
     """`alias` is one tensor with `name`, both in the model that is `item`."""
 
     item: str
@@ -222,8 +222,8 @@ class ForeignCheckpoint:
     ranks: tuple[RankListing, ...] = ()
     wholes: tuple[WholeTensor, ...] = ()
     scalars: tuple[StateScalar, ...] = ()
-    groups: tuple[Group, ...] = ()
-    tied: tuple[Tied, ...] = ()
+    groups: tuple[ParamGroup, ...] = ()
+    tied: tuple[TiedName, ...] = ()
     constants: Mapping[str, Constant] = field(default_factory=dict)
     values: Mapping[str, object] = field(default_factory=dict)
     not_carried: tuple[NotCarried, ...] = ()

@@ -2,7 +2,7 @@
 
 `mp_rank_TT[_PPP[_EEE]]/model_optim_rng.pt` holds `args`, `model` (or `model0`, `model1`, ... for several stages
 a rank) and `optimizer`. These keys are the file's structure; names of tensors inside `model` are data here and the program's
-business. Optimizers count their parameters: `Group.members` are integers.
+business. Optimizers count their parameters: `ParamGroup.members` are integers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 from elastickpt.errors import Malformed, MissingFile, NotACheckpoint, StructureConflict, Unsupported, ValueNotCarried
 from elastickpt.foreign.folder import Folder
-from elastickpt.foreign.listing import ForeignCheckpoint, Group, LocalTensor, NotCarried, RankListing, StateScalar, StoredTensor
+from elastickpt.foreign.listing import (
+    ForeignCheckpoint,
+    LocalTensor,
+    NotCarried,
+    ParamGroup,
+    RankListing,
+    StateScalar,
+    StoredTensor,
+)
 from elastickpt.foreign.pickle_names import is_odd_tensor
 from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import ReadTensor, carried, constants_of, to_plain
@@ -190,7 +198,7 @@ def _flat(entries: Mapping[object, object], prefix: str) -> Iterator[tuple[str, 
 
 def _optimizer(
     path: str, optimizer: object, read: ReadTensor
-) -> tuple[list[LocalTensor | StateScalar], tuple[Group, ...], dict[object, object], list[NotCarried]]:
+) -> tuple[list[LocalTensor | StateScalar], tuple[ParamGroup, ...], dict[object, object], list[NotCarried]]:
     """(states, groups, what else it holds, what is left out) of an optimizer's state_dict, with or without the wrapper for half
     types. A distributed optimizer leaves neither states nor members of its groups there.
 
@@ -201,7 +209,7 @@ def _optimizer(
         return [], (), {}, []
     chain = optimizer if isinstance(optimizer, list) else [optimizer]
     states: list[LocalTensor | StateScalar] = []
-    groups: list[Group] = []
+    groups: list[ParamGroup] = []
     rest: dict[object, object] = {}
     left: list[NotCarried] = []
     for number, one in enumerate(chain):
@@ -223,13 +231,13 @@ def _optimizer(
     return states, tuple(groups), rest, left
 
 
-def _groups(path: str, item: str, found: list[object], read: ReadTensor) -> Iterator[Group]:
+def _groups(path: str, item: str, found: list[object], read: ReadTensor) -> Iterator[ParamGroup]:
     for group in found:
         members = group.get("params") if isinstance(group, dict) else None
         if not isinstance(group, dict) or not isinstance(members, list) or not all(type(one) is int for one in members):
             raise Malformed(f"{path}: {item}: a param group without its list of numbers `params`")
         options = {str(key): to_plain(value, read, where=f"/{key}") for key, value in group.items() if key != "params"}
-        yield Group(item, tuple(members), options)
+        yield ParamGroup(item, tuple(members), options)
 
 
 def _states(path: str, item: str, found: object, read: ReadTensor) -> Iterator[LocalTensor | StateScalar]:
@@ -246,7 +254,7 @@ def _states(path: str, item: str, found: object, read: ReadTensor) -> Iterator[L
                 yield StateScalar(item, index, str(state), plain)
 
 
-def _masters(path: str, item: str, optimizer: Mapping[object, object], groups: tuple[Group, ...]) -> Iterator[LocalTensor]:
+def _masters(path: str, item: str, optimizer: Mapping[object, object], groups: tuple[ParamGroup, ...]) -> Iterator[LocalTensor]:
     """fp32 masters: a list of tensors for each group, in the order of the group's members."""
     for key in _MASTERS:
         lists = optimizer.get(key)

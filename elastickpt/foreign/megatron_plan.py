@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from elastickpt.errors import Refused, StructureConflict
 from elastickpt.foreign.file_plans import FilePlan, NewTensor, constant_file
 from elastickpt.foreign.formats import MEGATRON_TRACKER
-from elastickpt.foreign.listing import Group
+from elastickpt.foreign.listing import ParamGroup
 from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import from_plain
 from elastickpt.foreign.torch_archive import plan_torch_archive
@@ -38,7 +38,7 @@ class NewRank:
     tp: int
     chunks: tuple[Mapping[str, NewTensor | None], ...]
     states: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
-    groups: tuple[Group, ...] = ()
+    groups: tuple[ParamGroup, ...] = ()
     masters: Mapping[int, NewTensor] = field(default_factory=dict)
     args: Mapping[str, object] = field(default_factory=dict)
     values: Mapping[str, object] = field(default_factory=dict)

@@ -13,13 +13,13 @@ from typing import TypeAlias
 
 from elastickpt.errors import Malformed, ValueNotCarried
 from elastickpt.foreign.listing import (
-    Group,
+    FilePiece,
     LocalName,
     NotCarried,
-    Piece,
+    ParamGroup,
     StateScalar,
     StoredTensor,
-    Tied,
+    TiedName,
     WholeTensor,
 )
 from elastickpt.foreign.pickle_names import is_odd_tensor
@@ -41,25 +41,25 @@ class ChunkedTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePiece, ...]
 
 
 Tensor: TypeAlias = StoredTensor | ChunkedTensor
 
 
 @dataclass(slots=True)
-class Contents:
+class SortedOut:
     """What `sort_out` found; lists that grow while it walks."""
 
     wholes: list[WholeTensor] = field(default_factory=list)
     scalars: list[StateScalar] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
-    tied: list[Tied] = field(default_factory=list)
+    groups: list[ParamGroup] = field(default_factory=list)
+    tied: list[TiedName] = field(default_factory=list)
     values: dict[str, object] = field(default_factory=dict)
     not_carried: list[NotCarried] = field(default_factory=list)
 
 
-def sort_out(value: object, read: ReadTensor, *, where: str) -> Contents:
+def sort_out(value: object, read: ReadTensor, *, where: str) -> SortedOut:
     """Every tensor and value of what was saved, once. Raises Malformed unless it is a mapping, ValueNotCarried by name."""
     if not isinstance(value, Mapping):
         raise Malformed(f"{where}: expected a mapping of names or of items, found a {type(value).__name__}")
@@ -70,9 +70,9 @@ class _Sorter:
     def __init__(self, read: ReadTensor, where: str) -> None:
         self.read = read
         self.where = where
-        self.found = Contents()
+        self.found = SortedOut()
 
-    def run(self, value: Mapping[object, object]) -> Contents:
+    def run(self, value: Mapping[object, object]) -> SortedOut:
         if _is_optimizer(value) or _is_model(value):
             self._item((), value)
         elif any(_has_model(one) for one in value.values()):
@@ -135,7 +135,7 @@ class _Sorter:
         for key, value in members.items():
             name = str(key)
             if isinstance(value, StoredTensor) and value.count and first.setdefault(value, name) != name:
-                self.found.tied.append(Tied(item, name, first[value]))
+                self.found.tied.append(TiedName(item, name, first[value]))
             elif isinstance(value, StoredTensor | ChunkedTensor):
                 self.found.wholes.append(_whole(item, name, "value", value))
             elif is_odd_tensor(value):
@@ -150,7 +150,7 @@ class _Sorter:
         for group, told in groups:
             names.update(zip(group.members, told or group.members, strict=True))
         for group, told in groups:
-            self.found.groups.append(Group(item, told or group.members, group.options))
+            self.found.groups.append(ParamGroup(item, told or group.members, group.options))
         states = flat.get("state")
         if not isinstance(states, Mapping):
             raise Malformed(f"{self.where}: {item}: expected the mapping `state`")
@@ -171,7 +171,7 @@ class _Sorter:
                 plain = to_plain(value, self.read, where=f"{self.where}: {item}: {name}: {state}")
                 self.found.scalars.append(StateScalar(item, name, str(state), plain))
 
-    def _groups(self, item: str, path: Path, found: object) -> Iterator[tuple[Group, tuple[str, ...] | None]]:
+    def _groups(self, item: str, path: Path, found: object) -> Iterator[tuple[ParamGroup, tuple[str, ...] | None]]:
         """Each group as it stands, and its members' names where the group has `param_names`."""
         if not isinstance(found, list):
             raise Malformed(f"{self.where}: {item}: expected the list `param_groups`")
@@ -188,13 +188,13 @@ class _Sorter:
                 for key, one in group.items()
                 if key not in ("params", "param_names")
             }
-            yield Group(item, tuple(members), options), tuple(map(str, told)) if named and isinstance(told, list) else None
+            yield ParamGroup(item, tuple(members), options), tuple(map(str, told)) if named and isinstance(told, list) else None
 
 
 def _whole(item: str, name: LocalName, state: str, value: Tensor) -> WholeTensor:
     if isinstance(value, ChunkedTensor):
         return WholeTensor(item, name, state, value.shape, value.dtype, value.pieces)
-    pieces = (Piece(Box.whole(value.shape), value),) if value.count else ()
+    pieces = (FilePiece(Box.whole(value.shape), value),) if value.count else ()
     return WholeTensor(item, name, state, value.shape, value.dtype, pieces)
 
 

@@ -12,7 +12,7 @@ from math import prod
 
 from elastickpt.errors import LimitExceeded, Malformed, MissingFile, NotACheckpoint, Refused, StructureConflict, Unsupported
 from elastickpt.foreign.folder import Folder, inside
-from elastickpt.foreign.listing import ForeignCheckpoint, Piece, Storage, StoredTensor, Tied, WholeTensor
+from elastickpt.foreign.listing import FilePiece, ForeignCheckpoint, Storage, StoredTensor, TiedName, WholeTensor
 from elastickpt.foreign.plain_values import constants_of
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
@@ -119,19 +119,19 @@ def read_safetensors(folder: Folder) -> ForeignCheckpoint:
     found = _files(folder)
     wholes: dict[str, WholeTensor] = {}
     notes: dict[str, object] = {}
-    tied: list[Tied] = []
+    tied: list[TiedName] = []
     for path, wanted in found.items():
         with folder.opened(path) as archive:
             file = read_safetensors_file(archive)
         _check_index(path, wanted, file.tensors)
-        ties = [Tied("model", alias, name) for alias, name in file.notes.items() if _is_tie(alias, name, file.tensors)]
+        ties = [TiedName("model", alias, name) for alias, name in file.notes.items() if _is_tie(alias, name, file.tensors)]
         tied.extend(ties)
         aliases = {one.alias for one in ties}
         notes |= {name: text for name, text in file.notes.items() if name != "format" and name not in aliases}
         for name, tensor in file.tensors.items():
             if name in wholes:
                 raise StructureConflict(f"{path}: tensor {name!r} stands in another file too")
-            pieces = (Piece(Box.whole(tensor.shape), tensor),) if tensor.count else ()
+            pieces = (FilePiece(Box.whole(tensor.shape), tensor),) if tensor.count else ()
             wholes[name] = WholeTensor("model", name, "value", tensor.shape, tensor.dtype, pieces)
     config = read_config(folder)
     values = {f"/{name}": value for name, value in (("config", config), ("metadata", notes)) if value}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from elastickpt.errors import Refused, ValueNotCarried
-from elastickpt.foreign.file_plans import FilePlan, NewTensor, Slot, constant_file
+from elastickpt.foreign.file_plans import FilePlan, NewTensor, TensorSlot, constant_file
 from elastickpt.foreign.safetensors_file import DTYPE_NAMES, MAX_HEADER_NBYTES
 from elastickpt.format.arrays import DTYPES
 
@@ -89,5 +89,5 @@ def _plan(path: str, tensors: Mapping[str, NewTensor], notes: Mapping[str, str])
         raise ValueNotCarried(f"{path}: {len(tensors)} tensors need a header of {len(text)} bytes, the format's limit is less")
     begin = 8 + len(text)
     head = len(text).to_bytes(8, "little") + text
-    slots = tuple(Slot(tensor, begin + offset) for tensor, offset in places)
+    slots = tuple(TensorSlot(tensor, begin + offset) for tensor, offset in places)
     return FilePlan(path, begin + at, slots, lambda _: ((0, head),))

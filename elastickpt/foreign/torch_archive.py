@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastickpt.foreign.file_plans import Checksums, FilePlan, Frame, NewTensor, Slot
+from elastickpt.foreign.file_plans import Checksums, FilePlan, Frame, NewTensor, TensorSlot
 from elastickpt.foreign.pickle_emitter import emit_pickle
 from elastickpt.format.values import ArrayValue
 
@@ -67,7 +67,7 @@ def plan_torch_archive(path: str, value: object, *, start: int = 0) -> FilePlan:
         given = tensor if isinstance(tensor, NewTensor) else None
         records.append(_placed(f"data/{number}", records[-1].end, nbytes, data, given))
     records.append(_placed("version", records[-1].end, 2, b"3\n", None))
-    slots = tuple(Slot(one.tensor, start + one.start) for one in records if one.tensor is not None)
+    slots = tuple(TensorSlot(one.tensor, start + one.start) for one in records if one.tensor is not None)
     nbytes = records[-1].end + len(_directory(records, {}))
     return FilePlan(path, nbytes, slots, lambda checksums: _frames(records, checksums, start))
 

@@ -9,7 +9,7 @@ from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe
 from elastickpt.foreign.pickle_machine import MAX_PICKLE_NBYTES, read_pickle
 from elastickpt.foreign.pickle_names import NAMES
 from elastickpt.foreign.pickle_values import StorageClass, StorageReference
-from elastickpt.foreign.zip_records import ByteRange, Record, is_zip, zip_records
+from elastickpt.foreign.zip_records import ByteRange, ZipRecord, is_zip, zip_records
 from elastickpt.format.arrays import DTYPES
 
 
@@ -34,7 +34,7 @@ def read_torch_file(archive: ByteRange) -> object:
 class _Storages:
     """Makes a persistent id of the pickle the storage that it stands for."""
 
-    def __init__(self, archive: ByteRange, records: Mapping[str, Record], root: str) -> None:
+    def __init__(self, archive: ByteRange, records: Mapping[str, ZipRecord], root: str) -> None:
         self.archive = archive
         self.records = records
         self.root = root
@@ -68,7 +68,7 @@ def _no_archive(archive: ByteRange) -> Unsupported | Malformed:
     return Malformed(f"{archive.file}: expected a zip archive of torch.save, found a file that begins with {head[:4]!r}")
 
 
-def _root(archive: ByteRange, records: Mapping[str, Record]) -> str:
+def _root(archive: ByteRange, records: Mapping[str, ZipRecord]) -> str:
     """The folder inside the archive, with its slash."""
     found = [name.removesuffix("data.pkl") for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
     roots = [root for root in found if root.count("/") <= 1]
@@ -77,18 +77,18 @@ def _root(archive: ByteRange, records: Mapping[str, Record]) -> str:
     return roots[0]
 
 
-def _check_byte_order(archive: ByteRange, records: Mapping[str, Record], root: str) -> None:
+def _check_byte_order(archive: ByteRange, records: Mapping[str, ZipRecord], root: str) -> None:
     record = records.get(f"{root}byteorder")
     if record is not None and (order := _read(archive, record)) != b"little":
         raise Unsupported(f"{archive.file}: byte order {order[:16]!r}; this reader knows little-endian files only")
 
 
-def _require_plain(archive: ByteRange, record: Record, name: str) -> None:
+def _require_plain(archive: ByteRange, record: ZipRecord, name: str) -> None:
     if record.packed:
         raise Unsupported(f"{archive.file}: record {name!r} is packed or encrypted; expected records stored as they are")
 
 
-def _read(archive: ByteRange, record: Record) -> bytes:
+def _read(archive: ByteRange, record: ZipRecord) -> bytes:
     """A small record's bytes, compared with their checksum; 0 is that of a writer that made none."""
     _require_plain(archive, record, "data.pkl")
     if record.storage.nbytes > MAX_PICKLE_NBYTES:

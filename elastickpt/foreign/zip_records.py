@@ -50,7 +50,7 @@ class ByteRange:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipRecord:
     """One record: its bytes, and the checksum that the archive states for them. `packed` bytes are not its content."""
 
     storage: Storage
@@ -74,12 +74,12 @@ class _Entry:
     packed: bool
 
 
-def zip_records(archive: ByteRange) -> Mapping[str, Record]:
+def zip_records(archive: ByteRange) -> Mapping[str, ZipRecord]:
     """Record by name. Raises Malformed for what is no whole archive, Unsupported for one in several parts."""
     directory = _directory(archive)
     data = archive.read(directory.offset, directory.nbytes)
     entries = list(_entries(archive.file, data, directory.count))
-    found: dict[str, Record] = {}
+    found: dict[str, ZipRecord] = {}
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.header):
         start = entry.header + _local_nbytes(archive, entry.header, entry.name)
@@ -88,7 +88,7 @@ def zip_records(archive: ByteRange) -> Mapping[str, Record]:
         if entry.name in found:
             raise Malformed(f"{archive.file}: record {entry.name!r} stands twice in the archive")
         end = start + entry.nbytes
-        found[entry.name] = Record(Storage(archive.file, archive.start + start, entry.nbytes), entry.crc32, entry.packed)
+        found[entry.name] = ZipRecord(Storage(archive.file, archive.start + start, entry.nbytes), entry.crc32, entry.packed)
     return found
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from elastickpt.errors import ProgramFault
-from elastickpt.language.tree import Place
+from elastickpt.language.tree import TextPlace
 
 
-def fault(message: str, *, at: Place, source: str = "", name: str = "") -> ProgramFault:
+def fault(message: str, *, at: TextPlace, source: str = "", name: str = "") -> ProgramFault:
     """The error for what stands at a place of the program's text; `message` says what was expected and what was found."""
     return ProgramFault(located(message, at=at, source=source, name=name))
 
 
-def located(message: str, *, at: Place, source: str = "", name: str = "") -> str:
+def located(message: str, *, at: TextPlace, source: str = "", name: str = "") -> str:
     """The message with its place, as far as that is known.
 
     megatron.ucl:12:34: axis 'dp' is not in mesh dense (pp, tp)

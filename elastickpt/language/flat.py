@@ -14,7 +14,7 @@ from math import prod
 
 from elastickpt.errors import ProgramFault
 from elastickpt.language import tree as t
-from elastickpt.language.held import Held, flat_part, lower
+from elastickpt.language.held import HeldParts, flat_part, lower
 from elastickpt.language.holders import global_names
 from elastickpt.language.orders import plain_name
 from elastickpt.language.patterns import filled, regex_of
@@ -27,11 +27,11 @@ Shapes = Sequence[tuple[str, tuple[int, ...]]]  # names in an order, with the sh
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class OrderedTensor:
     """A tensor of an order: the whole array's name, and what the rank holds of it before anything is laid flat."""
 
     name: str
-    held: Held
+    held: HeldParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Flat:
     """What a rank's flat tensor of `count` elements, padding among them, holds of each array."""
 
     count: int
-    parts: tuple[Listed, ...]
+    parts: tuple[OrderedTensor, ...]
 
 
 def cat_of(dims: object) -> t.Cat | None:
@@ -59,7 +59,7 @@ class Orders:
     at: Coordinate
     listings: Mapping[str, Shapes]
 
-    def parts(self, rule: Rule, shape: tuple[int, ...]) -> tuple[Listed, ...]:
+    def parts(self, rule: Rule, shape: tuple[int, ...]) -> tuple[OrderedTensor, ...]:
         """What a flat tensor of this shape holds. Raises ProgramFault where its order makes another size."""
         cat = cat_of(rule.dims)
         if cat is None or not isinstance(rule.dims, tuple):
@@ -70,7 +70,7 @@ class Orders:
             raise self.scope.fault(said, rule.at)
         return flat.parts
 
-    def listed(self, cat: t.Cat) -> tuple[Listed, ...]:
+    def listed(self, cat: t.Cat) -> tuple[OrderedTensor, ...]:
         """The tensors of an order: those of a listing of the files, or those that the order writes out.
 
         A name that a rule has lies in the whole as that rule says; another one is whole. Raises ProgramFault for an order that
@@ -88,35 +88,35 @@ class Orders:
             raise self.scope.fault(f"listing {order.by!r}: expected one that the files hold ({there})", order.at)
         return tuple(self._held(name, shape) for name, shape in self.listings[order.by])
 
-    def _written(self, member: t.Member) -> Listed:
+    def _written(self, member: t.OrderMember) -> OrderedTensor:
         name = plain_name(member.name)
         if member.dims is not None:
-            return Listed(name, lower(member.dims, self.scope, self.at))
+            return OrderedTensor(name, lower(member.dims, self.scope, self.at))
         found = self._by_rule(name)
         if found is None:
             raise self.scope.fault(f"{name!r}: no rule states its shape: write its dimensions behind it", member.name.at)
         return found[1]
 
-    def _held(self, name: str, shape: tuple[int, ...]) -> Listed:
+    def _held(self, name: str, shape: tuple[int, ...]) -> OrderedTensor:
         found = self._by_rule(name)
         if found is None:
-            return Listed(name, lower([t.Number(extent) for extent in shape], Scope(), {}))
+            return OrderedTensor(name, lower([t.Number(extent) for extent in shape], Scope(), {}))
         rule, one = found
         if one.held.local != shape:
             raise self.scope.fault(f"{name!r}: expected shape {one.held.local} by the program, found {shape}", rule.at)
         return one
 
-    def _by_rule(self, name: str) -> tuple[Rule, Listed] | None:
+    def _by_rule(self, name: str) -> tuple[Rule, OrderedTensor] | None:
         for rule in self.rules.rules:
             found = regex_of(rule.pattern).fullmatch(name)
             if found is not None and isinstance(rule.dims, tuple) and cat_of(rule.dims) is None and not rule.flag("drop"):
                 holes = {hole: int(text) if text.isdecimal() else text for hole, text in found.groupdict().items()}
                 whole = filled(rule.whole, global_names(rule, holes, self.scope, self.at))
-                return rule, Listed(whole, lower(rule.dims, self.scope, self.at))
+                return rule, OrderedTensor(whole, lower(rule.dims, self.scope, self.at))
         return None
 
 
-def lay_flat(factor: t.Factor, order: Sequence[Listed], scope: Scope, at: Coordinate) -> Flat:
+def lay_flat(factor: t.Factor, order: Sequence[OrderedTensor], scope: Scope, at: Coordinate) -> Flat:
     """What the rank at a coordinate has in a flat tensor of these dimensions.
 
     Raises ProgramFault for a factor that is no flat one, and for padding that does not divide.
@@ -142,7 +142,7 @@ def _step(step: int, scope: Scope, cuts: Sequence[t.Cut]) -> int:
     return step
 
 
-def _whole(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Scope, at: Coordinate) -> Flat:
+def _whole(order: Sequence[OrderedTensor], step: int, cuts: Sequence[t.Cut], scope: Scope, at: Coordinate) -> Flat:
     total = sum(prod(one.held.local) for one in order)
     step = _step(step, scope, cuts)
     low, high = _share(-(-total // step) * step, cuts, scope, at)
@@ -152,19 +152,19 @@ def _whole(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Sco
         start, stop = max(low, first), min(high, first + count)
         if start < stop or count == 0:  # an array without elements is on all ranks
             at_once = (start - low, start - first, stop - first) if count else (0, 0, 0)
-            parts.append(Listed(one.name, flat_part(one.held, *at_once)))
+            parts.append(OrderedTensor(one.name, flat_part(one.held, *at_once)))
         first += count
     return Flat(high - low, tuple(parts))
 
 
-def _each(order: Sequence[Listed], step: int, cuts: Sequence[t.Cut], scope: Scope, at: Coordinate) -> Flat:
+def _each(order: Sequence[OrderedTensor], step: int, cuts: Sequence[t.Cut], scope: Scope, at: Coordinate) -> Flat:
     parts, place = [], 0
     step = _step(step, scope, cuts)
     for one in order:
         count = prod(one.held.local)
         low, high = _share(-(-count // step) * step, cuts, scope, at)
         if low < min(high, count) or count == 0:
-            parts.append(Listed(one.name, flat_part(one.held, place, low, min(high, count))))
+            parts.append(OrderedTensor(one.name, flat_part(one.held, place, low, min(high, count))))
         place += high - low
     return Flat(place, tuple(parts))
 

@@ -21,7 +21,7 @@ from elastickpt.layout.placement import flat_boxes
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Strides:
     """First element and one stride for each digit, in elements of the array's C order."""
 
     offset: int
@@ -36,8 +36,8 @@ class HeldPiece:
     """
 
     extents: tuple[int, ...]
-    whole: Side
-    local: Side
+    whole: Strides
+    local: Strides
     axes: frozenset[str] = frozenset()
 
     @property
@@ -46,7 +46,7 @@ class HeldPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldParts:
     """All that one rank's tensor holds of one whole array. `true` is None where nothing is padded."""
 
     whole: tuple[int, ...]
@@ -55,7 +55,7 @@ class Held:
     pieces: tuple[HeldPiece, ...]
 
 
-def lower(dims: Sequence[t.Factor], scope: Scope, at: Coordinate, *, chosen: Mapping[str, int] | None = None) -> Held:
+def lower(dims: Sequence[t.Factor], scope: Scope, at: Coordinate, *, chosen: Mapping[str, int] | None = None) -> HeldParts:
     """What the rank at a coordinate holds of the array with these dimensions. Raises ProgramFault where sizes do not fit.
 
     `chosen`: of stacked names the one index that is looked at; that dimension has one element then, or is left out where it
@@ -71,7 +71,7 @@ def lower(dims: Sequence[t.Factor], scope: Scope, at: Coordinate, *, chosen: Map
     pieces = [_piece(strands, whole_steps, local_steps) for strands in product(*(extent.strands for extent in extents))]
     padded = [extent for extent, stay in zip(extents, stays, strict=True) if stay]
     true = tuple(e.whole if e.true is None else e.true for e in padded) if any(e.true is not None for e in padded) else None
-    return Held(whole, local, true, tuple(pieces))
+    return HeldParts(whole, local, true, tuple(pieces))
 
 
 def _is_chosen(factor: t.Factor, chosen: Mapping[str, int]) -> bool:
@@ -90,8 +90,8 @@ def _piece(strands: Sequence[Strand], whole: Sequence[int], local: Sequence[int]
     digits = [digit for digit in digits if digit.count != 1]
     return HeldPiece(
         tuple(d.count for d in digits),
-        Side(sum(s.whole * w for s, w in zip(strands, whole, strict=True)), tuple(d.whole for d in digits)),
-        Side(sum(s.local * n for s, n in zip(strands, local, strict=True)), tuple(d.local for d in digits)),
+        Strides(sum(s.whole * w for s, w in zip(strands, whole, strict=True)), tuple(d.whole for d in digits)),
+        Strides(sum(s.local * n for s, n in zip(strands, local, strict=True)), tuple(d.local for d in digits)),
         frozenset(axis for strand in strands for axis in strand.axes),
     )
 
@@ -99,16 +99,16 @@ def _piece(strands: Sequence[Strand], whole: Sequence[int], local: Sequence[int]
 # -- flat tensors ------------------------------------------------------------------------------------------------------
 
 
-def flat_part(held: Held, first: int, low: int, high: int) -> Held:
+def flat_part(held: HeldParts, first: int, low: int, high: int) -> HeldParts:
     """What a flat tensor holds that has elements [low, high) of a tensor's own C order at its place `first`."""
     pieces = []
     for piece in held.pieces:
         digits = tuple(map(Digit, piece.extents, piece.whole.strides, piece.local.strides))
         for one in clipped(Strand(digits, piece.whole.offset, piece.local.offset, piece.axes), low, high):
             counts, steps, places = ([getattr(d, n) for d in one.digits] for n in ("count", "whole", "local"))
-            whole, local = Side(one.whole, tuple(steps)), Side(one.local - low + first, tuple(places))
+            whole, local = Strides(one.whole, tuple(steps)), Strides(one.local - low + first, tuple(places))
             pieces.append(HeldPiece(tuple(counts), whole, local, piece.axes))
-    return Held(held.whole, (first + high - low,), held.true, tuple(pieces))
+    return HeldParts(held.whole, (first + high - low,), held.true, tuple(pieces))
 
 
 # -- views, proofs -----------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ class Transfer:
     """Elements that go from one rank's tensor to another's, as lattices in both; strides of one digit each."""
 
     extents: tuple[int, ...]
-    source: Side
-    target: Side
+    source: Strides
+    target: Strides
 
     @property
     def count(self) -> int:
@@ -229,11 +229,11 @@ def _transfer(common: Box, have: ViewBox, wanted: ViewBox) -> Transfer:
     sides = []
     for one in (have, wanted):
         at = sum((low - zero) * s for low, zero, s in zip(common.start, one.box.start, one.strides, strict=True))
-        sides.append(Side(one.local + at, one.strides))
+        sides.append(Strides(one.local + at, one.strides))
     return _folded(common.shape, *sides)
 
 
-def _folded(extents: Sequence[int], source: Side, target: Side) -> Transfer:
+def _folded(extents: Sequence[int], source: Strides, target: Strides) -> Transfer:
     """With neighbouring digits that continue each other on both sides as one."""
     digits: list[tuple[int, int, int]] = []
     for n, s, d in zip(extents, source.strides, target.strides, strict=True):
@@ -244,4 +244,4 @@ def _folded(extents: Sequence[int], source: Side, target: Side) -> Transfer:
         else:
             digits.append((n, s, d))
     counts, first, second = ([one[k] for one in digits] for k in range(3))
-    return Transfer(tuple(counts), Side(source.offset, tuple(first)), Side(target.offset, tuple(second)))
+    return Transfer(tuple(counts), Strides(source.offset, tuple(first)), Strides(target.offset, tuple(second)))

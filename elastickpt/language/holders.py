@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from elastickpt.language.held import Held, HeldPiece, prove_pieces
+from elastickpt.language.held import HeldParts, HeldPiece, prove_pieces
 from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
@@ -43,7 +43,7 @@ class Holder:
     rank: int
     tensor: int
     rule: Rule
-    held: Held
+    held: HeldParts
     at: Mapping[str, int]  # its place on all axes, chunks too
 
 

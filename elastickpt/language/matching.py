@@ -13,7 +13,7 @@ from itertools import product
 
 from elastickpt.language import tree as t
 from elastickpt.language.flat import Orders, cat_of
-from elastickpt.language.held import Held, lower
+from elastickpt.language.held import HeldParts, lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray, global_names, require_all, require_whole
 from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.patterns import filled, regex_of
@@ -153,7 +153,7 @@ class _Finder:
 
 def _with_found_shares(rules: Rules, hits: Sequence[_Hit]) -> Scope:
     """The scope with the lists of sizes that numbers in names tell: of each share one more than its highest number."""
-    wanted = {need.name for need in needed(rules.program) if need.default == t.Listed(None)} & rules.scope.own
+    wanted = {need.name for need in needed(rules.program) if need.default == t.SizeList(None)} & rules.scope.own
     found: dict[str, list[int]] = {}
     for hit in hits if wanted else ():
         for hole in hit.rule.pattern.holes:
@@ -234,7 +234,7 @@ def _holders(hit: _Hit, rules: Rules, scope: Scope, ranks: Sequence[RankShapes])
         yield filled(target, {**names, **numbers}), Holder(hit.rank, hit.tensor, rule, held, hit.at)
 
 
-def _as_it_is(shape: tuple[int, ...]) -> Held:
+def _as_it_is(shape: tuple[int, ...]) -> HeldParts:
     return lower([t.Number(extent) for extent in shape], Scope(), {})
 
 

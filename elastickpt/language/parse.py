@@ -81,12 +81,14 @@ def parse(text: str, *, name: str = "program") -> t.Program:
     except UnexpectedInput as error:
         raise unexpected(error, text, name) from None
     except DedentError as error:
-        at = t.Place(_indents().line, 1)
+        at = t.TextPlace(_indents().line, 1)
         raise fault(f"the indentation fits no block above: {error}", at=at, source=text, name=name) from None
     except RecursionError:
         raise LimitExceeded(f"{name}: nested too deeply") from None
     if found.version != VERSION:
-        raise fault(f"version {found.version}; this release reads version {VERSION}", at=t.Place(1, 5), source=text, name=name)
+        raise fault(
+            f"version {found.version}; this release reads version {VERSION}", at=t.TextPlace(1, 5), source=text, name=name
+        )
     program: t.Program = found
     return program
 
@@ -99,12 +101,12 @@ def _nesting(line: str) -> int:
     return most
 
 
-def _first_place(parts: tuple[t.Product, ...]) -> t.Place:
+def _first_place(parts: tuple[t.Product, ...]) -> t.TextPlace:
     return next((one.at for part in parts for one in part.factors), t.NOWHERE)
 
 
-def _at(token: Token) -> t.Place:
-    return t.Place(token.line or 0, token.column or 0, len(token))
+def _at(token: Token) -> t.TextPlace:
+    return t.TextPlace(token.line or 0, token.column or 0, len(token))
 
 
 @v_args(inline=True)
@@ -128,11 +130,11 @@ class _Builder(Transformer[Token, Any]):
         *others, default = rest
         return t.Need(str(name), default, tuple(map(str, others)), at=_at(name))
 
-    def list(self, *values: t.Expr | None) -> t.Listed:
-        return t.Listed(tuple(value for value in values if value is not None))
+    def list(self, *values: t.Expr | None) -> t.SizeList:
+        return t.SizeList(tuple(value for value in values if value is not None))
 
-    def found(self) -> t.Listed:
-        return t.Listed(None)
+    def found(self) -> t.SizeList:
+        return t.SizeList(None)
 
     def let(self, name: Token, value: t.Expr) -> t.Let:
         return t.Let(str(name), value, at=_at(name))
@@ -156,11 +158,11 @@ class _Builder(Transformer[Token, Any]):
     def order(self, name: Token, by: Any) -> t.Order:
         return t.Order(str(name).strip('"'), by, at=_at(name))
 
-    def order_names(self, name: Token, *members: t.Member) -> t.Order:
+    def order_names(self, name: Token, *members: t.OrderMember) -> t.Order:
         return t.Order(str(name).strip('"'), t.Names(members), at=_at(name))
 
-    def member(self, group: Token | None, name: Token, dims: _Dims | None) -> t.Member:
-        return t.Member(self._pattern(name), None if dims is None else dims.factors, group is not None)
+    def member(self, group: Token | None, name: Token, dims: _Dims | None) -> t.OrderMember:
+        return t.OrderMember(self._pattern(name), None if dims is None else dims.factors, group is not None)
 
     def listing(self, name: Token) -> str:
         return str(name)
@@ -170,18 +172,18 @@ class _Builder(Transformer[Token, Any]):
 
     def within(self, *children: Any) -> t.Within:
         tokens = [child for child in children if isinstance(child, Token)]
-        body = tuple(child for child in children if isinstance(child, t.Line))
+        body = tuple(child for child in children if isinstance(child, t.RuleLine))
         return t.Within(tuple(map(self._pattern, tokens)), body, at=_at(tokens[0]))
 
-    def line(self, pattern: Token, *rest: Any) -> t.Line:
+    def line(self, pattern: Token, *rest: Any) -> t.RuleLine:
         tokens = [one for one in rest if isinstance(one, Token)]
         dims = next((one for one in rest if isinstance(one, _Dims)), None)
         arrow = next((one for one in rest if isinstance(one, t.Arrow)), None)
-        body = tuple(one for one in rest if isinstance(one, t.Line))
+        body = tuple(one for one in rest if isinstance(one, t.RuleLine))
         clauses = tuple(one for one in rest if isinstance(one, t.Clause))
         whole = self._pattern(tokens[0]) if tokens else None
         factors = None if dims is None else dims.factors
-        return t.Line(self._pattern(pattern), whole, factors, clauses, arrow, body, at=_at(pattern))
+        return t.RuleLine(self._pattern(pattern), whole, factors, clauses, arrow, body, at=_at(pattern))
 
     def arrow(self, pattern: Token, *rest: Any) -> t.Arrow:
         dims = next((one for one in rest if isinstance(one, _Dims)), None)
@@ -260,8 +262,8 @@ class _Builder(Transformer[Token, Any]):
     def equal(self) -> t.Flag:
         return t.Flag("equal")
 
-    def tied(self, to: Token) -> t.Tied:
-        return t.Tied(self._pattern(to), at=_at(to))
+    def tied(self, to: Token) -> t.TiedClause:
+        return t.TiedClause(self._pattern(to), at=_at(to))
 
     def stored(self, by: t.Expr, exponents: tuple[tuple[str, int], ...] | None) -> t.Stored:
         return t.Stored(by, exponents or ())
@@ -275,8 +277,8 @@ class _Builder(Transformer[Token, Any]):
     def condition(self, condition: t.Condition) -> t.If:
         return t.If(condition)
 
-    def cast(self, dtype: Token) -> t.Cast:
-        return t.Cast(str(dtype), at=_at(dtype))
+    def cast(self, dtype: Token) -> t.CastClause:
+        return t.CastClause(str(dtype), at=_at(dtype))
 
     # -- arithmetic
 
@@ -289,26 +291,26 @@ class _Builder(Transformer[Token, Any]):
     def axis_size(self, axis: Token) -> t.AxisSize:
         return t.AxisSize(str(axis), at=_at(axis))
 
-    def call(self, function: Token, *arguments: t.Expr) -> t.Call:
+    def call(self, function: Token, *arguments: t.Expr) -> t.FunctionCall:
         if _FUNCTIONS.get(str(function)) != len(arguments):
             known = ", ".join(f"{name} of {count}" for name, count in _FUNCTIONS.items())
             raise self._fault(f"function {function!s} of {len(arguments)}: expected one of {known}", _at(function))
-        return t.Call(str(function), arguments, at=_at(function))
+        return t.FunctionCall(str(function), arguments, at=_at(function))
 
-    def add(self, left: t.Expr, right: t.Expr) -> t.Operation:
-        return t.Operation("+", left, right, at=left.at)
+    def add(self, left: t.Expr, right: t.Expr) -> t.Arithmetic:
+        return t.Arithmetic("+", left, right, at=left.at)
 
-    def subtract(self, left: t.Expr, right: t.Expr) -> t.Operation:
-        return t.Operation("-", left, right, at=left.at)
+    def subtract(self, left: t.Expr, right: t.Expr) -> t.Arithmetic:
+        return t.Arithmetic("-", left, right, at=left.at)
 
-    def multiply(self, left: t.Expr, right: t.Expr) -> t.Operation:
-        return t.Operation("*", left, right, at=left.at)
+    def multiply(self, left: t.Expr, right: t.Expr) -> t.Arithmetic:
+        return t.Arithmetic("*", left, right, at=left.at)
 
-    def divide(self, left: t.Expr, right: t.Expr) -> t.Operation:
-        return t.Operation("/", left, right, at=left.at)
+    def divide(self, left: t.Expr, right: t.Expr) -> t.Arithmetic:
+        return t.Arithmetic("/", left, right, at=left.at)
 
-    def remainder(self, left: t.Expr, right: t.Expr) -> t.Operation:
-        return t.Operation("%", left, right, at=left.at)
+    def remainder(self, left: t.Expr, right: t.Expr) -> t.Arithmetic:
+        return t.Arithmetic("%", left, right, at=left.at)
 
     # -- names
 
@@ -321,7 +323,7 @@ class _Builder(Transformer[Token, Any]):
         for found in _HOLE.finditer(text):
             if found.start() > end:
                 pieces.append(text[end : found.start()])
-            pieces.append(self._hole(found[0][1:-1], t.Place(at.line, at.column + found.start(), len(found[0]))))
+            pieces.append(self._hole(found[0][1:-1], t.TextPlace(at.line, at.column + found.start(), len(found[0]))))
             end = found.end()
         if end < len(text):
             pieces.append(text[end:])
@@ -330,7 +332,7 @@ class _Builder(Transformer[Token, Any]):
             raise self._fault(f"a hole stands twice in {text}", at)
         return t.Pattern(tuple(pieces), at=at)
 
-    def _hole(self, text: str, at: t.Place) -> t.Hole:
+    def _hole(self, text: str, at: t.TextPlace) -> t.Hole:
         name, colon, share = text.partition(":")
         name = name.strip()
         if not _SIMPLE_HOLE.fullmatch(name) or (colon and (name.startswith("*") or not share.strip())):
@@ -343,7 +345,7 @@ class _Builder(Transformer[Token, Any]):
             raise self._fault(f"expected a share as {{i: layers/pp}}, found {{{text}}}", at) from None
         return t.Hole(name, placed_at(factor, at), at=at)
 
-    def _fault(self, message: str, at: t.Place) -> ProgramFault:
+    def _fault(self, message: str, at: t.TextPlace) -> ProgramFault:
         return fault(message, at=at, source=self._source, name=self._name)
 
 

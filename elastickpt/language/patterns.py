@@ -47,7 +47,7 @@ def known_names(program: t.Program, names: Iterable[tuple[str, str]]) -> int:
     )
 
 
-def _patterns(line: t.Line, outer: t.Pattern) -> Iterator[t.Pattern]:
+def _patterns(line: t.RuleLine, outer: t.Pattern) -> Iterator[t.Pattern]:
     own = joined(outer, line.pattern)
     if not line.body:
         yield own
@@ -55,7 +55,7 @@ def _patterns(line: t.Line, outer: t.Pattern) -> Iterator[t.Pattern]:
         yield from _patterns(inner, own)
 
 
-def placed_at(factor: t.Factor, at: t.Place) -> t.Factor:
+def placed_at(factor: t.Factor, at: t.TextPlace) -> t.Factor:
     """A factor inside a hole, with the hole's place: it was parsed by itself."""
     inner = {one.name: getattr(factor, one.name) for one in fields(factor)}
     moved: dict[str, Any] = {"at": at} if "at" in inner else {}

@@ -10,7 +10,7 @@ from math import prod
 
 from elastickpt.language import tree as t
 from elastickpt.language.flat import Orders, Shapes, cat_of, lay_flat
-from elastickpt.language.held import Held, lower
+from elastickpt.language.held import HeldParts, lower
 from elastickpt.language.labels import labelled, labels_of
 from elastickpt.language.patterns import filled, regex_of
 from elastickpt.language.renaming import NamedShape
@@ -26,11 +26,11 @@ class Part:
     """What a local tensor has of one whole array."""
 
     array: str
-    held: Held
+    held: HeldParts
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedTensor:
     """One local tensor to be: of the rank at `coordinate`, of its part `chunk`. `key` sorts as the program's text does."""
 
     coordinate: tuple[tuple[str, int], ...]
@@ -102,7 +102,9 @@ def _without(factor: t.Factor, labels: set[str]) -> t.Factor:
     return factor
 
 
-def place(rules: Rules, arrays: Sequence[NamedShape], *, listings: Mapping[str, Shapes] | None = None) -> tuple[Placed, ...]:
+def place(
+    rules: Rules, arrays: Sequence[NamedShape], *, listings: Mapping[str, Shapes] | None = None
+) -> tuple[PlacedTensor, ...]:
     """Every rank's tensors, in the order of the program; flat ones by orders that are written out, or by `listings`.
 
     Raises ProgramFault for an array that no rule has, a rule that has none and is not optional, and sizes that do not fit.
@@ -140,7 +142,7 @@ def place(rules: Rules, arrays: Sequence[NamedShape], *, listings: Mapping[str, 
     return tuple(sorted(placed, key=lambda p: (p.coordinate, p.chunk, p.key)))
 
 
-def _flat(rules: Rules, scope: Scope, arrays: Sequence[NamedShape], listings: Mapping[str, Shapes]) -> Iterator[Placed]:
+def _flat(rules: Rules, scope: Scope, arrays: Sequence[NamedShape], listings: Mapping[str, Shapes]) -> Iterator[PlacedTensor]:
     """The flat tensors of all ranks; a rule of which no array is there has none."""
     names = {one.name for one in arrays}
     for rule in rules.rules:
@@ -159,17 +161,17 @@ def _flat(rules: Rules, scope: Scope, arrays: Sequence[NamedShape], listings: Ma
             parts = tuple(Part(one.name, one.held) for one in laid.parts)
             key: Key = tuple((line, ()) for line, _ in rule.path)
             container = filled(rule.containers[0], {})
-            yield Placed(coordinate, 0, container, filled(rule.pattern, {}), (laid.count,), parts, rule, key)
+            yield PlacedTensor(coordinate, 0, container, filled(rule.pattern, {}), (laid.count,), parts, rule, key)
 
 
 class _Under:
     """A local tensor under way: stacked ones have parts of several arrays."""
 
-    def __init__(self, first: Placed) -> None:
+    def __init__(self, first: PlacedTensor) -> None:
         self.first = first
         self.parts: list[Part] = []
 
-    def finished(self, rules: Rules) -> Placed:
+    def finished(self, rules: Rules) -> PlacedTensor:
         one = self.first
         count = sum(piece.count for part in self.parts for piece in part.held.pieces)
         if count != prod(one.shape):
@@ -177,10 +179,12 @@ class _Under:
                 f"tensor {one.name!r} of {dict(one.coordinate)}: {prod(one.shape)} elements, the arrays give {count}",
                 one.rule.at,
             )
-        return Placed(one.coordinate, one.chunk, one.container, one.name, one.shape, tuple(self.parts), one.rule, one.key)
+        return PlacedTensor(one.coordinate, one.chunk, one.container, one.name, one.shape, tuple(self.parts), one.rule, one.key)
 
 
-def _places(rule: Rule, rules: Rules, scope: Scope, array: NamedShape, holes: Mapping[str, int | str]) -> Iterator[Placed]:
+def _places(
+    rule: Rule, rules: Rules, scope: Scope, array: NamedShape, holes: Mapping[str, int | str]
+) -> Iterator[PlacedTensor]:
     axes = rules.rank_axes
     for index in product(*(range(scope.axes[axis]) for axis in axes)):
         coordinate = tuple(zip(axes, index, strict=True))
@@ -212,7 +216,7 @@ def _placed(
     array: NamedShape,
     holes: Mapping[str, int | str],
     where: tuple[tuple[tuple[str, int], ...], Mapping[str, int], int],
-) -> Placed | None:
+) -> PlacedTensor | None:
     """The tensor of one place, or None where it holds nothing of that name."""
     coordinate, at, chunk = where
     numbers = dict(holes)
@@ -237,7 +241,7 @@ def _placed(
     name = filled(rule.pattern, numbers)
     key = tuple((line, tuple(numbers.get(hole, 0) for hole in names)) for line, names in rule.path)
     container = filled(rule.containers[0], {hole.name: array.item for hole in rule.containers[0].holes})
-    return Placed(coordinate, chunk, container, name, held.local, (Part(array.name, held),), rule, key)
+    return PlacedTensor(coordinate, chunk, container, name, held.local, (Part(array.name, held),), rule, key)
 
 
 def _local_number(share: t.Factor, number: int, scope: Scope, at: Mapping[str, int]) -> int | None:
@@ -245,7 +249,7 @@ def _local_number(share: t.Factor, number: int, scope: Scope, at: Mapping[str, i
     return next((k for k in range(extent.local) if whole_index(extent, k) == number), None)
 
 
-def _check(rule: Rule, scope: Scope, array: NamedShape, held: Held) -> None:
+def _check(rule: Rule, scope: Scope, array: NamedShape, held: HeldParts) -> None:
     """The program's whole shape must be the array's but for padding, and true sizes that both know the same."""
     true = array.true or array.shape
     wanted = held.true or held.whole

@@ -33,7 +33,7 @@ def filled_in(program: t.Program, constants: Mapping[str, ConstantValue], sizes:
 def _filled(need: t.Need, constants: Mapping[str, ConstantValue]) -> t.Need:
     value = constants.get(need.name)
     if isinstance(value, tuple) and value:
-        return replace(need, default=t.Listed(tuple(map(t.Number, value))), others=())
+        return replace(need, default=t.SizeList(tuple(map(t.Number, value))), others=())
     return replace(need, default=t.Number(value), others=()) if isinstance(value, int) and value >= 0 else need
 
 
@@ -58,7 +58,7 @@ def _statement(one: t.Statement) -> Iterator[str]:
             yield "in " + " or ".join(map(pattern_text, containers))
             for line in body:
                 yield from _line(line, 1)
-        case t.Line():
+        case t.RuleLine():
             yield from _line(one, 0)
 
 
@@ -67,8 +67,8 @@ def _need(need: t.Need) -> str:
     return names if need.default is None else f"{names} = {_default(need.default)}"
 
 
-def _default(default: t.Expr | t.Listed) -> str:
-    if not isinstance(default, t.Listed):
+def _default(default: t.Expr | t.SizeList) -> str:
+    if not isinstance(default, t.SizeList):
         return expr_text(default)
     if default.values is None:
         return "found"
@@ -88,7 +88,7 @@ def _order(order: t.Order) -> Iterator[str]:
         yield f"order {name} = {', '.join(map(str, order.by))}"
 
 
-def _line(line: t.Line, depth: int) -> Iterator[str]:
+def _line(line: t.RuleLine, depth: int) -> Iterator[str]:
     words = [pattern_text(line.pattern)]
     if line.whole is not None:
         words.append(f"as {pattern_text(line.whole)}")
@@ -152,7 +152,7 @@ def clause_text(clause: t.Clause) -> str:
             return f"{word} {', '.join(axes)}"
         case t.Flag(word):
             return word
-        case t.Tied(to):
+        case t.TiedClause(to):
             return f"tied {pattern_text(to)}"
         case t.Stored(by, exponents):
             powers = ", ".join(f"{state}: {power}" for state, power in exponents)
@@ -160,17 +160,17 @@ def clause_text(clause: t.Clause) -> str:
         case t.If(condition):
             right = "" if condition.right is None else f" {condition.sign} {expr_text(condition.right)}"
             return f"if {expr_text(condition.left)}{right}"
-        case t.Cast(dtype):
+        case t.CastClause(dtype):
             return f"cast {dtype}"
 
 
 def expr_text(expr: t.Expr) -> str:
     match expr:
-        case t.Operation(sign, left, right):
+        case t.Arithmetic(sign, left, right):
             low = sign in "+-"
             first = expr_text(left) if low or not _is_low(left) else f"({expr_text(left)})"
             second = (
-                f"({expr_text(right)})" if isinstance(right, t.Operation) and (not low or _is_low(right)) else expr_text(right)
+                f"({expr_text(right)})" if isinstance(right, t.Arithmetic) and (not low or _is_low(right)) else expr_text(right)
             )
             return f"{first} {sign} {second}" if low else f"{first}{sign}{second}"
         case _:
@@ -178,7 +178,7 @@ def expr_text(expr: t.Expr) -> str:
 
 
 def _is_low(expr: t.Expr) -> bool:
-    return isinstance(expr, t.Operation) and expr.sign in "+-"
+    return isinstance(expr, t.Arithmetic) and expr.sign in "+-"
 
 
 def _value(expr: t.Expr) -> str:
@@ -189,9 +189,9 @@ def _value(expr: t.Expr) -> str:
             return name
         case t.AxisSize(axis):
             return f"|{axis}|"
-        case t.Call(function, arguments):
+        case t.FunctionCall(function, arguments):
             return f"{function}({', '.join(map(expr_text, arguments))})"
-        case t.Operation():
+        case t.Arithmetic():
             return f"({expr_text(expr)})"
 
 

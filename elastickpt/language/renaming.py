@@ -14,7 +14,7 @@ from itertools import product
 from math import prod
 
 from elastickpt.language import tree as t
-from elastickpt.language.held import Side
+from elastickpt.language.held import Strides
 from elastickpt.language.patterns import filled, regex_of
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import solved, unknown_sizes
@@ -34,7 +34,7 @@ class Half:
 class Equation:
     left: Half
     right: Half
-    at: t.Place
+    at: t.TextPlace
     drops: bool = False  # its names are left out, whatever the direction
 
     def turned(self) -> Equation:
@@ -59,18 +59,18 @@ class Link:
     target: str
     shape: tuple[int, ...]
     extents: tuple[int, ...]
-    at: Side
-    to: Side
+    at: Strides
+    to: Strides
     keeps: bool  # the target is the source under another name
     cast: str | None = None
 
 
 def equations(program: t.Program, scope: Scope) -> tuple[Equation, ...]:
     """The equations of a name map. Raises ProgramFault for a line that is none."""
-    return tuple(one for line in program.statements if isinstance(line, t.Line) for one in _equations(line, scope))
+    return tuple(one for line in program.statements if isinstance(line, t.RuleLine) for one in _equations(line, scope))
 
 
-def _equations(line: t.Line, scope: Scope) -> Iterator[Equation]:
+def _equations(line: t.RuleLine, scope: Scope) -> Iterator[Equation]:
     if not all(scope.holds(one.condition) for one in line.clauses if isinstance(one, t.If)):
         return
     left = line.dims if isinstance(line.dims, tuple) else None
@@ -99,7 +99,7 @@ def _parts(total: t.Sum) -> Iterator[t.Product]:
 
 
 def _half(arrow: t.Arrow) -> Half:
-    cast = next((one.dtype for one in arrow.clauses if isinstance(one, t.Cast)), None)
+    cast = next((one.dtype for one in arrow.clauses if isinstance(one, t.CastClause)), None)
     return Half(arrow.pattern, arrow.dims if isinstance(arrow.dims, tuple) else None, None, cast)
 
 
@@ -212,7 +212,7 @@ def _digit(factor: t.Factor, scope: Scope, seen: dict[str, int]) -> tuple[str, i
             raise scope.fault("a map has no axes, and no cat", factor.at)
 
 
-def _known(name: str, at: t.Place, scope: Scope) -> int:
+def _known(name: str, at: t.TextPlace, scope: Scope) -> int:
     found = scope.size(name)
     if found is None:
         raise scope.fault(f"the size {name!r} cannot be found: give --set {name}=N", at)
@@ -288,7 +288,7 @@ def _links(array: NamedShape, line: Equation, holes: Mapping[str, int | str], sc
     if left.dims is None or right.dims is None:
         if left.dims is not right.dims:
             raise scope.fault("expected dimensions on both sides of the arrow, or on none", line.at)
-        flat = Side(0, tuple(prod(array.shape[k + 1 :]) for k in range(len(array.shape))))
+        flat = Strides(0, tuple(prod(array.shape[k + 1 :]) for k in range(len(array.shape))))
         name = filled(right.pattern, holes)
         yield Link(array.name, name, array.shape, array.shape, flat, flat, True, right.cast)
         return
@@ -317,8 +317,8 @@ def _links(array: NamedShape, line: Equation, holes: Mapping[str, int | str], sc
             filled(right.pattern, {**holes, **chosen}),
             there.shape,
             extents,
-            Side(at, tuple(here.digits[key][1] for key in shared)),
-            Side(to, tuple(there.digits[key][1] for key in shared)),
+            Strides(at, tuple(here.digits[key][1] for key in shared)),
+            Strides(to, tuple(there.digits[key][1] for key in shared)),
             False,
             right.cast,
         )

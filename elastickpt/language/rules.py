@@ -33,7 +33,7 @@ class Rule:
     mesh: str
     clauses: tuple[t.Clause, ...]
     path: tuple[tuple[int, tuple[str, ...]], ...]
-    at: t.Place
+    at: t.TextPlace
 
     def flag(self, word: str) -> bool:
         return any(isinstance(one, t.Flag) and one.word == word for one in self.clauses)
@@ -44,7 +44,7 @@ class Rule:
 
     @property
     def tied(self) -> t.Pattern | None:
-        return next((one.to for one in self.clauses if isinstance(one, t.Tied)), None)
+        return next((one.to for one in self.clauses if isinstance(one, t.TiedClause)), None)
 
     @property
     def stored(self) -> t.Stored | None:
@@ -67,7 +67,7 @@ class Rules:
     orders: Mapping[str, t.Order]
     rules: tuple[Rule, ...]
 
-    def block_of(self, container: str) -> t.Place:
+    def block_of(self, container: str) -> t.TextPlace:
         """Where a rule for tensors of a container would stand: its block, or the last one."""
         blocks = [one for one in self.program.statements if isinstance(one, t.Within)]
         own = [one for one in blocks if any(regex_of(pattern).fullmatch(container) for pattern in one.containers)]
@@ -219,7 +219,7 @@ class _Resolving:
             case t.Within(containers, body):
                 for line in body:
                     self._rules.extend(self._flattened(line, containers))
-            case t.Line():
+            case t.RuleLine():
                 raise self._scope.fault("a map stands in a program: rules stand below 'in CONTAINER'", statement.at)
 
     def _needed(self, need: t.Need) -> ConstantValue:
@@ -230,18 +230,18 @@ class _Resolving:
         match need.default:
             case None:
                 raise self._scope.fault(f"constant {need.name!r} is in no file: give --set {need.name}=N", need.at)
-            case t.Listed(values):
+            case t.SizeList(values):
                 self._scope = replace(self._scope, own={*self._scope.own, need.name})
                 return tuple(map(self._scope.value, values or ()))
             case _:
                 return self._scope.value(need.default)
 
-    def _constant(self, name: str, value: ConstantValue, at: t.Place) -> None:
+    def _constant(self, name: str, value: ConstantValue, at: t.TextPlace) -> None:
         if name in self._scope.constants:
             raise self._scope.fault(f"constant {name!r} is given twice", at)
         self._scope = replace(self._scope, constants={**self._scope.constants, name: value})
 
-    def _axis(self, name: str, size: int, at: t.Place) -> None:
+    def _axis(self, name: str, size: int, at: t.TextPlace) -> None:
         if name in self._scope.axes:
             raise self._scope.fault(f"axis {name!r} stands twice", at)
         if size < 1:
@@ -260,7 +260,7 @@ class _Resolving:
 
     # -- rules
 
-    def _flattened(self, line: t.Line, containers: tuple[t.Pattern, ...], outer: Rule | None = None) -> Iterator[Rule]:
+    def _flattened(self, line: t.RuleLine, containers: tuple[t.Pattern, ...], outer: Rule | None = None) -> Iterator[Rule]:
         if line.arrow is not None:
             raise self._scope.fault("a map stands in a program: maps are files of their own, for --names", line.at)
         if not all(self._scope.holds(one.condition) for one in line.clauses if isinstance(one, t.If)):

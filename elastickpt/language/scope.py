@@ -26,7 +26,7 @@ class Scope:
     name: str = ""
     own: Set[str] = frozenset()
 
-    def fault(self, message: str, at: t.Place) -> ProgramFault:
+    def fault(self, message: str, at: t.TextPlace) -> ProgramFault:
         return fault(message, at=at, source=self.source, name=self.name)
 
     def with_sizes(self, sizes: Mapping[str, int]) -> Scope:
@@ -37,13 +37,13 @@ class Scope:
         value = self.constants.get(name, self.sizes.get(name))
         return value if isinstance(value, int) else None
 
-    def axis(self, name: str, at: t.Place) -> int:
+    def axis(self, name: str, at: t.TextPlace) -> int:
         if name not in self.axes:
             known = ", ".join(self.axes) or "none"
             raise self.fault(f"axis {name!r}: expected one of the mesh ({known})", at)
         return self.axes[name]
 
-    def listed(self, name: str, ways: int, at: t.Place) -> tuple[int, ...] | None:
+    def listed(self, name: str, ways: int, at: t.TextPlace) -> tuple[int, ...] | None:
         """The sizes of so many shares; None where the program's own list is that of another number of them."""
         value = self.constants.get(name)
         if value is None:
@@ -63,17 +63,17 @@ class Scope:
                 if isinstance(found, int):
                     return found
                 raise self.fault(f"constant {name!r} is not given: declare it with 'needs', or give --set {name}=N", expr.at)
-            case t.Call(function, arguments):
+            case t.FunctionCall(function, arguments):
                 values = [self.value(one) for one in arguments]
                 if function == "ceil":
                     if values[1] < 1:
                         raise self.fault(f"ceil({values[0]}, {values[1]}): expected a divisor of at least 1", expr.at)
                     return -(-values[0] // values[1])
                 return min(values) if function == "min" else max(values)
-            case t.Operation(sign, left, right):
+            case t.Arithmetic(sign, left, right):
                 return self._operate(sign, self.value(left), self.value(right), expr.at)
 
-    def _operate(self, sign: str, a: int, b: int, at: t.Place) -> int:
+    def _operate(self, sign: str, a: int, b: int, at: t.TextPlace) -> int:
         if sign == "+":
             return a + b
         if sign == "-":

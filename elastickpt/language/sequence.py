@@ -24,7 +24,7 @@ def as_in_files(program: t.Program, models: Iterable[Sequence[Places]]) -> t.Pro
     return replace(program, statements=tuple(statements))
 
 
-def _ordered(lines: tuple[t.Line, ...], models: Sequence[Sequence[Places]], depth: int) -> tuple[t.Line, ...]:
+def _ordered(lines: tuple[t.RuleLine, ...], models: Sequence[Sequence[Places]], depth: int) -> tuple[t.RuleLine, ...]:
     number = {line.at.line: k for k, line in enumerate(lines)}
     seen = [[number[place[depth]] for place in model if len(place) > depth and place[depth] in number] for model in models]
     order = _merged(len(lines), [list(dict.fromkeys(some)) for some in seen])

@@ -75,13 +75,13 @@ class Lowering:
             case t.Cat():
                 raise self.scope.fault("cat(...) can stand alone or inside pad only, as it has its own names", factor.at)
 
-    def _size(self, name: str, at: t.Place) -> int:
+    def _size(self, name: str, at: t.TextPlace) -> int:
         found = self.scope.size(name)
         if found is None:
             raise self.scope.fault(f"the size {name!r} cannot be found from the files: give --set {name}=N", at)
         return found
 
-    def _pad(self, size: t.Size | t.Cat | t.Cut, multiple: t.Expr | None, at: t.Place) -> Extent:
+    def _pad(self, size: t.Size | t.Cat | t.Cut, multiple: t.Expr | None, at: t.TextPlace) -> Extent:
         if isinstance(size, t.Cat):
             raise self.scope.fault("cat(...) can stand alone only", at)
         step = 1 if multiple is None else self.scope.value(multiple)
@@ -127,7 +127,7 @@ class Lowering:
             return Extent(1, found.local, None, (Strand((), 0, index, axes),))
         return found
 
-    def _cut(self, inner: Extent, axes: tuple[str, ...], mode: t.Mode, at: t.Place) -> Extent:
+    def _cut(self, inner: Extent, axes: tuple[str, ...], mode: t.Mode, at: t.TextPlace) -> Extent:
         ways, index = self._position(axes, at)
         if mode == "even":
             low, high = self._even(inner.local, ways, f"along {' '.join(axes)}", at)[index]
@@ -135,7 +135,7 @@ class Lowering:
             low, high = self._shares(inner.local, ways, mode, at)[index]
         return Extent(inner.whole, high - low, inner.true, _restricted(inner, low, high, frozenset(axes)))
 
-    def _shares(self, extent: int, ways: int, mode: t.Mode, at: t.Place) -> Sequence[tuple[int, int]]:
+    def _shares(self, extent: int, ways: int, mode: t.Mode, at: t.TextPlace) -> Sequence[tuple[int, int]]:
         if not isinstance(mode, t.Sizes):
             return torch_chunk(extent, ways) if mode == "chunk" else balanced(extent, ways)
         named = mode.values
@@ -148,19 +148,19 @@ class Lowering:
             )
         return explicit(extent, sizes)
 
-    def _even(self, extent: int, ways: int, where: str, at: t.Place) -> Sequence[tuple[int, int]]:
+    def _even(self, extent: int, ways: int, where: str, at: t.TextPlace) -> Sequence[tuple[int, int]]:
         if extent % ways:
             raise self.scope.fault(f"{extent} cannot be cut evenly {ways} ways {where}", at)
         return balanced(extent, ways)
 
-    def _position(self, axes: tuple[str, ...], at: t.Place) -> tuple[int, int]:
+    def _position(self, axes: tuple[str, ...], at: t.TextPlace) -> tuple[int, int]:
         ways, index = 1, 0
         for axis in axes:
             size = self.scope.axis(axis, at)
             ways, index = ways * size, index * size + self.at.get(axis, 0)
         return ways, index
 
-    def _deal(self, inner: Extent, axis: str, at: t.Place) -> Extent:
+    def _deal(self, inner: Extent, axis: str, at: t.TextPlace) -> Extent:
         ways, index = self._position((axis,), at)
         if len(inner.strands) != 1 or len(inner.strands[0].digits) > 1:
             raise self.scope.fault("only a plain size can be dealt: write heads%tp head_dim", at)

@@ -19,7 +19,7 @@ def unexpected(error: UnexpectedInput, text: str, name: str) -> ProgramFault:
     expected = getattr(error, "accepts", None) or getattr(error, "expected", None) or getattr(error, "allowed", None) or ()
     words = ", ".join(sorted({_WORDS.get(one, one.strip("_").lower()) for one in expected if one != "COMMENT"})[:12])
     length = len(str(token)) if token is not None and "\n" not in str(token) else 1
-    return fault(f"found {what}, expected one of: {words}", at=t.Place(line, column, length), source=text, name=name)
+    return fault(f"found {what}, expected one of: {words}", at=t.TextPlace(line, column, length), source=text, name=name)
 
 
 _WORDS = {

@@ -11,7 +11,7 @@ Compare = Literal["==", "!=", "<=", ">=", "<", ">"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TextPlace:
     """Where something stands in a program: line and column from 1, and how many characters it has."""
 
     line: int
@@ -19,7 +19,7 @@ class Place:
     length: int = 1
 
 
-NOWHERE = Place(0, 0)
+NOWHERE = TextPlace(0, 0)
 _AT = field(default=NOWHERE, compare=False, repr=False, kw_only=True)
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
@@ -28,13 +28,13 @@ _AT = field(default=NOWHERE, compare=False, repr=False, kw_only=True)
 @dataclass(frozen=True, slots=True)
 class Number:
     value: int
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
     name: str
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +42,29 @@ class AxisSize:
     """`|tp|`."""
 
     axis: str
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class Arithmetic:
     """`left sign right`; a division must leave no remainder."""
 
     sign: Literal["+", "-", "*", "/", "%"]
     left: Expr
     right: Expr
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FunctionCall:
     """`min(a, b)`, `max(a, b)`, `ceil(a, b)`: a divided by b, rounded up."""
 
     function: str
     arguments: tuple[Expr, ...]
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
-Expr: TypeAlias = Number | Constant | AxisSize | Operation | Call
+Expr: TypeAlias = Number | Constant | AxisSize | Arithmetic | FunctionCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Size:
     """A constant, or a size that is found from the files."""
 
     name: str
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Pad:
 
     size: Size | Cat | Cut
     multiple: Expr | None = None
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Sum:
     """`(p + q)`: parts end to end; one part alone is a product in parentheses."""
 
     parts: tuple[Product, ...]
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Cut:
     inner: Factor
     axes: tuple[str, ...]
     mode: Mode = "even"
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Deal:
 
     inner: Factor
     axis: str
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Cat:
 
     order: str
     each: Expr | None = None
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 Factor: TypeAlias = Size | Number | Pad | Sum | Cut | Deal | Cat
@@ -165,7 +165,7 @@ class Hole:
     name: str
     share: Factor | None = None
     any_text: bool = False
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Pattern:
     """A name with holes: pieces of text and holes, in order."""
 
     pieces: tuple[str | Hole, ...]
-    at: Place = _AT
+    at: TextPlace = _AT
 
     @property
     def holes(self) -> tuple[Hole, ...]:
@@ -189,21 +189,21 @@ class Hold:
 
     word: HoldWord
     axes: tuple[str, ...]
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
     word: Literal["optional", "drop", "equal"]
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
-class Tied:
+class TiedClause:
     """It is the whole array of that name once more."""
 
     to: Pattern
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,28 +212,28 @@ class Stored:
 
     by: Expr
     exponents: tuple[tuple[str, int], ...] = ()
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
 class If:
     condition: Condition
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class CastClause:
     dtype: str
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
-Clause: TypeAlias = Hold | Flag | Tied | Stored | If | Cast
+Clause: TypeAlias = Hold | Flag | TiedClause | Stored | If | CastClause
 
 # -- statements --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class SizeList:
     """A list of sizes: those of as many shares; None where names in the files tell them."""
 
     values: tuple[Expr, ...] | None
@@ -244,9 +244,9 @@ class Need:
     """A constant, by its name; files may state it under others; without a default somebody must give it."""
 
     name: str
-    default: Expr | Listed | None = None
+    default: Expr | SizeList | None = None
     others: tuple[str, ...] = ()
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class Needs:
 class Let:
     name: str
     value: Expr
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +268,7 @@ class MeshLine:
     name: str
     axes: tuple[str, ...]
     sizes: tuple[int | None, ...]
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +279,7 @@ class Split:
     into: tuple[str, str]
     sized: str
     size: Expr
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,17 +288,17 @@ class Chunks:
 
     axis: str
     size: Expr
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
 class On:
     mesh: str
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class OrderMember:
     """A name of an order; `dims` where it says the shape of what it counts, as of tensors that no file holds by themselves."""
 
     name: Pattern
@@ -310,7 +310,7 @@ class Member:
 class Names:
     """An order that is written out."""
 
-    members: tuple[Member, ...]
+    members: tuple[OrderMember, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,11 +319,11 @@ class Order:
 
     name: str
     by: str | tuple[Kind, ...] | Names
-    at: Place = _AT
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class RuleLine:
     """A rule, a block of rules whose names begin alike, a map (with an arrow), or a part of a map.
 
     `dims` None: a block, or a rule that drops; `()` no axes; `"..."` whatever axes there are.
@@ -334,8 +334,8 @@ class Line:
     dims: tuple[Factor, ...] | Literal["..."] | None = None
     clauses: tuple[Clause, ...] = ()
     arrow: Arrow | None = None
-    body: tuple[Line, ...] = ()
-    at: Place = _AT
+    body: tuple[RuleLine, ...] = ()
+    at: TextPlace = _AT
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,11 +350,11 @@ class Within:
     """The lines of a container: keys that begin with one of these patterns."""
 
     containers: tuple[Pattern, ...]
-    body: tuple[Line, ...]
-    at: Place = _AT
+    body: tuple[RuleLine, ...]
+    at: TextPlace = _AT
 
 
-Statement: TypeAlias = Needs | Let | MeshLine | Split | Chunks | On | Order | Within | Line
+Statement: TypeAlias = Needs | Let | MeshLine | Split | Chunks | On | Order | Within | RuleLine
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ A message is a length, then msgpack; descriptors go beside it.
 3. A Write can be repeated (`repeated`), to the same or another writer, once the one before is known to be dead: it puts the
    same bytes in the same places. What the dead one made is completed if it is a part of what this one makes, else it is an
    error.
-4. Bytes of a portion that is not the last are as durable as asked when PortionDone is sent, so that no later writer needs them again.
+4. Bytes of a portion that is not the last are as durable as asked when PortionDone is sent, so that no later writer needs them
+   again.
 5. After the last portion of a job that enrolled, or its first that failed, or a Say, comes one Decided. A Say repeats what a
    writer that is gone had said, or says that the trainer takes no part; the arena is no concern of it.
 6. When the connection or the trainer's process ends, the writer finishes the last portions it was given, then ends; at the

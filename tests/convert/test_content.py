@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from elastickpt.convert import reading
-from elastickpt.convert.nodes import Agreement, Gathered, Share, resized
+from elastickpt.convert.nodes import Agreement, Gathered, RankPart, resized
 from elastickpt.convert.reading import Reading
 from elastickpt.errors import ProgramFault, ReplicaConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, LocalTensor, RankListing, Storage, StoredTensor
@@ -46,7 +46,7 @@ def gathered(
     for tp, array in enumerate(locals_):
         held = lower(dims(text), scope, {"tp": tp})
         part = ((Box.whole(array.shape), stored(folder, f"rank{tp}", array, dtype)),)
-        shares.append(Share(array.shape, part, held.pieces, f"w of rank {tp}", agreement, divisor, (tp,)))
+        shares.append(RankPart(array.shape, part, held.pieces, f"w of rank {tp}", agreement, divisor, (tp,)))
     return Gathered(held.whole, dtype, tuple(shares), divided, NOWHERE)
 
 
@@ -152,13 +152,13 @@ def test_padding_grows_with_zeros_and_shrinks_to_the_true_rows(tmp_path) -> None
 
 def test_a_state_of_a_divided_tensor_needs_its_exponent(tmp_path) -> None:
     from elastickpt.convert.laid import lay
-    from elastickpt.foreign.listing import Group
+    from elastickpt.foreign.listing import ParamGroup
     from elastickpt.language.parse import parse
 
     whole = numbers(4)
     value, moment = (stored(tmp_path, name, one, "float32") for name, one in (("v", whole / 2), ("m", whole)))
     tensors = (LocalTensor("model", "bias", "value", value), LocalTensor("optimizer", 0, "exp_avg", moment))
-    group = Group("optimizer", (0,), {"lr": 1.0})
+    group = ParamGroup("optimizer", (0,), {"lr": 1.0})
     ranks = tuple(RankListing((("tp", tp),), f"rank {tp}", tensors, (group,), {}) for tp in range(2))
     found = ForeignCheckpoint("megatron-legacy", str(tmp_path), (), ranks=ranks)
     text = "ucl 1\nmesh m = tp\norder optimizer = all\nin model\n    bias  h  same tp  stored /|tp|{more}\n"

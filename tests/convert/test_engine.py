@@ -43,7 +43,7 @@ def source(tmp_path) -> Path:
     return tmp_path / "source"
 
 
-def convert(asked: Options) -> engine.Done:
+def convert(asked: Options) -> engine.Converted:
     return engine.carry_out(prepare(asked, open_source(asked)))
 
 

@@ -60,7 +60,7 @@ def options(source: Path, out: Path, form: str, **more) -> Options:
     return Options(str(source), str(out), target_format=form, **{**megatron, **more})
 
 
-def convert(asked: Options) -> engine.Done:
+def convert(asked: Options) -> engine.Converted:
     return engine.carry_out(prepare(asked, open_source(asked)))
 
 

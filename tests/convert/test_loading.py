@@ -137,7 +137,7 @@ def test_a_state_that_is_none_stays_none(tmp_path) -> None:
 def half_types(folder: Path) -> dict[str, torch.Tensor]:
     """bf16 weights with fp32 masters, on two tensor-parallel ranks of Megatron."""
     from elastickpt.foreign.file_plans import NewTensor
-    from elastickpt.foreign.listing import Group
+    from elastickpt.foreign.listing import ParamGroup
     from elastickpt.foreign.megatron_plan import NewRank, plan_megatron_legacy
 
     torch.manual_seed(5)
@@ -150,7 +150,7 @@ def half_types(folder: Path) -> dict[str, torch.Tensor]:
         masters = {k: NewTensor(f"{tp} {name} master", "float32", tuple(local[name].shape)) for k, name in enumerate(local)}
         contents.update({f"{tp} {name} value": one.bfloat16() for name, one in local.items()})
         contents.update({f"{tp} {name} master": one for name, one in local.items()})
-        groups = (Group("optimizer", (0, 1), {"lr": 0.1}),)
+        groups = (ParamGroup("optimizer", (0, 1), {"lr": 0.1}),)
         ranks.append(NewRank(0, tp, (chunk,), {}, groups, masters, args, {}))
     for plan in plan_megatron_legacy(ranks, step=7):
         path = folder / plan.path

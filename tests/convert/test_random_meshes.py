@@ -16,7 +16,7 @@ import elastickpt as ek
 from elastickpt.cli.main import main
 from elastickpt.format.arrays import ArrayId
 from elastickpt.language.parse import parse
-from elastickpt.language.placing import Placed, place
+from elastickpt.language.placing import PlacedTensor, place
 from elastickpt.language.renaming import NamedShape
 from elastickpt.language.rules import resolve
 from tests.language.test_rules import cut
@@ -38,12 +38,12 @@ in model
 """
 
 
-def placed(text: str, dense: dict[str, np.ndarray], constants: dict[str, int], pp: int, tp: int) -> tuple[Placed, ...]:
+def placed(text: str, dense: dict[str, np.ndarray], constants: dict[str, int], pp: int, tp: int) -> tuple[PlacedTensor, ...]:
     rules = resolve(parse(text), constants, {"pp": pp, "tp": tp})
     return place(rules, [NamedShape(name, one.shape) for name, one in dense.items()])
 
 
-def padded(dense: dict[str, np.ndarray], tensors: tuple[Placed, ...]) -> dict[str, np.ndarray]:
+def padded(dense: dict[str, np.ndarray], tensors: tuple[PlacedTensor, ...]) -> dict[str, np.ndarray]:
     """The arrays as this mesh pads them, with other numbers in the padding."""
     wide = {part.array: part.held.whole for one in tensors for part in one.parts}
     found = dict(dense)

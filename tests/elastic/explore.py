@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastickpt.elastic import coordination, membership
-from elastickpt.elastic.job import Choose, Chosen, Gone, Job, Patience, Phase, Register, Tell, Wait
+from elastickpt.elastic.job import Choose, Chosen, Gone, JobPhase, JobState, Register, Tell, Wait, WaitOver
 from elastickpt.elastic.membership import (
     Compute,
     Computed,
@@ -29,10 +29,10 @@ from elastickpt.elastic.membership import (
     Mend,
     Mended,
     NotMended,
-    Step,
+    TakeStep,
     Took,
 )
-from elastickpt.elastic.messages import Join, Source
+from elastickpt.elastic.messages import Join, StageSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    job: Job
+    job: JobState
     members: tuple[Member, ...]
     acts: tuple[Any, ...]
     to_job: tuple[tuple[Any, ...], ...]
@@ -109,7 +109,7 @@ class Explorer:
     def _begun(self, world: World) -> World:
         """The first step is in flight; what could go wrong still can."""
         calm = replace(world, faults=Faults())
-        while calm.job.phase is not Phase.WORKING:
+        while calm.job.phase is not JobPhase.WORKING:
             calm = next(make for text, make in self._moves(calm) if "is over" not in text)()
         return replace(calm, faults=self.faults)
 
@@ -125,7 +125,7 @@ class Explorer:
         count = self.stages + self.spares
         uids = [f"m{k}" for k in range(count)]
         return World(
-            Job(self.stages, epoch=1, max_losses_of_step=99),
+            JobState(self.stages, epoch=1, max_losses_of_step=99),
             tuple(Member(uid) for uid in uids),
             (None,) * count,
             tuple((Join(uid, k, "host", "zone"),) for k, uid in enumerate(uids)),
@@ -141,7 +141,7 @@ class Explorer:
     # -- what can happen next
 
     def _moves(self, world: World) -> Iterator[tuple[str, Any]]:
-        if world.job.phase is Phase.GATHERING and world.job.generation == 0:
+        if world.job.phase is JobPhase.GATHERING and world.job.generation == 0:
             # members join one after the other, before anything goes wrong: their order is no story
             k = next(k for k, queue in enumerate(world.to_job) if queue)
             yield f"m{k} joins", lambda: self._hear(world, k)
@@ -210,7 +210,7 @@ class Explorer:
             yield Mended()
         elif isinstance(act, Compute):
             yield Computed(norm=1.0) if act.step <= self.steps else LoopEnded()
-        elif isinstance(act, Step):
+        elif isinstance(act, TakeStep):
             yield Took()
 
     def _peer_is_gone(self, world: World, k: int) -> bool:
@@ -231,7 +231,7 @@ class Explorer:
 
     def _lose_patience(self, world: World, wait: Wait, *, hasty: bool) -> World:
         faults = replace(world.faults, hasty=world.faults.hasty - hasty)
-        return self._decide(replace(world, waits=world.waits - {wait}, faults=faults), Patience(wait.generation, wait.of))
+        return self._decide(replace(world, waits=world.waits - {wait}, faults=faults), WaitOver(wait.generation, wait.of))
 
     def _decide(self, world: World, event: Any) -> World:
         job, orders = coordination.after(world.job, event)
@@ -257,19 +257,19 @@ class Explorer:
         commits = world.commits | {order.step} if order.decision == "commit" else world.commits
         return replace(world, commits=commits, registers=world.registers | {(order.generation, order.step, order.decision)})
 
-    def _chosen(self, order: Choose, job: Job) -> Chosen:
+    def _chosen(self, order: Choose, job: JobState) -> Chosen:
         assert not set(order.lost) & order.finite
         if len(order.refused) > 1:
             return Chosen(order.generation, (), "nothing is left")
         if order.rollback or self.rung == "rollback" or order.refused:
             back = order.step if order.rollback else 0
-            return Chosen(order.generation, tuple(Source(k, "rollback", step=back) for k in range(job.stages)))
-        return Chosen(order.generation, tuple(Source(k, "stale") for k in order.lost))
+            return Chosen(order.generation, tuple(StageSource(k, "rollback", step=back) for k in range(job.stages)))
+        return Chosen(order.generation, tuple(StageSource(k, "stale") for k in order.lost))
 
     def _do(self, world: World, k: int, event: Any) -> World:
         before, act = world.members[k], world.acts[k]
         member, said, new = membership.after(before, event)
-        if isinstance(new, Step):
+        if isinstance(new, TakeStep):
             assert new.step in world.commits, f"m{k} steps to {new.step}, which no register holds"
             assert before.duty is Duty.DECIDING, f"m{k} steps without gradients"
         if new is None and member.duty in (before.duty, Duty.SPARE):
@@ -288,12 +288,12 @@ class Explorer:
         for found in bases.values():
             assert max(found) - min(found) <= 1, f"members at {found} in one view"
             assert max(found) == min(found) or max(found) in world.commits
-        if world.job.phase is Phase.WORKING and self.rung != "rollback" and not world.job.refused:
+        if world.job.phase is JobPhase.WORKING and self.rung != "rollback" and not world.job.refused:
             assert not world.commits or self.faults.bad_sources or max(world.commits) == world.job.step
 
     def _settled(self, world: World) -> None:
         way = "\n  ".join(self._way(world))
-        if world.job.phase is not Phase.ENDED:
+        if world.job.phase is not JobPhase.ENDED:
             raise Broken(f"nothing can happen any more, in phase {world.job.phase}, after:\n  {way}")
         lively = [m for k, m in enumerate(world.members) if k not in world.dead]
         steps = {m.step for m in lively if m.stage is not None and m.step is not None}

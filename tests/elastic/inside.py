@@ -13,11 +13,11 @@ from typing import Any
 
 from elastickpt.elastic.calling import connected
 from elastickpt.elastic.conductor import Conductor
-from elastickpt.elastic.coordinator import Coordinator, Door
+from elastickpt.elastic.coordinator import Coordinator, Listening
 from elastickpt.elastic.duties import LadderOf
 from elastickpt.elastic.enlisting import FromLauncher
 from elastickpt.elastic.event_log import EventLog
-from elastickpt.elastic.job import Phase
+from elastickpt.elastic.job import JobPhase
 from elastickpt.elastic.joining import Job
 from elastickpt.elastic.ladder import ladder_of
 from elastickpt.elastic.limits import Limits
@@ -58,7 +58,7 @@ class Inside:
         self.conductor = Conductor(stages, limits, Replacing(0, 0), clock_offset=time.time() - time.monotonic())
         self._log = EventLog(folder / "events.jsonl")
         self._file = folder / "events.jsonl"
-        door = Door((near,), TOKEN)
+        door = Listening((near,), TOKEN)
         self.coordinator = Coordinator(self.conductor, NoAgent(), door, of, self._log)  # type: ignore[arg-type]
         self.ended: list[End] = []
         self._thread = threading.Thread(target=lambda: self.ended.append(self.coordinator.run()))
@@ -79,7 +79,7 @@ class Inside:
         return end
 
     def stop(self) -> None:
-        if self._thread.is_alive() and self.conductor.job.phase is not Phase.ENDED:
+        if self._thread.is_alive() and self.conductor.job.phase is not JobPhase.ENDED:
             self.coordinator.signalled(2)
         self._thread.join(240)
         self._log.close()

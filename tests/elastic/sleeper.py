@@ -28,8 +28,8 @@ from elastickpt.elastic.membership import (
     Made,
     Mend,
     Mended,
-    Step,
     Stop,
+    TakeStep,
     Took,
 )
 from elastickpt.elastic.messages import Terms
@@ -106,7 +106,7 @@ def train(job: Job) -> int:
                 continue
             job.done(task, Computed(norm=1.0, losses=(float(act.step),) if job.rank == last else ()))
             at("ready", job.rank, act.step)
-        elif isinstance(act, Step):
+        elif isinstance(act, TakeStep):
             at("step", job.rank, act.step)
             stands = act.step
             job.done(task, Took())

@@ -7,7 +7,7 @@ import pytest
 from elastickpt.elastic.conductor import Conductor
 from elastickpt.elastic.deeds import AskLadder, KillWorker, Replace
 from elastickpt.elastic.enlisting import Stopped
-from elastickpt.elastic.job import Chosen, Phase
+from elastickpt.elastic.job import Chosen, JobPhase
 from elastickpt.elastic.limits import Limits
 from elastickpt.elastic.messages import Beat, Formed, Join, Rebuilt
 from elastickpt.elastic.replacing import Replacing
@@ -51,13 +51,13 @@ def test_a_process_in_place_of_a_lost_one_is_started_once_members_stand() -> Non
     job = Conducted(2, 3)
     job.forms()
     job.rebuilds()
-    assert (job.conductor.job.phase, job.replacements()) == (Phase.WORKING, 0)
+    assert (job.conductor.job.phase, job.replacements()) == (JobPhase.WORKING, 0)
     job.dies("w0")
-    assert (job.conductor.job.phase, job.replacements()) == (Phase.FORMING, 0)
+    assert (job.conductor.job.phase, job.replacements()) == (JobPhase.FORMING, 0)
     job.forms()
-    assert job.conductor.job.phase is Phase.REBUILDING
+    assert job.conductor.job.phase is JobPhase.REBUILDING
     job.rebuilds()
-    assert (job.conductor.job.phase, job.replacements()) == (Phase.WORKING, 1)
+    assert (job.conductor.job.phase, job.replacements()) == (JobPhase.WORKING, 1)
 
 
 def test_a_process_for_an_empty_place_is_started_at_once() -> None:
@@ -68,7 +68,7 @@ def test_a_process_for_an_empty_place_is_started_at_once() -> None:
     job.dies("w0")
     assert job.replacements() == 0
     job.dies("w1")
-    assert (job.conductor.job.phase, job.replacements()) == (Phase.GATHERING, 2)
+    assert (job.conductor.job.phase, job.replacements()) == (JobPhase.GATHERING, 2)
 
 
 def test_a_silent_worker_is_killed_when_the_limit_is_over_not_at_the_next_look() -> None:

@@ -16,8 +16,8 @@ from inside import Inside, inside
 from elastickpt.elastic.duties import TaskOver
 from elastickpt.elastic.job import Choose, Chosen
 from elastickpt.elastic.joining import Job
-from elastickpt.elastic.membership import Compute, Computed, Form, LoopEnded, Made, Mend, Mended, Step, Stop, Took
-from elastickpt.elastic.messages import Commit, Source, Terms
+from elastickpt.elastic.membership import Compute, Computed, Form, LoopEnded, Made, Mend, Mended, Stop, TakeStep, Took
+from elastickpt.elastic.messages import Commit, StageSource, Terms
 from elastickpt.elastic.recovery import Considered
 from elastickpt.errors import CheckpointError, DeadlineExceeded
 
@@ -29,7 +29,7 @@ class AlwaysStale:
     """Whatever is lost is read from a checkpoint of the step at which all stand."""
 
     def choose(self, order: Choose, last: Commit | None) -> tuple[Chosen, tuple[Considered, ...]]:
-        return Chosen(order.generation, tuple(Source(k, "stale", path="x", step=order.step) for k in order.lost)), ()
+        return Chosen(order.generation, tuple(StageSource(k, "stale", path="x", step=order.step) for k in order.lost)), ()
 
     def close(self) -> None:
         return None
@@ -65,7 +65,7 @@ class Trainee:
         job.declare(Terms())
 
     def live(self) -> None:
-        acts: dict[type, Callable[..., None]] = {Form: self.form, Mend: self.mend, Compute: self.compute, Step: self.step}
+        acts: dict[type, Callable[..., None]] = {Form: self.form, Mend: self.mend, Compute: self.compute, TakeStep: self.step}
         while not isinstance(act := (task := self.job.next_task()).act, Stop):
             try:
                 acts[type(act)](task, act)
@@ -105,7 +105,7 @@ class Trainee:
         self.job.done(task, Computed(norm=1.0))  # type: ignore[arg-type]
         self.fate.at("computed", self.job.rank, act.step)
 
-    def step(self, task: object, act: Step) -> None:
+    def step(self, task: object, act: TakeStep) -> None:
         assert self.state == act.step - 1
         self.fate.at("step", self.job.rank, act.step)
         self.state = act.step

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from inside import TOKEN, inside
 
 from elastickpt.elastic.calling import connected
-from elastickpt.elastic.limits import MAX_BEAT_S, History
+from elastickpt.elastic.limits import MAX_BEAT_S, PhaseTimes
 from elastickpt.elastic.messages import Beat, Go, Join, encode
 from elastickpt.elastic.stream import Closed, Stream, admitted, called, nonce
 from elastickpt.elastic.workers import Worker, stalled
@@ -118,7 +118,7 @@ def at_work(uid: str, *, own: bool, limit_s: float | None = None, phase: str = "
 )
 def test_who_stands_still(workers: list[Worker], culprits: list[str], *, anybody: bool) -> None:
     """Whoever waits for others is not to blame; who is in no declared phase has no limit. [REC-30, REC-32]"""
-    history = History()
+    history = PhaseTimes()
     history.note("step", 0.5)
     found, late = stalled(workers, 100.0 + 31.0, history)
     assert ([one.uid for one in found], late) == (culprits, anybody)
@@ -128,7 +128,7 @@ def test_who_stands_still(workers: list[Worker], culprits: list[str], *, anybody
 @given(st.lists(st.floats(0.001, 1e4), min_size=1, max_size=300))
 def test_limits_follow_from_history(times: list[float]) -> None:
     """[REC-33]"""
-    history = History()
+    history = PhaseTimes()
     assert history.limit_s("step") == 600.0
     for seconds in times:
         history.note("step", seconds)

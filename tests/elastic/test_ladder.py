@@ -10,8 +10,8 @@ import pytest
 from elastickpt.elastic.held_run import Newest
 from elastickpt.elastic.job import Choose
 from elastickpt.elastic.ladder import Known, sources_of
-from elastickpt.elastic.limits import History
-from elastickpt.elastic.messages import Source, Terms
+from elastickpt.elastic.limits import PhaseTimes
+from elastickpt.elastic.messages import StageSource, Terms
 from elastickpt.elastic.neighbours import alpha
 from elastickpt.ledger.names import AttemptId
 
@@ -23,7 +23,7 @@ NORMS = {stage: 1.0 + stage for stage in range(STAGES)}
 
 def chosen(
     *lost: int, terms: Terms, step: int = 100, **about: Any
-) -> tuple[dict[int, Source], dict[int, list[tuple[str, str]]]]:
+) -> tuple[dict[int, StageSource], dict[int, list[tuple[str, str]]]]:
     """The sources by stage, and what was considered."""
     finite = frozenset(range(STAGES)) - {*lost} - {*about.pop("infinite", ())}
     order = Choose(3, step, tuple(lost), finite, False, about.pop("refused", ()))
@@ -38,10 +38,10 @@ def test_the_first_rung_that_is_possible() -> None:
     """[REC-43]"""
     terms = Terms(run="runs/a", rungs=ALL, swap=True, max_stale_steps=10)
     sources, considered = chosen(2, terms=terms)
-    assert sources == {2: Source(2, "stale", path=NEWEST.path, step=90)}
+    assert sources == {2: StageSource(2, "stale", path=NEWEST.path, step=90)}
     assert considered == {2: [("stale", "possible")]}
     sources, considered = chosen(2, 5, terms=terms, step=101)
-    assert sources == {2: Source(2, "checkfree", (1, 3), alpha(NORMS[1], NORMS[3])), 5: Source(5, "partner", (4,))}
+    assert sources == {2: StageSource(2, "checkfree", (1, 3), alpha(NORMS[1], NORMS[3])), 5: StageSource(5, "partner", (4,))}
     assert considered[5] == [
         ("stale", "the newest checkpoint is 11 steps old, more than max_stale_steps=10"),
         ("partner", "possible"),
@@ -57,7 +57,7 @@ def test_the_first_rung_that_is_possible() -> None:
         ((0, 1), True, {}, "it is of an end pair, which has its partner only"),
         ((0,), False, {}, "it has one neighbour only"),
         ((2,), True, {"infinite": [3]}, "tensors of stage 3 are not finite"),
-        ((2,), True, {"refused": ((Source(2, "checkfree", (1, 3)), "it broke"),)}, "it was tried, and failed: it broke"),
+        ((2,), True, {"refused": ((StageSource(2, "checkfree", (1, 3)), "it broke"),)}, "it was tried, and failed: it broke"),
     ],
 )
 def test_two_beside_each_other_an_end_and_infinite_tensors_go_down_the_ladder(
@@ -77,7 +77,7 @@ def test_two_beside_each_other_an_end_and_infinite_tensors_go_down_the_ladder(
 def test_limits_in_force_are_said_when_they_are_found_and_when_they_change(caplog: pytest.LogCaptureFixture) -> None:
     """[REC-33]"""
     caplog.set_level(logging.INFO)
-    history = History()
+    history = PhaseTimes()
     for seconds in (1.0, 2.0, 4.0, 4.0):
         history.note("step", seconds)
         history.log_changes()

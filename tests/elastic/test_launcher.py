@@ -16,7 +16,7 @@ import pytest
 from launched import LIMIT_S, SLEEPER, alive, launched
 
 from elastickpt.cli.launch import main
-from elastickpt.elastic.agent import Agent, Program, ZygoteLost
+from elastickpt.elastic.agent import Agent, WorkerProgram, ZygoteLost
 from elastickpt.elastic.environment import Told
 
 QUICK = (SLEEPER, 5, 0.01)
@@ -273,7 +273,7 @@ def test_a_job_outlives_the_process_that_forks_its_workers(tmp_path: Path) -> No
 def test_a_process_that_ended_before_it_forked_anybody_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one would fare no better. [REC-46]"""
     monkeypatch.setattr("elastickpt.elastic.agent._CODE", "raise SystemExit(3)  # {} {}")
-    agent = Agent(Program(("x",)), Told("", "", "", "", "", torchrun=False))
+    agent = Agent(WorkerProgram(("x",)), Told("", "", "", "", "", torchrun=False))
     agent.start("0.0")
     assert select.select([agent], [], [], LIMIT_S)[0]
     with pytest.raises(ZygoteLost, match="ended with 3"):

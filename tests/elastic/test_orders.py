@@ -8,7 +8,7 @@ import pytest
 from explore import Broken, Explorer, Faults
 
 from elastickpt.elastic import coordination, membership, messages
-from elastickpt.elastic.job import Chosen, Gone, Job, Phase
+from elastickpt.elastic.job import Chosen, Gone, JobPhase, JobState
 from elastickpt.elastic.membership import Duty
 from elastickpt.elastic.messages import Join, Ready, View, encode, from_member, to_member
 from elastickpt.errors import Malformed
@@ -77,13 +77,13 @@ _C, _M, _S = coordination, membership, messages
 @pytest.mark.parametrize(
     ("row", "faults"),
     [
-        ((_C.TABLE, _C._no_effect, (Phase.WORKING, Gone)), Faults(deaths=1)),
-        ((_C.TABLE, _C._no_effect, (Phase.FORMING, Gone)), Faults(deaths=2)),
-        ((_C.TABLE, _C._no_effect, (Phase.REBUILDING, Gone)), Faults(deaths=2)),
-        ((_C.TABLE, _C._no_effect, (Phase.WORKING, _S.Broke)), Faults(breaks=1)),
-        ((_C.TABLE, _C._no_effect, (Phase.WORKING, _S.Raised)), Faults(errors=1)),
-        ((_C.TABLE, _C._no_effect, (Phase.WORKING, Ready)), Faults()),
-        ((_C.TABLE, _C._no_effect, (Phase.REBUILDING, _S.Unbuilt)), Faults(deaths=1, bad_sources=1)),
+        ((_C.TABLE, _C._no_effect, (JobPhase.WORKING, Gone)), Faults(deaths=1)),
+        ((_C.TABLE, _C._no_effect, (JobPhase.FORMING, Gone)), Faults(deaths=2)),
+        ((_C.TABLE, _C._no_effect, (JobPhase.REBUILDING, Gone)), Faults(deaths=2)),
+        ((_C.TABLE, _C._no_effect, (JobPhase.WORKING, _S.Broke)), Faults(breaks=1)),
+        ((_C.TABLE, _C._no_effect, (JobPhase.WORKING, _S.Raised)), Faults(errors=1)),
+        ((_C.TABLE, _C._no_effect, (JobPhase.WORKING, Ready)), Faults()),
+        ((_C.TABLE, _C._no_effect, (JobPhase.REBUILDING, _S.Unbuilt)), Faults(deaths=1, bad_sources=1)),
         ((_M.TABLE, _M._no_effect, (Duty.COMPUTING, View)), Faults(deaths=1)),
         ((_M.TABLE, _M._no_effect, (Duty.DECIDING, View)), Faults(deaths=1)),
         ((_M.TABLE, _M._no_effect, (Duty.STEPPING, View)), Faults(deaths=1)),
@@ -101,16 +101,16 @@ def test_with_a_row_of_a_table_taken_out_a_promise_breaks(faults: Faults) -> Non
 
 
 def test_every_event_has_a_row_in_every_state() -> None:
-    assert len(coordination.TABLE) == len(Phase) * 14
+    assert len(coordination.TABLE) == len(JobPhase) * 14
     assert len(membership.TABLE) == len(Duty) * 13
 
 
 def test_the_register_that_decides_is_said_with_a_loss() -> None:
     """Forward, if a member that lives or died may not have stepped yet behind the commit; else the step is replayed."""
-    job = begun(Job(2, epoch=1), "a", "b", "c")
+    job = begun(JobState(2, epoch=1), "a", "b", "c")
     for uid in "ab":
         job, _ = coordination.after(job, (uid, Ready(job.generation, 1, norm=1.0)))
-    assert (job.step, job.phase) == (1, Phase.WORKING)
+    assert (job.step, job.phase) == (1, JobPhase.WORKING)
     in_step, _ = coordination.after(job, ("a", _S.Stepped(job.generation, 1)))
     died, _ = coordination.after(in_step, Gone("b", "exit", 9))
     assert (died.decision, died.step, died.lost) == ("forward", 1, {1})
@@ -119,7 +119,7 @@ def test_the_register_that_decides_is_said_with_a_loss() -> None:
     assert (later.decision, later.step, later.places) == ("replay", 1, ("a", "c"))
 
 
-def begun(job: Job, *uids: str) -> Job:
+def begun(job: JobState, *uids: str) -> JobState:
     for number, uid in enumerate(uids):
         job, _ = coordination.after(job, (uid, Join(uid, number, "host", "zone")))
     for uid in job.members:
@@ -142,7 +142,7 @@ def begun(job: Job, *uids: str) -> Job:
 def test_a_spare_is_not_to_be_lost_with_what_it_is_rebuilt_from(where: dict[str, tuple[str, str]], chosen: str) -> None:
     """[REC-17]"""
     held = {"m0": ("a", "x"), "m1": ("d", "w"), "m2": ("c", "z"), "m3": ("b", "y")}
-    job = Job(4, epoch=1)
+    job = JobState(4, epoch=1)
     for uid, (host, zone) in (held | where).items():
         job, _ = coordination.after(job, (uid, Join(uid, 1, host, zone)))
     assert job.places == tuple(held)
@@ -152,7 +152,7 @@ def test_a_spare_is_not_to_be_lost_with_what_it_is_rebuilt_from(where: dict[str,
 
 
 def test_places_have_different_batches() -> None:
-    job = begun(Job(2, epoch=1), "a", "b")
+    job = begun(JobState(2, epoch=1), "a", "b")
     job, _ = coordination.after(job, ("a", Ready(job.generation, 1, batch="0f")))
     job, orders = coordination.after(job, ("b", Ready(job.generation, 1, batch="f0")))
     end = orders[0].message  # type: ignore[union-attr]
@@ -161,26 +161,26 @@ def test_places_have_different_batches() -> None:
 
 
 def test_a_step_that_is_lost_too_often_ends_the_job() -> None:
-    job = begun(Job(2, epoch=1, max_losses_of_step=2), "a", "b", "c", "d")
+    job = begun(JobState(2, epoch=1, max_losses_of_step=2), "a", "b", "c", "d")
     job, _ = coordination.after(job, Gone("a", "exit", 9))
-    assert job.phase is Phase.FORMING
+    assert job.phase is JobPhase.FORMING
     job, orders = coordination.after(job, Gone("c", "exit", 9))
-    assert job.phase is Phase.ENDED
+    assert job.phase is JobPhase.ENDED
     assert {(order.message.code, order.message.reason) for order in orders} == {(1, "step-failed")}  # type: ignore[union-attr]
 
 
 def test_a_burst_of_losses_counts_once() -> None:
     """[REC-15]"""
-    job = begun(Job(4, epoch=1, max_losses_of_step=2), "a", "b", "c", "d", "e", "f", "g", "h")
+    job = begun(JobState(4, epoch=1, max_losses_of_step=2), "a", "b", "c", "d", "e", "f", "g", "h")
     for uid in "abc":
         job, _ = coordination.after(job, Gone(uid, "exit", 9))
-    assert (job.phase, job.places, job.losses_of_step) == (Phase.FORMING, ("e", "f", "g", "d"), 1)
+    assert (job.phase, job.places, job.losses_of_step) == (JobPhase.FORMING, ("e", "f", "g", "d"), 1)
     job, _ = coordination.after(job, Gone("f", "exit", 9))
-    assert job.phase is Phase.ENDED
+    assert job.phase is JobPhase.ENDED
 
 
 def test_a_loop_that_ends_on_some_members_only() -> None:
-    job = begun(Job(2, epoch=1), "a", "b")
+    job = begun(JobState(2, epoch=1), "a", "b")
     job, _ = coordination.after(job, ("a", _S.Left(0)))
     job, _ = coordination.after(job, ("b", Ready(job.generation, 1)))
     assert job.end is not None

@@ -19,7 +19,7 @@ from elastickpt.errors import CheckpointError, Malformed, MissingFile, NotACheck
 from elastickpt.foreign.file_plans import NewTensor
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
-from elastickpt.foreign.listing import ForeignCheckpoint, Group
+from elastickpt.foreign.listing import ForeignCheckpoint, ParamGroup
 from elastickpt.foreign.megatron_plan import NewRank, plan_megatron_legacy
 
 
@@ -172,7 +172,12 @@ def test_written_ranks_of_half_types_and_chunks_are_listed_as_given(tmp_path) ->
     tensor = NewTensor("t", "bfloat16", (2,))
     master = NewTensor("m", "float32", (2,))
     rank = NewRank(
-        0, 0, ({"a": tensor}, {"a": tensor}), {0: {"exp_avg": master}}, (Group("optimizer", (0,), {"lr": 0.1}),), {0: master}
+        0,
+        0,
+        ({"a": tensor}, {"a": tensor}),
+        {0: {"exp_avg": master}},
+        (ParamGroup("optimizer", (0,), {"lr": 0.1}),),
+        {0: master},
     )
     for plan in plan_megatron_legacy([rank], step=12):
         (tmp_path / plan.path).parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from dense import bits, whole_of
 
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
-from elastickpt.foreign.listing import ForeignCheckpoint, Tied
+from elastickpt.foreign.listing import ForeignCheckpoint, TiedName
 from elastickpt.storage.ranges import LocalReader
 
 
@@ -59,7 +59,7 @@ def test_torch_tied_names_and_values_are_said(plain_case) -> None:
     """[FOR-34, FOR-36]"""
     found = read(plain_case.folder / "checkpoint.pt")
     if plain_case.folder.name == "single":
-        assert found.tied == (Tied("model", "head.weight", "embed.weight"),)
+        assert found.tied == (TiedName("model", "head.weight", "embed.weight"),)
         assert [one.item for one in found.wholes if not one.state] == ["rng"]
         assert found.constants["vocab"] == 101
         assert {"/step", "/epoch", "/best", "/config", "/scheduler"} == set(found.values)

@@ -21,7 +21,7 @@ from elastickpt.errors import (
 )
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
-from elastickpt.foreign.listing import ForeignCheckpoint, Tied
+from elastickpt.foreign.listing import ForeignCheckpoint, TiedName
 
 
 def read(path: Path) -> ForeignCheckpoint:
@@ -128,8 +128,8 @@ def test_ties_that_the_library_wrote_are_known(tmp_path) -> None:
     found = read(tmp_path)
     assert len(found.wholes) == 1
     assert found.tied in (
-        (Tied("model", "head.weight", "embed.weight"),),
-        (Tied("model", "embed.weight", "head.weight"),),
+        (TiedName("model", "head.weight", "embed.weight"),),
+        (TiedName("model", "embed.weight", "head.weight"),),
     )
 
 

@@ -25,7 +25,7 @@ from elastickpt.errors import (
 )
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
-from elastickpt.foreign.listing import ForeignCheckpoint, Storage, StoredTensor, Tied
+from elastickpt.foreign.listing import ForeignCheckpoint, Storage, StoredTensor, TiedName
 from elastickpt.foreign.tensor_bytes import ranges, read_box, read_tensor_into
 from elastickpt.format.arrays import DTYPES, Box
 from elastickpt.storage.store import RangeReader
@@ -87,7 +87,7 @@ def test_shared_storage_is_a_tie_only_where_all_is_the_same(tmp_path) -> None:
     """[FOR-33]"""
     whole = torch.arange(6.0).reshape(2, 3)
     found = saved(tmp_path, {"model": {"a": whole, "b": whole, "half": whole[:1], "flat": whole.reshape(6)}})
-    assert found.tied == (Tied("model", "b", "a"),)
+    assert found.tied == (TiedName("model", "b", "a"),)
     assert {one.name for one in found.wholes} == {"a", "half", "flat"}
     assert len({one.pieces[0].stored.storage for one in found.wholes}) == 1
 

@@ -29,7 +29,7 @@ from elastickpt.foreign.dcp_plan import plan_dcp
 from elastickpt.foreign.file_plans import NewTensor, combined_crc32
 from elastickpt.foreign.folder import open_folder
 from elastickpt.foreign.formats import find_source, read_foreign
-from elastickpt.foreign.listing import Group, Tied
+from elastickpt.foreign.listing import ParamGroup, TiedName
 from elastickpt.foreign.pickle_values import ElementType, Instance
 from elastickpt.foreign.safetensors_file import DTYPE_NAMES
 from elastickpt.foreign.safetensors_plan import plan_safetensors
@@ -173,7 +173,7 @@ def test_safetensors_tied_names_come_back_by_the_librarys_own_way(tmp_path) -> N
     assert load_model(model, path) == (set(), [])
     assert torch_bits(model["head"].weight.detach()) == ("float32", (4, 3), data)
     found = read_foreign(find_source(open_folder(path)))
-    assert found.tied == (Tied("model", "head.weight", "embed.weight"),)
+    assert found.tied == (TiedName("model", "head.weight", "embed.weight"),)
 
 
 @pytest.mark.parametrize(("dtype", "size", "error"), [("complex128", 10, ValueNotCarried), ("float32", 0, Refused)])
@@ -194,11 +194,11 @@ def state() -> tuple[NewState, dict[str, bytes]]:
     arrays = [
         NewArray("model" if name.endswith("value") else "optimizer", *name.split("|"), one) for name, (one, _) in made.items()
     ]
-    groups = (Group("optimizer", ("b",), {"lr": 0.1}), Group("optimizer", ("w",), {"lr": 0.2, "betas": (0.9, 0.95)}))
+    groups = (ParamGroup("optimizer", ("b",), {"lr": 0.1}), ParamGroup("optimizer", ("w",), {"lr": 0.2, "betas": (0.9, 0.95)}))
     whole = NewState(
         arrays=(*arrays, NewArray("rng", "", "", noise[0])),
         groups=groups,
-        tied=(Tied("model", "head", "w"),),
+        tied=(TiedName("model", "head", "w"),),
         values={"/step": 7, "/scheduler": {"last_epoch": 7, "lrs": [0.1, 0.2]}},
     )
     return whole, {one.key: data for one, data in (*made.values(), noise)}

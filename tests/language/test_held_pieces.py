@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import ProgramFault
 from elastickpt.language import tree as t
-from elastickpt.language.held import Held, HeldPiece, Side, flat_part, lower, prove_pieces, transfers
+from elastickpt.language.held import HeldParts, HeldPiece, Strides, flat_part, lower, prove_pieces, transfers
 from elastickpt.language.parse import parse
 from elastickpt.language.scope import Scope
 
 
 def dims(text: str) -> tuple[t.Factor, ...]:
     line = parse(f"ucl 1\nx  {text}\n").statements[0]
-    assert isinstance(line, t.Line)
+    assert isinstance(line, t.RuleLine)
     assert isinstance(line.dims, tuple)
     return line.dims
 
 
-def places(side: Side, extents: tuple[int, ...]) -> np.ndarray:
+def places(side: Strides, extents: tuple[int, ...]) -> np.ndarray:
     found = np.full(extents, side.offset)
     for axis, stride in enumerate(side.strides):
         shape = [1] * len(extents)
@@ -33,7 +33,7 @@ def places(side: Side, extents: tuple[int, ...]) -> np.ndarray:
     return found.reshape(-1)
 
 
-def gathered(held: list[Held], dense: np.ndarray) -> list[np.ndarray]:
+def gathered(held: list[HeldParts], dense: np.ndarray) -> list[np.ndarray]:
     """The local tensors that ranks have of a dense array."""
     found = []
     for one in held:
@@ -46,7 +46,7 @@ def gathered(held: list[Held], dense: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def all_ranks(text: str, axes: dict[str, int], **constants: int | tuple[int, ...]) -> list[Held]:
+def all_ranks(text: str, axes: dict[str, int], **constants: int | tuple[int, ...]) -> list[HeldParts]:
     scope = Scope(constants, axes)
     return [lower(dims(text), scope, dict(zip(axes, at, strict=True))) for at in product(*map(range, axes.values()))]
 

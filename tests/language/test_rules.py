@@ -16,7 +16,7 @@ from elastickpt.language.holders import LocalShape, RankShapes
 from elastickpt.language.matching import Matched, match
 from elastickpt.language.orders import counted
 from elastickpt.language.parse import parse
-from elastickpt.language.placing import Placed, place
+from elastickpt.language.placing import PlacedTensor, place
 from elastickpt.language.renaming import NamedShape
 from elastickpt.language.rules import Rules, resolve
 from tests.language.test_held_pieces import places
@@ -65,7 +65,7 @@ def named(dense: Mapping[str, np.ndarray]) -> list[NamedShape]:
     return [NamedShape(name, one.shape, (13, H) if name in padded else None) for name, one in dense.items()]
 
 
-def cut(placed: Placed, dense: Mapping[str, np.ndarray]) -> np.ndarray:
+def cut(placed: PlacedTensor, dense: Mapping[str, np.ndarray]) -> np.ndarray:
     made = np.zeros(prod(placed.shape), dtype=np.int64)
     for part in placed.parts:
         for piece in part.held.pieces:
@@ -73,7 +73,7 @@ def cut(placed: Placed, dense: Mapping[str, np.ndarray]) -> np.ndarray:
     return made.reshape(placed.shape)
 
 
-def ranks_of(tensors: tuple[Placed, ...], sizes: Mapping[str, int]) -> list[RankShapes]:
+def ranks_of(tensors: tuple[PlacedTensor, ...], sizes: Mapping[str, int]) -> list[RankShapes]:
     found = []
     for index in product(*map(range, sizes.values())):
         at = dict(zip(sizes, index, strict=True))
@@ -82,7 +82,7 @@ def ranks_of(tensors: tuple[Placed, ...], sizes: Mapping[str, int]) -> list[Rank
     return found
 
 
-def merged(matched: Matched, tensors: tuple[Placed, ...], dense: Mapping[str, np.ndarray], sizes: Mapping[str, int]):
+def merged(matched: Matched, tensors: tuple[PlacedTensor, ...], dense: Mapping[str, np.ndarray], sizes: Mapping[str, int]):
     """The wholes, put together again from the local tensors."""
     by_rank = [
         [one for one in tensors if dict(one.coordinate) == dict(zip(sizes, index, strict=True))]

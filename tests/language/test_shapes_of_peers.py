@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastickpt.errors import CheckpointError, ProgramFault
-from elastickpt.language.held import Side, transfers
+from elastickpt.language.held import Strides, transfers
 from elastickpt.language.holders import LocalShape, RankShapes
 from elastickpt.language.matching import match
 from elastickpt.language.parse import parse
-from elastickpt.language.placing import Placed, place
+from elastickpt.language.placing import PlacedTensor, place
 from elastickpt.language.renaming import NamedShape, equations, fitting, left_out, link
 from elastickpt.language.rules import Rules, declared, resolve
 from tests.language.test_held_pieces import all_ranks, gathered, places
@@ -34,7 +34,9 @@ def rules(text: str, sizes: Mapping[str, int], **constants: int) -> Rules:
     return resolve(parse(f"ucl 1\n{text}", name="my.ucl"), constants, sizes)
 
 
-def there_and_back(text: str, dense: dict[str, np.ndarray], sizes: dict[str, int], **constants: int) -> tuple[Placed, ...]:
+def there_and_back(
+    text: str, dense: dict[str, np.ndarray], sizes: dict[str, int], **constants: int
+) -> tuple[PlacedTensor, ...]:
     """Every rank's tensors of dense arrays; what they hold, put together again, is those arrays."""
     known = rules(text, sizes, **constants)
     tensors = place(known, [NamedShape(name, one.shape) for name, one in dense.items()])
@@ -82,7 +84,7 @@ def test_v3b_dealt_heads_are_one_lattice() -> None:
     """yuan, (8, 64), 8 heads of 8 on 4 ranks: from head to head 32 elements, inside a head 1."""
     for rank, held in enumerate(all_ranks("a  (heads%tp d)", {"tp": 4}, a=8, heads=8, d=8)):
         (piece,) = held.pieces
-        assert (piece.extents, piece.whole) == ((8, 2, 8), Side(8 * rank, (64, 32, 1)))
+        assert (piece.extents, piece.whole) == ((8, 2, 8), Strides(8 * rank, (64, 32, 1)))
 
 
 def test_v3_dealt_heads_from_two_ranks_to_four_are_four_segments() -> None:
@@ -302,7 +304,7 @@ SHAPES = {"a": (7, 3), "b": (5,), "c": (2, 2, 2), "d": (1,), "e": ()}
 FORMS = ["pad(cat(o), 2*|dp|)/dp", "cat(o, pad |dp|)/dp", "cat(o)/dp:chunk", "cat(o)/dp:balanced"]
 
 
-def flat_ranks(tensors: tuple[Placed, ...], dp: int, shapes: Mapping[str, tuple[int, ...]] | None) -> list[RankShapes]:
+def flat_ranks(tensors: tuple[PlacedTensor, ...], dp: int, shapes: Mapping[str, tuple[int, ...]] | None) -> list[RankShapes]:
     found = []
     for rank in range(dp):
         mine = [one for one in tensors if dict(one.coordinate)["dp"] == rank]

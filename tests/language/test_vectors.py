@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from elastickpt.errors import ProgramFault
-from elastickpt.language.flat import Listed, lay_flat
-from elastickpt.language.held import Held, HeldPiece, Side, lower, prove_pieces, transfers
+from elastickpt.language.flat import OrderedTensor, lay_flat
+from elastickpt.language.held import HeldParts, HeldPiece, Strides, lower, prove_pieces, transfers
 from elastickpt.language.scope import Scope
 from tests.language.test_held_pieces import all_ranks, dims, gathered, places, split
 
 
-def moved(source: list[Held], target: list[Held]) -> list[tuple[int, int, tuple[int, ...], Side, Side]]:
+def moved(source: list[HeldParts], target: list[HeldParts]) -> list[tuple[int, int, tuple[int, ...], Strides, Strides]]:
     """(source rank, target rank, extents, places) of everything that goes; of copies the lowest rank's."""
-    given: dict[tuple[tuple[int, ...], Side], tuple[int, HeldPiece]] = {}
+    given: dict[tuple[tuple[int, ...], Strides], tuple[int, HeldPiece]] = {}
     for rank, held in enumerate(source):
         for piece in held.pieces:
             given.setdefault((piece.extents, piece.whole), (rank, piece))
@@ -108,12 +108,12 @@ def test_v5_vocabularies_with_poisoned_padding(source: int, target: int, vocab: 
 
 def _below(piece: HeldPiece, rows: int) -> list[HeldPiece]:
     count = min(piece.extents[0] if piece.extents else 1, rows - piece.whole.offset)
-    return [HeldPiece((count,), Side(piece.whole.offset, (1,)), Side(piece.local.offset, (1,)))] if count > 0 else []
+    return [HeldPiece((count,), Strides(piece.whole.offset, (1,)), Strides(piece.local.offset, (1,)))] if count > 0 else []
 
 
 def flat_ranks(text: str, ways: int, shapes: dict[str, tuple[int, ...]]):
     scope = Scope({}, {"dp": ways})
-    order = [Listed(name, lower(dims(" ".join(map(str, shape)) or "(0)"), scope, {})) for name, shape in shapes.items()]
+    order = [OrderedTensor(name, lower(dims(" ".join(map(str, shape)) or "(0)"), scope, {})) for name, shape in shapes.items()]
     (factor,) = dims(text)
     return [lay_flat(factor, order, scope, {"dp": rank}) for rank in range(ways)]
 
