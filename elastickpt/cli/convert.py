@@ -18,8 +18,8 @@ from elastickpt.errors import CheckpointError, Refused
 from elastickpt.language.shelf import name_maps, purpose
 
 if TYPE_CHECKING:
+    from elastickpt.convert.conversion import Conversion
     from elastickpt.convert.engine import Converted
-    from elastickpt.convert.job import Conversion
     from elastickpt.convert.options import Options
 
 SCHEMA = "ckpt-convert.convert/1"
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from elastickpt.convert.conversion import open_source, prepare, program_in_use, read_scalar, unread_scalar
     from elastickpt.convert.engine import carry_out
-    from elastickpt.convert.job import open_source, prepare, program_in_use, read_scalar, unread_scalar
     from elastickpt.language.printer import print_program
 
     options = options_of(args)
@@ -114,16 +114,18 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.write(print_program(program))
         return DONE
     source = open_source(options, scalar=unread_scalar if args.dry_run else read_scalar)
-    job = prepare(options, source)
+    conversion = prepare(options, source)
     if not args.quiet and not args.json:
         for text in source.contents.said:
             say(f"note: {printable(text)}")
     if args.dry_run:
-        _report(args, job, None)
+        _report(args, conversion, None)
         return DONE
     with byte_bar(args.out, shown=sys.stderr.isatty() and not args.quiet) as progress:
-        done = carry_out(job, progress=progress, say=lambda text: None if args.quiet else say(f"note: {printable(text)}"))
-    _report(args, job, done)
+        done = carry_out(
+            conversion, progress=progress, say=lambda text: None if args.quiet else say(f"note: {printable(text)}")
+        )
+    _report(args, conversion, done)
     return DONE
 
 
@@ -171,46 +173,46 @@ def resolved(path: str, step: int | None = None) -> str:
     return path
 
 
-def _report(args: argparse.Namespace, job: Conversion, done: Converted | None) -> None:
+def _report(args: argparse.Namespace, conversion: Conversion, done: Converted | None) -> None:
     if args.json:
-        show_json(_json(args, job, done))
+        show_json(_json(args, conversion, done))
         return
     if args.quiet:
         return
     if done is None:
-        show(_plan_lines(job))
-    for one in job.not_carried:
+        show(_plan_lines(conversion))
+    for one in conversion.not_carried:
         say(f"not carried: {printable(one.name)}: {printable(one.reason)}")
     for note in done.notes if done else ():
         say(f"note: {printable(note)}")
     if done is not None:
-        show([(Span(f"{args.out}: {job.target}, {plural(done.arrays, 'array')}, {nbytes_text(done.nbytes)}", ""),)])
+        show([(Span(f"{args.out}: {conversion.target}, {plural(done.arrays, 'array')}, {nbytes_text(done.nbytes)}", ""),)])
 
 
-def _plan_lines(job: Conversion) -> Iterator[Line]:
+def _plan_lines(conversion: Conversion) -> Iterator[Line]:
     """What would be written, array by array."""
-    for one in job.contents.arrays.values():
+    for one in conversion.contents.arrays.values():
         true = f", true {shape_text(one.true)}" if one.true is not None and one.true != one.node.shape else ""
         yield (Span(f"{printable(str(one.id))}  {one.node.dtype}  {shape_text(one.node.shape)}{true}", ""),)
-    if job.form is not None:
-        for plan in job.form.plans:
+    if conversion.form is not None:
+        for plan in conversion.form.plans:
             yield (Span(f"file {printable(plan.path)}  {plural(len(plan.slots), 'tensor')}  {nbytes_text(plan.nbytes)}", ""),)
 
 
-def _json(args: argparse.Namespace, job: Conversion, done: Converted | None) -> dict[str, object]:
+def _json(args: argparse.Namespace, conversion: Conversion, done: Converted | None) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "source": args.source,
         "out": args.out,
-        "from": job.source.format,
-        "to": job.target,
+        "from": conversion.source.format,
+        "to": conversion.target,
         "dry_run": done is None,
-        "step": job.contents.step,
-        "nbytes": job.nbytes,
+        "step": conversion.contents.step,
+        "nbytes": conversion.nbytes,
         "resumed": done.resumed if done else 0,
-        "said": [*job.source.contents.said, *(done.said if done else ())],
+        "said": [*conversion.source.contents.said, *(done.said if done else ())],
         "notes": list(done.notes) if done else [],
-        "not_carried": [{"name": one.name, "reason": one.reason} for one in job.not_carried],
+        "not_carried": [{"name": one.name, "reason": one.reason} for one in conversion.not_carried],
         "arrays": [
             {
                 "section": one.id.section,
@@ -221,7 +223,7 @@ def _json(args: argparse.Namespace, job: Conversion, done: Converted | None) -> 
                 "shape": list(one.node.shape),
                 "true_shape": None if one.true is None else list(one.true),
             }
-            for one in job.contents.arrays.values()
+            for one in conversion.contents.arrays.values()
         ],
-        "files": [] if job.form is None else [{"path": p.path, "nbytes": p.nbytes} for p in job.form.plans],
+        "files": [] if conversion.form is None else [{"path": p.path, "nbytes": p.nbytes} for p in conversion.form.plans],
     }

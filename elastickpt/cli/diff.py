@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _side(args: argparse.Namespace, path: str, names: list[str]) -> Side:
     from elastickpt.convert.comparing import Side
     from elastickpt.convert.contents import selected
-    from elastickpt.convert.job import names_of, open_source
+    from elastickpt.convert.conversion import names_of, open_source
     from elastickpt.convert.names import apply_names
     from elastickpt.convert.options import Options
     from elastickpt.convert.refining import with_masters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from elastickpt.convert.comparing import Side, compare
-from elastickpt.convert.job import names_of, open_source, program_of
+from elastickpt.convert.conversion import names_of, open_source, program_of
 from elastickpt.convert.names import apply_names
 from elastickpt.convert.options import Options
 from elastickpt.language import tree as t

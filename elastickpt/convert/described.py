@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from elastickpt.convert.job import Conversion, names_of, shown_program, target_program
+from elastickpt.convert.conversion import Conversion, names_of, shown_program, target_program
 from elastickpt.convert.options import Options
 from elastickpt.format.digest import file_digest
 from elastickpt.format.version import RELEASE
 from elastickpt.language.printer import print_program
 
 
-def description_of(job: Conversion, written: Iterable[object]) -> dict[str, str]:
+def description_of(conversion: Conversion, written: Iterable[object]) -> dict[str, str]:
     """Name of a fact → the fact. `written` decides where bytes go. How many workers share the work is no part of it."""
-    options, source = job.options, job.source
+    options, source = conversion.options, conversion.source
     found = {"release": RELEASE, "SOURCE": f"{source.format} at {source.url}"}
     found |= {f"file {path}": stamp for path, stamp in source.files}
     found |= {f"option --{name}": value for name, value in _given(options)}
-    found["option --to"] = job.target
-    programs = [("the program of SOURCE", shown_program(job)), ("the program of OUT", target_program(job))]
+    found["option --to"] = conversion.target
+    programs = [("the program of SOURCE", shown_program(conversion)), ("the program of OUT", target_program(conversion))]
     programs += [(f"name map {name}", names_of(name)) for name in options.names]
     found |= {name: _digest(print_program(program)) for name, program in programs if program is not None}
     found["what is written"] = _digest("\n".join(map(repr, written)))

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from elastickpt.commit.draft import Draft
 from elastickpt.convert.buffers import SPARE_NBYTES, Buffers
+from elastickpt.convert.conversion import Conversion, require_unchanged
+from elastickpt.convert.conversion_draft import ConversionDraft
 from elastickpt.convert.described import description_of
 from elastickpt.convert.files import FilesTarget
-from elastickpt.convert.job import Conversion, require_unchanged
 from elastickpt.convert.nodes import Node, leaves, nbytes_of, working_nbytes
-from elastickpt.convert.place import ConversionDraft
 from elastickpt.convert.sections import regions
 from elastickpt.convert.universal import UniversalTarget
 from elastickpt.convert.words import Words
@@ -43,9 +43,9 @@ class Target(Protocol):
     nbytes: tuple[int, ...]
     left: tuple[int, ...]
 
-    def prepare(self, place: ConversionDraft) -> None: ...
+    def prepare(self, out: ConversionDraft) -> None: ...
 
-    def open(self, place: ConversionDraft, buffers: Buffers, *, worker: int) -> None: ...
+    def open(self, out: ConversionDraft, buffers: Buffers, *, worker: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -75,7 +75,7 @@ class Converted:
 
 
 def carry_out(
-    job: Conversion, *, progress: Progress = lambda done, total: None, say: Callable[[str], None] = lambda text: None
+    conversion: Conversion, *, progress: Progress = lambda done, total: None, say: Callable[[str], None] = lambda text: None
 ) -> Converted:
     """Reads, maps and writes; on return the output exists, whole and durable. Blocking. `say` is told at once what was found of
     an interrupted conversion.
@@ -83,60 +83,60 @@ def carry_out(
     After an error nothing stands at OUT. After an interrupt, or the end of a worker, neither; the draft stays beside it, and
     the same conversion goes on from there.
     """
-    target = target_of(job)
+    target = target_of(conversion)
     try:
-        with ConversionDraft(job.options.out, description_of(job, target.describe()), target.left) as place:
-            target.prepare(place)
-            for text in place.said:
+        with ConversionDraft(conversion.options.out, description_of(conversion, target.describe()), target.left) as out:
+            target.prepare(out)
+            for text in out.said:
                 say(text)
-            for task, left in place.done.items():
+            for task, left in out.done.items():
                 target.adopt(task, left)
-            tell = _Teller(progress, total=sum(n for task, n in enumerate(target.nbytes) if task not in place.done))
-            with helpers(partial(_help, job, place.draft, place.done), job.options.workers - 1, tell) as others:
+            tell = _Teller(progress, total=sum(n for task, n in enumerate(target.nbytes) if task not in out.done))
+            with helpers(partial(_help, conversion, out.draft, out.done), conversion.options.workers - 1, tell) as others:
 
                 def told(nbytes: int) -> None:
                     others.require()
                     tell(nbytes)
 
-                written, notes = _work(job, target, place, 0, place.done, told)
+                written, notes = _work(conversion, target, out, 0, out.done, told)
                 answers = others.answers()
-            require_unchanged(job.source)
+            require_unchanged(conversion.source)
             target.commit([written, *(one for one, _ in answers)])
     finally:
-        job.source.reading.close()
+        conversion.source.reading.close()
     every = (*notes, *(note for _, some in answers for note in some))
-    return Converted(job.arrays, job.nbytes, every, len(place.done), tuple(place.said))
+    return Converted(conversion.arrays, conversion.nbytes, every, len(out.done), tuple(out.said))
 
 
-def target_of(job: Conversion) -> UniversalTarget | FilesTarget:
+def target_of(conversion: Conversion) -> UniversalTarget | FilesTarget:
     """What a conversion writes, nothing of it begun."""
-    return UniversalTarget(job.contents) if job.form is None else FilesTarget(job.form)
+    return UniversalTarget(conversion.contents) if conversion.form is None else FilesTarget(conversion.form)
 
 
-def _help(job: Conversion, draft: Draft, done: Collection[int], worker: int, tell: Tell) -> tuple[Any, Notes]:
+def _help(conversion: Conversion, draft: Draft, done: Collection[int], worker: int, tell: Tell) -> tuple[Any, Notes]:
     """What one helper does, in a process of its own."""
-    target = target_of(job)
-    return _work(job, target, ConversionDraft.joined(job.options.out, draft, target.left), worker, done, tell)
+    target = target_of(conversion)
+    return _work(conversion, target, ConversionDraft.joined(conversion.options.out, draft, target.left), worker, done, tell)
 
 
 def _work(
-    job: Conversion, target: Target, place: ConversionDraft, worker: int, done: Collection[int], tell: Tell
+    conversion: Conversion, target: Target, out: ConversionDraft, worker: int, done: Collection[int], tell: Tell
 ) -> tuple[Any, Notes]:
     """Does a worker's share of what is not done: what it has written, durable; and notes."""
-    reading = job.source.reading
+    reading = conversion.source.reading
     buffers = reading.buffers
     tasks = [(task, node) for task, node in enumerate(target.nodes) if task not in done]
     buffers.limit_nbytes = 2 * max((nbytes_of(node) for node in target.nodes), default=0) + SPARE_NBYTES
-    target.open(place, buffers, worker=worker)
+    target.open(out, buffers, worker=worker)
     try:
         with _Behind(buffers.limit_nbytes) as behind:
-            for unit in _share(units(tasks), job.options.workers, worker):
+            for unit in _share(units(tasks), conversion.options.workers, worker):
                 reading.expect([node for _, node in unit])
                 for task, node in unit:
                     behind.make_room(working_nbytes(node))
                     said = len(reading.notes)
                     words = reading.words(node, target.phase(task))
-                    noted = place if len(reading.notes) == said else None  # what says something is done, and said, anew
+                    noted = out if len(reading.notes) == said else None  # what says something is done, and said, anew
                     finish = partial(_finish, target, noted, buffers, task, words, tell)
                     behind.give(nbytes_of(node) + target.beside(task), finish)
         return target.written(), tuple(reading.notes)

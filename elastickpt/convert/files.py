@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from elastickpt.commit.draft import commit
 from elastickpt.convert.buffers import Buffers
+from elastickpt.convert.conversion_draft import ConversionDraft
 from elastickpt.convert.nodes import Node
-from elastickpt.convert.place import ConversionDraft
 from elastickpt.convert.saved_forms import Delivery, SavedForm
 from elastickpt.convert.words import lattice
 from elastickpt.errors import CheckpointError
@@ -51,16 +51,16 @@ class FilesTarget:
         for plan in self._form.plans:
             yield plan.path, plan.nbytes, [(slot.tensor.key, slot.offset) for slot in plan.slots]
 
-    def prepare(self, place: ConversionDraft) -> None:
+    def prepare(self, out: ConversionDraft) -> None:
         """The draft is as every worker expects it. Blocking."""
-        place.store.remove_tree(place.draft.path("fragments"))
+        out.store.remove_tree(out.draft.path("fragments"))
         for folder in sorted({plan.path.rpartition("/")[0] for plan in self._form.plans} - {""}):
-            place.store.make_directories(place.draft.path(folder))
+            out.store.make_directories(out.draft.path(folder))
 
-    def open(self, place: ConversionDraft, buffers: Buffers, *, worker: int) -> None:
+    def open(self, out: ConversionDraft, buffers: Buffers, *, worker: int) -> None:
         """Tasks are done there from now on. Blocking."""
-        self._place, self._buffers = place, buffers
-        self._files = _Files(place.store, {place.draft.path(plan.path): plan.nbytes for plan in self._form.plans})
+        self._out, self._buffers = out, buffers
+        self._files = _Files(out.store, {out.draft.path(plan.path): plan.nbytes for plan in self._form.plans})
 
     def close(self) -> None:
         """Gives up what is open. Raises nothing."""
@@ -83,7 +83,7 @@ class FilesTarget:
             local = words if one.pieces is None else self._local(one, words, offset % PAGE)
             data = local.reshape(-1).view(np.uint8)
             left += crc32(data.data).to_bytes(_CRC_NBYTES, "big")
-            with self._files.writer(self._place.draft.path(path)) as writer:
+            with self._files.writer(self._out.draft.path(path)) as writer:
                 self._write(writer, offset, data)
             if one.pieces is not None:
                 self._buffers.give_back(local)
@@ -105,28 +105,28 @@ class FilesTarget:
 
         `others` is what other workers wrote.
         """
-        place, store = self._place, self._place.store
+        out, store = self._out, self._out.store
         for checksums in others:
             self._checksums.update(checksums)
         for plan in self._form.plans:
             self._frame(plan)
         if store.capabilities.directory_sync:
             for folder in directories_of([plan.path for plan in self._form.plans]):
-                store.sync_directory(place.draft.path(folder))
-        place.seal()
-        with place.publishing():
+                store.sync_directory(out.draft.path(folder))
+        out.seal()
+        with out.publishing():
             if self._form.single:
                 (plan,) = self._form.plans
-                store.rename(place.draft.path(plan.path), place.name)
+                store.rename(out.draft.path(plan.path), out.name)
                 with suppress(CheckpointError):  # nothing of OUT is in it: the next conversion sweeps it
-                    store.remove_tree(place.draft.folder)
+                    store.remove_tree(out.draft.folder)
             else:
-                commit(store, place.draft)
-            place.confirm()
+                commit(store, out.draft)
+            out.confirm()
 
     def _frame(self, plan: FilePlan) -> None:
         """The file is whole and durable, whoever wrote how much of it, now or before an interruption."""
-        with self._files.writer(self._place.draft.path(plan.path)) as writer:
+        with self._files.writer(self._out.draft.path(plan.path)) as writer:
             for offset, data in plan.frames(self._checksums):
                 if data:
                     writer.write(offset, memoryview(data))
@@ -145,7 +145,7 @@ class FilesTarget:
 
     def _write(self, writer: RangeWriter, offset: int, data: NDArray[np.uint8]) -> None:
         """What does not lie in memory as in the file is copied so, in steps: a copy costs less than the page cache."""
-        past_cache = data.size >= 2 * MIN_DIRECT_NBYTES and self._place.store.capabilities.past_cache
+        past_cache = data.size >= 2 * MIN_DIRECT_NBYTES and self._out.store.capabilities.past_cache
         if not past_cache or (address_of(data.data) - offset) % PAGE == 0:
             if data.size:
                 writer.write(offset, data.data)

@@ -15,8 +15,8 @@ from elastickpt.commit.attest import DraftContents, Outline, attest
 from elastickpt.commit.outcome import commit
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.contents import Array, Contents
+from elastickpt.convert.conversion_draft import ConversionDraft
 from elastickpt.convert.nodes import Node, nbytes_of
-from elastickpt.convert.place import ConversionDraft
 from elastickpt.errors import PathOccupied
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import MANIFEST, array_keys
@@ -83,20 +83,20 @@ class UniversalTarget:
         for one in self.records.values():
             yield one.key, str(one.spec.id), one.spec.shape, one.spec.dtype, one.chunk_shape, repr(one.attributes)
 
-    def prepare(self, place: ConversionDraft) -> None:
+    def prepare(self, out: ConversionDraft) -> None:
         """The draft is as every worker expects it. Blocking."""
         for section in sorted({one.section for one in self.records}):
-            place.store.make_directories(place.draft.path(section))
-        for entry in place.store.entries(place.draft.folder):  # records of an interrupted commit
+            out.store.make_directories(out.draft.path(section))
+        for entry in out.store.entries(out.draft.folder):  # records of an interrupted commit
             if entry.kind == "file" and (entry.name == MANIFEST or entry.name.endswith(".msgpack")):
-                place.store.remove(place.draft.path(entry.name))
+                out.store.remove(out.draft.path(entry.name))
 
-    def open(self, place: ConversionDraft, buffers: Buffers, *, worker: int) -> None:
+    def open(self, out: ConversionDraft, buffers: Buffers, *, worker: int) -> None:
         """Tasks are done there from now on. Blocking."""
-        self._place, self._worker = place, worker
-        store = place.store
+        self._out, self._worker = out, worker
+        store = out.store
         self._durability: Durability = self._wanted if store.capabilities.directory_sync else "process"
-        self._target = WrittenFolder(store, place.draft.folder, "none", unwatched)  # all is made durable at once, at the end
+        self._target = WrittenFolder(store, out.draft.folder, "none", unwatched)  # all is made durable at once, at the end
 
     def close(self) -> None:
         """Nothing is open between tasks."""
@@ -124,7 +124,7 @@ class UniversalTarget:
 
     def written(self) -> FileDigest:
         """All that this writer stored is durable, and it says so. Blocking."""
-        place = self._place
+        out = self._out
         pieces: list[StoredPiece] = []
         files: list[StoredFile] = []
         for task in sorted(self._written):
@@ -134,17 +134,17 @@ class UniversalTarget:
         self._make_durable([file.path for file in files])
         written = FragmentMap(
             self._worker,
-            place.draft.attempt,
+            out.draft.attempt,
             BLOCK_NBYTES,
             tuple(files),
             tuple(sorted(pieces, key=lambda piece: piece.array)),
             self._contents.tables() if self._worker == 0 else (),
         )
-        return attest(place.store, place.draft, written, durability=self._durability, create=self._renew)
+        return attest(out.store, out.draft, written, durability=self._durability, create=self._renew)
 
     def commit(self, attested: Sequence[FileDigest]) -> None:
         """Proves, records and commits what all writers attested; on return the checkpoint exists. Blocking."""
-        contents, place = self._contents, self._place
+        contents, out = self._contents, self._out
         frame = ManifestFrame(
             world_size=1,
             placement="plain",
@@ -156,32 +156,32 @@ class UniversalTarget:
             layout_text=contents.layout_text,
         )
         outline = Outline(frame, tuple(sorted(self.records.values(), key=lambda record: record.key)))
-        attempt = Attempt(place.store.url, place.draft, self._durability, step=contents.step, time=time.time())
-        with place.publishing():
-            commit(place.store, attempt, DraftContents(outline, dict(contents.values)), attested)
+        attempt = Attempt(out.store.url, out.draft, self._durability, step=contents.step, time=time.time())
+        with out.publishing():
+            commit(out.store, attempt, DraftContents(outline, dict(contents.values)), attested)
 
     def _renew(self, path: str, data: bytes) -> None:
         """Creates a file; one that an interrupted conversion made there was not noted as done, and is made again."""
         try:
-            self._place.store.create(path, data)
+            self._out.store.create(path, data)
         except PathOccupied:
-            self._place.store.remove(path)
-            self._place.store.create(path, data)
+            self._out.store.remove(path)
+            self._out.store.create(path, data)
 
     def _make_durable(self, files: Sequence[str]) -> None:
-        store, place = self._place.store, self._place
+        store, out = self._out.store, self._out
         if self._durability == "process":
             return
         documents = [document.path for task in sorted(self._written) for document in self._documents(task)]
-        for path in files if place.done or not store.capabilities.tree_sync else ():
-            store.sync_file(place.draft.path(path))  # also what another process wrote: only the file itself tells its failures
+        for path in files if out.done or not store.capabilities.tree_sync else ():
+            store.sync_file(out.draft.path(path))  # also what another process wrote: only the file itself tells its failures
         if store.capabilities.tree_sync:
             store.sync_tree()
             return
         for path in documents:
-            store.sync_file(place.draft.path(path))
+            store.sync_file(out.draft.path(path))
         for directory in directories_of([*files, *documents]):
-            store.sync_directory(place.draft.path(directory))
+            store.sync_directory(out.draft.path(directory))
 
     def _documents(self, task: int) -> Sequence[Document]:
         return documents_of(self._plans[task], [self.records[self._ids[task]]])

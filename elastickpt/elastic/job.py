@@ -69,8 +69,8 @@ class WaitOver:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What the ladder says for the lost stages of a view: one StageSource each, or why there is none for them. `epoch`: the claim
-    under which things go on, None for the one before."""
+    """What the ladder says for the lost stages of a view: one StageSource each, or why there is none for them. `epoch`: the
+    claim under which things go on, None for the one before."""
 
     generation: int
     sources: tuple[StageSource, ...]

@@ -42,8 +42,8 @@ from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Reports, by_stage
 from elastickpt.elastic.saves import Saves
 from elastickpt.elastic.stages import Place, Stage
-from elastickpt.elastic.standing import ViewPassage, require_equal_replicas, stand_together
 from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams
+from elastickpt.elastic.view_passage import ViewPassage, require_equal_replicas, stand_together
 from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import elastickpt as ek
 from elastickpt.convert import buffers as memory
 from elastickpt.convert import engine, place
 from elastickpt.convert.buffers import Buffers
-from elastickpt.convert.job import open_source, prepare
+from elastickpt.convert.conversion import open_source, prepare
 from elastickpt.convert.options import Options
 from elastickpt.convert.workers import Helpers
 from elastickpt.errors import NoSpace, NotDurable

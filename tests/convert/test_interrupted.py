@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from elastickpt.cli.main import main
 from elastickpt.commit import draft as drafts
 from elastickpt.convert import engine, place
+from elastickpt.convert.conversion import open_source, prepare
 from elastickpt.convert.engine import target_of
-from elastickpt.convert.job import open_source, prepare
 from elastickpt.convert.journal import Journal
 from elastickpt.convert.nodes import nbytes_of
 from elastickpt.convert.options import Options

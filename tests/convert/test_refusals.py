@@ -11,7 +11,7 @@ import pytest
 
 from elastickpt.cli.main import main
 from elastickpt.convert import engine
-from elastickpt.convert.job import open_source, prepare
+from elastickpt.convert.conversion import open_source, prepare
 from elastickpt.convert.options import Options
 from elastickpt.errors import Refused
 from elastickpt.storage.local import LocalStore

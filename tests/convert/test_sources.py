@@ -583,7 +583,7 @@ def test_a_config_that_is_made_says_the_family_whose_tensors_are_there(tmp_path,
     assert (code, "config.json needs max_position_embeddings, rms_norm_eps" in said) == (1, True)
     done(tmp_path / "m", tmp_path / "u", "--names", "llama-hf", "--quiet")
     from elastickpt.convert.configs import config_files
-    from elastickpt.convert.job import open_source
+    from elastickpt.convert.conversion import open_source
     from elastickpt.convert.options import Options
 
     known = {"max_position_embeddings": 5, "rms_norm_eps": 1e-5, "rope_theta": 1e4}

@@ -22,7 +22,7 @@ from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.recovery import From, Moved, Recovery, Seconds
 from elastickpt.elastic.reports import Reports
 from elastickpt.elastic.stages import Place, Stage
-from elastickpt.elastic.standing import require_equal_replicas
+from elastickpt.elastic.view_passage import require_equal_replicas
 from elastickpt.errors import Refused
 from tests.elastic.small_model import build
 

@@ -81,18 +81,19 @@ class Conversion:
         return sum(nbytes_of(one.node) for one in self.contents.arrays.values())
 
 
-def shown_program(job: Conversion) -> t.Program | None:
+def shown_program(conversion: Conversion) -> t.Program | None:
     """The program that lays the source out, or OUT where the source is universal; None where neither side has one."""
-    if job.source.format == "universal":
-        return _target_program(job.options, job.source) if job.target == "megatron-legacy" else None
-    return job.source.program
+    if conversion.source.format == "universal":
+        return _target_program(conversion.options, conversion.source) if conversion.target == "megatron-legacy" else None
+    return conversion.source.program
 
 
-def target_program(job: Conversion) -> t.Program | None:
+def target_program(conversion: Conversion) -> t.Program | None:
     """The program that lays OUT out; None where its format needs none."""
-    if job.target != "megatron-legacy":
+    if conversion.target != "megatron-legacy":
         return None
-    return program_of(job.options.rules_out) if job.options.rules_out else _target_program(job.options, job.source)
+    options = conversion.options
+    return program_of(options.rules_out) if options.rules_out else _target_program(options, conversion.source)
 
 
 def program_of(name: str) -> t.Program:
