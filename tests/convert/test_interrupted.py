@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from elastickpt.cli.main import main
 from elastickpt.commit import draft as drafts
-from elastickpt.convert import engine, place
+from elastickpt.convert import conversion_draft, engine
 from elastickpt.convert.conversion import open_source, prepare
 from elastickpt.convert.engine import target_of
 from elastickpt.convert.journal import Journal
@@ -100,13 +100,13 @@ class Gone:
             opened.append(FaultyStore(store, CrashAt(n, mode="torn"), counted=CHANGING))
             return opened[-1], name
 
-        self._patch.setattr(place, "locate_for_saving", locate)
+        self._patch.setattr(conversion_draft, "locate_for_saving", locate)
         try:
             convert_()
         except Crash:
             pass
         finally:
-            self._patch.setattr(place, "locate_for_saving", locate_for_saving)
+            self._patch.setattr(conversion_draft, "locate_for_saving", locate_for_saving)
             drafts._UNDER_WAY.clear()  # they were those of the process that is gone
         return opened[-1].struck is not None
 
