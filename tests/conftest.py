@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
-
-from elastickpt.saving.async_save import close_all
 
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
@@ -26,16 +23,33 @@ sys.path.insert(0, str(Path(__file__).parent / "elastic"))
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-# A child of a fork has no threads of OpenMP but waits for them, where its parent has begun some.
-torch.set_num_threads(1)
+# Hundreds of processes import the package: what one has compiled is kept for the others, whatever the environment says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A child of a fork has no threads of OpenMP but waits for them, where its parent has begun some. Torch is imported behind this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 MANY = 200  # descriptors
+
+
+def pytest_collectstart() -> None:
+    """Nothing of what is imported and collected is garbage: while it grows it is not looked through."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nor by any collection of garbage later on."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_descriptors_are_left() -> Iterator[None]:
     """A saver has a writer for each store that it saw; objects in cycles are collected late in a process with so many."""
     yield
+    from elastickpt.saving.async_save import close_all
+
     close_all()
     if len(os.listdir("/proc/self/fd")) > MANY:
         gc.collect()
