@@ -86,6 +86,7 @@ class Job:
         self._changing = threading.Condition()
         self._member = Member(who.uid)
         self._task: JobTask | None = None
+        self._at_work: JobTask | None = None  # what the thread that trains took last; it may be over
         self._interrupt: Callable[[], None] = _nothing
         self._interrupting = False
         self._leave: Callable[[], None] = self._leave_quietly
@@ -155,7 +156,7 @@ class Job:
             while self._interrupting or self._task is None or self._task.taken:
                 self._changing.wait()
             self._task.taken = True
-            task = self._task
+            self._at_work = task = self._task
         if isinstance(task.act, Form):
             self._reach("unblocked")
         return task
@@ -313,7 +314,10 @@ class Job:
         self._line.say(encode(message))
 
     def _reach(self, point: Point) -> None:
-        reached = (self._member.generation, point)
+        """In the thread that trains, whose task counts: of a newer view, which may be known by now, it has begun nothing."""
+        if self._at_work is None:
+            return
+        reached = (self._at_work.generation, point)
         if reached not in self._reached:
             self._reached = {one for one in self._reached if one[0] == reached[0]} | {reached}
             self._say(Reached(*reached))

@@ -97,7 +97,7 @@ class PipelineTrainer:
         own code raised where a step cannot do without it.
         """
         while (task := self._at_boundary()) is not None:
-            report = self._tasks.reports.next(self._job.epoch, self._job.generation)
+            report = self._tasks.reports.next(self._job.epoch, task.generation)
             if report is not None:
                 self._at_report = True
                 try:

@@ -1,0 +1,97 @@
+"""What a member says to its coordinator, whose part the test plays: values on a socket, no process beside this one."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from elastickpt.elastic.joining import Job
+from elastickpt.elastic.membership import Compute, Form, Made, Mend, Mended
+from elastickpt.elastic.messages import (
+    FromMember,
+    Go,
+    Join,
+    Reached,
+    Rebuild,
+    ToMember,
+    View,
+    Welcome,
+    encode,
+    from_member,
+)
+from elastickpt.elastic.stream import Stream
+
+
+class Coordinating:
+    """The other end of one member's connection."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._stream = Stream(ours)
+        self.interrupted = threading.Event()
+        self.job = Job(Stream(theirs), Join("m", 1, "host", "zone"))
+        self.job.on_interrupt(self.interrupted.set)
+        self.say(Welcome(spare=False, beat_s=1.0))
+        self.job.wait_until_in()
+
+    def say(self, *messages: ToMember) -> None:
+        for message in messages:
+            self._stream.send(encode(message))
+
+    def reached(self, last: Reached) -> list[FromMember]:
+        """What the member said that it reached, up to the last one, which is waited for."""
+        found: list[FromMember] = []
+        while last not in found:
+            assert select.select([self._stream], [], [], 120.0)[0], f"nothing but {found}"
+            if (data := self._stream.receive_one()) is not None:
+                found.append(from_member(data))
+        return [one for one in found if isinstance(one, Reached)]
+
+    def stands(self, generation: int) -> None:
+        """The member goes through a view, up to its next Compute."""
+        self.say(View(1, generation, 0, ("m",), ()))
+        task = self.job.next_task()
+        assert isinstance(task.act, Form)
+        self.job.done(task, Made())
+        self.say(Rebuild(generation, 1, ()))
+        task = self.job.next_task()
+        assert isinstance(task.act, Mend)
+        self.job.done(task, Mended())
+        self.say(Go(generation, 0, None))
+
+    def close(self) -> None:
+        self.job.close()
+        self._stream.close()
+
+
+@pytest.fixture
+def coordinating() -> Iterator[Coordinating]:
+    found = Coordinating()
+    yield found
+    found.close()
+
+
+def test_of_a_view_only_its_own_tasks_begin_something(coordinating: Coordinating) -> None:
+    """A step that begins when its view is over already says nothing of the newer one; what runs in that says so. [REC-41]"""
+    job = coordinating.job
+    coordinating.stands(1)
+    late = job.next_task()
+    assert isinstance(late.act, Compute)
+    coordinating.interrupted.clear()
+    coordinating.say(View(1, 2, 0, ("m",), ()))
+    assert coordinating.interrupted.wait(60)
+    assert (late.over, job.generation) == (True, 2)
+    job.began()
+    coordinating.stands(2)
+    job.next_task()
+    job.began()
+    assert coordinating.reached(Reached(2, "first_microbatch")) == [
+        Reached(1, "unblocked"),
+        Reached(1, "first_microbatch"),
+        Reached(2, "unblocked"),
+        Reached(2, "first_microbatch"),
+    ]
