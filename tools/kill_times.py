@@ -44,6 +44,7 @@ PHASES = ("detected", "unblocked", "formed", "rebuilt", "first_microbatch")
 VICTIMS = {"partner": (0, 1, 4, 5), "checkfree": (2, 3), "stale": tuple(range(STAGES))}
 RUNGS = {rung: ",".join(dict.fromkeys((rung, "partner", "checkfree", "stale", "rollback"))) for rung in VICTIMS}
 RUNGS["checkfree"] = RUNGS["partner"]
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else ranks that torchrun starts anew find addresses of ended ones
 LAUNCH = "import sys; from elastickpt.cli.launch import main; sys.exit(main())"
 
 
@@ -75,7 +76,8 @@ class Started:
 
     def __init__(self, command: Sequence[object], folder: Path) -> None:
         self.folder = folder
-        environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(machine.REPOSITORY)}
+        here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(machine.REPOSITORY), **OWN_STORE}
+        environment = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, **here}
         with (folder / "stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [str(one) for one in command], stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True
