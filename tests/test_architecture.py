@@ -45,14 +45,24 @@ def test_zarr_is_imported_in_one_module() -> None:
     assert importers("zarr") == {"storage/arrays.py"}
 
 
-def test_messages_and_pools_have_one_place_each() -> None:
-    """Messages in flight are of `ranks.messages`; msgpack by hand is for what is on disk. Threads that share the work of a save
-    or a load are of `ranks.threads`."""
+def test_messages_threads_and_pools_have_one_place_each() -> None:
+    """Messages in flight are of `ranks.messages`; msgpack by hand is for what is on disk. Threads, and those that share out
+    work, are of `ranks.threads`; suites for authors of stores have their own, as a user of a store has."""
     assert {name.partition("/")[0] for name in importers("msgpack")} == {"format"}
-    pools = {where(path) for path in FILES if "ThreadPoolExecutor(" in path.read_text()}
-    assert {
-        name for name in pools if name.startswith(("saving/", "loading/", "writer/", "commit/", "storage/", "runs/"))
-    } == set()
+    assert {where(path) for path in FILES if "msgspec.msgpack" in path.read_text()} == {"ranks/messages.py"}
+    library = [path for path in FILES if path.parent.name != "testing"]
+    for word in ("Thread(target", "ThreadPoolExecutor("):
+        assert {where(path) for path in library if word in path.read_text()} == {"ranks/threads.py"}
+
+
+def test_a_name_of_a_class_has_one_meaning() -> None:
+    """Whoever meets it in another file need not ask which one it is."""
+    where_of: dict[str, list[str]] = {}
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where_of.setdefault(node.name, []).append(where(path))
+    assert {name: files for name, files in where_of.items() if len(files) > 1} == {}
 
 
 def test_no_public_function_is_named_like_a_package() -> None:

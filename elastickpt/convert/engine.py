@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -27,6 +27,7 @@ from elastickpt.convert.sections import regions
 from elastickpt.convert.universal import UniversalTarget
 from elastickpt.convert.words import Words
 from elastickpt.convert.workers import helpers, shares
+from elastickpt.ranks.threads import Pool
 
 THREADS = 3  # that write: one copies and hashes while others wait for the device
 Progress = Callable[[int, int], None]
@@ -170,7 +171,7 @@ class _Behind:
     """Work that threads do while the next arrays are read, as long as all together needs no more than so many bytes."""
 
     def __init__(self, limit_nbytes: int) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="elastickpt-convert")
+        self._pool = Pool("elastickpt-convert", THREADS)
         self._limit_nbytes = limit_nbytes
         self._under_way: dict[Future[None], int] = {}
 
@@ -182,7 +183,7 @@ class _Behind:
             if kind is None:
                 self.make_room(self._limit_nbytes)
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.abandon()
 
     def make_room(self, nbytes: int) -> None:
         """Waits until so many more bytes fit, or nothing is under way. Raises what the work raised."""
@@ -196,7 +197,7 @@ class _Behind:
 
     def give(self, nbytes: int, work: Callable[[], None]) -> None:
         """Begins work that needs so many bytes until it is done."""
-        self._under_way[self._pool.submit(work)] = nbytes
+        self._under_way[self._pool.begin(work)] = nbytes
 
 
 def _share(units_: Sequence[list[tuple[_K, Node]]], workers: int, worker: int) -> list[list[tuple[_K, Node]]]:

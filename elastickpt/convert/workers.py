@@ -7,14 +7,15 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from elastickpt.errors import CheckpointError, WriterLost, kinds
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import end_with_parent
 
 Answer = TypeVar("Answer")
@@ -43,9 +44,9 @@ class Helpers(Generic[Answer]):
 
     def __init__(self, started: Sequence[tuple[BaseProcess, Connection]], progress: Callable[[int], None]) -> None:
         self._processes = [process for process, _ in started]
-        self._listening = ThreadPoolExecutor(max(1, len(started)), thread_name_prefix="elastickpt-helpers")
+        self._listening = Pool("elastickpt-helpers", max(1, len(started)))
         self._answers = [
-            self._listening.submit(_listen, number, process, connection, progress)
+            self._listening.begin(partial(_listen, number, process, connection, progress))
             for number, (process, connection) in enumerate(started, start=1)
         ]
 
@@ -68,7 +69,7 @@ class Helpers(Generic[Answer]):
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._listening.shutdown()
+        self._listening.close()
 
 
 def _listen(number: int, process: BaseProcess, connection: Connection, progress: Callable[[int], None]) -> Any:

@@ -13,9 +13,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from elastickpt.elastic.agent import Agent, ZygoteLost
@@ -35,10 +35,12 @@ from elastickpt.elastic.enlisting import (
 )
 from elastickpt.elastic.event_log import EventLog, ended_event
 from elastickpt.elastic.limits import HELLO_S
-from elastickpt.elastic.messages import End, encode, from_member
+from elastickpt.elastic.messages import End, from_member
 from elastickpt.elastic.stream import Closed, Stream, admitted, nonce
 from elastickpt.errors import CheckpointError
 from elastickpt.ranks.addresses import not_in_forks
+from elastickpt.ranks.messages import encode
+from elastickpt.ranks.threads import WorkerThread
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class Coordinator:
         self._held: dict[str, Launcher] = {}  # by uid: who can end it
         self._numbers: dict[Launcher, int] = {agent: 0}
         self._started = 0
-        self._asking = ThreadPoolExecutor(1, "elastickpt-ladder")
+        self._asking = WorkerThread("elastickpt-ladder")
         self._ladder: Ladder | None = None
         self._answers: deque[Callable[[float], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -158,7 +160,7 @@ class Coordinator:
         for caller in self._callers:
             caller.stream.close()
         self._agent.close()
-        self._asking.shutdown(wait=False, cancel_futures=True)
+        self._asking.stop()
         if self._ladder is not None:
             self._ladder.close()
         self._selector.close()
@@ -306,7 +308,7 @@ class Coordinator:
             elif (caller := self._workers.get(deed.uid)) is not None:
                 self._drop(caller)
         elif isinstance(deed, AskLadder):
-            self._asking.submit(self._ask, deed)
+            self._asking.put(partial(self._ask, deed))
         elif isinstance(deed, Replace):
             for launcher in self._roomiest(deed.count):
                 self._start(launcher)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
+from typing import cast
 
-from elastickpt.elastic.messages import Join, Message
-from elastickpt.errors import Malformed
+from elastickpt.elastic.messages import Join
+from elastickpt.ranks.messages import Message, decode_from
 
 
-class Enlist(Message, frozen=True):
+class Enlist(Message, frozen=True, tag=True):
     """First: this launcher can start `workers`, and keeps that many alive as it is told."""
 
     host: str
@@ -16,20 +16,20 @@ class Enlist(Message, frozen=True):
     workers: int
 
 
-class Start(Message, frozen=True):
+class Start(Message, frozen=True, tag=True):
     uid: str
 
 
-class Kill(Message, frozen=True):
+class Kill(Message, frozen=True, tag=True):
     uid: str
 
 
-class Started(Message, frozen=True):
+class Started(Message, frozen=True, tag=True):
     uid: str
     pid: int
 
 
-class Stopped(Message, frozen=True):
+class Stopped(Message, frozen=True, tag=True):
     """The worker's process has ended; `signal` ended it, or it exited with `code`; both are None where that is not known.
     `killed`: by its launcher."""
 
@@ -39,7 +39,7 @@ class Stopped(Message, frozen=True):
     killed: bool = False
 
 
-class Finish(Message, frozen=True):
+class Finish(Message, frozen=True, tag=True):
     """The job is over, with this exit code; no more workers are started."""
 
     code: int
@@ -48,30 +48,21 @@ class Finish(Message, frozen=True):
 ToLauncher = Start | Kill | Finish
 FromLauncher = Started | Stopped
 
-_first: msgspec.msgpack.Decoder[Join | Enlist] = msgspec.msgpack.Decoder(Join | Enlist)
-_to: msgspec.msgpack.Decoder[ToLauncher] = msgspec.msgpack.Decoder(ToLauncher)
-_from: msgspec.msgpack.Decoder[FromLauncher] = msgspec.msgpack.Decoder(FromLauncher)
+_FIRST = cast("type[Join | Enlist]", Join | Enlist)
+_TO_LAUNCHER = cast("type[ToLauncher]", ToLauncher)
+_FROM_LAUNCHER = cast("type[FromLauncher]", FromLauncher)
 
 
 def first_message(data: bytes) -> Join | Enlist:
     """Who has called. Raises Malformed."""
-    try:
-        return _first.decode(data)
-    except msgspec.DecodeError as error:
-        raise Malformed(f"the first message of a caller: {error}") from error
+    return decode_from("caller, its first one", data, _FIRST)
 
 
 def to_launcher(data: bytes) -> ToLauncher:
     """Raises Malformed."""
-    try:
-        return _to.decode(data)
-    except msgspec.DecodeError as error:
-        raise Malformed(f"a message of a coordinator: {error}") from error
+    return decode_from("coordinator", data, _TO_LAUNCHER)
 
 
 def from_launcher(data: bytes) -> FromLauncher:
     """Raises Malformed."""
-    try:
-        return _from.decode(data)
-    except msgspec.DecodeError as error:
-        raise Malformed(f"a message of a launcher: {error}") from error
+    return decode_from("launcher", data, _FROM_LAUNCHER)

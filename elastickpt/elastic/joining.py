@@ -37,11 +37,11 @@ from elastickpt.elastic.messages import (
     Terms,
     View,
     Welcome,
-    encode,
     to_member,
 )
 from elastickpt.elastic.stream import Stream
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused, Superseded
+from elastickpt.ranks.messages import encode
 
 if TYPE_CHECKING:
     from elastickpt.elastic.stages import Place

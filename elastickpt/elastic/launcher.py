@@ -22,11 +22,12 @@ from elastickpt.elastic.enlisting import Enlist, Finish, Start, to_launcher
 from elastickpt.elastic.environment import Told
 from elastickpt.elastic.event_log import EventLog
 from elastickpt.elastic.limits import COORDINATOR_S, Limits
-from elastickpt.elastic.messages import End, encode
+from elastickpt.elastic.messages import End
 from elastickpt.elastic.replacing import Replacing
 from elastickpt.elastic.stream import Closed
 from elastickpt.errors import Refused
 from elastickpt.ranks.addresses import listen
+from elastickpt.ranks.messages import encode
 
 COORDINATOR_LOST = End(75, "coordinator-lost", "the coordinator is gone")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import selectors
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from elastickpt.elastic.stream import Closed, Stream
 from elastickpt.errors import CheckpointError
+from elastickpt.ranks.threads import apart
 
 NAME = "elastickpt-job"
 
@@ -30,7 +30,7 @@ class Line:
         self._stream, self._beat, self._hear, self._lost = stream, beat, hear, lost
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._closing = False
-        self._thread = threading.Thread(target=self._serve, name=NAME, daemon=True)
+        self._thread = apart(NAME, self._serve)
 
     def open(self) -> None:
         """From now on it is heard."""

@@ -31,6 +31,7 @@ from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.stages import Part, Stage, Swap
 from elastickpt.errors import Refused, StateMismatch
+from elastickpt.ranks.messages import decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -190,8 +191,8 @@ class Mending:
         if links.stage == source.stage:
             saved = History()
             read_known({"elastic": saved}, source.path)
-            exchange.set(key, msgspec.msgpack.encode({name: saved.lr_factors.get(name, 1.0) for name in names}))
-        return msgspec.msgpack.decode(exchange.get(key, limit_s=HEAR_LIMIT_S), type=dict[str, float])
+            exchange.set(key, encode({name: saved.lr_factors.get(name, 1.0) for name in names}))
+        return decode(exchange.get(key, limit_s=HEAR_LIMIT_S), dict[str, float])
 
     # -- the own state
 
@@ -220,13 +221,13 @@ class Mending:
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         if not all(_is_plain(one) for one in (state, options)):
             return b""
-        return msgspec.msgpack.encode(Ticks(state, options))
+        return encode(Ticks(state, options))
 
     def _keep_time(self, step: int, told: bytes) -> None:
         """The scheduler stands where those of other stages do: by what one of them says, else by as many steps of its own."""
         scheduler, optimizer = self._stage.scheduler, self._stage.optimizer
         if told:
-            ticks = msgspec.msgpack.decode(told, type=Ticks)
+            ticks = decode(told, Ticks)
             mine = {} if scheduler is None else scheduler.state_dict()
             if _same_shape(ticks.scheduler, mine) and [set(one) for one in ticks.groups] == [set(one) for one in self._options]:
                 for group, options in zip(optimizer.param_groups, ticks.groups, strict=True):
@@ -305,13 +306,13 @@ class _Way:
                     kind = type(stage.optimizer).__name__
                     why = f"{key!r} of {kind} is a {type(value).__name__}, which is not carried between stages"
             told.append(entries)
-        self.exchange.set(self._key(self.links.stage, part), msgspec.msgpack.encode((why, told)))
+        self.exchange.set(self._key(self.links.stage, part), encode((why, told)))
         if not why:
             self.give_tensors(tensors)
 
     def take_moments(self, stage: int, part: Part) -> list[dict[str, Any]]:
         data = self.exchange.get(self._key(stage, part), limit_s=HEAR_LIMIT_S)
-        why, told = msgspec.msgpack.decode(data, type=tuple[str, list[list[Moment]]])
+        why, told = decode(data, tuple[str, list[list[Moment]]])
         if why:
             raise NoGood(f"stage {stage}: {why}")
         states: list[dict[str, Any]] = []

@@ -25,22 +25,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
-
-import msgspec
+from typing import Literal, cast
 
 from elastickpt.elastic.recovery import Recovery, Rung
-from elastickpt.errors import Malformed
+from elastickpt.ranks.messages import Message, decode_from
 
-_Union = TypeVar("_Union")
 Point = Literal["unblocked", "first_microbatch"]
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
-    """One of the messages; on the wire msgpack: its name, then its fields in order."""
-
-
-class Join(Message, frozen=True):
+class Join(Message, frozen=True, tag=True):
     """`uid` is unique in the job; `host` and `zone` say with whom it may be lost at once."""
 
     uid: str
@@ -49,7 +42,7 @@ class Join(Message, frozen=True):
     zone: str
 
 
-class Terms(Message, frozen=True):
+class Terms(Message, frozen=True, tag=True):
     """By what a member trains; equal on all of them. `run` is the root of the run, "" for none, which is claimed as the next
     three say (`runs.view_saves.Claims`); the rest is its policy."""
 
@@ -65,7 +58,7 @@ class Terms(Message, frozen=True):
     spare_wait_s: float = 600.0
 
 
-class Formed(Message, frozen=True):
+class Formed(Message, frozen=True, tag=True):
     """`finite`: no tensor of its stage has an infinity or a NaN. `evaluating`: the view came while it evaluated."""
 
     generation: int
@@ -73,7 +66,7 @@ class Formed(Message, frozen=True):
     evaluating: bool = False
 
 
-class Rebuilt(Message, frozen=True):
+class Rebuilt(Message, frozen=True, tag=True):
     """`moved` and `read` in bytes: between members, and from storage."""
 
     generation: int
@@ -81,7 +74,7 @@ class Rebuilt(Message, frozen=True):
     read: int = 0
 
 
-class Unbuilt(Message, frozen=True):
+class Unbuilt(Message, frozen=True, tag=True):
     """The source of `stage` is no good: `why` is for people."""
 
     generation: int
@@ -89,7 +82,7 @@ class Unbuilt(Message, frozen=True):
     why: str
 
 
-class Ready(Message, frozen=True):
+class Ready(Message, frozen=True, tag=True):
     """`step` is the number of completed steps once this one is taken. `batch` is a digest of the batch, "" where a place sees
     none; `norm` that of its stage's gradient; `losses`, of each microbatch, come from the last stage alone."""
 
@@ -100,17 +93,17 @@ class Ready(Message, frozen=True):
     losses: tuple[float, ...] = ()
 
 
-class Stepped(Message, frozen=True):
+class Stepped(Message, frozen=True, tag=True):
     generation: int
     step: int
 
 
-class Broke(Message, frozen=True):
+class Broke(Message, frozen=True, tag=True):
     generation: int
     message: str
 
 
-class Raised(Message, frozen=True):
+class Raised(Message, frozen=True, tag=True):
     """`step` as in Ready. `traceback` is text."""
 
     generation: int
@@ -118,38 +111,38 @@ class Raised(Message, frozen=True):
     traceback: str
 
 
-class Left(Message, frozen=True):
+class Left(Message, frozen=True, tag=True):
     step: int
 
 
-class Quit(Message, frozen=True):
+class Quit(Message, frozen=True, tag=True):
     """`kind` is that of an error of this library, "" of any other one. `traceback` is text."""
 
     kind: str
     traceback: str
 
 
-class Reached(Message, frozen=True):
+class Reached(Message, frozen=True, tag=True):
     """`unblocked`: nothing of an older view is under way any more. `first_microbatch`: that of what runs after a Go begins."""
 
     generation: int
     point: Point
 
 
-class Put(Message, frozen=True):
+class Put(Message, frozen=True, tag=True):
     generation: int
     key: str
     value: bytes
 
 
-class Ask(Message, frozen=True):
+class Ask(Message, frozen=True, tag=True):
     """Answered by a Held for each key once that is set; by nothing, where the view is over."""
 
     generation: int
     keys: tuple[str, ...]
 
 
-class Beat(Message, frozen=True):
+class Beat(Message, frozen=True, tag=True):
     """`phase` is a declared phase, or "" outside of any; `count` grows with each microbatch and phase. `limit_s` bounds the
     time between two counts within the phase, None for what its history says. `own`: at work in its own code, and not waiting
     for others."""
@@ -160,14 +153,14 @@ class Beat(Message, frozen=True):
     own: bool = False
 
 
-class Welcome(Message, frozen=True):
+class Welcome(Message, frozen=True, tag=True):
     """`spare`: it holds no place, and waits for one. `beat_s`: how often a Beat is expected."""
 
     spare: bool
     beat_s: float
 
 
-class View(Message, frozen=True):
+class View(Message, frozen=True, tag=True):
     """`places` by stage: the uid that holds it, "" for nobody. `lost` are stages that are rebuilt; with `rollback` all are.
     `step` is where every member stands, or is brought, before the next step."""
 
@@ -184,7 +177,7 @@ class View(Message, frozen=True):
         return all(self.places)
 
 
-class StageSource(Message, frozen=True):
+class StageSource(Message, frozen=True, tag=True):
     """How one stage is rebuilt. `stages` in order, with `alpha` for two of them; or the checkpoint at `path` of `step`."""
 
     stage: int
@@ -195,7 +188,7 @@ class StageSource(Message, frozen=True):
     step: int | None = None
 
 
-class Rebuild(Message, frozen=True):
+class Rebuild(Message, frozen=True, tag=True):
     """`sources` of every lost stage, of all stages in a rollback. `epoch` is the claim under which things go on."""
 
     generation: int
@@ -203,7 +196,7 @@ class Rebuild(Message, frozen=True):
     sources: tuple[StageSource, ...]
 
 
-class Commit(Message, frozen=True):
+class Commit(Message, frozen=True, tag=True):
     """`norms` by stage, of the gradients that are stepped with; `loss` is the mean over microbatches. `ending`: the job ends
     after this step, which is saved. `begun` by generation: seconds until the first microbatch of what ran after a recovery."""
 
@@ -215,7 +208,7 @@ class Commit(Message, frozen=True):
     begun: tuple[tuple[int, float], ...] = ()
 
 
-class Go(Message, frozen=True):
+class Go(Message, frozen=True, tag=True):
     """`step` is where every member stands; `last` the newest commit of the job, None before the first and after a rollback.
     `evaluating`: the view came while members evaluated, which begins again. `ending` as in Commit. `recovered`: what was
     mended, None at the start."""
@@ -228,13 +221,13 @@ class Go(Message, frozen=True):
     recovered: Recovery | None = None
 
 
-class Held(Message, frozen=True):
+class Held(Message, frozen=True, tag=True):
     generation: int
     key: str
     value: bytes
 
 
-class End(Message, frozen=True):
+class End(Message, frozen=True, tag=True):
     """`reason` is "" where the job is done, else a word of `RecoveryFailed`; `culprit` the uid whose own error it is, or ""."""
 
     code: int
@@ -248,27 +241,15 @@ FromMember = (
 )
 ToMember = Welcome | View | Rebuild | Go | Commit | Held | End
 
-_from_member: msgspec.msgpack.Decoder[FromMember] = msgspec.msgpack.Decoder(FromMember)
-_to_member: msgspec.msgpack.Decoder[ToMember] = msgspec.msgpack.Decoder(ToMember)
-
-
-def encode(message: Message) -> bytes:
-    """The message as msgpack."""
-    return msgspec.msgpack.encode(message)
+_FROM_MEMBER = cast("type[FromMember]", FromMember)
+_TO_MEMBER = cast("type[ToMember]", ToMember)
 
 
 def from_member(data: bytes) -> FromMember:
     """What a member encoded. Raises Malformed for anything else."""
-    return _decoded(_from_member, data, "member")
+    return decode_from("member", data, _FROM_MEMBER)
 
 
 def to_member(data: bytes) -> ToMember:
     """What the coordinator encoded. Raises Malformed for anything else."""
-    return _decoded(_to_member, data, "coordinator")
-
-
-def _decoded(decoder: msgspec.msgpack.Decoder[_Union], data: bytes, sender: str) -> _Union:
-    try:
-        return decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise Malformed(f"a message of a {sender}: {error}") from error
+    return decode_from("coordinator", data, _TO_MEMBER)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -45,6 +44,7 @@ from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams
 from elastickpt.elastic.view_passage import ViewPassage, require_equal_replicas, stand_together
 from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
+from elastickpt.ranks.messages import decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -249,10 +249,10 @@ class Tasks:
         held, lost = self.require_held(), {one.stage for one in act.sources}
         standing = [stage for stage in range(held.place.stages) if stage not in lost]
         if standing and held.place.stage == standing[0]:
-            exchange.set("history", msgspec.msgpack.encode(self.history))
+            exchange.set("history", encode(self.history))
         elif held.place.stage in lost:
             told = exchange.get("history", limit_s=HEAR_LIMIT_S)
-            self.history.load_state_dict(msgspec.msgpack.decode(told, type=History).state_dict())
+            self.history.load_state_dict(decode(told, History).state_dict())
 
     def _take(self, task: JobTask, act: TakeStep) -> None:
         """The optimizer steps; what the user's code raises in here is the loss of this place."""

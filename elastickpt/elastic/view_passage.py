@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from elastickpt.elastic.passage import Passage, Passing
 from elastickpt.elastic.stages import Place, Stage, require_parts
 from elastickpt.errors import Refused
 from elastickpt.format.digest import file_digest
+from elastickpt.ranks.messages import decode, encode
 
 HEAR_LIMIT_S = 600.0
 
@@ -40,9 +40,9 @@ def stand_together(
         ask()
     except Refused as error:
         mine = About(place.stage, refused=error.message)
-    exchange.set(f"about/{place.stage}", msgspec.msgpack.encode(mine))
+    exchange.set(f"about/{place.stage}", encode(mine))
     told = exchange.get_all([f"about/{one}" for one in range(place.stages)], limit_s=HEAR_LIMIT_S)
-    members = [msgspec.msgpack.decode(one, type=About) for one in told]
+    members = [decode(one, About) for one in told]
     if why := why_apart(members, passing, equal=equal):
         raise Refused(why)
     return ViewPassage(passage, {one.stage: one.trained for one in members})
@@ -51,9 +51,9 @@ def stand_together(
 def require_equal_replicas(stage: Stage, place: Place, exchange: Exchange) -> None:
     """Both replicas of an embedding and a head begin alike, bit for bit. Raises Refused, naming the first tensor."""
     mine = {name: _digest(tensor) for part in REPLICATED for name, tensor in stage.tensors.get(part, {}).items()}
-    exchange.set(f"replicas/{place.stage}", msgspec.msgpack.encode(mine))
+    exchange.set(f"replicas/{place.stage}", encode(mine))
     heard = exchange.get_all([f"replicas/{one}" for one in range(place.stages)], limit_s=HEAR_LIMIT_S)
-    told = [msgspec.msgpack.decode(one, type=dict[str, str]) for one in heard]
+    told = [decode(one, dict[str, str]) for one in heard]
     for one, tensors in enumerate(told):
         twin = partner(one, place.stages)
         if twin is not None and twin > one:

@@ -23,18 +23,18 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from io import TextIOWrapper
-
-import msgspec
+from typing import cast
 
 from elastickpt.elastic import environment
 from elastickpt.elastic.limits import LEAVING_S
 from elastickpt.elastic.stream import Closed, Stream
 from elastickpt.errors import RecoveryFailed, Superseded
+from elastickpt.ranks.messages import Message, decode, encode
 
 KILLED_AFTER_S = LEAVING_S + 3.0
 
 
-class Fork(msgspec.Struct, frozen=True, tag=True):
+class Fork(Message, frozen=True, tag=True):
     """`variables` are added to the environment; output goes to the file `log`, "" for where the launcher's goes."""
 
     uid: str
@@ -43,28 +43,27 @@ class Fork(msgspec.Struct, frozen=True, tag=True):
     log: str
 
 
-class Forked(msgspec.Struct, frozen=True, tag=True):
+class Forked(Message, frozen=True, tag=True):
     uid: str
     pid: int
 
 
-class Ended(msgspec.Struct, frozen=True, tag=True):
+class Ended(Message, frozen=True, tag=True):
     """`status` as waitpid says it."""
 
     pid: int
     status: int
 
 
-_requests = msgspec.msgpack.Decoder(Fork)
-_answers: msgspec.msgpack.Decoder[Forked | Ended] = msgspec.msgpack.Decoder(Forked | Ended)
+_ANSWER = cast("type[Forked | Ended]", Forked | Ended)
 
 
 def request(fork: Fork) -> bytes:
-    return msgspec.msgpack.encode(fork)
+    return encode(fork)
 
 
 def answer(data: bytes) -> Forked | Ended:
-    return _answers.decode(data)
+    return decode(data, _ANSWER)
 
 
 def main(descriptor: int, preloaded: Sequence[str]) -> int:
@@ -97,7 +96,7 @@ def _serve(descriptor: int) -> Fork | None:
             _outlive(alive)
             return None
         for data in received:
-            fork = _requests.decode(data)
+            fork = decode(data, Fork)
             sys.stdout.flush()
             sys.stderr.flush()
             pid = os.fork()
@@ -108,7 +107,7 @@ def _serve(descriptor: int) -> Fork | None:
                 os.close(writing)
                 return fork
             alive.add(pid)
-            stream.send(msgspec.msgpack.encode(Forked(fork.uid, pid)))
+            stream.send(encode(Forked(fork.uid, pid)))
 
 
 def _reap(stream: Stream, alive: set[int]) -> None:
@@ -117,7 +116,7 @@ def _reap(stream: Stream, alive: set[int]) -> None:
         if pid == 0:
             break
         alive.discard(pid)
-        stream.send(msgspec.msgpack.encode(Ended(pid, status)))
+        stream.send(encode(Ended(pid, status)))
 
 
 def _outlive(alive: set[int]) -> None:

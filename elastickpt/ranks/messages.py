@@ -1,8 +1,9 @@
 """Messages in flight, between ranks, trainers and writers: values with types in, the same out; and frames on a stream socket.
 
 This is the one codec of what processes tell each other. Records on disk have decoders of their own, in `format`: their bytes
-come from anywhere, and what is wrong with them is said exactly. Here both ends belong to one job and one release. A message is
-msgpack; a frame is a length, a kind, the number of the round, and bytes.
+come from anywhere, and what is wrong with them is said exactly. Here both ends belong to one job and one release; where anybody
+may call, `decode_from` refuses what is no message. A message is msgpack; a frame is a length, a kind, the number of the round,
+and bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from elastickpt.errors import InternalError, LimitExceeded
+from elastickpt.errors import InternalError, LimitExceeded, Malformed
 
 T = TypeVar("T")
 
@@ -39,13 +40,28 @@ def encode(message: object) -> bytes:
 def decode(data: bytes, what: type[T]) -> T:
     """What `encode` encoded, of the type `what`, every part of it checked. Raises InternalError for anything else."""
     try:
-        found: T = _decoder(what).decode(data)  # type: ignore[arg-type]  # a type is hashable
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return _decoded(data, what)
+    except _WRONG as error:
         name = getattr(what, "__name__", str(what))
         raise InternalError(
             f"a message between processes of this job: expected {name}, found {len(data)} bytes of something else ({error}); "
             "all processes of a job run one release of elastickpt: if these do, please report it"
         ) from error
+
+
+def decode_from(sender: str, data: bytes, what: type[T]) -> T:
+    """The same of a caller that may be anybody: `sender` says who it should be. Raises Malformed."""
+    try:
+        return _decoded(data, what)
+    except _WRONG as error:
+        raise Malformed(f"a message of a {sender}: {error}") from error
+
+
+_WRONG = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def _decoded(data: bytes, what: type[T]) -> T:
+    found: T = _decoder(what).decode(data)  # type: ignore[arg-type]  # a type is hashable
     return found
 
 

@@ -26,6 +26,7 @@ from elastickpt.ranks.addresses import KeyValue
 from elastickpt.ranks.messages import Connection, Frame, Kind, decode, encode
 from elastickpt.ranks.processes import Acquaintances, Process, this_process
 from elastickpt.ranks.team import BEAT_S, SILENCE_S, Call, Contribute, Decide, failure_of
+from elastickpt.ranks.threads import apart
 
 LINGERS_S = 3.0  # after the last round it still looks about by itself, so that a round which begins need not wake it
 
@@ -69,7 +70,7 @@ class Heart:
         with self._changed:
             self._at_work.add(team)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._beat, name="elastickpt-beat", daemon=True)
+                self._thread = apart("elastickpt-beat", self._beat)
                 self._thread.start()
             elif self._asleep:
                 self._changed.notify_all()

@@ -1,4 +1,5 @@
-"""Threads: one that alone touches what belongs to it, and those that carry out what they are given, in order or shared out.
+"""Threads, all that there are: one that alone touches what belongs to it, those that carry out what they are given, in order or
+shared out, and one that does a single thing.
 
 another thread   --- leave(command) --->   the mailbox   --- carry_out() --->   the actor's thread
 a socket         --- registered with `sockets` ------------- wait() ------->
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -70,6 +72,11 @@ class Sockets:
             self._selector, self._woken = None, -1
 
 
+def apart(name: str, work: Callable[[], object]) -> threading.Thread:
+    """A thread for one thing, to be started; the end of the process does not wait for it."""
+    return threading.Thread(target=work, name=name, daemon=True)
+
+
 class Actor:
     """`run` is what the thread does, from `start` on; it calls `wait` and `carry_out` by turns, and `end` when it is over."""
 
@@ -80,7 +87,7 @@ class Actor:
         self._over = False
         self._idle = threading.Event()
         self._idle.set()
-        self._thread = threading.Thread(target=run, name=name, daemon=True)
+        self._thread = apart(name, run)
 
     def start(self) -> None:
         self._thread.start()
@@ -156,7 +163,7 @@ class WorkerThread:
         self._work.put(work)
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(target=_work_off, args=(self._work,), name=self._name, daemon=True)
+                self._thread = apart(self._name, partial(_work_off, self._work))
                 self._thread.start()
 
     def stop(self) -> None:
@@ -227,15 +234,18 @@ class Pool:
         for future in (*failed_first, *futures):
             future.result()
 
-    def begin(self, work: Callable[[], None]) -> Future[None]:
+    def begin(self, work: Callable[[], T]) -> Future[T]:
         """Does it meanwhile, or at once where no thread begins any more. Its result is that of the work."""
         try:
             return self._executor.submit(work)
         except RuntimeError:
-            done: Future[None] = Future()
-            work()
-            done.set_result(None)
+            done: Future[T] = Future()
+            done.set_result(work())
             return done
+
+    def abandon(self) -> None:
+        """As `close`, and what has not begun never does."""
+        self._executor.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Ends the threads once what they do is done. Blocking."""

@@ -6,7 +6,6 @@ import os
 import secrets
 import selectors
 import socket
-import threading
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from ipaddress import ip_address
 
 from elastickpt.errors import Refused
 from elastickpt.ranks.processes import socket_identity
+from elastickpt.ranks.threads import apart
 from elastickpt.runs.trainer_address import QUESTION_NBYTES, TrainerAddress, answer
 
 PATIENCE_S = 1.0  # for a question to be whole
@@ -56,7 +56,7 @@ class Answering:
         for listener in self._listeners:
             listener.listen(MAX_ASKERS)
             listener.setblocking(False)
-        self._thread = threading.Thread(target=self._serve, name="elastickpt-answering", daemon=True)
+        self._thread = apart("elastickpt-answering", self._serve)
         _OPEN.add(self)
         self._thread.start()
 

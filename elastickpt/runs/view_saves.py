@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from elastickpt.commit.destination import RunDestination
 from elastickpt.errors import CheckpointError, Refused, Superseded
@@ -20,6 +21,7 @@ from elastickpt.ledger.records import Adopted
 from elastickpt.ledger.retention import words_of
 from elastickpt.ledger.stored import read_adopted, read_claim, read_start
 from elastickpt.ranks.process_group import Group, end_team, job_group
+from elastickpt.ranks.threads import apart
 from elastickpt.runs.calendar import Calendar, LocalBoard, NoticeBoard, SaveTimes
 from elastickpt.runs.due import Every, Measured
 from elastickpt.runs.events import EndedSave
@@ -131,7 +133,7 @@ class ViewSaves:
         with self._changing:
             saver, self._saver, self._group, self._calendar = self._saver, None, None, None
             if saver is not None:
-                thread = threading.Thread(target=_leave, args=(saver,), name="elastickpt-old-saves", daemon=True)
+                thread = apart("elastickpt-old-saves", partial(_leave, saver))
                 self._leaving = [*(one for one in self._leaving if one.is_alive()), thread]
                 thread.start()
 

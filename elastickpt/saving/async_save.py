@@ -11,11 +11,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, SupportsIndex
 
 from elastickpt.commit.destination import PathDestination
 from elastickpt.ranks.process_group import Group, job_group
+from elastickpt.ranks.threads import apart
 from elastickpt.saving.request import DEFAULT, AsyncOptions, PlacementChoice, Replicas, Request, step_of
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.task import SaveHandle
@@ -83,7 +85,7 @@ def _close_beside(group: _Group) -> None:
     savers = list(group.savers.values())
     group.savers.clear()
     if savers:
-        threading.Thread(target=_close, args=(savers,), name="elastickpt-close", daemon=True).start()
+        apart("elastickpt-close", partial(_close, savers)).start()
 
 
 def _forked() -> None:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import OrderedDict
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import Self
 
 from elastickpt.commit.links import Seat
 from elastickpt.ranks.messages import PeerGone
-from elastickpt.ranks.threads import IoPriority
+from elastickpt.ranks.threads import IoPriority, apart
 from elastickpt.writer.messages import (
     ArenaHere,
     MarkHere,
@@ -160,7 +159,7 @@ class Child:
         self.wire.close()
         os.close(self._errors)
         if self.process.poll() is None:
-            threading.Thread(target=self.process.wait, name="elastickpt-reap", daemon=True).start()
+            apart("elastickpt-reap", self.process.wait).start()
 
 
 def _touch(known: OrderedDict[str, None], digest: str) -> bool:

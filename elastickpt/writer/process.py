@@ -24,7 +24,7 @@ from elastickpt.commit.links import Seat
 from elastickpt.errors import Cancelled, RankLost
 from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.threads import lower
+from elastickpt.ranks.threads import apart, lower
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import SentStructure, WriterStructure
@@ -103,7 +103,7 @@ class _Process:
             return
         self._hello = first
         lower(first.niceness, first.io)
-        worker = threading.Thread(target=self._work, name="elastickpt-writer", daemon=True)
+        worker = apart("elastickpt-writer", self._work)
         worker.start()
         try:
             self._wire.send(WriterReady(os.getpid()))

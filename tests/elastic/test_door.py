@@ -14,11 +14,12 @@ from inside import TOKEN, inside
 
 from elastickpt.elastic.calling import connected
 from elastickpt.elastic.limits import MAX_BEAT_S, PhaseTimes
-from elastickpt.elastic.messages import Beat, Go, Join, encode
+from elastickpt.elastic.messages import Beat, Go, Join
 from elastickpt.elastic.stream import Closed, Stream, admitted, called, nonce
 from elastickpt.elastic.workers import Worker, stalled
 from elastickpt.errors import RecoveryFailed
 from elastickpt.ranks.addresses import dial
+from elastickpt.ranks.messages import encode
 
 
 def wait_until_closed(stream: Stream) -> None:

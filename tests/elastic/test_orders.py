@@ -10,8 +10,9 @@ from explore import Broken, Explorer, Faults
 from elastickpt.elastic import coordination, membership, messages
 from elastickpt.elastic.job import Chosen, Gone, JobPhase, JobState
 from elastickpt.elastic.membership import Duty
-from elastickpt.elastic.messages import Join, Ready, View, encode, from_member, to_member
+from elastickpt.elastic.messages import Join, Ready, View, from_member, to_member
 from elastickpt.errors import Malformed
+from elastickpt.ranks.messages import encode
 
 
 def explored(
