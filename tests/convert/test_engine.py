@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import elastickpt as ek
 from elastickpt.convert import buffers as memory
-from elastickpt.convert import engine, place
+from elastickpt.convert import conversion_draft, engine
 from elastickpt.convert.buffers import Buffers
 from elastickpt.convert.conversion import open_source, prepare
 from elastickpt.convert.options import Options
@@ -67,7 +67,7 @@ def test_a_full_disk_at_any_operation_leaves_nothing(source, tmp_path, monkeypat
             opened.append(FaultyStore(store, FailAt(n, errno=errno.ENOSPC, mode="torn"), counted=CHANGING))
             return opened[-1], name
 
-        monkeypatch.setattr(place, "locate_for_saving", locate)
+        monkeypatch.setattr(conversion_draft, "locate_for_saving", locate)
         try:
             convert(asked)
         except NotDurable:
