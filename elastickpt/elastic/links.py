@@ -180,6 +180,9 @@ class GlooLinks:
         except RuntimeError as error:
             self.close()
             raise LinkBroken(str(error)) from error
+        except BaseException:  # the view ended when the group stood and its store did not: the next one is of another view
+            self.close()
+            raise
 
     def _met(self, exchange: Exchange, host: str) -> TCPStore:
         if self.stage == 0:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from elastickpt.elastic.duties import TaskOver
 from elastickpt.elastic.links import GlooLinks, LinkBroken
+from elastickpt.errors import DeadlineExceeded
 from elastickpt.ranks.processes import socket_identity
 from tests.elastic.files_exchange import FilesExchange
 
@@ -65,3 +66,25 @@ def test_a_group_that_is_being_made_ends_with_its_view() -> None:
     with pytest.raises(LinkBroken, match="generation 1 is over"):
         GlooLinks(Superseded(), stage=0, stages=2, limit_s=60.0)
     assert not dist.is_initialized()
+
+
+class EndsBehindTheGroup(FilesExchange):
+    """The view is over, or a member late, when the group stands and its store is not told of yet."""
+
+    error: Exception
+
+    def set(self, key: str, value: bytes) -> None:
+        if key == "store":
+            raise self.error
+        super().set(key, value)
+
+
+@pytest.mark.parametrize("error", [TaskOver("generation 1 is over"), DeadlineExceeded("nobody tells of the store")])
+def test_a_group_that_stands_ends_with_its_view(tmp_path: Path, error: Exception) -> None:
+    """The next view makes one of its own in this process. [REC-11]"""
+    ends = EndsBehindTheGroup(str(tmp_path / "1"))
+    ends.error = error
+    with pytest.raises(type(error)):
+        GlooLinks(ends, stage=0, stages=1, limit_s=60.0)
+    assert not dist.is_initialized()
+    GlooLinks(FilesExchange(str(tmp_path / "2")), stage=0, stages=1, limit_s=60.0).close()
