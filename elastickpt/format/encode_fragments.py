@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from elastickpt.errors import LimitExceeded, Malformed, Unsupported
+from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.decode_values import decode_pointers
 from elastickpt.format.encode_values import encode_pointers
@@ -148,8 +148,15 @@ def _values(members: StrictObject) -> Value:
     return None if value is None else decode_pointers(parse(text(value, where=where), where=where), where=where)
 
 
+def _paths(members: StrictObject, name: str) -> tuple[str, ...]:
+    try:
+        return tuple(map(checked_path, members.texts(name)))  # [UCF-38]
+    except (Unsafe, LimitExceeded) as error:
+        raise type(error)(f"{members.where}: {error.message}") from None
+
+
 def _files(members: StrictObject) -> tuple[StoredFile, ...]:
-    paths = tuple(checked_path(path) for path in members.texts("path"))  # [UCF-38]
+    paths = _paths(members, "path")
     base = take_ints(members, "base", length=len(paths)).tolist()
     nbytes = take_ints(members, "nbytes", length=len(paths), high=MAX_FILE_NBYTES).tolist()
     members.close()
@@ -160,7 +167,7 @@ def _files(members: StrictObject) -> tuple[StoredFile, ...]:
 
 
 def _arrays(members: StrictObject) -> tuple[tuple[str, ...], IntColumn]:
-    keys = tuple(checked_path(key) for key in members.texts("arrays"))
+    keys = _paths(members, "arrays")
     if any(low >= high for low, high in pairwise(keys)):  # [FRAG-24]
         raise Malformed(f"{members.where}/arrays: keys out of order, or twice")
     ndims = take_ints(members, "ndims", length=len(keys))
@@ -212,13 +219,17 @@ def _check_pieces(pieces: PieceColumns, files: tuple[StoredFile, ...], where: st
         ("its rows overlap", pieces.row_stride < pieces.row_nbytes),
         ("it is one row with a stride of its own", (rows == 1) & (pieces.row_stride != pieces.nbytes)),
         ("its rows have no gap and should be one", (rows > 1) & (pieces.row_stride == pieces.row_nbytes)),
-        ("it lies beyond the end of its file", (room < 0) | ((rows - 1) > np.maximum(room, 0) // pieces.row_stride)),
+        ("it ends beyond the end of its file", (room < 0) | ((rows - 1) > np.maximum(room, 0) // pieces.row_stride)),
         ("its box ends beyond 2^48", _any_by_piece(pieces, pieces.start + pieces.shape > MAX_DIM)),
     )
     for what, wrong in faults:  # [FRAG-11..16, FRAG-27]
         if wrong.any():
             piece = int(np.argmax(wrong))
-            raise Malformed(f"{where}: piece {piece} of array {pieces.arrays[int(pieces.array[piece])]!r}: {what}")
+            file, key = files[int(pieces.file[piece])], pieces.arrays[int(pieces.array[piece])]
+            raise Malformed(
+                f"{where}: piece {piece} of array {key!r}, {pieces.nbytes[piece]} bytes from {pieces.offset[piece]} on in "
+                f"{file.path!r} of {file.nbytes}: {what}"
+            )
 
 
 def _any_by_piece(pieces: PieceColumns, axes: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

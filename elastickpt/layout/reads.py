@@ -140,6 +140,12 @@ def segments(piece: ReadablePiece, start: int, end: int) -> Iterator[Segment]:
         start += nbytes
 
 
+def place_in_file(piece: Piece, position: int) -> int:
+    """Where a byte of a piece is in its file."""
+    row, inside = divmod(position, piece.row_nbytes)
+    return piece.offset + row * piece.row_stride + inside
+
+
 def match_pieces(wanted: Box, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
     """Which of many piece boxes have an element in common with `wanted`: their numbers, rising.
 

@@ -5,15 +5,18 @@ Threads take the units of a plan in order, so that files are read front to back,
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elastickpt.errors import ChecksumMismatch, StateMismatch
+from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
+from elastickpt.format.keys import pack_file
 from elastickpt.format.records import StoredFile
+from elastickpt.format.version import PACKS
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import (
     UNIT_NBYTES,
@@ -25,13 +28,14 @@ from elastickpt.loading.plan import (
     require_length,
 )
 from elastickpt.loading.stretches import ReadRuns, runs_of
-from elastickpt.loading.units import Scratch, UnitReader, mismatch, naming_array
+from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
-from elastickpt.ranks.threads import Pool
-from elastickpt.storage.kernel import address_of
-from elastickpt.storage.store import RangeReader, Store, is_in_memory, lend
+from elastickpt.ranks.threads import Pool, Worker
+from elastickpt.storage.store import Lend, RangeReader, Store, is_in_memory, lender, read_ahead
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
+AHEAD_NBYTES = 64 << 20  # what a disk reads while the ranks agree; more would pass through the page cache for nothing
+GIVEN_AWAY_NBYTES = 64 << 10  # numpy copies so much without the interpreter's lock, and begins later than a memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +59,17 @@ def carry_out(
     verify: Verify = "on",
     progress: Callable[[int], None] = lambda _: None,
     threads: Pool | None = None,
+    processes: int = 1,
 ) -> FetchReport:
     """Fills every destination; blocking. `progress` is called with numbers of bytes read, from several threads.
 
-    `threads` are those of a caller that reads one plan after the other; else this plan has its own.
+    `threads` are those of a caller that reads one plan after the other; else this plan has its own. So many `processes` of this
+    host read at the same time, this one among them.
 
     Raises Damaged kinds naming file, block and array for what is not what was written, StorageFailed kinds for what cannot
     be read, StateMismatch for a destination that cannot hold it; destinations then hold anything.
     """
-    pace = pace_of(opened.store)
+    pace = pace_of(opened.store, processes=processes)
     fetching = _Fetching(opened, plan, verify, progress, pace)
     if threads is None:
         with Pool("elastickpt-read", pace.threads) as pool:
@@ -73,6 +79,15 @@ def carry_out(
     for target in plan.targets:
         _settle(target)
     return FetchReport(fetching.nbytes, sum(target.data.size for target in plan.targets), len(fetching.reads))
+
+
+def read_own_pack_ahead(opened: Opened, writer: int) -> None:
+    """The system begins to read what a rank will want that holds what this writer held. Not blocking; a hint."""
+    if PACKS in opened.manifest.requires:
+        pack = opened.path(pack_file(opened.manifest.attempt, writer))
+        ahead = Worker("elastickpt-ahead")
+        ahead.put(lambda: read_ahead(opened.store, pack, AHEAD_NBYTES))
+        ahead.stop()
 
 
 def _settle(target: ReadTarget) -> None:
@@ -105,9 +120,12 @@ DEVICE = Pace(THREADS, UNIT_NBYTES)
 MEMORY = Pace(2, 256 << 10)  # of reads that are copies: more threads fight for the cores, larger ones leave their caches
 
 
-def pace_of(store: Store) -> Pace:
-    """What suits a store."""
-    return MEMORY if is_in_memory(store) else DEVICE
+def pace_of(store: Store, *, processes: int = 1) -> Pace:
+    """What suits a store, where so many processes of this host read at the same time."""
+    if not is_in_memory(store):
+        return DEVICE
+    cores = len(os.sched_getaffinity(0))
+    return replace(MEMORY, threads=max(1, min(MEMORY.threads, cores // processes)))
 
 
 class _Open:
@@ -119,6 +137,7 @@ class _Open:
         self.left = 0
         self.spared = 0  # bytes more that nobody else wants than that others want too
         self.reader: RangeReader | None = None
+        self.lend: Lend | None = None  # of the reader, once it is open
 
 
 class _Fetching:
@@ -182,6 +201,7 @@ class _Fetching:
                 where = self._opened.where(opening.file)
                 opening.reader = self._opened.store.open_reader(where, cache="spare" if opening.spared > 0 else "fill")
                 require_length(opening.file, opening.reader.nbytes, target.wanted.record)
+                opening.lend = lender(opening.reader)
             return opening.reader
 
     def _done(self, opening: _Open, nbytes: int) -> None:
@@ -189,7 +209,7 @@ class _Fetching:
             opening.left -= 1
             if opening.left == 0 and opening.reader is not None:
                 opening.reader.close()
-                opening.reader = None
+                opening.reader = opening.lend = None
         self._progress(nbytes)
 
     def _carry_out(self, read: int | Unit) -> None:
@@ -206,16 +226,19 @@ class _Fetching:
         opening, columns = self._of_runs[run], self._columns
         first, stop, nbytes = columns.first[run], columns.first[run + 1], columns.run_nbytes[run]
         target = self._plan.targets[columns.target[first]]
-        reader = self._reader(opening, target)
+        lend = opening.lend or lender(self._reader(opening, target))
         whole = stop - first == 1 and columns.wanted[first] == nbytes
         into = target.data[columns.at[first] : columns.at[first] + nbytes] if whole else self._scratch.take(nbytes)
-        with naming_array(target):
-            lent = lend(reader, columns.run_offset[run], into.data)
+        view = into.data
+        try:
+            lent = lend(columns.run_offset[run], view)
+        except WrongLength as error:
+            raise holding(error, target) from error
         if not whole:
             self._hand_out(run, lent)
         else:
             self._require_blocks(first, lent)
-            if address_of(lent) != address_of(into.data):
+            if lent is not view:
                 into[:] = np.frombuffer(lent, dtype=np.uint8)
         self._done(opening, nbytes)
 
@@ -227,7 +250,11 @@ class _Fetching:
             low, at, wanted = columns.offset[stretch] - begin, columns.at[stretch], columns.wanted[stretch]
             self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
             low += columns.skipped[stretch]
-            targets[columns.target[stretch]].data[at : at + wanted].data[:] = lent[low : low + wanted]
+            into = targets[columns.target[stretch]].data[at : at + wanted]
+            if wanted < GIVEN_AWAY_NBYTES:
+                into.data[:] = lent[low : low + wanted]
+            else:
+                into[:] = np.frombuffer(lent, np.uint8, wanted, low)
 
     def _require_blocks(self, stretch: int, data: memoryview) -> None:
         """Raises ChecksumMismatch unless this is what was stored. [FRAG-32]"""

@@ -275,7 +275,8 @@ def _holders(opened: Opened, record: ArrayRecord, box: Box) -> tuple[int, ...]:
 
 def _reads_of(want: Wanted, piece: StoredPiece, *, block_nbytes: int) -> tuple[Read, ...]:
     try:
-        reads = plan_reads(want.box, [piece], block_nbytes=block_nbytes, itemsize=want.record.spec.type.itemsize)
+        itemsize = want.record.spec.type.itemsize
+        reads = plan_reads(want.box, [piece], block_nbytes=block_nbytes, itemsize=itemsize, scatter_nbytes=UNIT_NBYTES)
     except Malformed as error:
         raise Malformed(f"array {want.record.spec.id}: {error.message}") from error
     return tuple(reads)

@@ -30,7 +30,7 @@ from elastickpt.loading.agreement import (
     mismatch_message,
     require_same_load,
 )
-from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch
+from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch, read_own_pack_ahead
 from elastickpt.loading.opened import Opened, is_converted, open_records
 from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
 from elastickpt.ranks.process_group import Group, job_group, team_of
@@ -203,6 +203,8 @@ class _Load:
             return Meant(os.fspath(self.path), found.manifest.attempt, self.strict, same, lacking)
 
         told = OPEN.ask(self.team, compare, lambda meant: require_same_load(meant, self.team.ranks))
+        if told.same:
+            read_own_pack_ahead(opened[0][0], self.group.member)
         return *opened[0], told.same and not (told.lacking and self._elsewhere(opened[0][0], ids, told.lacking))
 
     def _elsewhere(self, opened: Opened, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:
@@ -276,7 +278,9 @@ class _Load:
         reports: list[FetchReport] = []
 
         def read() -> None:
-            reports.append(carry_out(opened, plan, verify=self.verify))
+            hosts_of = self.team.hosts
+            here = hosts_of.count(hosts_of[self.team.member])
+            reports.append(carry_out(opened, plan, verify=self.verify, processes=here))
             _to_devices(binding.targets, hosts)
 
         def installed() -> tuple[str, ...]:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -15,9 +13,9 @@ import numpy as np
 from elastickpt.errors import ChecksumMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
-from elastickpt.layout.reads import Direct, segments
+from elastickpt.layout.reads import Direct, place_in_file, segments
 from elastickpt.loading.plan import UNIT_NBYTES, Bytes, Elements, ReadTarget, Unit
-from elastickpt.storage.store import RangeReader
+from elastickpt.storage.store import RangeReader, lender
 
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
 
@@ -47,19 +45,31 @@ class UnitReader:
     def read(self, reader: RangeReader, unit: Unit) -> None:
         step = unit.read.steps[0] if len(unit.read.steps) == 1 else None
         if isinstance(step, Direct):
-            self._direct(reader, unit, step)
-        else:
-            data = self._scratch.take(unit.end - unit.start)
+            return self._direct(reader, unit, step)
+        data = self._lent(reader, unit)
+        for one in unit.read.steps:
+            if isinstance(one, Direct):
+                low = one.source - unit.start
+                unit.target.data[one.target : one.target + one.nbytes] = data[low : low + one.nbytes]
+                continue
+            dtype = unit.target.wanted.into.dtype
+            source: Elements = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
+            into: Elements = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
+            np.copyto(into, source)
+        return None
+
+    def _lent(self, reader: RangeReader, unit: Unit) -> Bytes:
+        """The unit's bytes, verified, in memory that this thread's next read overwrites."""
+        data = self._scratch.take(unit.end - unit.start)
+        if not _in_a_row(unit.piece):
             self._read_blocks(reader, unit, unit.start, data)
-            for one in unit.read.steps:
-                if isinstance(one, Direct):
-                    low = one.source - unit.start
-                    unit.target.data[one.target : one.target + one.nbytes] = data[low : low + one.nbytes]
-                    continue
-                dtype = unit.target.wanted.into.dtype
-                source: Elements = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
-                into: Elements = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
-                np.copyto(into, source)
+            return data
+        try:
+            lent = np.frombuffer(lender(reader)(unit.piece.offset + unit.start, data.data), dtype=np.uint8)
+        except WrongLength as error:
+            raise holding(error, unit.target) from error
+        self._verify_blocks(unit, unit.start, lent)
+        return lent
 
     def _direct(self, reader: RangeReader, unit: Unit, step: Direct) -> None:
         """Blocks wholly inside go straight to the destination; one that only partly belongs there goes through a buffer."""
@@ -81,8 +91,10 @@ class UnitReader:
 
     def _read_blocks(self, reader: RangeReader, unit: Unit, start: int, into: Bytes) -> None:
         """Fills `into` with the piece's bytes from `start`, a multiple of the block size, and verifies them."""
-        with naming_array(unit.target):
+        try:
             _read(reader, unit.piece, start, into)
+        except WrongLength as error:
+            raise holding(error, unit.target) from error
         self._verify_blocks(unit, start, into)
 
     def _verify_blocks(self, unit: Unit, start: int, into: Bytes) -> None:
@@ -101,22 +113,22 @@ def mismatch(file: StoredFile, piece: StoredPiece, record: ArrayRecord, number: 
     """Block `number` of a piece, which begins at byte `at` of it, has the checksum `found`."""
     return ChecksumMismatch(
         f"{file.path}: block {number} of piece {piece.box} of array {record.spec.id} "
-        f"(file offset {_file_offset(piece, at)}): expected checksum "
+        f"(file offset {place_in_file(piece, at)}): expected checksum "
         f"{piece.checksums[number]:016x} (in the fragment map), found {found:016x}"
     )
 
 
-@contextmanager
-def naming_array(target: ReadTarget) -> Iterator[None]:
-    """Says in an error of its file what the file holds."""
-    try:
-        yield
-    except WrongLength as error:
-        raise WrongLength(f"{error.message}; it holds array {target.wanted.record.spec.id}") from error
+def holding(error: WrongLength, target: ReadTarget) -> WrongLength:
+    """The error of a file, saying what the file holds."""
+    return WrongLength(f"{error.message}; it holds array {target.wanted.record.spec.id}")
+
+
+def _in_a_row(piece: StoredPiece) -> bool:
+    return piece.row_nbytes in (piece.row_stride, piece.nbytes)
 
 
 def _read(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes) -> None:
-    if piece.row_nbytes in (piece.row_stride, piece.nbytes):
+    if _in_a_row(piece):
         reader.read_into(piece.offset + start, into.data)
     elif piece.row_stride <= SPAN_RATIO * piece.row_nbytes or piece.row_stride <= 4096:
         _read_span(reader, piece, start, into)
@@ -137,8 +149,3 @@ def _read_span(reader: RangeReader, piece: StoredPiece, start: int, into: Bytes)
     rows = span.reshape(stop - first, stride)[:, :row]
     skip = start - first * row
     into[:] = rows.reshape(-1)[skip : skip + into.size]
-
-
-def _file_offset(piece: StoredPiece, position: int) -> int:
-    row, inside = divmod(position, piece.row_nbytes)
-    return piece.offset + row * piece.row_stride + inside

@@ -171,4 +171,5 @@ class _Verification:
             for entry in held:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if path not in (folders if entry.kind == "directory" else files):
-                    self._note(StrayFile(f"{path}: a {entry.kind} that no record names"))
+                    what = "link or special file" if entry.kind == "other" else entry.kind
+                    self._note(StrayFile(f"{path}: a {what} that no record names"))

@@ -13,7 +13,7 @@ from elastickpt.errors import CheckpointError, ChecksumMismatch, CoverageOverlap
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import StoredFile, StoredPiece
-from elastickpt.layout.reads import segments
+from elastickpt.layout.reads import place_in_file, segments
 from elastickpt.loading.opened import Opened
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import RangeReader
@@ -108,7 +108,8 @@ class _Checking:
                 found = block_checksum(data[begin : begin + block_nbytes].data)
                 if found != piece.checksums[number]:
                     yield ChecksumMismatch(
-                        f"{path}: block {number} of piece {piece.box} of array {piece.array}: expected checksum "
+                        f"{path}: block {number} of piece {piece.box} of array {piece.array} "
+                        f"(file offset {place_in_file(piece, start + begin)}): expected checksum "
                         f"{piece.checksums[number]:016x} (in the fragment map), found {found:016x}",
                     )
             self._count(data.size)

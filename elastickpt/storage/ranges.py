@@ -180,7 +180,7 @@ class LocalReader:
                 done += got
 
     def lend(self, offset: int, into: memoryview) -> memoryview:
-        """As `Lending` says: what comes past the page cache is in this thread's aligned memory until its next read."""
+        """What `store.lender` gives: what comes past the page cache is in this thread's aligned memory until its next read."""
         into = as_bytes(into)
         with naming("read", self._path):
             direct = self._direct_for(offset, into.nbytes) if into.nbytes <= UNIT_NBYTES else None

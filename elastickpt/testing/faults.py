@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, lend, storage_failure
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, lender, storage_failure
 
 T = TypeVar("T")
 Mode = Literal["before", "after", "torn"]
@@ -228,7 +228,7 @@ class _Reader:
 
     def lend(self, offset: int, into: memoryview) -> memoryview:
         act = _Act("reader.read_into", self._path, f"{into.nbytes} bytes at {offset}")
-        return self._store._do(act, lambda: lend(self._inner, offset, into))
+        return self._store._do(act, lambda: lender(self._inner)(offset, into))
 
     def close(self) -> None:
         self._store._do(_Act("reader.close", self._path), self._inner.close)

@@ -44,15 +44,16 @@ def test_a_random_kill_leaves_the_old_or_the_new_checkpoint_and_the_next_save_wo
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_many_random_kills(folder: Path, ranks: int) -> None:
-    cases = killed(Setting(folder, ranks=ranks, seed=2), 60)
+@pytest.mark.parametrize("name", ["elastickpt", "elastickpt-packed"])
+def test_many_random_kills(folder: Path, name: str, ranks: int) -> None:
+    cases = killed(Setting(folder, ranks=ranks, seed=2), 60, entrant(name))
     assert [case for case in cases if case.is_bad] == []
     assert {case.outcome for case in cases} == {"old", "new"}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["elastickpt-async", "elastickpt-large", "elastickpt-run"])
+@pytest.mark.parametrize("name", ["elastickpt-async", "elastickpt-packed-async", "elastickpt-large", "elastickpt-run"])
 def test_many_random_kills_of_saves_beside_training(folder: Path, name: str, ranks: int) -> None:
     """Writer processes are killed too: then whoever waits for the save still gets it."""
     cases = killed(Setting(folder, ranks=ranks, seed=3), 60, entrant(name))

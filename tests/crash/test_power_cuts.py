@@ -64,7 +64,10 @@ def test_many_power_cuts(ranks: int, name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "saves"), [("elastickpt-async", 3), ("elastickpt-large", 3), ("elastickpt-run", KEPT + 3)])
+@pytest.mark.parametrize(
+    ("name", "saves"),
+    [("elastickpt-async", 3), ("elastickpt-packed-async", 3), ("elastickpt-large", 3), ("elastickpt-run", KEPT + 3)],
+)
 def test_many_power_cuts_of_saves_beside_training(name: str, saves: int) -> None:
     require_whole_or_absent(cut(entrant(name), ranks=2, saves=saves, states=300), 300)
 

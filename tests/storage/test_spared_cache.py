@@ -14,7 +14,7 @@ from elastickpt.errors import StorageFailed, WrongLength
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.storage import kernel, ranges
 from elastickpt.storage.local import LocalStore
-from elastickpt.storage.store import lend
+from elastickpt.storage.store import lender
 from elastickpt.training.held import HeldArray
 
 MIB = 1 << 20
@@ -152,7 +152,7 @@ def lent(store, monkeypatch, calls, start, stop):
     monkeypatch.setattr(ranges.os, "preadv", calls)
     with closing(store.open_reader("file", cache="spare")) as reader:
         into = bytearray(stop - start)
-        found = lend(reader, start, memoryview(into))
+        found = lender(reader)(start, memoryview(into))
         assert found == DATA[start:stop]
         return found.obj is into
 
@@ -178,4 +178,4 @@ def test_small_and_very_large_ranges_are_filled_in(store, monkeypatch, start, st
 def test_lending_beyond_the_end_says_what_it_expected_and_found(store):
     said = pytest.raises(WrongLength, match=rf"file: expected at least {NBYTES + 1} bytes, found {NBYTES}")
     with closing(store.open_reader("file", cache="spare")) as reader, said:
-        lend(reader, 3 * MIB, memoryview(bytearray(NBYTES + 1 - 3 * MIB)))
+        lender(reader)(3 * MIB, memoryview(bytearray(NBYTES + 1 - 3 * MIB)))

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 
 from tools.bench.contestants import LIBRARIES, is_known
-from tools.bench.plan import RESHARDS, TOPICS, Options, Place, disk_nbytes, jobs, memory_nbytes
+from tools.bench.plan import LARGE, RESHARDS, SMALL, TOPICS, USUAL, Options, Part, Place, disk_nbytes, jobs, memory_nbytes
 from tools.bench.state import ITEMS, clear, fill, local_nbytes, rows_of, shapes_for, small_state, wrong_pieces
 
 DISK, TMPFS = Place("disk", "/a", "ext4"), Place("tmpfs", "/b", "tmpfs")
-ALL = Options(TOPICS, (100_000_000,), (1, 2, 4), 5, ("dcp", "tc"))
+ALL = Options((Part(TOPICS, ranks=(1, 2, 4)),), 5, ("dcp", "tc"))
 
 
 def test_every_place_and_rank_count_is_measured_once() -> None:
@@ -44,8 +44,18 @@ def test_saves_beside_training_have_jobs_of_their_own_with_room_for_everyones_co
 
 
 def test_saves_alone_do_not_load() -> None:
-    only = Options(("save",), (100_000_000,), (2,), 5, ("dcp",))
+    only = Options((Part(("save",), ranks=(2,)),), 5, ("dcp",))
     assert [(job.kind, job.loads) for job in jobs(only, [DISK])] == [("same", False)]
+
+
+def test_the_usual_set_measures_both_sizes_on_disk_and_in_memory_and_each_job_once() -> None:
+    found = jobs(Options(USUAL, 3, ("dcp",)), [DISK, TMPFS])
+    assert len(set(found)) == len(found)
+    kinds = {"same", "async", "prepare", "reshard", "small"}
+    assert {job.kind for job in found} == kinds
+    assert {(job.place.name, job.nbytes) for job in found if job.kind == "same"} == {
+        (place, nbytes) for place in ("disk", "tmpfs") for nbytes in (SMALL, LARGE)
+    }
 
 
 def test_a_resharding_job_has_room_for_everyones_files_at_once() -> None:

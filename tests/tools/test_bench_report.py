@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from tools.bench import chart
+from tools.bench import chart, floors
 from tools.bench.compare import gather, rows, title
 from tools.bench.machine import free_stem, in_words
 from tools.bench.records import Entrant, Machine, Measure, Memory, Report, Setting, from_json, to_json
+from tools.bench.state import clear, fill, small_state, wrong_pieces
 from tools.bench.table import print_report
 
 SAVE = Setting("save", "none", "disk", ranks=2, from_ranks=2, nbytes=1_000_000_000, tensors=333)
@@ -64,6 +66,32 @@ def test_the_floor_of_a_stall_is_a_copy_in_memory_and_that_of_the_whole_save_is_
     found = {(each.setting.case, each.contestant): each.of_floor for each in rows(measures)}
     assert found["stall", "elastickpt"] == pytest.approx(0.8)
     assert found["async save", "elastickpt"] == pytest.approx(0.5)
+
+
+def test_the_floor_of_ones_own_memory_is_a_column_of_its_own() -> None:
+    measures = [Measure(SAVE, "elastickpt", (2.0,)), Measure(SAVE, "raw 1 MiB", (1.0,)), Measure(SAVE, "raw buffered", (1.6,))]
+    measures += [Measure(SAVE, "own buffered", (1.8,)), Measure(SAVE, "own direct", (1.5,))]
+    found = {each.contestant: (each.of_floor, each.of_own) for each in rows(measures)}
+    assert found["elastickpt"] == (0.5, 0.75)
+    assert found["own direct"] == (pytest.approx(2 / 3), 1.0)
+
+
+def test_the_states_own_memory_is_saved_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than one buffer's bytes, which end inside tensors."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr(floors, "BOUNCE_NBYTES", 3 << 12)
+    state = small_state(rank=0, ranks=100) | {"odd": {"t": torch.zeros(5001)}}
+    for way in ("buffered", "direct"):
+        fill(state)
+        own = floors.OwnMemory(state, way)
+        try:
+            own.save(state, tmp_path / way)
+        except OSError:  # a file system without O_DIRECT
+            assert way == "direct"
+            continue
+        clear(state)
+        own.load(state, tmp_path / way)
+        assert wrong_pieces(state) == 0
 
 
 def test_a_setting_without_a_floor_has_no_ratio() -> None:

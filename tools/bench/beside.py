@@ -55,8 +55,8 @@ def make_beside(name: str) -> tuple[BesideTraining, ...]:
         from .peer_dcp_beside import BesideDcp
 
         return tuple(BesideDcp(executor, *([int(threads)] if threads else [])) for executor in ("thread", "process"))
-    if library == "tc":
+    if library in ("tc", "tc+fsync"):  # it syncs nothing here: that is done by callbacks, which its writer process cannot have
         from .peer_tc import BesideTorchCheckpointing
 
         return (BesideTorchCheckpointing(*([int(threads)] if threads else [])),)
-    return ()  # syncing is done by callbacks here, which its writer process cannot be given
+    raise LookupError(name)

@@ -16,15 +16,16 @@ from tools.interrupts import sigterm_interrupts
 from . import chart, machine, plan
 from .caches import COLD_BY
 from .conduct import Conductor
-from .contestants import LIBRARIES, entrant, is_known
+from .contestants import LIBRARIES, USUAL, entrant, is_known
 from .ranks import ForkedRanks
 from .records import Entrant, Report, from_json, to_json
 from .table import print_report
 
 RESULTS = Path(__file__).with_name("results")
+WHERE = ("disk", "tmpfs")
 EXAMPLES = """examples:
-  python -m tools.bench                                  the quick set, about twenty minutes
-  python -m tools.bench --full                           0.1 and 1.8 GB, everything
+  python -m tools.bench                                  the usual set, about twenty-five minutes on two cores
+  python -m tools.bench --full                           0.1 and 1.8 GB, everything, some hours
   python -m tools.bench --only save,load --ranks 2 --sizes 1.8 --where disk
   python -m tools.bench --show tools/bench/results/FILE.json
 """
@@ -37,17 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.show:
         print_report(from_json(Path(parsed.show).read_text()), console)
         return 0
-    places = machine.usual_places(parsed.where)
+    places = machine.usual_places(parsed.where or WHERE)
     if parsed.path:
         places = tuple(machine.place_at(Path(folder)) for folder in parsed.path)
     talk.print("importing torch and the libraries ...")
-    entrants = tuple(entrant(name) for name in parsed.contestants)
-    present = tuple(entry.name for entry in entrants if entry.absent_because is None)
-    options = _options(parsed, present)
+    beside = ("tc",) if "tc+fsync" in parsed.contestants else ()  # as which it saves beside training
+    entrants = tuple(entrant(name) for name in dict.fromkeys((*parsed.contestants, *beside)))
+    present = tuple(entry.name for entry in entrants if entry.absent_because is None and entry.name in parsed.contestants)
+    options = _options(parsed, present, tuple(place.name for place in places))
     conductor = Conductor(ForkedRanks(), talk)
     interrupted = _carry_out(conductor, plan.jobs(options, places), places)
     if conductor.measures or conductor.memories:
-        report = _report(parsed.repeats, places, entrants, conductor)
+        report = _report(options.repeats, places, entrants, conductor)
         print_report(report, console)
         if not interrupted:
             _leave_files(report, talk)
@@ -77,32 +79,33 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--full", action="store_true", help="0.1 and 1.8 GB")
-    found.add_argument("--only", type=_words(plan.TOPICS), default=plan.TOPICS, metavar="LIST", help=",".join(plan.TOPICS))
+    found.add_argument("--full", action="store_true", help="all topics at 0.1 and 1.8 GB, 1, 2 and 4 ranks")
+    found.add_argument("--only", type=_words(plan.TOPICS), metavar="LIST", help=",".join(plan.TOPICS))
     found.add_argument("--sizes", type=_sizes, metavar="GB,GB", help="state sizes over all ranks; default 0.1")
-    found.add_argument("--ranks", type=_counts, default=(1, 2, 4), metavar="N,N", help="default 1,2,4")
-    found.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repeats, after one warm-up; default 5")
-    found.add_argument("--where", type=_words(("disk", "tmpfs")), default=("disk", "tmpfs"), metavar="LIST", help="disk,tmpfs")
+    found.add_argument("--ranks", type=_counts, metavar="N,N", help="default 1,2,4")
+    found.add_argument(
+        "--repeats", type=int, metavar="N", help="timed repeats, after one warm-up; default 5, of the usual set 3"
+    )
+    found.add_argument("--where", type=_words(WHERE), metavar="LIST", help=",".join(WHERE))
     found.add_argument("--path", action="append", metavar="FOLDER", help="measure in this folder instead; may be repeated")
     found.add_argument(
         "--contestants",
         type=_contestants,
-        default=LIBRARIES,
+        default=USUAL,
         metavar="LIST",
-        help=f"{','.join(LIBRARIES)}; dcp:4 is dcp with four threads",
+        help=f"of {','.join(LIBRARIES)}; default {','.join(USUAL)}; dcp:4 is dcp with four threads",
     )
     found.add_argument("--show", metavar="FILE", help="print the table of an earlier run and end")
     return found
 
 
-def _options(parsed: argparse.Namespace, contestants: tuple[str, ...]) -> plan.Options:
-    return plan.Options(
-        topics=parsed.only,
-        sizes=parsed.sizes or (plan.FULL_SIZES if parsed.full else plan.QUICK_SIZES),
-        ranks=parsed.ranks,
-        repeats=parsed.repeats,
-        contestants=contestants,
-    )
+def _options(parsed: argparse.Namespace, contestants: tuple[str, ...], places: tuple[str, ...]) -> plan.Options:
+    """The usual set, unless the words say what to measure."""
+    if not (parsed.full or parsed.only or parsed.sizes or parsed.ranks or parsed.where or parsed.path):
+        return plan.Options(plan.USUAL, parsed.repeats or 3, contestants)
+    sizes = parsed.sizes or ((plan.SMALL, plan.LARGE) if parsed.full else (plan.SMALL,))
+    part = plan.Part(parsed.only or plan.TOPICS, sizes, parsed.ranks or (1, 2, 4), places)
+    return plan.Options((part,), parsed.repeats or 5, contestants)
 
 
 def _report(repeats: int, places: Sequence[plan.Place], entrants: tuple[Entrant, ...], conductor: Conductor) -> Report:

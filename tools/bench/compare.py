@@ -7,18 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from .records import CASES, FLOORS, Case, Measure, Setting
+from .records import CASES, OWN, RAW, Case, Measure, Setting
 from .spread import Spread, ratio_to_floor, spread_of
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contestant in one setting. `of_floor`: share of the floor's speed. `read_share`: bytes asked for / needed."""
+    """One contestant in one setting. `of_floor`, `of_own`: share of the floor's speed, and of that from and into the state's
+    own memory. `read_share`: bytes asked for / needed."""
 
     setting: Setting
     contestant: str
     spread: Spread | None
     of_floor: float | None
+    of_own: float | None
     read_share: float | None
     of_same_layout: float | None
     error: str | None
@@ -56,16 +58,20 @@ def floor_s(setting: Setting, medians: Mapping[tuple[Setting, str], float]) -> f
     """The fastest raw median of the setting, for a stall that of a copy in memory; None where no floor was measured."""
     if setting.case == "stall":
         return medians.get((setting, "memcpy"))
-    raw = [medians[setting, name] for name in FLOORS if name != "memcpy" and (setting, name) in medians]
-    return min(raw, default=None)
+    return _fastest(setting, RAW, medians)
+
+
+def _fastest(setting: Setting, names: Sequence[str], medians: Mapping[tuple[Setting, str], float]) -> float | None:
+    return min((medians[setting, name] for name in names if (setting, name) in medians), default=None)
 
 
 def _row(measure: Measure, medians: Mapping[tuple[Setting, str], float]) -> Row:
     setting = measure.setting
     if not measure.seconds:
-        return Row(setting, measure.contestant, None, None, None, None, measure.error)
+        return Row(setting, measure.contestant, None, None, None, None, None, measure.error)
     spread = spread_of(measure.seconds)
     floor = None if setting.case.startswith("small") else floor_s(setting, medians)
+    own = _fastest(setting, OWN, medians)
     share = None
     if setting.case in ("load", "reshard") and measure.requested_nbytes:
         share = spread_of(measure.requested_nbytes).median / setting.nbytes
@@ -75,6 +81,7 @@ def _row(measure: Measure, medians: Mapping[tuple[Setting, str], float]) -> Row:
         measure.contestant,
         spread,
         of_floor=ratio_to_floor(floor, spread.median) if floor else None,
+        of_own=ratio_to_floor(own, spread.median) if own else None,
         read_share=share,
         of_same_layout=spread.median / same if same and setting.case == "reshard" else None,
         error=measure.error,

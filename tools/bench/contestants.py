@@ -11,6 +11,7 @@ from .state import State
 
 OURS: Mapping[str, Literal["plain", "packed"]] = {"elastickpt": "plain", "elastickpt-packed": "packed"}  # by placement
 LIBRARIES = ("elastickpt", "elastickpt-packed", "dcp", "tc", "tc+fsync")
+USUAL = ("elastickpt", "elastickpt-packed", "dcp", "tc+fsync")  # tc itself is the same but for its saves, which sync nothing
 
 
 class Contestant(Protocol):

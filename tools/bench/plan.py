@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from .state import SMALL_ELEMENTS, SMALL_TENSORS
@@ -12,7 +13,7 @@ Topic = Literal["save", "load", "reshard", "small", "async", "memory"]
 Kind = Literal["same", "prepare", "reshard", "small", "async", "memory"]
 TOPICS: tuple[Topic, ...] = ("save", "load", "reshard", "small", "async", "memory")
 RESHARDS = ((2, 4), (4, 2))
-QUICK_SIZES, FULL_SIZES = (100_000_000,), (100_000_000, 1_800_000_000)
+SMALL, LARGE = 100_000_000, 1_800_000_000  # bytes of a state
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,30 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class Part:
+    """Some topics, each at all of these sizes and numbers of ranks, in all of these places."""
+
     topics: tuple[Topic, ...]
-    sizes: tuple[int, ...]  # bytes of the whole state
-    ranks: tuple[int, ...]
+    sizes: tuple[int, ...] = (SMALL,)  # bytes of the whole state
+    ranks: tuple[int, ...] = (2, 4)
+    places: tuple[str, ...] = ("disk", "tmpfs")
+
+
+USUAL = (  # what twenty-five minutes tell on two cores
+    Part(("save", "load", "reshard"), (SMALL,)),
+    Part(("async",), (SMALL,), places=("disk",)),
+    Part(("small",), ranks=(1, 2)),
+    Part(("save", "load"), (LARGE,), places=("disk",)),
+    Part(("save", "load"), (LARGE,), ranks=(2,), places=("tmpfs",)),
+    Part(("async", "reshard"), (LARGE,), ranks=(2,), places=("disk",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Some parts, by whom and how often."""
+
+    parts: tuple[Part, ...]
     repeats: int
     contestants: tuple[str, ...]
 
@@ -64,35 +85,32 @@ class Job:
 
 
 def jobs(options: Options, places: Sequence[Place]) -> tuple[Job, ...]:
-    """All jobs, cheap ones first. A "prepare" job is always followed at once by the "reshard" job that needs it."""
-    found: list[Job] = []
+    """All jobs, part by part. A "prepare" job is always followed at once by the "reshard" job that needs it."""
+    return tuple(job for part in options.parts for job in _jobs_of(part, options, places))
 
-    def add(kind: Kind, place: Place, *, ranks: int, nbytes: int, from_ranks: int = 0, who: tuple[str, ...] = ()) -> None:
-        loads = "load" in options.topics or kind != "same"
-        who = who or options.contestants
-        found.append(Job(kind, place, ranks, from_ranks or ranks, nbytes, options.repeats, who, loads=loads))
 
-    for nbytes in sorted(options.sizes):
-        for place in places:
-            if "save" in options.topics or "load" in options.topics:
-                for ranks in options.ranks:
-                    add("same", place, ranks=ranks, nbytes=nbytes)
-            if "async" in options.topics:
-                for ranks in options.ranks:
-                    add("async", place, ranks=ranks, nbytes=nbytes)
-            if "reshard" in options.topics:
-                for before, after in RESHARDS:
-                    add("prepare", place, ranks=before, nbytes=nbytes)
-                    add("reshard", place, ranks=after, from_ranks=before, nbytes=nbytes)
-    for place in places:
-        if "small" in options.topics:
-            for ranks in options.ranks:
-                add("small", place, ranks=ranks, nbytes=SMALL_TENSORS * SMALL_ELEMENTS * 4)
-    if "memory" in options.topics and places:
-        for ranks in options.ranks:
-            for name in options.contestants:
-                add("memory", places[0], ranks=ranks, nbytes=max(options.sizes), who=(name,))
-    return tuple(found)
+def _jobs_of(part: Part, options: Options, places: Sequence[Place]) -> Iterator[Job]:
+    def one(kind: Kind, place: Place, ranks: int, nbytes: int, from_ranks: int = 0, who: tuple[str, ...] = ()) -> Job:
+        loads = "load" in part.topics or kind != "same"
+        return Job(kind, place, ranks, from_ranks or ranks, nbytes, options.repeats, who or options.contestants, loads=loads)
+
+    where = [place for place in places if place.name in part.places]
+    for nbytes, place in product(sorted(part.sizes), where):
+        if "save" in part.topics or "load" in part.topics:
+            yield from (one("same", place, ranks, nbytes) for ranks in part.ranks)
+        if "async" in part.topics:
+            yield from (one("async", place, ranks, nbytes) for ranks in part.ranks)
+        if "reshard" in part.topics:
+            for before, after in RESHARDS:
+                yield one("prepare", place, before, nbytes)
+                yield one("reshard", place, after, nbytes, from_ranks=before)
+    if "small" in part.topics:
+        yield from (
+            one("small", place, ranks, SMALL_TENSORS * SMALL_ELEMENTS * 4) for place, ranks in product(where, part.ranks)
+        )
+    if "memory" in part.topics and where:
+        for ranks, name in product(part.ranks, options.contestants):
+            yield one("memory", where[0], ranks, max(part.sizes), who=(name,))
 
 
 def _tree_nbytes(job: Job) -> int:

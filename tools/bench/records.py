@@ -17,7 +17,9 @@ Durability = Literal["power", "files", "none", "floor"]
 
 SCHEMA_VERSION = 1
 CASES: tuple[Case, ...] = ("save", "load", "reshard", "small save", "small load", "stall", "async save", "slow-down", "copy")
-FLOORS = ("raw buffered", "raw direct", "memcpy")
+RAW, OWN = ("raw buffered", "raw 1 MiB", "raw direct"), ("own buffered", "own direct")  # floors that are files
+FLOORS = (*RAW, *OWN, "memcpy")
+PAST_CACHE = ("raw direct", "own direct")  # nothing of these is ever warm
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from . import caches
 from .beside import BesideTraining, make_beside
 from .family import Peak, family_nbytes
 from .plan import Job, Kind
-from .records import Cache, Case, Finish, Memory, Setting
+from .records import FLOORS, PAST_CACHE, Cache, Case, Finish, Memory, Setting
 from .session import Progress, Sample, Session, trim_memory
 from .state import clear, fill, local_nbytes, wrong_pieces
 from .training import Training
@@ -64,7 +64,8 @@ def _async(session: Session) -> None:
     """Beside training, each in a save of its own: how long the call takes, how long until it is saved, and how far steps are
     slowed down until then. One after the other."""
     stall, whole = _setting(session, "stall", "none"), _setting(session, "async save", "none")
-    beside = {each.name: each for name in session.job.contestants for each in make_beside(name)}
+    names_of = dict.fromkeys("tc" if name == "tc+fsync" else name for name in session.job.contestants)
+    beside = {each.name: each for name in names_of for each in make_beside(name)}
     session.enter_floors()
     floors = dict(session.contestants)
     path, training = session.folder / "beside", Training()
@@ -198,11 +199,11 @@ def _load(session: Session, case: Case, name: str, path: Path) -> None:
     """Load cold where there is a device, then warm. O_DIRECT reads bypass the cache, so they are no warm floor."""
     contestant = session.contestants[name]
     states: list[Cache] = ["cold"] if session.job.place.has_device and case != "small load" else []
-    if name != "raw direct":
+    if name not in PAST_CACHE:
         states.append("warm")
     for cache in states:
         session.on_first_rank(lambda cache=cache: caches.evict(path) if cache == "cold" else caches.warm(path))  # type: ignore[misc]
-        checked = session.silent and not name.startswith("raw")
+        checked = session.silent and name not in FLOORS
         if checked:
             clear(session.state)
         setting = _setting(session, case, cache)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from . import caches
 from .contestants import Contestant, make
-from .floors import MemoryCopy, RawFiles, WarmBuffer
+from .floors import SMALL_BLOCK_NBYTES, MemoryCopy, OwnMemory, RawFiles, WarmBuffer, Way
 from .plan import Job
 from .records import Memory, Setting
 from .state import SMALL_TENSORS, State, fill, local_nbytes, sharded_state, small_state
@@ -86,12 +86,20 @@ class Session:
             self.contestants[name] = make(name)
 
     def enter_floors(self) -> None:
-        """Add raw files, buffered and where the place takes it O_DIRECT, over one buffer of this rank's size."""
+        """Add raw files over one buffer of this rank's size: buffered, and by O_DIRECT or, in memory, in small blocks. Where
+        the same bytes are saved and loaded, also from and into the state's own memory."""
         self.buffer = WarmBuffer(local_nbytes(self.state))
         self.memory_copy = MemoryCopy(self.buffer)
-        self.contestants["raw buffered"] = RawFiles(self.buffer, "buffered")
-        if _takes_direct(self.folder):
-            self.contestants["raw direct"] = RawFiles(self.buffer, "direct")
+        floors: list[Contestant] = [RawFiles(self.buffer, "buffered")]
+        ways: list[Way] = ["buffered"]
+        if not self.job.place.has_device:
+            floors.append(RawFiles(self.buffer, "buffered", SMALL_BLOCK_NBYTES))
+        elif _takes_direct(self.folder):
+            floors.append(RawFiles(self.buffer, "direct"))
+            ways.append("direct")
+        if self.job.kind == "same":
+            floors += [OwnMemory(self.state, way) for way in ways]
+        self.contestants |= {floor.name: floor for floor in floors}
 
     def order(self, repeat: int) -> list[str]:
         """Contestants still in, starting with another one in every repeat."""

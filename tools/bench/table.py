@@ -59,7 +59,7 @@ def _entrants(report: Report) -> Table:
 def _measures(report: Report) -> Table:
     table = Table(title="slowest rank, first start to last end", title_justify="left")
     table.add_column("contestant", no_wrap=True)
-    for column in ("median s", "min..max s", "GB/s", "ms/tensor", "of floor", "read/needed", "× same layout"):
+    for column in ("median s", "min..max s", "GB/s", "ms/tensor", "of floor", "of own", "read/needed", "× same layout"):
         table.add_column(column, justify="right", no_wrap=True)
     unsynced = unsynced_names(report)
     for setting, group in groupby(rows(report.measures), key=lambda row: row.setting):
@@ -84,6 +84,7 @@ def _cells(row: Row, unsynced: frozenset[str]) -> tuple[str | Text, ...]:
         "" if small or row.setting.case == "slow-down" else _number(row.gigabytes_per_s),
         _number(row.ms_per_tensor, digits=3) if small else "",
         _number(row.of_floor),
+        _number(row.of_own),
         _number(row.read_share),
         _number(row.of_same_layout),
     )

@@ -25,13 +25,10 @@ Finish = Callable[[], object]
 Role = Literal["committer", "trainer", "helper"]  # rank 0, another rank, a process that a rank has started
 ALL_STEPS = 1 << 30
 
-POWER = ("elastickpt", "elastickpt-async", "elastickpt-large", "elastickpt-run", "elastickpt-packed", "dcp", "tc+fsync")
+OURS = ("elastickpt", "elastickpt-async", "elastickpt-large", "elastickpt-run", "elastickpt-packed", "elastickpt-packed-async")
+POWER = (*OURS, "dcp", "tc+fsync")
 KILLED = (
-    "elastickpt",
-    "elastickpt-async",
-    "elastickpt-large",
-    "elastickpt-run",
-    "elastickpt-packed",
+    *OURS,
     "dcp",
     "dcp-overwrite",
     "dcp-thread",

@@ -55,6 +55,15 @@ def asynchronous(folder: Path) -> Contestant:
     return StepFolders(folder, saving, loading)
 
 
+def packed_beside(folder: Path) -> Contestant:
+    """`ek.async_save` in packs."""
+
+    def saving(state: State, path: Path) -> Finish:
+        return ASYNC_SAVE(state, path, placement="packed").result
+
+    return StepFolders(folder, saving, loading)
+
+
 def large(folder: Path) -> Contestant:
     """The same as it is of a large state: written while it is staged, which takes its time."""
     copied = Arena.fill_to
@@ -107,6 +116,13 @@ ENTRANTS = {
         ek.__version__,
         "ek.async_save, durability='power'; a folder for each step",
         asynchronous,
+        roles=("committer", "trainer", "helper"),
+    ),
+    "elastickpt-packed-async": Entrant(
+        "elastickpt-packed-async",
+        ek.__version__,
+        "ek.async_save, placement='packed', durability='power'; a folder for each step",
+        packed_beside,
         roles=("committer", "trainer", "helper"),
     ),
     "elastickpt-large": Entrant(
