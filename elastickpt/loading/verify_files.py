@@ -20,6 +20,7 @@ from elastickpt.storage.store import RangeReader
 
 THREADS = 4
 READ_NBYTES = 4 << 20
+SHARE_NBYTES = 64 << 20  # of a file that several threads look at, each at so much of its pieces
 
 Pads = Literal["zero", "unknown"]
 
@@ -34,6 +35,17 @@ class FileTask:
     @property
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece, _ in self.pieces)
+
+    def shares(self) -> Iterator[range]:
+        """Numbers of its pieces, some `SHARE_NBYTES` at a time: a pack may be all of a checkpoint."""
+        first = nbytes = 0
+        for number, (piece, _) in enumerate(self.pieces):
+            nbytes += piece.nbytes
+            if nbytes >= SHARE_NBYTES:
+                yield range(first, number + 1)
+                first, nbytes = number + 1, 0
+        if first < len(self.pieces) or not self.pieces:
+            yield range(first, len(self.pieces))
 
 
 def file_tasks(maps: Sequence[FragmentColumns]) -> tuple[FileTask, ...]:
@@ -54,9 +66,10 @@ def verify_files(
     `pads`: bytes outside of all pieces read as "zero"; "unknown" where pieces are missing, so that nobody knows which they are.
     """
     checking = _Checking(opened, sum(task.nbytes for task in tasks), pads, progress)
-    found: list[list[CheckpointError]] = [[] for _ in tasks]
+    shares = [(task, share) for task in tasks for share in task.shares()]
+    found: list[list[CheckpointError]] = [[] for _ in shares]
     with Pool("elastickpt-verify", THREADS) as pool:
-        pool.share_out(range(len(tasks)), lambda number: found[number].extend(checking.file(tasks[number])))
+        pool.share_out(range(len(shares)), lambda number: found[number].extend(checking.file(*shares[number])))
     for errors in found:
         yield from errors
 
@@ -72,28 +85,37 @@ class _Checking:
             self._done += nbytes
             self._progress(self._done, self._total)
 
-    def file(self, task: FileTask) -> Iterator[CheckpointError]:
+    def file(self, task: FileTask, share: range) -> Iterator[CheckpointError]:
+        """What is wrong with a share of a file's pieces; with the first one, also with the file."""
+        says = share.start == 0
         try:
             reader = self._opened.store.open_reader(self._opened.where(task.file))
         except StorageFailed:
             raise
         except CheckpointError as error:
-            yield type(error)(f"{error.message}; it holds {_arrays(task)}")
+            if says:
+                yield type(error)(f"{error.message}; it holds {_arrays(task)}")
             return
         try:
             path, expected = task.file.path, task.file.nbytes
             if reader.nbytes != expected:
-                yield WrongLength(f"{path}: expected {expected} bytes (in the fragment map), found {reader.nbytes}")
+                if says:
+                    yield WrongLength(f"{path}: expected {expected} bytes (in the fragment map), found {reader.nbytes}")
                 return
-            for piece, block_nbytes in task.pieces:
-                yield from self._piece(path, reader, piece, block_nbytes)
-            used = _used_ranges(task)
-            if sum(stop - start for start, stop in used) < task.nbytes:  # [FRAG-34]
-                yield CoverageOverlap(f"{path}: bytes of it are in two pieces, of {_arrays(task)}")
-            if self._zeros and task.file.base == 0:  # in a base's file others have their pieces too
-                yield from self._pads(task, reader, used)
+            for number in share:
+                yield from self._piece(path, reader, *task.pieces[number])
+            if says:
+                yield from self._between(task, reader)
         finally:
             reader.close()
+
+    def _between(self, task: FileTask, reader: RangeReader) -> Iterator[CheckpointError]:
+        """What is wrong with where the pieces lie, and with what lies between them."""
+        used = _used_ranges(task)
+        if sum(stop - start for start, stop in used) < task.nbytes:  # [FRAG-34]
+            yield CoverageOverlap(f"{task.file.path}: bytes of it are in two pieces, of {_arrays(task)}")
+        if self._zeros and task.file.base == 0:  # in a base's file others have their pieces too
+            yield from self._pads(task, reader, used)
 
     def _piece(self, path: str, reader: RangeReader, piece: StoredPiece, block_nbytes: int) -> Iterator[CheckpointError]:
         step = max(READ_NBYTES // block_nbytes, 1) * block_nbytes

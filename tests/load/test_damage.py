@@ -407,3 +407,45 @@ def test_pieces_that_disagree_make_only_their_own_array_unreadable(case: Any, na
     assert ek.load(state, case.path, strict="missing").step == 5
     assert (state["epoch"], state["extra"]["tokens"]) == (1, 10)
     _require_unsound(case.path)
+
+
+# -- packs -------------------------------------------------------------------------------------------------------------
+
+
+def _in_pack(**changed: Any) -> Callable[[FragmentMap], FragmentMap]:
+    """The last piece, which is the second one, with other members."""
+    return lambda map_: replace(map_, pieces=(*map_.pieces[:-1], replace(map_.pieces[-1], **changed)))
+
+
+def _called(name: str) -> Callable[[FragmentMap], FragmentMap]:
+    """The pack by another name, in which `{}` stands for the attempt's."""
+    return lambda map_: replace(map_, files=(replace(map_.files[0], path=name.format(map_.attempt)),))
+
+
+FORGED_PACKS: dict[str, tuple[Callable[[FragmentMap], FragmentMap], type, tuple[str, ...]]] = {
+    "beyond the end": (_in_pack(offset=4000), errors.Malformed, ("'extra/b'", "280 bytes from 4000 on", ".bin' of 4096")),
+    "far beyond the end": (_in_pack(offset=1 << 50), errors.Malformed, ("'extra/b'", f"from {1 << 50} on")),
+    "on another piece": (_in_pack(offset=64), errors.ChecksumMismatch, ("extra/b", "file offset 64", ".bin")),
+    "rows that overlap": (_in_pack(row_nbytes=40, row_stride=8), errors.Malformed, ("'extra/b'", "rows overlap")),
+    "of another attempt": (_called("packs/0000000000000000-00000.bin"), errors.Malformed, ("pack of another attempt",)),
+    "of another writer": (_called("packs/{}-00001.bin"), errors.Malformed, ("this writer's pack", "-00001.bin")),
+    "in capitals": (lambda m: _called(f"packs/{m.attempt.upper()}A-00000.bin")(m), errors.Malformed, ("this writer's pack",)),
+    "above the folder": (_called("packs/../../x.bin"), errors.Unsafe, ("fragments/00000.msgpack", "'packs/../../x.bin'")),
+    "a file beside": (_called("checkpoint.json"), errors.Malformed, ("checkpoint.json", "this writer's pack")),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_PACKS)
+def test_a_forged_place_in_a_pack_is_named(case: Any, tmp_path: Path, name: str) -> None:
+    """By load, by `ek.open` and by verify. [FRAG-15, FRAG-34, FRAG-64, FRAG-65]"""
+    change, cls, texts = FORGED_PACKS[name]
+    ek.save({"a": torch.arange(100.0), "b": torch.arange(70.0)}, tmp_path / "packed", placement="packed")
+    type(case.forge)(tmp_path / "packed").fragments(change)
+    live = {"a": torch.zeros(100), "b": torch.zeros(70)}
+    for act in (lambda: ek.load(live, tmp_path / "packed"), lambda: ek.open(tmp_path / "packed").arrays["extra/b"][...]):
+        with pytest.raises(cls) as caught:
+            act()
+        assert all(text in str(caught.value) for text in texts), caught.value
+    found = ek.open(tmp_path / "packed").verify().problems
+    assert any(problem.kind == cls.kind and all(text in problem.message for text in texts) for problem in found)
+    assert name != "on another piece" or "coverage-overlap" in {problem.kind for problem in found}

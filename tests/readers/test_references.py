@@ -41,11 +41,14 @@ def saved(tmp_path: Path) -> tuple[Path, Truth]:
     return tmp_path / "moved", truth | {f"extra/more/{name}": tensor.numpy() for name, tensor in state["more"].items()}
 
 
-def test_zarr_reads_every_array_of_a_moved_folder(saved: tuple[Path, Truth]) -> None:
+@pytest.mark.parametrize("pipeline", ["zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs.ZarrsCodecPipeline"])
+def test_zarr_reads_every_array_of_a_moved_folder(saved: tuple[Path, Truth], pipeline: str) -> None:
     """[UCF-161, UCF-162]"""
+    pytest.importorskip(pipeline.partition(".")[0])
     folder, truth = saved
-    group = zarr.open_group("reference://", mode="r", storage_options=options(folder))
-    found = {key: node[...] for key, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        group = zarr.open_group("reference://", mode="r", storage_options=options(folder))
+        found = {key: node[...] for key, node in group.members(max_depth=None) if isinstance(node, zarr.Array)}
     assert found.keys() == truth.keys()
     for key, array in truth.items():
         assert found[key].dtype == array.dtype

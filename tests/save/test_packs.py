@@ -16,6 +16,7 @@ from torch import nn
 import elastickpt as ek
 from elastickpt import errors
 from elastickpt.commit import destination
+from elastickpt.loading import verify_files
 from elastickpt.saving import placing
 from elastickpt.saving.async_save import close_all
 from elastickpt.storage.local import LocalStore
@@ -232,6 +233,22 @@ def test_a_byte_of_a_piece_or_of_a_gap_is_found(saved: Path, at: int, kind: str)
     data[at] ^= 1
     pack_of(saved).write_bytes(data)
     assert refused(saved) == {kind}
+
+
+def test_threads_share_a_pack_and_find_the_same(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece's damage once, with the place of its block in the pack; what is wrong with the file once."""
+    monkeypatch.setattr(verify_files, "SHARE_NBYTES", 1)
+    data = bytearray(pack_of(saved).read_bytes())
+    for at in (3, 450, 4095):
+        data[at] ^= 1
+    pack_of(saved).write_bytes(data)
+    found = [problem.message for problem in ek.open(saved).verify().problems]
+    assert [sum(text in message for message in found) for text in ("(file offset 0)", "(file offset 448)", "byte 4095")] == [
+        1
+    ] * 3
+    assert len(found) == 3
+    pack_of(saved).unlink()
+    assert [problem.kind for problem in ek.open(saved).verify().problems] == ["missing-file"]
 
 
 def test_a_lost_manifest_leaves_an_attempt(saved: Path) -> None:
