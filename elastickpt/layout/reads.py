@@ -140,7 +140,7 @@ def segments(piece: ReadablePiece, start: int, end: int) -> Iterator[Segment]:
         start += nbytes
 
 
-def place_in_file(piece: Piece, position: int) -> int:
+def place_in_file(piece: ReadablePiece, position: int) -> int:
     """Where a byte of a piece is in its file."""
     row, inside = divmod(position, piece.row_nbytes)
     return piece.offset + row * piece.row_stride + inside

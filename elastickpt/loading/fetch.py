@@ -30,7 +30,7 @@ from elastickpt.loading.plan import (
 from elastickpt.loading.stretches import ReadRuns, runs_of
 from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
-from elastickpt.ranks.threads import Pool, Worker
+from elastickpt.ranks.threads import Pool, WorkerThread
 from elastickpt.storage.store import Lend, RangeReader, Store, is_in_memory, lender, read_ahead
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
@@ -85,7 +85,7 @@ def read_own_pack_ahead(opened: Opened, writer: int) -> None:
     """The system begins to read what a rank will want that holds what this writer held. Not blocking; a hint."""
     if PACKS in opened.manifest.requires:
         pack = opened.path(pack_file(opened.manifest.attempt, writer))
-        ahead = Worker("elastickpt-ahead")
+        ahead = WorkerThread("elastickpt-ahead")
         ahead.put(lambda: read_ahead(opened.store, pack, AHEAD_NBYTES))
         ahead.stop()
 
