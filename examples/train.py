@@ -63,7 +63,7 @@ def axes_of(layout: str) -> dict[str, DeviceMesh]:
     return {axis: mesh[axis] for axis in sizes} if mesh else {}
 
 
-def place_in(axis: DeviceMesh | None) -> tuple[int, int]:
+def path_in(axis: DeviceMesh | None) -> tuple[int, int]:
     """This rank's place in an axis, and the axis's size."""
     return (axis.get_local_rank(), axis.size()) if axis else (0, 1)
 
@@ -87,7 +87,7 @@ def pipeline(model: Transformer, pp: DeviceMesh, c: Config, rows: int) -> Schedu
 
     Shapes are given, not inferred: inferring runs a forward and a backward pass, by which FSDP stages lose gradients.
     """
-    stage, stages = place_in(pp)
+    stage, stages = path_in(pp)
     tokens = torch.empty(rows // MICROBATCHES, c.context, dtype=torch.long)
     hidden = torch.empty(*tokens.shape, c.dim, requires_grad=True)
     logits = torch.empty(*tokens.shape, c.vocab, requires_grad=True)
@@ -116,7 +116,7 @@ def main() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     axes = axes_of(args.layout)
-    (stage, stages), (share, shares) = place_in(axes.get("pp")), place_in(axes.get("fsdp"))
+    (stage, stages), (share, shares) = path_in(axes.get("pp")), path_in(axes.get("fsdp"))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if axes else (0, 1)
 
     def log(event: str, **fields: object) -> None:

@@ -84,7 +84,7 @@ def _side(args: argparse.Namespace, path: str, names: list[str]) -> Side:
     contents = with_masters(source.contents, None)
     contents = selected(contents, only, skip)
     for name in names:
-        contents, _ = apply_names(contents, names_of(name), source.known, given)
+        contents, _ = apply_names(contents, names_of(name), source.facts, given)
     return Side(contents, source.reading, weights_only=source.format == "safetensors")
 
 

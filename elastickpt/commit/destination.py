@@ -28,28 +28,28 @@ _TAKEN: set[str] = set()
 _CHANGING = threading.Lock()
 
 
-def take_place(place: str) -> None:
-    """A save to this place is under way in this process until `leave_place`. Raises Refused if one is."""
+def take_path(path: str) -> None:
+    """A save to this path is under way in this process until `leave_path`. Raises Refused if one is."""
     with _CHANGING:
-        _require_idle(place)
-        _TAKEN.add(place)
+        _require_idle(path)
+        _TAKEN.add(path)
 
 
-def leave_place(place: str) -> None:
-    """The place is free again."""
+def leave_path(path: str) -> None:
+    """The path is free again."""
     with _CHANGING:
-        _TAKEN.discard(place)
+        _TAKEN.discard(path)
 
 
-def require_idle(place: str) -> None:
-    """Raises Refused while a save to the place is under way."""
+def require_idle(path: str) -> None:
+    """Raises Refused while a save to the path is under way."""
     with _CHANGING:
-        _require_idle(place)
+        _require_idle(path)
 
 
-def _require_idle(place: str) -> None:
-    if place in _TAKEN:
-        raise Refused(f"{place}: a save to it is still under way in this process; wait for its result, or choose another path")
+def _require_idle(path: str) -> None:
+    if path in _TAKEN:
+        raise Refused(f"{path}: a save to it is still under way in this process; wait for its result, or choose another path")
 
 
 class Located(Protocol):
@@ -77,8 +77,8 @@ class Destination(Protocol):
     """Where one save goes. Made on every rank, from the same arguments."""
 
     @property
-    def place(self) -> str:
-        """As people write it; of two saves to one place the second is refused while the first is under way."""
+    def path(self) -> str:
+        """As people write it; of two saves to one path the second is refused while the first is under way."""
         ...
 
     @property
@@ -88,7 +88,7 @@ class Destination(Protocol):
     def metrics(self) -> Metrics: ...
 
     def require_accepted(self) -> None:
-        """Raises Refused if this rank's part of the save cannot be accepted: all ranks hear why, and the place is not taken."""
+        """Raises Refused if this rank's part of the save cannot be accepted: all ranks hear why, and the path is not taken."""
         ...
 
     def locate(self) -> Located:
@@ -100,7 +100,7 @@ class Destination(Protocol):
 class PathDestination:
     """A path: the draft stands beside it, and its rename is the commit. A local path is absolute."""
 
-    place: str
+    path: str
     step: int | None
     metrics: Metrics = ()
 
@@ -114,7 +114,7 @@ class PathDestination:
         """Every path may be tried."""
 
     def locate(self) -> Located:
-        return _Path(*locate_for_saving(self.place), self.step)
+        return _Path(*locate_for_saving(self.path), self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class RunDestination:
     refused: Refused | None = None
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         step = "a step that is no number" if self.step is None else f"step {self.step}"
         return f"{self.store.url}, {step} of epoch {self.epoch}"
 
@@ -159,7 +159,7 @@ class RunDestination:
 
     def locate(self) -> Located:
         if self.step is None:
-            raise Refused(f"{self.place}: expected the number of completed steps")
+            raise Refused(f"{self.path}: expected the number of completed steps")
         return _Step(self.store, self.holding, self.step, self.metrics)
 
 

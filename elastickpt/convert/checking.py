@@ -52,7 +52,7 @@ def check_against(
     for path in paths:
         if is_map(name):
             source = open_source(Options(path, ""))
-            contents, _ = apply_names(source.contents, names_of(name), source.known, given)
+            contents, _ = apply_names(source.contents, names_of(name), source.facts, given)
         else:
             source = open_source(Options(path, "", rules=name, constants=given))
             contents = source.contents

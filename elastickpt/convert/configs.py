@@ -22,7 +22,7 @@ _LEFT = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".msg
 
 
 def config_files(
-    folder: str | None, names: tuple[str, ...], contents: Contents, known: Mapping[str, object]
+    folder: str | None, names: tuple[str, ...], contents: Contents, facts: Mapping[str, object]
 ) -> dict[str, bytes]:
     """Name → content.
 
@@ -38,12 +38,12 @@ def config_files(
     for name in templates_for(names):
         template = json.loads(config_text(name) or "{}")
         wanted = template.pop("requires", {})
-        filling = _Filling(contents, known)
+        filling = _Filling(contents, facts)
         made = filling.fill(template)
         if filling.lacking and name in names:
             raise Refused(f"{CONFIG} says the size of {filling.lacking[0]}, which is not written: give --config DIR")
         if not filling.lacking:
-            _require(wanted, known, name)
+            _require(wanted, facts, name)
             if filling.missing:
                 lacks = ", ".join(filling.missing)
                 raise Refused(f"{CONFIG} needs {lacks}, which no file states: give --config DIR, or --set KEY=VALUE")
@@ -51,11 +51,11 @@ def config_files(
     return {CONFIG: _text(config)} if isinstance(config, dict) else {}
 
 
-def _require(wanted: Mapping[str, object], known: Mapping[str, object], name: str) -> None:
+def _require(wanted: Mapping[str, object], facts: Mapping[str, object], name: str) -> None:
     """Raises Refused where the source states something else than every model of the family is like."""
     for constant, value in wanted.items():
-        if known.get(constant) not in (None, value):
-            said = f"{constant} is {known[constant]!r}, and the models of {name} have {value!r}"
+        if facts.get(constant) not in (None, value):
+            said = f"{constant} is {facts[constant]!r}, and the models of {name} have {value!r}"
             raise Refused(f"{CONFIG} cannot say it: {said}; give --config DIR where it is no difference")
 
 
@@ -75,16 +75,16 @@ def constants_in(template: object) -> set[str]:
     return inner | {*template.get("of", ()), *template.get("when", ())}
 
 
-def require_agreement(template: object, known: Mapping[str, object], given: Mapping[str, object]) -> None:
+def require_agreement(template: object, facts: Mapping[str, object], given: Mapping[str, object]) -> None:
     """Raises Refused where the source states otherwise, under any of its names, what is given for a template."""
     if not isinstance(template, dict):
         return
     for name in (name for name in template.get("of", ()) if name in given):
-        other = next((one for one in template["of"] if known.get(one) not in (None, given[name])), None)
+        other = next((one for one in template["of"] if facts.get(one) not in (None, given[name])), None)
         if other is not None:
-            raise Refused(f"--set {name}={given[name]}: the source states {other} {known[other]!r}")
+            raise Refused(f"--set {name}={given[name]}: the source states {other} {facts[other]!r}")
     for value in template.values():
-        require_agreement(value, known, given)
+        require_agreement(value, facts, given)
 
 
 def _text(config: object) -> bytes:
@@ -110,25 +110,25 @@ class _Filling:
     """
 
     contents: Contents
-    known: Mapping[str, object]
+    facts: Mapping[str, object]
     missing: list[str]
     lacking: list[str]
 
-    def __init__(self, contents: Contents, known: Mapping[str, object]) -> None:
-        self.contents, self.known, self.missing, self.lacking = contents, known, [], []
+    def __init__(self, contents: Contents, facts: Mapping[str, object]) -> None:
+        self.contents, self.facts, self.missing, self.lacking = contents, facts, [], []
 
     def fill(self, template: object) -> object:
         if not isinstance(template, dict):
             return template
         if "of" in template:
-            found = [self.known[name] for name in template["of"] if self.known.get(name) is not None]
+            found = [self.facts[name] for name in template["of"] if self.facts.get(name) is not None]
             if found:
                 return found[0]
             if "else" not in template:
                 self.missing.append(" or ".join(template["of"]))
             return template.get("else")
         if "when" in template:
-            return self.fill(template["then" if any(self.known.get(name) for name in template["when"]) else "else"])
+            return self.fill(template["then" if any(self.facts.get(name) for name in template["when"]) else "else"])
         if "has" in template:
             there = {one.id.name for one in self.contents.arrays.values()}
             return self.fill(template["then" if there & set(template["has"]) else "else"])

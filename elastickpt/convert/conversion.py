@@ -35,7 +35,7 @@ from elastickpt.language.rules import axes_of, needed
 from elastickpt.language.shelf import config_text, name_maps, programs
 from elastickpt.language.shipped import shipped_names, shipped_program
 from elastickpt.loading.opened import open_records
-from elastickpt.storage.opening import locate, place_in
+from elastickpt.storage.opening import locate, path_in
 from elastickpt.storage.store import stamp_of
 
 _PROGRAMS: Mapping[Format, tuple[str, ...]] = {"megatron-legacy": ("megatron", "megatron-lm")}
@@ -48,7 +48,7 @@ class OpenedSource:
     format: Format
     contents: Contents
     reading: Reading
-    known: Mapping[str, object]  # constants, under the names of the files
+    facts: Mapping[str, object]  # constants, under the names of the files
     program: t.Program | None
     url: str
     files: tuple[tuple[str, str], ...] = ()  # path, what tells whether the file was written since
@@ -134,12 +134,12 @@ def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Opened
     if _names_universal(options):
         opened = open_records(options.source)
         contents = recorded_contents(opened)
-        known: dict[str, object] = dict(_plain_constants(contents))
+        facts: dict[str, object] = dict(_plain_constants(contents))
         if contents.layout is not None:
-            known.update(lasting(contents.layout.constants))
+            facts.update(lasting(contents.layout.constants))
         program = contents.layout.program if contents.layout else None
-        url = place_in(opened.store, opened.name)
-        return OpenedSource("universal", contents, Reading(opened=opened), known, program, url, _stamped(url, (MANIFEST,)))
+        url = path_in(opened.store, opened.name)
+        return OpenedSource("universal", contents, Reading(opened=opened), facts, program, url, _stamped(url, (MANIFEST,)))
     listed = _listed(options)
     files = _stamped(listed.folder, (one.path for one in listed.files))
     found = without_numbered(listed, options.only, options.skip)
@@ -151,8 +151,8 @@ def open_source(options: Options, *, scalar: ReadScalar = read_scalar) -> Opened
         contents = lay(found, program, given, partial(scalar, reading))
     except ProgramFault as error:
         raise _with_a_way_on(error, options, found, program) from None
-    known = {**found.constants, **lasting(contents.layout.constants if contents.layout else {})}
-    return OpenedSource(found.format, contents, reading, known, program, found.folder, files)
+    facts = {**found.constants, **lasting(contents.layout.constants if contents.layout else {})}
+    return OpenedSource(found.format, contents, reading, facts, program, found.folder, files)
 
 
 def _listed(options: Options) -> ForeignCheckpoint:
@@ -253,10 +253,10 @@ def prepare(options: Options, source: OpenedSource) -> Conversion:
     contents = selected(contents, options.only, options.skip)
     maps = [names_of(name) for name in options.names]
     _check_constants(options, source, maps)
-    known = dict(source.known)
+    facts = dict(source.facts)
     for program in maps:
-        contents, constants = apply_names(contents, program, known, options.constants)
-        known = {**constants, **known}
+        contents, constants = apply_names(contents, program, facts, options.constants)
+        facts = {**constants, **facts}
         if contents.layout_text is not None:  # a later conversion finds what this map found
             text = print_program(with_constants(parse(contents.layout_text, name="layout_text"), constants))
             contents = replace(contents, layout_text=text)
@@ -269,12 +269,12 @@ def prepare(options: Options, source: OpenedSource) -> Conversion:
     elif target == "dcp":
         form = dcp_form(contents)
     elif target == "safetensors":
-        beside = config_files(options.config, options.names, contents, {**known, **options.constants, **options.settings})
+        beside = config_files(options.config, options.names, contents, {**facts, **options.constants, **options.settings})
         form = with_config(safetensors_form(contents, options.shard_nbytes), beside)
     elif target == "megatron-legacy":
         program = program_of(options.rules_out) if options.rules_out else _target_program(options, source)
         try:
-            form = megatron_form(contents, program, known, options)
+            form = megatron_form(contents, program, facts, options)
         except ProgramFault as error:
             raise _with_advice(error, options, contents, program) from None
     return Conversion(options, source, target, contents, form)
@@ -308,7 +308,7 @@ def _check_constants(options: Options, source: OpenedSource, maps: Sequence[t.Pr
     if options.target() == "safetensors" and options.config is None:
         for template in (json.loads(config_text(name) or "{}") for name in templates_for(options.names)):
             configured |= constants_in(template)
-            require_agreement(template, source.known, {**options.constants, **options.settings})
+            require_agreement(template, source.facts, {**options.constants, **options.settings})
     for name in options.constants:
         if name not in known | configured:
             needed = ", ".join(sorted(known | configured)) or "none"

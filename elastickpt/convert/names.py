@@ -22,16 +22,16 @@ from elastickpt.language.scope import ConstantValue
 
 
 def apply_names(
-    contents: Contents, program: t.Program, known: Mapping[str, object], given: Mapping[str, ConstantValue]
+    contents: Contents, program: t.Program, facts: Mapping[str, object], given: Mapping[str, ConstantValue]
 ) -> tuple[Contents, dict[str, ConstantValue]]:
-    """The contents under the map's names; constants come from what is `known` of the source and from the command line.
+    """The contents under the map's names; constants come from the source's `facts` and from the command line.
     The map's constants come with them, as a later program may need them.
 
     Every parameter must be in the map, and every array that it makes must be made wholly, once. Raises ProgramFault, Refused.
     """
     names = {need.name for need in needed(program)}
     wanted = {name: value for name, value in given.items() if name in names}
-    scope = declared(program, constants_for(program, known, wanted))
+    scope = declared(program, constants_for(program, facts, wanted))
     parameters = contents.parameters()
     arrays = {one.id: one for one in contents.arrays.values() if one.id.section != "params"}
     rows: dict[str, dict[Name, Row]] = {}

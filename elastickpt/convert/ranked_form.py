@@ -31,11 +31,11 @@ AXES = ("pp", "tp")  # of the names of the files
 _PADDED = "padded_vocab_size"  # in `args`
 
 
-def megatron_form(contents: Contents, program: t.Program, known: Mapping[str, object], options: Options) -> SavedForm:
+def megatron_form(contents: Contents, program: t.Program, facts: Mapping[str, object], options: Options) -> SavedForm:
     """The files of all ranks. Raises ProgramFault where the program does not fit, Refused for more than one model."""
     names = {need.name for need in needed(program)}
     given = {name: value for name, value in options.constants.items() if name in names}
-    rules = resolve(program, constants_for(program, known, given), options.mesh)
+    rules = resolve(program, constants_for(program, facts, given), options.mesh)
     strange = [axis for axis in rules.axes if axis not in AXES and rules.scope.axes[axis] > 1]
     if strange:
         raise Refused(f"--mesh {strange[0]}: Megatron's legacy files have the axes {' and '.join(AXES)} only")

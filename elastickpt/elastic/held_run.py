@@ -25,7 +25,7 @@ from elastickpt.ledger.unregistered import require_registers
 from elastickpt.loading.opened import open_in
 from elastickpt.runs.answering import Answering
 from elastickpt.runs.trainer_address import claimer, require_no_living_trainer
-from elastickpt.storage.opening import open_store, place_in
+from elastickpt.storage.opening import open_store, path_in
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class HeldRun:
         """The newest checkpoint of the live branch, of at most `up_to` steps, that is none of the `refused` paths; None where
         there is none. Raises StorageFailed kinds, Damaged kinds for objects that say what counts."""
         for entry in entries_of(complete(read_view(self._store))):
-            path = place_in(self._store, entry.folder)
+            path = path_in(self._store, entry.folder)
             readable = entry.state == "live" and entry.commit is not None and path not in refused
             if readable and (up_to is None or entry.step <= up_to):
                 return Newest(entry.id, path)

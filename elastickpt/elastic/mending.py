@@ -128,48 +128,48 @@ class Mending:
         twin = None if twin in lost else twin
         standing = [one for one in range(links.stages) if one not in lost]
         donor = source.stages[0] if source.stages else standing[0] if twin is None and standing else twin
-        way = _Way(links, exchange, away, found)
+        transfer = _Transfer(links, exchange, away, found)
         if me == away:
-            self._take(source, step, donor, twin, way)
+            self._take(source, step, donor, twin, transfer)
             return
         if me in source.stages:
-            way.give_tensors(self._body())
+            transfer.give_tensors(self._body())
             if self._policy.optimizer == "average":
-                way.give_moments(self._stage, "body")
+                transfer.give_moments(self._stage, "body")
         if me == donor:
             exchange.set(f"ticks/{away}", self._ticks())
         if me == twin:
             for part in REPLICATED:
                 if part in self._stage.parts:
-                    way.give_tensors([tensor for _, tensor in in_order(self._stage.tensors[part])])
-                    way.give_moments(self._stage, part)
+                    transfer.give_tensors([tensor for _, tensor in in_order(self._stage.tensors[part])])
+                    transfer.give_moments(self._stage, part)
 
-    def _take(self, source: StageSource, step: int, donor: int | None, twin: int | None, way: _Way) -> None:
+    def _take(self, source: StageSource, step: int, donor: int | None, twin: int | None, transfer: _Transfer) -> None:
         self._as_built()
         if source.rung == "stale":
-            way.found.read += read_known({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
+            transfer.found.read += read_known({"model": self._stage.module, "optimizer": self._stage.optimizer}, source.path)
             self._options_as_built()
         else:
-            self._mix(source, way)
-        self._keep_time(step, b"" if donor is None else way.exchange.get(f"ticks/{way.away}", limit_s=HEAR_LIMIT_S))
+            self._mix(source, transfer)
+        self._keep_time(step, b"" if donor is None else transfer.exchange.get(f"ticks/{transfer.away}", limit_s=HEAR_LIMIT_S))
         if twin is not None:
             for part in REPLICATED:
                 if part in self._stage.parts:
                     tensors = [tensor for _, tensor in in_order(self._stage.tensors[part])]
-                    for mine, theirs in zip(tensors, way.take_tensors(tensors, twin), strict=True):
+                    for mine, theirs in zip(tensors, transfer.take_tensors(tensors, twin), strict=True):
                         mine.data.copy_(theirs)
-                    self._put_moments(part, [way.take_moments(twin, part)], 1.0)
+                    self._put_moments(part, [transfer.take_moments(twin, part)], 1.0)
 
-    def _mix(self, source: StageSource, way: _Way) -> None:
+    def _mix(self, source: StageSource, transfer: _Transfer) -> None:
         """The body of its sources: a copy of one, or the average of two."""
         names = [name for name, _ in in_order(self._stage.tensors["body"])]
         mine = self._body()
         average = self._policy.optimizer == "average"
         given, moments = [], []
         for one in source.stages:
-            given.append(dict(zip(names, way.take_tensors(mine, one), strict=True)))
+            given.append(dict(zip(names, transfer.take_tensors(mine, one), strict=True)))
             if average:
-                moments.append(way.take_moments(one, "body"))
+                moments.append(transfer.take_moments(one, "body"))
         alpha = 1.0 if len(given) == 1 else float(source.alpha if source.alpha is not None else 0.5)
         try:
             made = given[0] if len(given) == 1 else checkfree.average(given[0], given[1], alpha)
@@ -271,7 +271,7 @@ def _trained(stage: Stage, part: Part) -> list[Tensor]:
 
 
 @dataclass(slots=True)
-class _Way:
+class _Transfer:
     """From members that stand to the one of a lost stage."""
 
     links: Links

@@ -14,7 +14,7 @@ from elastickpt.foreign.tensor_bytes import read_tensor
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
-from elastickpt.storage.opening import locate, place_in
+from elastickpt.storage.opening import locate, path_in
 from elastickpt.storage.store import Entry, Store, checked
 
 MAX_TRACKER_NBYTES = 4096
@@ -30,7 +30,7 @@ class Folder:
 
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
-        url = place_in(self.store, checked(name))
+        url = path_in(self.store, checked(name))
         return Folder(url, open_linked(url))
 
     def entries(self, path: str = "") -> tuple[Entry, ...]:
@@ -71,7 +71,7 @@ class Folder:
 def open_folder(path: str | os.PathLike[str]) -> Folder:
     """The folder at a path or URL, or that of the file there. NotACheckpoint where nothing is."""
     store, name = locate(path)
-    store, url = open_linked(store.url), place_in(store, name)
+    store, url = open_linked(store.url), path_in(store, name)
     if not _holds(store, name):  # object stores know no folders: what a file's name stands for is told beside it
         kind = next((one.kind for one in store.entries("") if one.name == name), None)
         if kind is None:

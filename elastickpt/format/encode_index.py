@@ -57,7 +57,7 @@ class _Table(Generic[_Row]):
     def __init__(self) -> None:
         self.rows: dict[_Row, int] = {}
 
-    def place(self, row: _Row) -> int:
+    def number(self, row: _Row) -> int:
         return self.rows.setdefault(row, len(self.rows))
 
 
@@ -111,10 +111,10 @@ def encode_index(part: IndexPart) -> bytes:
     columns: dict[str, list[int]] = {"entry": [], "leaf": [], "template": [], "writers": []}
     for record in arrays:
         entry, leaf = _entry_of(record)
-        columns["entry"].append(entries.place(entry))
-        columns["leaf"].append(leaves.place(leaf))
-        columns["template"].append(templates.place(_template_of(record)))
-        columns["writers"].append(writer_sets.place(record.writers))
+        columns["entry"].append(entries.number(entry))
+        columns["leaf"].append(leaves.number(leaf))
+        columns["template"].append(templates.number(_template_of(record)))
+        columns["writers"].append(writer_sets.number(record.writers))
     out: dict[str, object] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -149,7 +149,7 @@ def _pack_entries(entries: Iterable[_Entry]) -> dict[str, object]:
     items = _Table[str]()
     return {
         "section": pack_ints([_SECTIONS.index(row.section) for row in rows]),
-        "item": pack_ints([items.place(row.item) for row in rows]),
+        "item": pack_ints([items.number(row.item) for row in rows]),
         "items": list(items.rows),
         "name": [row.name for row in rows],
         "key": [row.key for row in rows],

@@ -118,7 +118,7 @@ class _Node:
         self.array: ArrayId | None = None
         self.children: dict[str, _Node] = {}
 
-    def place(self, array: ArrayId) -> None:
+    def take(self, array: ArrayId) -> None:
         node = self
         for name in components(array):
             node = node.children.setdefault(name, _Node())
@@ -144,7 +144,7 @@ def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
     """
     sections = {"params": _Node(), "extra": _Node()}
     for array in ids:
-        sections[array.section].place(array)
+        sections[array.section].take(array)
     found: dict[ArrayId, str] = {}
     for section, node in sections.items():
         node.collect(section, found)

@@ -28,7 +28,7 @@ from elastickpt.ledger.objects import NOW, Steps
 from elastickpt.ledger.records import Adopted, CommitRegister
 from elastickpt.ledger.stored import attempt_folders, list_commits, newest_adopted, read_view
 from elastickpt.storage.links import link_target
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Store
 
 SHOWN_FOLDERS = 6  # in a message
@@ -140,7 +140,7 @@ def folders_text(attempts: Sequence[AttemptId]) -> str:
 
 def kept_note(store: Store, attempt: AttemptId) -> str:
     """What is said of a folder that a job goes on without. [RUN-103]"""
-    run = place_in(store, "").rstrip("/")
+    run = path_in(store, "").rstrip("/")
     return (
         f"{run}/{attempt.folder} holds a whole checkpoint that no register names, as a crash in its last moment leaves it: it "
         f"was not restored, and stays until the live branch has a commit at step {attempt.step} or a later one; to have it "
@@ -150,7 +150,7 @@ def kept_note(store: Store, attempt: AttemptId) -> str:
 
 def lost_text(store: Store, attempts: Sequence[AttemptId]) -> str:
     """What is said of a folder that would be a run if its registers were there."""
-    run = place_in(store, "").rstrip("/")
+    run = path_in(store, "").rstrip("/")
     return f"it has whole checkpoints of a run, without registers: {folders_text(attempts)}; open one, or {_adopting(run)}"
 
 
@@ -166,7 +166,7 @@ def _adopting(run: str) -> str:
 
 
 def _advice(store: Store, standing: RunSurvey, why: str) -> str:
-    run = place_in(store, "").rstrip("/")
+    run = path_in(store, "").rstrip("/")
     found = standing.unregistered or standing.registered
     example = f"{run}/{max(found, key=lambda one: (one.epoch, one)).folder}"
     loading = f"ek.load(state, {example!r})"

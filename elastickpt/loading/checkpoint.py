@@ -22,7 +22,7 @@ from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import Bytes, Wanted, require_stored
 from elastickpt.loading.verify import VerifyReport, verify
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 
 if TYPE_CHECKING:
     from elastickpt.storage.arrays import Group
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        return place_in(self._opened.store, self._opened.name)
+        return path_in(self._opened.store, self._opened.name)
 
     @property
     def manifest(self) -> Manifest:

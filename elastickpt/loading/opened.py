@@ -40,7 +40,7 @@ from elastickpt.ledger.names import AttemptId, parse_folder
 from elastickpt.ledger.objects import Steps, complete
 from elastickpt.ledger.records import AbortRegister
 from elastickpt.ledger.stored import list_commits, newest_adopted, read_register
-from elastickpt.storage.opening import locate, place_in
+from elastickpt.storage.opening import locate, path_in
 from elastickpt.storage.store import Store
 
 
@@ -53,7 +53,7 @@ def registered_digest(store: Store, name: str) -> str | None:
     found = parse_folder(name)
     if found is None:
         return None
-    return complete(_digest(store, found[0], where=place_in(store, name), swept=found[1] == "swept"))
+    return complete(_digest(store, found[0], where=path_in(store, name), swept=found[1] == "swept"))
 
 
 def _digest(store: Store, attempt: AttemptId, *, where: str, swept: bool) -> Steps[str | None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from elastickpt.errors import Refused
 from elastickpt.layout.references import references_of
 from elastickpt.loading.opened import open_records
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ def refer(path: str | os.PathLike[str], *, within: str) -> MadeReferences:
     Raises NotACheckpoint, Refused for a plain checkpoint, Damaged kinds.
     """
     opened = open_records(path)
-    where = place_in(opened.store, opened.name)
+    where = path_in(opened.store, opened.name)
     if opened.manifest.placement != "packed":
         raise Refused(f"{where}: expected a packed checkpoint, found a plain one: readers of zarr open it as it is")
     root = "." if os.path.abspath(within) == where else where

@@ -19,7 +19,7 @@ from elastickpt.format.version import PACKS
 from elastickpt.layout.references import check_references, references_of
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.verify_files import file_tasks, verify_files
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 
 _HOLD_PIECES = ("params", "extra", "packs")
 
@@ -82,7 +82,7 @@ class _Verification:
             self._note(error)
         nbytes = sum(task.nbytes for task in tasks)
         arrays = len(opened.records) if indexed else 0
-        return VerifyReport(place_in(opened.store, opened.name), arrays, len(expected), nbytes, tuple(self._problems))
+        return VerifyReport(path_in(opened.store, opened.name), arrays, len(expected), nbytes, tuple(self._problems))
 
     def _note(self, error: CheckpointError) -> None:
         self._problems.append(Problem(error.kind, error.message))

@@ -41,7 +41,7 @@ from elastickpt.ledger.unregistered import RunSurvey, folders_text, holds_checkp
 from elastickpt.loading.opened import open_in
 from elastickpt.loading.verify import verify
 from elastickpt.runs.trainer_address import claimer, require_no_living_trainer
-from elastickpt.storage.opening import open_store, place_in
+from elastickpt.storage.opening import open_store, path_in
 from elastickpt.storage.store import Store
 
 Progress = Callable[[str, int, int], None]
@@ -112,7 +112,7 @@ def adopt(
     complete(require_no_living_trainer(store))
     standing = complete(what_stands(store))
     counting = complete(_counting(store, standing))
-    candidates = _named(complete(_candidates(store, standing)), folders, where=place_in(store, ""))
+    candidates = _named(complete(_candidates(store, standing)), folders, where=path_in(store, ""))
     good, left = _verified(store, candidates, counting, progress)
     epochs = complete(_epochs_without_start(store, standing, [*counting, *(one.id for one in good)]))
     if not good and not epochs:

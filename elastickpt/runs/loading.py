@@ -13,7 +13,7 @@ from elastickpt.loading.session import load as load_folder
 from elastickpt.loading.session import load_alone as load_folder_alone
 from elastickpt.ranks.process_group import job_group, team_of
 from elastickpt.ranks.team import Call, Question, require_limit
-from elastickpt.runs.opening import folder_of, place_of
+from elastickpt.runs.opening import checkpoint_path, folder_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -81,7 +81,7 @@ def load(
     folder = CHOOSE.ask(
         team, lambda: require_limit("wait_limit_s", wait_limit_s), lambda _: folder_of(path, step=step, epoch=epoch)
     )
-    chosen = place_of(path, folder, step=step) if folder else path
+    chosen = checkpoint_path(path, folder, step=step) if folder else path
     return load_folder(
         state, chosen, process_group=process_group, mesh=mesh, strict=strict, verify=verify, wait_limit_s=wait_limit_s
     )
@@ -116,4 +116,4 @@ def load_alone(state: Mapping[str, object], path: str | os.PathLike[str], *, str
         1000
     """
     folder = folder_of(path)
-    return load_folder_alone(state, place_of(path, folder) if folder else path, strict=strict)
+    return load_folder_alone(state, checkpoint_path(path, folder) if folder else path, strict=strict)

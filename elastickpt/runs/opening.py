@@ -29,7 +29,7 @@ from elastickpt.ledger.unregistered import lost_text, what_stands
 from elastickpt.loading.checkpoint import Checkpoint
 from elastickpt.loading.opened import open_in, open_records
 from elastickpt.storage.links import link_target
-from elastickpt.storage.opening import locate, open_store, place_in
+from elastickpt.storage.opening import locate, open_store, path_in
 from elastickpt.storage.store import Store
 
 _AT = re.compile(rf"(?P<run>.+)@(?:{LATEST}|(?P<step>[0-9]{{1,18}})(?:\.(?P<epoch>[1-9][0-9]{{0,17}}))?)", re.DOTALL)
@@ -54,7 +54,7 @@ class RunAt:
 
     def open(self, entry: CommitEntry) -> Checkpoint:
         """One of the entries. Raises Damaged kinds for a broken one, NotACheckpoint for one that was removed meanwhile."""
-        where = place_in(self.store, entry.folder)
+        where = path_in(self.store, entry.folder)
         if entry.commit is None:
             raise Damaged(f"{where}: {entry.problem}")
         try:
@@ -143,18 +143,18 @@ def folder_of(path: str | os.PathLike[str], *, step: SupportsIndex | None = None
         run = _run_of(choice, text)
     entry = _chosen(run, choice or Choice(run.path))
     if entry.commit is None:
-        raise Damaged(f"{place_in(run.store, entry.folder)}: {entry.problem}")
+        raise Damaged(f"{path_in(run.store, entry.folder)}: {entry.problem}")
     return entry.folder
 
 
-def place_of(path: str | os.PathLike[str], folder: str, *, step: SupportsIndex | None = None) -> str:
+def checkpoint_path(path: str | os.PathLike[str], folder: str, *, step: SupportsIndex | None = None) -> str:
     """Where this process finds the folder that `folder_of` named, perhaps on another host."""
     text = os.fspath(path)
     choice = choose(text, step=step)
     if choice is None and _behind_link(text) != text:
         return _behind_link(text)
     run = text if choice is None else choice.run
-    return place_in(open_store(run), folder)
+    return path_in(open_store(run), folder)
 
 
 def choose(path: str, *, step: SupportsIndex | None = None, epoch: SupportsIndex | None = None) -> Choice | None:
@@ -237,4 +237,4 @@ def _behind_link(path: str) -> str:
         return path
     target = link_target(store, name)
     found = parse_folder(target) if target is not None else None
-    return path if found is None else place_in(store, found[0].folder)
+    return path if found is None else path_in(store, found[0].folder)

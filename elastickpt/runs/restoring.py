@@ -31,7 +31,7 @@ from elastickpt.loading.session import UNDEFINED, LoadReport, Strict, load
 from elastickpt.ranks.messages import Message
 from elastickpt.ranks.team import Call, Question, Team, first_does
 from elastickpt.runs.trainer_address import require_no_living_trainer
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Store
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Restoring:
             self.holding = complete(claim(self._store, by))
             entries = entries_of(complete(read_view(self._store)))
             wanted = _chosen(entries, choice, where=self._store.url)
-            places = [(one, place_in(self._store, one.folder)) for one in wanted]
+            places = [(one, path_in(self._store, one.folder)) for one in wanted]
             good = tuple((str(one.id), path) for one, path in places if one.commit)
             broken = tuple((str(one.id), path, one.problem) for one, path in places if one.commit is None)
             notes.extend(kept_note(self._store, one) for one in beside)

@@ -50,7 +50,7 @@ from elastickpt.runs.upkeep import Upkeep
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.task import SaveHandle
-from elastickpt.storage.opening import locate_for_saving, open_store, place_in
+from elastickpt.storage.opening import locate_for_saving, open_store, path_in
 from elastickpt.storage.store import Store
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Run:
     @property
     def root(self) -> str:
         """Where the run is, as people write it."""
-        return place_in(self._store, "").rstrip("/")
+        return path_in(self._store, "").rstrip("/")
 
     @property
     def epoch(self) -> int:
@@ -273,10 +273,10 @@ class Run:
         begun = time.monotonic()
         self._calendar.saved()
         destination = RunDestination(self._store, self._holding, number, self._epoch, known, refused)
-        request = self._options.request(destination.place, number)
+        request = self._options.request(destination.path, number)
         handle = self._saver.save(state, destination, request, mesh=self._mesh)
         if refused is not None or number is None:
-            raise refused or Refused(f"{destination.place}: expected the number of completed steps")
+            raise refused or Refused(f"{destination.path}: expected the number of completed steps")
         with self._changing:
             self._under_way.add(handle)
         staged, about = time.monotonic(), (number, self._epoch)
@@ -407,7 +407,7 @@ def _root(root: str | os.PathLike[str]) -> Store:
     parent.make_directories(name)
     if parent.capabilities.directory_sync:
         parent.sync_directory("")
-    return open_store(place_in(parent, name))
+    return open_store(path_in(parent, name))
 
 
 def _reached_at(hosts: tuple[str, ...]) -> str | None:

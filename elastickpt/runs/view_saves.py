@@ -110,7 +110,7 @@ class ViewSaves:
         begun, about, place = time.monotonic(), (step, self._epoch), (group.rank, group.member)
         destination = RunDestination(self._store, self._holding_now(group), step, self._epoch)
         try:
-            handle = saver.save(state, destination, self._options.request(destination.place, step))
+            handle = saver.save(state, destination, self._options.request(destination.path, step))
         except Refused:
             if self._saver is saver:
                 raise

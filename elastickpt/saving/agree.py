@@ -126,7 +126,7 @@ class _Agreement:
         live = offer.proposal.live
         if then.seats:
             self.hooks.take_seats()
-        if then.known:
+        if then.known_to_all:
             structure = self.known[then.structure]
         else:
             structure = self._exchange(offer.proposal, then)

@@ -148,5 +148,5 @@ def async_save(
     """
     saver = saver_of(job_group(process_group), options)
     destination = PathDestination.of(path, step_of(step))
-    request = Request(destination.place, destination.step, placement, durability, replicas)
+    request = Request(destination.path, destination.step, placement, durability, replicas)
     return saver.save(state, destination, request, mesh=mesh)

@@ -263,12 +263,12 @@ _NOTED: Mapping[Why, str] = {
 
 def drifted(by_rank: Mapping[int, Sequence[ArrayDigest]]) -> dict[Why, list[str]]:
     """What is not alike: arrays with their boxes, and which ranks still agree with each other."""
-    ways: dict[tuple[Why, int, ArrayId, Box], dict[bytes, list[int]]] = {}
+    digests_of: dict[tuple[Why, int, ArrayId, Box], dict[bytes, list[int]]] = {}
     for rank, rows in by_rank.items():
         for row in rows:
-            ways.setdefault((row.why, row.key, row.array, row.box), {}).setdefault(row.digest, []).append(rank)
+            digests_of.setdefault((row.why, row.key, row.array, row.box), {}).setdefault(row.digest, []).append(rank)
     found: dict[Why, list[str]] = {}
-    for (why, _, array, box), holders in sorted(ways.items(), key=lambda way: (way[0][0], way[0][2], way[0][3].start)):
+    for (why, _, array, box), holders in sorted(digests_of.items(), key=lambda one: (one[0][0], one[0][2], one[0][3].start)):
         if len(holders) > 1:
             where = f"{box} on ranks {' and '.join(map(str, holders.values()))}"
             one, other = list(holders.values())[:2]

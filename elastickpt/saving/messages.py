@@ -63,7 +63,7 @@ class Next(Message, frozen=True):
     `compared`: replicas were, as all had hashed them by this structure, and differ in the looks `drifted`."""
 
     structure: str
-    known: bool
+    known_to_all: bool
     sends: bool
     differing: tuple[str, ...]
     seats: bool

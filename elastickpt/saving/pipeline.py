@@ -32,7 +32,7 @@ from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
 from elastickpt.saving.messages import Intention, OpenedAttempt, TypedValues, values_wanted
 from elastickpt.saving.plan import own_tables
 from elastickpt.saving.request import Request
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 from elastickpt.writer.share import Share
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Pipeline:
         )
         attempt, lowered = opened.attempt.in_store(self.agreed.located.store)
         self.opened = OpenedAttempt(attempt, opened.wanted, opened.gathers)
-        self.path = place_in(self.agreed.located.store, attempt.draft.name)
+        self.path = path_in(self.agreed.located.store, attempt.draft.name)
         self.notes = (*self.agreed.notes, *self.notes, *lowered)
         for note in self.notes if self.team.member == 0 else ():
             log.warning("%s: %s", self.path, note)

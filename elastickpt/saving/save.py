@@ -32,7 +32,7 @@ from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas,
 from elastickpt.saving.staging import Bytes, Elements, flat_bytes, gather, part_of
 from elastickpt.saving.structures import propose
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.collection import collection_paused
 from elastickpt.training.elements import host_elements
@@ -159,7 +159,7 @@ def save_with(
     def capture() -> Offer:
         proposal = propose(state, mesh, rank=group.rank, world_size=group.world_size)
         located = PathDestination(request.path, request.step).locate()  # last, as it makes missing parents
-        require_idle(place_in(located.store, located.name))
+        require_idle(path_in(located.store, located.name))
         return Offer(proposal, located)
 
     try:

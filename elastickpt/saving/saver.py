@@ -20,7 +20,7 @@ from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, TypeVar
 
 from elastickpt.commit.attempt import Committed
-from elastickpt.commit.destination import Destination, leave_place, take_place
+from elastickpt.commit.destination import Destination, leave_path, take_path
 from elastickpt.commit.draft import ended
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost, Refused, SaveSkipped, fault
 from elastickpt.ranks.process_group import Group, end_team, team_of
@@ -103,7 +103,7 @@ class Saver:
         if self._closed or os.getpid() != self._owner:
             raise Refused("this saver was closed" if self._closed else "a saver belongs to the process that made it")
         self._saves += 1
-        task = SaveTask(SaveHandle(destination.place), destination, request, Times(time.perf_counter()), self._saves)
+        task = SaveTask(SaveHandle(destination.path), destination, request, Times(time.perf_counter()), self._saves)
         with self._changed:
             self._open.add(task)
         left = False
@@ -151,7 +151,7 @@ class Saver:
             for task in self._open:
                 if task.marked:
                     task.marked = False
-                    leave_place(task.destination.place)
+                    leave_path(task.destination.path)
         for task in self._still_open(limit_s):
             if task.attempt is not None:
                 self._writers.settle(task.attempt, RankLost(why))
@@ -180,7 +180,7 @@ class Saver:
         left to the rounds, in which all ranks learn of it."""
         try:
             task.destination.require_accepted()
-            take_place(task.destination.place)
+            take_path(task.destination.path)
             task.marked = True
             task.proposal = propose(state, mesh, rank=self._rank, world_size=self._world_size)
             self._require_decisions(task)
@@ -318,7 +318,7 @@ class Saver:
         with self._changed:
             marked, task.marked = task.marked, False
         if marked:
-            leave_place(task.destination.place)
+            leave_path(task.destination.path)
         if isinstance(outcome, SaveSkipped):
             self._skipped += 1
             log.warning("%s: skipped (%d so far): %s", task.handle.path, self._skipped, outcome)

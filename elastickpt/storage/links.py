@@ -9,7 +9,7 @@ import re
 import secrets
 import stat
 
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Store, naming
 
 _TRIES = 20
@@ -18,7 +18,7 @@ _UNABLE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def link_target(store: Store, name: str) -> str | None:
     """What the link `name` in the store's root says; None where no link of this name is."""
-    path = place_in(store, name)
+    path = path_in(store, name)
     if "://" in path:
         return None
     try:
@@ -33,7 +33,7 @@ def replace_link(store: Store, name: str, target: str | None) -> bool:
     Whether it is so: a store that has no links, and what stands there and is no link, stay as they are. Not synced. Of several
     at once the last one holds. Raises StorageFailed kinds.
     """
-    path = place_in(store, name)
+    path = path_in(store, name)
     if "://" in path:
         return False
     with naming("link", path):

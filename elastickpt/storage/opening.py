@@ -130,7 +130,7 @@ def _parent_and_name(path: str | os.PathLike[str]) -> tuple[str, str]:
     return f"{scheme}://{parent}", name
 
 
-def place_in(store: Store, name: str) -> str:
+def path_in(store: Store, name: str) -> str:
     """Where `name` is in a store, as people write it: an absolute local path, else a URL; `locate` understands both."""
     url = f"{store.url}{name}" if store.url.endswith("/") else f"{store.url}/{name}"
     scheme, rest = _split(url)

@@ -137,7 +137,7 @@ def bind_optimizer(binder: Binder, item: str, entry: object, beside: StateOptimi
         _bind_part(binder, bound, part)
     for path, root in elements(entry).items():
         if has_own_way(root):
-            _OwnWay(binder, bound, path, root).bind()
+            _OwnLoading(binder, bound, path, root).bind()
     return bound
 
 
@@ -219,7 +219,7 @@ def saved_entries(binder: Binder, item: str) -> Mapping[str, Any] | None:
     return found if every else None
 
 
-class _OwnWay:
+class _OwnLoading:
     """One optimizer with an override or hooks: the entries of its state dict, and its own loading."""
 
     def __init__(self, binder: Binder, bound: BoundOptimizer, path: str, root: Optimizer) -> None:

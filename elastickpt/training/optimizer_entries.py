@@ -59,13 +59,13 @@ class Beyond:
 
 
 def beyond(
-    item: str, parts: Sequence[OptimizerPart], state_dict: object, *, known: CarriedTensors, computed: DerivedEntries
+    item: str, parts: Sequence[OptimizerPart], state_dict: object, *, carried: CarriedTensors, computed: DerivedEntries
 ) -> Beyond:
-    """What `state_dict`, that of one root, has beyond its `parts`. `known` is the memory of all that is carried already.
+    """What `state_dict`, that of one root, has beyond its `parts`. `carried` is the memory of all that is carried already.
 
     Raises ValueNotCarried for an entry under the name of a part's state with other contents that do not follow from it.
     """
-    walk = _Walk(item, parts, known, computed)
+    walk = _Walk(item, parts, carried, computed)
     walk.root(state_dict)
     return walk.found
 
@@ -73,11 +73,11 @@ def beyond(
 class _Walk:
     """One walk over one state dict."""
 
-    def __init__(self, item: str, parts: Sequence[OptimizerPart], known: CarriedTensors, computed: DerivedEntries) -> None:
+    def __init__(self, item: str, parts: Sequence[OptimizerPart], carried: CarriedTensors, computed: DerivedEntries) -> None:
         self.found = Beyond()
         self._item = item
         self._parts = parts
-        self._known = known
+        self._carried = carried
         self._computed = computed
         self._keys = {part: ParameterKeys.of(part) for part in parts}
         self._left = list(parts)  # in which a state dict of torch's form has not been found yet
@@ -101,7 +101,7 @@ class _Walk:
         return part if fits and not states else None
 
     def node(self, node: object, path: Path) -> None:
-        """Records what of the tree at `path` is beyond: whole, where nothing in it is known."""
+        """Records what of the tree at `path` is beyond: whole, where nothing in it is carried already."""
         if self._whole(node):
             self.found.at[path] = node
         elif isinstance(node, dict):
@@ -119,7 +119,7 @@ class _Walk:
     def _whole(self, node: object) -> bool:
         """Whether there is nothing in `node` that another place of the checkpoint has, or that goes by parameters."""
         if isinstance(node, torch.Tensor):
-            return not self._known.has(node)
+            return not self._carried.has(node)
         if isinstance(node, dict):
             if self._part_of(node) is not None or self._by_parameter(node) is not None:
                 return False
@@ -183,7 +183,7 @@ class _Walk:
     ) -> None:
         own = states_of(part.optimizer).get(param.parameter, {})
         for state, entry in entries.items():
-            if (state in own and _same(entry, own[state])) or self._is_known(entry):
+            if (state in own and _same(entry, own[state])) or self._is_carried(entry):
                 continue
             if own and self._computed(path, key, state, entry, part, param):
                 continue
@@ -215,13 +215,13 @@ class _Walk:
             param = places[_hashable(key)]
             if isinstance(entry, dict):
                 self._of_member(entry, path, by, part, param, key)
-            elif not self._is_known(entry):
+            elif not self._is_carried(entry):
                 name = _name(path, None)
                 self.found.of_parameters.append(ByParameter(path, by, part.path, param, key, None, name, entry))
 
-    def _is_known(self, entry: object) -> bool:
+    def _is_carried(self, entry: object) -> bool:
         found = list(tensors_in(entry))
-        return bool(found) and all(map(self._known.has, found))
+        return bool(found) and all(map(self._carried.has, found))
 
 
 _BY: tuple[By, ...] = ("parameter", "place", "group and place")

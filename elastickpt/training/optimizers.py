@@ -158,8 +158,8 @@ def entries_of(item: str, root_path: str, parts: Sequence[OptimizerPart], state_
     within = [part for part in parts if part.root_path == root_path]
     root = within[0].root
     states = (tensor for part in parts for tensor in tensors_in(dict(states_of(part.optimizer))))
-    known = CarriedTensors((*states, *(one.tensor for one in identities)))
-    return beyond(item, within, state_dict, known=known, computed=DerivedEntries(lambda: state_dict_of(item, root)))
+    carried = CarriedTensors((*states, *(one.tensor for one in identities)))
+    return beyond(item, within, state_dict, carried=carried, computed=DerivedEntries(lambda: state_dict_of(item, root)))
 
 
 def _rows(parts: Sequence[OptimizerPart], rows: Mapping[Name, int]) -> dict[int, list[list[int]]]:

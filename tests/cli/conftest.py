@@ -24,7 +24,7 @@ from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claim, encode_claim
 from elastickpt.storage.local import LocalStore
-from elastickpt.storage.opening import place_in
+from elastickpt.storage.opening import path_in
 from tools.gloo_ranks import run_ranks
 
 Json = dict[str, object]
@@ -89,7 +89,7 @@ def llama(whole_run: Path, tmp_path: Path) -> Path:
 def _committed(store: LocalStore, holding: Holding, step: int, source: Path, loss: float) -> AttemptId:
     """A copy of a checkpoint, as the run's at `step`."""
     attempt = complete(open_attempt(store, holding, step=step))
-    folder = Path(shutil.copytree(source, place_in(store, attempt.folder)))
+    folder = Path(shutil.copytree(source, path_in(store, attempt.folder)))
     manifest = decode_manifest((folder / "checkpoint.json").read_bytes(), path="checkpoint.json")
     data = encode_manifest(replace(manifest, step=step))
     (folder / "checkpoint.json").write_bytes(data)

@@ -588,7 +588,7 @@ def test_a_config_that_is_made_says_the_family_whose_tensors_are_there(tmp_path,
 
     known = {"max_position_embeddings": 5, "rms_norm_eps": 1e-5, "rope_theta": 1e4}
     source = open_source(Options(str(tmp_path / "u"), ""))
-    made = json.loads(config_files(None, ("llama-hf",), source.contents, {**source.known, **known})["config.json"])
+    made = json.loads(config_files(None, ("llama-hf",), source.contents, {**source.facts, **known})["config.json"])
     sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 10, "head_dim": 4, "num_key_value_heads": 1}
     wanted = {"model_type": family, "attention_bias": bias, **sizes}
     assert {key: made[key] for key in wanted} == wanted

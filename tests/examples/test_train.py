@@ -41,7 +41,7 @@ def parameters_at(train: ModuleType, layout: str, rank: int, monkeypatch: pytest
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks_of(layout))
     try:
         axes = train.axes_of(layout)
-        stage, stages = train.place_in(axes.get("pp"))
+        stage, stages = train.path_in(axes.get("pp"))
         model = train.Transformer(train.Config(), stage=stage, stages=stages)
         train.shard(model, axes)
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -548,7 +548,7 @@ def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
     taken = f"{tmp_path.as_uri()}/run, {place}"
     with ek.Run(tmp_path / "run", training.state, options=OPTIONS) as run:
         run.restore()
-        destination.take_place(taken)
+        destination.take_path(taken)
         try:
             with pytest.raises(Refused) as refused:
                 run.save(step, metrics=metrics)  # type: ignore[arg-type]
@@ -556,7 +556,7 @@ def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
             with pytest.raises(Refused, match="under way"):
                 destination.require_idle(taken)
         finally:
-            destination.leave_place(taken)
+            destination.leave_path(taken)
     (said,) = [line for record in caplog.records if "not saved" in (line := record.getMessage())]
     assert f"{place}: not saved" in said
     assert str(refused.value) in said

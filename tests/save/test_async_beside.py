@@ -103,7 +103,7 @@ class Job:
 
     def save(self, path: Path, state: dict[str, Any] | None = None) -> ek.SaveHandle:
         destination = PathDestination.of(path, None)
-        return self.saver.save(state or self.state(), destination, Request(destination.place, None))
+        return self.saver.save(state or self.state(), destination, Request(destination.path, None))
 
 
 @pytest.fixture

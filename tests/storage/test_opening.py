@@ -13,7 +13,7 @@ from elastickpt.cli.main import main
 from elastickpt.errors import MissingFile, NotACheckpoint, PathOccupied, Refused
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.storage.opening import _parent_and_name, locate, locate_for_saving, open_store, place_in
+from elastickpt.storage.opening import _parent_and_name, locate, locate_for_saving, open_store, path_in
 from elastickpt.storage.remote import FsspecStore
 
 
@@ -107,5 +107,5 @@ def test_a_checkpoint_is_read_through_fsspec_from_any_folder(tmp_path, monkeypat
     ek.load(live, url)
     assert live["t"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert main(["verify", url]) == 0
-    assert place_in(*locate(url)) == url
-    assert place_in(*locate("/c")) == "/c"
+    assert path_in(*locate(url)) == url
+    assert path_in(*locate("/c")) == "/c"
