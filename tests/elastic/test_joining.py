@@ -20,10 +20,10 @@ from elastickpt.elastic.messages import (
     ToMember,
     View,
     Welcome,
-    encode,
     from_member,
 )
 from elastickpt.elastic.stream import Stream
+from elastickpt.ranks.messages import encode
 
 
 class Coordinating:
