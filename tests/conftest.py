@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def pytest_collection_finish() -> None:
     """Nor by any collection of garbage later on."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: no disk holds a save up beyond the short limits of a test."""
+    if not Path("/dev/shm").is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="elastickpt-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True, scope="module")

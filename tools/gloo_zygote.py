@@ -10,6 +10,7 @@ import faulthandler
 import gc
 import importlib.util
 import os
+import pkgutil
 import resource
 import signal
 import socket
@@ -23,6 +24,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
+
+import elastickpt
 
 WATCHDOG_EXTRA_S = 30.0  # a rank whose parent is gone ends itself this long after its limit
 
@@ -105,13 +108,12 @@ def serve(descriptor: int) -> None:
 
 
 def _preload() -> None:
-    for name in (
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.distributed.pipelining",
-        "elastickpt.training.modules",
-    ):
+    """What ranks use, so that none of them imports it anew; of the package all, as it is imported where it is needed first."""
+    for name in ("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.pipelining", "numpy.ma"):
         importlib.import_module(name)
+    for module in pkgutil.walk_packages(elastickpt.__path__, "elastickpt."):
+        if not module.name.startswith("elastickpt.testing") and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 def _launch(request: Launch, sock: socket.socket, alive: set[int]) -> list[int] | str:

@@ -41,7 +41,7 @@ from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.ranks.addresses import not_in_forks
-from elastickpt.ranks.processes import process_fields, process_start
+from elastickpt.ranks.processes import process_fields, process_is_there, process_start
 from elastickpt.storage.store import Store
 
 _PREFIX = "@elastickpt-work-"  # as /proc/net/unix shows it; the first byte of the name is zero
@@ -313,15 +313,9 @@ def _why_left(draft: re.Match[str]) -> str | None:
         return f"made on host {host!r}, or before it was last started, which cannot be asked from here"
     if pid == os.getpid() and start == process_start(pid):
         return "this process is writing it" if draft["attempt"] in _UNDER_WAY else None
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return None
-    except PermissionError:
-        pass  # it is there, and somebody else's
     fields = process_fields(pid)
     if fields is None:
-        return f"process {pid} of this host runs, and does not show since when"
+        return f"process {pid} of this host runs, and does not show since when" if process_is_there(pid) else None
     state, threads, began = fields[0], int(fields[17]), int(fields[19])
     if began != start or (state in "ZX" and threads <= 1):
         return None

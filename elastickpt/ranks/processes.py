@@ -56,19 +56,34 @@ def process_fields(pid: int) -> list[str] | None:
     return stat.rpartition(")")[2].split()  # the command before it may hold spaces and parentheses
 
 
-def is_gone(process: Process) -> bool:
-    """Whether a process of this host has certainly ended, one that nobody has reaped yet among them."""
+def process_is_there(pid: int) -> bool:
+    """Whether this host has a process of this id, one that nobody has reaped yet among them."""
     try:
-        os.kill(process.pid, 0)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return True
+        return False
     except PermissionError:
         pass  # it is there, and somebody else's
+    return True
+
+
+def is_gone(process: Process) -> bool:
+    """Whether a process of this host has certainly ended, one that nobody has reaped yet among them."""
     fields = process_fields(process.pid)
     if fields is None:
-        return False  # it does not show itself
+        return not process_is_there(process.pid)  # if it is, it does not show itself
     state, threads, began = fields[0], int(fields[17]), int(fields[19])
     return (process.start not in (0, began)) or (state in "ZX" and threads <= 1)
+
+
+_EXITING = 0x4  # PF_EXITING of the kernel's include/linux/sched.h: the flag is set before any file is closed
+
+
+def is_ending(process: Process) -> bool:
+    """Whether a process of this host is about to have ended: what it had open is closed before that. False where it does not
+    show itself."""
+    fields = process_fields(process.pid)
+    return fields is not None and process.start in (0, int(fields[19])) and bool(int(fields[6]) & _EXITING)
 
 
 class Acquaintances:
@@ -94,6 +109,12 @@ class Acquaintances:
         with self._changing:
             process = self._processes.get(rank)
         return process is not None and process.host == self._host and not is_gone(process)
+
+    def ends_here(self, rank: int) -> bool:
+        """Whether the rank's process is on this host and about to have ended."""
+        with self._changing:
+            process = self._processes.get(rank)
+        return process is not None and process.host == self._host and is_ending(process)
 
     def told(self, rank: int, text: str) -> None:
         """Another rank knows for certain that this one is gone."""

@@ -113,7 +113,8 @@ os.register_at_fork(after_in_child=_forked)
 
 
 TICK_S = 0.5  # between looks at limits, and at processes of this host
-DYING_S = 1.0  # from the end of a connection until the process behind it is gone, if it ends
+DYING_S = 1.0  # from the end of a connection until the process behind it begins to end, if it does
+ENDING_S = 60.0  # until it is gone then: its memory is given back meanwhile
 LOG_AFTER_S, LOG_EVERY_S = 10.0, 300.0
 
 Answer = bytes | RankFailure
@@ -261,8 +262,10 @@ class Star(ABC):
     def _disconnected(self, member: int, where: str) -> RankFailure:
         """What it means that the connection of a member ended without a word."""
         rank = self._ranks[member]
-        until = time.monotonic() + DYING_S
-        while (lives := self._known.lives_here(rank)) and time.monotonic() < until:
+        since = time.monotonic()
+        while lives := self._known.lives_here(rank):
+            if time.monotonic() - since > (ENDING_S if self._known.ends_here(rank) else DYING_S):
+                break
             time.sleep(0.005)
         if not lives and (gone := self._losses([rank])):  # asked after it: a process may end between two looks
             return RankFailure(rank, RankLost.kind, f"{gone[0].message} in {where}")

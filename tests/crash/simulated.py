@@ -79,7 +79,7 @@ def stars(count: int, *, silence_s: float = 20.0) -> list[Star]:
 
     def met(member: int) -> Star:
         star = (Spoke if member else Hub)(lambda: words, member, ranks, Acquaintances(), silence_s=silence_s)
-        star.enter(Call("meeting", 20.0))
+        star.enter(Call("meeting", 60.0))
         star.round("meet", lambda: b"", lambda payloads: [b""] * count)
         return star
 

@@ -50,10 +50,10 @@ class Launched:
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
         try:
-            lines = self.events_file.read_text().splitlines()
+            lines = self.events_file.read_text().splitlines(keepends=True)
         except FileNotFoundError:
             return []
-        found = [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in lines if line.endswith("}\n")]  # the last one may be half there
         return [one for one in found if kind in ("", one["event"])]
 
     def until(self, holds: Callable[[], Any], what: str) -> Any:

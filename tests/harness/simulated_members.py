@@ -34,10 +34,10 @@ from elastickpt.writer.thread import ThreadWriter
 from elastickpt.writer.write_files import unwatched
 
 Writer = Supervisor | ThreadWriter
-QUICK = CommitLimits(succession_s=2.0, silence_s=5.0, missing_s=5.0, adopt_s=1.0)
+PATIENT = CommitLimits(succession_s=600.0, silence_s=600.0, missing_s=600.0, adopt_s=1.0)  # however busy the host is
 
 
-def seats(world: int, limits: CommitLimits = QUICK) -> list[tuple[Seat, socket.socket | None]]:
+def seats(world: int, limits: CommitLimits = PATIENT) -> list[tuple[Seat, socket.socket | None]]:
     """A seat for each member, and its listener."""
     secret = new_secret()
     listening = [listen(host=None) for _ in range(min(world, CANDIDATES))]
@@ -49,7 +49,7 @@ def seats(world: int, limits: CommitLimits = QUICK) -> list[tuple[Seat, socket.s
 _STARTED: list[ThreadWriter] = []
 
 
-def threads(store: Store, world: int, limits: CommitLimits = QUICK) -> list[Writer]:
+def threads(store: Store, world: int, limits: CommitLimits = PATIENT) -> list[Writer]:
     """A writer for each member, each a thread of this process, until `close_threads`."""
     writers = [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in seats(world, limits)]
     _STARTED.extend(writers)

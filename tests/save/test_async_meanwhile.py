@@ -23,6 +23,8 @@ from elastickpt.saving import saver as saver_module
 from elastickpt.saving import staging
 from elastickpt.saving.async_save import close_all, saver_of
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.child import Child
+from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
 from tools.gloo_ranks import spawn_ranks
 
@@ -237,7 +239,7 @@ def test_a_writer_that_is_killed_while_the_trainer_copies_is_replaced(known: Pat
 
 
 def dies_while_it_copies(rank: int, world_size: int, root: str) -> str:
-    """Rank 1 ends in the middle of its copy, when its writer has written a part. What rank 0 sees."""
+    """Rank 1 ends in the middle of its copy, when its writer was told of the save. What rank 0 sees."""
     mesh = init_device_mesh("cpu", (world_size,))
 
     def sharded(value: float) -> dict[str, Any]:
@@ -245,12 +247,19 @@ def dies_while_it_copies(rank: int, world_size: int, root: str) -> str:
 
     ek.async_save(sharded(1.0), f"{root}/before").result(BOUND_S)
 
+    handed, real = threading.Event(), Child.hand
+
+    def hand(child: Child, submission: Submission) -> None:
+        real(child, submission)
+        handed.set()
+
     def die() -> None:
         if rank == 1:
-            time.sleep(0.3)
+            assert handed.wait(BOUND_S)
             os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Child, "hand", hand)
         Filling(patch, reached=HALF // 2, then=die)
         handle = ek.async_save(sharded(2.0), f"{root}/c")
         error = handle.exception(BOUND_S)
@@ -277,8 +286,9 @@ def test_little_is_staged_before_it_is_handed_over(known: Path, monkeypatch: pyt
     submitted = threading.Event()
     watch_submissions(monkeypatch, submitted)
     seen: list[bool] = []
+    limits = iter((0.2, BOUND_S))
     with monkeypatch.context() as patch:
-        filling = Filling(patch, reached=HALF, then=lambda: seen.append(submitted.wait(0.2)))
+        filling = Filling(patch, reached=HALF, then=lambda: seen.append(submitted.wait(next(limits))))
         patch.setattr(saver_module, "MEANWHILE_NBYTES", NBYTES * 2)
         ek.async_save(state(2.0), known / "c").result(BOUND_S)
         submitted.clear()

@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
-from elastickpt.ranks import process_group
+from elastickpt.ranks import process_group, star
 from tools.gloo_ranks import run_ranks, spawn_ranks
 
 Told = tuple[str, str, tuple[int, ...]]  # kind, message, ranks in the report
-LATE_S = 3.0  # twice the silence that a rank may keep within a call
+SILENCE_S, LATE_S = 1.5, 2.0  # more than the silence that a rank may keep within a call
 INSIDE = ("hub", "host/", "far", "here/", " key", "member")  # words of the library's own talk, which no user should read
 
 
@@ -34,9 +34,10 @@ def told(call: Callable[[], object]) -> Told:
 
 
 def quickly_silent() -> None:
-    """Ranks that are silent within a call are given up sooner than in life."""
+    """Ranks that are silent within a call are given up sooner than in life, and beat more often."""
     assert process_group.team_of.__kwdefaults__ is not None
-    process_group.team_of.__kwdefaults__["silence_s"] = LATE_S / 2
+    process_group.team_of.__kwdefaults__["silence_s"] = SILENCE_S
+    star.BEAT_S = 0.05  # type: ignore[attr-defined]
 
 
 def state() -> dict[str, object]:
@@ -68,7 +69,7 @@ def saves_after_a_death(rank: int, world_size: int, root: str, victim: int, met_
 @pytest.mark.parametrize("victim", [0, 2])
 def test_every_call_after_a_rank_died_fails_at_once_and_says_who_is_lost(victim: int, met_in: str, tmp_path: Path) -> None:
     """Six calls each, which had to wait for the 30 minutes of gloo otherwise. [SAVE-113]"""
-    with spawn_ranks(saves_after_a_death, 3, str(tmp_path), victim, met_in, timeout_s=50.0) as job:
+    with spawn_ranks(saves_after_a_death, 3, str(tmp_path), victim, met_in, timeout_s=120.0) as job:
         outcomes = job.wait()
         pid = job.pids[victim]
     for outcome in outcomes:
@@ -154,32 +155,40 @@ def test_a_save_by_one_rank_alone_names_the_others_and_uses_up_none_of_their_sav
 # -- a rank that comes late ------------------------------------------------------------------------------------------------
 
 
-def calls_with_one_late(rank: int, world_size: int, root: str, late: int) -> list[object]:
+def calls_with_one_late(rank: int, world_size: int, root: str, late: int, calls: tuple[str, ...]) -> list[object]:
     quickly_silent()
 
-    def comes(call: Callable[[], object]) -> Told:
-        if rank == late:
+    def comes(name: str, call: Callable[[], object]) -> Told:
+        if rank == late and name in calls:
             time.sleep(LATE_S)
         return told(call)
 
     live = state()
     run = ek.Run(f"{root}/run", live)
     found = [
-        comes(lambda: ek.save(state(), f"{root}/c")),
-        comes(lambda: ek.load(live, f"{root}/c")),
-        comes(lambda: run.restore()),
+        comes("save", lambda: ek.save(state(), f"{root}/c")),
+        comes("load", lambda: ek.load(live, f"{root}/c")),
+        comes("restore", lambda: run.restore()),
     ]
     found.append(told(lambda: run.save(1).result()))
-    found.append(comes(lambda: run.restore()))  # a rollback
+    found.append(comes("rollback", lambda: run.restore()))
     run.close()
     return found
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_late_rank_breaks_no_save_load_restore_or_rollback(late: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("late", "calls"),
+    [
+        (0, ("save", "rollback")),
+        (1, ("load", "restore")),
+        pytest.param(0, ("save", "load", "restore", "rollback"), marks=pytest.mark.long),
+        pytest.param(1, ("save", "load", "restore", "rollback"), marks=pytest.mark.long),
+    ],
+)
+def test_a_late_rank_breaks_no_save_load_restore_or_rollback(late: int, calls: tuple[str, ...], memory_path: Path) -> None:
     """[SAVE-110]"""
-    assert run_ranks(calls_with_one_late, 2, str(tmp_path), late) == [[("", "", ())] * 5] * 2
+    assert run_ranks(calls_with_one_late, 2, str(memory_path), late, calls) == [[("", "", ())] * 5] * 2
 
 
 def later_than_the_limit(rank: int, world_size: int, root: str, late: int) -> list[Told]:
@@ -187,7 +196,7 @@ def later_than_the_limit(rank: int, world_size: int, root: str, late: int) -> li
     ek.save(state(), f"{root}/before")
     live = state()
     dist.barrier()
-    run = ek.Run(f"{root}/run", live, options=ek.RunOptions(wait_limit_s=2.0))
+    run = ek.Run(f"{root}/run", live, options=ek.RunOptions(wait_limit_s=0.5))
     dist.barrier()
     found = []
     for call in (
@@ -228,7 +237,7 @@ def late_behind_a_death(rank: int, world_size: int, root: str, late: int) -> Tol
 @pytest.mark.ranks
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_late_rank_is_told_who_died_and_not_who_gave_up(late: int, tmp_path: Path) -> None:
-    with spawn_ranks(late_behind_a_death, 3, str(tmp_path), late, timeout_s=40.0) as job:
+    with spawn_ranks(late_behind_a_death, 3, str(tmp_path), late, timeout_s=120.0) as job:
         outcomes = job.wait()
     for outcome in outcomes[:2]:
         kind, message, ranks = outcome.value
@@ -254,14 +263,20 @@ def formed_anew(rank: int, world_size: int, root: str) -> list[tuple[int, int, s
         dist.destroy_process_group(group)
         del group, run
         gc.collect()
-        until = time.monotonic() + 20
-        while any(thread.name in ("elastickpt-close",) for thread in threading.enumerate()) and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(0.5)
-        sockets = [fd for fd in os.listdir("/proc/self/fd") if "socket" in _link(fd)]
-        seen.append((sum(one.name.startswith("elastickpt-beat") for one in threading.enumerate()), len(sockets), name))
+        seen.append((*_settled(seen[0][:2] if seen else None), name))
     assert port >= 0
     return seen
+
+
+def _settled(before: tuple[int, int] | None) -> tuple[int, int]:
+    """Threads and sockets, once there are no more than before: what is closed is closed in a moment, by other threads."""
+    until = time.monotonic() + (20.0 if before else 0.5)
+    while True:
+        threads = sum(one.name.startswith("elastickpt-beat") for one in threading.enumerate())
+        sockets = sum("socket" in _link(fd) for fd in os.listdir("/proc/self/fd"))
+        if time.monotonic() > until or (before and threads <= before[0] and sockets <= before[1]):
+            return threads, sockets
+        time.sleep(0.02)
 
 
 def _link(fd: str) -> str:
@@ -276,5 +291,5 @@ def test_a_group_that_is_gone_takes_threads_and_sockets_along_and_the_next_one_c
     """[SAVE-114]"""
     for seen in run_ranks(formed_anew, 2, str(tmp_path)):
         assert len({name for _, _, name in seen}) == 1
-        assert [threads for threads, _, _ in seen] == [seen[0][0]] * 4
-        assert [sockets for _, sockets, _ in seen] == [seen[0][1]] * 4
+        assert [threads for threads, _, _ in seen if threads > seen[0][0]] == []
+        assert [sockets for _, sockets, _ in seen if sockets > seen[0][1]] == []

@@ -64,7 +64,7 @@ class Unreadable:
 def test_a_committer_that_cannot_look_for_an_attestation_gives_the_attempt_up(tmp_path: Path, job: Job) -> None:
     """[SAVE-80] Else it would be said to have failed, and stand there for the next committer to commit."""
     attempt = job.attempt(tmp_path / "c")
-    (first, *_) = threads(Unreadable(LocalStore(tmp_path)), 5)  # type: ignore[arg-type]
+    (first, *_) = threads(Unreadable(LocalStore(tmp_path)), 5, CommitLimits(missing_s=1.0))  # type: ignore[arg-type]
     submission = first.submit(job.members[0].staged(attempt), job.members[0].arena)
     assert isinstance(submission.decided.exception(BOUND_S), StorageFailed)
     assert look(attempt.store, attempt.attempt) is AttemptStanding.ABORTED
@@ -110,7 +110,7 @@ class TestOneBallot:
 
     @pytest.fixture
     def played(self, tmp_path: Path, job: Job) -> Iterator[tuple[CommitBallot, Seat, Attempt]]:
-        (first, listener), (second, unused) = seats(2, CommitLimits(missing_s=0.3))
+        (first, listener), (second, unused) = seats(2)
         attempt = job.attempt(tmp_path / "c")
         ballot = CommitBallot(first, listener, lambda _: attempt.store, lambda key, verdict: None)
         yield ballot, second, attempt.attempt
@@ -223,8 +223,7 @@ def test_closing_a_thread_that_writes_leaves_nobody_waiting(tmp_path: Path, job:
 def test_who_said_farewell_is_not_waited_for(tmp_path: Path, job: Job) -> None:
     """Its trainer died before it handed anything over. [SAVE-100]"""
     small = Job({"t": {"a": torch.arange(9.0)}}, 3)
-    patient = CommitLimits(succession_s=600.0, silence_s=600.0, missing_s=600.0)
-    sat = seats(3, patient)
+    sat = seats(3)
     store = LocalStore(tmp_path)
     writers = [ThreadWriter(store, seat=seat, listener=listener) for seat, listener in sat]
     attempt = small.attempt(tmp_path / "c")
@@ -244,7 +243,7 @@ def test_a_committer_that_is_revived_behind_its_commit_finds_it(tmp_path: Path) 
     attempt = small.attempt(tmp_path / "c")
     files = small.write(attempt)
     committed = commit(attempt.store, attempt.attempt, decode_contents(attempt.contents), files)
-    (seat, listener), _ = seats(2, CommitLimits(succession_s=600.0, silence_s=600.0, missing_s=600.0))
+    (seat, listener), _ = seats(2)
     told: SimpleQueue[Verdict] = SimpleQueue()
     part = AttemptWorker(seat, listener, lambda _: attempt.store, lambda _, verdict: told.put(verdict))
     submission = submission_of(1, small.members[0].staged(attempt), small.members[0].arena, seat)

@@ -66,19 +66,19 @@ def blocking(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-def folders(quick_path: Path) -> Iterator[Path]:
+def folders(memory_path: Path) -> Iterator[Path]:
     for number in itertools.count():
-        folder = quick_path / str(number)
+        folder = memory_path / str(number)
         folder.mkdir()
         yield folder
 
 
 @pytest.mark.parametrize("mode", ["before", "torn", "after"])
 def test_whoever_takes_over_after_a_crash_anywhere_makes_the_same_tree(
-    quick_path: Path, mode: Mode, blocking: dict[str, bytes]
+    memory_path: Path, mode: Mode, blocking: dict[str, bytes]
 ) -> None:
     crashes = 0
-    for n, folder in enumerate(folders(quick_path), start=1):
+    for n, folder in enumerate(folders(memory_path), start=1):
         job = Job(folder)
         job.stage(0)
         store = FaultyStore(job.store, CrashAt(n, mode), counted=CHANGING)
@@ -93,9 +93,9 @@ def test_whoever_takes_over_after_a_crash_anywhere_makes_the_same_tree(
     assert crashes > 20
 
 
-def test_every_later_process_may_crash_too(quick_path: Path, blocking: dict[str, bytes]) -> None:
+def test_every_later_process_may_crash_too(memory_path: Path, blocking: dict[str, bytes]) -> None:
     """The nth one at its nth operation, all over one attempt."""
-    job = Job(quick_path)
+    job = Job(memory_path)
     job.stage(0)
     for n in itertools.count(1):
         store = FaultyStore(job.store, CrashAt(n), counted=CHANGING)
@@ -118,14 +118,14 @@ FAILURES = [
 
 @pytest.mark.parametrize(("number", "mode", "lasting"), FAILURES)
 def test_a_failure_of_any_operation_is_said_by_its_kind_and_the_next_attempt_works(
-    quick_path: Path, number: int, mode: Mode, lasting: Lasting, blocking: dict[str, bytes]
+    memory_path: Path, number: int, mode: Mode, lasting: Lasting, blocking: dict[str, bytes]
 ) -> None:
     """No sync is asked for twice, nothing stands at the path, and what was saved before is as it was. [SAVE-2]"""
-    (quick_path / "before").mkdir()
-    ek.save(small_state(7), quick_path / "before" / "c")
-    stands = tree(quick_path / "before" / "c")
+    (memory_path / "before").mkdir()
+    ek.save(small_state(7), memory_path / "before" / "c")
+    stands = tree(memory_path / "before" / "c")
     failures = 0
-    for n, folder in enumerate(folders(quick_path), start=1):
+    for n, folder in enumerate(folders(memory_path), start=1):
         job = Job(folder)
         job.stage(0)
         faulty = FaultyStore(job.store, FailAt(n, number, mode, lasting=lasting), counted=ALL)
@@ -142,16 +142,16 @@ def test_a_failure_of_any_operation_is_said_by_its_kind_and_the_next_attempt_wor
             job.stage(0)
             done = job.perform(job.store, 0, repeated=False)
         assert job.finish(done) == blocking
-        assert tree(quick_path / "before" / "c") == stands
+        assert tree(memory_path / "before" / "c") == stands
         shutil.rmtree(folder)
         if not faulty.struck:
             break
     assert failures > 20
 
 
-def test_rounds_survive_a_crash_in_each_of_them(quick_path: Path, blocking: dict[str, bytes]) -> None:
+def test_rounds_survive_a_crash_in_each_of_them(memory_path: Path, blocking: dict[str, bytes]) -> None:
     """The arena holds only the round of now: earlier ones are never needed again."""
-    for at, folder in zip((1, 3, 5), folders(quick_path), strict=False):
+    for at, folder in zip((1, 3, 5), folders(memory_path), strict=False):
         job = Job(folder, arena_nbytes=(1 << 20) + 4096)
         assert len(job.rank.prepared.portions) == 2
         for number in range(2):
@@ -164,8 +164,8 @@ def test_rounds_survive_a_crash_in_each_of_them(quick_path: Path, blocking: dict
         assert job.finish(done) == blocking
 
 
-def test_a_fragment_file_of_somebody_else_is_never_replaced(quick_path: Path) -> None:
-    job = Job(quick_path)
+def test_a_fragment_file_of_somebody_else_is_never_replaced(memory_path: Path) -> None:
+    job = Job(memory_path)
     job.stage(0)
     other = b"another writer's"
     job.store.create(job.draft.path(fragments_file(0)), other)
@@ -176,8 +176,8 @@ def test_a_fragment_file_of_somebody_else_is_never_replaced(quick_path: Path) ->
         job.store.remove_tree(job.draft.path("extra"))
 
 
-def test_an_attested_round_can_be_repeated_and_says_the_same(quick_path: Path) -> None:
-    job = Job(quick_path)
+def test_an_attested_round_can_be_repeated_and_says_the_same(memory_path: Path) -> None:
+    job = Job(memory_path)
     job.stage(0)
     first = job.perform(job.store, 0, repeated=False)
     assert job.perform(job.store, 0, repeated=True) == first

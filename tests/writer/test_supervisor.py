@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from staged import Rank, begun, big_state, commit, save_through, tree
-from trainer import BOUND_S, state_of
+from trainer import BOUND_S, state_of, trains
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, DeadlineExceeded, MissingFile, Refused, WriterLost
@@ -36,9 +36,10 @@ from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
+from tools.gloo_ranks import spawn_ranks
 
 Start = Callable[..., Supervisor]
-FAST = WriterOptions(beat_s=0.1, silence_s=4.0, reap_s=5.0, lease_s=30.0)
+FAST = WriterOptions(beat_s=0.1, silence_s=30.0, reap_s=30.0, lease_s=60.0)
 
 
 @pytest.fixture
@@ -72,6 +73,14 @@ def until(condition: Callable[[], object], what: str) -> None:
 def gone(pid: int) -> bool:
     """Whether no process, and no zombie, has this id."""
     return not Path(f"/proc/{pid}").exists()
+
+
+def ended(pid: int) -> bool:
+    """The same of an orphan, which is perhaps reaped by nobody."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def demand_equal(path: Path, blocking: Path) -> None:
@@ -173,7 +182,11 @@ def test_the_process_has_a_session_of_its_own_and_ignores_what_ends_a_job(tmp_pa
     soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
     assert soft == hard  # a committer has a connection to each member
     assert process.nice() == psutil.Process().nice() + 3
-    assert {psutil.Process(thread.id).ionice().ioclass for thread in process.threads()} == {psutil.IOPRIO_CLASS_IDLE}
+    classes = set()
+    for thread in process.threads():
+        with suppress(psutil.NoSuchProcess):  # threads that wrote may end meanwhile
+            classes.add(psutil.Process(thread.id).ionice().ioclass)
+    assert classes == {psutil.IOPRIO_CLASS_IDLE}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(pid, number)
     save_through(supervisor, rank, arena, tmp_path / "b")
@@ -203,24 +216,30 @@ def test_twenty_writers_killed_in_a_row_over_one_save(tmp_path: Path, start: Sta
     demand_equal(tmp_path / "c", blocking)
 
 
-def test_writers_killed_before_they_are_ready_do_not_end_a_save(tmp_path: Path, start: Start, blocking: Path) -> None:
-    supervisor = start()
+def test_writers_killed_before_they_are_ready_do_not_end_a_save(
+    tmp_path: Path, start: Start, blocking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    real = Child.spawn
+
+    def spawn(*args: object, **kwargs: object) -> Child:
+        child = real(*args, **kwargs)  # type: ignore[arg-type]
+        if len(killed) < 6:
+            killed.append(child.process.pid)
+            child.process.kill()
+        return child
+
+    monkeypatch.setattr(Child, "spawn", spawn)
     rank = Rank.of(big_state())
-    submission, finish = submit(supervisor, rank, rank.arena(), tmp_path / "c")
-    killed: set[int | None] = {None}
-    while len(killed) <= 6 and not submission.future.done():
-        if (pid := supervisor.pid) not in killed:
-            killed.add(pid)
-            os.kill(pid, signal.SIGKILL)  # type: ignore[arg-type]
-        time.sleep(0.001)
+    _, finish = submit(start(), rank, rank.arena(), tmp_path / "c")
     finish()
-    assert len(killed) == 7
+    assert len(killed) == 6
     demand_equal(tmp_path / "c", blocking)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
-def test_writers_killed_and_stopped_at_any_time(quick_path: Path, start: Start, seed: int) -> None:
+def test_writers_killed_and_stopped_at_any_time(memory_path: Path, start: Start, seed: int) -> None:
     """Each save's own contents, though another one was staged into the same arena as soon as the one before had its result.
 
     Kills come at times up to twice what a writer needs to start and to write: faster ones than any could live leave nothing.
@@ -231,7 +250,7 @@ def test_writers_killed_and_stopped_at_any_time(quick_path: Path, start: Start, 
     for name in ("first", "undisturbed"):
         begun = time.perf_counter()
         supervisor = start(silence_s=1.0)
-        save_through(supervisor, ranks[0], arena, quick_path / name, durability="power")
+        save_through(supervisor, ranks[0], arena, memory_path / name, durability="power")
         life_s = time.perf_counter() - begun
     ending = threading.Event()
     killed: list[int] = []
@@ -248,13 +267,13 @@ def test_writers_killed_and_stopped_at_any_time(quick_path: Path, start: Start, 
     saved = 0
     try:
         while len(killed) < 20:
-            save_through(supervisor, ranks[saved % 2], arena, quick_path / str(saved), durability="power")
+            save_through(supervisor, ranks[saved % 2], arena, memory_path / str(saved), durability="power")
             saved += 1
     finally:
         ending.set()
         killer.join()
     for number in range(saved):
-        opened = ek.open(quick_path / str(number))
+        opened = ek.open(memory_path / str(number))
         assert opened.verify().sound
         assert opened.values["/n"] == number % 2
 
@@ -277,7 +296,7 @@ def test_a_writer_killed_between_saves_is_replaced(tmp_path: Path, start: Start,
 def test_a_stopped_writer_is_killed_and_reaped_before_its_arena_is_used_again(
     tmp_path: Path, start: Start, blocking: Path, at: int
 ) -> None:
-    supervisor = start(hooks=(hook("pause", at),))
+    supervisor = start(hooks=(hook("pause", at),), silence_s=1.0)
     first = supervisor.pid
     rank, other = Rank.of(big_state()), Rank.of(big_state(seed=1))
     assert rank.prepared.digest == other.prepared.digest
@@ -287,7 +306,7 @@ def test_a_stopped_writer_is_killed_and_reaped_before_its_arena_is_used_again(
     first = first or supervisor.pid
     assert first is not None
     finish()
-    assert submission.deaths == 1
+    assert submission.deaths >= 1  # on a busy machine others are silent, too
     assert gone(first)
     save_through(supervisor, other, arena, tmp_path / "d")
     demand_equal(tmp_path / "c", blocking)
@@ -298,7 +317,7 @@ def test_an_arena_whose_writer_cannot_be_reaped_is_never_used_again(
     tmp_path: Path, start: Start, blocking: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that waits for a device does not die. [SAVE-92]"""
-    supervisor = start(hooks=(hook("pause", 20),))
+    supervisor = start(hooks=(hook("pause", 20),), silence_s=1.0)
     rank = Rank.of(big_state())
     arena = rank.arena()
     stuck: list[Child] = []
@@ -409,7 +428,7 @@ def test_closing_with_a_save_under_way_leaves_it_to_the_writer(tmp_path: Path, s
     with pytest.raises(WriterLost, match="left to it to finish"):
         submission.result(BOUND_S)
     assert arena.retired
-    until(lambda: gone(pid), "the writer's end")
+    until(lambda: ended(pid), "the writer's end")
     assert list(tmp_path.glob(".c.draft*/fragments/00000.msgpack")) != []
 
 
@@ -472,22 +491,19 @@ def test_a_forked_child_cannot_use_its_parents_writer(tmp_path: Path, start: Sta
 # -- trainers that end -------------------------------------------------------------------------------------------------
 
 
-def trainer(folder: Path, *arguments: str) -> tuple[int, subprocess.Popen[str]]:
-    """A trainer process (`trainer.py`) that has submitted a save; (writer's process id, the trainer)."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "trainer.py"), str(folder), *arguments], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    return int(line), process
+def killed_trainer(folder: Path, hook: str = "", *, lease_s: float = 600.0, forks: bool = False) -> int:
+    """The process id of the writer of a trainer that was killed when it had submitted a save, if there is a hook."""
+    with spawn_ranks(trains, 1, str(folder), hook, lease_s, forks, timeout_s=2 * BOUND_S) as ranks:
+        told = Path(f"{folder}.writer")
+        until(told.exists, "a writer")
+        ranks.kill(0)
+    return int(told.read_text())
 
 
 @pytest.mark.parametrize("how", ["alone", "with a child that holds its sockets"])
 def test_what_was_staged_is_finished_after_the_trainers_death_and_then_the_writer_ends(tmp_path: Path, how: str) -> None:
-    pid, process = trainer(tmp_path, "slow", "0.05", "60", "fork" if how != "alone" else "")
-    process.kill()
-    process.wait()
-    until(lambda: gone(pid), "the writer's end")
+    pid = killed_trainer(tmp_path, hook("slow", 0.05), forks=how != "alone")
+    until(lambda: ended(pid), "the writer's end")
     rank = Rank.of(state_of(1))
     (folder,) = tmp_path.glob(".c.draft*")
     data = (folder / fragments_file(0)).read_bytes()
@@ -499,18 +515,14 @@ def test_what_was_staged_is_finished_after_the_trainers_death_and_then_the_write
 
 
 def test_an_orphan_ends_with_its_lease_whatever_is_left(tmp_path: Path) -> None:
-    pid, process = trainer(tmp_path, "slow", "600", "0.5", "")
-    process.kill()
-    process.wait()
-    until(lambda: gone(pid), "the end of the lease")
+    pid = killed_trainer(tmp_path, hook("slow", 600), lease_s=0.5)
+    until(lambda: ended(pid), "the end of the lease")
     assert list(tmp_path.rglob("00000.msgpack")) == []
 
 
 def test_an_idle_writer_ends_with_its_trainer(tmp_path: Path) -> None:
-    pid, process = trainer(tmp_path, "", "", "60", "")
-    process.kill()
-    process.wait()
-    until(lambda: gone(pid), "the writer's end")
+    pid = killed_trainer(tmp_path)
+    until(lambda: ended(pid), "the writer's end")
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -523,7 +535,7 @@ def held_by(pid: int) -> tuple[int, int, int]:
     return process.num_fds(), maps, process.memory_info().rss
 
 
-def test_fifty_saves_keep_no_more_than_three(quick_path: Path, start: Start) -> None:
+def test_fifty_saves_keep_no_more_than_three(memory_path: Path, start: Start) -> None:
     gc.collect()
     others = {"trainer": held_by(os.getpid())[1], "writer": 0}  # arenas that tests before have left in this process
     supervisor = start()
@@ -531,7 +543,7 @@ def test_fifty_saves_keep_no_more_than_three(quick_path: Path, start: Start) -> 
     arena = rank.arena()
     seen: list[dict[str, tuple[int, int, int]]] = []
     for number in range(50):
-        save_through(supervisor, rank, arena, quick_path / str(number))
+        save_through(supervisor, rank, arena, memory_path / str(number))
         if number in (2, 49):
             gc.collect()
             assert supervisor.pid is not None
@@ -542,7 +554,7 @@ def test_fifty_saves_keep_no_more_than_three(quick_path: Path, start: Start) -> 
         assert late[2] - early[2] < 8 << 20, who
 
 
-def test_an_arena_that_is_given_up_is_freed_in_both_processes(quick_path: Path, start: Start) -> None:
+def test_an_arena_that_is_given_up_is_freed_in_both_processes(memory_path: Path, start: Start) -> None:
     gc.collect()
     others = held_by(os.getpid())[1]
     supervisor = start()
@@ -550,7 +562,7 @@ def test_an_arena_that_is_given_up_is_freed_in_both_processes(quick_path: Path, 
     seen = []
     for number in range(5):
         arena = rank.arena()
-        save_through(supervisor, rank, arena, quick_path / str(number))
+        save_through(supervisor, rank, arena, memory_path / str(number))
         supervisor.forget(arena)
         arena.close()
         gc.collect()

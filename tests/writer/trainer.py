@@ -1,7 +1,4 @@
-"""A trainer that stages and submits one save, says its writer's process id, and waits for its end.
-
-trainer.py FOLDER HOOK ARGUMENT LEASE_S [fork]
-"""
+"""A trainer that stages and submits one save, tells the process id of its writer, and waits for its end; as a rank process."""
 
 from __future__ import annotations
 
@@ -19,37 +16,32 @@ def state_of(seed: int) -> dict[str, object]:
     return big_state(2, seed=seed)
 
 
-def main() -> None:
+def trains(rank: int, world_size: int, folder: str, hook: str, lease_s: float, forks: bool) -> None:
+    """`hook` of its writer; without one nothing is saved. What it tells is in `folder.writer`."""
     sys.path.insert(0, str(Path(__file__).parent))
     from staged import Rank, begun
 
     from elastickpt.saving.staging import Stager
-    from elastickpt.testing.writer_hooks import hook
     from elastickpt.writer.child import WriterOptions
     from elastickpt.writer.supervisor import Supervisor
 
-    folder, name, argument, lease, fork = sys.argv[1:6]
-    hooks = (hook(name, argument),) if name else ()
-    supervisor = Supervisor(WriterOptions(beat_s=0.1, lease_s=float(lease), hooks=hooks))
-    if name:
-        rank = Rank.of(state_of(1))
-        arena = rank.arena()
+    supervisor = Supervisor(WriterOptions(beat_s=0.1, lease_s=lease_s, hooks=(hook,) if hook else ()))
+    if hook:
+        rank_ = Rank.of(state_of(1))
+        arena = rank_.arena()
         store, draft = begun(Path(folder), "c")
         arena.empty()
-        Stager(rank.prepared).stage(arena, 0, rank.live.arrays)
+        Stager(rank_.prepared).stage(arena, 0, rank_.live.arrays)
         before = set(Path(folder).rglob("*"))
-        supervisor.submit(rank.staged(draft, store, 0, b"", "power"), arena)
+        supervisor.submit(rank_.staged(draft, store, 0, b"", "power"), arena)
         while set(Path(folder).rglob("*")) == before:  # what the writer has begun, it was told whole
             time.sleep(0.01)
     while supervisor.pid is None:
         time.sleep(0.01)
-    if fork and os.fork() == 0:
-        os.close(1)
+    if forks and os.fork() == 0:
         time.sleep(20)
         os._exit(0)
-    print(supervisor.pid, flush=True)
+    told = Path(f"{folder}.writer")
+    told.with_suffix(".part").write_text(str(supervisor.pid))
+    told.with_suffix(".part").rename(told)
     time.sleep(2 * BOUND_S)
-
-
-if __name__ == "__main__":
-    main()
