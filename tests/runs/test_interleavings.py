@@ -180,6 +180,7 @@ def test_two_writers_of_one_commit_that_is_removed_between_them() -> None:
     assert found.removed
 
 
+@pytest.mark.long
 def test_a_writer_and_two_jobs_that_sweep_and_remove() -> None:
     found = explore({**WRITER, **whole(2, 3)})
     assert found.explored.nodes > 50_000

@@ -167,7 +167,7 @@ def test_a_plan_and_an_arena_are_sent_once(tmp_path: Path, start: Start, monkeyp
     arena = rank.arena()
     for number in range(3):
         save_through(supervisor, rank, arena, tmp_path / str(number))
-    assert sent == ["Hello", "StructureHere", "ArenaHere", "Write", "Write", "Write"]
+    assert sent == ["WriterSettings", "StructureHere", "ArenaHere", "Write", "Write", "Write"]
 
 
 def test_the_process_has_a_session_of_its_own_and_ignores_what_ends_a_job(tmp_path: Path, start: Start) -> None:
