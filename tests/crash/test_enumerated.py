@@ -119,12 +119,12 @@ def prepared(store: Store, world: int, placement: PlacementChoice = "plain") -> 
 
 
 def enumerate_faults(
-    store: Store, world: int, victim: int, faults: Sequence[Fault], placement: PlacementChoice = "plain"
+    store: Store, world: int, victim: int, faults: Sequence[Fault], placement: PlacementChoice = "plain", *, turns: int = 1
 ) -> int:
-    """Every fault at every operation of the victim; the number of operations."""
+    """Faults at every operation of the victim, of `turns` each in its turn; the number of operations."""
     before = prepared(store, world, placement)
     for n in itertools.count(1):
-        for fault in faults:
+        for fault in faults[n % turns :: turns]:
             case = Case(store, world, victim, replace(fault, n=n), placement)
             outcomes, faulty, recording = case.save()
             if faulty.struck is None:
@@ -198,7 +198,7 @@ def judge_next_save(case: Case, there: bool) -> None:
 
 
 def test_one_rank_with_a_fault_at_every_operation(memory: JournalStore) -> None:
-    assert enumerate_faults(memory, 1, 0, FAST) >= 50
+    assert enumerate_faults(memory, 1, 0, FAST, turns=2) >= 50
 
 
 def test_documents_made_beside_the_data_with_a_fault_at_every_operation(
@@ -268,11 +268,12 @@ def status_of_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_process_killed_at_every_operation_leaves_what_the_next_save_sweeps(disk: LocalStore) -> None:
-    """Really killed, so that its drafts are those of a process that is gone."""
+@pytest.mark.parametrize("turns", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_a_process_killed_at_every_operation_leaves_what_the_next_save_sweeps(disk: LocalStore, turns: int) -> None:
+    """Really killed, so that its drafts are those of a process that is gone. Of `turns` ways each in its turn."""
     before = prepared(disk, 1)
     for n in itertools.count(1):
-        for mode in ("before", "after", "torn"):
+        for mode in ("before", "torn", "after")[n % turns :: turns]:
             case = Case(disk, 1, 0, CallAt(n, kill, mode))
 
             def save(case: Case = case) -> None:
