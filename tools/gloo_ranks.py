@@ -33,7 +33,7 @@ from elastickpt.errors import DeadlineExceeded, RankLost
 from tools.gloo_zygote import Answer, FunctionName, Launch, Reap, decode, encode
 
 GRACE_S = 5.0  # what the other ranks get to end in, once one has failed
-DUMP_S = 2.0  # from SIGABRT, at which a rank dumps its stacks, to SIGKILL
+DUMP_S = 20.0  # from SIGABRT, at which a rank dumps its stacks, to SIGKILL
 OUTPUT_TAIL = 8000  # bytes of a failed rank's output that its error shows
 
 
