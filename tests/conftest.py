@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,12 +46,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def memory_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: no disk holds a save up beyond the short limits of a test."""
-    if not Path("/dev/shm").is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="elastickpt-") as folder:
-        yield Path(folder)
+    """A folder that is in memory where that is possible."""
+    from memory_folder import memory_folder
+
+    with memory_folder(tmp_path) as folder:
+        yield folder
 
 
 @pytest.fixture(autouse=True, scope="module")

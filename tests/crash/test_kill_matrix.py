@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from bad_contestants import HANGING, HELPLESS, TEARING
+from memory_folder import memory_folder
 
 from tools.chaos.cli import main
 from tools.chaos.entrants import Entrant, entrant
@@ -27,8 +26,8 @@ TRIES = 6
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """In memory if the machine has such a directory: what is lost with a process does not depend on the disk."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as found:
-        yield Path(found)
+    with memory_folder(tmp_path) as found:
+        yield found
 
 
 def killed(setting: Setting, count: int, who: Entrant = OURS) -> list[Case]:

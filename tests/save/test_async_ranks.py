@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from memory_folder import memory_folder
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -119,12 +121,16 @@ def _same_as_blocking(job: Job) -> None:
     first.result(LIMIT_S)
     ek.save(job.state(), job.path("blocking-2"), mesh=job.mesh, step=2)
     before = len(job.rounds)
+    writer = saver_of(job_group(None), PLAIN)._yard._supervisor.pid  # type: ignore[union-attr]
+    assert writer is not None
+    os.kill(writer, signal.SIGSTOP)  # so that the second save is under way when the next one is asked for
     second = job.asked(job.state(), "second", step=2)
     job.step()
     handed: list[tuple[str, bool]] = []
     called = threading.Event()
     second.add_done_callback(lambda handle: (handed.append((handle.path, handle.done())), called.set()))
-    between = outcome(job.asked(job.state(), "second", step=2))  # to the same path, while it is under way
+    between = outcome(job.asked(job.state(), "second", step=2))  # to the same path
+    os.kill(writer, signal.SIGCONT)
     info = second.result(LIMIT_S)
     called.wait(LIMIT_S)
     rounds = job.rounds[before:]
@@ -278,7 +284,8 @@ def _savers() -> int:
 @pytest.fixture(scope="module", params=[saver_module.MEANWHILE_NBYTES, 0], ids=["staged", "being staged"])
 def ranks(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, Seen]]:
     """Written once it is staged, and written while it is."""
-    return run_ranks(go_through, WORLD, str(tmp_path_factory.mktemp("async")), request.param, timeout_s=120.0)
+    with memory_folder(tmp_path_factory.mktemp("async")) as folder:
+        return run_ranks(go_through, WORLD, str(folder), request.param, timeout_s=120.0)
 
 
 def of(ranks: list[dict[str, Seen]], name: str) -> Seen:
