@@ -128,6 +128,7 @@ def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None
     assert len({note["evaluated"] for stage in range(5) for note in notes(tmp_path, "report", stage)}) == 2
 
 
+@pytest.mark.long  # in its short form `test_chaos` has partners, too
 @pytest.mark.ranks
 def test_stages_of_end_pairs_are_copied_from_their_partners(tmp_path: Path) -> None:
     """[REC-6, REC-7, REC-10..16, REC-50, REC-58, REC-59]"""

@@ -137,7 +137,7 @@ def test_saves_outlive_losses_and_a_plain_job_may_have_begun_the_run(tmp_path: P
     saved = {step: [one[step]["saved"] for one in reports.values() if step in one] for step in (2, 6, 8, 10)}
     whole_or_none = {step: {error for error, _ in found} == {"NoneType"} for step, found in saved.items()}
     assert (whole_or_none[2], whole_or_none[10]) == (True, True)
-    assert all((error != "NoneType", seconds < 30.0) == (True, True) for error, seconds in saved[6])
+    assert all((error != "NoneType", seconds < 50.0) == (True, True) for error, seconds in saved[6])
     kept = [one.step for one in history(root) if one.state == "live"]
     assert 8 in kept or not whole_or_none[8]
     assert kept == ([10, 8, 4, 1] if 8 in kept else [10, 4, 2, 1])  # step 1 is the newest that was verified [RUN-87]
@@ -159,7 +159,7 @@ def test_saves_outlive_losses_and_a_plain_job_may_have_begun_the_run(tmp_path: P
 def test_a_job_whose_run_is_taken_over_ends_and_the_other_one_saves_when_it_is_told_to_end(tmp_path: Path) -> None:
     """[REC-63, REC-64, CLI-90, CLI-92]"""
     folders, root = [tmp_path / "first", tmp_path / "second"], tmp_path / "run"
-    told = {"run": str(root), "until": 1_000_000, "note": False, "layers": 2}
+    told = {"run": str(root), "until": 1_000_000, "note": False, "layers": 2, "pause": 0.2}  # seconds: the others have to start
     first = begun_job(folders[0], "--stages", 2, every=1, **told)
     until(lambda: newest(root), first)
     busy = run_job(tmp_path / "busy", "--stages", 2, every=1, expected=1, **told)

@@ -29,7 +29,16 @@ from tests.elastic.small_model import SEED, Corpus, build
 
 TOLD = json.loads(sys.argv[1])
 FOLDER = Path(TOLD["folder"])
-ROOM = {"microbatches": 12, "until": 6, "swap": None, "clip": 0.05, "scope": "stage", "every": 0, "evaluate": []} | TOLD
+ROOM = {
+    "microbatches": 12,
+    "until": 6,
+    "swap": None,
+    "clip": 0.05,
+    "scope": "stage",
+    "every": 0,
+    "evaluate": [],
+    "pause": 0,
+} | TOLD
 
 
 class Faults:
@@ -129,6 +138,7 @@ def main() -> None:
             if ROOM.get("note", True):
                 noted(trainer, "report", evaluated=loss, saved=saved, writers=writers(), **about)
             (FOLDER / "begun").touch()
+            time.sleep(ROOM["pause"])
             faults.reached("boundary")
 
 
