@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from elastickpt.elastic.agent import WorkerProgram
-from elastickpt.elastic.duties import Outcome
+from elastickpt.elastic.duties import TaskOutcome
 from elastickpt.elastic.joining import Job, join
 from elastickpt.elastic.ladder import ladder_of
 from elastickpt.elastic.launcher import Here, Launch, launch
@@ -43,7 +43,7 @@ def member(job: Job, steps: int) -> dict[str, object]:
             job.done(task, Computed(norm=1.0))
         else:
             cpu_s = thread_cpu_s("elastickpt-job")
-            outcomes: dict[type, Outcome] = {Form: Made(), Mend: Mended(), Compute: LoopEnded()}
+            outcomes: dict[type, TaskOutcome] = {Form: Made(), Mend: Mended(), Compute: LoopEnded()}
             job.done(task, outcomes[type(act)])
     return {"ready": ready, "read": read, "cpu_s": cpu_s}
 

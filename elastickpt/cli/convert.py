@@ -11,7 +11,7 @@ from elastickpt.cli.bar import byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.conversion_words import cast, mesh, number, size
 from elastickpt.cli.exitcodes import DONE, FAILED, code_of
-from elastickpt.cli.grid import Line, Span
+from elastickpt.cli.grid import GridLine, Span
 from elastickpt.cli.output import say, say_error, show, show_json
 from elastickpt.cli.text import nbytes_text, plural, printable, shape_text
 from elastickpt.errors import CheckpointError, Refused
@@ -189,7 +189,7 @@ def _report(args: argparse.Namespace, conversion: Conversion, done: Converted | 
         show([(Span(f"{args.out}: {conversion.target}, {plural(done.arrays, 'array')}, {nbytes_text(done.nbytes)}", ""),)])
 
 
-def _plan_lines(conversion: Conversion) -> Iterator[Line]:
+def _plan_lines(conversion: Conversion) -> Iterator[GridLine]:
     """What would be written, array by array."""
     for one in conversion.contents.arrays.values():
         true = f", true {shape_text(one.true)}" if one.true is not None and one.true != one.node.shape else ""

@@ -12,7 +12,7 @@ from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.conversion_words import constant
 from elastickpt.cli.convert import resolved
 from elastickpt.cli.exitcodes import DIFFERENT, DONE, FAILED, code_of
-from elastickpt.cli.grid import Line, Span
+from elastickpt.cli.grid import GridLine, Span
 from elastickpt.cli.output import say, say_error, show, show_json
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError, Refused
@@ -88,7 +88,7 @@ def _side(args: argparse.Namespace, path: str, names: list[str]) -> Side:
     return Side(contents, source.reading, weights_only=source.format == "safetensors")
 
 
-def _lines(found: list[Difference], arrays: int) -> Iterator[Line]:
+def _lines(found: list[Difference], arrays: int) -> Iterator[GridLine]:
     for one in found:
         text = f"{printable(one.name)}: {one.what}: {printable(one.a) or '-'} | {printable(one.b) or '-'}"
         if one.index is not None:

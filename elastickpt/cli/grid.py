@@ -20,7 +20,7 @@ class Span:
     style: str = ""
 
 
-Line = tuple[Span, ...]
+GridLine = tuple[Span, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class Row:
     style: str = ""  # of the first cell, where it is not its column's
 
 
-def plain(line: Line) -> str:
+def plain(line: GridLine) -> str:
     """The text of a line without styles."""
     return "".join(span.text for span in line)
 
 
-def grid(columns: Sequence[Column], rows: Sequence[Row], *, width: int | None, titled: bool = True) -> Iterator[Line]:
+def grid(columns: Sequence[Column], rows: Sequence[Row], *, width: int | None, titled: bool = True) -> Iterator[GridLine]:
     """The lines of a table: titles, then rows. `width` None means that nothing is broken or left out.
 
     Columns in which every cell is empty are left out.
@@ -106,7 +106,7 @@ def _shrink(columns: Sequence[Column], widths: list[int], width: int) -> None:
         widths[widest] -= 1
 
 
-def _row(row: Row, columns: Sequence[Column], widths: Sequence[int]) -> Iterator[Line]:
+def _row(row: Row, columns: Sequence[Column], widths: Sequence[int]) -> Iterator[GridLine]:
     broken = []
     for k, (cell, column, width) in enumerate(zip(row.cells, columns, widths, strict=True)):
         room = width - (columns_of(row.guide) if k == 0 else 0)
@@ -140,7 +140,7 @@ def _padded(text: str, width: int, align: Literal["left", "right"]) -> str:
     return blanks + text if align == "right" else text + blanks
 
 
-def _joined(spans: Sequence[Span], *, first: int = 1) -> Line:
+def _joined(spans: Sequence[Span], *, first: int = 1) -> GridLine:
     """Spans with gaps between them, none before the first `first`, no blanks at the end."""
     line: list[Span] = []
     for k, span in enumerate(spans):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from elastickpt.cli.facts import ArrayFact, Facts, OptimizerFact, Setting, approximate_since
-from elastickpt.cli.grid import Column, Line, Row, Span, grid
-from elastickpt.cli.nametree import Node, collapsed, joined, name_tree
+from elastickpt.cli.grid import Column, GridLine, Row, Span, grid
+from elastickpt.cli.nametree import NameNode, collapsed, joined, name_tree
 from elastickpt.cli.text import (
     nbytes_text,
     plural,
@@ -34,12 +34,12 @@ _BESIDE = (  # what stands beside an array's name
 _PAIR = (Column("", style="dim"), Column("", flexible=True))
 
 
-def heading(text: str, *, beside: str = "") -> Line:
+def heading(text: str, *, beside: str = "") -> GridLine:
     """A title, and what is said about it."""
     return (Span(text, "bold"), Span(f"  {beside}" if beside else "", "dim"))
 
 
-def header(path: str, facts: Facts, *, width: int | None) -> Iterator[Line]:
+def header(path: str, facts: Facts, *, width: int | None) -> Iterator[GridLine]:
     """The checkpoint as a whole: step, time, ranks, meshes, items, totals, who wrote it."""
     manifest = facts.manifest
     yield heading(printable(path))
@@ -76,7 +76,7 @@ def _item_text(item: Item) -> str:
     return f"{item.name} ({said})"
 
 
-def array_tree(facts: Facts, *, collapse: bool, width: int | None) -> Iterator[Line]:
+def array_tree(facts: Facts, *, collapse: bool, width: int | None) -> Iterator[GridLine]:
     """The arrays by item and name; a row's bytes are those of all arrays that it stands for."""
     by_item: dict[tuple[str, str], list[ArrayFact]] = {}
     for fact in facts.arrays:
@@ -90,7 +90,7 @@ def array_tree(facts: Facts, *, collapse: bool, width: int | None) -> Iterator[L
     yield from grid((Column("name"), *_BESIDE), rows, width=width)
 
 
-def _node_rows(node: Node, guides: tuple[str, str], *, style: str = "") -> Iterator[Row]:
+def _node_rows(node: NameNode, guides: tuple[str, str], *, style: str = "") -> Iterator[Row]:
     """`guides` stand before this node's own row, and before everything below it."""
     own, below = guides
     inside = "│   " if node.children else ""
@@ -119,7 +119,7 @@ def _alike(states: Mapping[str, Sequence[ArrayFact]]) -> list[tuple[list[str], l
     return list(rows.values())
 
 
-def array_table(facts: Facts, *, width: int | None) -> Iterator[Line]:
+def array_table(facts: Facts, *, width: int | None) -> Iterator[GridLine]:
     """One row an array, in the order of keys."""
     rows = [Row((_name(fact), *_beside([fact], printable(fact.id.state)))) for fact in facts.arrays]
     columns = [Column("state", style="green") if column.title == "states" else column for column in _BESIDE]
@@ -152,7 +152,7 @@ def _type_text(fact: ArrayFact) -> str:
     return fact.record.spec.dtype if stored is None else f"{fact.record.spec.dtype} ({value_text(stored)})"
 
 
-def optimizer_lines(facts: Facts, *, width: int | None) -> Iterator[Line]:
+def optimizer_lines(facts: Facts, *, width: int | None) -> Iterator[GridLine]:
     """Every optimizer: what all its parameters share, then a row for each distinct set of settings."""
     for optimizer in facts.optimizers:
         yield ()
@@ -176,7 +176,7 @@ def _setting_name(key: Setting) -> str:
     return printable(key[1])
 
 
-def _groups(optimizer: OptimizerFact, *, width: int | None) -> Iterator[Line]:
+def _groups(optimizer: OptimizerFact, *, width: int | None) -> Iterator[GridLine]:
     keys = list(dict.fromkeys(key for group in optimizer.groups for key in group.values))
     several = len({item for group in optimizer.groups for item, _ in group.parameters}) > 1
     rows = []
@@ -191,7 +191,7 @@ def _groups(optimizer: OptimizerFact, *, width: int | None) -> Iterator[Line]:
     yield from grid(columns, rows, width=width)
 
 
-def value_lines(facts: Facts, *, width: int | None) -> Iterator[Line]:
+def value_lines(facts: Facts, *, width: int | None) -> Iterator[GridLine]:
     """All values: the replicated ones, then every writer's own."""
     yield from _values("values", facts.values(), width=width)
     for writer in range(len(facts.manifest.fragments)):
@@ -200,14 +200,14 @@ def value_lines(facts: Facts, *, width: int | None) -> Iterator[Line]:
             yield from _values(f"values of rank {writer}", own, width=width)
 
 
-def _values(title: str, values: Iterable[tuple[str, Value]], *, width: int | None) -> Iterator[Line]:
+def _values(title: str, values: Iterable[tuple[str, Value]], *, width: int | None) -> Iterator[GridLine]:
     rows = [Row((printable(place), value_text(value)), "  ") for place, value in values]
     yield ()
     yield heading(title, beside="" if rows else "none")
     yield from grid((Column("", style=""), Column("", style="cyan", flexible=True)), rows, width=width, titled=False)
 
 
-def writer_lines(facts: Facts, *, width: int | None) -> Iterator[Line]:
+def writer_lines(facts: Facts, *, width: int | None) -> Iterator[GridLine]:
     """One row a writer: what it stored."""
     yield ()
     yield heading("writers")
@@ -236,7 +236,7 @@ def writer_lines(facts: Facts, *, width: int | None) -> Iterator[Line]:
     yield from grid(columns, rows, width=width)
 
 
-def fragment_lines(facts: Facts, *, width: int | None) -> Iterator[Line]:
+def fragment_lines(facts: Facts, *, width: int | None) -> Iterator[GridLine]:
     """One row a stored piece of the arrays shown: whose, which elements, where they lie."""
     yield ()
     yield heading("stored pieces")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from io import TextIOWrapper
 
-from elastickpt.cli.grid import Line, Span, plain
+from elastickpt.cli.grid import GridLine, Span, plain
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError, ProgramFault
 
@@ -31,7 +31,7 @@ def screen_width() -> int | None:
     return Console(file=sys.stdout).width
 
 
-def show(lines: Iterable[Line]) -> None:
+def show(lines: Iterable[GridLine]) -> None:
     """Writes lines to stdout, with their styles on a terminal."""
     drawn = [[Span(_drawable(span.text), span.style) for span in line] for line in lines]
     if not sys.stdout.isatty():

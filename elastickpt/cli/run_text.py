@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from elastickpt.cli.facts import approximate_since
-from elastickpt.cli.grid import Column, Line, Row, Span, grid
+from elastickpt.cli.grid import Column, GridLine, Row, Span, grid
 from elastickpt.cli.run_facts import CheckpointFact, KeepFact, RunFacts, layout_text
 from elastickpt.cli.text import age_text, nbytes_text, plural, printable, time_text
 from elastickpt.ledger.history import EpochEntry, Finding
@@ -35,7 +35,7 @@ _EPOCHS = (
 )
 
 
-def run_lines(facts: RunFacts, *, width: int | None) -> Iterator[Line]:
+def run_lines(facts: RunFacts, *, width: int | None) -> Iterator[GridLine]:
     """The run as a whole, a row for each checkpoint, then one for each epoch, newest first."""
     yield (Span(printable(facts.path), "bold"), Span(f"  {_said(facts)}", "dim"))
     if facts.keep is not None and facts.keep.epoch is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from elastickpt.cli.bar import Progress, byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import DAMAGED, DONE, FAILED, UNSAFE, UNSUPPORTED, code_of, code_of_kind, gravest
-from elastickpt.cli.grid import Column, Line, Row, Span, grid
+from elastickpt.cli.grid import Column, GridLine, Row, Span, grid
 from elastickpt.cli.output import say, say_error, screen_width, show, show_json
 from elastickpt.cli.text import nbytes_text, plural, printable
 from elastickpt.errors import CheckpointError, NotACheckpoint
@@ -135,7 +135,7 @@ def _verified(target: _Target, progress: Progress) -> PathResult:
     return PathResult(target.path, step, report.arrays, report.files, report.nbytes, report.problems)
 
 
-def _lines(outcome: PathResult) -> Iterator[Line]:
+def _lines(outcome: PathResult) -> Iterator[GridLine]:
     style = "green" if outcome.code == DONE else "bold red"
     yield Span(outcome.status, style), Span("  "), Span(printable(outcome.path), "bold"), Span(_said(outcome))
     if outcome.error is not None:

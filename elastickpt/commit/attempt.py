@@ -67,7 +67,7 @@ class Committed:
     manifest: str
 
 
-Said = FileDigest | RankFailure | None  # by a writer: its attestation, or why there is none; None: it is at work
+WriterSaid = FileDigest | RankFailure | None  # by a writer: its attestation, or why there is none; None: it is at work
 Verdict = Committed | tuple[RankFailure, ...]
 
 
@@ -95,12 +95,12 @@ class Decision(Message, frozen=True):
         return self.committed or self.report
 
 
-def encode_vote(attempt: Attempt, said: Said) -> bytes:
+def encode_vote(attempt: Attempt, said: WriterSaid) -> bytes:
     failed = said if isinstance(said, RankFailure) else None
     return encode(_Vote(attempt, said if isinstance(said, FileDigest) else None, failed))
 
 
-def decode_vote(data: bytes) -> tuple[Attempt, Said]:
+def decode_vote(data: bytes) -> tuple[Attempt, WriterSaid]:
     """What `encode_vote` encoded. Raises InternalError for what it never makes."""
     vote = decode(data, _Vote)
     return vote.attempt, vote.attested or vote.failed

@@ -23,14 +23,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, decode_vote, encode_verdict, encode_vote
+from elastickpt.commit.attempt import Attempt, Verdict, WriterSaid, decode_verdict, decode_vote, encode_verdict, encode_vote
 from elastickpt.commit.attest import DraftContents
 from elastickpt.commit.committer import CommitNow, CommitThread, GiveUp, LookFor, Tally
 from elastickpt.commit.links import CommitterLink, LinkChange, MemberLink, MemberLinks, Seat
 from elastickpt.commit.outcome import Patience
 from elastickpt.errors import RankFailure, RankLost, WriterLost
 from elastickpt.format.records import FileDigest
-from elastickpt.ranks.messages import Frame, Kind
+from elastickpt.ranks.messages import Frame, FrameKind
 from elastickpt.ranks.team import BEAT_S
 from elastickpt.ranks.threads import Actor
 from elastickpt.storage.store import Store
@@ -41,8 +41,8 @@ KNOWN_VERDICTS = 64
 TURN_S = 0.25
 RECOVER_S = 0.1
 
-Read = Callable[[], DraftContents | None]
-Tell = Callable[[str, Verdict], None]
+ReadContents = Callable[[], DraftContents | None]
+TellVerdict = Callable[[str, Verdict], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,8 +50,8 @@ class _Open:
     """An attempt that this member enrolled and that is not decided."""
 
     attempt: Attempt
-    contents: Read
-    said: Said = None
+    contents: ReadContents
+    said: WriterSaid = None
 
 
 class CommitBallot:
@@ -62,7 +62,7 @@ class CommitBallot:
         seat: Seat,
         listener: socket.socket | None,
         stores: Callable[[str], Store],
-        tell: Tell,
+        tell: TellVerdict,
         *,
         patience: Patience | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class CommitBallot:
         self._closed = False
         self._actor.start()
 
-    def enroll(self, attempt: Attempt, contents: Read) -> None:
+    def enroll(self, attempt: Attempt, contents: ReadContents) -> None:
         """This writer takes part in the attempt from now on. `contents` is called if it commits, by another thread."""
         self._leave(lambda: self._enroll(attempt, contents))
 
@@ -155,7 +155,7 @@ class CommitBallot:
             self._committer_link.excuse(now)
         self._turned_at = now
 
-    def _enroll(self, attempt: Attempt, contents: Read) -> None:
+    def _enroll(self, attempt: Attempt, contents: ReadContents) -> None:
         self._strangers.pop(attempt.id, None)
         if attempt.id in self._open:
             return
@@ -218,7 +218,7 @@ class CommitBallot:
         for frame in self._member_links.read(link):
             attempt, said = decode_vote(frame.data)
             if (verdict := self._verdicts.get(attempt.id)) is not None:
-                self._member_links.send(link, Frame(Kind.VERDICT, 0, encode_verdict(attempt.id, verdict)))
+                self._member_links.send(link, Frame(FrameKind.VERDICT, 0, encode_verdict(attempt.id, verdict)))
             else:
                 link.attempts[attempt.id] = attempt
                 self._count(link.member, attempt, said)
@@ -231,7 +231,7 @@ class CommitBallot:
             if key in self._tallies and not self._member_links.has(link.member, key):
                 self._tallies[key].lost(link.member, now=now)
 
-    def _count(self, member: int, attempt: Attempt, said: Said) -> None:
+    def _count(self, member: int, attempt: Attempt, said: WriterSaid) -> None:
         tally = self._tallies.get(attempt.id)
         if tally is None:
             now = time.monotonic()
@@ -285,7 +285,7 @@ class CommitBallot:
         self._tallies.pop(key, None)
         self._strangers.pop(key, None)
         for link in self._member_links.that_spoke_of(key):
-            self._member_links.send(link, Frame(Kind.VERDICT, 0, encode_verdict(key, verdict)))
+            self._member_links.send(link, Frame(FrameKind.VERDICT, 0, encode_verdict(key, verdict)))
         entry = self._open.pop(key, None)
         if entry is not None:
             self._tell(key, verdict)

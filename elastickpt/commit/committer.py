@@ -53,7 +53,7 @@ class GiveUp:
     report: tuple[RankFailure, ...]
 
 
-Next = KeepWaiting | LookFor | CommitNow | GiveUp
+NextAct = KeepWaiting | LookFor | CommitNow | GiveUp
 
 
 class Tally:
@@ -95,7 +95,7 @@ class Tally:
         rank = self._ranks[member]
         self.said(member, RankFailure(rank, RankLost.kind, "its writer is gone, and had not attested"))
 
-    def next(self, *, now: float, missing_s: float) -> Next:
+    def next(self, *, now: float, missing_s: float) -> NextAct:
         if self._failures:
             return GiveUp(tuple(sorted(self._failures.values())))
         open_members = [member for member in range(len(self._ranks)) if member not in self._files]
@@ -107,7 +107,7 @@ class Tally:
 
 log = logging.getLogger(__name__)
 
-Report = tuple[RankFailure, ...]
+RankFailures = tuple[RankFailure, ...]
 
 
 class CommitThread:
@@ -144,11 +144,11 @@ class CommitThread:
 
         self._do(attempt, act)
 
-    def give_up(self, attempt: Attempt, report: Report) -> None:
+    def give_up(self, attempt: Attempt, report: RankFailures) -> None:
         """It is aborted, or found committed."""
         self._do(attempt, lambda store: self._abort(store, attempt, report))
 
-    def find_out(self, attempt: Attempt, report: Report) -> None:
+    def find_out(self, attempt: Attempt, report: RankFailures) -> None:
         """It is looked whether it has ended; `report` is said of it if it was aborted."""
 
         def act(store: Store) -> None:
@@ -191,7 +191,7 @@ class CommitThread:
         self._count += 1
         self._worker.put(work)
 
-    def _abort(self, store: Store, attempt: Attempt, report: Report) -> None:
+    def _abort(self, store: Store, attempt: Attempt, report: RankFailures) -> None:
         verdict: Verdict
         try:
             verdict = give_up(store, attempt, report, patience=self._patience)
@@ -204,5 +204,5 @@ class CommitThread:
     def _tell(self, attempt: Attempt, verdict: Verdict) -> None:
         self._leave(lambda: self._decided(attempt.id, verdict))
 
-    def _report(self, error: Exception) -> Report:
+    def _report(self, error: Exception) -> RankFailures:
         return (failure_of(error, self._rank),)

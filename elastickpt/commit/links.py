@@ -19,7 +19,7 @@ from enum import Enum, auto
 from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import InternalError
 from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.messages import Connection, Frame, Kind, Message, PeerGone, PeerSilent, decode, encode
+from elastickpt.ranks.messages import Connection, Frame, FrameKind, Message, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.threads import Sockets
 
 CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
@@ -83,8 +83,8 @@ def say_farewell(seat: Seat) -> None:
         if member != seat.member:
             with suppress(OSError, PeerGone, PeerSilent):
                 link = Connection(dial(address, timeout_s=FAREWELL_S))
-                link.send(Frame(Kind.HELLO, 0, hello(seat)), silence_s=FAREWELL_S)
-                link.send(Frame(Kind.FAILURE, 0, b""), silence_s=FAREWELL_S)
+                link.send(Frame(FrameKind.HELLO, 0, hello(seat)), silence_s=FAREWELL_S)
+                link.send(Frame(FrameKind.FAILURE, 0, b""), silence_s=FAREWELL_S)
                 link.close()
 
 
@@ -136,7 +136,7 @@ class CommitterLink:
         if self._link is None:
             return
         try:
-            self._link.send(Frame(Kind.PAYLOAD, 0, vote), silence_s=self._seat.limits.silence_s)
+            self._link.send(Frame(FrameKind.PAYLOAD, 0, vote), silence_s=self._seat.limits.silence_s)
         except Exception:  # gone, or it takes nothing: the next step finds another way
             self._unlink()
 
@@ -151,7 +151,7 @@ class CommitterLink:
         except Exception:  # gone, or not to be understood: the next step finds another way
             self._unlink()
         while (frame := link.take()) is not None:
-            if frame.kind is Kind.VERDICT:
+            if frame.kind is FrameKind.VERDICT:
                 frames.append(frame)
         return frames
 
@@ -188,7 +188,7 @@ class CommitterLink:
         except OSError:
             return False
         try:
-            link.send(Frame(Kind.HELLO, 0, hello(self._seat)), silence_s=DIAL_S)
+            link.send(Frame(FrameKind.HELLO, 0, hello(self._seat)), silence_s=DIAL_S)
         except Exception:  # as good as not reached
             link.close()
             return False
@@ -248,11 +248,11 @@ class MemberLinks:
             self._drop(link)
         frames = []
         while (frame := link.connection.take()) is not None:
-            if link.member >= 0 and frame.kind is Kind.PAYLOAD:
+            if link.member >= 0 and frame.kind is FrameKind.PAYLOAD:
                 frames.append(frame)
-            elif link.member >= 0 and frame.kind is Kind.FAILURE:
+            elif link.member >= 0 and frame.kind is FrameKind.FAILURE:
                 self.departed.add(link.member)
-            elif link.member < 0 and frame.kind is Kind.HELLO:
+            elif link.member < 0 and frame.kind is FrameKind.HELLO:
                 link.member = self._member(frame.data)
                 if link.member < 0:
                     self._drop(link)

@@ -15,7 +15,7 @@ from elastickpt.format.encode_values import value_digest
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
-from elastickpt.format.tables import Key, Name, Row, rows_of, table_of
+from elastickpt.format.tables import TableKey, TableName, TableRow, rows_of, table_of
 from elastickpt.layout.algebra import require_coverage
 from elastickpt.layout.references import references_of, within_limits
 
@@ -161,7 +161,7 @@ def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]
 
     Raises StructureConflict where two writers hold different values of one parameter.
     """
-    rows: dict[str, dict[Name, Row]] = {}
+    rows: dict[str, dict[TableName, TableRow]] = {}
     for table in tables:
         of_item = rows.setdefault(table.item, {})
         for parameter, row in rows_of(table).items():
@@ -171,12 +171,12 @@ def merge_tables(tables: Iterable[OptimizerTable]) -> tuple[OptimizerTable, ...]
     return tuple(table_of(item, of_item) for item, of_item in sorted(rows.items()))
 
 
-def _different(item: str, parameter: tuple[str, str], one: Row, other: Row) -> str:
+def _different(item: str, parameter: tuple[str, str], one: TableRow, other: TableRow) -> str:
     mine, theirs = _digests(one), _digests(other)
     differing = [key for key in dict.fromkeys((*one, *other)) if mine.get(key) != theirs.get(key)]
     told = "; ".join(f"{key} ({kind}): {one.get((kind, key))!r} and {other.get((kind, key))!r}" for kind, key in differing[:4])
     return f"optimizer {item!r}: two ranks hold different settings of parameter {'/'.join(parameter)}: {told}"
 
 
-def _digests(row: Row) -> dict[Key, str]:
+def _digests(row: TableRow) -> dict[TableKey, str]:
     return {key: value_digest(value) for key, value in row.items()}

@@ -15,7 +15,7 @@ from elastickpt.convert.reading import Reading
 from elastickpt.convert.words import numbers
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.tables import Name, Row
+from elastickpt.format.tables import TableName, TableRow
 
 What = Literal["only in A", "only in B", "shape", "dtype", "values", "setting", "value"]
 MAX_TOLD = 200  # characters of a value
@@ -119,7 +119,7 @@ def _bits(name: str, dtype: str, shape: tuple[int, ...], words: list[NDArray[Any
     yield Difference(name, "values", str(first[place]), str(second[place]), most[0], most[1], index)
 
 
-def _rows(a: Mapping[str, Mapping[Name, Row]], b: Mapping[str, Mapping[Name, Row]]) -> Iterator[Difference]:
+def _rows(a: Mapping[str, Mapping[TableName, TableRow]], b: Mapping[str, Mapping[TableName, TableRow]]) -> Iterator[Difference]:
     for item in dict.fromkeys((*a, *b)):
         for name in dict.fromkeys((*a.get(item, {}), *b.get(item, {}))):
             one, other = a.get(item, {}).get(name, {}), b.get(item, {}).get(name, {})

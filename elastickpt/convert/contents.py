@@ -12,12 +12,12 @@ from elastickpt.errors import Refused
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.records import Item, OptimizerTable
-from elastickpt.format.tables import Name, Row, table_of
+from elastickpt.format.tables import TableName, TableRow, table_of
 from elastickpt.format.values import Value
 from elastickpt.language.scope import ConstantValue
 from elastickpt.language.tree import Let, Names, Needs, Number, Order, OrderMember, Pattern, Program, Within
 
-Groups = tuple[tuple[str, ...], ...]  # names, by param groups
+NameGroups = tuple[tuple[str, ...], ...]  # names, by param groups
 MAX_ORDER_LENGTH = 1 << 19  # characters of names: half of what a text of the language may have
 
 
@@ -45,24 +45,24 @@ class Contents:
     """All that a conversion carries. `rows` are what optimizers hold per parameter, by optimizer item."""
 
     arrays: Mapping[ArrayId, Array]
-    rows: Mapping[str, Mapping[Name, Row]]
+    rows: Mapping[str, Mapping[TableName, TableRow]]
     values: Mapping[str, Value]
     items: tuple[Item, ...]
     step: int | None
-    tied: tuple[tuple[Name, ...], ...] = ()
+    tied: tuple[tuple[TableName, ...], ...] = ()
     layout: Laid | None = None
     layout_text: str | None = None
     not_carried: tuple[NotCarried, ...] = ()
     said: tuple[str, ...] = ()
-    orders: Mapping[str, Groups] = field(default_factory=dict)  # optimizer item → its parameters, as a file counted them
+    orders: Mapping[str, NameGroups] = field(default_factory=dict)  # optimizer item → its parameters, as a file counted them
 
     def tables(self) -> tuple[OptimizerTable, ...]:
         """The optimizers' rows as columns."""
         return tuple(table_of(item, rows) for item, rows in self.rows.items())
 
-    def parameters(self) -> dict[Name, dict[str, Array]]:
+    def parameters(self) -> dict[TableName, dict[str, Array]]:
         """(item, name) → its states."""
-        found: dict[Name, dict[str, Array]] = {}
+        found: dict[TableName, dict[str, Array]] = {}
         for one in self.arrays.values():
             if one.id.section == "params":
                 found.setdefault((one.id.item, one.id.name), {})[one.id.state] = one
@@ -73,7 +73,7 @@ class Contents:
         return self._by_name[item, name]
 
     @cached_property
-    def _by_name(self) -> dict[Name, dict[str, Array]]:
+    def _by_name(self) -> dict[TableName, dict[str, Array]]:
         return self.parameters()
 
 
@@ -105,7 +105,7 @@ def _matches(identity: ArrayId, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(text, glob) for glob in globs for text in texts)
 
 
-def with_orders(program: Program, orders: Mapping[str, Groups]) -> Program:
+def with_orders(program: Program, orders: Mapping[str, NameGroups]) -> Program:
     """The program with these orders written out, where they fit a text of the language."""
     known = {one.name for one in program.statements if isinstance(one, Order)}
     fit = {item: of for item, of in orders.items() if item not in known and _spellable((*of, (item,)))}
@@ -134,6 +134,6 @@ def with_constants(program: Program, constants: Mapping[str, ConstantValue]) -> 
     return replace(program, statements=(*(Let(name, Number(value)) for name, value in new.items()), *program.statements))
 
 
-def _spellable(groups: Groups) -> bool:
+def _spellable(groups: NameGroups) -> bool:
     names = [name for some in groups for name in some]
     return sum(map(len, names)) < MAX_ORDER_LENGTH and not any('"' in name or "\n" in name for name in names)

@@ -31,7 +31,7 @@ from elastickpt.ranks.threads import Pool
 
 THREADS = 3  # that write: one copies and hashes while others wait for the device
 Progress = Callable[[int, int], None]
-Tell = Callable[[int], None]
+TellBytes = Callable[[int], None]
 Notes = tuple[str, ...]
 _K = TypeVar("_K")
 
@@ -114,14 +114,14 @@ def target_of(conversion: Conversion) -> UniversalTarget | FilesTarget:
     return UniversalTarget(conversion.contents) if conversion.form is None else FilesTarget(conversion.form)
 
 
-def _help(conversion: Conversion, draft: Draft, done: Collection[int], worker: int, tell: Tell) -> tuple[Any, Notes]:
+def _help(conversion: Conversion, draft: Draft, done: Collection[int], worker: int, tell: TellBytes) -> tuple[Any, Notes]:
     """What one helper does, in a process of its own."""
     target = target_of(conversion)
     return _work(conversion, target, ConversionDraft.joined(conversion.options.out, draft, target.left), worker, done, tell)
 
 
 def _work(
-    conversion: Conversion, target: Target, out: ConversionDraft, worker: int, done: Collection[int], tell: Tell
+    conversion: Conversion, target: Target, out: ConversionDraft, worker: int, done: Collection[int], tell: TellBytes
 ) -> tuple[Any, Notes]:
     """Does a worker's share of what is not done: what it has written, durable; and notes."""
     reading = conversion.source.reading
@@ -145,7 +145,7 @@ def _work(
         target.close()
 
 
-def _finish(target: Target, noted: ConversionDraft | None, buffers: Buffers, task: int, words: Words, tell: Tell) -> None:
+def _finish(target: Target, noted: ConversionDraft | None, buffers: Buffers, task: int, words: Words, tell: TellBytes) -> None:
     """Writes what was read."""
     left = target.put(task, words)
     buffers.give_back(words)

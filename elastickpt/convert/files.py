@@ -28,7 +28,7 @@ OPEN_FILES = 64
 _STEP_NBYTES = 8 << 20  # of what is copied to be written past the page cache
 _CRC_NBYTES = 4
 
-Checksums = dict[str, int]
+FileChecksums = dict[str, int]
 
 
 class FilesTarget:
@@ -44,7 +44,7 @@ class FilesTarget:
         self.nodes: tuple[Node, ...] = tuple(some[0].node for some in self._tasks)
         self.nbytes = tuple(sum(one.nbytes for one in some) for some in self._tasks)
         self.left = tuple(_CRC_NBYTES * len(some) for some in self._tasks)
-        self._checksums: Checksums = {}
+        self._checksums: FileChecksums = {}
 
     def describe(self) -> Iterator[object]:
         """All that decides where bytes go."""
@@ -95,12 +95,12 @@ class FilesTarget:
         for number, one in enumerate(self._tasks[task]):
             self._checksums[one.key] = int.from_bytes(left[number * _CRC_NBYTES : (number + 1) * _CRC_NBYTES], "big")
 
-    def written(self) -> Checksums:
+    def written(self) -> FileChecksums:
         """All that this worker wrote is durable: the CRC-32 of each of its slots. Blocking."""
         self._files.settle()
         return self._checksums
 
-    def commit(self, others: Sequence[Checksums]) -> None:
+    def commit(self, others: Sequence[FileChecksums]) -> None:
         """Writes what stands around the tensors, makes all durable and gives it its name. Blocking.
 
         `others` is what other workers wrote.

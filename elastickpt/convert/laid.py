@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Groups, Laid, with_orders
+from elastickpt.convert.contents import Array, Contents, Laid, NameGroups, with_orders
 from elastickpt.convert.local_tensors import Local, local_ranks
 from elastickpt.convert.nodes import Agreement, Gathered, RankPart
-from elastickpt.convert.owners import Key, Owners
+from elastickpt.convert.owners import OwnerKey, Owners
 from elastickpt.errors import Refused, StructureConflict
 from elastickpt.foreign.listing import ForeignCheckpoint, LocalName, NotCarried, StoredTensor
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import value_digest
 from elastickpt.format.records import FieldKind, Item
-from elastickpt.format.tables import Name, Row
+from elastickpt.format.tables import TableName, TableRow
 from elastickpt.format.values import ArrayValue, Value
 from elastickpt.language import tree as t
 from elastickpt.language.held import lower
@@ -28,7 +28,7 @@ from elastickpt.language.sequence import Places, as_in_files
 
 ReadBytes = Callable[[StoredTensor], bytes]
 MODEL = "model"
-Holds = dict[Key, list[tuple[WholeArray, Holder]]]  # a value → the arrays that it is a part of
+Holds = dict[OwnerKey, list[tuple[WholeArray, Holder]]]  # a value → the arrays that it is a part of
 
 
 def lay(found: ForeignCheckpoint, program: t.Program, given: Mapping[str, ConstantValue], read: ReadBytes) -> Contents:
@@ -53,10 +53,10 @@ class _Laying:
         self._rules: Rules = resolve(program, self._constants, self._sizes)
         self._values = [[k for k, one in enumerate(rank.tensors) if one.state == "value"] for rank in self._ranks]
         self._arrays: dict[ArrayId, Array] = {}
-        self._rows: dict[str, dict[Name, Row]] = {}
+        self._rows: dict[str, dict[TableName, TableRow]] = {}
         self._lost: dict[str, NotCarried] = {}
         self._owners: list[Owners] = []
-        self._left: set[Name] = set()  # values that the program drops
+        self._left: set[TableName] = set()  # values that the program drops
 
     def run(self) -> Contents:
         matched = match(self._rules, [self._shapes(k) for k in range(len(self._ranks))])
@@ -218,7 +218,7 @@ class _Laying:
                 "how such a state lies is not known: leave it out with --skip"
             )
 
-    def _alone(self, tensor: Local, owner: Key) -> None:
+    def _alone(self, tensor: Local, owner: OwnerKey) -> None:
         """A state of a whole source that has a shape of its own, or whose parameter is not in the file."""
         if tensor.shape == ():
             self._scalar(tensor, owner[:2])
@@ -236,7 +236,7 @@ class _Laying:
     def _local_shape(self, holder: Holder) -> tuple[int, ...]:
         return self._tensor(holder).shape
 
-    def _scalar(self, tensor: Local, name: Name) -> None:
+    def _scalar(self, tensor: Local, name: TableName) -> None:
         data = self._read(tensor.parts[0][1])
         self._put(name, tensor.item, ("scalar", tensor.state), ArrayValue(tensor.dtype, (), data, "torch"))
 
@@ -247,7 +247,7 @@ class _Laying:
                 for name in self._named(number, holds[number], scalar.item, scalar.name):
                     self._put(name, scalar.item, ("scalar", scalar.state), scalar.value)
 
-    def _named(self, rank: int, held: Holds, optimizer: str, member: LocalName) -> list[Name]:
+    def _named(self, rank: int, held: Holds, optimizer: str, member: LocalName) -> list[TableName]:
         """The whole arrays that an optimizer's parameter is a part of."""
         owner = self._owners[rank].find(optimizer, member)
         names = [(owner[0], array.name) for array, _ in held.get(owner, ())]
@@ -258,10 +258,10 @@ class _Laying:
             self._lost[place] = NotCarried(place, "settings of a parameter of which nothing is in the files")
         return names
 
-    def _counted(self, holds: Sequence[Holds]) -> dict[str, Groups]:
+    def _counted(self, holds: Sequence[Holds]) -> dict[str, NameGroups]:
         """Whole names in the order in which each optimizer's groups have them; one that several have is the first one's."""
         found: dict[str, list[tuple[str, ...]]] = {}
-        seen: set[Name] = set()
+        seen: set[TableName] = set()
         for group in self._ranks[0].groups:
             names = dict.fromkeys(one for member in group.members for one in self._named(0, holds[0], group.item, member))
             found.setdefault(group.item, []).append(tuple(name for item, name in names if (group.item, name) not in seen))
@@ -280,7 +280,7 @@ class _Laying:
                 tensor = Local(one.item, one.name, "", one.shape, one.dtype, parts, 0)
                 self._arrays[identity] = Array(identity, self._as_it_is(tensor, str(identity)))
 
-    def _put(self, name: Name, optimizer: str, key: tuple[FieldKind, str], value: Value) -> None:
+    def _put(self, name: TableName, optimizer: str, key: tuple[FieldKind, str], value: Value) -> None:
         row = self._rows.setdefault(optimizer, {}).setdefault(name, {})
         known = row.setdefault(key, value)
         if known is not value and value_digest(known) != value_digest(value):

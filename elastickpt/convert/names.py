@@ -7,13 +7,13 @@ from dataclasses import replace
 from math import prod
 
 from elastickpt.convert.constants import constants_for
-from elastickpt.convert.contents import Array, Contents, Groups
+from elastickpt.convert.contents import Array, Contents, NameGroups
 from elastickpt.convert.nodes import Cast, Mapped, Node, Term
 from elastickpt.errors import Refused
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.tables import Name, Row
+from elastickpt.format.tables import TableName, TableRow
 from elastickpt.language import tree as t
 from elastickpt.language.patterns import known_names
 from elastickpt.language.renaming import Equation, Link, NamedShape, equations, fitting, left_out, link, renamed
@@ -34,9 +34,9 @@ def apply_names(
     scope = declared(program, constants_for(program, facts, wanted))
     parameters = contents.parameters()
     arrays = {one.id: one for one in contents.arrays.values() if one.id.section != "params"}
-    rows: dict[str, dict[Name, Row]] = {}
-    orders: dict[str, Groups] = {}
-    tied: list[tuple[Name, ...]] = []
+    rows: dict[str, dict[TableName, TableRow]] = {}
+    orders: dict[str, NameGroups] = {}
+    tied: list[tuple[TableName, ...]] = []
     lost: list[NotCarried] = []
     for item in dict.fromkeys(item for item, _ in parameters):
         shapes = [NamedShape(name, *_shape(states), item) for (of, name), states in parameters.items() if of == item]
@@ -128,11 +128,11 @@ def _cast(node: Node, dtype: str | None, state: str) -> Node:
     return node if dtype is None or state != "value" or dtype == node.dtype else Cast(node, dtype)
 
 
-def _rows(rows: Mapping[Name, Row], links: Sequence[Link]) -> dict[Name, Row]:
+def _rows(rows: Mapping[TableName, TableRow], links: Sequence[Link]) -> dict[TableName, TableRow]:
     targets: dict[str, list[str]] = {}
     for one in links:
         targets.setdefault(one.source, []).append(one.target)
-    found: dict[Name, Row] = {}
+    found: dict[TableName, TableRow] = {}
     for (item, name), row in rows.items():
         for target in dict.fromkeys(targets.get(name, ())):
             known = found.setdefault((item, target), dict(row))
@@ -143,8 +143,8 @@ def _rows(rows: Mapping[Name, Row], links: Sequence[Link]) -> dict[Name, Row]:
 
 
 def _tied(
-    groups: Sequence[tuple[Name, ...]], lines: Sequence[Equation], links: Sequence[Link], dropped: Sequence[str]
-) -> list[tuple[Name, ...]]:
+    groups: Sequence[tuple[TableName, ...]], lines: Sequence[Equation], links: Sequence[Link], dropped: Sequence[str]
+) -> list[tuple[TableName, ...]]:
     parts: dict[str, int] = {}
     for one in links:
         parts[one.target] = parts.get(one.target, 0) + 1

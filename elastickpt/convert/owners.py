@@ -11,7 +11,7 @@ from elastickpt.language.holders import LocalShape
 from elastickpt.language.orders import counted, written_names
 from elastickpt.language.rules import Rules
 
-Key = tuple[str, str, int]  # item, local name and chunk of a value
+OwnerKey = tuple[str, str, int]  # item, local name and chunk of a value
 
 
 class Owners:
@@ -24,7 +24,7 @@ class Owners:
         self._models: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def find(self, optimizer: str, name: LocalName) -> Key:
+    def find(self, optimizer: str, name: LocalName) -> OwnerKey:
         """Raises ProgramFault where an optimizer counts and no order says how, Refused for a number beyond it."""
         if isinstance(name, str):
             model = self.model_of(optimizer)

@@ -18,7 +18,7 @@ from elastickpt.foreign.megatron_plan import OF_STAGES, NewRank, plan_megatron_l
 from elastickpt.foreign.plain_values import CLASS, from_plain
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.tables import Name, Row
+from elastickpt.format.tables import TableName, TableRow
 from elastickpt.format.values import ArrayReference
 from elastickpt.language import tree as t
 from elastickpt.language.holders import LocalShape
@@ -115,7 +115,7 @@ class _Forming:
                 del rank.states[number]
         rank.groups = tuple(self._groups([self._row(name) for _, name in counted_]))
 
-    def _row(self, name: Name) -> Row:
+    def _row(self, name: TableName) -> TableRow:
         item = optimizer_of(self._contents, name)
         return self._contents.rows.get(item, {}).get(name, {})
 
@@ -138,7 +138,7 @@ class _Forming:
         named = [LocalShape("model", placed.name, placed.shape) for placed in trained]
         return tuple(by_name[name] for name in counted(order, self._rules, named, {}))
 
-    def _groups(self, rows: Sequence[Row]) -> Iterator[ParamGroup]:
+    def _groups(self, rows: Sequence[TableRow]) -> Iterator[ParamGroup]:
         """Runs of parameters with the same options."""
         members: list[int] = []
         last: tuple[tuple[str, str], ...] | None = None

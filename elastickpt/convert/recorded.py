@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastickpt.convert.contents import Array, Contents, Groups, Laid
+from elastickpt.convert.contents import Array, Contents, Laid, NameGroups
 from elastickpt.convert.nodes import Recorded
 from elastickpt.foreign.listing import NotCarried
 from elastickpt.format.tables import rows_of
@@ -41,7 +41,7 @@ def recorded_contents(opened: Opened) -> Contents:
     )
 
 
-def orders_in(text: str | None) -> dict[str, Groups]:
+def orders_in(text: str | None) -> dict[str, NameGroups]:
     """The orders that a `layout_text` writes out."""
     statements = parse(text, name="layout_text").statements if text is not None else ()
     return {one.name: written_groups(one) for one in statements if isinstance(one, t.Order) and isinstance(one.by, t.Names)}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from elastickpt.convert.contents import Contents, Groups
+from elastickpt.convert.contents import Contents, NameGroups
 from elastickpt.convert.nodes import Node
 from elastickpt.errors import Refused
 from elastickpt.foreign.assemble import NewArray, NewState, assemble
@@ -18,7 +18,7 @@ from elastickpt.foreign.safetensors_plan import plan_safetensors
 from elastickpt.foreign.torch_archive import plan_torch_archive
 from elastickpt.format.arrays import ArrayId, dtype_named
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.tables import Name, Row
+from elastickpt.format.tables import TableName, TableRow
 from elastickpt.language.held import HeldPiece
 
 
@@ -93,13 +93,13 @@ def _whole(identity: ArrayId, contents: Contents) -> Delivery:
     return Delivery(str(identity), node, None, prod(node.shape))
 
 
-def optimizer_of(contents: Contents, name: Name) -> str:
+def optimizer_of(contents: Contents, name: TableName) -> str:
     """The optimizer that a parameter's states belong to."""
     known = next((item for item, rows in contents.rows.items() if name in rows), None)
     return known or next(iter(contents.rows), "optimizer")
 
 
-def counted_groups(rows: Mapping[Name, Row], item: str, order: Groups) -> Iterator[ParamGroup]:
+def counted_groups(rows: Mapping[TableName, TableRow], item: str, order: NameGroups) -> Iterator[ParamGroup]:
     """The param groups as a file counted them; a new one begins where options change, too."""
     by_name = {name: row for (_, name), row in rows.items()}
     known = {name for some in order for name in some}
@@ -119,7 +119,7 @@ def counted_groups(rows: Mapping[Name, Row], item: str, order: Groups) -> Iterat
             yield ParamGroup(item, tuple(members), options)
 
 
-def groups_of(rows: Mapping[Name, Row], item: str, order: tuple[Name, ...]) -> Iterator[ParamGroup]:
+def groups_of(rows: Mapping[TableName, TableRow], item: str, order: tuple[TableName, ...]) -> Iterator[ParamGroup]:
     """The param groups: parameters of the same options, in this order; a group stands where its first member does."""
     members: dict[tuple[tuple[str, str], ...], list[str]] = {}
     options: dict[tuple[tuple[str, str], ...], dict[str, object]] = {}

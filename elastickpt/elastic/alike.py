@@ -14,7 +14,7 @@ from elastickpt.elastic.passage import Passing, flushes_of, orders_of
 from elastickpt.elastic.stages import PARTS, Stage
 
 _NUMBER = re.compile(r"\d+")
-Form = tuple[str, str, tuple[int, ...]]  # of a tensor: name, element type, shape
+TensorForm = tuple[str, str, tuple[int, ...]]  # of a tensor: name, element type, shape
 
 
 class About(msgspec.Struct, frozen=True):
@@ -22,7 +22,7 @@ class About(msgspec.Struct, frozen=True):
     body's input and output, none for a stage that is the only one. `trained`: names of the body's parameters."""
 
     stage: int
-    parts: dict[str, list[Form]] = {}
+    parts: dict[str, list[TensorForm]] = {}
     example: list[tuple[str, tuple[int, ...]]] = []
     trained: list[str] = []
     refused: str = ""

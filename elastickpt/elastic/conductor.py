@@ -20,12 +20,12 @@ from elastickpt.elastic.event_log import member_event, recovery_event
 from elastickpt.elastic.job import (
     Choose,
     Chosen,
+    CoordinatorOrder,
     Ending,
-    Event,
     Gone,
+    JobEvent,
     JobPhase,
     JobState,
-    Order,
     Over,
     Recovered,
     Tell,
@@ -259,7 +259,7 @@ class Conductor:
         """What the job has come to, once it has ended and nobody of it is left; None before."""
         return None if self._departure is None or self._workers else self._departure.outcome
 
-    def _event(self, event: Event, now: float) -> None:
+    def _event(self, event: JobEvent, now: float) -> None:
         before = self.job
         self.job, orders = coordination.after(before, event)
         if self.job.generation != before.generation:
@@ -281,7 +281,7 @@ class Conductor:
         for uid in set(self.job.members) - set(before.members):
             self._record_member(self._workers[uid])
 
-    def _carry(self, order: Order, now: float) -> None:
+    def _carry(self, order: CoordinatorOrder, now: float) -> None:
         """A Register needs no deed: the table holds it, and tells it before anything else. [REC-10]"""
         if isinstance(order, Tell):
             message = order.message

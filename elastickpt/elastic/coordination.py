@@ -26,13 +26,13 @@ from elastickpt.elastic.job import (
     NOBODY,
     Choose,
     Chosen,
+    CoordinatorOrder,
     Ending,
-    Event,
     Gone,
+    JobEvent,
     JobPhase,
     JobState,
     Loss,
-    Order,
     Over,
     Recovered,
     Register,
@@ -67,7 +67,7 @@ class _Turn:
     """One event's work: the job as it becomes, and the orders so far."""
 
     job: JobState
-    orders: list[Order] = field(default_factory=list)
+    orders: list[CoordinatorOrder] = field(default_factory=list)
 
     def set(self, **changes: object) -> None:
         self.job = replace(self.job, **changes)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ class _Turn:
         self.orders += [Tell(uid, message) for uid in uids]
 
 
-def after(job: JobState, event: Event) -> tuple[JobState, tuple[Order, ...]]:
+def after(job: JobState, event: JobEvent) -> tuple[JobState, tuple[CoordinatorOrder, ...]]:
     """The job after one event, and what is to be said and done, in order."""
     turn = _Turn(job)
     if isinstance(event, tuple):

@@ -34,7 +34,7 @@ from elastickpt.elastic.membership import (
 from elastickpt.elastic.messages import Commit, Terms
 from elastickpt.elastic.recovery import Considered
 
-Outcome = Made | Mended | NotMended | Computed | Took | Failed | Erred | LoopEnded
+TaskOutcome = Made | Mended | NotMended | Computed | Took | Failed | Erred | LoopEnded
 
 
 class TaskOver(Exception):
@@ -79,7 +79,7 @@ class Duties(Protocol):
         """Blocks until there is one. Raises nothing of the job: its end is a Stop, the loss of the coordinator too."""
         ...
 
-    def done(self, task: Task, outcome: Outcome) -> None:
+    def done(self, task: Task, outcome: TaskOutcome) -> None:
         """What came of it; of no effect where the task is over. Not blocking."""
         ...
 

@@ -16,12 +16,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from elastickpt.elastic.links import Links, told_by_all
 from elastickpt.elastic.neighbours import partner
-from elastickpt.elastic.stages import PARTS, Part, Place, Stage
+from elastickpt.elastic.stages import PARTS, Place, Stage, StagePart
 from elastickpt.elastic.starts import KeptBuffers
 from elastickpt.errors import Refused
 
-Scope = Literal["stage", "global"]
-REPLICATED: tuple[Part, ...] = ("embed", "head")
+NormScope = Literal["stage", "global"]
+REPLICATED: tuple[StagePart, ...] = ("embed", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Clipping:
     all by one. `reported`: the norm that a step reports and averages are weighted by is the one after clipping, or before."""
 
     limit: float | None = None
-    scope: Scope = "stage"
+    scope: NormScope = "stage"
     reported: Literal["after", "before"] = "after"
 
 
@@ -78,7 +78,7 @@ def keep_buffers_equal(stage: Stage, place: Place, order: Sequence[int], links: 
     twin, sent = partner(place.stage, place.stages), 0
     if twin is None:
         return sent
-    ends: tuple[tuple[Part, int], ...] = (("embed", order[0]), ("head", order[-1]))
+    ends: tuple[tuple[StagePart, int], ...] = (("embed", order[0]), ("head", order[-1]))
     for part, first in ends:
         now = {name: one for name, one in stage.tensors.get(part, {}).items() if not isinstance(one, nn.Parameter)}
         if not now:

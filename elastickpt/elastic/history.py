@@ -17,7 +17,7 @@ from elastickpt.elastic.stages import Stage
 
 log = logging.getLogger(__name__)
 
-Mended = dict[str, int | str | bool]
+MendedEntry = dict[str, int | str | bool]
 
 
 class History(msgspec.Struct):
@@ -27,7 +27,7 @@ class History(msgspec.Struct):
     seed: int = 0
     lr_factors: dict[str, float] = {}
     norms: dict[int, float] = {}
-    lineage: list[Mended] = []
+    lineage: list[MendedEntry] = []
 
     def state_dict(self) -> dict[str, object]:
         return {

@@ -22,7 +22,7 @@ from elastickpt.elastic.messages import (
     ToMember,
     Unbuilt,
 )
-from elastickpt.elastic.recovery import Decision, Why
+from elastickpt.elastic.recovery import StepFate, Why
 
 NOBODY = ""
 
@@ -137,14 +137,14 @@ class Recovered:
 
     generation: int
     step: int
-    decision: Decision
+    decision: StepFate
     failed: tuple[Loss, ...]
     sources: tuple[StageSource, ...]
 
 
-Order = Tell | Register | Choose | Wait | Recovered
-Said = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left
-Event = tuple[str, Said] | Gone | WaitOver | Chosen | Ending | Over
+CoordinatorOrder = Tell | Register | Choose | Wait | Recovered
+MemberSaid = Join | Formed | Rebuilt | Unbuilt | Ready | Stepped | Broke | Raised | Left
+JobEvent = tuple[str, MemberSaid] | Gone | WaitOver | Chosen | Ending | Over
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class JobState:
     where: tuple[tuple[str, str, str], ...] = ()
     began: bool = False
     rollback: bool = False
-    decision: Decision = "replay"
+    decision: StepFate = "replay"
     failed: tuple[Loss, ...] = ()
     lost: frozenset[int] = frozenset()
     finite: frozenset[int] = frozenset()

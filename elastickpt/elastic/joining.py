@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from elastickpt.elastic import environment, membership
 from elastickpt.elastic.calling import connected
-from elastickpt.elastic.duties import Outcome, TaskOver
+from elastickpt.elastic.duties import TaskOutcome, TaskOver
 from elastickpt.elastic.limits import LEAVING_S, MAX_BEAT_S
 from elastickpt.elastic.line import Line
 from elastickpt.elastic.membership import Act, Compute, Form, LoopEnded, Made, Member, Mend, Mended, Stop
@@ -29,11 +29,11 @@ from elastickpt.elastic.messages import (
     FromMember,
     Held,
     Join,
-    Point,
     Put,
     Quit,
     Reached,
     Rebuild,
+    RecoveryPoint,
     Terms,
     View,
     Welcome,
@@ -95,7 +95,7 @@ class Job:
         self._epoch = 0
         self._held: dict[tuple[int, str], bytes] = {}
         self._count, self._own, self._phases = 0, False, [("", None)]
-        self._reached: set[tuple[int, Point]] = set()
+        self._reached: set[tuple[int, RecoveryPoint]] = set()
         self._line = Line(stream, beat=self._beat, hear=self._hear, lost=self._lost)
         self._line.open()
 
@@ -161,7 +161,7 @@ class Job:
             self._reach("unblocked")
         return task
 
-    def done(self, task: JobTask, outcome: Outcome) -> None:
+    def done(self, task: JobTask, outcome: TaskOutcome) -> None:
         with self._changing:
             if not task.over and task is self._task:
                 self._count += 1
@@ -228,7 +228,7 @@ class Job:
     def _leave_quietly(self) -> None:
         """For who trains nothing: takes part until the end."""
         while not isinstance(act := (task := self.next_task()).act, Stop):
-            outcomes: dict[type, Outcome] = {Form: Made(), Mend: Mended(), Compute: LoopEnded()}
+            outcomes: dict[type, TaskOutcome] = {Form: Made(), Mend: Mended(), Compute: LoopEnded()}
             self.done(task, outcomes[type(act)])
 
     def close(self) -> None:
@@ -272,7 +272,7 @@ class Job:
         else:
             self._take(message)
 
-    def _take(self, message: membership.Event) -> None:
+    def _take(self, message: membership.MemberEvent) -> None:
         with self._changing:
             if isinstance(message, End):
                 self._end = self._end or message
@@ -283,7 +283,7 @@ class Job:
             before = self._task
             try:
                 self._turn(message)
-            except membership.Torn as torn:
+            except membership.CannotFollow as torn:
                 log.error("this member cannot go on: %s", torn)
                 self._end = End(1, "step-failed", f"our own mistake: {torn}")
                 self._turn(self._end)
@@ -298,7 +298,7 @@ class Job:
                 self._interrupting = False
                 self._changing.notify_all()
 
-    def _turn(self, event: membership.Event) -> None:
+    def _turn(self, event: membership.MemberEvent) -> None:
         """One row of the table, in which both threads take turns."""
         before = self._member
         self._member, said, act = membership.after(before, event)
@@ -313,7 +313,7 @@ class Job:
     def _say(self, message: FromMember) -> None:
         self._line.say(encode(message))
 
-    def _reach(self, point: Point) -> None:
+    def _reach(self, point: RecoveryPoint) -> None:
         """In the thread that trains, whose task counts: of a newer view, which may be known by now, it has begun nothing."""
         if self._at_work is None:
             return

@@ -160,7 +160,7 @@ class LoopEnded:
     """The user's loop wants no step beyond the member's own; after a rollback it is asked anew."""
 
 
-Event = View | Rebuild | Go | Commit | End | Made | Mended | NotMended | Computed | Took | Failed | Erred | LoopEnded
+MemberEvent = View | Rebuild | Go | Commit | End | Made | Mended | NotMended | Computed | Took | Failed | Erred | LoopEnded
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ class Member:
         return 0 if self.view is None else self.view.generation
 
 
-class Torn(RuntimeError):
+class CannotFollow(RuntimeError):
     """Our own mistake: a view wants a step at which this member does not stand and to which nothing brings it."""
 
 
@@ -197,9 +197,9 @@ class _Turn:
         self.member = replace(self.member, **changes)  # type: ignore[arg-type]
 
 
-def after(member: Member, event: Event) -> tuple[Member, tuple[FromMember, ...], Act | None]:
-    """The member after one event, what it says, and the act it sets about, None for none. Raises Torn, which no order of
-    messages and deaths makes it do."""
+def after(member: Member, event: MemberEvent) -> tuple[Member, tuple[FromMember, ...], Act | None]:
+    """The member after one event, what it says, and the act it sets about, None for none. Raises CannotFollow, which no order
+    of messages and deaths makes it do."""
     turn = _Turn(member)
     TABLE[member.duty, type(event)](turn, event)
     return turn.member, tuple(turn.said), turn.act
@@ -224,7 +224,7 @@ def _viewed(turn: _Turn, view: View) -> None:
         turn.set(duty=Duty.STEPPING, waiting=view)
         turn.act = TakeStep(view.step, None)
     else:
-        raise Torn(f"{member.duty} after step {member.step}, and view {view.generation} says step {view.step}")
+        raise CannotFollow(f"{member.duty} after step {member.step}, and view {view.generation} says step {view.step}")
 
 
 def _form(turn: _Turn, view: View) -> None:
@@ -269,7 +269,7 @@ def _go(turn: _Turn, message: Go) -> None:
     if message.generation != member.generation or member.view is None:
         return
     if member.step not in (None, message.step):
-        raise Torn(f"stands after step {member.step}, and all are said to stand after step {message.step}")
+        raise CannotFollow(f"stands after step {member.step}, and all are said to stand after step {message.step}")
     turn.set(step=message.step, ending=message.ending)
     _next_step(turn, message)
 

@@ -29,7 +29,7 @@ from elastickpt.elastic.links import Links
 from elastickpt.elastic.messages import StageSource
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.policy import Policy
-from elastickpt.elastic.stages import Part, Stage, Swap
+from elastickpt.elastic.stages import Stage, StagePart, Swap
 from elastickpt.errors import Refused, StateMismatch
 from elastickpt.ranks.messages import decode, encode
 
@@ -241,7 +241,7 @@ class Mending:
                 for _ in range(step):
                     scheduler.step()
 
-    def _put_moments(self, part: Part, given: Sequence[list[dict[str, Any]]], alpha: float) -> None:
+    def _put_moments(self, part: StagePart, given: Sequence[list[dict[str, Any]]], alpha: float) -> None:
         for parameter, *states in zip(_trained(self._stage, part), *given, strict=True):
             found = states[0] if len(states) == 1 else mixed_moments(states[0], states[1], parameter, alpha)
             if found:
@@ -264,7 +264,7 @@ def mixed_moments(before: dict[str, Any], after: dict[str, Any], parameter: Tens
         raise NoGood(f"moments of the stages beside it: {error.message}") from error
 
 
-def _trained(stage: Stage, part: Part) -> list[Tensor]:
+def _trained(stage: Stage, part: StagePart) -> list[Tensor]:
     """The parameters of a part that are trained, in the order in which two stages that are alike have them."""
     mine = {id(one) for one in stage.parameters(part)}
     return [tensor for _, tensor in in_order(stage.tensors[part]) if id(tensor) in mine]
@@ -290,7 +290,7 @@ class _Transfer:
             self.links.receive(one, stage)
         return taken
 
-    def give_moments(self, stage: Stage, part: Part) -> None:
+    def give_moments(self, stage: Stage, part: StagePart) -> None:
         told: list[list[Moment]] = []
         tensors: list[Tensor] = []
         why = ""
@@ -310,7 +310,7 @@ class _Transfer:
         if not why:
             self.give_tensors(tensors)
 
-    def take_moments(self, stage: int, part: Part) -> list[dict[str, Any]]:
+    def take_moments(self, stage: int, part: StagePart) -> list[dict[str, Any]]:
         data = self.exchange.get(self._key(stage, part), limit_s=HEAR_LIMIT_S)
         why, told = decode(data, tuple[str, list[list[Moment]]])
         if why:
@@ -325,7 +325,7 @@ class _Transfer:
             states.append(state)
         return states
 
-    def _key(self, giver: int, part: Part) -> str:
+    def _key(self, giver: int, part: StagePart) -> str:
         return f"moments/{part}/{giver}/{self.away}"
 
 

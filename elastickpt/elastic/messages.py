@@ -30,7 +30,7 @@ from typing import Literal, cast
 from elastickpt.elastic.recovery import Recovery, Rung
 from elastickpt.ranks.messages import Message, decode_from
 
-Point = Literal["unblocked", "first_microbatch"]
+RecoveryPoint = Literal["unblocked", "first_microbatch"]
 
 
 class Join(Message, frozen=True, tag=True):
@@ -126,7 +126,7 @@ class Reached(Message, frozen=True, tag=True):
     """`unblocked`: nothing of an older view is under way any more. `first_microbatch`: that of what runs after a Go begins."""
 
     generation: int
-    point: Point
+    point: RecoveryPoint
 
 
 class Put(Message, frozen=True, tag=True):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Decision = Literal["forward", "replay"]
+StepFate = Literal["forward", "replay"]
 Rung = Literal["stale", "partner", "checkfree", "rollback"]
 Why = Literal["exit", "closed", "silent", "stalled", "raised"]
-Mended = Literal["stale", "partner", "checkfree", "rollback", "replay"]
-_APPROXIMATE: tuple[Mended, ...] = ("stale", "partner", "checkfree")
+MendedBy = Literal["stale", "partner", "checkfree", "rollback", "replay"]
+_APPROXIMATE: tuple[MendedBy, ...] = ("stale", "partner", "checkfree")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Lost:
     pid: int
     why: Why
     signal: int | None = None
-    rung: Mended = "replay"
+    rung: MendedBy = "replay"
     source: From = From(())
     traceback: str = ""
 
@@ -87,9 +87,9 @@ class Recovery:
     epoch: int
     generation: int
     step: int
-    decision: Decision
+    decision: StepFate
     lost: tuple[Lost, ...]
-    rung: Mended
+    rung: MendedBy
     approximate: bool
     source: From
     considered: tuple[Considered, ...]

@@ -19,9 +19,9 @@ from elastickpt.errors import PlacementUnsupported, Refused
 from elastickpt.training.elements import is_loaded_instance
 from elastickpt.training.parameters import ZERO
 
-Part = Literal["embed", "body", "head"]
+StagePart = Literal["embed", "body", "head"]
 Swap = Literal["microbatch", "step"]
-PARTS: tuple[Part, ...] = ("embed", "body", "head")
+PARTS: tuple[StagePart, ...] = ("embed", "body", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Stage:
             raise Refused("Stage: embed and head were given without a body; expected body=, which is what lies between them")
         self.module, self.optimizer, self.scheduler, self.loss = module, optimizer, scheduler, loss
         given = {"embed": embed, "body": module if body is None else body, "head": head}
-        self.parts: dict[Part, nn.Module] = {part: one for part in PARTS if (one := given[part]) is not None}
+        self.parts: dict[StagePart, nn.Module] = {part: one for part in PARTS if (one := given[part]) is not None}
         self.example = None if example is None else _metas(example)
         self.names = _names_of(module)
         self._require_whole()
@@ -76,17 +76,17 @@ class Stage:
         self._require_scheduler()
 
     @property
-    def tensors(self) -> dict[Part, dict[str, Tensor]]:
+    def tensors(self) -> dict[StagePart, dict[str, Tensor]]:
         """Parameters and buffers of each part that are saved, by the module's names and in its order. As they are now: forward
         may put another tensor in a buffer's place."""
         now = dict(_unique(self.module))
         return {part: {name: now[name] for name in names} for part, names in self._tensor_names.items()}
 
-    def parameters(self, part: Part) -> list[nn.Parameter]:
+    def parameters(self, part: StagePart) -> list[nn.Parameter]:
         """Those of a part that are trained, in the module's order; none for a part that is not there."""
         return self._parameters.get(part, [])  # type: ignore[return-value]
 
-    def _named(self, part: Part) -> dict[str, Tensor]:
+    def _named(self, part: StagePart) -> dict[str, Tensor]:
         """The tensors of a part that are saved, by the module's names. Raises Refused for one that is not the module's."""
         mine: set[int] = set()
         for own, tensor in _tensors_of(self.parts[part]):
@@ -107,7 +107,7 @@ class Stage:
 
     def _require_apart(self) -> None:
         """Every trained parameter is passed by one part, which is what clips it and what rebuilds it."""
-        holder: dict[int, Part] = {}
+        holder: dict[int, StagePart] = {}
         for part, tensors in self.tensors.items():
             for name, tensor in tensors.items():
                 if (other := holder.setdefault(id(tensor), part)) != part and isinstance(tensor, nn.Parameter):
@@ -135,7 +135,7 @@ class Stage:
 
 def require_parts(stage: Stage, place: Place, *, swap: Swap | None) -> None:
     """Whether the stage has the parts and the loss that its place needs. Raises Refused."""
-    ends: dict[Part, tuple[int, ...]] = {"embed": (0,), "head": (place.stages - 1,)}
+    ends: dict[StagePart, tuple[int, ...]] = {"embed": (0,), "head": (place.stages - 1,)}
     if swap is not None:
         if place.stages < MIN_SWAPPED_STAGES:
             raise Refused(f"swap={swap!r} with {place.stages} stages: expected at least {MIN_SWAPPED_STAGES}")

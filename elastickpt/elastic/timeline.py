@@ -9,7 +9,7 @@ import msgspec
 
 from elastickpt.elastic.job import Loss, Recovered
 from elastickpt.elastic.messages import Commit, StageSource
-from elastickpt.elastic.recovery import Considered, From, Lost, Mended, Moved, Recovery, Seconds, is_approximate
+from elastickpt.elastic.recovery import Considered, From, Lost, MendedBy, Moved, Recovery, Seconds, is_approximate
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Recoveries:
         return told
 
 
-def mended_by(source: StageSource | None) -> tuple[Mended, From]:
+def mended_by(source: StageSource | None) -> tuple[MendedBy, From]:
     """How a place was mended: by its source, or by a replay where it needed none."""
     if source is None:
         return "replay", From(())

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
-from elastickpt.elastic.gradients import Clipping, Scope
+from elastickpt.elastic.gradients import Clipping, NormScope
 from elastickpt.elastic.joining import Job, JobTask
 from elastickpt.elastic.links import LinkBroken
 from elastickpt.elastic.membership import Compute, LoopEnded
@@ -48,7 +48,7 @@ class PipelineTrainer:
         schedule: Schedule = "1f1b",
         swap: Swap | None = None,
         clip: float | None = None,
-        clip_scope: Scope = "stage",
+        clip_scope: NormScope = "stage",
         run: Run | None = None,
         policy: Policy | None = None,
         seed: int = 0,
@@ -57,7 +57,7 @@ class PipelineTrainer:
         policy = policy or Policy()
         _require("schedule", schedule, get_args(Schedule))
         _require("swap", swap, (None, *get_args(Swap)))
-        _require("clip_scope", clip_scope, get_args(Scope))
+        _require("clip_scope", clip_scope, get_args(NormScope))
         if type(microbatches) is not int or microbatches < 1:
             raise Refused(f"microbatches={microbatches!r}: expected an integer from 1 on")
         if clip is not None and not clip > 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.foreign.dcp import METADATA
-from elastickpt.foreign.file_plans import Checksums, FilePlan, Frame, NewTensor, constant_file
+from elastickpt.foreign.file_plans import ByteFrame, FileChecksums, FilePlan, NewTensor, constant_file
 from elastickpt.foreign.nested import Path
 from elastickpt.foreign.pickle_emitter import emit_pickle
 from elastickpt.foreign.pickle_values import ElementType, Instance
@@ -47,7 +47,7 @@ def plan_dcp(value: Mapping[str, object]) -> tuple[FilePlan, ...]:
     return (data, constant_file(METADATA, emit_pickle(_metadata(items), _no_tensor)))
 
 
-def _frames(items: Iterable[_Item], checksums: Checksums) -> Iterator[Frame]:
+def _frames(items: Iterable[_Item], checksums: FileChecksums) -> Iterator[ByteFrame]:
     for item in items:
         yield from item.archive.frames(checksums)
 

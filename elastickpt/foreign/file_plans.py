@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 from elastickpt.format.arrays import dtype_named
 
-Frame: TypeAlias = tuple[int, bytes]  # offset in the file, what stands there
-Checksums: TypeAlias = Mapping[str, int]
+ByteFrame: TypeAlias = tuple[int, bytes]  # offset in the file, what stands there
+FileChecksums: TypeAlias = Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ class FilePlan:
     path: str
     nbytes: int
     slots: tuple[TensorSlot, ...]
-    framing: Callable[[Checksums], Iterable[Frame]] = field(repr=False)
+    framing: Callable[[FileChecksums], Iterable[ByteFrame]] = field(repr=False)
 
-    def frames(self, checksums: Checksums) -> Iterable[Frame]:
+    def frames(self, checksums: FileChecksums) -> Iterable[ByteFrame]:
         return self.framing(checksums)
 
 

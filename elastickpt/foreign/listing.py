@@ -21,7 +21,7 @@ MAX_REPEATED_NBYTES = 1024 * MIB  # of a tensor that has more elements than its 
 Format: TypeAlias = Literal[
     "universal", "dcp", "safetensors", "torch", "megatron-legacy", "megatron-dist", "deepspeed", "deepspeed-universal", "fsdp1"
 ]
-Constant: TypeAlias = int | float | bool | str | tuple["Constant", ...] | None
+FileConstant: TypeAlias = int | float | bool | str | tuple["FileConstant", ...] | None
 LocalName: TypeAlias = str | int  # an int is an optimizer's index, of which only an order says whose it is
 
 
@@ -224,7 +224,7 @@ class ForeignCheckpoint:
     scalars: tuple[StateScalar, ...] = ()
     groups: tuple[ParamGroup, ...] = ()
     tied: tuple[TiedName, ...] = ()
-    constants: Mapping[str, Constant] = field(default_factory=dict)
+    constants: Mapping[str, FileConstant] = field(default_factory=dict)
     values: Mapping[str, object] = field(default_factory=dict)
     not_carried: tuple[NotCarried, ...] = ()
     said: tuple[str, ...] = ()

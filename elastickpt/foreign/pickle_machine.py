@@ -22,13 +22,13 @@ MAX_PICKLE_NBYTES = 512 * MIB
 _FREE_NBYTES = 4 * MIB  # what may be made whatever the pickle's length
 _NBYTES_FOR_A_BYTE = 64  # and for each byte of it: real pickles need below 20
 
-Names: TypeAlias = Mapping[str, object]
+AllowedNames: TypeAlias = Mapping[str, object]
 Persistent: TypeAlias = Callable[[object], object]
 
 _MOVED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # what protocol 2 writes for modules of Python 3
 
 
-def read_pickle(data: bytes, *, names: Names, persistent: Persistent, where: str) -> object:
+def read_pickle(data: bytes, *, names: AllowedNames, persistent: Persistent, where: str) -> object:
     """The value of a pickle.
 
     `names` maps "module.name" to a Maker or to a value; `persistent` makes something of a persistent id. `where` begins
@@ -43,7 +43,7 @@ def read_pickle(data: bytes, *, names: Names, persistent: Persistent, where: str
 
 
 class _Machine:
-    def __init__(self, data: bytes, names: Names, persistent: Persistent, where: str) -> None:
+    def __init__(self, data: bytes, names: AllowedNames, persistent: Persistent, where: str) -> None:
         self.data = data
         self.at = 0
         self.names = names

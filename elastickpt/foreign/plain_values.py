@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 
 from elastickpt.errors import Malformed, ValueNotCarried
-from elastickpt.foreign.listing import Constant, NotCarried, StoredTensor
+from elastickpt.foreign.listing import FileConstant, NotCarried, StoredTensor
 from elastickpt.foreign.numpy_values import numpy_array
 from elastickpt.foreign.pickle_names import NAMES, is_odd_tensor
 from elastickpt.foreign.pickle_values import ElementType, Instance, Maker
@@ -105,9 +105,9 @@ def carried(
     return found, tuple(left)
 
 
-def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
+def constants_of(values: Mapping[str, object]) -> dict[str, FileConstant]:
     """The plain numbers and words of a mapping, element types by name, members of mappings in it as "outer.inner"."""
-    found: dict[str, Constant] = {}
+    found: dict[str, FileConstant] = {}
     for name, value in values.items():
         if isinstance(value, ElementType | DtypeValue):
             found[name] = value.name
@@ -121,9 +121,9 @@ def constants_of(values: Mapping[str, object]) -> dict[str, Constant]:
     return found
 
 
-def constants_among(values: Mapping[str, object]) -> dict[str, Constant]:
+def constants_among(values: Mapping[str, object]) -> dict[str, FileConstant]:
     """The constants of plain values that programs keep beside their tensors under `config` or `args`."""
-    found: dict[str, Constant] = {}
+    found: dict[str, FileConstant] = {}
     for pointer in ("/config", "/args"):
         value = values.get(pointer)
         inner = value.get("state") if isinstance(value, dict) and CLASS in value else value

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastickpt.foreign.file_plans import Checksums, FilePlan, Frame, NewTensor, TensorSlot
+from elastickpt.foreign.file_plans import ByteFrame, FileChecksums, FilePlan, NewTensor, TensorSlot
 from elastickpt.foreign.pickle_emitter import emit_pickle
 from elastickpt.format.values import ArrayValue
 
@@ -36,7 +36,7 @@ class _Record:
     def end(self) -> int:
         return self.start + self.nbytes
 
-    def crc32(self, checksums: Checksums) -> int:
+    def crc32(self, checksums: FileChecksums) -> int:
         if self.data is not None:
             return zlib.crc32(self.data)
         return checksums.get(self.tensor.key, 0) if self.tensor is not None else 0
@@ -78,7 +78,7 @@ def _placed(name: str, header: int, nbytes: int, data: bytes | None, tensor: New
     return _Record(full, header, -(-least // _ALIGNMENT) * _ALIGNMENT, nbytes, data, tensor)
 
 
-def _frames(records: list[_Record], checksums: Checksums, start: int) -> Iterator[Frame]:
+def _frames(records: list[_Record], checksums: FileChecksums, start: int) -> Iterator[ByteFrame]:
     for one in records:
         yield start + one.header, _local_header(one, checksums)
         if one.data is not None:
@@ -86,7 +86,7 @@ def _frames(records: list[_Record], checksums: Checksums, start: int) -> Iterato
     yield start + records[-1].end, _directory(records, checksums)
 
 
-def _local_header(one: _Record, checksums: Checksums) -> bytes:
+def _local_header(one: _Record, checksums: FileChecksums) -> bytes:
     wide = one.nbytes >= _FULL32
     size = _FULL32 if wide else one.nbytes
     extra = struct.pack("<2H2Q", 1, 16, one.nbytes, one.nbytes) if wide else b""
@@ -97,7 +97,7 @@ def _local_header(one: _Record, checksums: Checksums) -> bytes:
     return struct.pack("<4s5H3L2H", b"PK\x03\x04", *fields) + one.name + extra
 
 
-def _directory(records: list[_Record], checksums: Checksums) -> bytes:
+def _directory(records: list[_Record], checksums: FileChecksums) -> bytes:
     made = bytearray()
     for one in records:
         made += _entry(one, checksums)
@@ -111,7 +111,7 @@ def _directory(records: list[_Record], checksums: Checksums) -> bytes:
     return bytes(made)
 
 
-def _entry(one: _Record, checksums: Checksums) -> bytes:
+def _entry(one: _Record, checksums: FileChecksums) -> bytes:
     wide = [one.nbytes, one.nbytes] if one.nbytes >= _FULL32 else []
     wide += [one.header] if one.header >= _FULL32 else []
     extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""

@@ -16,12 +16,12 @@ from elastickpt.format.records import Field, FieldKind, OptimizerTable
 from elastickpt.format.strict_reading import StrictObject, pack_ints, take_ints
 from elastickpt.format.values import Value
 
-Name = tuple[str, str]  # (model item, FQN)
-Key = tuple[FieldKind, str]
-Row = dict[Key, Value]
+TableName = tuple[str, str]  # (model item, FQN)
+TableKey = tuple[FieldKind, str]
+TableRow = dict[TableKey, Value]
 
 
-def rows_of(table: OptimizerTable) -> dict[Name, Row]:
+def rows_of(table: OptimizerTable) -> dict[TableName, TableRow]:
     """What the table says of each parameter, in its order."""
     return {
         name: {(field.kind, field.key): field.values[field.which[place]] for field in table.fields if field.which[place] >= 0}
@@ -29,7 +29,7 @@ def rows_of(table: OptimizerTable) -> dict[Name, Row]:
     }
 
 
-def table_of(item: str, rows: Mapping[Name, Row]) -> OptimizerTable:
+def table_of(item: str, rows: Mapping[TableName, TableRow]) -> OptimizerTable:
     """The table of these rows: parameters and columns sorted, each value of a column once. Raises ValueNotCarried."""
     names = tuple(sorted(rows))
     fields = []
@@ -49,7 +49,7 @@ def table_of(item: str, rows: Mapping[Name, Row]) -> OptimizerTable:
     return OptimizerTable(item, names, tuple(fields))
 
 
-def without(table: OptimizerTable, names: Collection[Name]) -> OptimizerTable:
+def without(table: OptimizerTable, names: Collection[TableName]) -> OptimizerTable:
     """The table of its other parameters, with the values that these have."""
     kept = [place for place, name in enumerate(table.parameters) if name not in names]
     fields = []

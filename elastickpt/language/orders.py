@@ -9,7 +9,7 @@ from elastickpt.language.holders import LocalShape
 from elastickpt.language.printer import pattern_text
 from elastickpt.language.rules import Rules
 
-_AXES: dict[t.Kind, range] = {"matrices": range(2, 33), "vectors": range(2), "all": range(33)}
+_AXES: dict[t.TensorKind, range] = {"matrices": range(2, 33), "vectors": range(2), "all": range(33)}
 
 
 def plain_name(pattern: t.Pattern) -> str:

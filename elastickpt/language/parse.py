@@ -230,7 +230,7 @@ class _Builder(Transformer[Token, Any]):
 
     def cut(self, *children: Any) -> Any:
         axes = tuple(child for child in children if isinstance(child, Token))
-        mode: t.Mode = next((child for child in children if not isinstance(child, Token) and child is not None), "even")
+        mode: t.SplitMode = next((child for child in children if not isinstance(child, Token) and child is not None), "even")
         return lambda inner: t.Cut(inner, tuple(map(str, axes)), mode, at=_at(axes[0]))
 
     def deal(self, axis: Token) -> Any:

@@ -18,7 +18,7 @@ from elastickpt.language.rules import Rule, Rules
 from elastickpt.language.scope import Scope
 from elastickpt.language.strands import Lowering, solved, unknown_sizes, whole_index
 
-Key = tuple[tuple[int, tuple[int | str, ...]], ...]
+TextKey = tuple[tuple[int, tuple[int | str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class PlacedTensor:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     rule: Rule
-    key: Key
+    key: TextKey
 
 
 def whole_sizes(rules: Rules, arrays: Sequence[NamedShape]) -> Scope:
@@ -159,7 +159,7 @@ def _flat(rules: Rules, scope: Scope, arrays: Sequence[NamedShape], listings: Ma
                 continue
             laid = lay_flat(rule.dims[0], order, scope, at)
             parts = tuple(Part(one.name, one.held) for one in laid.parts)
-            key: Key = tuple((line, ()) for line, _ in rule.path)
+            key: TextKey = tuple((line, ()) for line, _ in rule.path)
             container = filled(rule.containers[0], {})
             yield PlacedTensor(coordinate, 0, container, filled(rule.pattern, {}), (laid.count,), parts, rule, key)
 

@@ -139,7 +139,7 @@ def _product(product: t.Product) -> str:
     return text if product.label is None else f"{product.label}={text}"
 
 
-def _mode(mode: t.Mode) -> str:
+def _mode(mode: t.SplitMode) -> str:
     if isinstance(mode, t.Sizes):
         named = isinstance(mode.values, str)
         return f":{mode.values}" if named else f":({', '.join(map(expr_text, mode.values))})"  # type: ignore[arg-type]

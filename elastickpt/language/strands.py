@@ -127,7 +127,7 @@ class Lowering:
             return Extent(1, found.local, None, (Strand((), 0, index, axes),))
         return found
 
-    def _cut(self, inner: Extent, axes: tuple[str, ...], mode: t.Mode, at: t.TextPlace) -> Extent:
+    def _cut(self, inner: Extent, axes: tuple[str, ...], mode: t.SplitMode, at: t.TextPlace) -> Extent:
         ways, index = self._position(axes, at)
         if mode == "even":
             low, high = self._even(inner.local, ways, f"along {' '.join(axes)}", at)[index]
@@ -135,7 +135,7 @@ class Lowering:
             low, high = self._shares(inner.local, ways, mode, at)[index]
         return Extent(inner.whole, high - low, inner.true, _restricted(inner, low, high, frozenset(axes)))
 
-    def _shares(self, extent: int, ways: int, mode: t.Mode, at: t.TextPlace) -> Sequence[tuple[int, int]]:
+    def _shares(self, extent: int, ways: int, mode: t.SplitMode, at: t.TextPlace) -> Sequence[tuple[int, int]]:
         if not isinstance(mode, t.Sizes):
             return torch_chunk(extent, ways) if mode == "chunk" else balanced(extent, ways)
         named = mode.values

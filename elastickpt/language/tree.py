@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 HoldWord = Literal["same", "first", "last", "any", "average"]
-Kind = Literal["matrices", "vectors", "all"]
+TensorKind = Literal["matrices", "vectors", "all"]
 Compare = Literal["==", "!=", "<=", ">=", "<", ">"]
 
 
@@ -122,7 +122,7 @@ class Sizes:
     values: tuple[Expr, ...] | str
 
 
-Mode: TypeAlias = Literal["even", "chunk", "balanced"] | Sizes
+SplitMode: TypeAlias = Literal["even", "chunk", "balanced"] | Sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Cut:
 
     inner: Factor
     axes: tuple[str, ...]
-    mode: Mode = "even"
+    mode: SplitMode = "even"
     at: TextPlace = _AT
 
 
@@ -318,7 +318,7 @@ class Order:
     """In which order a file counts parameters: a listing of the files, kinds in model order, or names."""
 
     name: str
-    by: str | tuple[Kind, ...] | Names
+    by: str | tuple[TensorKind, ...] | Names
     at: TextPlace = _AT
 
 

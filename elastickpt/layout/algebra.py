@@ -82,8 +82,8 @@ def _different(a: Box, b: Box) -> Malformed:
 LISTED = 8  # entries of a report: enough to see the pattern
 
 Point = tuple[int, ...]
-Item = tuple[Point, Point, int]  # a box clipped to the part it stands in: start, stop, its number in the input
-Part = tuple[Point, Point, list[Item]]  # start and stop of a part of the region, and what stands in it
+SplitItem = tuple[Point, Point, int]  # a box clipped to the part it stands in: start, stop, its number in the input
+SplitPart = tuple[Point, Point, list[SplitItem]]  # start and stop of a part of the region, and what stands in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def require_coverage(spec: ArraySpec, boxes: Sequence[Box], names: Sequence[str]
 def _prove(region: Box, boxes: Sequence[Box], label: Callable[[int], str]) -> CoverageReport:
     if _stacked(region, boxes):
         return CoverageReport()
-    work: list[Part] = [(region.start, region.stop, _items(region, boxes, label))] if region.count else []
+    work: list[SplitPart] = [(region.start, region.stop, _items(region, boxes, label))] if region.count else []
     gaps: list[Box] = []
     overlaps: dict[tuple[int, int], Box] = {}
     while work and len(gaps) < LISTED and len(overlaps) < LISTED:
@@ -171,7 +171,7 @@ def _stacked(region: Box, boxes: Sequence[Box]) -> bool:
     return edge == region.stop[0]
 
 
-def _items(region: Box, boxes: Sequence[Box], label: Callable[[int], str]) -> list[Item]:
+def _items(region: Box, boxes: Sequence[Box], label: Callable[[int], str]) -> list[SplitItem]:
     items = []
     for number, box in enumerate(boxes):
         if box.ndim != region.ndim or not contains(region, box):
@@ -185,7 +185,7 @@ def _common(a: Box, b: Box) -> Box:
     return Box(tuple(map(max, a.start, b.start)), tuple(map(min, a.stop, b.stop)))
 
 
-def _cut_between(part: Part) -> list[Part] | None:
+def _cut_between(part: SplitPart) -> list[SplitPart] | None:
     """The part, cut along an axis where no box crosses, less the slabs that one box fills; None without a cut."""
     start, stop, items = part
     for axis in range(len(start)):
@@ -201,10 +201,10 @@ def _cut_between(part: Part) -> list[Part] | None:
     return None
 
 
-def _slabs(items: list[Item], axis: int, start: int, stop: int) -> list[tuple[int, int, list[Item]]]:
+def _slabs(items: list[SplitItem], axis: int, start: int, stop: int) -> list[tuple[int, int, list[SplitItem]]]:
     """`[start, stop)` of an axis as (from, to, boxes), cut at every place that no box crosses; gaps have no boxes."""
-    slabs: list[tuple[int, int, list[Item]]] = []
-    group: list[Item] = []
+    slabs: list[tuple[int, int, list[SplitItem]]] = []
+    group: list[SplitItem] = []
     low = edge = start
     for item in sorted(items, key=lambda item: item[0][axis]):
         at = item[0][axis]
@@ -222,7 +222,7 @@ def _slabs(items: list[Item], axis: int, start: int, stop: int) -> list[tuple[in
     return slabs
 
 
-def _cut_through(part: Part) -> list[Part] | None:
+def _cut_through(part: SplitPart) -> list[SplitPart] | None:
     """The part in two, at the middle one of the boundaries inside it, on the axis with most; None without any."""
     start, stop, items = part
     inner = [

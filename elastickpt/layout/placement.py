@@ -22,10 +22,10 @@ from elastickpt.errors import LayoutUnsupported, Malformed
 from elastickpt.format.arrays import Box, Mesh
 from elastickpt.format.limits import MIB
 
-Split = tuple[tuple[int, int], ...]
+AxisSplit = tuple[tuple[int, int], ...]
 
 
-def even(extent: int, ways: int) -> Split:
+def even(extent: int, ways: int) -> AxisSplit:
     """Equal intervals. Raises LayoutUnsupported when the extent leaves a remainder."""
     _check(extent, ways)
     size, remainder = divmod(extent, ways)
@@ -34,21 +34,21 @@ def even(extent: int, ways: int) -> Split:
     return tuple((k * size, (k + 1) * size) for k in range(ways))
 
 
-def torch_chunk(extent: int, ways: int) -> Split:
+def torch_chunk(extent: int, ways: int) -> AxisSplit:
     """The intervals of `torch.chunk`, padded to `ways`: ceil(extent / ways) each, trailing ones shorter or empty."""
     _check(extent, ways)
     size = -(-extent // ways)
     return tuple((min(k * size, extent), min((k + 1) * size, extent)) for k in range(ways))
 
 
-def explicit(extent: int, sizes: Sequence[int]) -> Split:
+def explicit(extent: int, sizes: Sequence[int]) -> AxisSplit:
     """Intervals of these sizes. Raises LayoutUnsupported when one is negative or their sum is not the extent."""
     if any(size < 0 for size in sizes) or sum(sizes) != extent:
         raise LayoutUnsupported(f"sizes {tuple(sizes)} add up to {sum(sizes)}, the extent to split is {extent}")
     return tuple(pairwise(accumulate(sizes, initial=0)))
 
 
-def balanced(extent: int, ways: int) -> Split:
+def balanced(extent: int, ways: int) -> AxisSplit:
     """Intervals that differ by at most one element, the longer ones first."""
     _check(extent, ways)
     size, remainder = divmod(extent, ways)

@@ -23,7 +23,7 @@ from elastickpt.storage.links import replace_link
 from elastickpt.storage.opening import open_store
 from elastickpt.storage.store import Store
 
-CommitState = Literal["live", "abandoned"]
+BranchState = Literal["live", "abandoned"]
 SHOWN_STEPS = 6  # of a branch, in a message
 
 
@@ -33,7 +33,7 @@ class CommitEntry:
     where it cannot be loaded: its register is not what was written, or its folder is gone."""
 
     id: AttemptId
-    state: CommitState
+    state: BranchState
     commit: CommitRegister | None
     metrics: Metrics = ()
     problem: str = ""
@@ -102,7 +102,7 @@ def entries_of(view: RunView) -> tuple[CommitEntry, ...]:
     abandoned = sorted(set(by_id) - set(live), key=lambda one: (one.epoch, one.step, one.attempt), reverse=True)
     entries = []
     for attempt in (*live, *abandoned):
-        state: CommitState = "live" if attempt in live else "abandoned"
+        state: BranchState = "live" if attempt in live else "abandoned"
         commit, metrics = by_id[attempt], view.metrics.get(attempt, ())
         if isinstance(commit, CommitRegister):
             entries.append(CommitEntry(attempt, state, commit, metrics))

@@ -70,7 +70,7 @@ def is_claimed_by(store: Store, tokens: Collection[str]) -> Steps[bool]:
         return False
 
 
-Outcome = Literal["verified", "damaged", "unread"]
+FindingOutcome = Literal["verified", "damaged", "unread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Finding:
     message: str = ""
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> FindingOutcome:
         if not self.kind:
             return "verified"
         return "unread" if issubclass(kinds().get(self.kind, Damaged), StorageFailed) else "damaged"

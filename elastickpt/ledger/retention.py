@@ -22,7 +22,7 @@ from elastickpt.errors import Refused
 from elastickpt.ledger.branch import CommitEntry
 from elastickpt.ledger.names import AttemptId
 
-Mode = Literal["min", "max"]
+BestMode = Literal["min", "max"]
 
 
 def _require_count(name: str, value: int | None) -> None:
@@ -57,13 +57,13 @@ class Best:
 
     metric: str
     n: int = 1
-    mode: Mode = "min"
+    mode: BestMode = "min"
 
     def __post_init__(self) -> None:
         if type(self.metric) is not str or not _is_text(self.metric):
             raise Refused(f"Best metric {self.metric!r}: expected the name of a metric")
         _require_count("Best n", self.n)
-        if self.mode not in get_args(Mode):
+        if self.mode not in get_args(BestMode):
             raise Refused(f"Best mode {self.mode!r}: expected 'min' or 'max'")
 
 
@@ -280,8 +280,8 @@ def _best(value: str | None) -> Best | None:
         value, _, mode = value.rpartition(":")
     metric, colon, n = value.rpartition(":")
     if not colon or not n.isdecimal():
-        return Best(_unescaped(value), 1, cast("Mode", mode))
-    return Best(_unescaped(metric), int(n), cast("Mode", mode))
+        return Best(_unescaped(value), 1, cast("BestMode", mode))
+    return Best(_unescaped(metric), int(n), cast("BestMode", mode))
 
 
 def _escaped(metric: str) -> str:

@@ -17,7 +17,7 @@ from elastickpt.errors import Refused
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.loading.fetch import Verify, carry_out
 from elastickpt.loading.opened import Opened, is_converted
-from elastickpt.loading.plan import Elements, Wanted, plan_fetch, require_files
+from elastickpt.loading.plan import AnyArray, Wanted, plan_fetch, require_files
 from elastickpt.ranks.messages import Message
 from elastickpt.training.dtensors import JobView
 from elastickpt.training.held import HeldArray
@@ -212,7 +212,7 @@ def joint_notes(notes: Sequence[Sequence[str]], ranks: Sequence[int]) -> list[st
 
 
 def differing_ties(
-    opened: Opened, ties: Sequence[tuple[HeldArray, ArrayId]], hosts: Sequence[Elements], *, verify: Verify
+    opened: Opened, ties: Sequence[tuple[HeldArray, ArrayId]], hosts: Sequence[AnyArray], *, verify: Verify
 ) -> Iterator[str]:
     """What differs, in words, of this rank's box of each pair. Blocking: reads both; `hosts[i]` has the words of a target."""
     for (held, other), host in zip(ties, hosts, strict=True):

@@ -28,7 +28,7 @@ UNIT_NBYTES = 1 << 20
 
 Bytes = NDArray[np.uint8]
 FoundPiece = tuple[FragmentColumns, int, StoredPiece]  # a piece, with its map and its number in it
-Elements = NDArray[np.generic]
+AnyArray = NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ class Wanted:
 
     record: ArrayRecord
     box: Box
-    into: Elements
+    into: AnyArray
     cache: Caching = "fill"
 
 

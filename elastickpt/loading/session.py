@@ -32,7 +32,7 @@ from elastickpt.loading.agreement import (
 )
 from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch, read_own_pack_ahead
 from elastickpt.loading.opened import Opened, is_converted, open_records
-from elastickpt.loading.plan import Elements, FetchPlan, Wanted, plan_fetch, require_files
+from elastickpt.loading.plan import AnyArray, FetchPlan, Wanted, plan_fetch, require_files
 from elastickpt.ranks.process_group import Group, job_group, team_of
 from elastickpt.ranks.team import Alone, Call, Question, Team, all_do, require_limit
 from elastickpt.training.collection import collection_paused
@@ -247,9 +247,9 @@ class _Load:
         passes = {"all": (), "missing": ("unexpected",), "unexpected": ("missing",), "none": ("missing", "unexpected")}
         return what not in passes[self.strict]
 
-    def _plan(self, opened: Opened, binding: Binding) -> tuple[Sequence[Elements], FetchPlan]:
+    def _plan(self, opened: Opened, binding: Binding) -> tuple[Sequence[AnyArray], FetchPlan]:
         """What this rank will read into what; on return every rank has found its records and files there and whole."""
-        planned: list[tuple[Sequence[Elements], FetchPlan]] = []
+        planned: list[tuple[Sequence[AnyArray], FetchPlan]] = []
 
         def plan() -> None:
             hosts = [host_elements(target.tensor) for target in binding.targets]
@@ -274,7 +274,7 @@ class _Load:
 
     # -- from here on the state changes --------------------------------------------------------------------------------
 
-    def _fill(self, opened: Opened, binding: Binding, hosts: Sequence[Elements], plan: FetchPlan) -> FetchReport:
+    def _fill(self, opened: Opened, binding: Binding, hosts: Sequence[AnyArray], plan: FetchPlan) -> FetchReport:
         reports: list[FetchReport] = []
 
         def read() -> None:
@@ -342,7 +342,7 @@ def _undefined(error: CheckpointError) -> CheckpointError:
     return type(error)(error.message + UNDEFINED, report=error.report)
 
 
-def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[Elements]) -> None:
+def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[AnyArray]) -> None:
     """Copies what was read to host memory to targets on other devices; host tensors were filled in place."""
     for target, host in zip(targets, hosts, strict=True):
         if target.tensor.device.type != "cpu":

@@ -14,7 +14,7 @@ from elastickpt.errors import ChecksumMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, place_in_file, segments
-from elastickpt.loading.plan import UNIT_NBYTES, Bytes, Elements, ReadTarget, Unit
+from elastickpt.loading.plan import UNIT_NBYTES, AnyArray, Bytes, ReadTarget, Unit
 from elastickpt.storage.store import RangeReader, lender
 
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
@@ -53,8 +53,8 @@ class UnitReader:
                 unit.target.data[one.target : one.target + one.nbytes] = data[low : low + one.nbytes]
                 continue
             dtype = unit.target.wanted.into.dtype
-            source: Elements = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
-            into: Elements = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
+            source: AnyArray = np.ndarray(one.part.shape, dtype, data.data, one.source - unit.start, one.source_strides)
+            into: AnyArray = np.ndarray(one.part.shape, dtype, unit.target.data.data, one.target, one.target_strides)
             np.copyto(into, source)
         return None
 

@@ -21,7 +21,7 @@ from ipaddress import ip_address
 from typing import Protocol
 
 from elastickpt.errors import CheckpointError, InternalError
-from elastickpt.ranks.messages import Connection, Frame, Kind, Message, PeerGone, PeerSilent, decode, encode
+from elastickpt.ranks.messages import Connection, Frame, FrameKind, Message, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Process
 
 _OURS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -208,7 +208,7 @@ class Door:
     def _known(self, said: Frame) -> Hello | None:
         """Who says hello; None for whoever does not know the secret."""
         try:
-            hello = decode(said.data, Hello) if said.kind is Kind.HELLO else None
+            hello = decode(said.data, Hello) if said.kind is FrameKind.HELLO else None
         except InternalError:  # a stranger
             return None
         return hello if hello is not None and secrets.compare_digest(hello.secret, self._secret) else None
@@ -234,7 +234,7 @@ def call_at(address: Address, hello: Hello) -> Connection:
     sock = _kept_alive(not_in_forks(dial(place, timeout_s=DIAL_S)))
     connection = Connection(sock)
     try:
-        connection.send(Frame(Kind.HELLO, 0, encode(hello)), silence_s=DIAL_S)
+        connection.send(Frame(FrameKind.HELLO, 0, encode(hello)), silence_s=DIAL_S)
     except (PeerGone, PeerSilent) as gone:
         connection.close()
         raise ConnectionError(str(gone)) from gone

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost, RanksFailed
 from elastickpt.ranks.addresses import Door, KeyValue
-from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, decode, encode
+from elastickpt.ranks.messages import Connection, Frame, FrameKind, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Acquaintances
-from elastickpt.ranks.star import Answer, Report, Star, loss
+from elastickpt.ranks.star import Answer, RankFailures, Star, loss
 from elastickpt.ranks.team import SILENCE_S, Decide, failure_of
 
 log = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ class Hub(Star):
         failure = RankFailure(self._ranks[0], RankLost.kind, f"gave up: {why}")
         for member, peer in tuple(self._peers.items()):
             if member in self._inside:
-                peer.say(Frame(Kind.REPORT, 0, encode((failure,))))
+                peer.say(Frame(FrameKind.REPORT, 0, encode((failure,))))
             else:
-                peer.say(Frame(Kind.LEAVE, 0, why.encode(errors="replace")))
+                peer.say(Frame(FrameKind.LEAVE, 0, why.encode(errors="replace")))
             if peer.broken or self._why_ended is not None:
                 peer.end()
         self._inside.clear()
@@ -88,7 +88,7 @@ class Hub(Star):
 
     # -- making a call -------------------------------------------------------------------------------------------------
 
-    def _arrive(self) -> Report:
+    def _arrive(self) -> RankFailures:
         self._begun = time.monotonic()
         self._inside.clear()
         for member, peer in list(self._peers.items()):
@@ -103,7 +103,7 @@ class Hub(Star):
             if self._door is None:
                 self._door = Door(self._store, len(self._ranks), self._processes[0].host)
             for member in list(self._peers):
-                self._send(member, Frame(Kind.ENTER, self._call.number, b""))
+                self._send(member, Frame(FrameKind.ENTER, self._call.number, b""))
         return report
 
     def _tell_lost(self, report: Iterable[RankFailure]) -> None:
@@ -123,11 +123,11 @@ class Hub(Star):
             self._peers[hello.member] = peer
             self._watch(hello.member)
             self._met(hello.member, hello.process)
-            self._send(hello.member, Frame(Kind.ENTER, self._call.number, b""))
+            self._send(hello.member, Frame(FrameKind.ENTER, self._call.number, b""))
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
-    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, Report]:
+    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, RankFailures]:
         answers = _Answers(name, begins, time.monotonic())
         if isinstance(mine, bytes):
             answers.payloads[0] = mine
@@ -152,20 +152,20 @@ class Hub(Star):
     def _welcome(self) -> None:
         """Members learn who the others are, once all are there."""
         if len(self._processes) == len(self._ranks) and len(self._welcomed) < len(self._peers):
-            frame = Frame(Kind.WELCOME, 0, encode(self._processes))
+            frame = Frame(FrameKind.WELCOME, 0, encode(self._processes))
             for member in self._peers.keys() - self._welcomed:
                 self._send(member, frame)
                 self._welcomed.add(member)
 
-    def _reply(self, replies: Sequence[bytes], report: Report) -> None:
+    def _reply(self, replies: Sequence[bytes], report: RankFailures) -> None:
         data = encode(report) if report else b""
         for member in list(self._peers):
             if member not in self._inside:
-                self._send(member, Frame(Kind.LEAVE, 0, b"others did not come"))
+                self._send(member, Frame(FrameKind.LEAVE, 0, b"others did not come"))
             elif report:
-                self._send(member, Frame(Kind.REPORT, 0, data))
+                self._send(member, Frame(FrameKind.REPORT, 0, data))
             else:
-                self._send(member, Frame(Kind.VERDICT, 0, replies[member]))
+                self._send(member, Frame(FrameKind.VERDICT, 0, replies[member]))
 
     def _send(self, member: int, frame: Frame) -> None:
         try:
@@ -255,10 +255,10 @@ class Hub(Star):
         if peer is None:
             return
         while not (answers.has(member) and member in answers.met) and (frame := peer.take()) is not None:
-            if frame.kind is Kind.ENTER:
+            if frame.kind is FrameKind.ENTER:
                 if self._passes(member, frame, answers):
                     break
-            elif frame.kind is Kind.LEAVE:
+            elif frame.kind is FrameKind.LEAVE:
                 if member in self._inside and (member in answers.met or not answers.begins):
                     text = f"gave up: {frame.data.decode(errors='replace')}"
                     answers.failures[member] = RankFailure(self._ranks[member], RankLost.kind, text)
@@ -266,12 +266,12 @@ class Hub(Star):
                     answers.payloads.pop(member, None)
                     answers.failures.pop(member, None)
                 self._inside.discard(member)
-            elif frame.kind is Kind.LOSS:
+            elif frame.kind is FrameKind.LOSS:
                 self._note_loss(frame)
-            elif member in self._inside and frame.kind is Kind.PAYLOAD:
+            elif member in self._inside and frame.kind is FrameKind.PAYLOAD:
                 answers.payloads[member] = frame.data
-            elif member in self._inside and frame.kind is Kind.FAILURE:
-                (answers.failures[member],) = decode(frame.data, Report)
+            elif member in self._inside and frame.kind is FrameKind.FAILURE:
+                (answers.failures[member],) = decode(frame.data, RankFailures)
             if not answers.begins and answers.has(member):
                 break
         answers.met.add(member)
@@ -288,8 +288,8 @@ class Hub(Star):
         if mine and its < mine:
             text = f"came to this call when the other ranks had given it up; rank {self._ranks[0]} makes a later one"
             failure = RankFailure(self._ranks[member], DeadlineExceeded.kind, text)
-            self._send(member, Frame(Kind.REPORT, 0, encode((failure,))))
-            self._send(member, Frame(Kind.ENTER, mine, b""))  # it is on its way to this one
+            self._send(member, Frame(FrameKind.REPORT, 0, encode((failure,))))
+            self._send(member, Frame(FrameKind.ENTER, mine, b""))  # it is on its way to this one
             return False
         self._inside.add(member)
         return False
@@ -318,7 +318,7 @@ class Hub(Star):
         elif self._time_to_log(now):
             log.warning("%s", self._waiting_text([self._ranks[member] for member in late], now))
             for member in self._inside:
-                self._peers[member].say(Frame(Kind.LATE, 0, encode(late)))
+                self._peers[member].say(Frame(FrameKind.LATE, 0, encode(late)))
 
     def _stays_away(self, member: int) -> bool:
         """Whether it was here, and nobody can say from here whether its process lives."""

@@ -88,7 +88,7 @@ _HEADER = struct.Struct("<QBI")
 MAX_FRAME_NBYTES = 1 << 31  # far above any structure table; a peer that announces more is not ours
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     HELLO = 0
     PAYLOAD = 1
     FAILURE = 2
@@ -104,7 +104,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    kind: Kind
+    kind: FrameKind
     round: int
     data: bytes
 
@@ -154,7 +154,7 @@ class Connection:
     def beat(self, round_number: int) -> None:
         """Says that this process is alive; not blocking: skipped when a message is on its way, which says the same, and when
         the peer takes nothing at the moment."""
-        self._offer(_HEADER.pack(0, Kind.BEAT, round_number), whole=False)
+        self._offer(_HEADER.pack(0, FrameKind.BEAT, round_number), whole=False)
 
     def say(self, frame: Frame) -> None:
         """Sends as much of it as the peer takes now, and the rest with what follows. Not blocking, from any thread; left out
@@ -206,7 +206,7 @@ class Connection:
             return None
         data = bytes(self._buffer[_HEADER.size : end])
         del self._buffer[:end]
-        return Frame(Kind(kind), number, data)
+        return Frame(FrameKind(kind), number, data)
 
     def pump(self) -> bool:
         """Reads once what is there, and says whether anything was. Complete frames, beats left out, wait to be taken. Not
@@ -222,7 +222,7 @@ class Connection:
         self.heard_at = time.monotonic()
         self._buffer += data
         while (frame := self._cut()) is not None:
-            if frame.kind is not Kind.BEAT:
+            if frame.kind is not FrameKind.BEAT:
                 self._frames.append(frame)
         return True
 

@@ -10,9 +10,9 @@ from contextlib import suppress
 
 from elastickpt.errors import DeadlineExceeded, RankFailure, RankLost
 from elastickpt.ranks.addresses import FAR, HUB, Address, Hello, call_at
-from elastickpt.ranks.messages import Connection, Frame, Kind, PeerGone, PeerSilent, decode, encode
+from elastickpt.ranks.messages import Connection, Frame, FrameKind, PeerGone, PeerSilent, decode, encode
 from elastickpt.ranks.processes import Process
-from elastickpt.ranks.star import Answer, Report, Star, loss
+from elastickpt.ranks.star import Answer, RankFailures, Star, loss
 from elastickpt.ranks.team import Decide
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Spoke(Star):
         hub = self._hub
         if hub is None:
             return
-        hub.say(Frame(Kind.LEAVE, 0, why.encode(errors="replace")))
+        hub.say(Frame(FrameKind.LEAVE, 0, why.encode(errors="replace")))
         if hub.broken or self._why_ended is not None:
             hub.end()
 
@@ -54,7 +54,7 @@ class Spoke(Star):
 
     # -- making a call -------------------------------------------------------------------------------------------------
 
-    def _arrive(self) -> Report:
+    def _arrive(self) -> RankFailures:
         self._begun = time.monotonic()
         self._hub_inside = False
         hub = self._hub
@@ -74,9 +74,9 @@ class Spoke(Star):
     def _enter(self) -> None:
         if self._hub is not None:
             with suppress(PeerGone, PeerSilent):  # found out when the round is held
-                self._hub.send(Frame(Kind.ENTER, self._call.number, b""), silence_s=self._silence_s)
+                self._hub.send(Frame(FrameKind.ENTER, self._call.number, b""), silence_s=self._silence_s)
 
-    def _lost(self) -> Report:
+    def _lost(self) -> RankFailures:
         """Ranks that are certainly gone, which member 0 may not know from where it is."""
         report = self._losses()
         if self._hub is not None:
@@ -84,7 +84,7 @@ class Spoke(Star):
                 self._hub.say(loss(failure))
         return report
 
-    def _find_hub(self) -> Report:
+    def _find_hub(self) -> RankFailures:
         """Connects to member 0; blocking until it has made a call of this team once."""
         pause, failing_since = LOOK_S[0], 0.0
         while True:
@@ -126,7 +126,7 @@ class Spoke(Star):
             selector.register(self._wake, selectors.EVENT_READ)
             selector.select(timeout=seconds)
 
-    def _limit(self, nobody: bool) -> Report:
+    def _limit(self, nobody: bool) -> RankFailures:
         """Says for whom this member waits, while member 0 has not made the call; what to report once that is over."""
         now = time.monotonic()
         waited = now - self._begun
@@ -146,8 +146,8 @@ class Spoke(Star):
 
     # -- a round -------------------------------------------------------------------------------------------------------
 
-    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, Report]:
-        kind, data = (Kind.PAYLOAD, mine) if isinstance(mine, bytes) else (Kind.FAILURE, encode((mine,)))
+    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, RankFailures]:
+        kind, data = (FrameKind.PAYLOAD, mine) if isinstance(mine, bytes) else (FrameKind.FAILURE, encode((mine,)))
         own = (mine,) if isinstance(mine, RankFailure) else ()
         while True:
             hub = self._hub
@@ -175,31 +175,31 @@ class Spoke(Star):
                     return b"", report
                 self._enter()
 
-    def _last_words(self, hub: Connection, *, begins: bool) -> Report:
+    def _last_words(self, hub: Connection, *, begins: bool) -> RankFailures:
         """The report of a member 0 that has hung up: a member that hung for too long finds out here."""
         hub.hear()
-        report: Report = ()
+        report: RankFailures = ()
         for frame in _taken(hub):
-            if frame.kind is Kind.REPORT and (self._hub_inside or not begins):
-                report = decode(frame.data, Report)
+            if frame.kind is FrameKind.REPORT and (self._hub_inside or not begins):
+                report = decode(frame.data, RankFailures)
             self._note(frame)
         self._drop_hub()
         return report
 
-    def _await_hub(self, hub: Connection, name: str, own: Report, *, begins: bool) -> tuple[bytes, Report]:
+    def _await_hub(self, hub: Connection, name: str, own: RankFailures, *, begins: bool) -> tuple[bytes, RankFailures]:
         hub.heard_at = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(hub, selectors.EVENT_READ)
             selector.register(self._wake, selectors.EVENT_READ)
             while True:
                 for frame in _taken(hub):
-                    if frame.kind is Kind.LEAVE and not begins:
+                    if frame.kind is FrameKind.LEAVE and not begins:
                         text = f"gave up in round {name!r}: {frame.data.decode(errors='replace')}"
                         return b"", (*own, RankFailure(self._ranks[0], RankLost.kind, text))
-                    if frame.kind in (Kind.VERDICT, Kind.REPORT) and (self._hub_inside or not begins):
-                        return (frame.data, ()) if frame.kind is Kind.VERDICT else (b"", decode(frame.data, Report))
+                    if frame.kind in (FrameKind.VERDICT, FrameKind.REPORT) and (self._hub_inside or not begins):
+                        return (frame.data, ()) if frame.kind is FrameKind.VERDICT else (b"", decode(frame.data, RankFailures))
                     self._note(frame)
-                    if frame.kind is Kind.LOSS:
+                    if frame.kind is FrameKind.LOSS:
                         return b"", (*own, *self._losses())
                 self._require_open()
                 if selector.select(timeout=self._tick(waits=begins and not self._hub_inside)):
@@ -217,18 +217,18 @@ class Spoke(Star):
 
     def _note(self, frame: Frame) -> None:
         """What is said beside a reply."""
-        if frame.kind is Kind.ENTER:
+        if frame.kind is FrameKind.ENTER:
             self._hub_inside = True
             if self._hub is not None:
                 self._hub.heard_at = time.monotonic()
-        elif frame.kind is Kind.LEAVE:
+        elif frame.kind is FrameKind.LEAVE:
             self._hub_inside = False
-        elif frame.kind is Kind.LOSS:
+        elif frame.kind is FrameKind.LOSS:
             self._note_loss(frame)
-        elif frame.kind is Kind.WELCOME:
+        elif frame.kind is FrameKind.WELCOME:
             for member, process in decode(frame.data, dict[int, Process]).items():
                 self._met(member, process)
-        elif frame.kind is Kind.LATE:
+        elif frame.kind is FrameKind.LATE:
             late = [self._ranks[member] for member in decode(frame.data, list[int])]
             log.warning("%s", self._waiting_text(late, time.monotonic()))
 

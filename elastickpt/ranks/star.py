@@ -23,7 +23,7 @@ from typing import Protocol
 
 from elastickpt.errors import Cancelled, DeadlineExceeded, RankFailure, RankLost, Refused, fault, from_report
 from elastickpt.ranks.addresses import KeyValue
-from elastickpt.ranks.messages import Connection, Frame, Kind, decode, encode
+from elastickpt.ranks.messages import Connection, Frame, FrameKind, decode, encode
 from elastickpt.ranks.processes import Acquaintances, Process, this_process
 from elastickpt.ranks.team import BEAT_S, SILENCE_S, Call, Contribute, Decide, failure_of
 from elastickpt.ranks.threads import apart
@@ -118,7 +118,7 @@ ENDING_S = 60.0  # until it is gone then: its memory is given back meanwhile
 LOG_AFTER_S, LOG_EVERY_S = 10.0, 300.0
 
 Answer = bytes | RankFailure
-Report = tuple[RankFailure, ...]
+RankFailures = tuple[RankFailure, ...]
 
 
 class Star(ABC):
@@ -228,11 +228,11 @@ class Star(ABC):
     def _connections(self) -> list[Connection]: ...
 
     @abstractmethod
-    def _arrive(self) -> Report:
+    def _arrive(self) -> RankFailures:
         """This member has made a call; what is known of others for which nothing can come of it."""
 
     @abstractmethod
-    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, Report]: ...
+    def _exchange(self, name: str, mine: Answer, decide: Decide, *, begins: bool) -> tuple[bytes, RankFailures]: ...
 
     @abstractmethod
     def _say_left(self, why: str) -> None:
@@ -246,13 +246,13 @@ class Star(ABC):
         if self._why_ended is not None:
             raise Cancelled(f"{self._call.what}: ended here, as {self._why_ended}")
 
-    def _losses(self, ranks: Iterable[int] | None = None) -> Report:
+    def _losses(self, ranks: Iterable[int] | None = None) -> RankFailures:
         return self._known.losses(self._ranks if ranks is None else ranks)
 
     def _note_loss(self, frame: Frame) -> None:
         """Takes it in, if that is what is said."""
-        if frame.kind is Kind.LOSS:
-            for failure in decode(frame.data, Report):
+        if frame.kind is FrameKind.LOSS:
+            for failure in decode(frame.data, RankFailures):
                 self._known.told(failure.rank, failure.message)
 
     def _met(self, member: int, process: Process) -> None:
@@ -317,7 +317,7 @@ def name_ranks(ranks: Sequence[int]) -> str:
 
 def loss(failure: RankFailure) -> Frame:
     """Tells of a rank whose process is certainly gone."""
-    return Frame(Kind.LOSS, 0, encode((failure,)))
+    return Frame(FrameKind.LOSS, 0, encode((failure,)))
 
 
 def _reason(error: BaseException) -> str:

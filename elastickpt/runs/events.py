@@ -12,7 +12,7 @@ from elastickpt.errors import CheckpointError, SaveSkipped
 from elastickpt.saving.request import CheckpointInfo
 
 SaveOutcome = Literal["committed", "failed", "skipped"]
-Process = Literal["trainer", "writer"]
+ProcessKind = Literal["trainer", "writer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Phase:
 
     name: str
     rank: int
-    process: Process
+    process: ProcessKind
     begin_s: float
     end_s: float
     step: int | None = None

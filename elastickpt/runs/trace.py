@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 
 from elastickpt.errors import Refused
-from elastickpt.runs.events import Phase, Process
+from elastickpt.runs.events import Phase, ProcessKind
 from elastickpt.storage.opening import local_path
 from elastickpt.storage.store import naming
 
-_THREADS: dict[Process, int] = {"trainer": 1, "writer": 2}
+_THREADS: dict[ProcessKind, int] = {"trainer": 1, "writer": 2}
 _HEAD, _TAIL = b"[", b"\n]\n"
 
 
@@ -35,7 +35,7 @@ class TraceFile:
             os.pwrite(self._descriptor, _HEAD + _TAIL, 0)
         self._end = len(_HEAD)
         self._lock = threading.Lock()
-        self._named: set[tuple[int, Process | None]] = set()
+        self._named: set[tuple[int, ProcessKind | None]] = set()
 
     def add(self, phase: Phase) -> None:
         """The phase is in the file. Raises Refused for one that ends before it begins, StorageFailed kinds: then it is not."""

@@ -33,7 +33,7 @@ from elastickpt.saving.writer_pool import WriterPool
 from elastickpt.writer.share import Share, Written
 from elastickpt.writer.submissions import StagedPortion, Submission
 
-Ended = Callable[[SaveTask, "Committed | BaseException"], None]
+OnEnded = Callable[[SaveTask, "Committed | BaseException"], None]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class SavesBeside:
     ended, on some thread, once."""
 
     def __init__(
-        self, saver: object, meet: Callable[[SaveTask], Team], writers: WriterPool, arena_nbytes: int | None, ended: Ended
+        self, saver: object, meet: Callable[[SaveTask], Team], writers: WriterPool, arena_nbytes: int | None, ended: OnEnded
     ) -> None:
         self._saver, self._meet, self._writers, self._arena_nbytes, self._ended = saver, meet, writers, arena_nbytes, ended
 

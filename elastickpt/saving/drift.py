@@ -6,7 +6,7 @@ prepare     each rank that knows the structure: one digest for each set of ranks
 replicas    else: the same, once the structure is known
 drift       only if a set's digests differ: one for each array of such sets
 
-What is looked at (`Why`), and what comes of a difference:
+What is looked at (`DriftKind`), and what comes of a difference:
 
     inferred   nobody declares these ranks to hold the same    every save                   refused
     loose      buffers that nobody keeps equal                 every save                   noted
@@ -96,7 +96,7 @@ def _device_bytes(sums: Sequence[int]) -> bytes:
     return b"device " + b"".join(one.to_bytes(8, "little", signed=True) for one in sums)
 
 
-Why = Literal["inferred", "loose", "declared", "broadcast", "sampled"]
+DriftKind = Literal["inferred", "loose", "declared", "broadcast", "sampled"]
 NAMED = 8  # arrays in one message; there may be as many as the model has
 SLICED_NBYTES = MIB  # of what is smaller a share of the arrays is looked at, not a share of each
 
@@ -105,7 +105,7 @@ SLICED_NBYTES = MIB  # of what is smaller a share of the arrays is looked at, no
 class Look:
     """Arrays, by their numbers, whose contents this rank compares with the other ranks that have a look with this `key`."""
 
-    why: Why
+    why: DriftKind
     key: int
     arrays: tuple[int, ...]
 
@@ -114,7 +114,7 @@ class ArrayDigest(Message, frozen=True):
     """The digest of what one rank holds of one array, in a look."""
 
     key: int
-    why: Why
+    why: DriftKind
     array: ArrayId
     box: Box
     digest: bytes
@@ -248,12 +248,12 @@ def name_drift(team: Team, hashed: Hashed, keys: Sequence[int]) -> tuple[str, ..
     return tuple(notes)
 
 
-_REFUSED: Mapping[Why, str] = {
+_REFUSED: Mapping[DriftKind, str] = {
     "inferred": "{}; nothing declares these to be replicas: pass mesh= if they are and need not be compared, give different "
     "tensors different names, or wrap what is a rank's own in ek.PerRank",
     "declared": "replicas differ: expected the same contents, found others: {}; this save verifies its replicas",
 }
-_NOTED: Mapping[Why, str] = {
+_NOTED: Mapping[DriftKind, str] = {
     "loose": "buffers differ between ranks: {}; of each the first rank's was saved",
     "broadcast": "buffers differ between ranks: {}; of each the first rank's was saved, as DDP gives it to all in a forward",
     "sampled": "replicas differ: expected the same contents, found others: {}; saved all the same: each byte as the rank has "
@@ -261,13 +261,13 @@ _NOTED: Mapping[Why, str] = {
 }
 
 
-def drifted(by_rank: Mapping[int, Sequence[ArrayDigest]]) -> dict[Why, list[str]]:
+def drifted(by_rank: Mapping[int, Sequence[ArrayDigest]]) -> dict[DriftKind, list[str]]:
     """What is not alike: arrays with their boxes, and which ranks still agree with each other."""
-    digests_of: dict[tuple[Why, int, ArrayId, Box], dict[bytes, list[int]]] = {}
+    digests_of: dict[tuple[DriftKind, int, ArrayId, Box], dict[bytes, list[int]]] = {}
     for rank, rows in by_rank.items():
         for row in rows:
             digests_of.setdefault((row.why, row.key, row.array, row.box), {}).setdefault(row.digest, []).append(rank)
-    found: dict[Why, list[str]] = {}
+    found: dict[DriftKind, list[str]] = {}
     for (why, _, array, box), holders in sorted(digests_of.items(), key=lambda one: (one[0][0], one[0][2], one[0][3].start)):
         if len(holders) > 1:
             where = f"{box} on ranks {' and '.join(map(str, holders.values()))}"

@@ -20,7 +20,7 @@ from elastickpt.errors import PlacementUnsupported, Refused, ReplicaConflict, St
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_values import pointer_token, values_equal
 from elastickpt.format.records import Field, FileDigest, OptimizerTable
-from elastickpt.format.tables import Name, Row, rows_of
+from elastickpt.format.tables import TableName, TableRow, rows_of
 from elastickpt.format.values import ArrayReference, ArrayValue, Value
 from elastickpt.ranks.messages import Message, encode
 
@@ -239,7 +239,7 @@ def _difference(one: Any, other: Any) -> tuple[str, ...] | None:
 _NONE = object()
 
 
-def _rows(table: Any) -> dict[Name, Row]:
+def _rows(table: Any) -> dict[TableName, TableRow]:
     """What `settings_of` made of a table, by parameter."""
     parameters, fields = table
     columns = tuple(Field(kind, key, tuple(values), tuple(which)) for kind, key, values, which in fields)

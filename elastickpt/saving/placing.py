@@ -14,7 +14,7 @@ from elastickpt.storage.store import Store
 
 MANY_PARTS = 5_000  # pairs of a writer and a file: from here on `auto` makes packs
 
-Rule = Literal["plain", "packed", "by number"]
+PlacementRule = Literal["plain", "packed", "by number"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Placing:
     """By which rule the placement follows: "by number" of the pairs of a writer and a file. `why`: of packs that nobody asked
     for."""
 
-    rule: Rule
+    rule: PlacementRule
     why: str = ""
 
     def placement(self, file_parts: int) -> Placement:

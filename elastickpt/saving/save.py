@@ -29,7 +29,7 @@ from elastickpt.saving.agree import Offer
 from elastickpt.saving.messages import Attested
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas, Request, step_of
-from elastickpt.saving.staging import Bytes, Elements, flat_bytes, gather, part_of
+from elastickpt.saving.staging import AnyArray, Bytes, flat_bytes, gather, part_of
 from elastickpt.saving.structures import propose
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.opening import path_in
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 class LiveTensors:
     """A `write_files.Source` for a store. `elements[i]` are those of held array i, in host memory."""
 
-    def __init__(self, plan: WritePlan, elements: Sequence[Elements], store: Store) -> None:
+    def __init__(self, plan: WritePlan, elements: Sequence[AnyArray], store: Store) -> None:
         self._plan = plan
         self._elements = elements
         # from so many bytes on a range goes past the page cache of this store, and memory has to lie like the file

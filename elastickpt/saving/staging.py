@@ -30,28 +30,28 @@ from elastickpt.writer.plans import PlannedPiece, Slice
 DIGEST_NBYTES = 1 << 20  # a multiple of every element size
 
 Bytes = NDArray[np.uint8]
-Elements = NDArray[np.generic]
+AnyArray = NDArray[np.generic]
 
 
-def part_of(elements: Elements, box: Box) -> Elements:
+def part_of(elements: AnyArray, box: Box) -> AnyArray:
     """A view of the box, in the elements' own coordinates."""
     return elements[tuple(slice(low, high) for low, high in zip(box.start, box.stop, strict=True))]
 
 
-def flat_bytes(elements: Elements) -> Bytes | None:
+def flat_bytes(elements: AnyArray) -> Bytes | None:
     """The elements as one byte array without a copy; None if they are not contiguous in C order."""
     if not elements.flags.c_contiguous:
         return None
     return elements.reshape(-1).view(np.uint8)
 
 
-def gather(elements: Elements, start: int, into: Bytes) -> None:
+def gather(elements: AnyArray, start: int, into: Bytes) -> None:
     """Fills `into` with the bytes from byte `start` of the elements in C order. Both are multiples of the element size."""
     itemsize = elements.dtype.itemsize
     _gather(elements, start // itemsize, into.view(elements.dtype))
 
 
-def _gather(elements: Elements, start: int, into: Elements) -> None:
+def _gather(elements: AnyArray, start: int, into: AnyArray) -> None:
     count = into.size
     if count == 0:
         return
@@ -78,7 +78,7 @@ def _gather(elements: Elements, start: int, into: Elements) -> None:
         _gather(elements[first + rows], 0, into[filled:])
 
 
-def range_digest(elements: Elements, first: int, last: int) -> bytes:
+def range_digest(elements: AnyArray, first: int, last: int) -> bytes:
     """xxh3-128 of the bytes of elements [first, last) in C order, whatever the strides."""
     hasher, itemsize = xxh3_128(), elements.dtype.itemsize
     begin, end = first * itemsize, last * itemsize

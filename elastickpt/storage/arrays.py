@@ -172,14 +172,14 @@ def register_data_types() -> None:
         data_type_registry.register(cls._zarr_v3_name, cls)
 
 
-Bytes = bytes | bytearray | memoryview
+BytesLike = bytes | bytearray | memoryview
 _DOCUMENT = "zarr.json"
 _OTHER_FORMATS = frozenset({".zarray", ".zattrs", ".zgroup", ".zmetadata"})  # what zarr-python asks for to find a v2 tree
 
 
 def open_group(
     documents: Callable[[str], bytes | None],
-    chunk: Callable[[str], Bytes],
+    chunk: Callable[[str], BytesLike],
     *,
     names: Callable[[str], Iterable[str]],
 ) -> Group:
@@ -189,7 +189,7 @@ def open_group(
 
 def read_only_store(
     documents: Callable[[str], bytes | None],
-    chunk: Callable[[str], Bytes],
+    chunk: Callable[[str], BytesLike],
     *,
     names: Callable[[str], Iterable[str]],
 ) -> Store:
@@ -214,7 +214,7 @@ class _ReadOnlyStore(Store):
     def __init__(
         self,
         documents: Callable[[str], bytes | None],
-        chunk: Callable[[str], Bytes],
+        chunk: Callable[[str], BytesLike],
         names: Callable[[str], Iterable[str]],
     ) -> None:
         super().__init__(read_only=True)
@@ -232,7 +232,7 @@ class _ReadOnlyStore(Store):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         name = key.rpartition("/")[2]
-        data: Bytes | None
+        data: BytesLike | None
         if name in _OTHER_FORMATS:
             return None
         if name == _DOCUMENT:

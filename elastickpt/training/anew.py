@@ -26,7 +26,7 @@ from elastickpt.training.dtensors import (
     placed_as,
     spell_placements,
 )
-from elastickpt.training.elements import Order, elements_of, empty_in_order, numpy_over, torch_dtype
+from elastickpt.training.elements import DimOrder, elements_of, empty_in_order, numpy_over, torch_dtype
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_states import hold_state
 from elastickpt.training.held_trees import own_holders
@@ -36,7 +36,7 @@ from elastickpt.training.parameters import Lying, OwnedParameter
 RUN_ONE_STEP = "run one step before loading"
 
 
-def shape_and_dtype(binder: Binder, id_: ArrayId) -> tuple[tuple[int, ...], torch.dtype, Order]:
+def shape_and_dtype(binder: Binder, id_: ArrayId) -> tuple[tuple[int, ...], torch.dtype, DimOrder]:
     """What the whole tensor was that an array holds, and how its axes lay in memory. [UCF-23, UCF-107]"""
     spec, stored_as = binder.listing.arrays[id_], binder.listing.attributes.get(id_, {}).get("stored_as")
     dtype, shape = torch_dtype(spec.dtype), spec.shape

@@ -15,7 +15,7 @@ from elastickpt.training.dtensors import JobView, whole_id
 from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
-from elastickpt.training.listing import Binding, Difference, Listing, Mismatch, SavedNames
+from elastickpt.training.listing import Binding, DifferenceKind, Listing, Mismatch, SavedNames
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import Continuation
 from elastickpt.training.trees import mapped
@@ -62,7 +62,7 @@ class Binder:
         """The checkpoint has it, this process does not."""
         self.mismatches.append(Mismatch(name, "unexpected", "nothing", found, "in the checkpoint"))
 
-    def differs(self, name: str, what: Difference, *, expected: str, found: str) -> None:
+    def differs(self, name: str, what: DifferenceKind, *, expected: str, found: str) -> None:
         """Both have it, and it is not the same; each difference once."""
         if (mismatch := Mismatch(name, what, expected, found, "both")) not in self.mismatches[-8:]:
             self.mismatches.append(mismatch)

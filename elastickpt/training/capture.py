@@ -20,7 +20,7 @@ from elastickpt.training.dtensors import JobView, placed
 from elastickpt.training.entries import code_of, elements, entry_name
 from elastickpt.training.held import HeldArray, LiveState, remembering
 from elastickpt.training.held_trees import PerRank, hold_own, hold_tree, is_stateful
-from elastickpt.training.kinds import Kind, item_of, kinds_of, refuse_zero
+from elastickpt.training.kinds import StateKind, item_of, kinds_of, refuse_zero
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizers import LISTS, HeldOptimizer, StateOptimizers, hold_optimizer, scheduler_state
 from elastickpt.training.own_state import PER_RANK, VERSION, OwnEntry, require_taken_back
@@ -61,7 +61,7 @@ class _Gathering:
     """A LiveState while it is being made. Models and values come first, wherever they stand: they name parameters."""
 
     state: Mapping[str, Any]
-    kinds: Mapping[str, Kind]
+    kinds: Mapping[str, StateKind]
     job: JobView
     identities: Identities = field(default_factory=Identities)
     arrays: list[HeldArray] = field(default_factory=list)
@@ -70,7 +70,7 @@ class _Gathering:
     per_rank: dict[str, Value] = field(default_factory=dict)
     held_optimizers: dict[str, HeldOptimizer] = field(default_factory=dict)
 
-    def of_kind(self, *kinds: Kind) -> Iterable[tuple[str, Any]]:
+    def of_kind(self, *kinds: StateKind) -> Iterable[tuple[str, Any]]:
         return [(key, value) for key, value in self.state.items() if self.kinds[key] in kinds]
 
     def models(self) -> None:
@@ -122,7 +122,7 @@ class _Gathering:
     def rest(self) -> None:
         self._all_of("scheduler", "rng", "per-rank", "object")
 
-    def _all_of(self, *kinds: Kind) -> None:
+    def _all_of(self, *kinds: StateKind) -> None:
         for key, value in self.of_kind(*kinds):
             self.items[key] = item_of(key, value, self.kinds[key])
             with taking(key, value):

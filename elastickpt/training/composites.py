@@ -207,14 +207,16 @@ def require_indices(indices: torch.Tensor, shape: Sequence[int]) -> None:
 
 # -- shards ------------------------------------------------------------------------------------------------------------
 
-Cut = Literal["same", "fixed"] | Fraction  # of a part: cut as the whole is; not cut; so many rows for each row of the whole
+CompositeCut = (
+    Literal["same", "fixed"] | Fraction
+)  # of a part: cut as the whole is; not cut; so many rows for each row of the whole
 
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
     """How the parts of a composite tensor go with its rows (its first axis), and whether the shape in its context does."""
 
-    by_path: Mapping[Path, Cut]
+    by_path: Mapping[Path, CompositeCut]
     context_follows: bool
 
 
@@ -250,7 +252,7 @@ def _probed(tensor: torch.Tensor, leaves: Sequence[tuple[Path, torch.Tensor]]) -
                 return None
             after = dict(leaves_of(sliced))
             cuts = {path: _cut(leaf, after.get(path), tuple(tensor.shape), some) for path, leaf in leaves}
-            return None if None in cuts.values() else Cuts(cast(dict[Path, Cut], cuts), _follows(tensor, sliced))
+            return None if None in cuts.values() else Cuts(cast(dict[Path, CompositeCut], cuts), _follows(tensor, sliced))
     return None
 
 
@@ -280,7 +282,7 @@ def _fewer(rows: int) -> list[int]:
     return [*found[:16], *(rows // ways for ways in (3, 5, 7) if rows > ways and rows % ways == 0)]
 
 
-def _cut(before: torch.Tensor, after: torch.Tensor | None, outer: tuple[int, ...], some: int) -> Cut | None:
+def _cut(before: torch.Tensor, after: torch.Tensor | None, outer: tuple[int, ...], some: int) -> CompositeCut | None:
     if after is None:
         return None
     if after.shape == before.shape:

@@ -18,7 +18,7 @@ import torch
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.layout.placement import physical_box
-from elastickpt.training.composites import Cut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
+from elastickpt.training.composites import CompositeCut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
 from elastickpt.training.elements import PLAIN, elements_of, is_loaded_instance, loaded_type, settled
 from elastickpt.training.held import HeldArray, Kept, Memo, Role, Seen, Sharing
 from elastickpt.training.parallel import mesh_of, widened
@@ -189,7 +189,7 @@ def is_even(parts: DTensorParts) -> bool:
     return bool(parts.shape) and parts.shape[0] > 0 and parts.shape[0] % ways == 0
 
 
-def _cuts(parts: DTensorParts, placements: Sequence[str], sizes: Sequence[int]) -> Mapping[Path, Cut] | None:
+def _cuts(parts: DTensorParts, placements: Sequence[str], sizes: Sequence[int]) -> Mapping[Path, CompositeCut] | None:
     """How each part of a composite shard is cut; None where that is not known, or ranks may hold other kinds of parts."""
     leaves = leaves_of(parts.local)
     if all(leaf.shape == parts.local.shape for _, leaf in leaves):
@@ -225,7 +225,7 @@ def placed_as(parts: DTensorParts, local: torch.Tensor) -> torch.Tensor:
 def _hold_parts(
     array: ArrayId,
     parts: DTensorParts,
-    cuts: Mapping[Path, Cut],
+    cuts: Mapping[Path, CompositeCut],
     *,
     box: Box,
     role: Role,
@@ -251,7 +251,7 @@ def _hold_parts(
             yield HeldArray(*found, role, "placed", mesh, placements, attributes=attributes, order=elements.order)
 
 
-def place_of_part(part: tuple[int, ...], cut: Cut, whole: tuple[int, ...], box: Box) -> tuple[tuple[int, ...], Box]:
+def place_of_part(part: tuple[int, ...], cut: CompositeCut, whole: tuple[int, ...], box: Box) -> tuple[tuple[int, ...], Box]:
     """The shape of the whole's part, and this shard's box in it."""
     if cut == "same":
         return whole, box

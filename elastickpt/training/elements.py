@@ -54,10 +54,10 @@ def is_loaded_instance(value: object, module: str, name: str) -> bool:
     return cls is not None and isinstance(value, cls)
 
 
-Order = tuple[int, ...]
+DimOrder = tuple[int, ...]
 
 
-def axis_order(shape: Sequence[int], strides: Sequence[int]) -> Order:
+def axis_order(shape: Sequence[int], strides: Sequence[int]) -> DimOrder:
     """The order of axes of these extents and strides; axes of one element may stand anywhere, and make no difference."""
     wide = [strides[axis] for axis, extent in enumerate(shape) if extent > 1]
     if all(one >= other for one, other in pairwise(wide)) or 0 in shape:
@@ -65,12 +65,12 @@ def axis_order(shape: Sequence[int], strides: Sequence[int]) -> Order:
     return tuple(sorted(range(len(shape)), key=lambda axis: -strides[axis]))
 
 
-def order_of(tensor: torch.Tensor) -> Order:
+def order_of(tensor: torch.Tensor) -> DimOrder:
     """The order of a strided tensor's axes."""
     return () if tensor.ndim < 2 or tensor.is_contiguous() else axis_order(tensor.shape, tensor.stride())
 
 
-def empty_in_order(shape: Sequence[int], order: Order, *, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+def empty_in_order(shape: Sequence[int], order: DimOrder, *, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """An uninitialised tensor without gaps, whose axes lie in this order."""
     if not order:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
@@ -78,12 +78,12 @@ def empty_in_order(shape: Sequence[int], order: Order, *, dtype: torch.dtype, de
     return inner.permute([order.index(axis) for axis in range(len(order))])
 
 
-def in_order(tensor: torch.Tensor, order: Order) -> torch.Tensor:
+def in_order(tensor: torch.Tensor, order: DimOrder) -> torch.Tensor:
     """The tensor, or a copy of it whose axes lie in this order."""
     return empty_in_order(tensor.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(tensor) if order else tensor
 
 
-def numpy_in_order(array: npt.NDArray[numpy.generic], order: Order) -> npt.NDArray[numpy.generic]:
+def numpy_in_order(array: npt.NDArray[numpy.generic], order: DimOrder) -> npt.NDArray[numpy.generic]:
     """The same for an array of numpy."""
     if not order:
         return array
@@ -105,7 +105,7 @@ class Elements:
     dtype: str
     tail: tuple[int, ...]
     attributes: Attributes
-    order: Order
+    order: DimOrder
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:

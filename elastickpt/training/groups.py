@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from elastickpt.format.encode_values import typed_key
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.format.values import ArrayReference, ArrayValue, EnumValue, Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.elements import dtype_name
@@ -27,7 +27,7 @@ from elastickpt.training.values import member_of, shown, tensor_of
 _EXECUTION = frozenset(("foreach", "fused", "capturable", "differentiable"))
 
 
-Groups = Iterable[tuple[dict[str, Any], Sequence[Name]]]
+Groups = Iterable[tuple[dict[str, Any], Sequence[TableName]]]
 
 
 def bind_groups(binder: Binder, item: str, view: TableView, groups: Groups, path: str, prefix: Prefix) -> None:
@@ -99,7 +99,7 @@ def _bind_option(binder: Binder, group: dict[str, Any], key: str, found: OneValu
     binder.installs.append(lambda: group.__setitem__(key, new))
 
 
-def option_lists(names: Sequence[Sequence[Name]], view: TableView, key: str) -> list[OneValue | Disagreement | None]:
+def option_lists(names: Sequence[Sequence[TableName]], view: TableView, key: str) -> list[OneValue | Disagreement | None]:
     """A scheduler's list, put together from its entries for each group's parameters."""
     return [view.agreed("schedule", key, group) for group in names]
 

@@ -67,9 +67,9 @@ def _odd(state: object, place: str) -> Iterator[str]:
     yield from found
 
 
-Kind = Literal["model", "optimizer", "scheduler", "rng", "per-rank", "object", "value"]
+StateKind = Literal["model", "optimizer", "scheduler", "rng", "per-rank", "object", "value"]
 
-_ITEM_KINDS: Mapping[Kind, ItemKind] = {
+_ITEM_KINDS: Mapping[StateKind, ItemKind] = {
     "model": "module",
     "optimizer": "optimizer",
     "scheduler": "stateful",
@@ -80,7 +80,7 @@ _ITEM_KINDS: Mapping[Kind, ItemKind] = {
 }
 
 
-def kind_of(value: object) -> Kind:
+def kind_of(value: object) -> StateKind:
     """What one entry of `state` is. A value may still turn out to be one that no checkpoint can hold."""
     if is_model(value):
         return "model"
@@ -100,13 +100,13 @@ def _is_object(value: object) -> bool:
     return is_stateful(value) and not isinstance(value, (nn.Module, Optimizer, LRScheduler, PerRank, RNG))
 
 
-def kinds_of(state: Mapping[Any, object]) -> dict[str, Kind]:
+def kinds_of(state: Mapping[Any, object]) -> dict[str, StateKind]:
     """The kind of each entry, in order.
 
     Raises ValueNotCarried for what is no mapping, a key that is no name, or a model inside `PerRank`.
     """
     _require_mapping(state)
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, StateKind] = {}
     seen: dict[int, str] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not key or len(key.encode(errors="surrogatepass")) > MAX_NAME_NBYTES:
@@ -128,7 +128,7 @@ def _require_mapping(state: object) -> None:
         raise ValueNotCarried(f"`state`: expected a mapping of names to what stands under them, found a {type(state).__name__}")
 
 
-def item_of(key: str, value: object, kind: Kind) -> Item:
+def item_of(key: str, value: object, kind: StateKind) -> Item:
     """The record of an entry, for people who list a checkpoint."""
     inner = value.value if isinstance(value, PerRank) else value
     return Item(key, _ITEM_KINDS[kind], type(inner).__name__ if kind in ("value", "per-rank") else type_name(inner))

@@ -23,15 +23,15 @@ from elastickpt.training.elements import settled
 from elastickpt.training.optimizer_parts import OptimizerPart
 from elastickpt.training.parameters import OwnedParameter, states_of
 
-Span = tuple[str, int, int]  # device, first byte, byte behind the last one
+MemorySpan = tuple[str, int, int]  # device, first byte, byte behind the last one
 
 
-def spans_of(tensor: torch.Tensor) -> tuple[Span, ...] | None:
+def spans_of(tensor: torch.Tensor) -> tuple[MemorySpan, ...] | None:
     """The memory that this rank's part of a tensor spans, one span for each plain tensor inside it; none for what is empty.
 
     None where there is no telling: sparse tensors, and others without strides.
     """
-    found: list[Span] = []
+    found: list[MemorySpan] = []
     for plain in _plain(tensor):
         if plain.layout is not torch.strided or plain.is_nested:
             return None

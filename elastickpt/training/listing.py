@@ -14,13 +14,13 @@ from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 from elastickpt.training.composites import Path, Saved, composition_in
 from elastickpt.training.dtensors import whole_id
-from elastickpt.training.elements import Order
+from elastickpt.training.elements import DimOrder
 from elastickpt.training.held import HeldArray
 from elastickpt.training.rng import Continuation
 from elastickpt.training.values import place_of
 
-Difference = Literal["missing", "unexpected", "shape", "dtype", "value"]
-Side = Literal["in this process", "in the checkpoint", "both"]
+DifferenceKind = Literal["missing", "unexpected", "shape", "dtype", "value"]
+FoundOn = Literal["in this process", "in the checkpoint", "both"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -32,10 +32,10 @@ class Mismatch:
     """
 
     name: str
-    what: Difference
+    what: DifferenceKind
     expected: str
     found: str
-    side: Side
+    side: FoundOn
 
     def __str__(self) -> str:
         sides = f"expected {self.expected} (in this process), found {self.found} (in the checkpoint)"
@@ -72,7 +72,7 @@ class Listing:
     read: Callable[[ArrayId], torch.Tensor] = _unread
     layouts: Mapping[ArrayId, tuple[Mesh, tuple[str, ...]]] = field(default_factory=dict)
 
-    def order(self, id_: ArrayId) -> Order:
+    def order(self, id_: ArrayId) -> DimOrder:
         """How the axes of a tensor lay in memory; () for their own order."""
         found = self.attributes.get(id_, {}).get("axis_order", ())
         return tuple(found) if isinstance(found, list) and sorted(found) == list(range(len(found))) else ()

@@ -18,7 +18,7 @@ from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import below, covering
 from elastickpt.training.held import HeldArray
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
-from elastickpt.training.own_state import OwnEntry, Registered, Said, ask, beyond
+from elastickpt.training.own_state import OwnEntry, OwnSaid, Registered, ask, beyond
 from elastickpt.training.parallel import (
     buffers_kept,
     data_parallel_ranks,
@@ -158,7 +158,7 @@ class _Holding:
         module = self._modules[index]
         sharded = sharded_parameters(module)
         trained_on = sharding_ranks(module, world_size=self._job.world_size) if sharded else {}
-        registered, said, loaders = Registered(), list[Said](), dict[str, int]()
+        registered, said, loaders = Registered(), list[OwnSaid](), dict[str, int]()
         for found in walk(module):
             if isinstance(found, NamedModule):
                 if "extra state" in found.traits:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved
@@ -47,7 +47,7 @@ class BoundOptimizer:
         self.view = next((TableView(table) for table in binder.listing.tables if table.item == item), None)
         self._binder = binder
         self._owners = sorted((table.item for table in binder.listing.tables), key=len, reverse=True)
-        self._composites: dict[Name, list[tuple[ArrayId, Saved]]] = {}
+        self._composites: dict[TableName, list[tuple[ArrayId, Saved]]] = {}
         for id_, saved in binder.listing.composites.items():
             if id_.section == "params":
                 self._composites.setdefault((id_.item, id_.name), []).append((id_, saved))
@@ -69,20 +69,20 @@ class BoundOptimizer:
         own = {id(param.parameter) for param in part.params}
         return not any(id(param.parameter) in own for other in others for param in other.params)
 
-    def saved_name(self, param: OwnedParameter) -> Name | None:
+    def saved_name(self, param: OwnedParameter) -> TableName | None:
         """The name, its own or a tied one, under which the checkpoint's table has this parameter."""
         names = self._binder.names.candidates(*param.name)
         return next((name for name in names if self.view is not None and self.view.has(name)), None)
 
-    def saved_groups(self, part: OptimizerPart) -> list[list[Name]]:
+    def saved_groups(self, part: OptimizerPart) -> list[list[TableName]]:
         """For each live group of a part, the names of its parameters in the checkpoint's table."""
-        found: list[list[Name]] = [[] for _ in groups_of(part.optimizer)]
+        found: list[list[TableName]] = [[] for _ in groups_of(part.optimizer)]
         for param in part.params:
             if (name := self.saved_name(param)) is not None:
                 found[param.group].append(name)
         return found
 
-    def saved_states(self, part: OptimizerPart, param: OwnedParameter, name: Name) -> SavedStates:
+    def saved_states(self, part: OptimizerPart, param: OwnedParameter, name: TableName) -> SavedStates:
         """What the checkpoint has of a parameter for this part's own states."""
         having = [one.path for one in self.parts if any(each.parameter is param.parameter for each in one.params)]
         fields = {} if self.view is None else self.view.of("scalar", name)
@@ -90,15 +90,15 @@ class BoundOptimizer:
         others = tuple(f"{path}." for path in having if path != unnamed)
         return self._states(name, Prefix("", others) if part.path == unnamed else Prefix(f"{part.path}.")).only(None)
 
-    def saved_in_state_dict(self, name: Name) -> SavedStates:
+    def saved_in_state_dict(self, name: TableName) -> SavedStates:
         """What the checkpoint has of a parameter for state dicts."""
         return self._states(name, Prefix(""))
 
-    def _states(self, name: Name, prefix: Prefix) -> SavedStates:
+    def _states(self, name: TableName, prefix: Prefix) -> SavedStates:
         fields = {} if self.view is None else self.view.of("scalar", name)
         return SavedStates.of(name, prefix, fields, self._stored(name))
 
-    def _stored(self, name: Name) -> StoredStates:
+    def _stored(self, name: TableName) -> StoredStates:
         """The arrays and composite tensors of a parameter that are states of this entry, and what stands before their names."""
         prefix, arrays = "", {}
         for stored in self._binder.names.states.get(name, ()):
@@ -137,7 +137,7 @@ def bind_optimizer(binder: Binder, item: str, entry: object, beside: StateOptimi
         _bind_part(binder, bound, part)
     for path, root in elements(entry).items():
         if has_own_way(root):
-            _OwnLoading(binder, bound, path, root).bind()
+            _ByItself(binder, bound, path, root).bind()
     return bound
 
 
@@ -219,7 +219,7 @@ def saved_entries(binder: Binder, item: str) -> Mapping[str, Any] | None:
     return found if every else None
 
 
-class _OwnLoading:
+class _ByItself:
     """One optimizer with an override or hooks: the entries of its state dict, and its own loading."""
 
     def __init__(self, binder: Binder, bound: BoundOptimizer, path: str, root: Optimizer) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.format.values import ArrayReference, StateReference, Value
 from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import JobView, hold, holders_of, placed
@@ -53,7 +53,7 @@ class StateColumns:
     def __init__(self, item: str, job: JobView, prefix: str) -> None:
         self.item = item
         self.table = TableBuilder(item)
-        self.rows: dict[Name, int] = {}
+        self.rows: dict[TableName, int] = {}
         self.arrays: list[HeldArray] = []
         self.per_rank: dict[str, Value] = {}
         self._job = job
@@ -207,7 +207,7 @@ class StateColumns:
             for key, value in options.items():
                 self.table.put("hyper", prefix + key, value, rows=rows.get(index, ()))
 
-    def _option(self, value: object, place: str, key: str, names: Sequence[Name]) -> Value:
+    def _option(self, value: object, place: str, key: str, names: Sequence[TableName]) -> Value:
         """An option of a group; large arrays in it are extras, named by the group's first parameter, which it has anywhere."""
         if isinstance(value, Enum):
             return carried_option(value, place)
@@ -238,6 +238,6 @@ def group_place(item: str, path: str, index: int) -> str:
     return place_of(item, *((path,) if path else ()), "param_groups", index)
 
 
-def state_place(item: str, name: Name, state: str) -> str:
+def state_place(item: str, name: TableName, state: str) -> str:
     """The place of one state of one parameter, in messages; and in the per-rank values, if it is a rank's own."""
     return place_of(item, "state", *name, state)

@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import JobView
 from elastickpt.training.entries import elements, has_own_way, state_dict_of
@@ -162,7 +162,7 @@ def entries_of(item: str, root_path: str, parts: Sequence[OptimizerPart], state_
     return beyond(item, within, state_dict, carried=carried, computed=DerivedEntries(lambda: state_dict_of(item, root)))
 
 
-def _rows(parts: Sequence[OptimizerPart], rows: Mapping[Name, int]) -> dict[int, list[list[int]]]:
+def _rows(parts: Sequence[OptimizerPart], rows: Mapping[TableName, int]) -> dict[int, list[list[int]]]:
     found: dict[int, list[list[int]]] = {}
     for part in parts:
         groups: list[list[int]] = [[] for _ in groups_of(part.optimizer)]

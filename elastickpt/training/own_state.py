@@ -40,7 +40,7 @@ class OwnEntry:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Said:
+class OwnSaid:
     """What a module's own state dict says, by canonical key; `owners` says of each key which module's code wrote it."""
 
     name: str
@@ -61,7 +61,7 @@ class Registered:
         return tuple(tensors[name] for tensors in (self.tensors, self.gathered) if name in tensors)
 
 
-def ask(name: str, module: nn.Module, *, root: bool) -> Said:
+def ask(name: str, module: nn.Module, *, root: bool) -> OwnSaid:
     """Calls the module's own `state_dict`, its hooks included. Raises as `own_state_dict` does."""
     entries: dict[str, Any] = {}
     owners: dict[str, str] = {}
@@ -71,10 +71,10 @@ def ask(name: str, module: nn.Module, *, root: bool) -> Said:
         entries[path.name] = value
         writer = next(((n, m) for n, m in reversed(path.modules) if saves_by_itself(m)), (name, module))
         owners[path.name] = titled(*writer)
-    return Said(name, module, entries, owners)
+    return OwnSaid(name, module, entries, owners)
 
 
-def beyond(said: Said, registered: Registered) -> tuple[OwnEntry, ...]:
+def beyond(said: OwnSaid, registered: Registered) -> tuple[OwnEntry, ...]:
     """The entries that show nothing registered. What shows it under any name, a part of it or a copy of the same contents
     under its own name is nothing new.
 
@@ -92,7 +92,7 @@ def beyond(said: Said, registered: Registered) -> tuple[OwnEntry, ...]:
     return tuple(found)
 
 
-def _require_same(said: Said, key: str, value: object, tensors: Iterable[torch.Tensor]) -> None:
+def _require_same(said: OwnSaid, key: str, value: object, tensors: Iterable[torch.Tensor]) -> None:
     if isinstance(value, torch.Tensor) and any(_shows(value, tensor) for tensor in tensors):
         return
     raise ValueNotCarried(
@@ -124,7 +124,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-def _require_all(said: Said, registered: Registered) -> None:
+def _require_all(said: OwnSaid, registered: Registered) -> None:
     shown = KnownMemory(value for value in said.entries.values() if isinstance(value, torch.Tensor))
     prefix = below(said.name)
     for name, tensors in registered.tensors.items():

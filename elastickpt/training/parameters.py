@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from elastickpt.errors import LayoutUnsupported, StructureConflict
 from elastickpt.format.arrays import Box
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.training.dtensors import DTensorParts, Holders, box_of, placed
 from elastickpt.training.elements import is_loaded_instance
 from elastickpt.training.held import HeldArray, Role
@@ -96,7 +96,7 @@ class OwnedParameter:
     lying: Lying | None
 
     @property
-    def name(self) -> Name:
+    def name(self) -> TableName:
         """(model item, FQN)"""
         return self.known.item, self.known.name
 

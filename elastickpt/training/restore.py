@@ -12,7 +12,7 @@ from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import JobView
 from elastickpt.training.entries import elements
 from elastickpt.training.held_trees import PerRank, Reshardable, in_memory, is_stateful
-from elastickpt.training.kinds import Kind, kinds_of, refuse_zero
+from elastickpt.training.kinds import StateKind, kinds_of, refuse_zero
 from elastickpt.training.listing import Binding, Listing, SavedNames
 from elastickpt.training.modules import hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
@@ -41,7 +41,7 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
             bind_model(binder, model)
     optimizers: list[BoundOptimizer] = []
     beside = StateOptimizers.of(dict(_of_kinds(state, kinds, "optimizer")))
-    ways_to_bind: Mapping[Kind, Callable[[str, Any], object]] = {  # in this order
+    ways_to_bind: Mapping[StateKind, Callable[[str, Any], object]] = {  # in this order
         "value": lambda key, value: _bind_value(binder, state, key, value),
         "optimizer": lambda key, value: optimizers.append(bind_optimizer(binder, key, value, beside)),
         "scheduler": lambda key, value: _each(
@@ -58,7 +58,7 @@ def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: M
     return binder.finished()
 
 
-def _of_kinds(state: Mapping[str, Any], kinds: Mapping[str, Kind], kind: Kind) -> list[tuple[str, Any]]:
+def _of_kinds(state: Mapping[str, Any], kinds: Mapping[str, StateKind], kind: StateKind) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in state.items() if kinds[key] == kind]
 
 

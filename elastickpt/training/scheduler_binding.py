@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.records import OptimizerTable
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.training.binder import Binder
 from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.optimizer_binding import BoundOptimizer
@@ -133,7 +133,7 @@ def _fitted(binder: Binder, lists: Mapping[str, list[object]], groups: int) -> d
     return found
 
 
-def _saved_name(binder: Binder, view: TableView, parameter: torch.Tensor) -> Name | None:
+def _saved_name(binder: Binder, view: TableView, parameter: torch.Tensor) -> TableName | None:
     known = binder.identities.find(parameter)
     candidates = () if known is None else binder.names.candidates(known.item, known.name)
     return next((name for name in candidates if view.has(name)), None)

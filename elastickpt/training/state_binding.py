@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.format.values import ArrayReference, StateReference, Value
 from elastickpt.training.anew import composite_state, fill_own, like_parameter, local_of, replicated_as, tensor_anew
 from elastickpt.training.binder import Binder
@@ -53,7 +53,7 @@ class SavedStates:
     and composite tensors that stand inside other states.
     """
 
-    name: Name
+    name: TableName
     stored: str
     prefix: Prefix
     arrays: Mapping[str, ArrayId]
@@ -65,7 +65,7 @@ class SavedStates:
     inner: Composites
 
     @classmethod
-    def of(cls, name: Name, prefix: Prefix, fields: Mapping[str, Value], stored: StoredStates) -> SavedStates:
+    def of(cls, name: TableName, prefix: Prefix, fields: Mapping[str, Value], stored: StoredStates) -> SavedStates:
         """From all that is stored of the parameter, and its fields `scalar`."""
 
         def mine(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from elastickpt.format.encode_values import typed_key, values_equal
 from elastickpt.format.records import Field, FieldKind, OptimizerTable
-from elastickpt.format.tables import Key, Name, Row, rows_of
+from elastickpt.format.tables import TableKey, TableName, TableRow, rows_of
 from elastickpt.format.values import Value
 
 
@@ -21,10 +21,10 @@ class TableBuilder:
 
     def __init__(self, item: str) -> None:
         self.item = item
-        self._rows: list[Name] = []
-        self._columns: dict[Key, tuple[dict[Hashable, int], list[Value], dict[int, int]]] = {}
+        self._rows: list[TableName] = []
+        self._columns: dict[TableKey, tuple[dict[Hashable, int], list[Value], dict[int, int]]] = {}
 
-    def row(self, name: Name) -> int:
+    def row(self, name: TableName) -> int:
         """Adds a parameter."""
         self._rows.append(name)
         return len(self._rows) - 1
@@ -51,8 +51,8 @@ class TableBuilder:
 class Disagreement:
     """Two parameters that must have one value, and have two."""
 
-    first: Name
-    second: Name
+    first: TableName
+    second: TableName
     values: tuple[Value, Value]
 
 
@@ -71,15 +71,15 @@ class TableView:
         self._rows = {name: row for row, name in enumerate(table.parameters)}
 
     @cached_property
-    def fields(self) -> Mapping[Key, Field]:
+    def fields(self) -> Mapping[TableKey, Field]:
         """Its fields by (kind, key)."""
         return {(field.kind, field.key): field for field in self._table.fields}
 
     @cached_property
-    def _by_name(self) -> Mapping[Name, Row]:
+    def _by_name(self) -> Mapping[TableName, TableRow]:
         return rows_of(self._table)
 
-    def has(self, name: Name) -> bool:
+    def has(self, name: TableName) -> bool:
         """Whether the optimizer had this parameter."""
         return name in self._rows
 
@@ -87,11 +87,11 @@ class TableView:
         """The keys of all fields of one kind."""
         return tuple(key for each, key in self.fields if each == kind)
 
-    def of(self, kind: FieldKind, name: Name) -> dict[str, Value]:
+    def of(self, kind: FieldKind, name: TableName) -> dict[str, Value]:
         """All values of one kind that a parameter has."""
         return {key: value for (each, key), value in self._by_name[name].items() if each == kind}
 
-    def agreed(self, kind: FieldKind, key: str, names: Iterable[Name]) -> OneValue | Disagreement | None:
+    def agreed(self, kind: FieldKind, key: str, names: Iterable[TableName]) -> OneValue | Disagreement | None:
         """The one value of these parameters; None when none of them has one.
 
         Names that it does not know are left out.
@@ -99,7 +99,7 @@ class TableView:
         field = self.fields.get((kind, key))
         if field is None:
             return None
-        first: tuple[Name, int] | None = None
+        first: tuple[TableName, int] | None = None
         for name in names:
             code = field.which[self._rows[name]] if name in self._rows else -1
             if code < 0:

@@ -28,7 +28,7 @@ from elastickpt.errors import DeadlineExceeded, NoSpace, RankLost, Refused
 from elastickpt.ranks.threads import lower
 from elastickpt.storage.store import naming
 from elastickpt.writer.plans import Slice
-from elastickpt.writer.write_files import Bytes, Watch
+from elastickpt.writer.write_files import Bytes, WatchBytes
 
 _numbers = itertools.count()
 _MARK = struct.Struct("<q")
@@ -140,7 +140,7 @@ STILL_S = 120.0  # a trainer that fills nothing for so long was stopped; its sav
 class ArenaSource:
     """A `write_files.Source`. `watch` ends a wait, too, by raising."""
 
-    def __init__(self, arena: Arena, watch: Watch, *, still_s: float = STILL_S) -> None:
+    def __init__(self, arena: Arena, watch: WatchBytes, *, still_s: float = STILL_S) -> None:
         self._arena, self._watch, self._still_s = arena, watch, still_s
         self._filled = 0
         self._looking = threading.Lock()

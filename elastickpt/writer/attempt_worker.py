@@ -18,15 +18,15 @@ from elastickpt.writer.arena_plan import WriterStructure
 from elastickpt.writer.messages import Enroll, PortionDone, Say, Write
 from elastickpt.writer.share import share_of, write_share
 from elastickpt.writer.submissions import done_of
-from elastickpt.writer.write_files import Watch
+from elastickpt.writer.write_files import WatchBytes
 
-Tell = Callable[[int, Verdict], None]
+TellJob = Callable[[int, Verdict], None]
 
 
 class AttemptWorker:
     """`stores` opens a store by its URL; `tell` is told of every decided job, from another thread."""
 
-    def __init__(self, seat: Seat, listener: socket.socket | None, stores: Callable[[str], Store], tell: Tell) -> None:
+    def __init__(self, seat: Seat, listener: socket.socket | None, stores: Callable[[str], Store], tell: TellJob) -> None:
         self._seat = seat
         self._rank = seat.ranks[seat.member]
         self._leaves_contents = seat.member == 0 and len(seat.candidates) > 1
@@ -50,7 +50,7 @@ class AttemptWorker:
         enrolled.jobs.append(enroll.job)
         self._ballot.enroll(attempt, enrolled.contents)
 
-    def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> PortionDone:
+    def carry_out(self, job: Write, structure: WriterStructure, arena: Arena, *, watch: WatchBytes) -> PortionDone:
         """Writes the portion, and says so or why not. Blocking. Raises what `write_share` and `watch` raise."""
         attempt = job.attempt
 
@@ -148,7 +148,7 @@ class _Enrolled:
         return EncodedContents(self._structure.encoded_outline, self._values)
 
 
-def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: Watch) -> PortionDone:
+def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, *, watch: WatchBytes) -> PortionDone:
     """The job's portion is written from the arena. Blocking. Raises what `write_share` raises."""
     share = share_of(job.attempt, job.member, structure, job.beside)
     source = ArenaSource(arena, watch)

@@ -5,7 +5,7 @@ A message is a length, then msgpack; descriptors go beside it.
     trainer -> writer                                      writer -> trainer
     WriterSettings  first; how to behave                   WriterReady its answer: imported and waiting
     ArenaHere   with a descriptor: an arena to read from   Alive       each `beat_s`
-    ArenaGone   no job will name it again: unmap it        Progress    bytes of a job's portion written so far
+    ArenaGone   no job will name it again: unmap it        BytesWritten  of a job's portion, so far
     StructureHere   what all saves of a structure share,   PortionDone the portion is written, and after the last one
                 by digest; sent once                                   attested
     StructureGone   no job will name it again              JobFailed   the job ended; nothing more is done for it
@@ -162,7 +162,7 @@ class Alive(Message, frozen=True, tag=True):
     pass
 
 
-class Progress(Message, frozen=True, tag=True):
+class BytesWritten(Message, frozen=True, tag=True):
     job: int
     nbytes: int
 
@@ -187,10 +187,10 @@ class Decided(Message, frozen=True, tag=True):
     decision: Decision
 
 
-Here = ArenaHere | StructureHere | SeatHere | MarkHere
-Gone = ArenaGone | StructureGone
-ToWriter = WriterSettings | Here | Gone | Enroll | Write | Say | Settle | Cancel | EndNow
-FromWriter = WriterReady | Alive | Progress | PortionDone | JobFailed | Decided
+ThingsHere = ArenaHere | StructureHere | SeatHere | MarkHere
+ThingsGone = ArenaGone | StructureGone
+ToWriter = WriterSettings | ThingsHere | ThingsGone | Enroll | Write | Say | Settle | Cancel | EndNow
+FromWriter = WriterReady | Alive | BytesWritten | PortionDone | JobFailed | Decided
 WriterMessage = ToWriter | FromWriter
 _ANY = cast("type[WriterMessage]", WriterMessage)
 

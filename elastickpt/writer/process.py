@@ -33,6 +33,7 @@ from elastickpt.writer.messages import (
     Alive,
     ArenaGone,
     ArenaHere,
+    BytesWritten,
     Cancel,
     Decided,
     EndNow,
@@ -40,7 +41,6 @@ from elastickpt.writer.messages import (
     JobFailed,
     MarkHere,
     PortionDone,
-    Progress,
     Say,
     SeatHere,
     Settle,
@@ -52,7 +52,7 @@ from elastickpt.writer.messages import (
     WriterReady,
     WriterSettings,
 )
-from elastickpt.writer.write_files import Watch
+from elastickpt.writer.write_files import WatchBytes
 
 PROGRESS_S = 0.25
 _DEAF = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # what launchers send to all processes of a job: it has to finish first
@@ -241,7 +241,7 @@ class _Process:
             if time.monotonic() - told_at >= PROGRESS_S and written != told:
                 told, told_at = written, time.monotonic()
                 with suppress(PeerGone):
-                    self._wire.send_if_free(Progress(job, written))
+                    self._wire.send_if_free(BytesWritten(job, written))
 
         try:
             return self._carry_out(task, watch)
@@ -252,7 +252,7 @@ class _Process:
             self._cancelled.discard(job)
             self._enrolled.pop(job, None)
 
-    def _carry_out(self, task: _Task, watch: Watch) -> PortionDone:
+    def _carry_out(self, task: _Task, watch: WatchBytes) -> PortionDone:
         write, structure = task.write, task.structure
         part = self._enrolled.get(write.job)
         if self._orphaned and write.portion < len(structure.prepared.portions) - 1:

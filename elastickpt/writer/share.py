@@ -23,7 +23,7 @@ from elastickpt.writer.plans import BLOCK_NBYTES, WritePlan
 from elastickpt.writer.write_files import (
     Checksums,
     Source,
-    Watch,
+    WatchBytes,
     WrittenFolder,
     blocks_of,
     make_durable,
@@ -91,7 +91,7 @@ def write_share(
     *,
     earlier: bytes = b"",
     repeated: bool = False,
-    watch: Watch = unwatched,
+    watch: WatchBytes = unwatched,
 ) -> Written:
     """Writes a portion of the share; the last one also makes documents and names, and attests. On return what was written is as
     durable as was asked.

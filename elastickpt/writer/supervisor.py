@@ -30,12 +30,12 @@ from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
 from elastickpt.writer.messages import (
     ArenaGone,
+    BytesWritten,
     Cancel,
     Decided,
     EndNow,
     JobFailed,
     PortionDone,
-    Progress,
     WriterMessage,
     WriterReady,
 )
@@ -249,7 +249,7 @@ class Supervisor:
     def _heard(self, message: WriterMessage) -> None:
         if isinstance(message, WriterReady) and self._child is not None:
             self._child.ready, self._stillborn = True, 0
-        elif isinstance(message, Progress) and message.job in self._pending:
+        elif isinstance(message, BytesWritten) and message.job in self._pending:
             self._pending[message.job].written = message.nbytes
         elif isinstance(message, PortionDone) and (done := self._pending.pop(message.job, None)) is not None:
             done.end(outcome_of(message))

@@ -18,7 +18,7 @@ from elastickpt.writer.arena import Arena
 from elastickpt.writer.attempt_worker import AttemptWorker, perform
 from elastickpt.writer.messages import JobFailed, PortionDone
 from elastickpt.writer.submissions import StagedPortion, Submission, error_of, outcome_of, submission_of, withdrawal_of
-from elastickpt.writer.write_files import Watch
+from elastickpt.writer.write_files import WatchBytes
 
 
 class ThreadWriter:
@@ -125,7 +125,7 @@ class ThreadWriter:
         else:
             submission.end(outcome_of(done))
 
-    def _carry_out(self, submission: Submission, arena: Arena, watch: Watch) -> PortionDone:
+    def _carry_out(self, submission: Submission, arena: Arena, watch: WatchBytes) -> PortionDone:
         structure, write = submission.structure, submission.write()
         if structure is None:
             raise InternalError("what was withdrawn is not written")

@@ -32,7 +32,7 @@ SYNC_TREE_FILES = 64  # beyond this many files one syncfs is cheaper than an fsy
 Bytes = NDArray[np.uint8]
 Checksums = NDArray[np.uint64]
 Sync = Literal["none", "file", "tree"]
-Watch = Callable[[int], None]
+WatchBytes = Callable[[int], None]
 
 
 class Source(Protocol):
@@ -50,7 +50,7 @@ class WrittenFolder:
     store: Store
     folder: str
     sync: Sync
-    watch: Watch
+    watch: WatchBytes
 
     def path(self, relative: str) -> str:
         return f"{self.folder}/{relative}"

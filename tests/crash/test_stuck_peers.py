@@ -10,7 +10,7 @@ import pytest
 from simulated import everywhere, stars
 
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost
-from elastickpt.ranks.messages import Connection, Frame, Kind, PeerSilent
+from elastickpt.ranks.messages import Connection, Frame, FrameKind, PeerSilent
 from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Star
 
@@ -27,7 +27,7 @@ def test_a_member_with_much_to_say_does_not_wait_for_a_hub_that_is_stuck() -> No
 def test_a_hub_with_much_to_say_serves_the_others_when_one_is_stuck() -> None:
     joined = stars(3, silence_s=60.0)
     quickly_silent(joined[:1], 0.5)  # only it waits for somebody who takes nothing
-    spoke(joined[1])._hub.send(Frame(Kind.PAYLOAD, 1, b"1"), silence_s=60.0)  # answers, then takes nothing
+    spoke(joined[1])._hub.send(Frame(FrameKind.PAYLOAD, 1, b"1"), silence_s=60.0)  # answers, then takes nothing
 
     def work(member: int) -> bytes:
         return joined[member].round("structure", lambda: str(member).encode(), lambda payloads: [BIG] * 3)
@@ -72,7 +72,7 @@ def test_beats_to_a_peer_that_takes_nothing_hold_up_nobody() -> None:
     for _ in range(20_000):
         sender.beat(1)
     with pytest.raises(PeerSilent):
-        sender.send(Frame(Kind.PAYLOAD, 1, BIG), silence_s=0.2)
+        sender.send(Frame(FrameKind.PAYLOAD, 1, BIG), silence_s=0.2)
     mine.close()
     theirs.close()
     del receiver
@@ -93,9 +93,9 @@ def test_a_frame_after_many_beats_arrives_whole() -> None:
 
     thread = threading.Thread(target=receive)
     thread.start()
-    sender.send(Frame(Kind.PAYLOAD, 3, BIG), silence_s=60.0)
+    sender.send(Frame(FrameKind.PAYLOAD, 3, BIG), silence_s=60.0)
     thread.join()
-    assert found == [Frame(Kind.PAYLOAD, 3, BIG)]
+    assert found == [Frame(FrameKind.PAYLOAD, 3, BIG)]
     mine.close()
     theirs.close()
 
@@ -116,7 +116,7 @@ def test_a_slow_peer_that_beats_is_waited_for_while_sending() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    sender.send(Frame(Kind.PAYLOAD, 1, BIG), silence_s=1.5)
+    sender.send(Frame(FrameKind.PAYLOAD, 1, BIG), silence_s=1.5)
     thread.join()
     assert len(found[0].data) == len(BIG)
     mine.close()

@@ -14,7 +14,7 @@ from elastickpt.errors import CoverageGap, ReplicaConflict, StateMismatch
 from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.records import FieldKind, Item, OptimizerTable
-from elastickpt.format.tables import Name
+from elastickpt.format.tables import TableName
 from elastickpt.format.values import Value
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.held import LiveState
@@ -116,7 +116,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _merged(tables: Sequence[OptimizerTable]) -> tuple[OptimizerTable, ...]:
     builders: dict[str, TableBuilder] = {}
-    rows: dict[tuple[str, Name], int] = {}
+    rows: dict[tuple[str, TableName], int] = {}
     for table in tables:
         builder = builders.setdefault(table.item, TableBuilder(table.item))
         view = TableView(table)

@@ -144,7 +144,7 @@ def test_the_work_for_usual_covers_is_nearly_linear(kind: str, monkeypatch: pyte
     looked_at = 0
     slabs = algebra._slabs
 
-    def counting(items: list[algebra.Item], *rest: int) -> list[tuple[int, int, list[algebra.Item]]]:
+    def counting(items: list[algebra.SplitItem], *rest: int) -> list[tuple[int, int, list[algebra.SplitItem]]]:
         nonlocal looked_at
         looked_at += len(items)
         return slabs(items, *rest)

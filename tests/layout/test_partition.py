@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import LayoutUnsupported, Malformed
 from elastickpt.format.arrays import Box
-from elastickpt.layout.placement import Split, balanced, even, explicit, flat_boxes, torch_chunk
+from elastickpt.layout.placement import AxisSplit, balanced, even, explicit, flat_boxes, torch_chunk
 
 law = settings(max_examples=200, deadline=None)
 extents, ways = st.integers(0, 200), st.integers(1, 17)
 
 
-def sizes(split: Split) -> list[int]:
+def sizes(split: AxisSplit) -> list[int]:
     return [stop - start for start, stop in split]
 
 
-def assert_adjacent(split: Split, extent: int, count: int) -> None:
+def assert_adjacent(split: AxisSplit, extent: int, count: int) -> None:
     assert len(split) == count
     assert [start for start, _ in split] == [0, *(stop for _, stop in split[:-1])]
     assert split[-1][1] == extent
@@ -30,7 +30,7 @@ def assert_adjacent(split: Split, extent: int, count: int) -> None:
 @law
 @given(extents, ways)
 @pytest.mark.parametrize("split", [torch_chunk, balanced])
-def test_a_split_has_exactly_so_many_adjacent_intervals(split: Callable[[int, int], Split], extent: int, n: int) -> None:
+def test_a_split_has_exactly_so_many_adjacent_intervals(split: Callable[[int, int], AxisSplit], extent: int, n: int) -> None:
     assert_adjacent(split(extent, n), extent, n)
 
 

@@ -34,7 +34,7 @@ from elastickpt.ranks import star as starred
 from elastickpt.ranks.addresses import HUB, Address, Hello, dial
 from elastickpt.ranks.hub import Hub
 from elastickpt.ranks.messages import Connection as Peer
-from elastickpt.ranks.messages import Frame, Kind, decode, encode
+from elastickpt.ranks.messages import Frame, FrameKind, decode, encode
 from elastickpt.ranks.processes import Acquaintances, Process, host_identity, is_ending, process_start
 from elastickpt.ranks.spoke import Spoke
 from elastickpt.ranks.star import Heart, Star
@@ -393,7 +393,7 @@ def test_a_stranger_without_the_secret_is_turned_away() -> None:
         address = decode(store.get(HUB, timeout_s=BOUND_S), Address)
         silent = dial(address.near, timeout_s=BOUND_S)
         stranger = Peer(dial(address.near, timeout_s=BOUND_S))
-        stranger.send(Frame(Kind.HELLO, 0, encode(Hello(b"?" * 16, 1, Process("h", 1, 1)))), silence_s=BOUND_S)
+        stranger.send(Frame(FrameKind.HELLO, 0, encode(Hello(b"?" * 16, 1, Process("h", 1, 1)))), silence_s=BOUND_S)
         noise = dial(address.near, timeout_s=BOUND_S)
         noise.sendall(b"\xff" * 64)
         assert pool.submit(call, member).result(timeout=BOUND_S) == b"0|1>1"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from run_actors import commit_of
 
 from elastickpt.errors import Refused
-from elastickpt.ledger.branch import CommitEntry, CommitState
+from elastickpt.ledger.branch import BranchState, CommitEntry
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.retention import Best, Judgement, Keep, best_of, judge, removable
 
@@ -19,7 +19,7 @@ GOOD: dict[AttemptId, bool] = {}
 
 
 def entry(
-    step: int, *, epoch: int = 1, state: CommitState = "live", loss: float | None = None, nbytes: int = 10, age_s: float = 0.0
+    step: int, *, epoch: int = 1, state: BranchState = "live", loss: float | None = None, nbytes: int = 10, age_s: float = 0.0
 ) -> CommitEntry:
     attempt = AttemptId(step, epoch, 1)
     metrics = () if loss is None else (("loss", loss),)

@@ -19,7 +19,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.ranks import star
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving.async_save import saver_of
-from elastickpt.saving.drift import NAMED, ArrayDigest, Hashed, Why, differing_keys, drifted, looks_asked_for, looks_of
+from elastickpt.saving.drift import NAMED, ArrayDigest, DriftKind, Hashed, differing_keys, drifted, looks_asked_for, looks_of
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.request import SHARES, Replicas, Request
 from elastickpt.saving.staging import DIGEST_NBYTES, range_digest
@@ -102,8 +102,8 @@ def test_who_declared_what_decides_what_is_looked_at() -> None:
         plain("loose", ones, "declared", (0, 1), kept="loose"),
         plain("inferred", ones, "undeclared", (0, 1), peers=(0, 1)),
     ]
-    always: dict[str, Why] = {"loose": "loose", "inferred": "inferred"}
-    asked: dict[str, Why] = dict.fromkeys(("placed", "placed buffer", "declared"), "declared")
+    always: dict[str, DriftKind] = {"loose": "loose", "inferred": "inferred"}
+    asked: dict[str, DriftKind] = dict.fromkeys(("placed", "placed buffer", "declared"), "declared")
     for replicas, expected in (("owner", always), ("verify", {**always, **asked, "broadcast": "broadcast"})):
         rows = rows_of(arrays, Request("c", 1, replicas=replicas))  # type: ignore[arg-type]
         assert {row.array.name: row.why for row in rows} == expected
@@ -173,7 +173,7 @@ def test_all_ranks_look_at_the_same_share_however_they_spell_the_path() -> None:
 def test_what_differs_is_named_with_the_ranks_that_agree() -> None:
     names = [f"w{n:02}" for n in range(NAMED + 3)]
 
-    def rows(rank: int, why: Why) -> list[ArrayDigest]:
+    def rows(rank: int, why: DriftKind) -> list[ArrayDigest]:
         return [ArrayDigest(1, why, ArrayId("params", "m", n, "value"), Box((0,), (4,)), bytes([rank // 3])) for n in names]
 
     (said,) = drifted({rank: rows(rank, "declared") for rank in range(5)}).values()

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from simulated_members import Job, seats, threads
 from trainer import BOUND_S
 
-from elastickpt.commit.attempt import Attempt, Said, Verdict, decode_verdict, encode_vote
+from elastickpt.commit.attempt import Attempt, Verdict, WriterSaid, decode_verdict, encode_vote
 from elastickpt.commit.attest import decode_contents
 from elastickpt.commit.ballot import CommitBallot
 from elastickpt.commit.draft import CONTENTS, marked
@@ -24,7 +24,7 @@ from elastickpt.commit.links import CommitLimits, Seat, say_farewell
 from elastickpt.commit.outcome import AttemptStanding, commit, look
 from elastickpt.errors import RankFailure, RankLost, StorageFailed, WriterLost
 from elastickpt.ranks.addresses import dial
-from elastickpt.ranks.messages import Connection, Frame, Kind
+from elastickpt.ranks.messages import Connection, Frame, FrameKind
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.writer.attempt_worker import AttemptWorker
@@ -88,13 +88,13 @@ class Fake:
     def __init__(self, seat: Seat, attempt: Attempt) -> None:
         self._attempt = attempt
         self._link = Connection(dial(seat.candidates[0], timeout_s=BOUND_S))
-        self._send(Kind.HELLO, msgpack.packb((seat.secret, seat.member)))
+        self._send(FrameKind.HELLO, msgpack.packb((seat.secret, seat.member)))
 
-    def _send(self, kind: Kind, data: bytes) -> None:
+    def _send(self, kind: FrameKind, data: bytes) -> None:
         self._link.send(Frame(kind, 0, data), silence_s=BOUND_S)
 
-    def vote(self, said: Said) -> None:
-        self._send(Kind.PAYLOAD, encode_vote(self._attempt, said))
+    def vote(self, said: WriterSaid) -> None:
+        self._send(FrameKind.PAYLOAD, encode_vote(self._attempt, said))
 
     def verdict(self) -> Verdict:
         while (frame := self._link.take()) is None:
