@@ -1,12 +1,16 @@
 """How large the package is, and what a reader has to hold in mind: `python -m tools.house_table [ROOT]`, as a Markdown table.
 
-ROOT is a checkout, to compare another revision (`git worktree add`); by default this one. Nothing is imported: the closure of a
-call is every module of the package that its module imports, at its top, and so on.
+ROOT is a checkout, to compare another revision (`git worktree add`); by default this one. The closure of a call is every module
+of the package that its module imports, at its top, and so on. What one save crosses is counted of a real one, in a process of its
+own that imports ROOT's package; everything else is read from the source.
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,21 @@ from pathlib import Path
 SMALL = 60  # lines
 CALLS = ("save", "async_save", "load", "Run")  # attributes of the package
 ON_DISK = ("format/",)  # their decoders are exact about what they refuse
+
+# The second save of a structure beside training, by one rank.
+ONE_SAVE = """
+import os, tempfile, threading
+from concurrent.futures import Future
+import psutil, torch
+import elastickpt as ek
+state, made, begin = {"model": torch.nn.Linear(8, 8)}, [], Future.__init__
+with tempfile.TemporaryDirectory() as folder:
+    ek.async_save(state, folder + "/a", step=1).result()
+    Future.__init__ = lambda self, *args: (made.append(self), begin(self, *args))[1]
+    ek.async_save(state, folder + "/b", step=2).result()
+    (writer,) = psutil.Process().children()
+    print(f"{len(made)}, {len(threading.enumerate()) - 1} and {writer.num_threads()}, 2")
+"""
 
 
 def _files(package: Path) -> dict[str, str]:
@@ -95,6 +114,25 @@ def colliding(files: dict[str, str]) -> dict[str, list[str]]:
     return {word: modules for word, modules in sorted(where.items()) if len(modules) > 1}
 
 
+def _carriers(files: dict[str, str]) -> list[str]:
+    """Classes that hold what an attempt is, its store and its draft, and not the attempt."""
+    return [
+        node.name
+        for text in files.values()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ClassDef)
+        and {"store", "draft"} <= {ast.unparse(one.target) for one in node.body if isinstance(one, ast.AnnAssign)}
+    ]
+
+
+def _crossed(root: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_SAVE], env=environment, cwd=root, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
 def table(root: Path) -> dict[str, str]:
     """What is counted → how much it is."""
     files = _files(root / "elastickpt")
@@ -105,7 +143,13 @@ def table(root: Path) -> dict[str, str]:
         "files": str(len(files)),
         f"files of at most {SMALL} lines": str(sum(count <= SMALL for count in lines.values())),
         "files with one importer": str(sum(len(found) == 1 for found in _importers(files).values())),
-        "classes of one name in several files": ", ".join(f"{word} {len(found)}" for word, found in colliding(files).items()),
+        "classes of one name in several files": ", ".join(f"{w} {len(found)}" for w, found in colliding(files).items())
+        or "none",
+        "carriers of an attempt": ", ".join(_carriers(files)),
+        "caches of structures": str(sum(len(re.findall(r"= OrderedDict\(\)", files[name])) for name in files if "sav" in name)),
+        "mailboxes that a thread works off": str(
+            sum(len(re.findall(r"(?:deque|SimpleQueue)\[Callable", text)) for text in files.values())
+        ),
         "packb and unpackb, not of what is on disk": str(_calls(files, "packb", "unpackb")),
         "files that start a thread": str(sum(".Thread(" in text or " Thread(" in text for text in files.values())),
         "files with a pool of threads": str(sum("ThreadPoolExecutor(" in text for text in files.values())),
@@ -114,6 +158,7 @@ def table(root: Path) -> dict[str, str]:
     for call in CALLS:
         modules = _closure(files, public[call])
         found[f"modules, lines that `{call}` imports"] = f"{len(modules)}, {sum(lines[name] for name in modules):,}"
+    found["futures, threads of trainer and writer, processes of one save beside training"] = _crossed(root)
     return found
 
 
