@@ -1,8 +1,8 @@
 """How large the package is, and what a reader has to hold in mind: `python -m tools.house_table [ROOT]`, as a Markdown table.
 
 ROOT is a checkout, to compare another revision (`git worktree add`); by default this one. The closure of a call is every module
-of the package that its module imports, at its top, and so on. What one save crosses is counted of a real one, in a process of its
-own that imports ROOT's package; everything else is read from the source.
+of the package that its module imports, at its top, and so on. What one save crosses is counted of a real one, in a process of
+its own that imports ROOT's package; everything else is read from the source.
 """
 
 from __future__ import annotations

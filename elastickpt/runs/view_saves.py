@@ -29,7 +29,7 @@ from elastickpt.runs.run import Run
 from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.task import SaveHandle
-from elastickpt.saving.yard import Yard
+from elastickpt.saving.writer_pool import Yard
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,7 @@ from elastickpt.saving.save_states import Event
 from elastickpt.saving.staging import Stager
 from elastickpt.saving.structures import KNOWN, propose
 from elastickpt.saving.task import SaveHandle, SaveTask, Times, info_of
-from elastickpt.saving.writer_pool import WriterPool
-from elastickpt.saving.yard import Yard
+from elastickpt.saving.writer_pool import WriterPool, Yard
 from elastickpt.training.device import DeviceCopier, StepGate
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena_plan import ArenaPlan

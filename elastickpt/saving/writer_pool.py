@@ -1,8 +1,12 @@
-"""Where the writers of a team meet, and the writers themselves: one process for this rank, or a thread for each store."""
+"""Where the writers of a team meet, and the writers themselves: one process for this rank, or a thread for each store.
+
+The yard is what savers share that come one after the other: the arenas, and the process.
+"""
 
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Protocol
 
 from elastickpt.commit.attempt import Attempt
@@ -11,11 +15,15 @@ from elastickpt.errors import CheckpointError, Refused
 from elastickpt.ranks.addresses import listen, own_address
 from elastickpt.ranks.messages import Message
 from elastickpt.ranks.team import Question, Team
-from elastickpt.saving.yard import Yard
+from elastickpt.saving.arenas import Arenas
+from elastickpt.saving.request import AsyncOptions
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
+from elastickpt.training.device import Cuda, DeviceCopier
 from elastickpt.writer.arena import Arena
+from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.submissions import StagedPortion, Submission
+from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
 
 
@@ -44,6 +52,64 @@ class Writer(Protocol):
 
     @property
     def closed(self) -> bool: ...
+
+
+class Yard:
+    """One at a time of its savers takes saves; what those before it have under way is carried on here."""
+
+    def __init__(self, options: AsyncOptions, copier: DeviceCopier | None = None) -> None:
+        self.options = options
+        self.copier = copier or Cuda()
+        self.arenas = Arenas(options.arenas, threads=options.copy_threads, forget=self._forget, copier=self.copier)
+        self._supervisor: Supervisor | None = None
+
+    def seated(self, seat: Seat, listener: socket.socket | None) -> SeatedWriter:
+        """The writer process, which takes this seat besides those that it has; one that ended by a fault of its own is
+        replaced."""
+        supervisor = self._supervisor
+        if supervisor is None or supervisor.closed:
+            wanted = WriterOptions(niceness=self.options.niceness, io=self.options.io)
+            self._supervisor = supervisor = Supervisor(wanted, seat=seat, listener=listener)
+        else:
+            supervisor.sit(seat, listener)
+        return SeatedWriter(supervisor, seat)
+
+    def close(self, *, limit_s: float) -> None:
+        """Ends the writer process; see `Supervisor.close`. Gives up the memory of arenas. Blocking."""
+        if self._supervisor is not None:
+            self._supervisor.close(limit_s=limit_s)
+        self.arenas.close()
+
+    def _forget(self, arena: Arena) -> None:
+        if self._supervisor is not None:
+            self._supervisor.forget(arena)
+
+
+@dataclass(frozen=True, slots=True)
+class SeatedWriter:
+    """A writer process at one of its seats; see `Writer`."""
+
+    supervisor: Supervisor
+    seat: Seat
+
+    def submit(self, staged: StagedPortion, arena: Arena) -> Submission:
+        return self.supervisor.submit(staged, arena, self.seat)
+
+    def withdraw(self, attempt: Attempt, failure: CheckpointError) -> Submission:
+        return self.supervisor.withdraw(attempt, failure, self.seat)
+
+    def cancel(self, submission: Submission) -> None:
+        self.supervisor.cancel(submission)
+
+    def settle(self, attempt: Attempt, why: CheckpointError) -> None:
+        self.supervisor.settle(attempt, why)
+
+    def close(self, *, limit_s: float = 10.0) -> None:
+        """The process is not this seat's to end: its yard does that."""
+
+    @property
+    def closed(self) -> bool:
+        return self.supervisor.closed
 
 
 class WriterPool:

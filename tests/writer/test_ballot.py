@@ -24,7 +24,7 @@ from elastickpt.ledger.epochs import claim, start
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claimer
-from elastickpt.saving.yard import SeatedWriter
+from elastickpt.saving.writer_pool import SeatedWriter
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
