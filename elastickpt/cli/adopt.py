@@ -6,11 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from elastickpt.cli.bar import byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import code_of, code_of_kind, gravest
 from elastickpt.cli.grid import Span
-from elastickpt.cli.output import say, say_error, show, show_json
+from elastickpt.cli.output import byte_bar, say, say_error, show, show_json
 from elastickpt.cli.text import plural, printable
 from elastickpt.errors import CheckpointError
 

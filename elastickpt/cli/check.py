@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from elastickpt.cli.bar import byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.conversion_words import constant, mesh
 from elastickpt.cli.convert import resolved
 from elastickpt.cli.exitcodes import DIFFERENT, DONE, FAILED, code_of
 from elastickpt.cli.grid import Span
-from elastickpt.cli.output import say_error, show, show_json
+from elastickpt.cli.output import byte_bar, say_error, show, show_json
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError, Refused
 

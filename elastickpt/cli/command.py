@@ -1,10 +1,15 @@
-"""How a command declares itself to the parser."""
+"""How a command declares itself to the parser, and the arguments that several have."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+from elastickpt.errors import Refused
+
+if TYPE_CHECKING:
+    from elastickpt.ledger.retention import Keep
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -22,3 +27,13 @@ def add_command(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def keep_argument(text: str) -> Keep:
+    """The rules that the words say. Raises argparse's error for bad usage."""
+    from elastickpt.ledger.retention import keep_of
+
+    try:
+        return keep_of(text)
+    except Refused as problem:
+        raise argparse.ArgumentTypeError(problem.message) from None

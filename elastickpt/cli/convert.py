@@ -7,12 +7,11 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from elastickpt.cli.bar import byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.conversion_words import cast, mesh, number, size
 from elastickpt.cli.exitcodes import DONE, FAILED, code_of
 from elastickpt.cli.grid import GridLine, Span
-from elastickpt.cli.output import say, say_error, show, show_json
+from elastickpt.cli.output import byte_bar, say, say_error, show, show_json
 from elastickpt.cli.text import nbytes_text, plural, printable, shape_text
 from elastickpt.errors import CheckpointError, Refused
 from elastickpt.language.shelf import name_maps, purpose

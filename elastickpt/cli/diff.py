@@ -7,13 +7,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from elastickpt.cli.bar import byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.conversion_words import constant
 from elastickpt.cli.convert import resolved
 from elastickpt.cli.exitcodes import DIFFERENT, DONE, FAILED, code_of
 from elastickpt.cli.grid import GridLine, Span
-from elastickpt.cli.output import say, say_error, show, show_json
+from elastickpt.cli.output import byte_bar, say, say_error, show, show_json
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError, Refused
 

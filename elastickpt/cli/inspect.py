@@ -6,9 +6,8 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from elastickpt.cli.command import Subparsers, add_command
+from elastickpt.cli.command import Subparsers, add_command, keep_argument
 from elastickpt.cli.exitcodes import DONE, USAGE, code_of
-from elastickpt.cli.keep_words import keep_argument
 from elastickpt.cli.output import say, say_error, screen_width, show, show_json
 from elastickpt.cli.text import printable
 from elastickpt.errors import CheckpointError

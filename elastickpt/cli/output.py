@@ -1,15 +1,16 @@
-"""The only way out: data on stdout, talk on stderr. Colour and width only where a terminal is. [CLI-1, CLI-2]"""
+"""The only way out: data on stdout, talk and a bar on stderr. Colour and width only where a terminal is. [CLI-1, CLI-2]"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from io import TextIOWrapper
 
 from elastickpt.cli.grid import GridLine, Span, plain
-from elastickpt.cli.text import printable
+from elastickpt.cli.text import nbytes_text, printable
 from elastickpt.errors import CheckpointError, ProgramFault
 
 _ASCII = str.maketrans({"├": "|", "└": "`", "│": "|", "─": "-", "×": "x", "…": "...", "→": "->", "–": "-", "·": "-"})
@@ -76,3 +77,29 @@ def _drawable(text: str) -> str:
         return text
     encoding = sys.stdout.encoding or "ascii"
     return text if encoding.lower().replace("-", "").startswith("utf") else text.translate(_ASCII)
+
+
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def byte_bar(path: str, *, shown: bool) -> Iterator[Progress]:
+    """A bar on stderr with bytes, rate and time left, and what moves it; where it is not shown, nothing."""
+    if not shown:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{nbytes_text(task.speed)}/s", style="progress.data.speed")
+
+    name = TextColumn(escape(printable(path.rstrip("/").rpartition("/")[2])))
+    columns = (name, BarColumn(), DownloadColumn(binary_units=True), Rate(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from elastickpt.cli.bar import Progress, byte_bar
 from elastickpt.cli.command import Subparsers, add_command
 from elastickpt.cli.exitcodes import DAMAGED, DONE, FAILED, UNSAFE, UNSUPPORTED, code_of, code_of_kind, gravest
 from elastickpt.cli.grid import Column, GridLine, Row, Span, grid
-from elastickpt.cli.output import say, say_error, screen_width, show, show_json
+from elastickpt.cli.output import Progress, byte_bar, say, say_error, screen_width, show, show_json
 from elastickpt.cli.text import nbytes_text, plural, printable
 from elastickpt.errors import CheckpointError, NotACheckpoint
 

@@ -14,9 +14,8 @@ from lark.indenter import DedentError, Indenter
 
 from elastickpt.errors import LimitExceeded, ProgramFault
 from elastickpt.language import tree as t
-from elastickpt.language.faults import fault
+from elastickpt.language.faults import fault, unexpected
 from elastickpt.language.patterns import placed_at
-from elastickpt.language.syntax_faults import unexpected
 
 MAX_TEXT_NBYTES = 1 << 20
 MAX_NESTING = 32
