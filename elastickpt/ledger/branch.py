@@ -16,7 +16,7 @@ from typing import Literal
 
 from elastickpt.errors import MissingFile, NotACheckpoint
 from elastickpt.ledger.names import LATEST, AttemptId
-from elastickpt.ledger.objects import NOW, Steps, complete
+from elastickpt.ledger.objects import NOW, Operations, complete
 from elastickpt.ledger.records import CommitRegister, Metrics
 from elastickpt.ledger.stored import RunView, read_view
 from elastickpt.storage.links import replace_link
@@ -131,7 +131,7 @@ def nearest_text(steps: Sequence[int], step: int) -> str:
     return shown if len(near) == len(steps) else f"{len(steps)} steps, the nearest {shown}"
 
 
-def point_latest(store: Store) -> Steps[AttemptId | None]:
+def point_latest(store: Store) -> Operations[AttemptId | None]:
     """The link names the newest checkpoint of the live branch that stands, as of now; without one there is no link.
 
     For after a commit, a start, a removal. Returns what it names; None also where the store has no links, or something that is

@@ -35,7 +35,7 @@ from math import ceil
 
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, PathOccupied, Refused, Superseded
 from elastickpt.ledger.names import COMMITS, AttemptId, RunObjects, adopted_name, claim_name, found_name, start_name
-from elastickpt.ledger.objects import NOW, Steps, create_exclusively, remove_register
+from elastickpt.ledger.objects import NOW, Operations, create_exclusively, remove_register
 from elastickpt.ledger.records import (
     AbortRegister,
     Adopted,
@@ -90,7 +90,7 @@ def counts(attempt: AttemptId, newest: Adopted | None) -> bool:
 # -- a job -----------------------------------------------------------------------------------------------------------------
 
 
-def claim(store: Store, by: Claimer, *, adopting: Collection[AttemptId] = ()) -> Steps[Holding]:
+def claim(store: Store, by: Claimer, *, adopting: Collection[AttemptId] = ()) -> Operations[Holding]:
     """The run belongs to `by` from now on; what older epochs commit after this is inert. The store is the run's root.
 
     `adopting`: attempts of claimed epochs that count from now on too, once they have a register that says commit. [RUN-105]
@@ -108,7 +108,7 @@ def claim(store: Store, by: Claimer, *, adopting: Collection[AttemptId] = ()) ->
 
 def start(
     store: Store, holding: Holding, *, continued: AttemptId | None, keep: str | None = None, found: Found | None = None
-) -> Steps[EpochStart]:
+) -> Operations[EpochStart]:
     """The live branch goes on from `continued` from now on, or begins anew. Once in an epoch, before its first attempt.
 
     `keep`, in words, and what the restore `found` are remembered with it: they decide nothing. Returns what stands: a second
@@ -125,7 +125,7 @@ def start(
     return record
 
 
-def remember(store: Store, holding: Holding, found: Found) -> Steps[None]:
+def remember(store: Store, holding: Holding, found: Found) -> Operations[None]:
     """What a restore that loaded nothing found stands in the run; it decides nothing. Raises Superseded, StorageFailed kinds.
     [RUN-69]"""
     yield from require_newest(store, holding.epoch)
@@ -133,7 +133,7 @@ def remember(store: Store, holding: Holding, found: Found) -> Steps[None]:
     yield from create_exclusively(store, found_name(holding.epoch), data)
 
 
-def open_attempt(store: Store, holding: Holding, *, step: int) -> Steps[AttemptId]:
+def open_attempt(store: Store, holding: Holding, *, step: int) -> Operations[AttemptId]:
     """The id of a new attempt at `step`; older ones of this epoch at it say abort from now on.
 
     Raises PathOccupied if the step is committed in this epoch, Refused before the start or behind a committed step,
@@ -165,7 +165,7 @@ def open_attempt(store: Store, holding: Holding, *, step: int) -> Steps[AttemptI
     return AttemptId(step, holding.epoch, max(tried, default=0) + 1)
 
 
-def require_newest(store: Store, epoch: int) -> Steps[RunObjects]:
+def require_newest(store: Store, epoch: int) -> Operations[RunObjects]:
     """The names under `commits/`, in which no claim is newer than `epoch`; else raises Superseded with epoch, host, pid."""
     listing = yield from list_commits(store)
     if listing.newest > epoch:
@@ -173,7 +173,7 @@ def require_newest(store: Store, epoch: int) -> Steps[RunObjects]:
     return listing
 
 
-def superseded(store: Store, epoch: int, *, newest: int | None = None) -> Steps[Superseded]:
+def superseded(store: Store, epoch: int, *, newest: int | None = None) -> Operations[Superseded]:
     """The error of a job whose epoch was superseded, with what is known of the newest claim."""
     if newest is None:
         newest = (yield from list_commits(store)).newest
@@ -185,20 +185,20 @@ def superseded(store: Store, epoch: int, *, newest: int | None = None) -> Steps[
     return Superseded(f"{store.url}: epoch {epoch} of this job was superseded by epoch {newest} ({who})")
 
 
-def claim_lost(store: Store, by: Claimer, *, epochs: Collection[int]) -> Steps[None]:
+def claim_lost(store: Store, by: Claimer, *, epochs: Collection[int]) -> Operations[None]:
     """Each of these epochs, whose objects were lost, has a claim again, which the next claim closes. [RUN-105]"""
     yield from _make_commits(store)
     for epoch in sorted(epochs):
         yield from create_exclusively(store, claim_name(epoch), encode_claim(Claim(epoch, by)))
 
 
-def start_lost(store: Store, *, continued: Mapping[int, AttemptId | None]) -> Steps[None]:
+def start_lost(store: Store, *, continued: Mapping[int, AttemptId | None]) -> Operations[None]:
     """Each of these epochs, whose start object was lost, has one again, and the live branch goes on from these. [RUN-107]"""
     for epoch, attempt in sorted(continued.items()):
         yield from create_exclusively(store, start_name(epoch), encode_start(EpochStart(epoch, attempt)))
 
 
-def _make_commits(store: Store) -> Steps[None]:
+def _make_commits(store: Store) -> Operations[None]:
     yield NOW
     store.make_directories(COMMITS)
     if store.capabilities.directory_sync:
@@ -206,7 +206,7 @@ def _make_commits(store: Store) -> Steps[None]:
         store.sync_directory("")
 
 
-def _take_number(store: Store, by: Claimer) -> Steps[int]:
+def _take_number(store: Store, by: Claimer) -> Operations[int]:
     yield from _make_commits(store)
     while True:
         epoch = (yield from list_commits(store)).newest + 1
@@ -215,7 +215,7 @@ def _take_number(store: Store, by: Claimer) -> Steps[int]:
             return epoch
 
 
-def _close_older(store: Store, epoch: int) -> Steps[None]:
+def _close_older(store: Store, epoch: int) -> Operations[None]:
     """Every older claim has an adopted object, its own or a void one, for good. [RUN-33]"""
     listing = yield from list_commits(store)
     for older in sorted(listing.claims - listing.adopted):
@@ -223,7 +223,7 @@ def _close_older(store: Store, epoch: int) -> Steps[None]:
             yield from create_exclusively(store, adopted_name(older), encode_adopted(Void(older, epoch)))
 
 
-def _what_counts(store: Store, epoch: int, token: str, adopting: Collection[AttemptId]) -> Steps[Adopted]:
+def _what_counts(store: Store, epoch: int, token: str, adopting: Collection[AttemptId]) -> Operations[Adopted]:
     listing = yield from list_commits(store)  # [RUN-34] not before the older epochs are closed
     below = yield from newest_adopted(store, listing, before=epoch)
     highest = max((one.epoch for one in adopting), default=0)
@@ -245,7 +245,7 @@ def _what_counts(store: Store, epoch: int, token: str, adopting: Collection[Atte
 # -- a writer --------------------------------------------------------------------------------------------------------------
 
 
-def decide(store: Store, register: CommitRegister | AbortRegister) -> Steps[CommitRegister | AbortRegister]:
+def decide(store: Store, register: CommitRegister | AbortRegister) -> Operations[CommitRegister | AbortRegister]:
     """What the attempt's register says for good: `register`, or what another said before; the caller obeys it.
 
     The folder of a commit must be whole and durable before. Raises StorageFailed kinds: then ask again. [RUN-40, RUN-41]
@@ -254,7 +254,7 @@ def decide(store: Store, register: CommitRegister | AbortRegister) -> Steps[Comm
     return decode_register(found, attempt=register.id)
 
 
-def acknowledge(store: Store, attempt: AttemptId, *, poll_s: float, limit_s: float) -> Steps[Acknowledgement]:
+def acknowledge(store: Store, attempt: AttemptId, *, poll_s: float, limit_s: float) -> Operations[Acknowledgement]:
     """What may be said of a commit whose register is linked and durable. Looks at once, then every `poll_s` up to `limit_s`.
 
     Raises StorageFailed kinds, Damaged kinds for an adopted object that is not what was written. [RUN-42, RUN-43]
@@ -274,7 +274,7 @@ def acknowledge(store: Store, attempt: AttemptId, *, poll_s: float, limit_s: flo
     return outcome
 
 
-def _look(store: Store, attempt: AttemptId) -> Steps[Acknowledgement]:
+def _look(store: Store, attempt: AttemptId) -> Operations[Acknowledgement]:
     listing = yield from list_commits(store)
     if listing.newest > attempt.epoch:
         if listing.newest not in listing.adopted:

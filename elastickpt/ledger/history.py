@@ -12,7 +12,7 @@ from typing import Literal
 
 from elastickpt.errors import Damaged, StorageFailed, kinds
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.objects import Steps
+from elastickpt.ledger.objects import Operations
 from elastickpt.ledger.records import Claimer, Found, Void
 from elastickpt.ledger.stored import list_commits, read_adopted, read_claim, read_nothing_loaded, read_start
 from elastickpt.storage.store import Store
@@ -37,7 +37,7 @@ class EpochEntry:
     problems: tuple[str, ...] = ()
 
 
-def epoch_history(store: Store) -> Steps[tuple[EpochEntry, ...]]:
+def epoch_history(store: Store) -> Operations[tuple[EpochEntry, ...]]:
     """All claims of the run, newest first; damaged objects are named in `problems`. Raises StorageFailed kinds."""
     listing = yield from list_commits(store)
     found = []
@@ -61,7 +61,7 @@ def epoch_history(store: Store) -> Steps[tuple[EpochEntry, ...]]:
     return tuple(found)
 
 
-def is_claimed_by(store: Store, tokens: Collection[str]) -> Steps[bool]:
+def is_claimed_by(store: Store, tokens: Collection[str]) -> Operations[bool]:
     """Whether the newest claim has one of these tokens; one that cannot be read has none. Raises StorageFailed kinds."""
     newest = (yield from list_commits(store)).newest
     try:
@@ -115,7 +115,7 @@ class RestoreHistory:
         return {one: found.outcome == "verified" for one, found in self.findings.items() if found.outcome != "unread"}
 
 
-def read_told(store: Store) -> Steps[RestoreHistory]:
+def read_told(store: Store) -> Operations[RestoreHistory]:
     """All start and found objects of the run. One that is not what was written tells nothing here: `epoch_history` names it.
 
     Raises StorageFailed kinds.
@@ -137,7 +137,7 @@ def read_told(store: Store) -> Steps[RestoreHistory]:
     return RestoreHistory(MappingProxyType(findings), rules)
 
 
-def _nothing_loaded(store: Store, epoch: int) -> Steps[dict[AttemptId, Finding]]:
+def _nothing_loaded(store: Store, epoch: int) -> Operations[dict[AttemptId, Finding]]:
     try:
         found = yield from read_nothing_loaded(store, epoch)
     except Damaged:

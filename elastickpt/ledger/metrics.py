@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from elastickpt.errors import NotACheckpoint
 from elastickpt.ledger.epochs import Holding, require_newest
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.objects import Steps, create_exclusively
+from elastickpt.ledger.objects import Operations, create_exclusively
 from elastickpt.ledger.records import LaterMetrics, encode_metrics, metrics_of
 from elastickpt.storage.store import Store
 
 
-def add_metrics(store: Store, holding: Holding, *, attempt: AttemptId, metrics: Mapping[str, float]) -> Steps[LaterMetrics]:
+def add_metrics(
+    store: Store, holding: Holding, *, attempt: AttemptId, metrics: Mapping[str, float]
+) -> Operations[LaterMetrics]:
     """The commit has these metrics from now on; of one name the last one added holds.
 
     Raises NotACheckpoint where there is no such register, Refused for what is no number, Superseded, StorageFailed kinds.

@@ -21,11 +21,11 @@ from elastickpt.ledger.records import MAX_OBJECT_NBYTES
 from elastickpt.storage.store import Store
 
 T = TypeVar("T")
-Steps = Generator[float, None, T]
+Operations = Generator[float, None, T]
 NOW = 0.0
 
 
-def complete(steps: Steps[T], *, sleep: Callable[[float], object] = time.sleep) -> T:
+def complete(steps: Operations[T], *, sleep: Callable[[float], object] = time.sleep) -> T:
     """What the steps return, all of them done one after the other; blocking. `sleep` takes seconds."""
     while True:
         try:
@@ -37,7 +37,7 @@ def complete(steps: Steps[T], *, sleep: Callable[[float], object] = time.sleep) 
             sleep(pause_s)
 
 
-def create_exclusively(store: Store, name: str, data: bytes) -> Steps[bytes]:
+def create_exclusively(store: Store, name: str, data: bytes) -> Operations[bytes]:
     """What stands under `commits/` at `name` for good: `data`, or what somebody else put there before; the caller obeys it.
 
     It is as durable as the store can make it. Raises StorageFailed kinds: then nothing stands there, or `data` does and may be
@@ -65,21 +65,21 @@ def create_exclusively(store: Store, name: str, data: bytes) -> Steps[bytes]:
     return found
 
 
-def remove_register(store: Store, attempt: AttemptId) -> Steps[None]:
+def remove_register(store: Store, attempt: AttemptId) -> Operations[None]:
     """The register is gone, durably where the store can promise that. Raises StorageFailed kinds."""
     yield NOW
     store.remove(commits_path(attempt.register))
     yield from _sync_commits(store)
 
 
-def _sync_commits(store: Store) -> Steps[None]:
+def _sync_commits(store: Store) -> Operations[None]:
     """The names under `commits/` are durable, where the store can promise that."""
     if store.capabilities.directory_sync:
         yield NOW
         store.sync_directory(COMMITS)
 
 
-def _put(store: Store, name: str, data: bytes) -> Steps[CheckpointError | None]:
+def _put(store: Store, name: str, data: bytes) -> Operations[CheckpointError | None]:
     yield NOW
     try:
         store.create(commits_path(name), data)
@@ -88,7 +88,7 @@ def _put(store: Store, name: str, data: bytes) -> Steps[CheckpointError | None]:
     return None
 
 
-def _link(store: Store, name: str, data: bytes) -> Steps[CheckpointError | None]:
+def _link(store: Store, name: str, data: bytes) -> Operations[CheckpointError | None]:
     """By a temporary file in the same directory, whole and durable before it gets the name. [RUN-21]"""
     temporary = commits_path(temporary_name(name))
     try:
@@ -109,7 +109,7 @@ def _link(store: Store, name: str, data: bytes) -> Steps[CheckpointError | None]
     return None
 
 
-def remove_folder(store: Store, attempt: AttemptId) -> Steps[None]:
+def remove_folder(store: Store, attempt: AttemptId) -> Operations[None]:
     """The folder of an attempt that does not count is gone. First its name, at once, so that no late writer adds to it."""
     swept = attempt.folder + SWEPT
     yield NOW

@@ -21,14 +21,14 @@ from elastickpt.errors import CheckpointError, Damaged, MissingFile, Superseded
 from elastickpt.format.keys import MANIFEST
 from elastickpt.ledger.epochs import Holding, counts, decide, require_newest
 from elastickpt.ledger.names import AttemptId, RunObjects, commits_path, listing_of, parse_name, parse_temporary
-from elastickpt.ledger.objects import NOW, Steps, remove_folder, remove_register
+from elastickpt.ledger.objects import NOW, Operations, remove_folder, remove_register
 from elastickpt.ledger.records import AbortRegister, CommitRegister
 from elastickpt.ledger.stored import Folders, attempt_folders, read_register
 from elastickpt.ledger.unregistered import live_step
 from elastickpt.storage.store import Entry, Store
 
 
-def remove_commits(store: Store, holding: Holding, *, commits: Iterable[AttemptId]) -> Steps[tuple[AttemptId, ...]]:
+def remove_commits(store: Store, holding: Holding, *, commits: Iterable[AttemptId]) -> Operations[tuple[AttemptId, ...]]:
     """The commits are gone, one after the other in the order given. Returns them.
 
     Raises Superseded before the first one that a newer claim forbids, StorageFailed kinds; what was begun is inert then, and
@@ -41,7 +41,7 @@ def remove_commits(store: Store, holding: Holding, *, commits: Iterable[AttemptI
     return tuple(removed)
 
 
-def remove_commit(store: Store, holding: Holding, *, attempt: AttemptId) -> Steps[None]:
+def remove_commit(store: Store, holding: Holding, *, attempt: AttemptId) -> Operations[None]:
     """The commit is gone: its register, its metrics, its folder, in that order."""
     listing = yield from require_newest(store, holding.epoch)  # [RUN-72]
     yield from remove_register(store, attempt)  # [RUN-70]
@@ -52,7 +52,7 @@ def remove_commit(store: Store, holding: Holding, *, attempt: AttemptId) -> Step
         yield from remove_register(store, attempt)
 
 
-def remove_metrics(store: Store, listing: RunObjects, attempt: AttemptId) -> Steps[None]:
+def remove_metrics(store: Store, listing: RunObjects, attempt: AttemptId) -> Operations[None]:
     for number in listing.metrics_of(attempt):
         yield NOW
         store.remove(commits_path(attempt.metrics(number)))
@@ -76,7 +76,7 @@ class _Fate(Enum):
     WAITS = auto()
 
 
-def sweep(store: Store, holding: Holding, *, in_flight: Collection[AttemptId] = ()) -> Steps[SweepReport]:
+def sweep(store: Store, holding: Holding, *, in_flight: Collection[AttemptId] = ()) -> Operations[SweepReport]:
     """Removes dead attempts, but for those `in_flight` in this job. One that cannot be removed is left, and named.
 
     Raises Superseded when a newer claim is seen, which is looked for before each attempt; StorageFailed for listings.
@@ -109,7 +109,7 @@ def sweep(store: Store, holding: Holding, *, in_flight: Collection[AttemptId] = 
     )
 
 
-def _fate(store: Store, holding: Holding, listing: RunObjects, *, attempt: AttemptId, folders: Folders) -> Steps[_Fate]:
+def _fate(store: Store, holding: Holding, listing: RunObjects, *, attempt: AttemptId, folders: Folders) -> Operations[_Fate]:
     """What is to become of an attempt, by its register and its folder; nothing is changed yet."""
     has_folder = attempt in folders.attempts or attempt in folders.swept
     registered, own = attempt in listing.registers, attempt.epoch == holding.epoch
@@ -130,7 +130,7 @@ def _fate(store: Store, holding: Holding, listing: RunObjects, *, attempt: Attem
     return _Fate.PASSED if attempt.step <= (yield from live_step(store)) else _Fate.WAITS  # [RUN-104]
 
 
-def _says_abort(store: Store, attempt: AttemptId) -> Steps[bool]:
+def _says_abort(store: Store, attempt: AttemptId) -> Operations[bool]:
     try:
         return isinstance((yield from read_register(store, attempt)), AbortRegister)
     except Damaged:
@@ -139,7 +139,7 @@ def _says_abort(store: Store, attempt: AttemptId) -> Steps[bool]:
 
 def _sweep_one(
     store: Store, holding: Holding, listing: RunObjects, *, attempt: AttemptId, fate: _Fate, folders: Folders
-) -> Steps[_Fate]:
+) -> Operations[_Fate]:
     """An attempt that is to go is gone; its fate, which another answer in its register may have changed."""
     has_folder = attempt in folders.attempts or attempt in folders.swept
     registered, own = attempt in listing.registers, attempt.epoch == holding.epoch
@@ -156,7 +156,7 @@ def _sweep_one(
     return fate
 
 
-def _sweep_temporaries(store: Store, holding: Holding, listing: RunObjects) -> Steps[None]:
+def _sweep_temporaries(store: Store, holding: Holding, listing: RunObjects) -> Operations[None]:
     for temporary in listing.temporaries:
         target = parse_temporary(temporary)
         name = parse_name(target) if target is not None else None

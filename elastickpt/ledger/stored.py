@@ -19,7 +19,7 @@ from elastickpt.ledger.names import (
     parse_folder,
     start_name,
 )
-from elastickpt.ledger.objects import NOW, Steps
+from elastickpt.ledger.objects import NOW, Operations
 from elastickpt.ledger.records import (
     MAX_OBJECT_NBYTES,
     AbortRegister,
@@ -66,7 +66,7 @@ class RunView:
     starts: Mapping[int, AttemptId | None]
 
 
-def read_view(store: Store) -> Steps[RunView]:
+def read_view(store: Store) -> Operations[RunView]:
     """All that counts, as of one listing. The store is the run's root; a run that nobody claimed is empty.
 
     Raises Damaged kinds for an adopted, start or metrics object that is not what was written: nothing is guessed. [RUN-54]
@@ -88,7 +88,7 @@ def read_view(store: Store) -> Steps[RunView]:
     return RunView(newest, tuple(commits), MappingProxyType(metrics), MappingProxyType(starts))
 
 
-def _commit(store: Store, attempt: AttemptId) -> Steps[CommitRegister | Broken | None]:
+def _commit(store: Store, attempt: AttemptId) -> Operations[CommitRegister | Broken | None]:
     """None for what was aborted or removed."""
     try:
         register = yield from read_register(store, attempt)
@@ -99,7 +99,7 @@ def _commit(store: Store, attempt: AttemptId) -> Steps[CommitRegister | Broken |
     return register if isinstance(register, CommitRegister) else None
 
 
-def _standing(store: Store, commits: list[CommitRegister | Broken]) -> Steps[list[CommitRegister | Broken]]:
+def _standing(store: Store, commits: list[CommitRegister | Broken]) -> Operations[list[CommitRegister | Broken]]:
     """The commits less those that were removed meanwhile; one whose folder is gone though its register stands is broken.
 
     It was linked once more by a late writer behind its removal, or somebody removed the folder by hand. [RUN-51]
@@ -114,7 +114,7 @@ def _standing(store: Store, commits: list[CommitRegister | Broken]) -> Steps[lis
     return standing
 
 
-def _all_metrics(store: Store, listing: RunObjects, commit: CommitRegister | Broken) -> Steps[Metrics]:
+def _all_metrics(store: Store, listing: RunObjects, commit: CommitRegister | Broken) -> Operations[Metrics]:
     found = dict(commit.metrics) if isinstance(commit, CommitRegister) else {}
     for number in listing.metrics_of(commit.id):
         yield NOW
@@ -126,7 +126,9 @@ def _all_metrics(store: Store, listing: RunObjects, commit: CommitRegister | Bro
     return tuple(sorted(found.items()))
 
 
-def _starts(store: Store, listing: RunObjects, newest: Adopted | None, *, oldest: int) -> Steps[dict[int, AttemptId | None]]:
+def _starts(
+    store: Store, listing: RunObjects, newest: Adopted | None, *, oldest: int
+) -> Operations[dict[int, AttemptId | None]]:
     """From the newest epoch that has started, along what it continued from, until no commit is left below."""
     starts: dict[int, AttemptId | None] = {}
     epoch = max((one for one in listing.starts if newest is not None and one <= newest.epoch), default=0)  # [RUN-52]
@@ -140,7 +142,7 @@ def _starts(store: Store, listing: RunObjects, newest: Adopted | None, *, oldest
 # -- one by one ------------------------------------------------------------------------------------------------------------
 
 
-def list_commits(store: Store) -> Steps[RunObjects]:
+def list_commits(store: Store) -> Operations[RunObjects]:
     """The names under `commits/`; none where nobody ever claimed."""
     yield NOW
     try:
@@ -149,7 +151,7 @@ def list_commits(store: Store) -> Steps[RunObjects]:
         return listing_of(())
 
 
-def attempt_folders(store: Store) -> Steps[Folders]:
+def attempt_folders(store: Store) -> Operations[Folders]:
     """The folders of attempts in the run's root."""
     yield NOW
     found = [parse_folder(entry.name) for entry in store.entries("") if entry.kind == "directory"]
@@ -159,27 +161,27 @@ def attempt_folders(store: Store) -> Steps[Folders]:
     )
 
 
-def read_claim(store: Store, epoch: int) -> Steps[Claim]:
+def read_claim(store: Store, epoch: int) -> Operations[Claim]:
     yield NOW
     return decode_claim(store.read(commits_path(claim_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def read_adopted(store: Store, epoch: int) -> Steps[Adopted | Void]:
+def read_adopted(store: Store, epoch: int) -> Operations[Adopted | Void]:
     yield NOW
     return decode_adopted(store.read(commits_path(adopted_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def read_start(store: Store, epoch: int) -> Steps[EpochStart]:
+def read_start(store: Store, epoch: int) -> Operations[EpochStart]:
     yield NOW
     return decode_start(store.read(commits_path(start_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def read_nothing_loaded(store: Store, epoch: int) -> Steps[Found]:
+def read_nothing_loaded(store: Store, epoch: int) -> Operations[Found]:
     yield NOW
     return decode_nothing_loaded(store.read(commits_path(found_name(epoch)), MAX_OBJECT_NBYTES), epoch=epoch)
 
 
-def newest_adopted(store: Store, listing: RunObjects, *, before: int) -> Steps[Adopted | None]:
+def newest_adopted(store: Store, listing: RunObjects, *, before: int) -> Operations[Adopted | None]:
     """The adopted object of the newest epoch below `before` that has a non-void one."""
     for epoch in sorted(listing.adopted, reverse=True):
         if epoch < before:
@@ -189,6 +191,6 @@ def newest_adopted(store: Store, listing: RunObjects, *, before: int) -> Steps[A
     return None
 
 
-def read_register(store: Store, attempt: AttemptId) -> Steps[CommitRegister | AbortRegister]:
+def read_register(store: Store, attempt: AttemptId) -> Operations[CommitRegister | AbortRegister]:
     yield NOW
     return decode_register(store.read(commits_path(attempt.register), MAX_OBJECT_NBYTES), attempt=attempt)

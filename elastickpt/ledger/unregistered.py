@@ -24,7 +24,7 @@ from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.branch import live_branch
 from elastickpt.ledger.names import LATEST, AttemptId, RunObjects, adopted_name, parse_folder, start_name
-from elastickpt.ledger.objects import NOW, Steps
+from elastickpt.ledger.objects import NOW, Operations
 from elastickpt.ledger.records import Adopted, CommitRegister
 from elastickpt.ledger.stored import attempt_folders, list_commits, newest_adopted, read_view
 from elastickpt.storage.links import link_target
@@ -55,7 +55,7 @@ class RunSurvey:
         return tuple(one for one in self.unregistered if one.step > self.live)
 
 
-def require_registers(store: Store) -> Steps[RunSurvey]:
+def require_registers(store: Store) -> Operations[RunSurvey]:
     """What stands in the run, of which nothing is lost that a crash cannot explain. Before a claim; reads only.
 
     Raises Refused, naming the folders and what can be done, StorageFailed kinds, Damaged kinds for objects of the run that are
@@ -89,7 +89,7 @@ def what_is_lost(standing: RunSurvey) -> str:
     return ""
 
 
-def what_stands(store: Store) -> Steps[RunSurvey]:
+def what_stands(store: Store) -> Operations[RunSurvey]:
     """Reads manifests of folders without a register only, and what counts only if there are such. Errors as reading a run."""
     try:
         folders = frozenset((yield from attempt_folders(store)).attempts)
@@ -109,14 +109,14 @@ def what_stands(store: Store) -> Steps[RunSurvey]:
     return RunSurvey(epochs, newest, tuple(unregistered), tuple(sorted(folders - alone)), live, latest)
 
 
-def live_step(store: Store) -> Steps[int]:
+def live_step(store: Store) -> Operations[int]:
     """The newest step of the live branch whose commit can be opened; -1 for none. Errors as reading a run."""
     view = yield from read_view(store)
     good = {one.id for one in view.commits if isinstance(one, CommitRegister)}
     return max((one.step for one in live_branch(view) if one in good), default=-1)
 
 
-def holds_checkpoint(store: Store, attempt: AttemptId) -> Steps[bool]:
+def holds_checkpoint(store: Store, attempt: AttemptId) -> Operations[bool]:
     """Whether its folder holds a whole manifest, and is no draft any more. Raises StorageFailed kinds."""
     yield NOW
     try:
@@ -154,7 +154,7 @@ def lost_text(store: Store, attempts: Sequence[AttemptId]) -> str:
     return f"it has whole checkpoints of a run, without registers: {folders_text(attempts)}; open one, or {_adopting(run)}"
 
 
-def _latest(store: Store) -> Steps[AttemptId | None]:
+def _latest(store: Store) -> Operations[AttemptId | None]:
     yield NOW
     target = link_target(store, LATEST)
     found = parse_folder(target) if target is not None else None

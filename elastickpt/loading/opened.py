@@ -37,7 +37,7 @@ from elastickpt.format.values import Value
 from elastickpt.format.version import CONVERTER
 from elastickpt.ledger.epochs import counts
 from elastickpt.ledger.names import AttemptId, parse_folder
-from elastickpt.ledger.objects import Steps, complete
+from elastickpt.ledger.objects import Operations, complete
 from elastickpt.ledger.records import AbortRegister
 from elastickpt.ledger.stored import list_commits, newest_adopted, read_register
 from elastickpt.storage.opening import locate, path_in
@@ -56,7 +56,7 @@ def registered_digest(store: Store, name: str) -> str | None:
     return complete(_digest(store, found[0], where=path_in(store, name), swept=found[1] == "swept"))
 
 
-def _digest(store: Store, attempt: AttemptId, *, where: str, swept: bool) -> Steps[str | None]:
+def _digest(store: Store, attempt: AttemptId, *, where: str, swept: bool) -> Operations[str | None]:
     listing = yield from list_commits(store)
     if not listing.newest:
         return None  # a copy that stands outside of its run

@@ -34,7 +34,7 @@ from elastickpt.ledger.epochs import (
     start_lost,
 )
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.objects import Steps, complete
+from elastickpt.ledger.objects import Operations, complete
 from elastickpt.ledger.records import AbortRegister, CommitRegister, Found
 from elastickpt.ledger.stored import read_register, read_start, read_view
 from elastickpt.ledger.unregistered import RunSurvey, folders_text, holds_checkpoint, what_stands
@@ -132,7 +132,7 @@ def adopt(
 # -- what there is ---------------------------------------------------------------------------------------------------------
 
 
-def _counting(store: Store, standing: RunSurvey) -> Steps[list[AttemptId]]:
+def _counting(store: Store, standing: RunSurvey) -> Operations[list[AttemptId]]:
     """The attempts with a folder and a register that says commit and counts."""
     found: list[AttemptId] = []
     for one in standing.registered:
@@ -141,7 +141,7 @@ def _counting(store: Store, standing: RunSurvey) -> Steps[list[AttemptId]]:
     return found
 
 
-def _candidates(store: Store, standing: RunSurvey) -> Steps[list[AttemptId]]:
+def _candidates(store: Store, standing: RunSurvey) -> Operations[list[AttemptId]]:
     """Whole, and without a register; or with one that says commit, of an epoch whose adopted object was lost."""
     found = list(standing.unregistered)
     newest = 0 if standing.newest is None else standing.newest.epoch
@@ -206,7 +206,7 @@ def _register_of(store: Store, attempt: AttemptId, progress: Progress) -> Commit
     return said or CommitRegister(attempt, digest, nbytes, opened.manifest.time)
 
 
-def _epochs_without_start(store: Store, standing: RunSurvey, ids: Collection[AttemptId]) -> Steps[list[int]]:
+def _epochs_without_start(store: Store, standing: RunSurvey, ids: Collection[AttemptId]) -> Operations[list[int]]:
     """Epochs that the live branch may pass through, and whose start objects are not there."""
     needed = {one.epoch for one in ids}
     oldest = min(needed, default=0)
@@ -222,7 +222,7 @@ def _epochs_without_start(store: Store, standing: RunSurvey, ids: Collection[Att
 
 def _register(
     store: Store, standing: RunSurvey, good: Sequence[CommitRegister], epochs: Collection[int]
-) -> Steps[tuple[int, list[tuple[AttemptId, str]]]]:
+) -> Operations[tuple[int, list[tuple[AttemptId, str]]]]:
     """The epoch that adopted, and what somebody else had aborted meanwhile."""
     by = claimer("", secrets.token_hex(16))
     ids = {one.id for one in good}
@@ -242,7 +242,7 @@ def _register(
     return holding.epoch, refused
 
 
-def _start(store: Store, holding: Holding, adopted: Collection[AttemptId]) -> Steps[None]:
+def _start(store: Store, holding: Holding, adopted: Collection[AttemptId]) -> Operations[None]:
     """The live branch goes on from its newest commit, or from what was adopted of a newer epoch, or of that one later."""
     branch = live_branch((yield from read_view(store)))
     newest = max([*branch[:1], *adopted], key=_age, default=None)

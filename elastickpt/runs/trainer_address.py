@@ -27,7 +27,7 @@ from hashlib import blake2b
 from ipaddress import ip_address
 
 from elastickpt.errors import Damaged, RunBusy
-from elastickpt.ledger.objects import Steps
+from elastickpt.ledger.objects import Operations
 from elastickpt.ledger.records import Claim, Claimer
 from elastickpt.ledger.stored import list_commits, read_claim
 from elastickpt.ranks.processes import process_start, socket_identity
@@ -112,7 +112,7 @@ def trainer_answers(claim: Claim, *, limit_s: float = LIMIT_S) -> bool:
     return False
 
 
-def require_no_living_trainer(store: Store, *, answers: Callable[[Claim], bool] = trainer_answers) -> Steps[None]:
+def require_no_living_trainer(store: Store, *, answers: Callable[[Claim], bool] = trainer_answers) -> Operations[None]:
     """The job that claimed the run last is gone, or nobody claimed it; else raises RunBusy, naming it. Before a claim.
 
     Older claims are not asked: the newest has fenced them. A claim that is damaged names nobody who could be asked. Raises

@@ -11,7 +11,7 @@ from elastickpt.errors import MissingFile, StorageFailed, Superseded
 from elastickpt.ledger.branch import entries_of
 from elastickpt.ledger.epochs import Acknowledgement, Holding, acknowledge, claim, decide, open_attempt, start
 from elastickpt.ledger.names import AttemptId
-from elastickpt.ledger.objects import NOW, Steps, complete
+from elastickpt.ledger.objects import NOW, Operations, complete
 from elastickpt.ledger.records import AbortRegister, Claimer, CommitRegister
 from elastickpt.ledger.removal import remove_commits, sweep
 from elastickpt.ledger.retention import Keep, judge, removable
@@ -49,7 +49,7 @@ def commit_of(attempt: AttemptId, **changes: object) -> CommitRegister:
     return CommitRegister(attempt, **about)  # type: ignore[arg-type]
 
 
-def write_folder(store: Store, attempt: AttemptId) -> Steps[None]:
+def write_folder(store: Store, attempt: AttemptId) -> Operations[None]:
     """The whole checkpoint, as far as runs care."""
     yield NOW
     store.make_directories(attempt.folder)
@@ -96,7 +96,7 @@ class Notes:
         return (*(frozenset(one) for one in sets), self.superseded)
 
 
-def old_writer(store: Store, notes: Notes, *, attempt: AttemptId = X) -> Steps[None]:
+def old_writer(store: Store, notes: Notes, *, attempt: AttemptId = X) -> Operations[None]:
     """Links its commit, looks, and waits for a claim that it sees. A new job may sweep its folder, or what it is linking."""
     try:
         said = yield from decide(store, commit_of(attempt))
@@ -106,7 +106,7 @@ def old_writer(store: Store, notes: Notes, *, attempt: AttemptId = X) -> Steps[N
         yield from _acknowledge(store, notes, attempt)
 
 
-def aborting_writer(store: Store, notes: Notes) -> Steps[None]:
+def aborting_writer(store: Store, notes: Notes) -> Operations[None]:
     """Gives up what another one may be committing, and obeys the register."""
     try:
         said = yield from decide(store, AbortRegister(X, "tired"))
@@ -116,7 +116,7 @@ def aborting_writer(store: Store, notes: Notes) -> Steps[None]:
         yield from _acknowledge(store, notes, X)
 
 
-def _acknowledge(store: Store, notes: Notes, attempt: AttemptId) -> Steps[None]:
+def _acknowledge(store: Store, notes: Notes, attempt: AttemptId) -> Operations[None]:
     outcome = yield from acknowledge(store, attempt, poll_s=1, limit_s=1)
     if outcome is Acknowledgement.ACKNOWLEDGED:
         notes.acknowledged.add(attempt)
@@ -124,13 +124,13 @@ def _acknowledge(store: Store, notes: Notes, attempt: AttemptId) -> Steps[None]:
         notes.inert.add(attempt)
 
 
-def starting_job(store: Store, notes: Notes, *, job: int) -> Steps[None]:
+def starting_job(store: Store, notes: Notes, *, job: int) -> Operations[None]:
     """Claims, and continues from the newest commit."""
     with suppress(Superseded):
         yield from _started(store, notes, job)
 
 
-def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()) -> Steps[None]:
+def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()) -> Operations[None]:
     """Starts, sweeps, removes all but the newest commit; saves, and removes again after each commit that it may acknowledge."""
     try:
         holding = yield from _started(store, notes, job)
@@ -151,13 +151,13 @@ def new_job(store: Store, notes: Notes, *, job: int, saves: tuple[int, ...] = ()
         notes.superseded = True
 
 
-def remover(store: Store, notes: Notes, *, holding: Holding) -> Steps[None]:
+def remover(store: Store, notes: Notes, *, holding: Holding) -> Operations[None]:
     """A job that goes on: removes all but its newest commit."""
     with suppress(Superseded):
         yield from _retain(store, notes, holding)
 
 
-def _started(store: Store, notes: Notes, job: int) -> Steps[Holding]:
+def _started(store: Store, notes: Notes, job: int) -> Operations[Holding]:
     holding = yield from claim(store, by(job))
     entries = entries_of((yield from read_view(store)))
     newest = next((one.id for one in entries if one.state == "live" and one.commit is not None), None)
@@ -166,7 +166,7 @@ def _started(store: Store, notes: Notes, job: int) -> Steps[Holding]:
     return holding
 
 
-def _retain(store: Store, notes: Notes, holding: Holding) -> Steps[None]:
+def _retain(store: Store, notes: Notes, holding: Holding) -> Operations[None]:
     entries = entries_of((yield from read_view(store)))
     going = removable(judge(Keep(last=1), entries, now=2000.0, verified={}))
     notes.removing |= set(going)

@@ -30,7 +30,7 @@ from schedules import Actor, Explored, Explorer, Seen, is_local, is_local_if_not
 
 from elastickpt.ledger.branch import entries_of
 from elastickpt.ledger.epochs import Acknowledgement
-from elastickpt.ledger.objects import Steps, complete
+from elastickpt.ledger.objects import Operations, complete
 from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
 
@@ -215,7 +215,7 @@ def test_a_writer_and_two_jobs_that_start_each_operation_by_itself() -> None:
     assert explore({**WRITER, **starting(2, 3)}, linking=True, local=nothing).acknowledged
 
 
-def _nothing(store: object, *args: object) -> Steps[None]:
+def _nothing(store: object, *args: object) -> Operations[None]:
     yield 0.0
 
 
@@ -227,7 +227,7 @@ def test_without_closing_older_epochs_a_commit_is_lost(monkeypatch: pytest.Monke
 
 
 def test_without_looking_for_a_claim_a_commit_is_acknowledged_and_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    def acknowledge(store: object, attempt: object, **limits: float) -> Steps[Acknowledgement]:
+    def acknowledge(store: object, attempt: object, **limits: float) -> Operations[Acknowledgement]:
         yield 0.0
         return Acknowledgement.ACKNOWLEDGED
 
