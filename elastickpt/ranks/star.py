@@ -114,7 +114,7 @@ os.register_at_fork(after_in_child=_forked)
 
 TICK_S = 0.5  # between looks at limits, and at processes of this host
 DYING_S = 1.0  # from the end of a connection until the process behind it begins to end, if it does
-ENDING_S = 60.0  # until it is gone then: its memory is given back meanwhile
+ENDING_S = 60.0  # until it is gone then: on a busy machine it may wait for a processor meanwhile
 LOG_AFTER_S, LOG_EVERY_S = 10.0, 300.0
 
 Answer = bytes | RankFailure

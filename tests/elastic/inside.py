@@ -71,7 +71,7 @@ class Inside:
         return job
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [one for line in self._file.read_text().splitlines() if (one := json.loads(line))["event"] == kind]
+        return [one for line in self._file.read_text().split("\n")[:-1] if (one := json.loads(line))["event"] == kind]
 
     def wait(self) -> End:
         self._thread.join(240)

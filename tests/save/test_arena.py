@@ -285,17 +285,17 @@ def test_nobody_copies_any_more_once_one_thread_failed(monkeypatch: pytest.Monke
     prepared = prepare(plan_of(whole, shape=source.shape, itemsize=1, held=whole), ())
     arena = Arena.create(prepared.arena_nbytes)
     stager, pool = Stager(prepared), Pool("elastickpt-stage", 3)
-    together, failed, copying = threading.Barrier(3), threading.Event(), Counter[str]()
+    together, failed, copying = threading.Barrier(3), threading.Event(), Counter(begun=0, ended=0)
 
     def copy(target: int, start: int, nbytes: int) -> None:
         copying["begun"] += 1
         if copying["begun"] <= 3:
-            together.wait(10)
+            together.wait(60)
         if not failed.is_set():
             failed.set()
             copying["ended"] += 1
             raise OSError("no such page")
-        assert failed.wait(10)
+        assert failed.wait(60)
         time.sleep(0.05)  # the others are at it while it fails
         copying["ended"] += 1
 

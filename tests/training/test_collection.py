@@ -48,12 +48,12 @@ def test_the_last_of_several_threads_lets_it_go_on():
     def other() -> None:
         with collection_paused():
             entered.set()
-            leave.wait(10)
+            leave.wait(60)
 
     thread = threading.Thread(target=other)
     with collection_paused():
         thread.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
     assert not gc.isenabled()
     leave.set()
     thread.join()
