@@ -151,3 +151,16 @@ def test_memory_on_huge_pages_begins_at_one_and_is_zero(nbytes: int) -> None:
     memory = huge_buffer(nbytes)
     assert (memory.size, address_of(memory.data) % HUGE_PAGE, memory.any()) == (nbytes, 0, False)
     memory[-1] = 1
+
+
+class _Memory:
+    in_memory = True
+
+
+@pytest.mark.parametrize(("cores", "processes", "threads"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 8, 1), (64, 8, 2)])
+def test_copies_are_made_by_no_more_threads_than_there_are_cores_for(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, threads: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert pace_of(_Memory(), processes=processes).threads == threads  # type: ignore[arg-type]
+    assert pace_of(object(), processes=processes).threads == 8  # type: ignore[arg-type]
