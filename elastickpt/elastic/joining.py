@@ -336,11 +336,26 @@ class Job:
 
 
 def join(endpoint: str | None = None) -> Job:
-    """This process's part in the job whose coordinator listens at `endpoint`, by default where the launcher says.
+    """Takes a place in a job, or waits beside it as a spare.
 
     To be used in a `with` block. Returns once this process holds a place or is a spare, and blocks until then. An error that
-    leaves the block is the loss of this place. Raises Refused outside of `elastickpt-run`, and RecoveryFailed of a job that
-    is over.
+    leaves the block is the loss of this place.
+
+    Args:
+        endpoint: Where the coordinator of the job listens; by default where the launcher says.
+
+    Returns:
+        This process's part in the job.
+
+    Raises:
+        Refused: This process was not started by `elastickpt-run`, and no endpoint was given.
+        RecoveryFailed: The job is over.
+
+    Examples:
+        >>> with ek.elastic.join() as job:  # in a script that `elastickpt-run` has started: elsewhere there is no job
+        ...     print(job.rank)
+        Traceback (most recent call last):
+        elastickpt.errors.Refused: elastic.join: no coordinator: expected a process started by elastickpt-run, or an endpoint
     """
     here = environment.told()
     where = here.endpoint if endpoint is None else endpoint

@@ -19,7 +19,7 @@ FUNCTIONS |= {
     for name, value in vars(ek.elastic.checkfree).items()
     if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(ek.elastic.__name__)
 }
-FUNCTIONS["ek.elastic.load_alone"] = ek.elastic.load_alone
+FUNCTIONS |= {"ek.elastic.join": ek.elastic.join, "ek.elastic.load_alone": ek.elastic.load_alone}
 CLASSES = {f"ek.{name}": getattr(ek, name) for name in ek.__all__ if inspect.isclass(getattr(ek, name))}
 OF_THE_LIBRARY = {("SaveHandle", "staging"), ("SaveHandle", "end"), ("Run", "tell_saved")}  # what ends a save calls them
 WITHOUT_EXAMPLE = {"ek.AdoptReport", "ek.CheckpointInfo"}  # what functions with an example return

@@ -149,10 +149,10 @@ def test_slices_are_the_plan_in_order_and_never_share_a_byte(gaps: list[list[tup
             at += gap + nbytes
         files.append(file_of(*placed))
     limit = data.draw(st.one_of(st.none(), st.integers(MIN_ARENA_NBYTES, 8 * MIB)))
-    rounds = lay_out(files, arena_nbytes=limit)
+    portions = lay_out(files, arena_nbytes=limit)
     if limit is None:
-        assert len(rounds) == 1
-    flat = [s for one in rounds for s in one.slices]
+        assert len(portions) == 1
+    flat = [s for one in portions for s in one.slices]
     seen: list[tuple[int, int, int]] = []
     for s in flat:
         assert s.start % BLOCK_NBYTES == 0
@@ -164,7 +164,7 @@ def test_slices_are_the_plan_in_order_and_never_share_a_byte(gaps: list[list[tup
             assert s.start == 0
             seen.append((s.file, s.piece, s.stop))
     assert seen == [(f, p, piece.run.nbytes) for f, file in enumerate(files) for p, piece in enumerate(file.pieces)]
-    for one in rounds:
+    for one in portions:
         end = 0
         for s in one.slices:
             assert s.offset >= end

@@ -468,7 +468,7 @@ def test_a_run_that_was_not_claimed_here_is_said_on_all(tmp_path: Path) -> None:
 def test_ranks_that_do_not_agree_keep_training_no_longer_than_the_limit(
     memory_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, arena_nbytes: int | None
 ) -> None:
-    """Wherever the rounds hang; in rounds of an arena, too, of a structure that is known. [SAVE-104, SAVE-9]"""
+    """Wherever the rounds hang; in portions of an arena, too, of a structure that is known. [SAVE-104, SAVE-9]"""
     from elastickpt.saving import beside
 
     tmp_path = memory_path

@@ -529,10 +529,10 @@ def test_one_rank_of_each_set_speaks_and_differences_inside_a_set_are_judged_by_
 
 
 def go_rounds(rank: int, world_size: int, root: str) -> dict[str, Any]:
-    """Saves beside training that stage in rounds, by a thread, or on one rank by a plan that another one has forgotten."""
+    """Saves beside training that stage in portions, by a thread, or on one rank by a plan that another one has forgotten."""
     tensor = torch.zeros(3_000_000)
     options = {
-        "in rounds": ek.AsyncOptions(arena_nbytes=MIN_ARENA_NBYTES),
+        "in portions": ek.AsyncOptions(arena_nbytes=MIN_ARENA_NBYTES),
         "by a thread": ek.AsyncOptions(executor="thread"),
         "forgotten": ek.AsyncOptions(exit_limit_s=9.0),
     }
@@ -556,7 +556,7 @@ def go_rounds(rank: int, world_size: int, root: str) -> dict[str, Any]:
 def test_however_a_save_is_staged_it_is_compared(tmp_path: Path) -> None:
     """[SAVE-69]"""
     for seen in run_ranks(go_rounds, 2, str(tmp_path), timeout_s=120.0):
-        for name in ("in rounds", "by a thread", "forgotten"):
+        for name in ("in portions", "by a thread", "forgotten"):
             sound, drifted_one = seen[name]
             assert sound == ["", "", ""], name
             assert "array extra/t: ranks 0 and 1 hold different contents" in drifted_one, name
