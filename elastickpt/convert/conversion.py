@@ -22,9 +22,8 @@ from elastickpt.convert.recorded import recorded_contents
 from elastickpt.convert.refining import with_casts, with_masters, without_numbered
 from elastickpt.convert.saved_forms import SavedForm, dcp_form, safetensors_form, torch_form, with_config
 from elastickpt.errors import ProgramFault, Refused
-from elastickpt.foreign.folder import open_folder
+from elastickpt.foreign.folder import open_folder, open_linked
 from elastickpt.foreign.formats import find_source, read_foreign
-from elastickpt.foreign.linked_store import open_linked
 from elastickpt.foreign.listing import ForeignCheckpoint, Format, NotCarried, StoredTensor
 from elastickpt.format.keys import MANIFEST
 from elastickpt.language import tree as t

@@ -21,10 +21,10 @@ from elastickpt.language import tree as t
 from elastickpt.language.held import lower
 from elastickpt.language.holders import Holder, LocalShape, RankShapes, WholeArray
 from elastickpt.language.matching import Matched, match
+from elastickpt.language.orders import Places, as_in_files
 from elastickpt.language.printer import filled_in, print_program
 from elastickpt.language.rules import Rules, resolve
 from elastickpt.language.scope import ConstantValue, Scope
-from elastickpt.language.sequence import Places, as_in_files
 
 ReadBytes = Callable[[StoredTensor], bytes]
 MODEL = "model"

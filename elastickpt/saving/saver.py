@@ -62,7 +62,7 @@ class Saver:
         options = self._yard.options
         self._owner = os.getpid()
         self._rank, self._world_size = group.rank, group.world_size
-        self._meet, self._end_team = _meeting(group, purpose, options)
+        self._meet, self._end_team = _team_of(group, purpose, options)
         self._options = options
         self._gate = StepGate()
         self._writers = WriterPool(self._yard)
@@ -329,7 +329,7 @@ class Saver:
             self._changed.notify_all()
 
 
-def _meeting(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[SaveTask], Team], Callable[[], None]]:
+def _team_of(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[SaveTask], Team], Callable[[], None]]:
     """The team of these savers, in the call that a save is, and its end. They hold no process group, so that one that is gone
     takes its savers along. All ranks make as many saves: one that is behind is told so."""
     rank, ranks = group.rank, group.ranks
