@@ -109,13 +109,13 @@ class Steps:
         return float(total) / (BATCH * WIDTH * self.alike)
 
 
-def train_and_save(rank: int, world_size: int, name: str, folder: str) -> dict[str, list[float]]:
-    """Two steps, a save below `folder`, three more: the losses after the save, by dtype."""
+def train_and_save(rank: int, world_size: int, name: str, folder: str, labels: tuple[str, ...]) -> dict[str, list[float]]:
+    """Two steps, a save below `folder`, three more: the losses after the save, by these dtypes."""
     import elastickpt as ek
 
     found = {}
-    for label, dtype in DTYPES.items():
-        run = Steps(name, rank, dtype)
+    for label in labels:
+        run = Steps(name, rank, DTYPES[label])
         for number in (0, 1):
             run.step(number)
         ek.save({"model": run.model, "optimizer": run.optimizer}, f"{folder}/{label}", step=2)
@@ -124,15 +124,20 @@ def train_and_save(rank: int, world_size: int, name: str, folder: str) -> dict[s
 
 
 def resume(
-    rank: int, world_size: int, name: str, folders: list[str], parts: tuple[str, ...] = ("model", "optimizer")
+    rank: int,
+    world_size: int,
+    name: str,
+    folders: list[str],
+    labels: tuple[str, ...],
+    parts: tuple[str, ...] = ("model", "optimizer"),
 ) -> dict[str, dict[str, list[float]]]:
     """folder → dtype → the losses of three steps after loading these parts of what was saved there into this layout."""
     import elastickpt as ek
 
     found: dict[str, dict[str, list[float]]] = {folder: {} for folder in folders}
-    for label, dtype in DTYPES.items():
+    for label in labels:
         for folder in folders:
-            run = Steps(name, rank, dtype)
+            run = Steps(name, rank, DTYPES[label])
             with torch.no_grad():
                 for parameter in run.model.parameters():
                     parameter.zero_()
