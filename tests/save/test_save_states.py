@@ -282,9 +282,9 @@ def _ended() -> Iterator[None]:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+def scene(memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     with monkeypatch.context() as patch:
-        yield Scene(tmp_path, patch)
+        yield Scene(memory_path, patch)
 
 
 def test_every_cell_of_the_table_has_a_scene() -> None:
@@ -292,7 +292,7 @@ def test_every_cell_of_the_table_has_a_scene() -> None:
 
 
 @pytest.mark.parametrize("cell", TABLE, ids=lambda cell: " ".join(cell))
-def test_the_outcome_is_what_the_table_says(scene: Scene, tmp_path: Path, cell: Cell) -> None:
+def test_the_outcome_is_what_the_table_says(scene: Scene, memory_path: Path, cell: Cell) -> None:
     SCENES[cell](scene)
     error = scene.save()
     scene.demand(cell)
@@ -300,9 +300,9 @@ def test_the_outcome_is_what_the_table_says(scene: Scene, tmp_path: Path, cell: 
     assert (error is None) == (SCENES[cell] in GOES_WELL)
     assert (scene.path / "checkpoint.json").exists() == (error is None)
     scene.patch.undo()
-    again = ek.async_save(state(), tmp_path / "next", options=scene.options).result(LIMIT_S)  # its arena is free, too
+    again = ek.async_save(state(), memory_path / "next", options=scene.options).result(LIMIT_S)  # its arena is free, too
     assert ek.open(again.path).verify().sound
-    assert [path.name for path in tmp_path.glob(".c.*")] == []
+    assert [path.name for path in memory_path.glob(".c.*")] == []
 
 
 @pytest.mark.parametrize("cell", TABLE, ids=lambda cell: " ".join(cell))
