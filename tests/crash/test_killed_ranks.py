@@ -70,12 +70,12 @@ def moments(operations: Sequence[str], count: int) -> list[int]:
     return sorted({1 + round(number * (last - 1) / (count - 1)) for number in range(count)})
 
 
-def jobs(tmp_path: Path, world: int, plans: Sequence[Plan]) -> Iterator[Job]:
+def jobs(memory_path: Path, world: int, plans: Sequence[Plan]) -> Iterator[Job]:
     """A job for each plan, each in a folder of its own, a few of them at once, in the order of plans."""
     running: list[Job] = []
-    template = files(LocalStore(tmp_path), "old")
+    template = files(LocalStore(memory_path), "old")
     for number, plan in enumerate(plans):
-        folder = tmp_path / f"job-{number}-{plan.mode}"
+        folder = memory_path / f"job-{number}-{plan.mode}"
         for path, data in template.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
@@ -110,28 +110,28 @@ def judge_killed(job: Job) -> None:
 
 
 @pytest.mark.parametrize(("world", "victim", "count"), [(2, 0, 12), (2, 1, 12), (4, 0, 6), (4, 2, 6)])
-def test_a_rank_killed_at_a_sample_of_moments(tmp_path: Path, world: int, victim: int, count: int) -> None:
-    operations = operations_of(tmp_path, world)[victim]
+def test_a_rank_killed_at_a_sample_of_moments(memory_path: Path, world: int, victim: int, count: int) -> None:
+    operations = operations_of(memory_path, world)[victim]
     plans = [Plan("", victim, "kill", n, "before" if n % 2 else "after") for n in moments(operations, count)]
-    for job in jobs(tmp_path, world, plans):
+    for job in jobs(memory_path, world, plans):
         judge_killed(job)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world", "victim"), [(2, 0), (2, 1), (4, 0), (4, 2)])
-def test_a_rank_killed_at_every_moment(tmp_path: Path, world: int, victim: int) -> None:
-    operations = operations_of(tmp_path, world)[victim]
+def test_a_rank_killed_at_every_moment(memory_path: Path, world: int, victim: int) -> None:
+    operations = operations_of(memory_path, world)[victim]
     for mode in get_args(Mode):
         plans = [Plan("", victim, "kill", n + 1, mode) for n in range(len(operations))]
-        for job in jobs(tmp_path, world, plans):
+        for job in jobs(memory_path, world, plans):
             judge_killed(job)
 
 
 @pytest.mark.parametrize(("world", "victim"), [(2, 1), (4, 0)])
-def test_no_space_on_one_rank_is_the_same_report_on_all(tmp_path: Path, world: int, victim: int) -> None:
-    operations = operations_of(tmp_path, world)[victim]
+def test_no_space_on_one_rank_is_the_same_report_on_all(memory_path: Path, world: int, victim: int) -> None:
+    operations = operations_of(memory_path, world)[victim]
     place = 1 + operations.index("writer.write")
-    (job,) = jobs(tmp_path, world, [Plan("", victim, "no space", place)])
+    (job,) = jobs(memory_path, world, [Plan("", victim, "no space", place)])
     with job.ranks:
         outcomes = job.ranks.wait()
     ended = [outcome.value for outcome in outcomes]
@@ -182,9 +182,9 @@ def judge_stopped(job: Job, value: State) -> None:
     assert isinstance(again, CheckpointInfo)
 
 
-def test_a_rank_stopped_and_continued_changes_nothing_that_is_committed(tmp_path: Path) -> None:
+def test_a_rank_stopped_and_continued_changes_nothing_that_is_committed(memory_path: Path) -> None:
     """Before it writes, while it does, before it attests; the committer also just before its rename, and just after."""
-    operations = operations_of(tmp_path, 2)
+    operations = operations_of(memory_path, 2)
     moments_of = {1: ("read", "open_writer", "writer.write", "sync_directory"), 0: ("writer.sync", "remove", "rename")}
     plans = [
         Plan("", victim, "stop", 1 + operations[victim].index(name), silence_s=3.0)
@@ -192,5 +192,5 @@ def test_a_rank_stopped_and_continued_changes_nothing_that_is_committed(tmp_path
         for name in names
     ]
     after_rename = Plan("", 0, "stop", 1 + operations[0].index("rename"), "after", silence_s=3.0)
-    for job in jobs(tmp_path, 2, [*plans, after_rename]):
+    for job in jobs(memory_path, 2, [*plans, after_rename]):
         judge_stopped(job, state(1))
