@@ -6,7 +6,9 @@ import math
 from itertools import pairwise
 
 import pytest
+from rich.console import Console
 
+from tools.bench import conduct
 from tools.bench.contestants import LIBRARIES, is_known
 from tools.bench.plan import LARGE, RESHARDS, SMALL, TOPICS, USUAL, Options, Part, Place, disk_nbytes, jobs, memory_nbytes
 from tools.bench.state import ITEMS, clear, fill, local_nbytes, rows_of, shapes_for, small_state, wrong_pieces
@@ -56,6 +58,19 @@ def test_the_usual_set_measures_both_sizes_on_disk_and_in_memory_and_each_job_on
     assert {(job.place.name, job.nbytes) for job in found if job.kind == "same"} == {
         (place, nbytes) for place in ("disk", "tmpfs") for nbytes in (SMALL, LARGE)
     }
+
+
+def test_no_job_begins_when_the_minutes_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each becomes a note; what was measured stands."""
+    monkeypatch.setattr(conduct, "lacking_space", lambda job: None)
+    found = jobs(ALL, [DISK])
+    done: list[str] = []
+    for minutes, count in ((0.0, 0), (60.0, len(found)), (None, len(found))):
+        done.clear()
+        conductor = conduct.Conductor(lambda job, tell: done.append(job.title), Console(quiet=True), minutes=minutes)
+        conductor.carry_out(found)
+        assert len(done) == count
+        assert sum("minutes are over" in note for note in conductor.notes) == len(found) - count
 
 
 def test_a_resharding_job_has_room_for_everyones_files_at_once() -> None:

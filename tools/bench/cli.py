@@ -24,7 +24,7 @@ from .table import print_report
 RESULTS = Path(__file__).with_name("results")
 WHERE = ("disk", "tmpfs")
 EXAMPLES = """examples:
-  python -m tools.bench                                  the usual set, about twenty-five minutes on two cores
+  python -m tools.bench                                  the usual set, in at most twenty-five minutes on two cores
   python -m tools.bench --full                           0.1 and 1.8 GB, everything, some hours
   python -m tools.bench --only save,load --ranks 2 --sizes 1.8 --where disk
   python -m tools.bench --show tools/bench/results/FILE.json
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entrants = tuple(entrant(name) for name in dict.fromkeys((*parsed.contestants, *beside)))
     present = tuple(entry.name for entry in entrants if entry.absent_because is None and entry.name in parsed.contestants)
     options = _options(parsed, present, tuple(place.name for place in places))
-    conductor = Conductor(ForkedRanks(), talk)
+    conductor = Conductor(ForkedRanks(), talk, minutes=options.minutes)
     interrupted = _carry_out(conductor, plan.jobs(options, places), places)
     if conductor.measures or conductor.memories:
         report = _report(options.repeats, places, entrants, conductor)
@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--repeats", type=int, metavar="N", help="timed repeats, after one warm-up; default 5, of the usual set 3"
     )
+    found.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help=f"begin no job after so many; default none, of the usual set {plan.USUAL_MINUTES}",
+    )
     found.add_argument("--where", type=_words(WHERE), metavar="LIST", help=",".join(WHERE))
     found.add_argument("--path", action="append", metavar="FOLDER", help="measure in this folder instead; may be repeated")
     found.add_argument(
@@ -102,10 +108,10 @@ def parser() -> argparse.ArgumentParser:
 def _options(parsed: argparse.Namespace, contestants: tuple[str, ...], places: tuple[str, ...]) -> plan.Options:
     """The usual set, unless the words say what to measure."""
     if not (parsed.full or parsed.only or parsed.sizes or parsed.ranks or parsed.where or parsed.path):
-        return plan.Options(plan.USUAL, parsed.repeats or 3, contestants)
+        return plan.Options(plan.USUAL, parsed.repeats or 3, contestants, parsed.minutes or plan.USUAL_MINUTES)
     sizes = parsed.sizes or ((plan.SMALL, plan.LARGE) if parsed.full else (plan.SMALL,))
     part = plan.Part(parsed.only or plan.TOPICS, sizes, parsed.ranks or (1, 2, 4), places)
-    return plan.Options((part,), parsed.repeats or 5, contestants)
+    return plan.Options((part,), parsed.repeats or 5, contestants, parsed.minutes)
 
 
 def _report(repeats: int, places: Sequence[plan.Place], entrants: tuple[Entrant, ...], conductor: Conductor) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,9 +20,10 @@ from .records import Measure, Memory
 class Conductor:
     """Runs jobs through a launcher. A job that fails or does not fit becomes a note; the others go on."""
 
-    def __init__(self, launch: Launcher, talk: Console) -> None:
+    def __init__(self, launch: Launcher, talk: Console, *, minutes: float | None = None) -> None:
         self._launch = launch
         self._talk = talk
+        self._minutes = minutes
         self._samples: list[session.Sample] = []
         self.memories: list[Memory] = []
         self.notes: list[str] = []
@@ -35,8 +37,10 @@ class Conductor:
         )
 
     def carry_out(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs in order; blocks. Contestants that could not save are left out of the load that follows."""
+        """Run all jobs in order; blocks. Contestants that could not save are left out of the load that follows, and jobs that
+        would begin when the minutes are over become notes."""
         withdrawn: set[str] = set()
+        begun = time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,6 +52,9 @@ class Conductor:
             for at, job in enumerate(jobs):
                 if job.kind == "reshard":
                     job = replace(job, contestants=tuple(name for name in job.contestants if name not in withdrawn))
+                if self._minutes is not None and time.monotonic() > begun + self._minutes * 60:
+                    self._note(f"left out: {job.title}: {self._minutes:g} minutes are over")
+                    continue
                 bar.update(task, description=job.title)
                 if not self._talk.is_terminal:
                     self._talk.print(f"[{at + 1}/{len(jobs)}] {job.title}")
