@@ -15,24 +15,19 @@ import numpy as np
 
 from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.draft import CONTENTS, Draft
-from elastickpt.commit.prove import ProofMemory
+from elastickpt.commit.prove import ProofMemory, parts_of
 from elastickpt.errors import CheckpointError, ChecksumMismatch, Malformed, MissingFile, PathOccupied, StorageFailed
-from elastickpt.format.canonical_json import dump
-from elastickpt.format.decode_values import decode_text
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_frame, encode_frame
-from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import fragments_file
 from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, IndexPart, ManifestFrame
-from elastickpt.format.values import Value
+from elastickpt.format.typed_values import TypedValue
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.storage.store import Durability, Store
-
-PART_ARRAYS = 200_000  # of one index part: about 40 MB, below the limit of 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +45,7 @@ class DraftContents:
     """One save of a structure. `values` are the replicated ones, by JSON pointer."""
 
     outline: Outline
-    values: Mapping[str, Value]
+    values: Mapping[str, TypedValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +77,19 @@ def decode_outline(data: bytes) -> Outline:
     return Outline(decode_frame(told.frame, path="outline"), arrays)
 
 
-def encode_values(values: Mapping[str, Value]) -> bytes:
+def encode_values(values: Mapping[str, TypedValue]) -> bytes:
     """Replicated values. Raises ValueNotCarried."""
-    return encode({pointer: dump(encode_value(value, where=pointer)) for pointer, value in values.items()})
+    return encode({pointer: value.text for pointer, value in values.items()})
 
 
-def decode_values(data: bytes) -> dict[str, Value]:
+def decode_values(data: bytes) -> dict[str, TypedValue]:
     """What `encode_values` encoded."""
-    return {pointer: decode_text(text, where=pointer) for pointer, text in decode(data, dict[str, str]).items()}
+    return {pointer: TypedValue.told(text, pointer) for pointer, text in decode(data, dict[str, str]).items()}
 
 
 def decode_contents(encoded: EncodedContents) -> DraftContents:
     """What `encode_outline` and `encode_values` encoded."""
     return DraftContents(decode_outline(encoded.outline), decode_values(encoded.values))
-
-
-def parts_of(arrays: tuple[ArrayRecord, ...]) -> list[tuple[ArrayRecord, ...]]:
-    """The arrays, parted as the index is; one empty part for none."""
-    return [arrays[begin : begin + PART_ARRAYS] for begin in range(0, max(len(arrays), 1), PART_ARRAYS)]
 
 
 Create = Callable[[str, bytes], None]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,15 +11,25 @@ import numpy as np
 from elastickpt.errors import CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Box
 from elastickpt.format.documents import upper_documents
+from elastickpt.format.encode_index import encode_arrays
 from elastickpt.format.encode_values import value_digest
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.tables import TableKey, TableName, TableRow, rows_of, table_of
+from elastickpt.format.typed_values import TypedValue
 from elastickpt.layout.algebra import require_coverage
 from elastickpt.layout.references import references_of, within_limits
 
 _Boxes = tuple[int, tuple[str, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's; columns as in PieceColumns
+
+
+PART_ARRAYS = 200_000  # of one index part: about 40 MB, below the limit of 64 MiB
+
+
+def parts_of(arrays: tuple[ArrayRecord, ...]) -> list[tuple[ArrayRecord, ...]]:
+    """The arrays, parted as the index is; one empty part for none."""
+    return [arrays[begin : begin + PART_ARRAYS] for begin in range(0, max(len(arrays), 1), PART_ARRAYS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +43,11 @@ class Proof:
     def documents(self) -> tuple[tuple[str, bytes], ...]:
         """Those that a committer writes, by path."""
         return tuple(upper_documents(self.arrays))
+
+    @cached_property
+    def index(self) -> tuple[tuple[tuple[ArrayRecord, ...], bytes], ...]:
+        """The parts of the index, each with what it says of its arrays. Raises what `encode_arrays` raises."""
+        return tuple((part, encode_arrays(part)) for part in parts_of(self.arrays))
 
 
 _Places = tuple[tuple[int, ...], IntColumn, IntColumn, IntColumn, IntColumn]  # a writer's: of its files, then of its pieces
@@ -50,10 +65,21 @@ class AttemptReferences:
 
 @dataclass(slots=True)
 class ProofMemory:
-    """What was proven of the arrays of one outline last, and the references to them; None at first."""
+    """What was proven of the arrays of one outline last, and the references to them; None at first. And the replicated values
+    of the newest save."""
 
     last: Proof | None = None
     references: AttemptReferences | None = None
+    values: Mapping[str, TypedValue] = field(default_factory=dict)
+
+    def newest(self, values: Mapping[str, TypedValue]) -> Mapping[str, TypedValue]:
+        """The same values, of which those are known that are as in the save before."""
+        found = {}
+        for pointer, one in values.items():
+            last = self.values.get(pointer)
+            found[pointer] = last if last is not None and last.text == one.text else one
+        self.values = found
+        return found
 
 
 def references_to(
@@ -123,7 +149,8 @@ def _prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> 
         found, by = boxes[record.key], owners[record.key]
         if not (len(found) == 1 and found[0] == Box.whole(record.spec.shape)):  # the usual small array needs no sweep
             require_coverage(record.spec, found, [f"writer {writer}" for writer in by])
-        proven.append(replace(record, writers=tuple(sorted(set(by)))))
+        writers = tuple(by) if len(by) == 1 else tuple(sorted(set(by)))
+        proven.append(ArrayRecord(record.spec, record.key, record.chunk_shape, record.layout, writers, record.attributes))
     return tuple(proven)
 
 

@@ -10,26 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastickpt.commit.attempt import Attempt
-from elastickpt.commit.attest import DraftContents, completing, parts_of, read_attested
+from elastickpt.commit.attest import DraftContents, completing, read_attested
 from elastickpt.commit.draft import LEFTOVERS
-from elastickpt.commit.prove import ProofMemory, merge_tables, prove, references_to, require_distinct_ranges
+from elastickpt.commit.prove import Proof, ProofMemory, merge_tables, prove, references_to, require_distinct_ranges
 from elastickpt.errors import Uncommitted
 from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
-from elastickpt.format.encode_index import decode_index, encode_index
-from elastickpt.format.encode_manifest import decode_manifest, encode_manifest, manifest_in
+from elastickpt.format.encode_index import decode_index, with_tables
+from elastickpt.format.encode_manifest import decode_manifest, encode_manifest_with, manifest_in
 from elastickpt.format.keys import MANIFEST, REFERENCES, attempt_of_pack, index_file
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import (
     ArrayRecord,
     FileDigest,
     IndexEntry,
-    IndexPart,
     Manifest,
     OptimizerTable,
 )
 from elastickpt.format.values import Value
-from elastickpt.format.version import OWN_ENTRIES, PACKS, features_used, has_own_entries
+from elastickpt.format.version import OWN_ENTRIES, PACKS, features_in, features_used, has_own_entries
 from elastickpt.storage.store import Store
 
 SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each
@@ -50,7 +49,7 @@ class Proven:
 class Records:
     """The records of a checkpoint, which stand there, and are as durable as was asked."""
 
-    manifest: Manifest
+    manifest: Manifest  # where this process made it, without the values
     digest: str  # of the manifest's file
     arrays: tuple[ArrayRecord, ...]
 
@@ -85,7 +84,7 @@ def write_records(
 
     What another committer began of them is completed. Raises StorageFailed kinds.
     """
-    entries, created = _write_index(store, attempt, proven)
+    entries, created = _write_index(store, attempt, proven, contents.outline.memory)
     plain = contents.outline.frame.placement == "plain"
     if plain:
         created += _write_documents(store, attempt, _documents_of(proven, contents.outline.memory))
@@ -99,10 +98,10 @@ def write_records(
         time=attempt.time,
         index=entries,
         fragments=tuple(files),
-        values=dict(contents.values),
+        values={},
         requires=proven.requires,
     )
-    data = encode_manifest(manifest)
+    data = encode_manifest_with(manifest, contents.outline.memory.newest(contents.values))
     completing(store)(attempt.path(MANIFEST), data)
     for leftover in LEFTOVERS:
         store.remove(attempt.path(leftover))
@@ -136,10 +135,14 @@ def read_records(store: Store, folder: str) -> Records:
     return Records(manifest, file_digest(data), tuple(record for part in parts for record in part.arrays))
 
 
-def _write_index(store: Store, attempt: Attempt, proven: Proven) -> tuple[tuple[IndexEntry, ...], list[str]]:
+def _write_index(
+    store: Store, attempt: Attempt, proven: Proven, memory: ProofMemory
+) -> tuple[tuple[IndexEntry, ...], list[str]]:
+    known = memory.last
+    proof = known if known is not None and known.arrays is proven.arrays else Proof((), proven.arrays)
     entries, created = [], []
-    for number, part in enumerate(parts_of(proven.arrays)):
-        data = encode_index(IndexPart(part, proven.tables if number == 0 else ()))
+    for number, (part, columns) in enumerate(proof.index):
+        data = with_tables(columns, proven.tables if number == 0 else ())
         completing(store)(attempt.path(index_file(number)), data)
         first, last = (part[0].key, part[-1].key) if part else ("", "")
         created.append(index_file(number))
@@ -169,8 +172,9 @@ def _features(
     """What a reader must know beyond version 1. [UCF-100]"""
     fields = [field for table in tables for field in table.fields]
     attributes = {(name, id(value)): value for array in arrays for name, value in array.attributes}
-    values = [dict(contents.values), *per_rank, *(field.values for field in fields), *attributes.values()]
+    values = [*per_rank, *(field.values for field in fields), *attributes.values()]
     found = features_used(values, (name for name, _ in attributes), (field.key for field in fields))
+    found = tuple(sorted({*found, *(feature for one in contents.values.values() for feature in features_in(one.text))}))
     models = (item.name for item in contents.outline.frame.items if item.kind == "module")
     return tuple(sorted((*found, OWN_ENTRIES))) if has_own_entries(models, contents.values) else found
 

@@ -21,6 +21,7 @@ from elastickpt.errors import PathOccupied
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import MANIFEST, array_keys
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, ManifestFrame, StoredFile, StoredPiece
+from elastickpt.format.typed_values import typed_values
 from elastickpt.format.version import CONVERTER, RELEASE
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.storage.store import Durability
@@ -30,12 +31,13 @@ from elastickpt.writer.plans import (
     PlannedDocument,
     Slice,
     WritePlan,
+    blocks_of,
     documents_of,
     files_of,
+    stored_pieces,
     whole_pieces,
 )
-from elastickpt.writer.share import stored_pieces
-from elastickpt.writer.write_files import WrittenFolder, blocks_of, directories_of, unwatched, write_portion
+from elastickpt.writer.write_files import Source, WrittenFolder, directories_of, unwatched, write_portion
 
 _CHECKSUM = np.dtype("<u8")
 _CHECKSUM_NBYTES = 8
@@ -158,7 +160,7 @@ class UniversalTarget:
         outline = Outline(frame, tuple(sorted(self.records.values(), key=lambda record: record.key)))
         attempt = Attempt(out.store.url, out.draft, self._durability, step=contents.step, time=time.time())
         with out.publishing():
-            commit(out.store, attempt, DraftContents(outline, dict(contents.values)), attested)
+            commit(out.store, attempt, DraftContents(outline, typed_values(contents.values)), attested)
 
     def _renew(self, path: str, data: bytes) -> None:
         """Creates a file; one that an interrupted conversion made there was not noted as done, and is made again."""
@@ -192,7 +194,7 @@ class UniversalTarget:
         return WritePlan((record.key,), tuple(files), (PlannedDocument(0, record.spec.id in self._heads),))
 
 
-class _InMemory:
+class _InMemory(Source):
     """The bytes of one array in memory, as a source of a write plan."""
 
     def __init__(self, plan: WritePlan, record: ArrayRecord, words: NDArray[Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from operator import gt, sub
-from typing import Literal
+from typing import Literal, NoReturn
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.limits import MAX_DIM, MAX_NDIM
@@ -129,6 +129,9 @@ class ArrayId:
         if (self.section == "extra") == bool(self.state):
             raise Malformed(f"array {self.item!r}/{self.name!r}: state {self.state!r} does not fit section {self.section!r}")
 
+    def __hash__(self) -> int:  # names alone tell nearly all arrays apart, and a load asks for each of them ten times
+        return hash((self.name, self.state))
+
     def __str__(self) -> str:
         parts = (self.section, self.item, self.name, self.state)
         return "/".join(part for part in parts if part)
@@ -143,11 +146,20 @@ class ArraySpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        if min(self.shape, default=0) < 0:
+        for extent in self.shape:
+            if not 0 <= extent <= MAX_DIM:
+                self._refuse()
+        if len(self.shape) > MAX_NDIM:
+            self._refuse()
+        if self.dtype not in DTYPES:
+            dtype_named(self.dtype)
+
+    def _refuse(self) -> NoReturn:
+        if min(self.shape) < 0:
             raise Malformed(f"array {self.id}: shape {self.shape} has an extent below 0")
-        if len(self.shape) > MAX_NDIM or max(self.shape, default=0) > MAX_DIM:  # [UCF-93]
-            raise LimitExceeded(f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis")
-        dtype_named(self.dtype)
+        raise LimitExceeded(  # [UCF-93]
+            f"array {self.id}: shape {self.shape} is beyond {MAX_NDIM} axes or 2^48 elements an axis"
+        )
 
     @property
     def type(self) -> DType:

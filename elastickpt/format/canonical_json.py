@@ -33,7 +33,11 @@ def _nodes(text: str) -> int:
 
 def dump_bounded(value: object, *, where: str) -> str:
     """The canonical text. Raises ValueNotCarried where it is more than readers take. [UCF-91]"""
-    text = dump(value)
+    return bounded(dump(value), where=where)
+
+
+def bounded(text: str, *, where: str) -> str:
+    """A canonical text that was put together of others. Raises likewise."""
     if _nodes(text) > MAX_NODES:
         raise ValueNotCarried(
             f"{where}: about {_nodes(text)} values, the limit is {MAX_NODES}; large data can be carried as tensors"
@@ -54,6 +58,13 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _is_canonical(text: str, value: object) -> bool:
+    try:
+        return dump(value) == text.removesuffix("\n")
+    except ValueError:  # numbers beyond binary64
+        return False
+
+
 def parse(data: bytes | str, *, where: str) -> object:
     """The value of a JSON text. Raises Malformed for bad UTF-8 or JSON, duplicate members and NaN; LimitExceeded for
     depth and for more than 2^22 values, counted before anything is built. [UCF-43, UCF-91]
@@ -62,7 +73,9 @@ def parse(data: bytes | str, *, where: str) -> object:
         text = data if isinstance(data, str) else data.decode("utf-8")
         if _nodes(text) > MAX_NODES:
             raise LimitExceeded(f"{where}: about {_nodes(text)} values in one JSON text, the limit is {MAX_NODES}")
-        value: object = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value: object = json.loads(text, parse_constant=_no_constant)
+        if not _is_canonical(text, value):  # else a member that stands twice would be missing in what it is dumped as
+            value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except RecursionError:
         raise LimitExceeded(f"{where}: JSON is nested too deeply") from None
     except ValueError as problem:

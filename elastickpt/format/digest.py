@@ -7,12 +7,13 @@ forgery: integrity of a checkpoint is not its authenticity.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from elastickpt.errors import ChecksumMismatch, Malformed
-from elastickpt.format.canonical_json import dump_bounded
+from elastickpt.format.canonical_json import bounded, dump
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -28,13 +29,24 @@ def block_checksum(data: Buffer) -> int:
     return int(xxhash.xxh3_64_intdigest(data))
 
 
+def block_checksums(data: memoryview, blocks: Iterable[tuple[int, int]]) -> list[int]:
+    """Those of bytes [start, stop) of a buffer, one after the other."""
+    checksum = xxhash.xxh3_64_intdigest
+    return [checksum(data[start:stop]) for start, stop in blocks]
+
+
 _TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
 _TAIL_NBYTES = len(b',"digest":""}\n') + 32
 
 
 def seal(record: dict[str, object], *, where: str) -> bytes:
     """The canonical text of a record that has members, with one more, its digest. Raises ValueNotCarried if it is too large."""
-    body = dump_bounded(record, where=where).encode("ascii")[:-1]
+    return seal_text(dump(record), where=where)
+
+
+def seal_text(record: str, *, where: str) -> bytes:
+    """The same of the canonical text of a record."""
+    body = bounded(record, where=where).encode("ascii")[:-1]
     return body + f',"digest":"{file_digest(body)}"}}\n'.encode("ascii")
 
 

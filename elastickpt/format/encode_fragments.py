@@ -11,7 +11,7 @@ from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.decode_values import decode_pointers
 from elastickpt.format.encode_values import encode_pointers
-from elastickpt.format.keys import checked_path
+from elastickpt.format.keys import checked_paths
 from elastickpt.format.limits import (
     MAX_BLOCK_NBYTES,
     MAX_DIM,
@@ -21,7 +21,7 @@ from elastickpt.format.limits import (
     MAX_WRITERS,
     MIN_BLOCK_NBYTES,
 )
-from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, starts
+from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, distinct, starts
 from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
 from elastickpt.format.strict_reading import IntColumn, StrictObject, pack, pack_ints, take_ints, take_uints, text, unpack
 from elastickpt.format.tables import pack_tables, take_tables
@@ -150,7 +150,7 @@ def _values(members: StrictObject) -> Value:
 
 def _paths(members: StrictObject, name: str) -> tuple[str, ...]:
     try:
-        return tuple(map(checked_path, members.texts(name)))  # [UCF-38]
+        return tuple(checked_paths(members.texts(name)))  # [UCF-38]
     except (Unsafe, LimitExceeded) as error:
         raise type(error)(f"{members.where}: {error.message}") from None
 
@@ -204,7 +204,7 @@ def _pieces(members: StrictObject, files: tuple[StoredFile, ...], block_nbytes: 
     )
     columns.close()
     _check_pieces(pieces, files, members.where)
-    if len(np.unique(array)) != len(keys):  # [FRAG-28]
+    if len(distinct(array)[0]) != len(keys):  # [FRAG-28]
         raise Malformed(f"{members.where}/arrays: an array without a piece")
     return pieces
 

@@ -7,11 +7,11 @@ arrays held by the same writers share a writer set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Generic, TypeVar, get_args
+from typing import Generic, NamedTuple, TypeVar, get_args
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Section, dtype_named
@@ -20,7 +20,7 @@ from elastickpt.format.decode_values import decode_value
 from elastickpt.format.documents import codecs_of
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import encode_value
-from elastickpt.format.keys import checked_name, checked_path, depth_of
+from elastickpt.format.keys import checked_name, checked_names, checked_path, checked_paths, depth_of
 from elastickpt.format.limits import (
     MAX_ARRAYS,
     MAX_CHUNK_NBYTES,
@@ -30,13 +30,14 @@ from elastickpt.format.limits import (
     MAX_MANIFEST_NBYTES,
     MAX_NDIM,
 )
-from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart
+from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart, OptimizerTable
 from elastickpt.format.strict_reading import (
     RankRuns,
     StrictObject,
     integers,
-    pack,
     pack_ints,
+    pack_map,
+    pack_members,
     pack_runs,
     pair,
     take_ints,
@@ -61,8 +62,7 @@ class _Table(Generic[_Row]):
         return self.rows.setdefault(row, len(self.rows))
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """What the states of one parameter share; for `extra` one array."""
 
     section: Section
@@ -71,8 +71,7 @@ class _Entry:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
+class _Template(NamedTuple):
     """What many arrays share; `attributes` is the canonical typed JSON of an object."""
 
     dtype: str
@@ -90,6 +89,8 @@ def _entry_of(record: ArrayRecord) -> tuple[_Entry, tuple[str, str]]:
 
 
 def _template_of(record: ArrayRecord) -> _Template:
+    if not record.attributes:
+        return _Template(record.spec.dtype, record.chunk_shape, record.layout, "{}")
     where = str(record.spec.id)
     own = dump({name: encode_value(value, where=f"{where}/{name}") for name, value in record.attributes})
     if len(own) > MAX_DOCUMENT_NBYTES // 2:  # the document holds it beside the names
@@ -103,7 +104,14 @@ def encode_index(part: IndexPart) -> bytes:
     Raises Malformed for arrays out of the order of their keys, ValueNotCarried, and LimitExceeded when it needs more
     parts than one.
     """
-    arrays = part.arrays
+    return with_tables(encode_arrays(part.arrays), part.tables)
+
+
+_MEMBERS = 8  # of a part
+
+
+def encode_arrays(arrays: Sequence[ArrayRecord]) -> bytes:
+    """What a part says of its arrays, for `with_tables`. Raises likewise."""
     if any(low.key >= high.key for low, high in pairwise(arrays)):
         raise Malformed("arrays of an index part stand out of the order of their keys, or twice")
     entries, leaves, templates = _Table[_Entry](), _Table[tuple[str, str]](), _Table[_Template]()
@@ -126,11 +134,15 @@ def encode_index(part: IndexPart) -> bytes:
             **{name: pack_ints(column) for name, column in columns.items()},
             "shape": pack_ints([extent for record in arrays for extent in record.spec.shape]),
         },
-        "tables": pack_tables(part.tables),
     }
-    data = pack(out)
+    return pack_members(out)
+
+
+def with_tables(arrays: bytes, tables: Sequence[OptimizerTable]) -> bytes:
+    """A part of what `encode_arrays` encoded and these tables. Raises ValueNotCarried, LimitExceeded."""
+    data = pack_map(_MEMBERS, arrays + pack_members({"tables": pack_tables(tables)}))
     if len(data) > MAX_MANIFEST_NBYTES:  # [UCF-90]
-        raise LimitExceeded(f"an index part of {len(arrays)} arrays has {len(data)} bytes: it needs more parts")
+        raise LimitExceeded(f"an index part has {len(data)} bytes: it needs more parts")
     return data
 
 
@@ -228,16 +240,13 @@ def _attributes(data: str, *, where: str) -> tuple[tuple[str, Value], ...]:
 
 def _entries(members: StrictObject) -> list[_Entry]:
     items = tuple(checked_name(item) for item in members.texts("items"))
-    names, keys = members.texts("name"), members.texts("key")
+    names, keys = checked_names(members.texts("name")), checked_paths(members.texts("key"))
     if len(names) != len(keys):
         raise Malformed(f"{members.where}: {len(names)} names, {len(keys)} keys")
     section = take_ints(members, "section", length=len(names), high=len(_SECTIONS) - 1).tolist()
     item = take_ints(members, "item", length=len(names), high=len(items) - 1).tolist()
     members.close()
-    return [
-        _Entry(_SECTIONS[s], items[i], checked_name(name), checked_path(key))
-        for s, i, name, key in zip(section, item, names, keys, strict=True)
-    ]
+    return [_Entry(_SECTIONS[s], items[i], name, key) for s, i, name, key in zip(section, item, names, keys, strict=True)]
 
 
 def _leaf(value: object, where: str) -> tuple[str, str]:
@@ -282,13 +291,17 @@ def _arrays(members: StrictObject, rows: _Rows) -> tuple[ArrayRecord, ...]:
     return tuple(found)
 
 
+_FOLDERS: Mapping[Section, str] = {section: f"{section}/" for section in _SECTIONS}
+
+
 def _record(
     entry: _Entry, leaf: tuple[str, str], like: _Decoded, shape: tuple[int, ...], writers: tuple[int, ...]
 ) -> ArrayRecord:
     state, leaf_key = leaf
     key = f"{entry.key}/{leaf_key}" if state else entry.key
     array = ArrayId(entry.section, entry.item, entry.name, state)
-    if not key.startswith(f"{entry.section}/") or key.count("/") != depth_of(array):  # [UCF-67]
+    slashes = entry.name.count("/") + 2 if entry.name and not state else depth_of(array)
+    if not key.startswith(_FOLDERS[entry.section]) or key.count("/") != slashes:  # [UCF-67]
         raise Malformed(f"array {array}: {key!r} is no key of it")
     alike = shape == like.chunk_shape
     chunks = 1 if alike else prod(-(-extent // step) for extent, step in zip(shape, like.chunk_shape, strict=True))

@@ -7,16 +7,17 @@ so that damage is told from novelty.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import isfinite
 from typing import get_args
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.arrays import Mesh
-from elastickpt.format.canonical_json import parse
+from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.decode_values import decode_pointers
-from elastickpt.format.digest import check_seal, seal
+from elastickpt.format.digest import check_seal, seal, seal_text
 from elastickpt.format.encode_fragments import check_version
-from elastickpt.format.encode_values import encode_pointers
+from elastickpt.format.encode_values import require_pointers
 from elastickpt.format.keys import checked_name, checked_path
 from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
 from elastickpt.format.records import (
@@ -32,6 +33,7 @@ from elastickpt.format.records import (
     Placement,
 )
 from elastickpt.format.strict_reading import RankRuns, StrictObject, integers, is_int, pack_runs, pair, text
+from elastickpt.format.typed_values import TypedValue, typed_values
 from elastickpt.format.values import Value
 from elastickpt.format.version import FEATURES
 
@@ -48,7 +50,23 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
     Raises ValueNotCarried, or what `decode_manifest` raises for a member that no reader would take.
     """
-    record: dict[str, object] = {
+    return encode_manifest_with(manifest, typed_values(require_pointers(manifest.values, where="replicated values")))
+
+
+def encode_manifest_with(manifest: Manifest, values: Mapping[str, TypedValue]) -> bytes:
+    """The same with these values by JSON pointer, in place of its own. What was encoded, or found readable, is not again."""
+    where = "manifest about to be written"
+    record = dump(_members(manifest))
+    decode_manifest(seal_text(f'{record[:-1]},"values":{{}}}}', where="manifest"), path=where)
+    texts = ",".join(f"{dump(pointer)}:{one.text}" for pointer, one in require_pointers(values, where=where).items())
+    data = seal_text(f'{record[:-1]},"values":{{{texts}}}}}', where="manifest")
+    _require_size(data, where)
+    _ = [one.readable for one in values.values()]
+    return data
+
+
+def _members(manifest: Manifest) -> dict[str, object]:
+    return {
         "format": FORMAT,
         "version": manifest.version,
         "requires": list(manifest.requires),
@@ -60,11 +78,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "index": [{**_file(entry.file), "first": entry.first, "last": entry.last} for entry in manifest.index],
         "fragments": [_file(file) for file in manifest.fragments],
         "tied": _tied_members(manifest),
-        "values": encode_pointers(manifest.values, where="replicated values"),
     }
-    data = seal(record, where="manifest")
-    decode_manifest(data, path="manifest about to be written")
-    return data
 
 
 def _frame_members(frame: ManifestFrame) -> dict[str, object]:
@@ -165,8 +179,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     Raises LimitExceeded; Malformed when the digest's place is not found; ChecksumMismatch; Unsupported, naming the
     version or features found; Malformed or Unsafe for a member.
     """
-    if len(data) > MAX_MANIFEST_NBYTES:
-        raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
+    _require_size(data, path)
     check_seal(data, where=path)
     members = StrictObject(parse(data, where=path), where=path)
     check_version(members, FORMAT)  # [UCF-72]
@@ -189,6 +202,11 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     members.close()
     _check_files(manifest, path)
     return manifest
+
+
+def _require_size(data: bytes, path: str) -> None:
+    if len(data) > MAX_MANIFEST_NBYTES:
+        raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_MANIFEST_NBYTES}")
 
 
 def _one_of(members: StrictObject, name: str, known: dict[str, Placement]) -> Placement:

@@ -85,6 +85,8 @@ def _array(value: ArrayValue, where: str) -> object:
 
 
 def _reference(value: ArrayReference, where: str) -> object:
+    if value.item.isascii() and value.name.isascii() and value.origin == "torch":  # nearly all
+        return {"$tensor": {"item": value.item, "name": value.name}}
     tag = "$tensor" if value.origin == "torch" else "$numpy"
     return {tag: {"item": _text(value.item, where), "name": _text(value.name, where)}}
 
@@ -140,6 +142,8 @@ def _set(value: Iterable[object], where: str, depth: int) -> list[object]:
 
 def _dict(value: dict[object, object], where: str, depth: int) -> object:
     if all(type(key) is str and not key.startswith("$") for key in value):
+        if len(value) >= MANY and set(map(type, value.values())) == {ArrayReference}:
+            return {_text(str(key), where): _reference(one, f"{where}/{key!s}") for key, one in value.items()}  # type: ignore[arg-type]
         return {_text(str(key), where): _encode(one, f"{where}/{pointer_token(key)}", depth) for key, one in value.items()}
     return {"$map": _pairs(value, where, depth)}
 
@@ -221,13 +225,26 @@ def _unordered(typed: object) -> object:
     return found
 
 
+MANY = 8  # members of a dict
+
+
+_UNORDERED = ('{"$map":', '{"$counter":', '{"$defaultdict":')
+
+
+def typed_digest(typed: object, text: str) -> str:
+    """`value_digest` of a value whose typed JSON this is, as it is and as text."""
+    ordered = _unordered(typed) if any(tag in text for tag in _UNORDERED) else typed
+    return file_digest(dump_sorted(ordered).encode("ascii"))
+
+
 def value_digest(value: Value, *, where: str = "") -> str:
     """The xxh3-128 (32 hex digits) of the value's canonical typed JSON; equal for values that are equal, types
     included.
 
     The filling order of plain dicts and Counters does not count; that of an OrderedDict does. Raises ValueNotCarried.
     """
-    return file_digest(dump_sorted(_unordered(encode_value(value, where=where))).encode("ascii"))
+    typed = encode_value(value, where=where)
+    return typed_digest(typed, dump(typed))
 
 
 def typed_key(value: Value) -> Hashable:
@@ -262,9 +279,15 @@ def values_equal(one: Value, other: Value) -> bool:
 
 def encode_pointers(values: Value, *, where: str) -> dict[str, object]:
     """The typed JSON of a mapping from JSON pointers to values. Raises ValueNotCarried. [UCF-58]"""
+    return {name: encode_value(one, where=name) for name, one in require_pointers(values, where=where).items()}
+
+
+def require_pointers(values: Value, *, where: str) -> Mapping[str, Any]:
+    """The mapping itself. Raises ValueNotCarried where it is none, or not from JSON pointers. [UCF-58]"""
     if not isinstance(values, Mapping):
         raise ValueNotCarried(f"{where}: expected a mapping from JSON pointers, found {type(values).__name__}")
     for name in values:
         if not isinstance(name, str) or not name.startswith("/"):
             raise ValueNotCarried(f"{where}: {name!r} is no JSON pointer")
-    return {_text(name, where): encode_value(one, where=name) for name, one in values.items()}
+        _text(name, where)
+    return values

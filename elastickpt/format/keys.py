@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import xxhash
 
@@ -45,6 +45,15 @@ def checked_name(name: str) -> str:
     if not name.isprintable() and any(ord(char) < 32 or ord(char) == 127 for char in name):
         raise Unsafe(f"name {name!r} contains a control character")
     return name
+
+
+def checked_names(names: Sequence[str]) -> Sequence[str]:
+    """`checked_name` of many, at once where they are plain."""
+    joined = "".join(names)
+    if not (joined.isascii() and joined.isprintable()) or max(map(len, names), default=0) > MAX_NAME_NBYTES:
+        for name in names:
+            checked_name(name)
+    return names
 
 
 def encode_name(name: str) -> str:
@@ -131,6 +140,8 @@ class _Node:
             if len(key) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
                 raise LimitExceeded(f"array {self.array}: its path has {len(key)} bytes")
             found[self.array] = key
+        if not self.children:  # most of all
+            return
         keys = child_keys(self.children)
         for name, child in self.children.items():
             child.collect(f"{key}/{keys[name]}", found)
@@ -183,6 +194,20 @@ def fragments_file(writer: int) -> str:
 def index_file(part: int) -> str:
     """Where a part of the index stands in a file system: `index.msgpack`, then `index-00001.msgpack`, ... [UCF-37]"""
     return f"index-{part:05d}.msgpack" if part else "index.msgpack"
+
+
+# of paths with a line each: what none of them may have, and "://", which some may, looked at one by one
+_ODD = ("\n\n", "\n/", "/\n", "//", "/./", "/../", "\n./", "\n../", "/.\n", "/..\n", "\n.\n", "\n..\n", "\\", ":")
+
+
+def checked_paths(paths: Sequence[str]) -> Sequence[str]:
+    """`checked_path` of many, at once where they are plain."""
+    lines = "\n".join(("", *paths, ""))
+    plain = lines.isascii() and "".join(paths).isprintable() and not any(odd in lines for odd in _ODD)
+    if not plain or max(map(len, paths), default=0) > MAX_COMPONENT_NBYTES:
+        for path in paths:
+            checked_path(path)
+    return paths
 
 
 def checked_path(path: str) -> str:

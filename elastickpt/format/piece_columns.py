@@ -112,6 +112,18 @@ def starts(counts: IntColumn) -> IntColumn:
     return found
 
 
+def distinct(column: IntColumn) -> tuple[IntColumn, IntColumn, IntColumn]:
+    """Its values, each once and rising, where each stands first, and of each entry the place among them. `numpy.unique` does
+    the same, and takes 15 ms at its first call: it loads masked arrays."""
+    order = np.argsort(column, kind="stable")
+    rising = column[order]
+    begins = np.ones(len(column), dtype=np.bool_)
+    begins[1:] = rising[1:] != rising[:-1]
+    inverse = np.empty(len(column), dtype=np.int64)
+    inverse[order] = np.cumsum(begins) - 1
+    return rising[begins], order[begins], inverse
+
+
 def _ints(values: Iterable[int], count: int) -> IntColumn:
     column = np.fromiter(values, dtype=np.int64, count=count)
     column.flags.writeable = False

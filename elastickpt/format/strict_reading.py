@@ -53,6 +53,8 @@ def sequence(value: object, *, where: str) -> list[object]:
 
 
 def texts(value: object, *, where: str) -> tuple[str, ...]:
+    if isinstance(value, list) and set(map(type, value)) <= {str} and all(map(str.isascii, value)):  # nearly all are
+        return tuple(value)
     return tuple(text(one, where=f"{where}[{k}]") for k, one in enumerate(sequence(value, where=where)))
 
 
@@ -121,8 +123,17 @@ UintColumn = npt.NDArray[np.uint64]
 
 def pack(record: dict[str, object]) -> bytes:
     """The msgpack bytes of a record: members in their order, text as `str`, columns as `bin`."""
-    packed = msgpack.packb(record, use_bin_type=True, strict_types=True)
-    return bytes(packed)
+    return pack_map(len(record), pack_members(record))
+
+
+def pack_members(record: dict[str, object]) -> bytes:
+    """Some members of a record, in their order."""
+    return b"".join(msgpack.packb(one, use_bin_type=True, strict_types=True) for pair in record.items() for one in pair)
+
+
+def pack_map(count: int, members: bytes) -> bytes:
+    """A record of so many members."""
+    return bytes(msgpack.Packer().pack_map_header(count)) + members
 
 
 class _Budget:

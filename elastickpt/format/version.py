@@ -43,6 +43,11 @@ _OF_TYPE: Mapping[type, str] = {
     EnumValue: PYTHON_TYPES,
     StateReference: ARRAYS_IN_VALUES,
 }
+_OF_TAG: Mapping[str, str] = {
+    **dict.fromkeys(("$deque", "$defaultdict", "$namedtuple", "$dtype", "$device", "$enum"), PYTHON_TYPES),
+    **dict.fromkeys(("$numpy", "$state"), ARRAYS_IN_VALUES),
+    "$strided": AXIS_ORDER,
+}
 _OF_ATTRIBUTE: Mapping[str, str] = {"composition": COMPOSITES, "rank": ARRAYS_IN_VALUES}
 
 
@@ -53,6 +58,11 @@ def features_used(values: Iterable[Value], attributes: Iterable[str], fields: It
     for value in values:
         _collect(value, found)
     return tuple(sorted(found))
+
+
+def features_in(text: str) -> set[str]:
+    """The features that a typed JSON text needs: in one, no key of a user is spelled like a tag."""
+    return {feature for tag, feature in _OF_TAG.items() if f'{{"{tag}":' in text}
 
 
 def has_own_entries(models: Iterable[str], places: Iterable[str]) -> bool:

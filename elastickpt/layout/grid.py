@@ -69,6 +69,10 @@ class ByteRun:
     row_nbytes: int
     row_stride: int
 
+    def moved(self, by: int) -> ByteRun:
+        """The same so many bytes later."""
+        return ByteRun(self.chunk, self.box, self.offset + by, self.nbytes, self.row_nbytes, self.row_stride)
+
 
 def chunk_shape(shape: Sequence[int], *, itemsize: int, cuts: Sequence[int] = ()) -> tuple[int, ...]:
     """The chunk shape of an array, a function of these arguments alone; at most 256 MiB a chunk, () for a 0-d array.

@@ -156,7 +156,7 @@ class _Beside:
     def __init__(self, opened: Opened, arrays: Sequence[ArrayId], places: Iterable[str]) -> None:
         self._converted = is_converted(opened)
         self._items = {identity.item for identity in arrays} | {_item_of(place) for place in places}
-        self._ids = {str(identity): identity for identity in opened.records}
+        self._ids = {str(identity): identity for identity in opened.records} if self._converted else {}
         optimizers = {table.item for part in opened.parts for table in part.tables}
         self._optimizes = bool(optimizers & self._items) or not optimizers
 

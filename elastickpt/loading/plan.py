@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, MissingFile, WrongLength
 from elastickpt.format.arrays import Box
-from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.piece_columns import FragmentColumns, distinct
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_coverage
@@ -196,7 +196,7 @@ def require_files(opened: Opened, plan: FetchPlan) -> None:
 
 
 def _an_array_of_each(plan: FetchPlan) -> dict[StoredFile, ArrayRecord]:
-    files, first = np.unique(plan.file, return_index=True)
+    files, first, _ = distinct(plan.file)
     numbers = plan.stretches.target[first].tolist()
     found = {plan.files[file]: plan.targets[number].wanted.record for file, number in zip(files.tolist(), numbers, strict=True)}
     for unit in plan.units:

@@ -345,5 +345,5 @@ def _undefined(error: CheckpointError) -> CheckpointError:
 def _to_devices(targets: Sequence[HeldArray], hosts: Sequence[AnyArray]) -> None:
     """Copies what was read to host memory to targets on other devices; host tensors were filled in place."""
     for target, host in zip(targets, hosts, strict=True):
-        if target.tensor.device.type != "cpu":
+        if not target.tensor.is_cpu:
             fill_device(target.tensor, host)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from elastickpt.format.piece_columns import FragmentColumns, starts
+from elastickpt.format.piece_columns import FragmentColumns, distinct, starts
 from elastickpt.format.records import StoredFile
 from elastickpt.format.strict_reading import IntColumn, UintColumn
 
@@ -85,7 +85,7 @@ def number_files(maps: Sequence[FragmentColumns], stretches: Stretches) -> tuple
     known: dict[StoredFile, int] = {}
     numbers = np.zeros(len(stretches), dtype=np.int64)
     for columns, mine in _by_map(maps, stretches.map):
-        used, inverse = np.unique(columns.pieces.file[stretches.piece[mine]], return_inverse=True)
+        used, _, inverse = distinct(columns.pieces.file[stretches.piece[mine]])
         own = [known.setdefault(columns.files[place], len(known)) for place in used.tolist()]
         numbers[mine] = np.array(own, dtype=np.int64)[inverse]
     ordered = sorted(known, key=lambda file: (file.path, file.base, file.nbytes))

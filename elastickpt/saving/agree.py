@@ -25,12 +25,13 @@ from elastickpt.format.version import RELEASE
 from elastickpt.ranks.process_group import torch_version
 from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.drift import Hashed, compare_sets, differing_keys, looks_of, name_drift
-from elastickpt.saving.merge import MergedStructure, SharedTable, merge
+from elastickpt.saving.merge import MergedStructure, merge
 from elastickpt.saving.messages import (
     TABLE_PREFIX,
     Intention,
     Next,
     OpenedAttempt,
+    SharedTable,
     differing_values,
     merge_trees,
     require_same_intention,
@@ -41,7 +42,7 @@ from elastickpt.saving.messages import (
 from elastickpt.saving.placing import PLAIN, choose
 from elastickpt.saving.plan import plan_packs, plan_writes, records_of
 from elastickpt.saving.request import Request
-from elastickpt.saving.structure import StructureTable, decode_table
+from elastickpt.saving.structure import StructureTable, decode_table, table_of
 from elastickpt.saving.structures import KNOWN, KnownStructure, Proposal
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.writer.plans import documents_of
@@ -208,7 +209,9 @@ class _Agreement:
             ranks: dict[str, list[int]] = {}
             for rank, intention, table in zip(self.team.ranks, self.intentions, said, strict=True):
                 ranks.setdefault(intention.table, []).append(rank)
-                if table:
+                if table and intention.table == proposal.table.digest:
+                    tables[intention.table] = table_of(proposal.live)
+                elif table:
                     tables[intention.table] = decode_table(table)
             digests = list(tables)
             whose = [tuple(ranks[d]) for d in digests]

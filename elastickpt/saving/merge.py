@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from elastickpt.commit.attest import Outline
 from elastickpt.errors import StructureConflict
@@ -19,7 +20,6 @@ from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting
 from elastickpt.layout.placement import MIN_SPLIT_NBYTES, cuts_of
 from elastickpt.layout.references import within_limits
-from elastickpt.ranks.messages import Message
 from elastickpt.saving.placing import PLAIN, Placing
 from elastickpt.saving.structure import HeldEntry, StructureTable
 
@@ -66,8 +66,7 @@ class MergedStructure:
         return self.outline.frame.placement
 
 
-@dataclass(frozen=True, slots=True)
-class _Holding:
+class _Holding(NamedTuple):
     """One table's entry for an array, and the ranks that have that table."""
 
     table: int
@@ -99,51 +98,31 @@ def merge(
     layouts: dict[Layout, int] = {}
     arrays: list[ArrayRecord] = []
     shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
-    compares = False
-    torn: list[str] = []
-    grids: dict[tuple[Cutting, int], tuple[tuple[int, ...], bool]] = {}  # many arrays are cut alike
+    ways: dict[object, _Way] = {}
+    of_arrays: list[_Way] = []
     for identity, found in holdings.items():
         _require_agreement(identity, found)
-    grouped = {identity: _groups(identity, found) for identity, found in holdings.items()}
-    file_parts = sum(_file_parts(found[0], replicas=len(grouped[identity][0].ranks)) for identity, found in holdings.items())
+        alike = _alike(found)
+        if alike not in ways:
+            ways[alike] = _way(identity, found, meshes, layouts)
+        of_arrays.append(ways[alike])
+    file_parts = sum(way.file_parts for way in of_arrays)
     placement = choice.placement(file_parts)
-    for identity, found in holdings.items():
-        first = found[0]
-        layout = None
-        if first.mesh is not None:
-            number = meshes.setdefault(first.mesh, len(meshes))
-            layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
-        groups = grouped[identity]
-        primary = groups[0]
-        if placement == "plain":
-            grid = _grid(first)
-        else:
-            way = _cutting(first, replicas=len(primary.ranks))
-            if way not in grids:
-                cutting, replicas = way
-                grids[way] = cutting.chunk_shape(replicas=replicas), cutting.keeps_chunks_whole(replicas=replicas)
-            grid, whole = grids[way]
-            if not whole:
-                torn.append(keys[identity])
+    grids = {way: _grid_of(way, placement) for way in ways.values()}
+    torn = [keys[identity] for identity, way in zip(holdings, of_arrays, strict=True) if not grids[way][1]]
+    for (identity, found), way in zip(holdings.items(), of_arrays, strict=True):
+        key, grid = keys[identity], grids[way][0]
         axes = next((holding.entry.order for holding in found if holding.entry.order), ())
-        attributes = with_order(first.entry.attributes, axes)
-        arrays.append(ArrayRecord(first.entry.spec, keys[identity], grid, layout, (), attributes))
-        inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(primary.ranks) > 1)
-        peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
-        compares |= inferred or any(one.entry.kept == "loose" and len(one.entry.replicas) > 1 for one in found)
-        writer = primary.ranks[sum(keys[identity].encode()) % len(primary.ranks)]
-        for group in groups:
-            for holding in group.holdings:
-                shared[holding.table][identity] = SharedArray(
-                    keys[identity],
-                    grid,
-                    () if holding.mesh is not None else group.ranks,
-                    group is primary,
-                    peers,
-                    writer,
-                    identity in heads,
-                    axes,
-                )
+        attributes = with_order(found[0].entry.attributes, axes)
+        arrays.append(ArrayRecord(found[0].entry.spec, key, grid, way.layout, (), attributes))
+        primary = way.groups[0]
+        writer = primary.ranks[sum(key.encode()) % len(primary.ranks)]
+        for group in way.groups:
+            for place in group.holdings:
+                ranks_of = () if found[place].mesh is not None else group.ranks
+                rest = (group is primary, way.peers, writer, identity in heads, axes)
+                shared[found[place].table][identity] = SharedArray(key, grid, ranks_of, *rest)
+    compares = any(way.compares for way in ways.values())
     frame = ManifestFrame(
         world_size=sum(map(len, ranks)),
         placement=placement,
@@ -166,16 +145,62 @@ def with_order(attributes: Attributes, order: Sequence[int]) -> Attributes:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Ranks that hold one array between them, each element of it at least once."""
+    """Ranks that hold one array between them, each element of it at least once; and which of its holdings are theirs."""
 
     ranks: tuple[int, ...]
-    holdings: tuple[_Holding, ...]
+    holdings: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Way:
+    """What arrays have in common that are alike in all that `_alike` says; models have many of few kinds. `first`: the first
+    holding of the first of them."""
+
+    first: _Holding
+    groups: tuple[_Group, ...]
+    layout: int | None
+    file_parts: int
+    peers: tuple[int, ...]
+    compares: bool
+
+
+def _alike(found: Sequence[_Holding]) -> object:
+    spec = found[0].entry.spec
+    if len(found) == 1:
+        table, one = found[0].table, found[0].entry
+        return spec.shape, spec.dtype, table, one.mesh, one.placements, one.sharing, one.replicas, one.role, one.kept
+    held = (
+        (holding.table, one.mesh, one.placements, one.sharing, one.replicas, one.role, one.kept)
+        for holding in found
+        for one in (holding.entry,)
+    )
+    return spec.shape, spec.dtype, *held
+
+
+def _way(identity: ArrayId, found: Sequence[_Holding], meshes: dict[Mesh, int], layouts: dict[Layout, int]) -> _Way:
+    first, layout = found[0], None
+    if first.mesh is not None:
+        number = meshes.setdefault(first.mesh, len(meshes))
+        layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
+    groups = _groups(identity, found)
+    inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(groups[0].ranks) > 1)
+    peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
+    compares = inferred or any(one.entry.kept == "loose" and len(one.entry.replicas) > 1 for one in found)
+    return _Way(first, tuple(groups), layout, _file_parts(first, replicas=len(groups[0].ranks)), peers, compares)
+
+
+def _grid_of(way: _Way, placement: Placement) -> tuple[tuple[int, ...], bool]:
+    """The extents of chunks, and whether none of them lies in several packs."""
+    if placement == "plain":
+        return _grid(way.first), True
+    cutting, replicas = _cutting(way.first, replicas=len(way.groups[0].ranks))
+    return cutting.chunk_shape(replicas=replicas), cutting.keeps_chunks_whole(replicas=replicas)
 
 
 def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
     """The groups of ranks that each hold the whole array; more than one only if nobody declared how they belong together."""
-    by: dict[tuple[object, ...], list[_Holding]] = {}
-    for holding in found:
+    by: dict[tuple[object, ...], list[int]] = {}
+    for place, holding in enumerate(found):
         entry = holding.entry
         if entry.sharing == "placed" and holding.mesh is not None:
             kind: tuple[object, ...] = (holding.mesh, entry.placements)
@@ -183,9 +208,10 @@ def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
             kind = entry.replicas
         else:
             kind = ()
-        by.setdefault(kind, []).append(holding)
+        by.setdefault(kind, []).append(place)
     groups = []
-    for holdings in by.values():
+    for places in by.values():
+        holdings = [found[place] for place in places]
         have = sorted(rank for holding in holdings for rank in holding.ranks)
         entry, mesh = holdings[0].entry, holdings[0].mesh
         members = mesh.ranks if mesh is not None else entry.replicas if entry.sharing == "declared" else tuple(have)
@@ -196,7 +222,7 @@ def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
                 f"(declared by rank {have[0]}), found on {have}; missing on {lacking}"
             )
         # a mesh over other ranks with the same axes is another group (a second pipeline stage, a second replica)
-        groups.append(_Group(tuple(members), tuple(holdings)))
+        groups.append(_Group(tuple(members), tuple(places)))
     return sorted(groups, key=lambda group: min(group.ranks))
 
 
@@ -299,45 +325,3 @@ def _ties(tables: Sequence[StructureTable], order: Sequence[int]) -> tuple[tuple
     for t in order:
         ties.update(dict.fromkeys(tables[t].tied))
     return tuple(ties)
-
-
-class _SharedRow(Message, frozen=True):
-    """A `SharedArray` in a message: `group` and `peers` are numbers in the message's list of sets of ranks."""
-
-    key: str
-    chunk_shape: tuple[int, ...]
-    group: int
-    writes: bool
-    peers: int
-    documents: int
-    heads_group: bool
-    order: tuple[int, ...]
-
-
-class SharedTable(Message, frozen=True):
-    """What the ranks of one table learn of its arrays, in their order. `compares`: some rank compares contents each time."""
-
-    placement: Placement
-    compares: bool
-    sets: tuple[tuple[int, ...], ...]
-    rows: tuple[_SharedRow, ...]
-
-    @classmethod
-    def of(cls, shared: Sequence[SharedArray], *, placement: Placement, compares: bool) -> SharedTable:
-        found: dict[tuple[int, ...], int] = {}
-
-        def number(ranks: tuple[int, ...]) -> int:
-            return found.setdefault(ranks, len(found))
-
-        rows = tuple(
-            _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
-            for a in shared
-        )
-        return cls(placement, compares, tuple(found), rows)
-
-    def arrays(self) -> tuple[SharedArray, ...]:
-        sets = self.sets
-        return tuple(
-            SharedArray(r.key, r.chunk_shape, sets[r.group], r.writes, sets[r.peers], r.documents, r.heads_group, r.order)
-            for r in self.rows
-        )

@@ -19,10 +19,11 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.errors import PlacementUnsupported, Refused, ReplicaConflict, StructureConflict
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_values import pointer_token, values_equal
-from elastickpt.format.records import Field, FileDigest, OptimizerTable
+from elastickpt.format.records import Field, FileDigest, OptimizerTable, Placement
 from elastickpt.format.tables import TableName, TableRow, rows_of
 from elastickpt.format.values import ArrayReference, ArrayValue, Value
 from elastickpt.ranks.messages import Message, encode
+from elastickpt.saving.merge import SharedArray
 
 
 class Intention(Message, frozen=True):
@@ -260,3 +261,48 @@ def _shown(value: Value) -> str:
         return f"a tensor of shape {value.shape}" if found is None or found.size != 1 else repr(found[0].item())
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# -- what the ranks of one table learn of its arrays --------------------------------------------------------------------
+
+
+class _SharedRow(Message, frozen=True):
+    """A `SharedArray` in a message: `group` and `peers` are numbers in the message's list of sets of ranks."""
+
+    key: str
+    chunk_shape: tuple[int, ...]
+    group: int
+    writes: bool
+    peers: int
+    documents: int
+    heads_group: bool
+    order: tuple[int, ...]
+
+
+class SharedTable(Message, frozen=True):
+    """What the ranks of one table learn of its arrays, in their order. `compares`: some rank compares contents each time."""
+
+    placement: Placement
+    compares: bool
+    sets: tuple[tuple[int, ...], ...]
+    rows: tuple[_SharedRow, ...]
+
+    @classmethod
+    def of(cls, shared: Sequence[SharedArray], *, placement: Placement, compares: bool) -> SharedTable:
+        found: dict[tuple[int, ...], int] = {}
+
+        def number(ranks: tuple[int, ...]) -> int:
+            return found.setdefault(ranks, len(found))
+
+        rows = tuple(
+            _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
+            for a in shared
+        )
+        return cls(placement, compares, tuple(found), rows)
+
+    def arrays(self) -> tuple[SharedArray, ...]:
+        sets = self.sets
+        return tuple(
+            SharedArray(r.key, r.chunk_shape, sets[r.group], r.writes, sets[r.peers], r.documents, r.heads_group, r.order)
+            for r in self.rows
+        )

@@ -22,11 +22,8 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import DraftContents
 from elastickpt.commit.outcome import STANDS, abandon
 from elastickpt.errors import CheckpointError, fault
-from elastickpt.format.canonical_json import dump
-from elastickpt.format.decode_values import decode_text
-from elastickpt.format.encode_values import encode_value
 from elastickpt.format.records import Placement
-from elastickpt.format.values import Value
+from elastickpt.format.typed_values import TypedValue, typed_values
 from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.agree import Agreed, Offer, RoundHooks, agree
 from elastickpt.saving.messages import Intention, OpenedAttempt, TypedValues, values_wanted
@@ -100,7 +97,7 @@ class Pipeline:
 
     # -- write, commit: what is written, and of what it is proven ------------------------------------------------------
 
-    def share(self, replicated: Mapping[str, Value] | None = None) -> Share:
+    def share(self, replicated: Mapping[str, TypedValue] | None = None) -> Share:
         """What this rank brings to the attempt, on this rank alone. With replicated values its writer takes part in the
         decision."""
         live, structure, member = self.agreed.live, self.agreed.structure, self.team.member
@@ -110,13 +107,13 @@ class Pipeline:
 
     def own_values(self) -> TypedValues:
         """The replicated values that are wanted of this rank, for member 0, on this rank alone."""
-        values = self.agreed.live.values
-        return tuple((p, dump(encode_value(values[p], where=p))) for p in self.opened.wanted)
+        values = self.offer.proposal.values
+        return tuple((pointer, values[pointer].text) for pointer in self.opened.wanted)
 
-    def replicated(self, told: Iterable[TypedValues]) -> Mapping[str, Value]:
+    def replicated(self, told: Iterable[TypedValues]) -> Mapping[str, TypedValue]:
         """On member 0 all replicated values, once all have told theirs."""
-        values = {pointer: decode_text(text, where=pointer) for values in told for pointer, text in values}
-        return values | dict(self.agreed.merged)
+        values = {pointer: TypedValue.told(text, pointer) for values in told for pointer, text in values}
+        return values | typed_values(self.agreed.merged)
 
     def contents(self, told: Iterable[TypedValues]) -> DraftContents:
         """On member 0 what it knows of the checkpoint beside attestations."""

@@ -6,7 +6,6 @@ held arrays + shared facts --> own boxes (replicas split) --> runs in chunks -->
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from elastickpt.format.arrays import Box, Mesh
@@ -14,7 +13,7 @@ from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.tables import without
 from elastickpt.layout.algebra import relative
-from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slots_of
+from elastickpt.layout.packs import Cutting, PackSlot, Shared, place_slots, share_out, slots_of
 from elastickpt.layout.placement import replica_ranks, share_of
 from elastickpt.saving.merge import SharedArray, with_order
 from elastickpt.writer.plans import PlannedDocument, PlannedFile, PlannedPack, PlannedPiece, WritePlan, files_of
@@ -40,18 +39,22 @@ def plan_writes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, ran
 def plan_packs(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> WritePlan:
     """The same in placement packed: all in one file, without documents. [FRAG-61..63]"""
     boxes = _packed_boxes(held, shared, rank=rank)
-    arrays, slots = [], []
+    known: dict[object, tuple[PackSlot, ...]] = {}  # many arrays are cut alike
+    local: dict[object, tuple[Box, ...]] = {}  # and held alike: of each run of a slot its box in a local tensor
+    slots: list[tuple[int, PackSlot, tuple[Box, ...]]] = []
     for number, box in boxes.items():
         array, fact = held[number], shared[number]
-        of_box = slots_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=array.spec.type.itemsize)
-        for slot in of_box:
-            arrays.append(number)
-            slots.append(slot)
-    offsets, nbytes = place_slots(slot.nbytes for slot in slots)
+        alike = box.start, box.stop, array.box.start, array.spec.shape, fact.chunk_shape, array.spec.dtype
+        if alike not in known:
+            itemsize = array.spec.type.itemsize
+            known[alike] = tuple(slots_of(box, shape=array.spec.shape, chunk_shape=fact.chunk_shape, itemsize=itemsize))
+            local.update((id(slot), tuple(relative(run.box, array.box) for run in slot.runs)) for slot in known[alike])
+        slots += [(number, slot, local[id(slot)]) for slot in known[alike]]
+    offsets, nbytes = place_slots(slot.nbytes for _, slot, _ in slots)
     pieces = tuple(
-        PlannedPiece(number, relative(run.box, held[number].box), replace(run, offset=offset + run.offset))
-        for number, slot, offset in zip(arrays, slots, offsets, strict=True)
-        for run in slot.runs
+        PlannedPiece(number, box, run.moved(offset))
+        for (number, slot, own), offset in zip(slots, offsets, strict=True)
+        for run, box in zip(slot.runs, own, strict=True)
     )
     files = (PlannedPack("", nbytes, pieces),) if pieces else ()
     return WritePlan(tuple(fact.key for fact in shared), files, ())
@@ -119,6 +122,8 @@ def own_tables(live: LiveState, shared: Sequence[SharedArray], *, rank: int) -> 
 
     Every parameter is held by someone, so every row arrives; ranks that hold the same rows do not all send them.
     """
+    if not live.tables:
+        return ()
     others = {
         (held.spec.id.item, held.spec.id.name)
         for held, fact in zip(live.arrays, shared, strict=True)

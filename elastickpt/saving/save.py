@@ -8,12 +8,13 @@ UNIT_NBYTES.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
@@ -29,25 +30,27 @@ from elastickpt.saving.agree import Offer
 from elastickpt.saving.messages import Attested
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas, Request, step_of
-from elastickpt.saving.staging import AnyArray, Bytes, flat_bytes, gather, part_of
-from elastickpt.saving.structures import propose
+from elastickpt.saving.staging import AnyArray, Bytes, Place, flat_bytes, gather, part_of
+from elastickpt.saving.structures import KnownStructure, propose
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.collection import collection_paused
-from elastickpt.training.elements import host_elements
+from elastickpt.training.elements import host_address, host_elements
+from elastickpt.training.held import HeldArray
 from elastickpt.writer.plans import PAGE, Slice, WritePlan
-from elastickpt.writer.share import write_whole_share
+from elastickpt.writer.share import Share, write_whole_share
+from elastickpt.writer.write_files import Source
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class LiveTensors:
-    """A `write_files.Source` for a store. `elements[i]` are those of held array i, in host memory."""
+class LiveTensors(Source):
+    """For a store. `elements(i)` are those of held array i, in host memory."""
 
-    def __init__(self, plan: WritePlan, elements: Sequence[AnyArray], store: Store) -> None:
+    def __init__(self, plan: WritePlan, elements: Callable[[int], AnyArray], store: Store) -> None:
         self._plan = plan
         self._elements = elements
         # from so many bytes on a range goes past the page cache of this store, and memory has to lie like the file
@@ -59,7 +62,7 @@ class LiveTensors:
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """The bytes, in place where the memory is contiguous and congruent to the file, else gathered."""
         piece = self._plan.files[at.file].pieces[at.piece]
-        part = part_of(self._elements[piece.array], piece.local)
+        part = part_of(self._elements(piece.array), piece.local)
         flat = flat_bytes(part)
         offset = piece.run.offset + start
         if flat is not None:
@@ -81,6 +84,34 @@ class LiveTensors:
             found = aligned_buffer(nbytes)
             self._buffers.unit = found
         return found[:nbytes]
+
+
+class LivePack(LiveTensors):
+    """The same for a pack, whose small pieces are copied by address: a view of a tensor costs more than to copy 1 KiB. `places`
+    are those of its pieces, as `places_of` has them."""
+
+    def __init__(self, plan: WritePlan, held: Sequence[HeldArray], store: Store, places: Sequence[Place]) -> None:
+        self._held = held
+        self._hosts: list[AnyArray | None] = [None if one.tensor.is_cpu else host_elements(one.tensor) for one in held]
+        super().__init__(plan, self._host, store)
+        self._places = places
+        self._addresses = [host_address(one.tensor) for one in held]
+
+    def _host(self, array: int) -> AnyArray:
+        found = self._hosts[array]
+        if found is None:
+            found = self._hosts[array] = host_elements(self._held[array].tensor)
+        return found
+
+    def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
+        target, memmove, addresses, sources = address_of(into.data), ctypes.memmove, self._addresses, self._places
+        for at, place in zip(slices, places, strict=True):
+            array, offset = sources[at.piece]
+            base = addresses[array]
+            if base is None or offset is None:
+                super().gather((at,), (place,), into)
+            else:
+                memmove(target + place, base + offset + at.start, at.stop - at.start)
 
 
 log = logging.getLogger(__name__)
@@ -190,6 +221,13 @@ def save_with(
     return info
 
 
+def _source_of(share: Share, structure: KnownStructure, arrays: Sequence[HeldArray], store: Store) -> LiveTensors:
+    plan = share.prepared.plan
+    if plan.pack is not None:
+        return LivePack(plan, arrays, store, structure.places(arrays))
+    return LiveTensors(plan, [host_elements(held.tensor) for held in arrays].__getitem__, store)
+
+
 def _write_and_commit(pipeline: Pipeline) -> tuple[Committed, float]:
     """One round: every rank writes and attests its share, member 0 commits. And when this rank had written."""
     store, attempt, arrays = pipeline.agreed.located.store, pipeline.opened.attempt, pipeline.agreed.live.arrays
@@ -198,7 +236,7 @@ def _write_and_commit(pipeline: Pipeline) -> tuple[Committed, float]:
     def write() -> Attested:
         require_token(store, attempt.draft)
         share = pipeline.share()
-        source = LiveTensors(share.prepared.plan, [host_elements(held.tensor) for held in arrays], store)
+        source = _source_of(share, pipeline.agreed.structure, arrays, store)
         file = write_whole_share(store, share, source)
         written_at.append(time.perf_counter())
         return Attested(file, pipeline.own_values())

@@ -25,7 +25,7 @@ from elastickpt.training.elements import host_address, host_elements
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import ArenaPlan
-from elastickpt.writer.plans import PlannedPiece, Slice
+from elastickpt.writer.plans import PlannedPack, PlannedPiece, Slice
 
 DIGEST_NBYTES = 1 << 20  # a multiple of every element size
 
@@ -212,6 +212,17 @@ def _move(prepared: ArenaPlan, at: Slice, held: Sequence[HeldArray]) -> _Move:
     piece = prepared.plan.files[at.file].pieces[at.piece]
     offset = _offset_of(piece.local, held[piece.array].box.shape, itemsize=held[piece.array].spec.type.itemsize)
     return _Move(piece, at, piece.array, None if offset is None else offset + at.start, at.stop - at.start)
+
+
+Place = tuple[int, int | None]  # of a piece: its array, and its first byte in a local tensor without gaps, if it has one there
+
+
+def places_of(pack: PlannedPack, held: Sequence[HeldArray]) -> tuple[Place, ...]:
+    """Of all pieces of a pack."""
+    return tuple(
+        (one.array, _offset_of(one.local, held[one.array].box.shape, itemsize=held[one.array].spec.type.itemsize))
+        for one in pack.pieces
+    )
 
 
 def _offset_of(box: Box, shape: Sequence[int], *, itemsize: int) -> int | None:

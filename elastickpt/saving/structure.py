@@ -14,7 +14,7 @@ from elastickpt.format.canonical_json import dump
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_values import encode_value
-from elastickpt.format.keys import checked_name
+from elastickpt.format.keys import checked_name, checked_names
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.ranks.messages import Message, decode, encode
@@ -50,9 +50,12 @@ def table_of(live: LiveState) -> StructureTable:
     """The structure of a live state. Raises ValueNotCarried for a name that no checkpoint carries."""
     for item in live.items:
         _require_name(item.name, f"key {item.name!r} of `state`")
-    for held in live.arrays:
-        for name in (held.spec.id.name, held.spec.id.state):
-            _require_name(name, f"tensor {held.spec.id.item!r}/{held.spec.id.name[:80]!r}")
+    try:
+        checked_names([name for held in live.arrays for name in (held.spec.id.name, held.spec.id.state)])
+    except Unsafe:
+        for held in live.arrays:
+            for name in (held.spec.id.name, held.spec.id.state):
+                _require_name(name, f"tensor {held.spec.id.item!r}/{held.spec.id.name[:80]!r}")
     meshes: dict[Mesh, int] = {}
 
     def entry(held: HeldArray) -> HeldEntry:

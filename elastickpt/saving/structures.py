@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,12 +25,13 @@ from elastickpt.commit.attest import Outline
 from elastickpt.format.arrays import ArraySpec
 from elastickpt.format.encode_values import value_digest
 from elastickpt.format.records import Item, Placement
+from elastickpt.format.typed_values import TypedValue
 from elastickpt.format.values import Value
 from elastickpt.saving.drift import Hashed, Look, looks_asked_for
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.messages import TABLE_PREFIX, settings_of
 from elastickpt.saving.request import Request
-from elastickpt.saving.staging import Stager
+from elastickpt.saving.staging import Place, Stager, places_of
 from elastickpt.saving.structure import encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState
@@ -56,6 +57,7 @@ class EncodedTable:
     specs: tuple[ArraySpec, ...]
     items: tuple[Item, ...]
     tied: object
+    values: dict[str, TypedValue] = field(default_factory=dict)  # of the newest state with it, by JSON pointer
 
     def is_that_of(self, live: LiveState) -> bool:
         """Whether it is certain to be."""
@@ -88,6 +90,7 @@ class KnownStructure:
     outline: Outline | None
     file_parts: int = 0
     notes: tuple[str, ...] = ()
+    _places: tuple[Place, ...] | None = None
 
     def hashed(self, arrays: Sequence[HeldArray], request: Request) -> Hashed:
         """Digests of what this rank compares in a save of this structure, and what was asked for beside. Blocking for a pass
@@ -109,6 +112,12 @@ class KnownStructure:
             self._stagers[arena_nbytes] = Stager(self.for_writer(arena_nbytes).prepared)
         return self._stagers[arena_nbytes]
 
+    def places(self, arrays: Sequence[HeldArray]) -> tuple[Place, ...]:
+        """Where the pieces of its pack lie in these arrays, which are those of a state with it; () without one."""
+        if self._places is None:
+            self._places = () if self.plan.pack is None else places_of(self.plan.pack, arrays)
+        return self._places
+
     @cached_property
     def _for_writer(self) -> dict[int | None, WriterStructure]:
         return {}
@@ -129,7 +138,8 @@ class KnownStructure:
 
 
 def _meant(request: Request) -> tuple[str, str]:
-    return request.placement, request.path.rpartition("/")[0]
+    """What was asked for; and where, if the place has a say in it."""
+    return request.placement, request.path.rpartition("/")[0] if request.placement == "auto" else ""
 
 
 class KnownStructures:
@@ -162,13 +172,10 @@ class KnownStructures:
 
     def to_stage_by(self, saver: object, table: str, request: Request) -> KnownStructure | None:
         """The structure of which this table was a part when the ranks of this saver agreed last on what was asked for like
-        this; None: they must be asked. In other folders files may be placed otherwise: where they were, the folder counts."""
+        this; None: they must be asked, as in a folder to which nobody saved yet files may be placed otherwise."""
         meant = _meant(request)
-        agreed = [one for one in self._all() if one.table.digest == table and saver in one.savers]
-        found = [one for one in agreed if any(asked == meant[0] for asked, _ in one.savers[saver])]
-        if len({one.placement for one in found}) > 1:
-            found = [one for one in found if meant in one.savers[saver]]
-        return found[0] if found else None
+        agreed = (one for one in self._all() if one.table.digest == table and saver in one.savers)
+        return next((one for one in agreed if meant in one.savers[saver]), None)
 
     def forget(self, saver: object, table: str) -> None:
         """The job has another structure by now: the next save with this table asks."""
@@ -185,19 +192,30 @@ class KnownStructures:
 KNOWN = KnownStructures()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def _typed(value: Value, pointer: str, known: TypedValue | None) -> TypedValue:
+    return known if known is not None and known.value is value else TypedValue.of(value, pointer)
+
+
+@dataclass(frozen=True, eq=False)
 class Proposal:
     """`live` shares memory with training in its arrays only: all else is a copy. `table` is its structure table."""
 
     live: LiveState
     table: EncodedTable
 
+    @cached_property
+    def values(self) -> Mapping[str, TypedValue]:
+        """The replicated ones, by JSON pointer. What a capture returned once more is known from the save before."""
+        known = self.table.values
+        found = {pointer: _typed(value, pointer, known.get(pointer)) for pointer, value in self.live.values.items()}
+        known.clear()
+        known.update(found)
+        return found
+
     def value_digests(self) -> tuple[tuple[str, str], ...]:
         """A digest of each replicated value, and one of the optimizer tables. Raises ValueNotCarried."""
-        live = self.live
-        values = [(pointer, value_digest(value, where=pointer)) for pointer, value in live.values.items()]
         return (
-            *values,
+            *((pointer, value.digest) for pointer, value in self.values.items()),
             *((pointer, value_digest(table, where="optimizer settings")) for pointer, table in self.tables.items()),
         )
 

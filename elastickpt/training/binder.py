@@ -97,6 +97,11 @@ class Binder:
             if live is not None and (live["class"], path) == (SPARSE, ("indices",)):
                 self.installs.append(lambda: require_indices(held.tensor, live["shape"]))
 
+    def fill_all(self, held: Sequence[HeldArray]) -> None:
+        """Makes targets of what has the checkpoint's own specs, of which nothing more is said."""
+        self.targets += held
+        self.arrays.update(one.spec.id for one in held)
+
     def _is_of_another_kind(self, held: HeldArray, id_: ArrayId) -> bool:
         """Whether this process's tensor and the checkpoint's are not both plain, or composites of one composition, or stored as
         the bytes of one element type; which is recorded. [UCF-110]"""
@@ -175,7 +180,8 @@ class Binder:
         """The Binding; its `install` does what was added, entry by entry, in order."""
         entries, filled = tuple(self._entries), frozenset(held.spec.id for held in self.targets)
         changed = [target.tensor for target in self.targets]
-        changed += [known.tensor for known in self.identities if any(held.spec.id in filled for held in known.held)]
+        # a plain tensor changes with the target that shows its memory
+        changed += [known.tensor for known in self.identities.alone() if any(held.spec.id in filled for held in known.held)]
 
         def install() -> None:
             mark_changed(changed)

@@ -45,7 +45,9 @@ def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared
         gathering.values_of_the_user()
         gathering.optimizers()
         gathering.rest()
-    _require_distinct(gathering.arrays)
+        if not memo.distinct(gathering.arrays):
+            _require_distinct(gathering.arrays)
+            memo.put_distinct(gathering.arrays)
     return LiveState(
         tuple(gathering.arrays),
         tuple(gathering.items[key] for key in state),

@@ -19,7 +19,7 @@ from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.layout.placement import physical_box
 from elastickpt.training.composites import CompositeCut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
-from elastickpt.training.elements import PLAIN, elements_of, is_loaded_instance, loaded_type, settled
+from elastickpt.training.elements import PLAIN, elements_of, has_memory, is_loaded_instance, loaded_type, settled
 from elastickpt.training.held import HeldArray, Kept, Memo, Role, Seen, Sharing
 from elastickpt.training.parallel import mesh_of, widened
 from elastickpt.training.trees import token
@@ -65,6 +65,8 @@ class DTensorParts:
 def holders_of(job: JobView, *, data_parallel: Sequence[int] = (), kept: Kept = "equal") -> Holders:
     """Who holds this rank's plain tensors: DDP's group, the declared mesh, both together, or it is not known. `kept`:
     what keeps those of data parallel ranks equal."""
+    if job.declared is None and not data_parallel:  # the usual case
+        return _declared((job.rank,), "equal") if job.world_size == 1 else _UNDECLARED
     ranks = set(data_parallel)
     if job.declared is not None and job.rank in job.declared.ranks:
         ranks.update(job.declared.ranks)
@@ -125,6 +127,8 @@ def memorable(tensor: torch.Tensor) -> tuple[torch.Tensor, object] | None:
     elif getattr(tensor, "_st_info", None) is not None:
         return None
     if local.layout is not torch.strided or local.dtype.is_complex or local.is_meta or local.is_quantized:
+        return None
+    if local.is_nested or local.is_neg() or not has_memory(local):
         return None
     return local, spec
 

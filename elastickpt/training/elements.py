@@ -19,7 +19,9 @@ import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -95,6 +97,7 @@ Attributes = tuple[tuple[str, Value], ...]
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # classes of tensors that are nothing but one
+_PLAIN_TYPES = frozenset(PLAIN)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +111,7 @@ class Elements:
     order: DimOrder
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str | None:
     """zarr's name of an element type; None for one that is stored as bytes."""
     name = str(dtype).removeprefix("torch.")
@@ -152,9 +156,44 @@ def _require_memory(tensor: torch.Tensor, where: object) -> None:
         reason = f"is quantised ({tensor.dtype}): its scales have no place in an array; use a tensor subclass"
     elif tensor.is_conj() or tensor.is_neg():
         reason = "is a lazy conjugate or negation: call resolve_conj() or resolve_neg()"
+    elif not has_memory(tensor):
+        reason = f"has elements and no memory: its storage was resized to {tensor.untyped_storage().nbytes()} bytes"
     else:
         return
     raise ValueNotCarried(f"tensor {where} {reason}")
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage of a plain strided tensor holds all its elements: some libraries free it, and keep the tensor."""
+    if type(tensor) not in PLAIN or tensor.numel() == 0:
+        return True
+    if tensor.is_contiguous():
+        return tensor.untyped_storage().nbytes() >= tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+    reach = 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + reach) * tensor.element_size()
+
+
+_LIE = attrgetter("layout", "is_nested", "is_meta", "is_quantized")
+_SIZES = attrgetter("itemsize", "nbytes")
+_PLAINLY = (torch.strided, False, False, False)
+
+
+def lie_plainly(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these are plain tensors in memory, of which each element is as it stands there, and that are placed nowhere."""
+    if not set(map(type, tensors)) <= _PLAIN_TYPES or set(map(_LIE, tensors)) != {_PLAINLY}:
+        return False
+    if any(map(torch.Tensor.is_neg, tensors)) or any(map(torch.Tensor.is_conj, tensors)):
+        return False
+    return all(getattr(tensor, "_st_info", None) is None for tensor in tensors) and have_memory(tensors)
+
+
+def have_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """`has_memory` of many plain strided tensors."""
+    if not all(map(torch.Tensor.is_contiguous, tensors)):
+        return all(map(has_memory, tensors))
+    room = map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors))
+    rows = zip(room, map(torch.Tensor.storage_offset, tensors), map(_SIZES, tensors), strict=True)
+    return all(nbytes >= offset * itemsize + needed or not needed for nbytes, offset, (itemsize, needed) in rows)
 
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,6 +229,10 @@ def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
     words = _WORDS[tensor.element_size()]
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), dtype=words)
+    if tensor.is_contiguous() and has_memory(tensor):
+        elements = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        elements._tensor = tensor  # type: ignore[attr-defined]  # as below
+        return np.ndarray(tensor.shape, dtype=words, buffer=elements)  # type: ignore[arg-type]  # as below
     storage = tensor.untyped_storage()
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     memory._tensor = tensor  # type: ignore[attr-defined]  # the array's base is `memory`, which so keeps the storage

@@ -10,16 +10,18 @@ What was found out about a tensor in the last capture is kept for the next one: 
 
 A capture then costs 10 µs a tensor instead of 35. Nothing here keeps a tensor alive: an entry of one that is gone is of no
 use to another tensor with its address, as that one would have to agree in all of the above, and then the entry holds for it.
+Of a dict of nothing but plain tensors all is kept in columns, by its place: 3 µs a tensor.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 import torch
 
@@ -59,7 +61,7 @@ class HeldArray:
     order: tuple[int, ...] = ()  # its axes by falling stride, () for their own order or where any order says the same
 
     def __post_init__(self) -> None:
-        if self.tensor.shape != self.box.shape:
+        if (self.tensor.shape != self.box.stop or any(self.box.start)) and self.tensor.shape != self.box.shape:
             raise LayoutUnsupported(
                 f"array {self.spec.id}: its box {self.box} has shape {self.box.shape}, "
                 f"this rank's local tensor has shape {tuple(self.tensor.shape)}"
@@ -132,12 +134,81 @@ class Seen:
         return HeldArray(self.spec, self.box, local.detach(), *how, kept=self.kept, order=self.order)
 
 
+_LIE = attrgetter("layout", "is_meta", "dtype", "shape")
+_STRIDE, _IS_NEGATIVE, _OFFSET = torch.Tensor.stride, torch.Tensor.is_neg, torch.Tensor.storage_offset
+_STORAGE, _NBYTES, _ITEMSIZE = torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes, attrgetter("itemsize")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeenDict:
+    """How the tensors of a dict lay, by its keys in their order, and what stands in a checkpoint in place of the dict: one
+    object for all captures, which nobody changes. `held` is what they have in common."""
+
+    keys: tuple[str, ...]
+    tree: Value
+    specs: tuple[ArraySpec, ...]
+    boxes: tuple[Box, ...]
+    orders: tuple[tuple[int, ...], ...]
+    held: tuple[Sharing, tuple[int, ...], Kept]
+    lie: list[Any]
+    strides: list[tuple[int, ...]]
+    reach: tuple[int, ...]  # bytes from a tensor's first element on
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Value], held: Sequence[HeldArray], tensors: Sequence[torch.Tensor]) -> SeenDict | None:
+        """Of tensors that `lie_plainly`. None where more than where they lie may change: the conjugation of complex ones."""
+        if any(one.dtype.is_complex for one in tensors):
+            return None
+        return cls(
+            tuple(tree),
+            tree,
+            tuple(one.spec for one in held),
+            tuple(one.box for one in held),
+            tuple(one.order for one in held),
+            (held[0].sharing, held[0].replicas, held[0].kept),
+            list(map(_LIE, tensors)),
+            list(map(_STRIDE, tensors)),
+            tuple(map(_reach, tensors)),
+        )
+
+    def again(self, tensors: Sequence[torch.Tensor], held: tuple[Sharing, tuple[int, ...], Kept]) -> list[HeldArray] | None:
+        """The same of plain tensors as they are now; None if one lies otherwise, or its memory is gone."""
+        if held != self.held:
+            return None
+        try:
+            if list(map(_LIE, tensors)) != self.lie or list(map(_STRIDE, tensors)) != self.strides:
+                return None
+        except RuntimeError:  # of a nested tensor, which has neither
+            return None
+        if any(map(_IS_NEGATIVE, tensors)) or any(getattr(tensor, "_st_info", None) is not None for tensor in tensors):
+            return None
+        rows = zip(
+            map(_NBYTES, map(_STORAGE, tensors)), map(_OFFSET, tensors), map(_ITEMSIZE, tensors), self.reach, strict=True
+        )
+        if any(nbytes < offset * itemsize + reach for nbytes, offset, itemsize, reach in rows if reach):
+            return None
+        sharing, replicas, kept = held
+        columns = zip(self.specs, self.boxes, tensors, self.orders, strict=True)
+        return [
+            HeldArray(spec, box, tensor.detach(), "other", sharing, replicas=replicas, kept=kept, order=order)
+            for spec, box, tensor, order in columns
+        ]
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return tensor.nbytes
+    return (1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.itemsize
+
+
 class Memo:
     """Entries of one capture and of the one before: it forgets what a capture did not ask for."""
 
     def __init__(self) -> None:
         self._last: dict[int, Seen] = {}
         self._now: dict[int, Seen] = {}
+        self._dicts: tuple[dict[str, SeenDict], dict[str, SeenDict]] = {}, {}  # of the capture before, and of this one
+        self._distinct: tuple[ArraySpec, ...] = ()
 
     def find(
         self, tensor: torch.Tensor, local: torch.Tensor, array: ArrayId, role: Role, cause: tuple[object, ...]
@@ -159,9 +230,30 @@ class Memo:
         if seen is not None:
             self._now[id(tensor)] = seen
 
+    def find_dict(self, place: str, keys: tuple[str, ...]) -> SeenDict | None:
+        """The dict that stood there."""
+        found = self._dicts[0].get(place)
+        return found if found is not None and found.keys == keys else None
+
+    def put_dict(self, place: str, seen: SeenDict | None) -> None:
+        """For the next capture."""
+        if seen is not None:
+            self._dicts[1][place] = seen
+
+    def distinct(self, arrays: Sequence[HeldArray]) -> bool:
+        """Whether these were found to have distinct names."""
+        if len(arrays) != len(self._distinct):
+            return False
+        return all(held.spec is spec for held, spec in zip(arrays, self._distinct, strict=True))
+
+    def put_distinct(self, arrays: Sequence[HeldArray]) -> None:
+        """They have."""
+        self._distinct = tuple(held.spec for held in arrays)
+
     def turn(self) -> None:
         """A capture has ended."""
         self._last, self._now = self._now, {}
+        self._dicts = self._dicts[1], {}
 
 
 _MEMOS: OrderedDict[Hashable, Memo] = OrderedDict()

@@ -20,18 +20,19 @@ import numpy
 import torch
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.arrays import DTYPES, ArrayId
+from elastickpt.format.arrays import DTYPES, ArrayId, ArraySpec
 from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import Holders, JobView, hold, placed
-from elastickpt.training.elements import tensor_over
-from elastickpt.training.held import HeldArray
-from elastickpt.training.modules import hold_tensor
+from elastickpt.training.dtensors import Holders, JobView, hold, holders_of, placed
+from elastickpt.training.elements import PLAIN, dtype_name, lie_plainly, tensor_over
+from elastickpt.training.held import HeldArray, Memo, SeenDict
+from elastickpt.training.modules import hold_plain, hold_tensor
 from elastickpt.training.parameters import Identities
 from elastickpt.training.trees import (
     mapped,
     place_of,
+    token,
 )
 from elastickpt.training.values import array_value, carried_leaf
 
@@ -77,6 +78,7 @@ class PerRank:
 
 
 RANK = "rank"
+_PLAIN = frozenset(PLAIN)
 
 
 def is_large(value: object) -> bool:
@@ -161,12 +163,47 @@ def hold_tree(
         arrays.extend(hold_tensor(item, name, as_tensor(one), job=job, identities=identities))
         return ArrayReference(item, name, "torch" if isinstance(one, torch.Tensor) else "numpy")
 
-    tree = mapped(value, place, leaf)
+    def whole(one: object, where: str) -> Value:
+        if job.memo is None or type(one) is not dict or set(map(type, one)) != {str}:
+            return None
+        if not set(map(type, one.values())) <= _PLAIN:
+            return None
+        tree, held = _hold_dict(item, one, (where, where[above:]), job=job, memo=job.memo, identities=identities)
+        arrays.extend(held)
+        return tree
+
+    tree = mapped(value, place, leaf, whole=whole)
     if refused:
         others = [error.message.partition(";")[0] for error in refused[1:MAX_NAMED]]
         more = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
         raise ValueNotCarried("; also ".join((refused[0].message, *others)) + more)
     return tree, tuple(arrays)
+
+
+def _hold_dict(
+    item: str, value: dict[str, torch.Tensor], where: tuple[str, str], *, job: JobView, memo: Memo, identities: Identities
+) -> tuple[Value, Sequence[HeldArray]]:
+    """A dict of plain tensors at a place, and at a name below `item`: in columns, if it stood there in the capture before."""
+    (place, below), tensors = where, tuple(value.values())
+    seen = memo.find_dict(place, tuple(value))
+    if seen is not None and identities.are_new(tensors):
+        holders = holders_of(job)
+        held = seen.again(tensors, (holders.sharing, holders.ranks, holders.kept))
+        if held is not None:
+            identities.add_all(item, [one.id.name for one in seen.specs], tensors, held, holders)
+            memo.put_dict(place, seen)
+            return seen.tree, held
+    names = [f"{below}/{token(key)}" if below else token(key) for key in value]
+    tree: dict[str, Value] = {key: ArrayReference(item, name) for key, name in zip(value, names, strict=True)}
+    dtypes = [dtype_name(one.dtype) or "" for one in tensors]
+    if all(dtypes) and lie_plainly(tensors) and identities.are_new(tensors):
+        ids = (ArrayId("extra", item, name, "") for name in names)
+        specs = [ArraySpec(id_, tuple(one.shape), dtype) for id_, one, dtype in zip(ids, tensors, dtypes, strict=True)]
+        held = hold_plain(item, tensors, specs, job=job, identities=identities)
+        memo.put_dict(place, SeenDict.of(tree, held, tensors))
+        return tree, held
+    arrays = [hold_tensor(item, name, one, job=job, identities=identities) for name, one in zip(names, tensors, strict=True)]
+    return tree, [one for held in arrays for one in held]
 
 
 MAX_NAMED = 20  # of the values that one error names

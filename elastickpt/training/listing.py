@@ -72,6 +72,16 @@ class Listing:
     read: Callable[[ArrayId], torch.Tensor] = _unread
     layouts: Mapping[ArrayId, tuple[Mesh, tuple[str, ...]]] = field(default_factory=dict)
 
+    @cached_property
+    def extra(self) -> Mapping[str, Mapping[str, ArraySpec]]:
+        """Of section `extra` what nothing but a shape and an element type is said of: by item, by name."""
+        found: dict[str, dict[str, ArraySpec]] = {}
+        said = {id(self.arrays[one]) for one in self.attributes if one in self.arrays}
+        for one, spec in self.arrays.items():
+            if one.section == "extra" and id(spec) not in said:
+                found.setdefault(one.item, {})[one.name] = spec
+        return found
+
     def order(self, id_: ArrayId) -> DimOrder:
         """How the axes of a tensor lay in memory; () for their own order."""
         found = self.attributes.get(id_, {}).get("axis_order", ())
@@ -142,6 +152,10 @@ class SavedNames:
         for group in (*live_tied, *listing.tied):
             for name in group:
                 self._groups.setdefault(name, []).extend(other for other in group if other != name)
+
+    def are_tied(self, item: str, names: Iterable[str]) -> bool:
+        """Whether any of these has another name on either side."""
+        return bool(self._groups) and any((item, name) in self._groups for name in names)
 
     def alias(self, live: tuple[str, str], stored: tuple[str, str]) -> None:
         """From now on finds what this process calls `live` under the name `stored` too: a model's own loading renames it."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from elastickpt.errors import StructureConflict, ValueNotCarried
-from elastickpt.format.arrays import ArrayId
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.records import Item
 from elastickpt.training.dtensors import JobView, hold, holders_of
-from elastickpt.training.elements import mark_changed
+from elastickpt.training.elements import mark_changed, order_of
 from elastickpt.training.entries import below, covering
 from elastickpt.training.held import HeldArray
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
@@ -225,6 +225,28 @@ def hold_tensor(item: str, name: str, tensor: torch.Tensor, *, job: JobView, ide
     holders = holders_of(job)
     held = hold(ArrayId("extra", item, name, ""), tensor, role="other", job=job, holders=holders)
     identities.add(KnownTensor(item, name, tensor, "other", held, holders))
+    return held
+
+
+def hold_plain(
+    item: str, tensors: Sequence[torch.Tensor], specs: Sequence[ArraySpec], *, job: JobView, identities: Identities
+) -> list[HeldArray]:
+    """The same of plain tensors that were not met before, of these shapes and element types, at the names of their specs."""
+    holders = holders_of(job)
+    held = [
+        HeldArray(
+            spec,
+            Box.whole(spec.shape),
+            tensor.detach(),
+            "other",
+            holders.sharing,
+            replicas=holders.ranks,
+            kept=holders.kept,
+            order=order_of(tensor),
+        )
+        for spec, tensor in zip(specs, tensors, strict=True)
+    ]
+    identities.add_all(item, [spec.id.name for spec in specs], tensors, held, holders)
     return held
 
 

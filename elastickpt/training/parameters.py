@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from elastickpt.errors import LayoutUnsupported, StructureConflict
+from elastickpt.errors import LayoutUnsupported, StructureConflict, fault
 from elastickpt.format.arrays import Box
 from elastickpt.format.tables import TableName
 from elastickpt.training.dtensors import DTensorParts, Holders, box_of, placed
@@ -35,34 +36,73 @@ class KnownTensor:
     holders: Holders
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Together:
+    """Tensors that were met at once; few of them are ever asked for."""
+
+    item: str
+    names: Sequence[str]
+    tensors: Sequence[torch.Tensor]
+    held: Sequence[HeldArray]
+    holders: Holders
+
+    def known(self, place: int) -> KnownTensor:
+        return KnownTensor(self.item, self.names[place], self.tensors[place], "other", (self.held[place],), self.holders)
+
+
 class Identities:
     """Tensors of `state` by identity, in the order in which they were met; kept alive, so that no id is used again."""
 
     def __init__(self) -> None:
-        self._known: dict[int, KnownTensor] = {}
-        self._aliases: dict[int, list[tuple[str, str]]] = {}
+        self._known: dict[int, KnownTensor | tuple[_Together, int]] = {}
+        self._aliases: dict[int, list[tuple[str, str]]] = {}  # of those that have several names, all
 
     def find(self, tensor: torch.Tensor) -> KnownTensor | None:
         """The first name of this tensor object, None if it was not met."""
-        return self._known.get(id(tensor))
+        return self._at(id(tensor))
+
+    def _at(self, number: int) -> KnownTensor | None:
+        found = self._known.get(number)
+        if isinstance(found, tuple):
+            found = self._known[number] = found[0].known(found[1])
+        return found
 
     def add(self, known: KnownTensor) -> None:
         """Records a tensor that was not met before."""
         self._known[id(known.tensor)] = known
-        self._aliases[id(known.tensor)] = [(known.item, known.name)]
+
+    def are_new(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether none of these was met before, nor twice among them."""
+        ids = set(map(id, tensors))
+        return len(ids) == len(tensors) and ids.isdisjoint(self._known)
+
+    def add_all(
+        self, item: str, names: Sequence[str], tensors: Sequence[torch.Tensor], held: Sequence[HeldArray], holders: Holders
+    ) -> None:
+        """Records tensors that are new, and are no parameters: each is one array."""
+        together = _Together(item, names, tensors, held, holders)
+        self._known.update(zip(map(id, tensors), zip(repeat(together), range(len(tensors)), strict=False), strict=False))
 
     def alias(self, tensor: torch.Tensor, item: str, name: str) -> None:
         """Records one more name of a tensor that was met before; the same name again changes nothing."""
-        names = self._aliases[id(tensor)]
+        known = self._at(id(tensor))
+        if known is None:
+            raise fault("a tensor has one more name, and no first one")
+        names = self._aliases.setdefault(id(tensor), [(known.item, known.name)])
         if (item, name) not in names:
             names.append((item, name))
 
     def tied(self) -> tuple[tuple[tuple[str, str], ...], ...]:
         """Groups of (item, name) that are one tensor; only the first of each group is stored."""
-        return tuple(tuple(names) for names in self._aliases.values() if len(names) > 1)
+        groups = (self._aliases[number] for number in self._known if number in self._aliases) if self._aliases else ()
+        return tuple(tuple(names) for names in groups if len(names) > 1)
+
+    def alone(self) -> Iterator[KnownTensor]:
+        """Those that were not added with others."""
+        return (found for found in self._known.values() if not isinstance(found, tuple))
 
     def __iter__(self) -> Iterator[KnownTensor]:
-        return iter(self._known.values())
+        return (found for number in tuple(self._known) if (found := self._at(number)) is not None)
 
 
 ZERO = ("torch.distributed.optim.zero_redundancy_optimizer", "ZeroRedundancyOptimizer")

@@ -30,10 +30,10 @@ from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, sh
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
 from elastickpt.training.dtensors import hold, placed
-from elastickpt.training.elements import dtype_name, order_of, shares, tensor_over
+from elastickpt.training.elements import dtype_name, lie_plainly, order_of, shares, tensor_over
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import Stateful, own_holders
-from elastickpt.training.modules import hold_tensor
+from elastickpt.training.modules import hold_plain, hold_tensor
 from elastickpt.training.trees import (
     children,
     holds_tensors,
@@ -160,6 +160,8 @@ class _Container:
             hint = "put the optimizer itself into `state`, in place of its state_dict(): it makes the states that it lacks"
             self._binder.differs(place, "value", expected=f"states of {have} parameters", found=f"states of {had}; {hint}")
             return live
+        if self._tensors(live, saved, place):
+            return live
         for key in live.keys() - saved.keys():
             self._binder.missing(f"{place}/{token(key)}", _kind(live[key]))
         for key, value in saved.items():
@@ -172,6 +174,27 @@ class _Container:
             if new is not live[key]:
                 self._later(lambda key=key, new=new: live.__setitem__(key, new))  # type: ignore[misc]
         return live
+
+    def _tensors(self, live: dict[Any, Any], saved: dict[Any, Value], place: str) -> bool:
+        """Makes targets of a dict of plain tensors at once, if all of it, and nothing else, was saved so: False where there is
+        anything more to say of any of them."""
+        binder, item, tensors = self._binder, self._item, tuple(live.values())
+        if not tensors or live.keys() != saved.keys() or not lie_plainly(tensors) or not binder.identities.are_new(tensors):
+            return False
+        above = _below(item, place)
+        names = [f"{above}/{token(key)}" if above else token(key) for key in live]
+        for key, name in zip(live, names, strict=True):
+            found = saved[key]
+            if type(found) is not ArrayReference or found.name != name or found.item != item or found.origin != "torch":
+                return False
+        if binder.names.are_tied(item, names):
+            return False
+        known = binder.listing.extra.get(item, {})
+        specs = [spec for name in names if (spec := known.get(name)) is not None]
+        alike = [(tensor.shape, dtype_name(tensor.dtype)) for tensor in tensors] == [(spec.shape, spec.dtype) for spec in specs]
+        if alike:
+            binder.fill_all(hold_plain(item, tensors, specs, job=binder.job, identities=binder.identities))
+        return alike
 
     def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
         expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]

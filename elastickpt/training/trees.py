@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -82,35 +82,48 @@ def _as_it_is(value: NamedTupleValue, place: str) -> object:
     return value
 
 
-def mapped(value: object, place: str, leaf: Leaf, build: Build = _as_it_is) -> object:
-    """A copy of `value` in which `leaf(element, its place)` stands for everything that is no container.
+def _in_parts(value: object, place: str) -> None:
+    return None
+
+
+def mapped(value: object, place: str, leaf: Leaf, build: Build = _as_it_is, *, whole: Leaf = _in_parts) -> object:
+    """A copy of `value` in which `leaf(element, its place)` stands for everything that is no container, and
+    `whole(container, its place)` for a container where that is not None.
 
     A named tuple becomes what `build` makes of its NamedTupleValue. Raises ValueNotCarried for nesting beyond the limit (so
     also for a container inside itself), for keys or set elements that are no plain hashable values, for a defaultdict's
     factory and a named tuple's class that have no name.
     """
-    return _mapped(value, place, leaf, build, 0)
+    return _mapped(value, place, _Ways(leaf, build, whole), 0)
 
 
-def _mapped(value: object, place: str, leaf: Leaf, build: Build, depth: int) -> object:
+class _Ways(NamedTuple):
+    leaf: Leaf
+    build: Build
+    whole: Leaf
+
+
+def _mapped(value: object, place: str, ways: _Ways, depth: int) -> object:
     kind = type(value)
     if not is_container(value):
-        return leaf(value, place)
+        return ways.leaf(value, place)
     if depth >= MAX_DEPTH:
         raise ValueNotCarried(f"value {place}: nested more than {MAX_DEPTH} deep, or inside itself")
+    if (instead := ways.whole(value, place)) is not None:
+        return instead
     if isinstance(value, dict):
         made = _empty_like(value, place)
         for key, one in value.items():
-            made[_key(key, place)] = _mapped(one, f"{place}/{token(key)}", leaf, build, depth + 1)
+            made[_key(key, place)] = _mapped(one, f"{place}/{token(key)}", ways, depth + 1)
         return made
     if isinstance(value, (set, frozenset)):
         return type(value)(_key(one, place) for one in value)
-    elements = [_mapped(one, f"{place}/{name}", leaf, build, depth + 1) for name, one in children(value)]
+    elements = [_mapped(one, f"{place}/{name}", ways, depth + 1) for name, one in children(value)]
     if isinstance(value, NamedTupleValue):
-        return build(NamedTupleValue(value.type, value.fields, tuple(elements)), place)
+        return ways.build(NamedTupleValue(value.type, value.fields, tuple(elements)), place)
     if is_named_tuple(value):
         fields: tuple[str, ...] = type(value)._fields  # type: ignore[attr-defined]
-        return build(NamedTupleValue(_class_name(value, place), fields, tuple(elements)), place)
+        return ways.build(NamedTupleValue(_class_name(value, place), fields, tuple(elements)), place)
     if isinstance(value, deque):
         return deque(elements, value.maxlen)
     return elements if kind is list else tuple(elements)

@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -28,7 +29,7 @@ from elastickpt.errors import DeadlineExceeded, NoSpace, RankLost, Refused
 from elastickpt.ranks.threads import lower
 from elastickpt.storage.store import naming
 from elastickpt.writer.plans import Slice
-from elastickpt.writer.write_files import Bytes, WatchBytes
+from elastickpt.writer.write_files import Bytes, Source, WatchBytes
 
 _numbers = itertools.count()
 _MARK = struct.Struct("<q")
@@ -137,7 +138,7 @@ GIVE_WAY = 10  # niceness of who writes while the trainer copies, which training
 STILL_S = 120.0  # a trainer that fills nothing for so long was stopped; its save must not keep the others for ever
 
 
-class ArenaSource:
+class ArenaSource(Source):
     """A `write_files.Source`. `watch` ends a wait, too, by raising."""
 
     def __init__(self, arena: Arena, watch: WatchBytes, *, still_s: float = STILL_S) -> None:
@@ -156,6 +157,18 @@ class ArenaSource:
             with self._looking:
                 self._wait(end)
         return self._arena.memory[first:end]
+
+    def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
+        """The same of many, at once where they lie in the arena as they are to lie. Blocking likewise."""
+        first, last = slices[0], slices[-1]
+        self.take(last, last.start, last.stop)
+        memory, begin = self._arena.memory, first.offset - places[0]
+        alike = all(at.offset - place == begin for at, place in zip(slices, places, strict=True))
+        if alike and sum(at.stop - at.start for at in slices) == into.size:
+            into[:] = memory[begin : begin + into.size]
+            return
+        for at, place in zip(slices, places, strict=True):
+            into[place : place + at.stop - at.start] = memory[at.offset : at.offset + at.stop - at.start]
 
     def _give_way(self) -> None:
         """Threads that write for this save alone leave the processor to the trainer; what is lowered cannot be raised again."""

@@ -14,6 +14,7 @@ import numpy as np
 from elastickpt.commit.attest import Outline, decode_outline, encode_outline
 from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
+from elastickpt.format.piece_columns import PieceColumns, columns_of
 from elastickpt.format.strict_reading import pack_ints
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
@@ -26,7 +27,9 @@ from elastickpt.writer.plans import (
     Portion,
     Slice,
     WritePlan,
+    blocks_of,
     lay_out,
+    stored_pieces,
 )
 
 _PIECE = 6  # integers of a piece beside those of its axes
@@ -40,6 +43,12 @@ class ArenaPlan:
     plan: WritePlan
     documents: tuple[Document, ...]
     portions: tuple[Portion, ...]
+
+    @cached_property
+    def columns(self) -> PieceColumns:
+        """Its stored pieces; in place of each checksum its place among those of the plan's blocks, in order."""
+        blocks = sum(blocks_of(piece.run.nbytes) for file in self.plan.files for piece in file.pieces)
+        return columns_of(stored_pieces(self.plan, np.arange(blocks, dtype=np.uint64)))
 
     @cached_property
     def encoded(self) -> bytes:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from elastickpt.errors import LimitExceeded
 from elastickpt.format.arrays import ArraySpec, Box
 from elastickpt.format.documents import array_document, group_document
 from elastickpt.format.keys import chunk_file, document_file, pack_file
-from elastickpt.format.records import ArrayRecord
+from elastickpt.format.records import ArrayRecord, StoredPiece
 from elastickpt.layout.algebra import relative
 from elastickpt.layout.grid import ByteRun, chunk_nbytes, runs_of
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
@@ -185,3 +188,33 @@ def _pieces(files: Sequence[PlannedFile]) -> Iterator[tuple[int, int, PlannedPie
     for f, file in enumerate(files):
         for p, piece in enumerate(file.pieces):
             yield f, p, piece
+
+
+def blocks_of(nbytes: int) -> int:
+    """Number of checksum blocks of so many bytes of one piece."""
+    return -(-nbytes // BLOCK_NBYTES)
+
+
+def stored_pieces(plan: WritePlan, checksums: NDArray[np.uint64]) -> tuple[StoredPiece, ...]:
+    """Every piece with its place and checksums."""
+    pieces = []
+    every = checksums.tolist()
+    first = 0
+    for number, file in enumerate(plan.files):
+        for piece in file.pieces:
+            run = piece.run
+            stop = first + blocks_of(run.nbytes)
+            pieces.append(
+                StoredPiece(
+                    array=plan.keys[piece.array],
+                    box=run.box,
+                    file=number,
+                    offset=run.offset,
+                    nbytes=run.nbytes,
+                    row_nbytes=run.row_nbytes,
+                    row_stride=run.row_stride,
+                    checksums=tuple(every[first:stop]),
+                )
+            )
+            first = stop
+    return tuple(pieces)

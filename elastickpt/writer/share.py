@@ -6,7 +6,7 @@ Saves differ in their source alone (`write_files.Source`): live tensors, an aren
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,9 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.attest import attest, completing, encode_values
 from elastickpt.errors import CapabilityMissing, LimitExceeded
 from elastickpt.format.encode_fragments import decode_beside, encode_beside
-from elastickpt.format.records import FileDigest, FragmentMap, OptimizerTable, StoredFile, StoredPiece
+from elastickpt.format.piece_columns import FragmentColumns
+from elastickpt.format.records import FileDigest, OptimizerTable, StoredFile
+from elastickpt.format.typed_values import TypedValue
 from elastickpt.format.values import Value
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure
@@ -25,7 +27,6 @@ from elastickpt.writer.write_files import (
     Source,
     WatchBytes,
     WrittenFolder,
-    blocks_of,
     make_durable,
     sync_for,
     unwatched,
@@ -45,7 +46,7 @@ class Share:
     structure: WriterStructure
     tables: tuple[OptimizerTable, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
-    replicated: Mapping[str, Value] | None = None
+    replicated: Mapping[str, TypedValue] | None = None
 
     @cached_property
     def beside(self) -> bytes:
@@ -137,34 +138,12 @@ def _encode(checksums: Checksums) -> bytes:
     return checksums.astype("<u8", copy=False).tobytes()
 
 
-def fragments_of(share: Share, checksums: Checksums) -> FragmentMap:
+def fragments_of(share: Share, checksums: Checksums) -> FragmentColumns:
     """The fragment map of this writer, with the checksums of all its pieces in order."""
     plan = share.plan
     files = tuple(StoredFile(0, file.path, file.nbytes) for file in plan.files)
-    pieces = stored_pieces(plan, checksums)
-    return FragmentMap(share.member, share.attempt.id, BLOCK_NBYTES, files, pieces, share.tables, dict(share.values) or None)
-
-
-def stored_pieces(plan: WritePlan, checksums: Checksums) -> tuple[StoredPiece, ...]:
-    """Every piece with its place and checksums."""
-    pieces = []
-    every = checksums.tolist()
-    first = 0
-    for number, file in enumerate(plan.files):
-        for piece in file.pieces:
-            run = piece.run
-            stop = first + blocks_of(run.nbytes)
-            pieces.append(
-                StoredPiece(
-                    array=plan.keys[piece.array],
-                    box=run.box,
-                    file=number,
-                    offset=run.offset,
-                    nbytes=run.nbytes,
-                    row_nbytes=run.row_nbytes,
-                    row_stride=run.row_stride,
-                    checksums=tuple(every[first:stop]),
-                )
-            )
-            first = stop
-    return tuple(pieces)
+    columns = share.prepared.columns
+    pieces = replace(columns, checksums=checksums[columns.checksums])
+    return FragmentColumns(
+        share.member, share.attempt.id, BLOCK_NBYTES, files, pieces, share.tables, dict(share.values) or None
+    )

@@ -19,7 +19,7 @@ from elastickpt.errors import CheckpointError, MissingFile
 from elastickpt.format.digest import block_checksum
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import Durability, RangeWriter, Store
-from elastickpt.writer.plans import BLOCK_NBYTES, Document, PlannedFile, PlannedPiece, Slice, WritePlan
+from elastickpt.writer.plans import BLOCK_NBYTES, Document, PlannedFile, PlannedPiece, Slice, WritePlan, blocks_of
 
 UNIT_NBYTES = 8 << 20
 THREADS = 3
@@ -40,6 +40,11 @@ class Source(Protocol):
 
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of the slice's piece, in C order of the piece; at most `UNIT_NBYTES`."""
+
+    def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
+        """Copies whole slices, each to its place in `into`, in their order."""
+        for at, place in zip(slices, places, strict=True):
+            into[place : place + at.stop - at.start] = self.take(at, at.start, at.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +212,6 @@ def write_slices(target: WrittenFolder, files: Sequence[PlannedFile], slices: Se
             file.abandon()
         raise
     return checksums
-
-
-def blocks_of(nbytes: int) -> int:
-    """Number of checksum blocks of so many bytes of one piece."""
-    return -(-nbytes // BLOCK_NBYTES)
 
 
 def _opener(target: WrittenFolder, file: PlannedFile) -> Callable[[], RangeWriter]:

@@ -7,20 +7,22 @@ that lies like the file, modulo the page, so that several threads put together w
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from elastickpt.errors import CapabilityMissing, CheckpointError
-from elastickpt.format.digest import block_checksum
+from elastickpt.format.digest import block_checksum, block_checksums
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.store import RangeWriter
-from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile, Slice
-from elastickpt.writer.write_files import THREADS, UNIT_NBYTES, Bytes, Checksums, Source, WrittenFolder, blocks_of
+from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile, Slice, blocks_of
+from elastickpt.writer.write_files import THREADS, UNIT_NBYTES, Bytes, Checksums, Source, WrittenFolder
 
 SPAN_NBYTES = UNIT_NBYTES
 SPAN_IN_MEMORY_NBYTES = 1 << 20  # what is copied twice stays in the processor's cache between
@@ -33,7 +35,7 @@ ROWS_APART = 4  # rows further apart than this many of them are written one by o
 _KEPT: list[Bytes] = []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Part:
     """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
 
@@ -46,6 +48,70 @@ class _Part:
     block: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Span:
+    """Parts that are written at once, and of those that are whole slices in a row, of one block each, what lies where: `within`
+    are [begin, end) of each in the span; empty for others. `closed`: nothing lies between them."""
+
+    parts: tuple[_Part, ...]
+    slices: tuple[Slice, ...] = ()
+    within: tuple[tuple[int, int], ...] = ()
+    places: tuple[int, ...] = ()
+    closed: bool = False
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part]) -> _Span:
+        if len(parts) < FEW or not all(_is_small(part) for part in parts):
+            return cls(tuple(parts))
+        begin = parts[0].begin
+        within = tuple((part.begin - begin, part.end - begin) for part in parts)
+        closed = all(one.end == other.begin for one, other in pairwise(parts))
+        return cls(tuple(parts), tuple(part.at for part in parts), within, tuple(low for low, _ in within), closed)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the parts."""
+        return sum(part.stop - part.start for part in self.parts)
+
+
+def _is_small(part: _Part) -> bool:
+    return (
+        (part.start, part.stop) == (part.at.start, part.at.stop)
+        and part.end - part.begin <= BLOCK_NBYTES
+        and _in_a_row(part.run)
+    )
+
+
+class _Spans:
+    """The spans of the newest packs: they follow from a plan, which is the same from save to save."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[int, int, int], tuple[object, object, tuple[_Span, ...]]] = OrderedDict()
+        self._changing = threading.Lock()
+
+    def of(self, pack: PlannedFile, slices: Sequence[Slice], most: int) -> tuple[_Span, ...]:
+        key = id(pack.pieces), id(slices), most
+        with self._changing:
+            known = self._known.get(key)
+        if known is None:
+            known = (
+                pack.pieces,
+                slices,
+                tuple(map(_Span.of, _spans(_parts(pack, slices, most), most))),
+            )  # kept: no id is used again
+        with self._changing:
+            self._known[key] = known
+            self._known.move_to_end(key)
+            while len(self._known) > KNOWN_PACKS:
+                self._known.popitem(last=False)
+        return known[2]
+
+
+FEW = 4  # parts: below this nothing is gained
+KNOWN_PACKS = 4
+_SPANS = _Spans()
+
+
 def write_pack(target: WrittenFolder, pack: PlannedFile, slices: Sequence[Slice], source: Source) -> Checksums:
     """Writes slices of one pack, in their order; returns the checksums of their blocks, in order. Blocking.
 
@@ -55,7 +121,7 @@ def write_pack(target: WrittenFolder, pack: PlannedFile, slices: Sequence[Slice]
     able = target.store.capabilities
     checksums = np.empty(sum(blocks_of(at.stop - at.start) for at in slices), dtype=np.uint64)
     most = SPAN_NBYTES if able.past_cache else SPAN_IN_MEMORY_NBYTES
-    spans = list(_spans(_parts(pack, slices, most), most))
+    spans = _SPANS.of(pack, slices, most)
     writer = _open(target, pack)
     work = _Work(target, writer, source, checksums)
     try:
@@ -123,15 +189,28 @@ class _Work:
         self._of_thread = threading.local()
         self._taken: dict[int, Bytes] = {}
 
-    def carry_out(self, span: tuple[_Part, ...]) -> None:
-        if len(span) == 1 and self._goes_alone(span[0]):
-            self._write_alone(span[0])
-        elif not self._past_cache and all(part.stop - part.start >= TOGETHER_NBYTES and _in_a_row(part.run) for part in span):
-            for part in span:
+    def carry_out(self, span: _Span) -> None:
+        parts = span.parts
+        if len(parts) == 1 and self._goes_alone(parts[0]):
+            self._write_alone(parts[0])
+        elif not self._past_cache and all(part.stop - part.start >= TOGETHER_NBYTES and _in_a_row(part.run) for part in parts):
+            for part in parts:
                 self._write_alone(part)
+        elif span.slices:
+            self._write_small(span)
         else:
-            self._write_together(span)
-        self._target.watch(sum(part.stop - part.start for part in span))
+            self._write_together(parts)
+        self._target.watch(span.nbytes)
+
+    def _write_small(self, span: _Span) -> None:
+        """Many small pieces: the source copies them, and they are hashed where they then lie."""
+        begin, block = span.parts[0].begin, span.parts[0].block
+        into = self._buffer(begin, span.parts[-1].end)
+        if not span.closed:
+            into[:] = 0
+        self._source.gather(span.slices, span.places, into)
+        self._checksums[block : block + len(span.parts)] = block_checksums(into.data, span.within)
+        self._writer.write(begin, into.data)
 
     def _goes_alone(self, part: _Part) -> bool:
         return not self._past_cache or part.stop - part.start < MIN_DIRECT_NBYTES or part.run.row_stride > self._widest(part)

@@ -17,6 +17,7 @@ from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.encode_manifest import encode_manifest
 from elastickpt.format.keys import chunk_file
+from elastickpt.format.piece_columns import distinct
 from elastickpt.format.records import (
     ArrayRecord,
     FileDigest,
@@ -133,3 +134,11 @@ def test_a_writer_without_pieces_is_no_writer() -> None:
 
 def test_the_manifest_of_these_tests_is_one() -> None:
     assert encode_manifest(MANIFEST)
+
+
+@given(st.lists(st.integers(-3, 3), max_size=12))
+def test_distinct_values_are_those_of_numpy(entries: list[int]) -> None:
+    column = np.array(entries, dtype=np.int64)
+    found, expected = distinct(column), np.unique(column, return_index=True, return_inverse=True)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.tolist() == theirs.tolist()

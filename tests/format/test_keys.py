@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,16 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import LimitExceeded, StructureConflict, Unsafe
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.keys import array_keys, checked_path, child_keys, chunk_file, encode_name
+from elastickpt.format.keys import (
+    array_keys,
+    checked_name,
+    checked_names,
+    checked_path,
+    checked_paths,
+    child_keys,
+    chunk_file,
+    encode_name,
+)
 
 _names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40) | st.sampled_from(
     [
@@ -107,3 +117,29 @@ def test_names_with_control_characters_or_broken_text_are_refused(name: str) -> 
     """[UCF-30]"""
     with pytest.raises(Unsafe):
         encode_name(name)
+
+
+_rough = st.text(st.sampled_from("a./\\:\n\x7fé "), max_size=6)
+
+
+@given(st.lists(_rough, max_size=4))
+def test_many_names_and_paths_are_refused_as_one_by_one(names: list[str]) -> None:
+    """[UCF-30, UCF-38]"""
+    for one, many in ((checked_path, checked_paths), (checked_name, checked_names)):
+        try:
+            expected = [one(name) for name in names]
+        except (Unsafe, LimitExceeded) as error:
+            with pytest.raises(type(error)):
+                many(names)
+        else:
+            assert list(many(names)) == expected
+
+
+@pytest.mark.parametrize(
+    ("many", "longest"), [(checked_paths, "a" * 255), (checked_paths, "/".join(["a" * 255] * 16)), (checked_names, "a" * 1024)]
+)
+def test_what_is_too_long_is_found_among_many(many: Callable[[Sequence[str]], Sequence[str]], longest: str) -> None:
+    """[UCF-30, UCF-39]"""
+    assert list(many(["b", longest])) == ["b", longest]
+    with pytest.raises(LimitExceeded):
+        many(["b", longest + "a"])

@@ -27,6 +27,7 @@ from elastickpt.format.values import (
     NamedTupleValue,
     StateReference,
 )
+from elastickpt.format.version import features_in, features_used
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 _numbers = st.integers() | st.integers(2**53 - 2, 2**53 + 2) | st.floats() | st.booleans() | st.none()
@@ -112,6 +113,26 @@ def test_a_value_comes_back_with_its_types_bits_and_order(value: Any) -> None:
     back = decode_value(parse(text, where="value"), where="value")
     assert exact(back) == exact(value)
     assert dump(encode_value(back, where="")) == text
+
+
+@given(_values)
+def test_a_text_needs_the_features_of_its_value(value: Any) -> None:
+    """[UCF-100]"""
+    assert features_in(dump(encode_value(value, where=""))) == set(features_used([value], (), ()))
+
+
+def test_a_text_of_a_user_is_no_tag() -> None:
+    """[UCF-100]"""
+    assert features_in(dump(encode_value(['{"$deque":', {'{"$enum":': 1, "$numpy": 2}], where=""))) == set()
+
+
+@pytest.mark.parametrize(
+    "odd", [ArrayReference("i", "x", "numpy"), ArrayReference("i", "é"), ArrayReference("é", "x"), {"$tensor": 1}, 7]
+)
+def test_many_references_come_back_also_beside_another_value(odd: Any) -> None:
+    for value in ({f"{k}": ArrayReference("i", f"a/{k}") for k in range(20)}, {"odd": odd}):
+        whole = {**{f"é{k}": ArrayReference("i", f"{k}") for k in range(9)}, **value}
+        assert exact(decode_value(parse(dump(encode_value(whole, where="")), where="value"), where="value")) == exact(whole)
 
 
 @given(_values, _values)

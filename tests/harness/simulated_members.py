@@ -14,6 +14,7 @@ from elastickpt.commit.attest import EncodedContents, decode_contents, encode_ou
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.links import CANDIDATES, CommitLimits, Seat, new_secret
 from elastickpt.format.records import FileDigest, OptimizerTable
+from elastickpt.format.typed_values import typed_values
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ranks.addresses import listen
 from elastickpt.saving.merge import MergedStructure, merge
@@ -111,7 +112,7 @@ class Job:
             self.members.append(Member(m, live, prepared, tables, Arena.create(prepared.arena_nbytes)))
 
     def contents(self) -> EncodedContents:
-        return EncodedContents(encode_outline(self.merged.outline), encode_values(self.values))
+        return EncodedContents(encode_outline(self.merged.outline), encode_values(typed_values(self.values)))
 
     def attempt(self, path: Path, *, step: int = 1) -> OpenAttempt:
         """A draft beside the path."""

@@ -406,14 +406,14 @@ def test_a_job_that_was_killed_leaves_what_it_staged_to_its_writer(tmp_path: Pat
     """Killed when its save is written: its writer commits alone, and the next job, which waits, adopts it. [SAVE-97]"""
     script = f"""
 import os, signal, torch, elastickpt as ek
-from elastickpt.saving.beside import Beside
+from elastickpt.saving.beside import SavesBeside
 state = {{"t": {{"w": torch.arange(300.0) * 5}}, "n": ek.PerRank({{"step": 0}})}}
 run = ek.Run({str(tmp_path / "run")!r}, state, options=ek.RunOptions(signals={{}}))
 run.restore()
 def killed(beside, task, submission):
     submission.future.result(60)  # its writer has written and attested, and commits
     os.kill(os.getpid(), signal.SIGKILL)
-Beside.follow = killed
+SavesBeside.follow = killed
 run.save(5).result(60)
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -26,9 +26,8 @@ from elastickpt.saving.structure import StructureTable, table_of
 from elastickpt.storage.store import Store
 from elastickpt.training.held import HeldArray, LiveState, Sharing
 from elastickpt.writer.arena_plan import WriterStructure, prepare
-from elastickpt.writer.plans import WritePlan, documents_of
+from elastickpt.writer.plans import WritePlan, blocks_of, documents_of
 from elastickpt.writer.share import Share, fragments_of, write_whole_share
-from elastickpt.writer.write_files import blocks_of
 
 
 def identity(name: str) -> ArrayId:
@@ -97,7 +96,7 @@ class Job:
         sources = [part_of(wholes[one.spec.id.name], one.box).copy() for one in arrays]
         documents = documents_of(plan, records_of(arrays, self.merged.shared[self.place[rank]]))
         share = Share(Attempt(store.url, draft, "process"), rank, WriterStructure(prepare(plan, documents)))
-        return write_whole_share(store, share, LiveTensors(plan, sources, store))
+        return write_whole_share(store, share, LiveTensors(plan, sources.__getitem__, store))
 
     def commit(self, store: Store, draft: Draft, attested: Sequence[FileDigest]) -> None:
         contents = DraftContents(self.merged.outline, {})

@@ -15,14 +15,16 @@ from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import array_keys
 from elastickpt.format.records import ArrayRecord, Item, ManifestFrame
+from elastickpt.format.typed_values import typed_values
 from elastickpt.layout.grid import chunk_shape
 from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import PlannedDocument, Slice, WritePlan, documents_of, files_of
 from elastickpt.writer.share import Share, write_whole_share
+from elastickpt.writer.write_files import Source
 
 
-class Arrays:
-    """A `write_files.Source`: the parts that one writer holds."""
+class Arrays(Source):
+    """The parts that one writer holds."""
 
     def __init__(self, plan: WritePlan, parts: list[NDArray[Any]]) -> None:
         self._plan, self._parts = plan, parts
@@ -62,7 +64,7 @@ def save(
         layout_text=layout_text,
     )
     outline = Outline(frame, tuple(sorted(records, key=lambda record: record.key)))
-    commit(located.store, attempt, DraftContents(outline, values), attested)
+    commit(located.store, attempt, DraftContents(outline, typed_values(values)), attested)
 
 
 def _share(

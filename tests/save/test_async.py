@@ -27,6 +27,7 @@ from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import async_save
 from elastickpt.saving.async_save import close_all, saver_of
 from elastickpt.saving.pipeline import Pipeline
+from elastickpt.saving.placing import Placing
 from elastickpt.saving.request import Request
 from elastickpt.saving.saver import Saver
 from elastickpt.storage.local import LocalStore
@@ -506,3 +507,18 @@ def test_a_store_in_this_process_is_not_given_to_another_one() -> None:
     with pytest.raises(Refused, match=r"memory://apart: .* found this process's own memory; .*executor='thread'"):
         ek.async_save(state(), "memory://apart/c").result(LIMIT_S)
     ek.async_save(state(), "memory://apart/c", options=THREAD).result(LIMIT_S)
+
+
+def test_a_folder_with_another_placement_is_asked_about_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[SAVE-31]"""
+    for folder in ("plain", "packed"):
+        (tmp_path / folder).mkdir()
+
+    def choose(asked: Any, store: Any, **_: Any) -> Placing:
+        return Placing("packed", "it is told so") if store.url.endswith("packed") else Placing("plain")
+
+    monkeypatch.setattr("elastickpt.saving.agree.choose", choose)
+    for name in ("plain/1", "plain/2", "packed/1", "packed/2", "plain/3"):
+        info = ek.async_save(state(3.0), tmp_path / name, options=THREAD).result(LIMIT_S)
+        assert loaded(info.path) == 3.0
+        assert ek.open(info.path).manifest.placement == name.partition("/")[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import elastickpt as ek
+from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import Mesh
 from elastickpt.saving.structures import propose
 from elastickpt.training import held
@@ -100,6 +101,120 @@ def test_whatever_else_changes_is_found_anew(change: str) -> None:
     fresh = afresh(state, declared)
     assert every(again) == every(fresh)
     assert (again.items, again.tied) == (fresh.items, fresh.tied)
+
+
+def loose(n: int = 4) -> dict[str, Any]:
+    return {"t": {"deep": {f"{k}": torch.arange(12.0).reshape(3, 4) + k for k in range(n)}, "step": 3}}
+
+
+def test_a_dict_of_plain_tensors_is_known_as_one_and_stands_for_it() -> None:
+    state = loose()
+    first, second = captured(state), captured(state)
+    assert every(first) == every(second) == every(afresh(state))
+    assert all(one.spec is other.spec for one, other in zip(first.arrays, second.arrays, strict=True))
+    trees = [dict(live.values["/t"])["deep"] for live in (first, second)]  # type: ignore[call-overload]
+    assert trees[0] is trees[1]
+    again = captured(loose())  # other tensors, which lie alike
+    assert [one.spec.id for one in again.arrays] == [one.spec.id for one in first.arrays]
+    assert [one.tensor.data_ptr() for one in again.arrays] != [one.tensor.data_ptr() for one in first.arrays]
+
+
+def _transposed(deep: dict[str, Any]) -> None:
+    deep["1"] = torch.arange(12.0).reshape(4, 3).t()
+
+
+def _shorter(deep: dict[str, Any]) -> None:
+    deep["1"].resize_(2, 4)
+
+
+def _placed_elsewhere(deep: dict[str, Any]) -> None:
+    deep["1"] = torch.arange(24.0)[12:].reshape(3, 4)
+
+
+def _of_another_type(deep: dict[str, Any]) -> None:
+    deep["1"].data = torch.ones(3, 4, dtype=torch.bfloat16)
+
+
+def _twice(deep: dict[str, Any]) -> None:
+    deep["1"] = deep["2"]
+
+
+def _of_another_order(deep: dict[str, Any]) -> None:
+    deep["1"] = deep.pop("1")
+
+
+def _with_one_more(deep: dict[str, Any]) -> None:
+    deep["a/b"] = torch.ones(3, 4)
+
+
+def _with_a_number(deep: dict[str, Any]) -> None:
+    deep["1"] = 5
+
+
+def _with_a_parameter(deep: dict[str, Any]) -> None:
+    deep["1"] = nn.Parameter(deep["1"])
+
+
+def _complex(deep: dict[str, Any]) -> None:
+    deep["1"] = torch.ones(3, 4, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _transposed,
+        _shorter,
+        _placed_elsewhere,
+        _of_another_type,
+        _twice,
+        _of_another_order,
+        _with_one_more,
+        _with_a_number,
+        _with_a_parameter,
+        _complex,
+    ],
+)
+def test_what_changes_in_a_dict_of_plain_tensors_is_found_anew(change: Callable[[dict[str, Any]], None]) -> None:
+    state = loose()
+    captured(state)
+    change(state["t"]["deep"])
+    for again in (captured(state), captured(state)):
+        held._MEMOS.clear()
+        fresh = captured({"t": {**state["t"], "n": 0}})  # which no capture knows as one
+        assert every(again) == every(fresh)
+        assert again.values["/t"] == {key: one for key, one in fresh.values["/t"].items() if key != "n"}  # type: ignore[attr-defined]
+        assert again.tied == fresh.tied
+
+
+def _freed(deep: dict[str, Any]) -> None:
+    deep["1"].untyped_storage().resize_(0)
+
+
+def _cut_short(deep: dict[str, Any]) -> None:
+    deep["1"].untyped_storage().resize_(47)
+
+
+def _negative(deep: dict[str, Any]) -> None:
+    deep["1"] = torch.ones(3, 4, dtype=torch.complex64).conj().imag
+
+
+def _conjugate(deep: dict[str, Any]) -> None:
+    deep["1"] = torch.ones(3, 4, dtype=torch.complex64).conj()
+
+
+@pytest.mark.parametrize("change", [_freed, _cut_short, _negative, _conjugate])
+@pytest.mark.parametrize("captures", [0, 1, 2])
+@pytest.mark.parametrize("placement", ["plain", "packed"])
+def test_what_has_no_elements_of_its_own_is_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], captures: int, placement: Any
+) -> None:
+    state = loose()
+    for number in range(captures):
+        ek.save(state, tmp_path / str(number), placement=placement)
+    change(state["t"]["deep"])
+    with pytest.raises(ValueNotCarried, match="deep/1"):
+        ek.save(state, tmp_path / "refused", placement=placement)
+    assert len(list(tmp_path.iterdir())) == captures
 
 
 def test_the_table_of_a_saved_state_is_encoded_again_when_anything_in_it_changed(tmp_path: Path) -> None:

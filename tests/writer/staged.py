@@ -14,6 +14,7 @@ from elastickpt.commit.attest import DraftContents
 from elastickpt.commit.draft import Draft, begin, new_draft
 from elastickpt.commit.outcome import commit as commit_attempt
 from elastickpt.format.records import FileDigest
+from elastickpt.format.typed_values import typed_values
 from elastickpt.saving.merge import MergedStructure, SharedArray, merge
 from elastickpt.saving.plan import own_tables, plan_writes, records_of
 from elastickpt.saving.staging import Stager
@@ -70,7 +71,7 @@ class Rank:
         return Arena.create(self.prepared.arena_nbytes)
 
     def contents(self) -> DraftContents:
-        return DraftContents(self.merged.outline, dict(self.live.values))
+        return DraftContents(self.merged.outline, typed_values(self.live.values))
 
     def share(self, draft: Draft, store: LocalStore, durability: Durability) -> Share:
         tables = own_tables(self.live, self.shared, rank=0)

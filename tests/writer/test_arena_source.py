@@ -133,3 +133,18 @@ def test_who_cancels_ends_the_wait(arena: Arena) -> None:
     with pytest.raises(Cancelled):
         ArenaSource(arena, watch).take(WHOLE, 0, 1)
     assert asked == [0, 0, 0]
+
+
+@pytest.mark.parametrize("gap", [0, 24])
+@pytest.mark.parametrize("shift", [0, 100])
+def test_many_slices_are_gathered_as_they_are_to_lie(arena: Arena, gap: int, shift: int) -> None:
+    arena.memory[:] = np.arange(NBYTES, dtype=np.uint64).astype(np.uint8)
+    arena.fill_to(NBYTES)
+    slices = [Slice(0, k, 0, 40, 64 + k * (40 + shift)) for k in range(9)]
+    places = [k * (40 + gap) for k in range(9)]
+    into = np.zeros(8 * (40 + gap) + 40, dtype=np.uint8)
+    ArenaSource(arena, unwatched).gather(slices, places, into)
+    expected = np.zeros_like(into)
+    for at, place in zip(slices, places, strict=True):
+        expected[place : place + 40] = arena.memory[at.offset : at.offset + 40]
+    assert into.tobytes() == expected.tobytes()

@@ -22,7 +22,7 @@ from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.writer import write_packs
 from elastickpt.writer.plans import BLOCK_NBYTES, PlannedPack, PlannedPiece, Slice, whole_pieces
-from elastickpt.writer.write_files import Bytes, WrittenFolder, unwatched
+from elastickpt.writer.write_files import Bytes, Source, WrittenFolder, unwatched
 
 MIB = 1 << 20
 # (elements of a box, extents of its chunk): a whole chunk, an edge chunk in rows, one in planes, a part of a chunk
@@ -52,7 +52,7 @@ def expected(pack: PlannedPack, data: list[Bytes]) -> bytes:
     return whole.tobytes()
 
 
-class Pieces:
+class Pieces(Source):
     def __init__(self, data: list[Bytes]) -> None:
         self._data = data
 
