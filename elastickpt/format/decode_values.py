@@ -15,6 +15,7 @@ from elastickpt.format.limits import MAX_DEPTH, MAX_DIM, MAX_INT_DIGITS, MAX_NDI
 from elastickpt.format.strict_reading import StrictObject, integer, integers, pair, sequence, text
 from elastickpt.format.values import (
     FACTORIES,
+    MANY,
     MAX_PLAIN_INT,
     ORIGINS,
     ArrayReference,
@@ -26,6 +27,7 @@ from elastickpt.format.values import (
     Origin,
     StateReference,
     Value,
+    references_spelled,
 )
 
 _FLOATS = {"nan": nan, "inf": inf, "-inf": -inf}
@@ -68,7 +70,7 @@ def _object(obj: dict[str, object], where: str, depth: int) -> Value:
             break
     if tag is None:
         below = _deeper(where, depth)
-        if len(obj) >= MANY and (found := _tensors(obj)) is not None:
+        if len(obj) >= MANY and (found := references_spelled(obj)) is not None:
             return found
         return {text(name, where=where): _decode(one, f"{where}/{name}", below) for name, one in obj.items()}
     if len(obj) != 1:
@@ -77,25 +79,6 @@ def _object(obj: dict[str, object], where: str, depth: int) -> Value:
     if decoder is None:
         raise Unsupported(f"{where}: value tag {tag!r} is not known to this release, which knows {', '.join(_TAGS)}")
     return decoder(obj[tag], where, depth)
-
-
-MANY = 8  # members
-
-
-def _tensors(obj: dict[str, object]) -> dict[str, Value] | None:
-    """Of an object of nothing but references to tensors, as they are usually spelled; None for any other one."""
-    found: dict[str, Value] = {}
-    for name, one in obj.items():
-        if type(one) is not dict or len(one) != 1:
-            return None
-        body = one.get("$tensor")
-        if type(body) is not dict or len(body) != 2:
-            return None
-        item, own = body.get("item"), body.get("name")
-        if type(item) is not str or type(own) is not str or not (item.isascii() and own.isascii() and name.isascii()):
-            return None
-        found[name] = ArrayReference(item, own)
-    return found
 
 
 def _deeper(where: str, depth: int) -> int:

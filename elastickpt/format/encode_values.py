@@ -18,6 +18,7 @@ from elastickpt.format.digest import file_digest
 from elastickpt.format.limits import MAX_DEPTH, MAX_INT_DIGITS, MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import (
     FACTORIES,
+    MANY,
     MAX_PLAIN_INT,
     ArrayReference,
     ArrayValue,
@@ -225,9 +226,6 @@ def _unordered(typed: object) -> object:
     return found
 
 
-MANY = 8  # members of a dict
-
-
 _UNORDERED = ('{"$map":', '{"$counter":', '{"$defaultdict":')
 
 
@@ -243,8 +241,7 @@ def value_digest(value: Value, *, where: str = "") -> str:
 
     The filling order of plain dicts and Counters does not count; that of an OrderedDict does. Raises ValueNotCarried.
     """
-    typed = encode_value(value, where=where)
-    return typed_digest(typed, dump(typed))
+    return file_digest(dump_sorted(_unordered(encode_value(value, where=where))).encode("ascii"))
 
 
 def typed_key(value: Value) -> Hashable:

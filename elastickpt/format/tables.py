@@ -5,7 +5,7 @@ On disk names are text, choices integer columns, values typed JSON.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import get_args
 
 from elastickpt.errors import Malformed
@@ -14,7 +14,7 @@ from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value, value_digest
 from elastickpt.format.records import Field, FieldKind, OptimizerTable
 from elastickpt.format.strict_reading import StrictObject, pack_ints, take_ints
-from elastickpt.format.values import Value
+from elastickpt.format.values import ArrayValue, Value
 
 TableName = tuple[str, str]  # (model item, FQN)
 TableKey = tuple[FieldKind, str]
@@ -32,6 +32,7 @@ def rows_of(table: OptimizerTable) -> dict[TableName, TableRow]:
 def table_of(item: str, rows: Mapping[TableName, TableRow]) -> OptimizerTable:
     """The table of these rows: parameters and columns sorted, each value of a column once. Raises ValueNotCarried."""
     names = tuple(sorted(rows))
+    digest_of = _digests()
     fields = []
     for kind, key in sorted({key for row in rows.values() for key in row}):
         codes: dict[str, int] = {}
@@ -42,11 +43,30 @@ def table_of(item: str, rows: Mapping[TableName, TableRow]) -> OptimizerTable:
                 which.append(-1)
                 continue
             value = rows[name][kind, key]
-            which.append(codes.setdefault(value_digest(value), len(values)))
+            which.append(codes.setdefault(digest_of(value), len(values)))
             if which[-1] == len(values):
                 values.append(value)
         fields.append(Field(kind, key, tuple(values), tuple(which)))
     return OptimizerTable(item, names, tuple(fields))
+
+
+def _digests() -> Callable[[Value], str]:
+    """`value_digest`, which remembers values for as long as it lives: nearly all parameters have the very objects of others, or
+    arrays that are equal."""
+    by_id: dict[int, tuple[Value, str]] = {}
+    arrays: dict[ArrayValue, str] = {}
+
+    def digest_of(value: Value) -> str:
+        if type(value) is ArrayValue:
+            if value not in arrays:
+                arrays[value] = value_digest(value)
+            return arrays[value]
+        known = by_id.get(id(value))
+        if known is None:
+            known = by_id[id(value)] = value, value_digest(value)  # with the value, so that no id is used again
+        return known[1]
+
+    return digest_of
 
 
 def without(table: OptimizerTable, names: Collection[TableName]) -> OptimizerTable:

@@ -95,6 +95,26 @@ class EnumValue:
 Value: TypeAlias = object  # checked by `encode_value`, which refuses what has no tag
 
 
+MANY = 8  # members of an object: from here on references are looked for at once
+
+
+def references_spelled(obj: dict[str, object]) -> dict[str, Value] | None:
+    """What typed JSON spells that is an object of nothing but references to tensors, as they are usually spelled; None for any
+    other one."""
+    found: dict[str, Value] = {}
+    for name, one in obj.items():
+        if type(one) is not dict or len(one) != 1:
+            return None
+        body = one.get("$tensor")
+        if type(body) is not dict or len(body) != 2:
+            return None
+        item, own = body.get("item"), body.get("name")
+        if type(item) is not str or type(own) is not str or not (item.isascii() and own.isascii() and name.isascii()):
+            return None
+        found[name] = ArrayReference(item, own)
+    return found
+
+
 def as_integer(value: object) -> object:
     """The int that a value is by its own word (`__index__`: numpy's integers, tensors of one); any other value as it is, for
     whoever checks it. A bool is no number."""

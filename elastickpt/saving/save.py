@@ -30,7 +30,7 @@ from elastickpt.saving.agree import Offer
 from elastickpt.saving.messages import Attested
 from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas, Request, step_of
-from elastickpt.saving.staging import AnyArray, Bytes, Place, flat_bytes, gather, part_of
+from elastickpt.saving.staging import AnyArray, Bytes, PiecePlace, flat_bytes, gather, part_of
 from elastickpt.saving.structures import KnownStructure, propose
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.opening import path_in
@@ -90,7 +90,7 @@ class LivePack(LiveTensors):
     """The same for a pack, whose small pieces are copied by address: a view of a tensor costs more than to copy 1 KiB. `places`
     are those of its pieces, as `places_of` has them."""
 
-    def __init__(self, plan: WritePlan, held: Sequence[HeldArray], store: Store, places: Sequence[Place]) -> None:
+    def __init__(self, plan: WritePlan, held: Sequence[HeldArray], store: Store, places: Sequence[PiecePlace]) -> None:
         self._held = held
         self._hosts: list[AnyArray | None] = [None if one.tensor.is_cpu else host_elements(one.tensor) for one in held]
         super().__init__(plan, self._host, store)

@@ -214,10 +214,10 @@ def _move(prepared: ArenaPlan, at: Slice, held: Sequence[HeldArray]) -> _Move:
     return _Move(piece, at, piece.array, None if offset is None else offset + at.start, at.stop - at.start)
 
 
-Place = tuple[int, int | None]  # of a piece: its array, and its first byte in a local tensor without gaps, if it has one there
+PiecePlace = tuple[int, int | None]  # of a piece: its array, and its first byte in a local tensor without gaps, if it has one
 
 
-def places_of(pack: PlannedPack, held: Sequence[HeldArray]) -> tuple[Place, ...]:
+def places_of(pack: PlannedPack, held: Sequence[HeldArray]) -> tuple[PiecePlace, ...]:
     """Of all pieces of a pack."""
     return tuple(
         (one.array, _offset_of(one.local, held[one.array].box.shape, itemsize=held[one.array].spec.type.itemsize))

@@ -31,7 +31,7 @@ from elastickpt.saving.drift import Hashed, Look, looks_asked_for
 from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.messages import TABLE_PREFIX, settings_of
 from elastickpt.saving.request import Request
-from elastickpt.saving.staging import Place, Stager, places_of
+from elastickpt.saving.staging import PiecePlace, Stager, places_of
 from elastickpt.saving.structure import encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState
@@ -90,7 +90,7 @@ class KnownStructure:
     outline: Outline | None
     file_parts: int = 0
     notes: tuple[str, ...] = ()
-    _places: tuple[Place, ...] | None = None
+    _places: tuple[PiecePlace, ...] | None = None
 
     def hashed(self, arrays: Sequence[HeldArray], request: Request) -> Hashed:
         """Digests of what this rank compares in a save of this structure, and what was asked for beside. Blocking for a pass
@@ -112,7 +112,7 @@ class KnownStructure:
             self._stagers[arena_nbytes] = Stager(self.for_writer(arena_nbytes).prepared)
         return self._stagers[arena_nbytes]
 
-    def places(self, arrays: Sequence[HeldArray]) -> tuple[Place, ...]:
+    def places(self, arrays: Sequence[HeldArray]) -> tuple[PiecePlace, ...]:
         """Where the pieces of its pack lie in these arrays, which are those of a state with it; () without one."""
         if self._places is None:
             self._places = () if self.plan.pack is None else places_of(self.plan.pack, arrays)
