@@ -111,7 +111,7 @@ def test_two_attempts_under_way_are_decided_in_order(tmp_path: Path, job: Job, p
 
 def test_a_committer_that_is_revived_decides_in_the_order_of_its_trainer(tmp_path: Path, job: Job, processes: Start) -> None:
     """Killed when it has attested the first attempt and writes the second one. [SAVE-88]"""
-    writers = processes(3)
+    writers = processes(3, silence_s=1.0)
     other = Job(big_state(1), 3)
     order: list[str] = []
     first = job.attempt(tmp_path / "first")
