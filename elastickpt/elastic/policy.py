@@ -30,6 +30,10 @@ class Policy:
     lr_factor           on top of the scheduler, for a body that was averaged or copied: set, or multiplied up to `lr_cap`
     spare_wait_s        seconds until a job with an empty place ends
     max_losses_of_step  how often one step may be lost before the job ends
+
+    Examples:
+        >>> ek.elastic.Policy(rungs=("partner", "checkfree"), optimizer="average").lr_factor
+        1.1
     """
 
     rungs: tuple[Rung, ...] = ("stale", "partner", "checkfree", "rollback")

@@ -27,7 +27,12 @@ PARTS: tuple[StagePart, ...] = ("embed", "body", "head")
 @dataclass(frozen=True, slots=True)
 class Place:
     """What a member of a job is: it holds pipeline stage `stage` of `stages`, counted in the order in which a microbatch passes
-    them, on `device`. `shard` and `replica` are 0: stages are whole, and held once."""
+    them, on `device`. `shard` and `replica` are 0: stages are whole, and held once.
+
+    Examples:
+        >>> ek.elastic.Place(stage=1, stages=4).device
+        device(type='cpu')
+    """
 
     stage: int
     stages: int
@@ -47,6 +52,11 @@ class Stage:
     Raises Refused, naming the tensor, for a part with tensors that are not the module's, parameters of the module that no part
     passes, an optimizer of other parameters, one that needs a closure; PlacementUnsupported for stages that are sharded or
     replicated.
+
+    Examples:
+        >>> stage = ek.elastic.Stage(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> list(stage.tensors["body"])
+        ['layers.0.weight', 'layers.0.bias']
     """
 
     def __init__(

@@ -21,6 +21,7 @@ FUNCTIONS |= {
 }
 FUNCTIONS |= {"ek.elastic.join": ek.elastic.join, "ek.elastic.load_alone": ek.elastic.load_alone}
 CLASSES = {f"ek.{name}": getattr(ek, name) for name in ek.__all__ if inspect.isclass(getattr(ek, name))}
+CLASSES |= {f"ek.elastic.{name}": getattr(ek.elastic, name) for name in ("Place", "Policy", "Stage")}
 OF_THE_LIBRARY = {("SaveHandle", "staging"), ("SaveHandle", "end"), ("Run", "tell_saved")}  # what ends a save calls them
 WITHOUT_EXAMPLE = {"ek.AdoptReport", "ek.CheckpointInfo"}  # what functions with an example return
 
