@@ -8,8 +8,8 @@ trains asks for its next task, carries it out, says what came of it, and asks ag
     Stop     -> nothing: `End` without a reason ends the loop quietly, but for code 76, which raises Superseded; else
                 RecoveryFailed is raised
 
-A task can be over before it was carried out: a newer view, or the end of the job. Then `Task.over` is true, whoever was told of
-interrupts has been called in the job's thread, waits of the job's own raise TaskOver, and what is said of the task has no
+A task can be over before it was carried out: a newer view, or the end of the job. Then `Task.over` is true, the thread that heard
+so has called whoever wants to know of interrupts, waits of the job's own raise TaskOver, and what is said of the task has no
 effect. A TakeStep is never over before it was carried out.
 """
 
@@ -88,8 +88,9 @@ class Duties(Protocol):
         ...
 
     def on_interrupt(self, call: Callable[[], None]) -> None:
-        """`call()` from the job's thread, quick and raising nothing, whenever a task that is being carried out is over, and
-        when a view is whole: what the thread that trains waits for of an older one must end now. Replaces the one before."""
+        """`call()` from the thread that hears so, quick and raising nothing, whenever a task that is being carried out is over,
+        and when a view is whole: what the thread that trains waits for of an older one must end now. Replaces the one
+        before."""
         ...
 
     def on_leaving(self, call: Callable[[], None]) -> None:

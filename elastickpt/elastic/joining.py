@@ -152,14 +152,19 @@ class Job:
         self._say(terms)
 
     def next_task(self) -> JobTask:
-        with self._changing:
-            while self._interrupting or self._task is None or self._task.taken:
-                self._changing.wait()
-            self._task.taken = True
-            self._at_work = task = self._task
+        while (task := self._take_task()) is None:
+            self._wait_for(lambda: not (self._interrupting or self._task is None or self._task.taken))
         if isinstance(task.act, Form):
             self._reach("unblocked")
         return task
+
+    def _take_task(self) -> JobTask | None:
+        with self._changing:
+            if self._interrupting or self._task is None or self._task.taken:
+                return None
+            self._task.taken = True
+            self._at_work = self._task
+            return self._task
 
     def done(self, task: JobTask, outcome: TaskOutcome) -> None:
         with self._changing:
@@ -245,7 +250,7 @@ class Job:
             self.require_good_end()
 
     def _lost(self, why: str) -> None:
-        """In the line's thread: nothing more will be heard."""
+        """In the thread that hears: nothing more will be heard."""
         if self._end is not None:
             return
         self._take(End(75, "coordinator-lost", why))
@@ -310,6 +315,12 @@ class Job:
             self._say(message)
         self._changing.notify_all()
 
+    def _wait_for(self, holds: Callable[[], bool], limit_s: float | None = None) -> None:
+        """Blocks the thread that trains until what is heard makes it hold, or the limit is over."""
+        if not self._line.hear_until(holds, limit_s) and limit_s is None:
+            with self._changing:
+                self._changing.wait_for(holds)
+
     def _say(self, message: FromMember) -> None:
         self._line.say(encode(message))
 
@@ -325,8 +336,8 @@ class Job:
     def _ask(self, task: JobTask, keys: tuple[str, ...], limit_s: float) -> list[bytes]:
         self._say(Ask(task.generation, keys))
         wanted = [(task.generation, key) for key in keys]
+        self._wait_for(lambda: task.over or all(one in self._held for one in wanted), limit_s)
         with self._changing:
-            self._changing.wait_for(lambda: task.over or all(one in self._held for one in wanted), limit_s)
             if task.over:
                 raise TaskOver(f"generation {task.generation} is over")
             for one in wanted:

@@ -1,9 +1,13 @@
-"""A member's connection to the coordinator, and the thread that holds it: it hears, sends beats, and sends what is left."""
+"""A member's connection to the coordinator, and the thread that holds it: it hears, sends beats, and sends what is left.
+
+A thread that only waits for what will be heard hears it itself (`hear_until`): no other thread has to be woken first.
+"""
 
 from __future__ import annotations
 
 import os
-import selectors
+import select
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +21,8 @@ NAME = "elastickpt-job"
 
 class Line:
     """`beat` gives what to say as a sign of life, and in how many seconds to say it again; `hear` takes each message, `lost`
-    why nothing more will come. All three are called in the thread of the line."""
+    why nothing more will come. All three are called by one thread at a time, `hear` and `lost` in that of the line or in
+    `hear_until`."""
 
     def __init__(
         self,
@@ -29,7 +34,11 @@ class Line:
     ) -> None:
         self._stream, self._beat, self._hear, self._lost = stream, beat, hear, lost
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._closing = False
+        self._closing = self._ended = self._heard_elsewhere = False
+        self._hearing = threading.Lock()  # held by who receives
+        self._watching, self._watched = threading.Lock(), 0
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
         self._thread = apart(NAME, self._serve)
 
     def open(self) -> None:
@@ -47,6 +56,29 @@ class Line:
         with suppress(OSError):  # closed already
             os.eventfd_write(self._wake, 1)
 
+    def hear_until(self, holds: Callable[[], bool], limit_s: float | None = None) -> bool:
+        """Hears messages until `holds()`, which only they, and the end of the line, can bring about; whether it does within the
+        limit. Blocking; for one thread at a time."""
+        until = None if limit_s is None else time.monotonic() + limit_s
+        with self._hearing:
+            if self._ended or holds():
+                return holds()
+            self._heard_elsewhere = True
+            self._watch()
+            poll = select.poll()
+            poll.register(self._stream, select.POLLIN)
+            try:
+                while not holds() and not self._ended:
+                    left = None if until is None else until - time.monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    if poll.poll(None if left is None else 1000 * left):
+                        self._receive()
+                return holds()
+            finally:
+                self._heard_elsewhere = False
+                self._watch()
+
     def close(self) -> None:
         """Ends thread and connection. The second call does nothing."""
         if not self._closing:
@@ -54,38 +86,61 @@ class Line:
             self.beat_now()
             self._thread.join()
             self._stream.close()
+            self._poll.close()
             os.close(self._wake)
+
+    def _watch(self) -> None:
+        """The line's thread is woken for what it is to do, and for nothing else."""
+        with self._watching:
+            wanted = 0 if self._heard_elsewhere or self._ended else select.EPOLLIN
+            wanted |= select.EPOLLOUT if self._stream.waits else 0
+            if wanted == self._watched or self._closing:
+                return
+            if not wanted:
+                self._poll.unregister(self._stream)
+            elif self._watched:
+                self._poll.modify(self._stream, wanted)
+            else:
+                self._poll.register(self._stream, wanted)
+            self._watched = wanted
 
     def _serve(self) -> None:
         beat_at = 0.0
         with suppress(OSError), open("/proc/thread-self/comm", "w") as comm:
             comm.write(NAME)  # for `top -H`, and who else asks what this thread takes
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._stream, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            while not self._closing:
-                if time.monotonic() >= beat_at:
-                    message, again_s = self._beat()
-                    self._stream.send(message)
-                    beat_at = time.monotonic() + again_s
-                selector.modify(self._stream, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._stream.waits else 0))
-                for key, _ in selector.select(max(0.0, beat_at - time.monotonic())):
-                    if key.fileobj is not self._stream:
-                        os.eventfd_read(self._wake)
-                        beat_at = 0.0
-                    elif not self._receive():
-                        return
+        while not self._closing and not self._ended:
+            if time.monotonic() >= beat_at:
+                message, again_s = self._beat()
+                self._stream.send(message)
+                beat_at = time.monotonic() + again_s
+            self._watch()
+            for descriptor, _ in self._poll.poll(max(0.0, beat_at - time.monotonic())):
+                if descriptor == self._wake:
+                    os.eventfd_read(self._wake)
+                    beat_at = 0.0
+                    continue
+                self._stream.flush()
+                if self._hearing.acquire(blocking=False):  # else it is heard elsewhere
+                    try:
+                        self._receive()
+                    finally:
+                        self._hearing.release()
 
-    def _receive(self) -> bool:
-        """Takes what has come; whether anything can still come."""
+    def _receive(self) -> None:
+        """Takes what has come."""
+        if self._ended:
+            return
         self._stream.flush()
         try:
             for data in self._stream.receive():
                 self._hear(data)
         except Closed:
-            self._lost("the connection to the coordinator ended")
+            self._end("the connection to the coordinator ended")
         except CheckpointError as error:
-            self._lost(f"the coordinator said what cannot be understood: {error}")
-        else:
-            return True
-        return False
+            self._end(f"the coordinator said what cannot be understood: {error}")
+
+    def _end(self, why: str) -> None:
+        self._ended = True
+        self._lost(why)
+        if not self._closing:
+            self.beat_now()

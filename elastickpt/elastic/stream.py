@@ -22,6 +22,7 @@ from elastickpt.errors import LimitExceeded
 _LENGTH = struct.Struct("<I")
 MAX_NBYTES = 1 << 24  # of one message; what members tell each other through the coordinator is small
 NONCE_NBYTES = 32
+_PIECE_NBYTES = 1 << 16
 
 
 class Closed(Exception):
@@ -77,9 +78,11 @@ class Stream:
         LimitExceeded."""
         closed = False
         try:
-            while data := self._socket.recv(1 << 16):
+            while data := self._socket.recv(_PIECE_NBYTES):
                 self._read += data
-            closed = True
+                if len(data) < _PIECE_NBYTES:
+                    break  # that is all for now; whether more can come is asked when the socket is readable again
+            closed = not data
         except BlockingIOError:
             pass
         except OSError:
@@ -94,7 +97,7 @@ class Stream:
         found = self._cut(1)
         if not found:
             try:
-                self._read += self._socket.recv(1 << 16) or _closed()
+                self._read += self._socket.recv(_PIECE_NBYTES) or _closed()
             except BlockingIOError:
                 return None
             except OSError as error:

@@ -291,7 +291,7 @@ class Tasks:
                 self._held.kept = None
 
     def interrupt(self) -> None:
-        """In the job's thread."""
+        """In the thread that hears so."""
         links = self._links
         if links is not None:
             links.abort()
