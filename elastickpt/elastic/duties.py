@@ -8,9 +8,9 @@ trains asks for its next task, carries it out, says what came of it, and asks ag
     Stop     -> nothing: `End` without a reason ends the loop quietly, but for code 76, which raises Superseded; else
                 RecoveryFailed is raised
 
-A task can be over before it was carried out: a newer view, or the end of the job. Then `Task.over` is true, the thread that heard
-so has called whoever wants to know of interrupts, waits of the job's own raise TaskOver, and what is said of the task has no
-effect. A TakeStep is never over before it was carried out.
+A task can be over before it was carried out: a newer view, or the end of the job. Then `Task.over` is true, the thread that
+heard so has called whoever wants to know of interrupts, waits of the job's own raise TaskOver, and what is said of the task has
+no effect. A TakeStep is never over before it was carried out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 ENDPOINT, TOKEN, UID = "ELASTICKPT_ENDPOINT", "ELASTICKPT_TOKEN", "ELASTICKPT_UID"
 HOST, ZONE = "ELASTICKPT_HOST", "ELASTICKPT_ZONE"
 TORCHRUN = "TORCHELASTIC_RUN_ID"
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+GLOO_INTERFACE, GLOO_CONNECTS_LATE = "GLOO_SOCKET_IFNAME", "TORCH_GLOO_LAZY_INIT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,17 @@ def of_children(**defaults: str) -> dict[str, str]:
 
 
 @contextmanager
-def listens(interface: str) -> Iterator[None]:
-    """What gloo makes in here listens on this interface only, unless the user has chosen one; "" for as gloo finds it."""
-    chosen = GLOO_INTERFACE in os.environ or not interface
-    if not chosen:
-        os.environ[GLOO_INTERFACE] = interface
+def connects_late(interface: str) -> Iterator[None]:
+    """A gloo group that is made in here connects two members when they first have something for each other, and listens on this
+    interface only; "" for as gloo finds it. What the user has chosen holds."""
+    ours = {GLOO_CONNECTS_LATE: "1"} | ({GLOO_INTERFACE: interface} if interface else {})
+    put = [name for name in ours if name not in os.environ]
+    os.environ.update({name: ours[name] for name in put})
     try:
         yield
     finally:
-        if not chosen:
-            os.environ.pop(GLOO_INTERFACE, None)
+        for name in put:
+            del os.environ[name]
 
 
 _TOLD: list[BaseException] = []

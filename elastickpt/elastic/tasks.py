@@ -20,7 +20,7 @@ from elastickpt.elastic.duties import Exchange, TaskOver
 from elastickpt.elastic.gradients import Clipping, clip, divide, keep_buffers_equal, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
 from elastickpt.elastic.joining import Job, JobTask
-from elastickpt.elastic.links import GlooLinks, LinkBroken, Links
+from elastickpt.elastic.links import LinkBroken, Links
 from elastickpt.elastic.membership import (
     Compute,
     Computed,
@@ -42,6 +42,7 @@ from elastickpt.elastic.reports import Reports, by_stage
 from elastickpt.elastic.saves import Saves
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams
+from elastickpt.elastic.view_links import ViewLinks
 from elastickpt.elastic.view_passage import ViewPassage, require_equal_replicas, stand_together
 from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
 from elastickpt.ranks.messages import decode, encode
@@ -190,7 +191,7 @@ class Tasks:
         held = self._held or self._built(len(act.view.places))
         stage, stages = held.place.stage, held.place.stages
         exchange = self._job.exchange(task)
-        self._links = links = GlooLinks(exchange, stage=stage, stages=stages, limit_s=OTHERS_BUILD_S)
+        self._links = links = ViewLinks(exchange, stage=stage, stages=stages, limit_s=OTHERS_BUILD_S, over=lambda: task.over)
         if task.over:
             raise TaskOver
         training = self._training

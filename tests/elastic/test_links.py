@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from elastickpt.elastic.duties import TaskOver
-from elastickpt.elastic.links import GlooLinks, LinkBroken
+from elastickpt.elastic.view_links import ViewLinks
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.ranks.processes import socket_identity
 from tests.elastic.files_exchange import FilesExchange
@@ -35,7 +35,7 @@ def test_on_one_machine_nothing_listens_beyond_it(
             begun(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(dist, "init_process_group", init)
-    links = GlooLinks(FilesExchange(str(tmp_path)), stage=0, stages=1, limit_s=60.0)
+    links = ViewLinks(FilesExchange(str(tmp_path)), stage=0, stages=1, limit_s=60.0)
     listening = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == psutil.CONN_LISTEN]
     links.close()
     assert seen == [expected]
@@ -63,28 +63,28 @@ class Superseded:
 
 def test_a_group_that_is_being_made_ends_with_its_view() -> None:
     """No limit has to pass, though a member that died is awaited. [REC-11]"""
-    with pytest.raises(LinkBroken, match="generation 1 is over"):
-        GlooLinks(Superseded(), stage=0, stages=2, limit_s=60.0)
+    with pytest.raises(TaskOver, match="generation 1 is over"):
+        ViewLinks(Superseded(), stage=0, stages=2, limit_s=60.0)
     assert not dist.is_initialized()
 
 
-class EndsBehindTheGroup(FilesExchange):
-    """The view is over, or a member late, when the group stands and its store is not told of yet."""
+class EndsBehindTheStore(FilesExchange):
+    """The view is over, or a member late, when its store stands and nobody was told of it yet."""
 
     error: Exception
 
     def set(self, key: str, value: bytes) -> None:
-        if key == "store":
+        if key == "at/0":
             raise self.error
         super().set(key, value)
 
 
 @pytest.mark.parametrize("error", [TaskOver("generation 1 is over"), DeadlineExceeded("nobody tells of the store")])
-def test_a_group_that_stands_ends_with_its_view(tmp_path: Path, error: Exception) -> None:
+def test_a_store_that_stands_ends_with_its_view(tmp_path: Path, error: Exception) -> None:
     """The next view makes one of its own in this process. [REC-11]"""
-    ends = EndsBehindTheGroup(str(tmp_path / "1"))
+    ends = EndsBehindTheStore(str(tmp_path / "1"))
     ends.error = error
     with pytest.raises(type(error)):
-        GlooLinks(ends, stage=0, stages=1, limit_s=60.0)
+        ViewLinks(ends, stage=0, stages=1, limit_s=60.0)
     assert not dist.is_initialized()
-    GlooLinks(FilesExchange(str(tmp_path / "2")), stage=0, stages=1, limit_s=60.0).close()
+    ViewLinks(FilesExchange(str(tmp_path / "2")), stage=0, stages=1, limit_s=60.0).close()

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from elastickpt.elastic import links as links_of
+from elastickpt.elastic import view_links as links_of
 from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
-from elastickpt.elastic.links import GlooLinks, LinkBroken, told_by_one
+from elastickpt.elastic.links import LinkBroken, told_by_one
 from elastickpt.elastic.passage import Passage, Passing, sees_batches
 from elastickpt.elastic.stages import Place, Stage, require_parts
 from elastickpt.elastic.starts import seed_streams
+from elastickpt.elastic.view_links import ViewLinks
+from elastickpt.errors import DeadlineExceeded
 from elastickpt.ranks.processes import socket_identity
 from tests.elastic.files_exchange import FilesExchange
 from tests.elastic.members import run_members
@@ -37,7 +39,7 @@ def buffers_of(stage: Stage) -> Tensors:
 
 def steps_of(rank: int, stages: int, folder: str, passing: Passing, clipping: Clipping, steps: int) -> list[object]:
     """Per step: losses, the norm of the body, gradients as they are stepped with, buffers."""
-    links, place = GlooLinks(FilesExchange(folder), stage=rank, stages=stages, limit_s=60.0), Place(rank, stages)
+    links, place = ViewLinks(FilesExchange(folder), stage=rank, stages=stages, limit_s=60.0), Place(rank, stages)
     stage = build(place, passing)
     require_parts(stage, place, swap=passing.swap)
     passage, found = Passage(stage, place, passing, links, Unwatched()), list[object]()
@@ -133,7 +135,7 @@ def reformed(rank: int, stages: int, folder: str, times: int) -> list[tuple[int,
     gc.collect()
     gc.disable()
     for view in range(times):
-        links = GlooLinks(FilesExchange(f"{folder}/{view}"), stage=rank, stages=stages, limit_s=60.0)
+        links = ViewLinks(FilesExchange(f"{folder}/{view}"), stage=rank, stages=stages, limit_s=60.0)
         passage = Passage(stage, place, passing, links, Unwatched())
         passage.train(0, Corpus().batch(0) if sees_batches(passing, rank, stages=stages) else None)
         links.abort()
@@ -157,12 +159,12 @@ def met_in_the_second(rank: int, stages: int, folder: str) -> float:
     first = FilesExchange(f"{folder}/first")
     if rank == 0:
         links_of.FORM_LIMIT_S = 0.5
-        with pytest.raises(LinkBroken):
-            GlooLinks(first, stage=0, stages=stages, limit_s=60.0)
+        with pytest.raises(DeadlineExceeded):
+            ViewLinks(first, stage=0, stages=stages, limit_s=60.0)
         links_of.FORM_LIMIT_S = 60.0
     else:
         first.set("here/1", socket_identity().encode())
-    links = GlooLinks(FilesExchange(f"{folder}/second"), stage=rank, stages=stages, limit_s=60.0)
+    links = ViewLinks(FilesExchange(f"{folder}/second"), stage=rank, stages=stages, limit_s=60.0)
     told = told_by_one(links, torch.tensor([7.0 if rank == 0 else 0.0]), 0).item()
     links.close()
     return told
