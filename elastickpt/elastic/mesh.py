@@ -28,6 +28,7 @@ _LOOK_S = 0.02  # after so long a member that waits for connections looks whethe
 _LENGTH = struct.Struct("<Q")
 _HELLO = struct.Struct("<H32s")  # the stage of who calls, and its proof
 KEY_NBYTES = 32
+_HELD_NBYTES = 4 << 20  # by a socket, or as much of it as the kernel lets
 
 
 class Message:
@@ -197,6 +198,8 @@ def meet(
         one.settimeout(None)
         if one.family == socket.AF_INET:
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:  # which does not grow by itself
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HELD_NBYTES)
     return sockets
 
 
