@@ -1,6 +1,7 @@
 """What 10 kills in 1,000 steps cost in loss: held-out loss after the last step, beside the same run without a failure.
 
     python -m tools.killed_curves --record FOLDER           curves.png, table.md and record.json; by the defaults below
+    python -m tools.killed_curves --steps 90 --kills 3 --seeds 1 --twice          whether a seed gives the same curve again
 
 Six stages, one layer each of a small language model, real text, a save every 10 steps. For each seed 10 steps from 50 to 900,
 and a stage for each, are drawn before anything runs; the stage kills itself there, in the first forward of that step. Runs:
@@ -201,11 +202,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--kills", type=int, default=KILLS)
+    parser.add_argument("--twice", action="store_true", help="each run is made twice, and has to give the same curve")
     parser.add_argument("--record", type=Path, help="a folder")
     told = parser.parse_args()
     found: list[Curve] = []
     for one in curves(told.steps, told.seeds, told.kills):
         found.append(one)
+        if told.twice:
+            swap = "microbatch" if one.name in (ALONE, "partner and checkfree") else ""
+            again = carried_out(one.name, one.seed, one.trace, told.steps, swap=swap)
+            if (again.losses, again.held_out) != (one.losses, one.held_out):
+                raise SystemExit(f"{one.name}, seed {one.seed}: another curve the second time")
         print(f"{one.name}{'' if one.seed is None else f', seed {one.seed}'}: {one.held_out:.4f}", file=sys.stderr, flush=True)
         if told.record:
             keep(found, told.record)
