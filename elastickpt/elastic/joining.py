@@ -153,7 +153,7 @@ class Job:
 
     def next_task(self) -> JobTask:
         while (task := self._take_task()) is None:
-            self._wait_for(lambda: not (self._interrupting or self._task is None or self._task.taken))
+            self._line.hear_until(lambda: not (self._interrupting or self._task is None or self._task.taken))
         if isinstance(task.act, Form):
             self._reach("unblocked")
         return task
@@ -315,12 +315,6 @@ class Job:
             self._say(message)
         self._changing.notify_all()
 
-    def _wait_for(self, holds: Callable[[], bool], limit_s: float | None = None) -> None:
-        """Blocks the thread that trains until what is heard makes it hold, or the limit is over."""
-        if not self._line.hear_until(holds, limit_s) and limit_s is None:
-            with self._changing:
-                self._changing.wait_for(holds)
-
     def _say(self, message: FromMember) -> None:
         self._line.say(encode(message))
 
@@ -336,7 +330,7 @@ class Job:
     def _ask(self, task: JobTask, keys: tuple[str, ...], limit_s: float) -> list[bytes]:
         self._say(Ask(task.generation, keys))
         wanted = [(task.generation, key) for key in keys]
-        self._wait_for(lambda: task.over or all(one in self._held for one in wanted), limit_s)
+        self._line.hear_until(lambda: task.over or all(one in self._held for one in wanted), limit_s)
         with self._changing:
             if task.over:
                 raise TaskOver(f"generation {task.generation} is over")

@@ -58,9 +58,11 @@ class Line:
 
     def hear_until(self, holds: Callable[[], bool], limit_s: float | None = None) -> bool:
         """Hears messages until `holds()`, which only they, and the end of the line, can bring about; whether it does within the
-        limit. Blocking; for one thread at a time."""
+        limit. What nothing can bring about any more is waited for all the same. Blocking; for one thread at a time."""
         until = None if limit_s is None else time.monotonic() + limit_s
         with self._hearing:
+            if self._ended and not holds():
+                threading.Event().wait(limit_s)
             if self._ended or holds():
                 return holds()
             self._heard_elsewhere = True

@@ -23,6 +23,7 @@ from hashlib import blake2b
 from elastickpt.elastic.duties import TaskOver
 from elastickpt.elastic.links import LinkBroken
 from elastickpt.ranks.addresses import dial, listen, not_in_forks
+from elastickpt.ranks.threads import apart
 
 _LOOK_S = 0.02  # after so long a member that waits for connections looks whether its view is over
 _LENGTH = struct.Struct("<Q")
@@ -31,29 +32,29 @@ KEY_NBYTES = 32
 _HELD_NBYTES = 4 << 20  # by a socket, or as much of it as the kernel lets
 
 
-class Message:
+class Outgoing:
     """On its way; `left` is what the kernel has not taken yet."""
 
-    def __init__(self, mesh: Mesh, left: list[memoryview]) -> None:
+    def __init__(self, mesh: ViewSockets, left: list[memoryview]) -> None:
         self._mesh, self.left = mesh, left
 
     def wait(self) -> None:
         self._mesh.wait_for(self)
 
 
-class Mesh:
+class ViewSockets:
     """One socket for each other member, by its stage."""
 
     def __init__(self, sockets: dict[int, socket.socket]) -> None:
         self._sockets = sockets
         self._changing = threading.Condition()
-        self._unsent: dict[int, deque[Message]] = {stage: deque() for stage in sockets}
+        self._unsent: dict[int, deque[Outgoing]] = {stage: deque() for stage in sockets}
         self._broken = ""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._sender: threading.Thread | None = None
 
-    def send(self, data: memoryview, stage: int) -> Message:
-        message = Message(self, [memoryview(_LENGTH.pack(data.nbytes)), data])
+    def send(self, data: memoryview, stage: int) -> Outgoing:
+        message = Outgoing(self, [memoryview(_LENGTH.pack(data.nbytes)), data])
         with self._changing:
             self._require_whole()
             waiting = self._unsent[stage]
@@ -62,12 +63,12 @@ class Mesh:
             if message.left:
                 waiting.append(message)
                 if self._sender is None:
-                    self._sender = threading.Thread(target=self._send_rest, name="elastickpt-links", daemon=True)
+                    self._sender = apart("elastickpt-links", self._send_rest)
                     self._sender.start()
                 os.eventfd_write(self._wake, 1)
         return message
 
-    def wait_for(self, message: Message) -> None:
+    def wait_for(self, message: Outgoing) -> None:
         if message.left:
             with self._changing:
                 self._changing.wait_for(lambda: not message.left or self._broken)
@@ -119,7 +120,7 @@ class Mesh:
                     one.shutdown(socket.SHUT_RDWR)
             os.eventfd_write(self._wake, 1)
 
-    def _push(self, stage: int, message: Message) -> None:
+    def _push(self, stage: int, message: Outgoing) -> None:
         """Sends what the kernel takes now."""
         try:
             while message.left:
@@ -164,7 +165,7 @@ class Mesh:
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class Entrance:
     """Where one member is called, and the key that whoever calls has to prove."""
 
     listener: socket.socket
@@ -172,15 +173,15 @@ class Door:
     key: bytes
 
 
-def open_door(*, host: str | None) -> Door:
+def open_entrance(*, host: str | None) -> Entrance:
     """On this machine only, or at that address."""
     listener, address = listen(host=host)
     listener.setblocking(False)
-    return Door(listener, address, os.urandom(KEY_NBYTES))
+    return Entrance(listener, address, os.urandom(KEY_NBYTES))
 
 
 def meet(
-    door: Door, others: Sequence[tuple[bytes, str]], stage: int, *, limit_s: float, over: Callable[[], bool]
+    door: Entrance, others: Sequence[tuple[bytes, str]], stage: int, *, limit_s: float, over: Callable[[], bool]
 ) -> dict[int, socket.socket]:
     """Sockets to all other members, whose keys and addresses are given by stage: each calls those of lower stages, and proves
     that it is of this view. Blocking, for `limit_s` seconds at most. Raises LinkBroken, TaskOver once `over` holds, OSError."""
@@ -203,7 +204,7 @@ def meet(
     return sockets
 
 
-def _admitted(door: Door, expected: set[int], limit_s: float, over: Callable[[], bool]) -> dict[int, socket.socket]:
+def _admitted(door: Entrance, expected: set[int], limit_s: float, over: Callable[[], bool]) -> dict[int, socket.socket]:
     """Who calls, and proves to be one of those expected, once all have. Strangers are turned away."""
     found: dict[int, socket.socket] = {}
     callers: dict[int, tuple[socket.socket, bytearray]] = {}

@@ -21,7 +21,7 @@ from torch.distributed import Store, TCPStore, distributed_c10d  # type: ignore[
 from elastickpt.elastic import environment
 from elastickpt.elastic.duties import Exchange
 from elastickpt.elastic.links import LinkBroken, Sending
-from elastickpt.elastic.mesh import Mesh, meet, open_door
+from elastickpt.elastic.mesh import ViewSockets, meet, open_entrance
 from elastickpt.ranks.addresses import not_in_forks, own_address
 from elastickpt.ranks.messages import decode, encode
 from elastickpt.ranks.processes import socket_identity
@@ -91,7 +91,7 @@ class ViewLinks:
         """Makes them, together with all others, which are waited for `limit_s` seconds. Blocking; raises LinkBroken, what
         `exchange` raises, and TaskOver soon after `over` holds."""
         self.stage, self.stages = stage, stages
-        self._mesh: Mesh | None = None
+        self._mesh: ViewSockets | None = None
         self._store: Store | None = None
         exchange.set(f"here/{stage}", socket_identity().encode())
         near = len(set(exchange.get_all([f"here/{one}" for one in range(stages)], limit_s=limit_s))) == 1
@@ -105,8 +105,8 @@ class ViewLinks:
             self.close()
             raise
 
-    def _met(self, exchange: Exchange, near: bool, over: Callable[[], bool]) -> Mesh:
-        door = open_door(host=None if near else own_address())
+    def _met(self, exchange: Exchange, near: bool, over: Callable[[], bool]) -> ViewSockets:
+        door = open_entrance(host=None if near else own_address())
         with door.listener:
             kept = self._keep_store("127.0.0.1" if near else own_address()) if self.stage == 0 else ""
             exchange.set(f"at/{self.stage}", encode(_At(door.key, door.address, kept)))
@@ -114,7 +114,7 @@ class ViewLinks:
             members = [decode(one, _At) for one in told]
             self._store = self._store or _ViewStore(members[0].store, None)
             others = [(one.key, one.address) for one in members]
-            return Mesh(meet(door, others, self.stage, limit_s=FORM_LIMIT_S, over=over))
+            return ViewSockets(meet(door, others, self.stage, limit_s=FORM_LIMIT_S, over=over))
 
     def _keep_store(self, host: str) -> str:
         """Its address."""
@@ -149,7 +149,7 @@ class ViewLinks:
             distributed_c10d._world.group_count = 0
         self._store = None
 
-    def _open(self) -> Mesh:
+    def _open(self) -> ViewSockets:
         if self._mesh is None:
             raise LinkBroken("these links are closed")
         return self._mesh
