@@ -88,11 +88,10 @@ class Job:
         self._task: JobTask | None = None
         self._at_work: JobTask | None = None  # what the thread that trains took last; it may be over
         self._interrupt: Callable[[], None] = _nothing
-        self._interrupting = False
         self._leave: Callable[[], None] = self._leave_quietly
         self._welcome: Welcome | None = None
         self._end: End | None = None
-        self._epoch = 0
+        self._epoch, self._interrupting = 0, False
         self._held: dict[tuple[int, str], bytes] = {}
         self._count, self._own, self._phases = 0, False, [("", None)]
         self._reached: set[tuple[int, RecoveryPoint]] = set()
@@ -162,8 +161,7 @@ class Job:
         with self._changing:
             if self._interrupting or self._task is None or self._task.taken:
                 return None
-            self._task.taken = True
-            self._at_work = self._task
+            self._task.taken, self._at_work = True, self._task
             return self._task
 
     def done(self, task: JobTask, outcome: TaskOutcome) -> None:
