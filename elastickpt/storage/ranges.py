@@ -171,24 +171,20 @@ class LocalReader:
     def read_into(self, offset: int, into: memoryview) -> None:
         into = as_bytes(into)
         with naming("read", self._path):
-            done = self._read_direct(offset, into)
-            while done < into.nbytes:
-                got = os.preadv(self._descriptor, [into[done:]], offset + done)
-                if got == 0:
-                    found = os.fstat(self._descriptor).st_size
-                    raise WrongLength(f"{self._path}: expected at least {offset + into.nbytes} bytes, found {found}")
-                done += got
+            self._read_cached(offset, into, self._read_direct(offset, into))
 
     def lend(self, offset: int, into: memoryview) -> memoryview:
         """What `store.lender` gives: what comes past the page cache is in this thread's aligned memory until its next read."""
         into = as_bytes(into)
+        if into.nbytes > UNIT_NBYTES:
+            self.read_into(offset, into)
+            return into
         with naming("read", self._path):
-            direct = self._direct_for(offset, into.nbytes) if into.nbytes <= UNIT_NBYTES else None
-            if direct is not None:
+            direct = self._direct_for(offset, into.nbytes)
+            if direct is not None and self._bounced(direct, offset, into.nbytes) == into.nbytes:
                 shift = offset % direct.alignment
-                if self._bounced(direct, offset, into.nbytes) == into.nbytes:
-                    return _bounce()[shift : shift + into.nbytes]
-        self.read_into(offset, into)  # also the rest of a short read, from its start
+                return _bounce()[shift : shift + into.nbytes]
+            self._read_cached(offset, into, 0)  # also what came short
         return into
 
     def close(self) -> None:
@@ -217,6 +213,15 @@ class LocalReader:
                 self._direct = open_direct(self._path, os.O_RDONLY, beside=self._descriptor)
                 self._may_bypass_cache = self._direct is not None
             return self._direct
+
+    def _read_cached(self, offset: int, into: memoryview, done: int) -> None:
+        """Fills `into` from its byte `done` on, through the page cache."""
+        while done < into.nbytes:
+            got = os.preadv(self._descriptor, [into[done:]], offset + done)
+            if got == 0:
+                found = os.fstat(self._descriptor).st_size
+                raise WrongLength(f"{self._path}: expected at least {offset + into.nbytes} bytes, found {found}")
+            done += got
 
     def _read_direct(self, offset: int, into: memoryview) -> int:
         """Fills `into` from its start past the page cache, through aligned memory; how many bytes, perhaps none.
