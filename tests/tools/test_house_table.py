@@ -39,3 +39,9 @@ def test_files_with_one_importer_and_words_of_two_meanings_are_found(root: Path)
     found = house_table.table(root)
     assert found["files with one importer"] == "1"  # the module of `format`, by the engine
     assert found["classes of one name in several files"] == "Word 2"
+
+
+def test_who_holds_the_fields_of_an_attempt_and_not_the_attempt_is_a_carrier(root: Path) -> None:
+    attempt, order = "class Attempt:\n    store: str\n    draft: str\n", "class Order:\n    attempt: Attempt\n"
+    (root / "elastickpt" / "attempt.py").write_text(f"{attempt}\n\n{order}")
+    assert house_table.table(root)["carriers of an attempt"] == "Attempt"
