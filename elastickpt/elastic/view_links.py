@@ -133,7 +133,11 @@ class ViewLinks:
         return self._open().send(_bytes_of(tensor.detach().contiguous()), stage)
 
     def receive(self, tensor: torch.Tensor, stage: int) -> None:
-        self._open().receive(_bytes_of(tensor.detach()), stage)
+        whole = tensor.detach()
+        dense = whole if whole.is_contiguous() else torch.empty(whole.shape, dtype=whole.dtype)
+        self._open().receive(_bytes_of(dense), stage)
+        if dense is not whole:
+            whole.copy_(dense)
 
     def abort(self) -> None:
         if self._mesh is not None:
@@ -157,7 +161,7 @@ class ViewLinks:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """Its content, to be read or written; the tensor is contiguous, and in the memory of this process."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _store_at(address: str, *, listener: int | None) -> TCPStore:

@@ -173,3 +173,28 @@ def met_in_the_second(rank: int, stages: int, folder: str) -> float:
 def test_who_failed_to_make_a_group_makes_the_next_one_with_who_did_not_try(tmp_path: Path) -> None:
     """As when a member dies while groups are made: who takes its place has tried once less than the others. [REC-11]"""
     assert run_members(met_in_the_second, 2, str(tmp_path)) == [7.0, 7.0]
+
+
+def exchanged(rank: int, stages: int, folder: str) -> list[Tensor]:
+    """What member 1 gets of tensors of all kinds into tensors that lie otherwise in memory."""
+    links = ViewLinks(FilesExchange(folder), stage=rank, stages=stages, limit_s=60.0)
+    found = [torch.zeros_like(one).t().contiguous().t() if one.ndim == 2 else torch.zeros_like(one) for one in kinds()]
+    for mine, theirs in zip(kinds(), found, strict=True):
+        if rank == 0:
+            links.send(mine, 1).wait()
+        else:
+            links.receive(theirs, 0)
+    links.close()
+    return found
+
+
+def kinds() -> list[Tensor]:
+    numbers = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+    types = (torch.bool, torch.bfloat16, torch.float64, torch.int64, torch.complex64)
+    return [numbers, numbers.t(), numbers[:, ::2], numbers[0, 0], numbers[:0], *(numbers.to(one) for one in types)]
+
+
+def test_a_tensor_arrives_whatever_its_type_and_its_order_in_memory(tmp_path: Path) -> None:
+    found = run_members(exchanged, 2, str(tmp_path))[1]
+    for theirs, mine in zip(found, kinds(), strict=True):
+        assert torch.equal(theirs, mine), (mine.dtype, mine.stride())
