@@ -35,7 +35,7 @@ from elastickpt.elastic.enlisting import (
 )
 from elastickpt.elastic.event_log import EventLog, ended_event
 from elastickpt.elastic.limits import HELLO_S
-from elastickpt.elastic.messages import End, from_member
+from elastickpt.elastic.messages import Commit, End, from_member
 from elastickpt.elastic.stream import Closed, Stream, admitted, nonce
 from elastickpt.errors import CheckpointError
 from elastickpt.ranks.addresses import not_in_forks
@@ -43,6 +43,10 @@ from elastickpt.ranks.messages import encode
 from elastickpt.ranks.threads import WorkerThread
 
 log = logging.getLogger(__name__)
+
+READING_S = 0.001
+"""How long a coordinator that has told a commit hears nothing: what members say next would be heard on the processors on which
+they are to read it."""
 
 
 @dataclass(eq=False)
@@ -135,7 +139,8 @@ class Coordinator:
             while (outcome := self._conductor.outcome()) is None:
                 for key, _ in self._selector.select(wait_s):
                     key.data()
-                    self._carry_out()
+                    if self._carry_out():
+                        time.sleep(READING_S)
                 # Only now, when all was heard that has come: one that was held up itself has missed nobody's sign of life.
                 wait_s = self._conductor.tick(time.monotonic())
                 self._carry_out()
@@ -289,11 +294,15 @@ class Coordinator:
 
     # -- deeds
 
-    def _carry_out(self) -> None:
+    def _carry_out(self) -> bool:
+        """Whether members were told that a step counts: the processors are theirs then, to read that."""
+        told = False
         while self._conductor.deeds:
             deeds, self._conductor.deeds = self._conductor.deeds, []
             for deed in deeds:
                 self._do(deed)
+                told = told or (isinstance(deed, Send) and isinstance(deed.message, Commit))
+        return told
 
     def _do(self, deed: Deed) -> None:
         if isinstance(deed, Send):
