@@ -115,7 +115,7 @@ class PipelineTrainer:
         """The mean over batches of what `Report.loss` is, in the normal order, the same on all members, which all call it with
         the same batches. Changes nothing. Begun again after a loss. Where all roll back, what was to be evaluated is gone:
         within the loop this is not a number then, and the steps since are reported once more; behind it they are taken once
-        more, and evaluated then. Raises as `steps` does."""
+        more, and evaluated then. Not a number on a spare, for which the job is over by then. Raises as `steps` does."""
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")
@@ -137,6 +137,8 @@ class PipelineTrainer:
             else:
                 self._tasks.evaluating = False
                 return loss
+        if self._job.rank is None:
+            return float("nan")  # a spare, whose loop ended with the job
         raise RecoveryFailed("the job ended while it evaluated", code=75)
 
     def _at_boundary(self) -> JobTask | None:

@@ -26,7 +26,7 @@ class Rolled:
 
     def __init__(self, step: int, goes: list[int | None]) -> None:
         self.step, self.evaluating, self.computed = step, False, list[int]()
-        self.reports = Reports()
+        self.reports, self.generation = Reports(), 1
         self._goes, self._over = goes, False
         self.history: Any = None
 
@@ -95,14 +95,23 @@ def test_behind_the_loop_the_way_there_is_gone_once_more() -> None:
 
 
 def test_a_job_that_ends_while_it_evaluates() -> None:
+    trainer = trainer_with(Rolled(6, [None]))
+    trainer._job = type("J", (), {"rank": 3})()  # type: ignore[assignment]
     with pytest.raises(RecoveryFailed, match="ended while it evaluated"):
-        trainer_with(Rolled(6, [None])).evaluate([Corpus().batch(0)])
+        trainer.evaluate([Corpus().batch(0)])
+
+
+def test_a_spare_whose_loop_ended_with_the_job_evaluates_nothing() -> None:
+    """A script that evaluates behind its loop does so on members, and is no error on who was none. [REC-61]"""
+    trainer = trainer_with(Rolled(6, [None]))
+    trainer._job = type("J", (), {"rank": None})()  # type: ignore[assignment]
+    assert math.isnan(trainer.evaluate([Corpus().batch(0)]))
 
 
 def test_the_loop_is_at_a_report_while_the_user_has_it() -> None:
     tasks = Rolled(1, [])
     trainer = trainer_with(tasks)
-    trainer._job = type("J", (), {"epoch": 1, "generation": 1})()  # type: ignore[assignment]
+    trainer._job = type("J", (), {"epoch": 1})()  # type: ignore[assignment]
     tasks.reports.committed(Commit(1, 1, (1.0,), 0.5))
     for report in trainer.steps(1):
         assert (report.step, trainer._at_report) == (1, True)
