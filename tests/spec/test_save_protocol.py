@@ -19,6 +19,7 @@ from elastickpt.commit import destination, outcome
 from elastickpt.commit import draft as drafting
 from elastickpt.commit.outcome import STEPS, CommitState
 from elastickpt.errors import CheckpointError, CoverageGap, PathOccupied, ValueNotCarried
+from elastickpt.format.piece_columns import FragmentColumns, columns_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CHANGING, CallAt, Crash, CrashAt, FailAt, Fault, FaultyStore, Operation, RecordingStore
@@ -234,7 +235,12 @@ def test_a_value_that_cannot_be_carried_is_refused_before_a_byte_is_written(tmp_
 def test_a_gap_is_never_committed(tmp_path: Path, save_to: SaveTo, monkeypatch: pytest.MonkeyPatch) -> None:
     """[SAVE-50]"""
     whole = sharing.fragments_of
-    monkeypatch.setattr(sharing, "fragments_of", lambda *a, **k: (m := whole(*a, **k)) and replace(m, pieces=m.pieces[1:]))
+
+    def without_the_first(*given: Any, **options: Any) -> FragmentColumns:
+        found = whole(*given, **options)
+        return replace(found, pieces=columns_of(found.pieces.objects()[1:]))
+
+    monkeypatch.setattr(sharing, "fragments_of", without_the_first)
     with pytest.raises(CoverageGap):
         save_to(LocalStore(tmp_path), "new")
     assert list(tmp_path.iterdir()) == []
