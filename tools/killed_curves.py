@@ -114,7 +114,8 @@ def draw(found: Sequence[Curve], path: Path) -> None:
             axes.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=1.0, label=label)
             axes.plot([step for step, _ in one.trace], [smooth[step - 1] for step, _ in one.trace], "o", color=colour, ms=3)
         axes.set(xlabel="completed steps", yscale="log")
-        axes.legend(frameon=False)
+        if axes.lines:  # not yet, in a record of the first runs
+            axes.legend(frameon=False)
     figure.axes[0].set(ylabel="loss, nats per byte, mean of 20 steps")
     figure.savefig(path)
 
