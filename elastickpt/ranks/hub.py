@@ -77,6 +77,7 @@ class Hub(Star):
             self._drop(member)
         if self._door is not None:
             self._door.close()
+            self._door = None
 
     def _drop(self, member: int) -> None:
         self._unwatch(member)

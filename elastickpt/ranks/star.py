@@ -209,6 +209,7 @@ class Star(ABC):
             try:
                 with self._ending:
                     self._close_all()
+                    self.__dict__.pop("_store", None)  # its connection ends here, whoever still holds this end
                     self._let_go()
             finally:
                 self._using.release()

@@ -344,6 +344,30 @@ def test_a_wait_is_ended_by_another_thread(waiting: int, made: Callable[[int], l
         call(stars[waiting])
 
 
+class SharedStore(FakeStore):
+    """One member's connection to the values of all."""
+
+    def __init__(self, values: dict[str, bytes]) -> None:
+        self._values = values
+
+
+def test_an_ended_end_keeps_no_connection_to_the_store_though_somebody_holds_it() -> None:
+    values: dict[str, bytes] = {}
+    opened: list[weakref.ref[SharedStore]] = []
+
+    def connection() -> SharedStore:
+        found = SharedStore(values)
+        opened.append(weakref.ref(found))
+        return found
+
+    ends = [(Spoke if member else Hub)(connection, member, (0, 1), Acquaintances()) for member in range(2)]
+    assert all(isinstance(reply, bytes) for reply in everywhere(ends, call))
+    assert [one() is not None for one in opened] == [True, True]
+    for one in ends:
+        one.end("it is over")
+    assert [one() for one in opened] == [None, None]
+
+
 def test_the_end_of_a_team_ends_its_threads_and_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """[SAVE-114]"""
     gc.collect()  # teams of other tests
