@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent / "convert"))
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "save"))
 sys.path.insert(0, str(Path(__file__).parent / "elastic"))
 
 # What a property states holds however long a busy machine takes over an example.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 # Hundreds of processes import the package: what one has compiled is kept for the others, whatever the environment says.
