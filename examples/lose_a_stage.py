@@ -76,6 +76,22 @@ class Part(nn.Module):
         self.head = head if stage >= stages - copies else None
 
 
+def stage_of(part: Part, hidden: Tensor) -> ek.elastic.Stage:
+    """A part with what trains it; `hidden` is what a microbatch is between two stages, on meta."""
+    optimizer = torch.optim.AdamW(part.parameters(), lr=LR)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    return ek.elastic.Stage(
+        part,
+        optimizer,
+        body=part.body,
+        embed=part.embed,
+        head=part.head,
+        scheduler=scheduler,
+        loss=loss_of,
+        example=(hidden, hidden),
+    )
+
+
 def main() -> None:
     options = read_options()
     torch.set_num_threads(1)
@@ -84,19 +100,7 @@ def main() -> None:
     hidden = torch.empty(SEQUENCES // MICROBATCHES, config.context, config.dim, device="meta")
 
     def build(place: ek.elastic.Place) -> ek.elastic.Stage:
-        part = Part(config, stage=place.stage, stages=place.stages, copies=2 if swap else 1)
-        optimizer = torch.optim.AdamW(part.parameters(), lr=LR)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-        return ek.elastic.Stage(
-            part,
-            optimizer,
-            body=part.body,
-            embed=part.embed,
-            head=part.head,
-            scheduler=scheduler,
-            loss=loss_of,
-            example=(hidden, hidden),
-        )
+        return stage_of(Part(config, stage=place.stage, stages=place.stages, copies=2 if swap else 1), hidden)
 
     run = ek.Run(options.root, options=ek.RunOptions(due=ek.Every(steps=options.save_every))) if options.root else None
     with ek.elastic.join() as job:

@@ -126,8 +126,8 @@ def draw(found: Sequence[Curve], path: Path) -> None:
 def member(folder: Path, steps: int, swap: str, trace: Trace) -> None:
     """Trains one stage, and kills itself where the trace says so, once."""
     import torch
-    from llama import Config, loss_of
-    from lose_a_stage import LR, Corpus, Part
+    from llama import Config
+    from lose_a_stage import Corpus, Part, stage_of
 
     import elastickpt as ek
 
@@ -145,8 +145,6 @@ def member(folder: Path, steps: int, swap: str, trace: Trace) -> None:
 
     def build(place: ek.elastic.Place) -> ek.elastic.Stage:
         part = Part(config, stage=place.stage, stages=place.stages, copies=2 if swap else 1)
-        optimizer = torch.optim.AdamW(part.parameters(), lr=LR)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
 
         def struck(*_: object) -> None:
             if part.training and torch.is_grad_enabled() and (trainer.step, place.stage) in trace:
@@ -156,16 +154,7 @@ def member(folder: Path, steps: int, swap: str, trace: Trace) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         part.body.register_forward_pre_hook(struck)
-        return ek.elastic.Stage(
-            part,
-            optimizer,
-            body=part.body,
-            embed=part.embed,
-            head=part.head,
-            scheduler=scheduler,
-            loss=loss_of,
-            example=(hidden, hidden),
-        )
+        return stage_of(part, hidden)
 
     policy = ek.elastic.Policy(rungs=("partner", "checkfree")) if swap else ek.elastic.Policy()
     run = ek.Run(str(folder / "run"), options=ek.RunOptions(due=ek.Every(steps=EVERY)))

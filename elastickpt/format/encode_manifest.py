@@ -61,7 +61,8 @@ def encode_manifest_with(manifest: Manifest, values: Mapping[str, TypedValue]) -
     texts = ",".join(f"{dump(pointer)}:{one.text}" for pointer, one in require_pointers(values, where=where).items())
     data = seal_text(f'{record[:-1]},"values":{{{texts}}}}}', where="manifest")
     _require_size(data, where)
-    _ = [one.readable for one in values.values()]
+    for one in values.values():
+        one.require_readable()
     return data
 
 

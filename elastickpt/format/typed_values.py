@@ -18,6 +18,7 @@ class TypedValue:
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self._is_readable = False
 
     @classmethod
     def of(cls, value: Value, where: str) -> TypedValue:
@@ -61,11 +62,11 @@ class TypedValue:
         text = dump(typed)
         return text, typed_digest(typed, text)
 
-    @cached_property
-    def readable(self) -> bool:
-        """That a reader takes the text. Raises what it raises."""
-        decode_text(self.text, where=self.where)
-        return True
+    def require_readable(self) -> None:
+        """A reader takes the text, which is tried once. Raises what it raises."""
+        if not self._is_readable:
+            decode_text(self.text, where=self.where)
+            self._is_readable = True
 
 
 def typed_values(values: Mapping[str, Value]) -> dict[str, TypedValue]:

@@ -261,10 +261,11 @@ class Star(ABC):
         self._known.met(self._ranks[member], process)
 
     def _disconnected(self, member: int, where: str) -> RankFailure:
-        """What it means that the connection of a member ended without a word."""
+        """What it means that the connection of a member ended without a word. Waits for the end of a process that is about to
+        end, unless this end is ended from another thread meanwhile."""
         rank = self._ranks[member]
         since = time.monotonic()
-        while lives := self._known.lives_here(rank):
+        while (lives := self._known.lives_here(rank)) and self._why_ended is None:
             if time.monotonic() - since > (ENDING_S if self._known.ends_here(rank) else DYING_S):
                 break
             time.sleep(0.005)

@@ -81,9 +81,8 @@ TABLE: Mapping[tuple[SaveState, Event], Transition] = {
     (SaveState.OPEN, Event.REPORTED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE),
     (SaveState.WRITING, Event.HANDED_OVER): Transition(SaveState.WRITING),
     (SaveState.WRITING, Event.WRITTEN): Transition(SaveState.ATTESTED, TellOthers.NOBODY, Room.FREE),
-    (SaveState.WRITING, Event.FAILED): Transition(
-        SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE
-    ),  # its writer takes nothing more
+    # Its writer takes nothing more:
+    (SaveState.WRITING, Event.FAILED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.FREE),
     (SaveState.WRITING, Event.NOT_STAGED): Transition(SaveState.WITHDRAWN, TellOthers.WITHDRAW, Room.WHEN_READ),
     (SaveState.WRITING, Event.NOT_WRITTEN): Transition(SaveState.WITHDRAWN, TellOthers.ITS_WRITER, Room.FREE),
     (SaveState.WRITING, Event.REPORTED): Transition(SaveState.ENDED, TellOthers.NOBODY, Room.WHEN_READ),

@@ -94,11 +94,8 @@ class _Spans:
         with self._changing:
             known = self._known.get(key)
         if known is None:
-            known = (
-                pack.pieces,
-                slices,
-                tuple(map(_Span.of, _spans(_parts(pack, slices, most), most))),
-            )  # kept: no id is used again
+            spans = tuple(map(_Span.of, _spans(_parts(pack, slices, most), most)))
+            known = pack.pieces, slices, spans  # all are kept: no id is used again
         with self._changing:
             self._known[key] = known
             self._known.move_to_end(key)

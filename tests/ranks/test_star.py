@@ -510,6 +510,20 @@ def test_a_process_that_takes_long_to_end_is_gone_and_not_perhaps_gone(monkeypat
     assert not is_ending(ended)
 
 
+def test_who_waits_for_the_end_of_a_process_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be held in the kernel for as long as a file system takes."""
+    star = end_of(FakeStore(), 0, (0, 1))
+    looked = threading.Event()
+    monkeypatch.setattr(star._known, "lives_here", lambda rank: looked.set() is None)
+    monkeypatch.setattr(star._known, "ends_here", lambda rank: True)
+    monkeypatch.setattr(starred, "ENDING_S", 10_000.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(star._disconnected, 1, "a round")
+        assert looked.wait(BOUND_S)
+        star.end("it is over")
+        assert "may be gone" in waiting.result(timeout=BOUND_S).message
+
+
 @pytest.mark.parametrize("victim", [0, 1], ids=["hub", "member"])
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGKILL, RankLost), (signal.SIGSTOP, DeadlineExceeded)])
 def test_a_killed_or_stopped_process_is_noticed_by_the_survivor(
