@@ -33,6 +33,7 @@ from elastickpt.writer import child as child_module
 from elastickpt.writer import supervisor as supervisor_module
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.child import Child, WriterOptions
+from elastickpt.writer.messages import WriterMessage
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
 from elastickpt.writer.thread import ThreadWriter
@@ -458,8 +459,12 @@ def test_a_supervisor_that_fails_gives_no_arena_away_that_a_writer_reads(
     rank = Rank.of(big_state(1))
     arena = rank.arena()
 
-    def fail(self: Supervisor, message: object) -> None:
-        raise RuntimeError("a fault of ours")
+    heard = Supervisor._heard
+
+    def fail(self: Supervisor, message: WriterMessage) -> None:
+        if any(one.handed for one in self._pending.values()):  # before that no writer reads it
+            raise RuntimeError("a fault of ours")
+        heard(self, message)
 
     monkeypatch.setattr(Supervisor, "_heard", fail)
     submission, _ = submit(supervisor, rank, arena, tmp_path / "c")
