@@ -14,9 +14,9 @@ from elastickpt.cli.exitcodes import FAILED, INTERRUPTED
 from elastickpt.elastic.agent import WorkerProgram
 from elastickpt.elastic.environment import TOKEN
 from elastickpt.elastic.launcher import Here, Launch, join, launch
-from elastickpt.elastic.limits import Limits
+from elastickpt.elastic.limits import HEARTBEAT_S, Limits
 from elastickpt.elastic.stream import new_token
-from elastickpt.errors import CheckpointError, RecoveryFailed
+from elastickpt.errors import CheckpointError, RecoveryFailed, Refused
 
 _EXAMPLES = """\
 examples:
@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     log_dir = None if options.log_dir is None else Path(options.log_dir).absolute()
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"--log-dir {log_dir}: cannot be made: {error.strerror}") from error
     program = WorkerProgram((options.script, *options.args), log_dir)
     host = options.host or socket.gethostname()
     token = os.environ.get(TOKEN) or new_token()
@@ -79,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _limits(options: argparse.Namespace) -> Limits:
-    return Limits(options.heartbeat, options.spare_wait)
+    return Limits(HEARTBEAT_S if options.heartbeat is None else options.heartbeat, options.spare_wait)
 
 
 def _print_limits(limits: Limits) -> None:
@@ -102,14 +105,13 @@ def _require_consistent(parser: argparse.ArgumentParser, options: argparse.Names
             "--spares": options.spares,
             "--coordinator": options.coordinator,
             "--max-replacements": options.max_replacements,
+            "--heartbeat": options.heartbeat,
             "--spare-wait": options.spare_wait,
             "--events": options.events,
         }
         for flag, value in given.items():
             if value not in (None, ""):
                 parser.error(f"--join and {flag} contradict each other: the coordinator has said that already")
-        if options.heartbeat != Limits().heartbeat_s:
-            parser.error("--join and --heartbeat contradict each other: the coordinator has said that already")
     elif options.stages is None:
         parser.error("the following arguments are required: --stages (or --join)")
     if options.workers is not None and not (options.join or options.coordinator):
@@ -136,9 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="M",
         help="how many processes are started anew over the job, to keep the spares filled or in a lost place (0)",
     )
-    found.add_argument(
-        "--heartbeat", type=_seconds, default=Limits().heartbeat_s, metavar="S", help="silence after which a worker is lost (5)"
-    )
+    found.add_argument("--heartbeat", type=_seconds, metavar="S", help="silence after which a worker is lost (5)")
     found.add_argument("--spare-wait", type=_seconds, metavar="S", help="how long an empty place waits (Policy.spare_wait_s)")
     found.add_argument("--events", metavar="FILE", help="append what happens, as JSON lines")
     found.add_argument("--log-dir", metavar="DIR", help="the output of each worker, in files of their own")

@@ -10,14 +10,19 @@ from pathlib import Path
 
 from elastickpt.elastic.messages import End, Join
 from elastickpt.elastic.recovery import Lost, Recovery
+from elastickpt.errors import Refused
 
 
 class EventLog:
-    """Appends to a file; nowhere without one. A line is written whole, by one call of the kernel."""
+    """Appends to a file; nowhere without one. A line is written whole, by one call of the kernel. Raises Refused where
+    the file cannot be written."""
 
     def __init__(self, path: Path | None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._file = None if path is None else os.open(path, flags, 0o644)
+        try:
+            self._file = None if path is None else os.open(path, flags, 0o644)
+        except OSError as error:
+            raise Refused(f"--events {path}: cannot be written: {error.strerror}") from error
 
     def write(self, event: dict[str, object]) -> None:
         if self._file is not None:

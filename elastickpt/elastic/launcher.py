@@ -58,14 +58,14 @@ class Launch:
 
 def launch(job: Launch, ladder_of: LadderOf) -> End:
     """Runs a job; why it ended. Blocking. SIGTERM ends it after the next step, SIGINT now. Raises Refused where it cannot
-    listen."""
+    listen, and for events that cannot be written."""
+    events = EventLog(job.events)
     near, endpoint = listen(host=None)
     listeners = (near,) if not job.at else (near, _listen_at(job.at))
     here = job.here
     agent = Agent(here.program, Told(endpoint, job.token, "", here.host, here.zone, torchrun=False))
     replacing = Replacing(here.workers, job.replacements)
     conductor = Conductor(job.stages, job.limits, replacing, clock_offset=time.time() - time.monotonic())
-    events = EventLog(job.events)
     coordinator = Coordinator(conductor, agent, Listening(listeners, job.token), ladder_of, events)
     with _signals_to(coordinator.signalled):
         coordinator.start_workers(here.workers)

@@ -58,10 +58,12 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class Ticks(msgspec.Struct, frozen=True):
-    """Where a scheduler stands: its state and the options of the optimizer's groups, as far as they are plain."""
+    """Where a scheduler stands: its state and the options of the optimizer's groups, as far as they are plain. `built`: what
+    both were when the stage was built."""
 
     scheduler: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
+    built: bytes = b""
 
 
 class Mending:
@@ -221,15 +223,20 @@ class Mending:
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         if not all(_is_plain(one) for one in (state, options)):
             return b""
-        return encode(Ticks(state, options))
+        return encode(Ticks(state, options, self._built()))
+
+    def _built(self) -> bytes:
+        """The same on stages whose schedulers begin alike; b"" where that cannot be told."""
+        built = (self._scheduler, self._options)
+        return encode(built) if all(map(_is_plain, built)) else b""
 
     def _keep_time(self, step: int, told: bytes) -> None:
-        """The scheduler stands where those of other stages do: by what one of them says, else by as many steps of its own."""
+        """The scheduler stands where those of other stages do: by what one says that began alike, else by as many steps of its
+        own."""
         scheduler, optimizer = self._stage.scheduler, self._stage.optimizer
         if told:
             ticks = decode(told, Ticks)
-            mine = {} if scheduler is None else scheduler.state_dict()
-            if _same_shape(ticks.scheduler, mine) and [set(one) for one in ticks.groups] == [set(one) for one in self._options]:
+            if ticks.built == self._built() != b"":
                 for group, options in zip(optimizer.param_groups, ticks.groups, strict=True):
                     group.update({key: _as_type(value, group[key]) for key, value in options.items()})
                 if scheduler is not None:
@@ -335,14 +342,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return type(value) in _SCALARS
-
-
-def _same_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether these are states of two schedulers of one kind: the same entries, lists of the same lengths."""
-    return one.keys() == other.keys() and all(
-        not isinstance(value, list | tuple) or (isinstance(other[key], list | tuple) and len(other[key]) == len(value))
-        for key, value in one.items()
-    )
 
 
 def _as_type(value: object, like: object) -> object:

@@ -50,11 +50,10 @@ class PipelineTrainer:
         clip: float | None = None,
         clip_scope: NormScope = "stage",
         run: Run | None = None,
-        policy: Policy | None = None,
+        policy: Policy = Policy(),  # noqa: B008
         seed: int = 0,
         on_rebuilt: Callable[[PipelineTrainer, Recovery], object] | None = None,
     ) -> None:
-        policy = policy or Policy()
         _require("schedule", schedule, get_args(Schedule))
         _require("swap", swap, (None, *get_args(Swap)))
         _require("clip_scope", clip_scope, get_args(NormScope))

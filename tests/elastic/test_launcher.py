@@ -341,7 +341,7 @@ def free_port() -> int:
     [
         (["--join", "a:1", "--stages", "2", "x"], ["--join", "--stages"]),
         (["--join", "a:1", "--coordinator", "b:1", "x"], ["--join", "--coordinator"]),
-        (["--join", "a:1", "--heartbeat", "2", "x"], ["--join", "--heartbeat"]),
+        (["--join", "a:1", "--heartbeat", "5", "x"], ["--join", "--heartbeat"]),
         (["--stages", "2", "--workers", "2", "x"], ["--workers", "--coordinator"]),
         (["--stages", "2", "--coordinator", "a:1", "--workers", "2", "--spares", "1", "x"], ["--workers", "--spares"]),
         (["--stages", "0", "x"], ["--stages"]),
@@ -363,6 +363,14 @@ def test_bad_usage(
     assert main(arguments) == 2
     stderr = capsys.readouterr().err
     assert [name for name in named if name not in stderr.splitlines()[-1]] == []
+
+
+@pytest.mark.parametrize("flag", ["--events", "--log-dir"])
+def test_where_nothing_can_be_written_no_job_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    """[CLI-90]"""
+    (tmp_path / "x").touch()
+    assert main(["--stages", "2", flag, f"{tmp_path}/x/y", f"{tmp_path}/x"]) == 1
+    assert f"{flag} {tmp_path}/x/y: cannot be" in capsys.readouterr().err
 
 
 def test_limits_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,22 @@ def test_infinite_moments_make_no_source() -> None:
         assert all(bool(torch.isfinite(one).all()) for one in given) is finite
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(0.01, 0.5), (0.02, 0.02 * 0.9**3)])
+def test_a_schedule_is_where_the_others_are_by_its_own_rate(rate: float, expected: float) -> None:
+    """A stage that began as another one did has what that one has now, whoever changed it; else its own schedule has gone on
+    by itself. [REC-58]"""
+    stages = [build(Place(number, 3), PASSING) for number in (0, 1)]
+    for stage, base in zip(stages, (0.01, rate), strict=True):
+        stage.optimizer.param_groups[0].pop("initial_lr")
+        stage.optimizer.param_groups[0]["lr"] = base
+        stage.scheduler = torch.optim.lr_scheduler.MultiplicativeLR(stage.optimizer, lambda _: 0.9)
+    other, mine = (Mending(stage, Policy(), swap=None) for stage in stages)
+    stages[0].optimizer.param_groups[0]["lr"] = 0.5
+    mine._keep_time(3, other._ticks())
+    assert stages[1].optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    assert stages[1].scheduler.last_epoch == (0 if rate == 0.01 else 3)
+
+
 # -- checkpoints of a plain job
 
 
