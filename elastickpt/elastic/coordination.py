@@ -266,7 +266,9 @@ def _raised(turn: _Turn, uid: str, message: Raised) -> None:
     again = (uid, message.step) in job.raised
     turn.set(raised=job.raised | {(uid, message.step)})
     stage = job.places.index(uid)
-    if again:
+    if message.final:
+        _end(turn, End(1, "step-failed", f"step {message.step}: stage {stage}: {message.final}"))
+    elif again:
         why = f"step {message.step}: the code of stage {stage} raised again after the step was replayed"
         _end(turn, End(1, "step-failed", why, culprit=uid))
     elif message.generation == job.generation:

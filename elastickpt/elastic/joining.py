@@ -201,6 +201,11 @@ class Job:
         """Why the job is over; None while it is not."""
         return self._end
 
+    @property
+    def is_blamed(self) -> bool:
+        """Whether the job is over because of what this process did."""
+        return self._end is not None and self._end.culprit == self._uid
+
     def require_good_end(self) -> None:
         """If the job is over, and that was not done or asked for: raises RecoveryFailed; Superseded, where another job has the
         run."""
@@ -223,7 +228,7 @@ class Job:
                 text = "".join(traceback.format_exception(error))
                 self._say(Quit(error.kind if isinstance(error, CheckpointError) else "", text))
                 environment.say_is_told(error)
-            elif self._end.culprit == self._uid or isinstance(error, RecoveryFailed | Superseded):
+            elif self.is_blamed or isinstance(error, RecoveryFailed | Superseded):
                 environment.say_is_told(error)
         finally:
             self.close()

@@ -150,9 +150,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Erred:
-    """The user's code raised while computing."""
+    """The user's code raised while computing. `final` as in `Raised`."""
 
     traceback: str = ""
+    final: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +315,7 @@ def _failed(turn: _Turn, event: Failed) -> None:
 
 def _erred(turn: _Turn, event: Erred) -> None:
     turn.set(duty=Duty.BROKEN)
-    turn.said.append(Raised(turn.member.generation, (turn.member.step or 0) + 1, event.traceback))
+    turn.said.append(Raised(turn.member.generation, (turn.member.step or 0) + 1, event.traceback, event.final))
 
 
 def _loop_ended(turn: _Turn, _: LoopEnded) -> None:

@@ -104,11 +104,12 @@ class Broke(Message, frozen=True, tag=True):
 
 
 class Raised(Message, frozen=True, tag=True):
-    """`step` as in Ready. `traceback` is text."""
+    """`step` as in Ready. `traceback` is text. `final`: why a replay would fare no better, "" where it may."""
 
     generation: int
     step: int
     traceback: str
+    final: str = ""
 
 
 class Left(Message, frozen=True, tag=True):

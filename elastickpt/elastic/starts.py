@@ -9,14 +9,14 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from elastickpt.errors import RecoveryFailed, Refused
+from elastickpt.errors import Refused
 
 Batch = tuple[Tensor, Tensor]
 
@@ -25,6 +25,10 @@ class Loader(Protocol):
     def batch(self, step: int) -> Batch:
         """Inputs and targets of the whole batch after `step` completed steps; the same on every place that asks."""
         ...
+
+
+class BatchChanged(Exception):
+    """A batch has another form than the first one had, as the message says: it would have it again in a replay."""
 
 
 class Batches:
@@ -47,31 +51,35 @@ class Batches:
     def of(self, step: int) -> Batch:
         """The batch after `step` completed steps.
 
-        Raises Refused for one that is not two tensors, or whose rows the microbatches do not divide; RecoveryFailed
-        (step-failed) for shapes or types other than the first one's; and what the loader raises.
+        Raises Refused for a first one that is not two tensors, or whose rows the microbatches do not divide; BatchChanged for
+        shapes or types other than the first one's; and what the loader raises.
         """
         what = f"batch({step})"
-        inputs, targets = require_two(self._batch(step), what=what)
-        form = " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in (inputs, targets))
+        batch = self._batch(step)
+        form = _form_of(batch)
         if self._form and form != self._form:
-            message = f"step-failed: step {step + 1}: {what} is {form}, expected {self._form} as the first batch was"
-            raise RecoveryFailed(message, reason="step-failed")
-        batch = require_batch((inputs, targets), self._microbatches, what=what)
+            raise BatchChanged(f"{what} is {form}, expected {self._form} as the first batch was")
+        batch = require_batch(batch, self._microbatches, what=what)
         self._form = form
         return batch
 
 
-def require_two(found: object, *, what: str) -> Batch:
-    """Raises Refused for what is not two tensors."""
-    if not isinstance(found, Sequence) or len(found) != 2 or not all(isinstance(one, Tensor) for one in found):
-        raise Refused(f"{what}: a {type(found).__name__}, expected two tensors, inputs and targets")
-    inputs, targets = found
-    return inputs, targets
+def _form_of(batch: object) -> str:
+    """In words: types and shapes of two tensors, or what it is instead."""
+    if not _is_two(batch):
+        return f"a {type(batch).__name__}"
+    return " and ".join(f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in batch)
+
+
+def _is_two(found: object) -> TypeGuard[Batch]:
+    return isinstance(found, Sequence) and len(found) == 2 and all(isinstance(one, Tensor) for one in found)
 
 
 def require_batch(found: object, microbatches: int, *, what: str) -> Batch:
     """Two tensors whose rows the microbatches divide. Raises Refused."""
-    inputs, targets = require_two(found, what=what)
+    if not _is_two(found):
+        raise Refused(f"{what}: a {type(found).__name__}, expected two tensors, inputs and targets")
+    inputs, targets = found
     for name, one in (("inputs", inputs), ("targets", targets)):
         if one.dim() == 0 or one.shape[0] == 0 or one.shape[0] % microbatches:
             rows = one.shape[0] if one.dim() else 0

@@ -41,7 +41,7 @@ from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Reports, by_stage
 from elastickpt.elastic.saves import Saves
 from elastickpt.elastic.stages import Place, Stage
-from elastickpt.elastic.starts import Batches, KeptBuffers, digest_of, seed_streams
+from elastickpt.elastic.starts import BatchChanged, Batches, KeptBuffers, digest_of, seed_streams
 from elastickpt.elastic.view_links import ViewLinks
 from elastickpt.elastic.view_passage import ViewPassage, require_equal_replicas, stand_together
 from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
@@ -155,7 +155,8 @@ class Tasks:
             self._job.done(task, Failed(str(error)))
         else:
             self._raised = error.error
-            self._job.done(task, Erred("".join(traceback.format_exception(error.error))))
+            final = str(error.error) if isinstance(error.error, BatchChanged) else ""
+            self._job.done(task, Erred("".join(traceback.format_exception(error.error)), final))
 
     def part(self) -> None:
         """This member takes no part in the steps to come: whoever waits for it hears so at once."""
@@ -275,7 +276,7 @@ class Tasks:
         self.over = True
         self._unlink()
         self.saves.close()
-        if act.end.reason == "step-failed" and self._raised is not None:
+        if self._raised is not None and self._job.is_blamed:
             raise self._raised
         self._job.require_good_end()
 

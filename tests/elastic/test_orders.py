@@ -161,6 +161,16 @@ def test_places_have_different_batches() -> None:
     assert "stage 0 has 0f, stage 1 has f0" in end.message  # type: ignore[union-attr]
 
 
+def test_what_a_replay_cannot_mend_ends_the_job_at_once() -> None:
+    """[REC-57]"""
+    job = begun(JobState(2, epoch=1), "a", "b")
+    replayed, _ = coordination.after(job, ("b", _S.Raised(job.generation, 1, "Traceback")))
+    assert replayed.phase is JobPhase.FORMING
+    ended, orders = coordination.after(job, ("b", _S.Raised(job.generation, 1, "Traceback", "another form")))
+    expected = _S.End(1, "step-failed", "step 1: stage 1: another form")
+    assert (ended.end, [one.message for one in orders]) == (expected, [expected, expected])  # type: ignore[union-attr]
+
+
 def test_a_step_that_is_lost_too_often_ends_the_job() -> None:
     job = begun(JobState(2, epoch=1, max_losses_of_step=2), "a", "b", "c", "d")
     job, _ = coordination.after(job, Gone("a", "exit", 9))
