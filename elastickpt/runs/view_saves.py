@@ -50,9 +50,11 @@ class Claims:
 
 class ViewSaves:
     """One member's saves into `run`, which was made before there was a group, and which nobody restores. For the thread that
-    trains, but for `interrupt` and `leave`."""
+    trains, but for `interrupt` and `leave`. Raises Refused for a run that has a state of its own."""
 
     def __init__(self, run: Run) -> None:
+        if run._state is not None:
+            raise Refused(f"{run.root}: a Run with a state, expected one without: what is saved is that of the stages")
         self._run, self._store, self._options = run, run._store, run._options
         self._epoch = 0
         self._group: Group | None = None

@@ -15,6 +15,7 @@ from elastickpt.elastic.messages import Terms
 from elastickpt.errors import Refused, RunBusy
 from elastickpt.ledger.history import read_told
 from elastickpt.ledger.objects import complete
+from elastickpt.runs.view_saves import ViewSaves
 from elastickpt.storage.local import LocalStore
 
 
@@ -51,6 +52,11 @@ def test_a_run_without_a_state_hears_no_signals(tmp_path: Path) -> None:
     before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)}
     with ek.Run(tmp_path / "run"):
         assert {one: signal.getsignal(one) for one in before} == before
+
+
+def test_a_run_with_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
+    with ek.Run(tmp_path / "run", {"one": 1}) as run, pytest.raises(Refused, match="a Run with a state"):
+        ViewSaves(run)
 
 
 @pytest.mark.parametrize(("variable", "said"), [("TORCHELASTIC_RUN_ID", "torchrun"), ("HOME", "no coordinator")])
