@@ -174,6 +174,7 @@ class JobState:
     finite: frozenset[int] = frozenset()
     formed: frozenset[str] = frozenset()
     evaluating: bool = False
+    evaluated: tuple[float, ...] = ()
     rebuilt: frozenset[str] = frozenset()
     ready: tuple[tuple[str, Ready], ...] = ()
     stepped: frozenset[str] = frozenset()

@@ -110,10 +110,11 @@ Act = Form | Mend | Compute | TakeStep | Stop
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Form is done. `finite` as in `Formed`; `evaluating`: an evaluation was interrupted."""
+    """Form is done. All as in `Formed`."""
 
     finite: bool = True
     evaluating: bool = False
+    evaluated: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,7 @@ def _view_waits(turn: _Turn, view: View) -> None:
 
 def _made(turn: _Turn, event: Made) -> None:
     turn.set(duty=Duty.STANDING)
-    turn.said.append(Formed(turn.member.generation, event.finite, event.evaluating))
+    turn.said.append(Formed(turn.member.generation, event.finite, event.evaluating, event.evaluated))
 
 
 def _rebuild(turn: _Turn, message: Rebuild) -> None:

@@ -59,11 +59,13 @@ class Terms(Message, frozen=True, tag=True):
 
 
 class Formed(Message, frozen=True, tag=True):
-    """`finite`: no tensor of its stage has an infinity or a NaN. `evaluating`: the view came while it evaluated."""
+    """`finite`: no tensor of its stage has an infinity or a NaN. `evaluating`: the view came while it evaluated;
+    `evaluated`: what its evaluations after this step came to, in their order."""
 
     generation: int
     finite: bool
     evaluating: bool = False
+    evaluated: tuple[float, ...] = ()
 
 
 class Rebuilt(Message, frozen=True, tag=True):
@@ -211,14 +213,15 @@ class Commit(Message, frozen=True, tag=True):
 
 class Go(Message, frozen=True, tag=True):
     """`step` is where every member stands; `last` the newest commit of the job, None before the first and after a rollback.
-    `evaluating`: the view came while members evaluated, which begins again. `ending` as in Commit. `recovered`: what was
-    mended, None at the start."""
+    `evaluating`: the view came while members evaluated, which begins again; `evaluated`: what evaluations after this step came
+    to, as far as any member knows. `ending` as in Commit. `recovered`: what was mended, None at the start."""
 
     generation: int
     step: int
     last: Commit | None
     evaluating: bool = False
     ending: bool = False
+    evaluated: tuple[float, ...] = ()
     recovered: Recovery | None = None
 
 

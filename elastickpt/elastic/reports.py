@@ -1,4 +1,5 @@
-"""What a trainer has still to report: one report per committed step, on every member that stood through it."""
+"""What a trainer has still to tell its loop: one report per committed step, on every member that stood through it; and what
+evaluations came to that others had without it."""
 
 from __future__ import annotations
 
@@ -63,6 +64,32 @@ class Reports:
         self._told, self._commit = commit.step, None
         loss = float("nan") if commit.loss is None else commit.loss
         return Report(commit.step, loss, by_stage(commit), epoch, generation, recovered, self._saved, self._seconds)
+
+
+class Evaluations:
+    """Of the loop of one member, after one step. `values`: of all that it, or another member, has had there, in their order."""
+
+    def __init__(self) -> None:
+        self._step, self._had = 0, 0
+        self.values: tuple[float, ...] = ()
+
+    def stand(self, step: int, told: tuple[float, ...] = ()) -> None:
+        """The member stands after this step; others have had these."""
+        if step != self._step:
+            self._step, self._had, self.values = step, 0, ()
+        self.values = max(self.values, told, key=len)
+
+    def known(self) -> float | None:
+        """What the next one of the loop came to, if others have had it without this member; it has had it then."""
+        if self._had == len(self.values):
+            return None
+        self._had += 1
+        return self.values[self._had - 1]
+
+    def had(self, value: float) -> None:
+        """All members have evaluated, with this result."""
+        self.values += (value,)
+        self._had += 1
 
 
 def by_stage(commit: Commit) -> dict[int, float]:

@@ -38,7 +38,7 @@ from elastickpt.elastic.membership import (
 from elastickpt.elastic.mending import HEAR_LIMIT_S, Mending, Rebuilding
 from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, flushes_of, raised_by_user, sees_batches
 from elastickpt.elastic.policy import Policy
-from elastickpt.elastic.reports import Reports, by_stage
+from elastickpt.elastic.reports import Evaluations, Reports, by_stage
 from elastickpt.elastic.saves import Saves
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.starts import BatchChanged, Batches, KeptBuffers, digest_of, seed_streams
@@ -84,7 +84,7 @@ class Tasks:
 
     def __init__(self, job: Job, training: Training, saves: Saves) -> None:
         self._job, self._training, self.saves = job, training, saves
-        self.history, self.reports = History(training.seed), Reports()
+        self.history, self.reports, self.evaluations = History(training.seed), Reports(), Evaluations()
         self.step, self.evaluating, self.over = 0, False, False
         self.pending = Rebuilding()
         self._held: _Held | None = None
@@ -103,8 +103,9 @@ class Tasks:
                 self._task = self._job.next_task()
             task = self._task
             if isinstance(task.act, Compute):
-                if task.act.go is not None:
-                    self.step = task.act.go.step
+                if (go := task.act.go) is not None:
+                    self.step = go.step
+                    self.evaluations.stand(go.step, go.evaluated)
                 return task
             self._task = None
             try:
@@ -208,7 +209,7 @@ class Tasks:
         )
         self.saves.stand(f"{act.view.epoch}-{act.view.generation}")
         finite = stage not in act.view.lost and _are_finite(held.mending.given())
-        self._job.done(task, Made(finite, self.evaluating))
+        self._job.done(task, Made(finite, self.evaluating, self.evaluations.values))
 
     def _built(self, stages: int) -> _Held:
         number = self._job.rank
@@ -266,6 +267,7 @@ class Tasks:
             stage.scheduler.step()
         self._zero(held)
         held.kept, self._raised, self.step = None, None, act.step
+        self.evaluations.stand(act.step)
         self.reports.took(decided - self._watch.began_at)
         if act.commit is not None:
             self.history.norms = by_stage(act.commit)

@@ -69,6 +69,8 @@ class PipelineTrainer:
         self._tasks = Tasks(job, training, saves)
         self._arrived: JobTask | None = None  # of which what it says has been taken in
         self._at_report = False  # the user's loop is at a report
+        self._is_late = False  # this process took a place when others had taken steps without it
+        self._is_past = False  # and its loop is where theirs were before the step after which all stand
         job.declare(_terms(policy, passing, saves.claims))
         job.on_interrupt(self._tasks.interrupt)
         job.on_leaving(self._leave)
@@ -90,12 +92,15 @@ class PipelineTrainer:
 
     def steps(self, until: int) -> Iterator[Report]:
         """Trains until `until` steps are completed in all; yields one report per committed step. A spare blocks in here until
-        it gets a place, or the job ends.
+        it gets a place, or the job ends. Where the others are beyond `until` when a place is taken, the iterator ends at once.
 
         Raises RecoveryFailed with its reason where the job cannot go on, Refused before the first step, and what the user's
         own code raised where a step cannot do without it.
         """
         while (task := self._at_boundary()) is not None:
+            self._is_past = self._is_late and self._tasks.step > until
+            if self._is_past:
+                return
             report = self._tasks.reports.next(self._job.epoch, task.generation)
             if report is not None:
                 self._at_report = True
@@ -114,28 +119,36 @@ class PipelineTrainer:
         """The mean over batches of what `Report.loss` is, in the normal order, the same on all members, which all call it with
         the same batches. Changes nothing. Begun again after a loss. Where all roll back, what was to be evaluated is gone:
         within the loop this is not a number then, and the steps since are reported once more; behind it they are taken once
-        more, and evaluated then. Not a number on a spare, for which the job is over by then. Raises as `steps` does."""
+        more, and evaluated then. On a member that took a place since, what it was for the others; not a number, where that was
+        after an earlier step, and on a spare, for which the job is over by then. Raises as `steps` does."""
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")
-        self._tasks.evaluating, of = True, self._tasks.step
+        tasks = self._tasks
+        if self._is_past:
+            log.warning("what was evaluated after an earlier step, before this place was taken, is not evaluated again")
+            return float("nan")
+        tasks.evaluating, of = True, tasks.step
         while (task := self._at_boundary()) is not None:
-            self._tasks.evaluating = self._tasks.step >= of
-            if not self._tasks.evaluating:  # who took a lost place is on its way back there, and evaluates nothing here
+            tasks.evaluating = tasks.step >= of
+            if not tasks.evaluating:  # who took a lost place is on its way back there, and evaluates nothing here
                 if self._at_report:
-                    log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, self._tasks.step)
+                    log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, tasks.step)
                     return float("nan")
                 self._go_back(task)
                 continue
-            held, standing = self._tasks.require_standing()
-            try:
-                with untouched(held.stage.module):
-                    loss = standing.passage.evaluate(given)
-            except (LinkBroken, OwnCodeRaised) as error:
-                self._tasks.give_up(task, error)
-            else:
-                self._tasks.evaluating = False
-                return loss
+            loss = tasks.evaluations.known()
+            if loss is None:
+                held, standing = tasks.require_standing()
+                try:
+                    with untouched(held.stage.module):
+                        loss = standing.passage.evaluate(given)
+                except (LinkBroken, OwnCodeRaised) as error:
+                    tasks.give_up(task, error)
+                    continue
+                tasks.evaluations.had(loss)
+            tasks.evaluating = False
+            return loss
         if self._job.rank is None:
             return float("nan")  # a spare, whose loop ended with the job
         raise RecoveryFailed("the job ended while it evaluated", code=75)
@@ -151,6 +164,7 @@ class PipelineTrainer:
     def _arrive(self, act: Compute) -> None:
         tasks, go = self._tasks, act.go
         if go is not None:
+            self._is_late = self._is_late or (tasks.reports.new and go.recovered is not None and go.last is not None)
             tasks.reports.arrived(go)
             if go.last is not None:
                 tasks.history.norms = by_stage(go.last)

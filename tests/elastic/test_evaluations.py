@@ -11,7 +11,7 @@ from elastickpt.elastic.links import LinkBroken
 from elastickpt.elastic.membership import Compute
 from elastickpt.elastic.messages import Commit
 from elastickpt.elastic.passage import Passing
-from elastickpt.elastic.reports import Reports
+from elastickpt.elastic.reports import Evaluations, Reports
 from elastickpt.elastic.stages import Place
 from elastickpt.elastic.trainer import PipelineTrainer
 from elastickpt.errors import RecoveryFailed
@@ -26,7 +26,7 @@ class Rolled:
 
     def __init__(self, step: int, goes: list[int | None]) -> None:
         self.step, self.evaluating, self.computed = step, False, list[int]()
-        self.reports, self.generation = Reports(), 1
+        self.reports, self.evaluations, self.generation = Reports(), Evaluations(), 1
         self._goes, self._over = goes, False
         self.history: Any = None
 
@@ -70,6 +70,7 @@ def trainer_with(tasks: Rolled) -> PipelineTrainer:
     tasks._stage = build(Place(0, 1), Passing(12))
     found = object.__new__(PipelineTrainer)
     found._passing, found._tasks, found._at_report = Passing(12), tasks, False  # type: ignore[assignment]
+    found._is_late = found._is_past = False
     found._at_boundary = tasks.standing  # type: ignore[method-assign]
     return found
 
@@ -116,3 +117,28 @@ def test_the_loop_is_at_a_report_while_the_user_has_it() -> None:
     for report in trainer.steps(1):
         assert (report.step, trainer._at_report) == (1, True)
     assert trainer._at_report is False
+
+
+def test_what_others_have_had_is_not_evaluated_again() -> None:
+    """By a member that was interrupted when some had the result already, and by one that took a place since; the next one is
+    evaluated by all. [REC-61]"""
+    tasks = Rolled(6, [6])
+    tasks.evaluations.stand(6, (1.5, 2.0))
+    trainer = trainer_with(tasks)
+    assert [trainer.evaluate([Corpus().batch(0)]) for _ in range(3)] == [1.5, 2.0, LOSS]
+    assert tasks.evaluations.values == (1.5, 2.0, LOSS)
+    tasks.evaluations.stand(7)
+    assert (tasks.evaluations.known(), tasks.evaluations.values) == (None, ())
+
+
+def test_a_loop_that_others_have_left_behind_is_passed_by() -> None:
+    """Who took a place goes through the whole script: what belongs to earlier steps is over. [REC-61]"""
+    tasks = Rolled(7, [])
+    trainer = trainer_with(tasks)
+    trainer._is_late = True
+    tasks.reports.committed(Commit(1, 7, (1.0,), 0.5))
+    assert list(trainer.steps(5)) == []
+    assert math.isnan(trainer.evaluate([Corpus().batch(0)]))
+    trainer._job = type("J", (), {"epoch": 1})()  # type: ignore[assignment]
+    assert [report.step for report in trainer.steps(7)] == [7]
+    assert trainer.evaluate([Corpus().batch(0)]) == LOSS

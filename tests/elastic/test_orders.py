@@ -171,6 +171,21 @@ def test_what_a_replay_cannot_mend_ends_the_job_at_once() -> None:
     assert (ended.end, [one.message for one in orders]) == (expected, [expected, expected])  # type: ignore[union-attr]
 
 
+def test_all_hear_of_evaluations_that_some_have_had() -> None:
+    """After the step where all stand, and not after a rollback. [REC-61]"""
+    job = begun(JobState(2, epoch=1), "a", "b", "c")
+    job, _ = coordination.after(job, Gone("b", "exit", 9))
+    job, _ = coordination.after(job, ("a", _S.Formed(job.generation, True, evaluated=(0.5, 0.25))))
+    formed, _ = coordination.after(job, ("c", _S.Formed(job.generation, True)))
+    for rung, step, evaluated in (("stale", 0, (0.5, 0.25)), ("rollback", 0, ())):
+        source = _S.StageSource(1, rung, path="x", step=step)  # type: ignore[arg-type]
+        stands, _ = coordination.after(formed, Chosen(formed.generation, (source,)))
+        for uid in "ac":
+            stands, orders = coordination.after(stands, (uid, _S.Rebuilt(formed.generation)))
+        (go,) = {one.message for one in orders if isinstance(getattr(one, "message", None), _S.Go)}  # type: ignore[union-attr]
+        assert go.evaluated == evaluated
+
+
 def test_a_step_that_is_lost_too_often_ends_the_job() -> None:
     job = begun(JobState(2, epoch=1, max_losses_of_step=2), "a", "b", "c", "d")
     job, _ = coordination.after(job, Gone("a", "exit", 9))
