@@ -80,7 +80,8 @@ class Policy:
 class Report:
     """One committed step. `step`: completed steps, this one included. `loss`: the mean over microbatches, equal on all members;
     `norms`: of each stage's body gradient. `recovered` since the report before; `saved`: the save of this step, where one was
-    due. `seconds` from this member's first microbatch until it read the decision."""
+    due; one that a loss cut off ends with an error, though the step may be saved once more. `seconds` from this member's first
+    microbatch until it read the decision."""
 
     step: int
     loss: float
