@@ -149,7 +149,7 @@ class Conductor:
             self._event(Over(End(1, "step-failed", why)), now)
         else:
             self._replacing.ended_unjoined()
-            self._replace()
+            self._replace(now)
 
     def _gone(self, worker: Worker, signal: int | None, now: float, *, otherwise: Why) -> None:
         """Nothing of it is at work any more. [REC-31]"""
@@ -161,12 +161,15 @@ class Conductor:
                 self._recoveries.timeline.lost(worker.uid, worker.pid, alive_at=worker.heard_at, now=now)
         trace = "" if worker.quit is None else worker.quit.traceback
         self._event(Gone(worker.uid, why, signal, trace), now)
-        self._replace()
+        self._replace(now)
 
-    def _replace(self) -> None:
-        """Not while members form and rebuild: what a new process takes to start is theirs then."""
+    def _replace(self, now: float) -> None:
+        """Not while members form and rebuild: what a new process takes to start is theirs then. Nobody waits in a job of which
+        no process is left, or to come. [REC-34, REC-35]"""
         if self.job.phase in (JobPhase.GATHERING, JobPhase.WORKING) and (count := self._replacing.order(len(self._workers))):
             self.deeds.append(Replace(count))
+        elif self.job.phase is JobPhase.GATHERING and not self._workers and not self._replacing.ordered:
+            self._event(Over(End(75, "no-spare", f"no process is left after step {self.job.step}, and none is started")), now)
 
     # -- messages
 
@@ -271,7 +274,7 @@ class Conductor:
         for order in orders:
             self._carry(order, now)
         if before.phase is not self.job.phase:
-            self._replace()
+            self._replace(now)
         if self.job.end is not None and self._departure is None:
             self._ended(self.job.end, now)
 

@@ -71,6 +71,22 @@ def test_a_process_for_an_empty_place_is_started_at_once() -> None:
     assert (job.conductor.job.phase, job.replacements()) == (JobPhase.GATHERING, 2)
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_job_of_which_nobody_is_left_ends(*, joined: bool) -> None:
+    """Whether they were lost one after the other, or had not even joined. [REC-35]"""
+    conductor = Conductor(2, Limits(), Replacing(2, 0), clock_offset=0.0)
+    for uid in ("w0", "w1"):
+        conductor.started(uid, 0.0)
+        if joined:
+            assert conductor.joined(Join(uid, 1, "host", "zone"), 0.0)
+    conductor.stopped(Stopped("w0", 9, -1), 0.0)
+    assert conductor.outcome() is None
+    conductor.stopped(Stopped("w1", 9, -1), 0.0)
+    end = conductor.outcome()
+    assert end is not None
+    assert (end.code, end.reason) == (75, "no-spare")
+
+
 def test_a_silent_worker_is_killed_when_the_limit_is_over_not_at_the_next_look() -> None:
     """[REC-30]"""
     job = Conducted(2, 2)
