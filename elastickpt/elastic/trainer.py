@@ -124,13 +124,14 @@ class PipelineTrainer:
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")
-        tasks = self._tasks
-        if self._is_past:
-            log.warning("what was evaluated after an earlier step, before this place was taken, is not evaluated again")
-            return float("nan")
-        tasks.evaluating, of = True, tasks.step
+        tasks, is_new = self._tasks, self._tasks.reports.new
+        tasks.evaluating, of = not is_new, tasks.step
         while (task := self._at_boundary()) is not None:
-            tasks.evaluating = tasks.step >= of
+            self._is_past = self._is_past or (is_new and self._is_late)
+            tasks.evaluating = tasks.step >= of and not self._is_past
+            if self._is_past:
+                log.warning("what was evaluated after an earlier step, before this place was taken, is not evaluated again")
+                return float("nan")
             if not tasks.evaluating:  # who took a lost place is on its way back there, and evaluates nothing here
                 if self._at_report:
                     log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, tasks.step)

@@ -141,4 +141,15 @@ def test_a_loop_that_others_have_left_behind_is_passed_by() -> None:
     assert math.isnan(trainer.evaluate([Corpus().batch(0)]))
     trainer._job = type("J", (), {"epoch": 1})()  # type: ignore[assignment]
     assert [report.step for report in trainer.steps(7)] == [7]
+    tasks.reports.new = False
     assert trainer.evaluate([Corpus().batch(0)]) == LOSS
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_evaluated_before_the_loop_is_so_by_who_was_there(*, late: bool) -> None:
+    """[REC-61]"""
+    tasks = Rolled(3, [])
+    trainer = trainer_with(tasks)
+    trainer._is_late = late  # as it shows once the place is taken
+    assert math.isnan(trainer.evaluate([Corpus().batch(0)])) is late
+    assert tasks.evaluating is False
