@@ -159,8 +159,7 @@ class Conductor:
             log.warning("lost stage %d: %s", self.job.places.index(worker.uid), worker.in_words(why, signal))
             if self.job.began:
                 self._recoveries.timeline.lost(worker.uid, worker.pid, alive_at=worker.heard_at, now=now)
-        trace = "" if worker.quit is None else worker.quit.traceback
-        self._event(Gone(worker.uid, why, signal, trace), now)
+        self._event(Gone(worker.uid, why, signal, worker.quit.traceback if worker.quit else ""), now)
         self._replace(now)
 
     def _replace(self, now: float) -> None:
@@ -208,8 +207,7 @@ class Conductor:
             self._terms = terms
             self.job = replace(self.job, max_losses_of_step=terms.max_losses_of_step)
         elif self._terms != terms:
-            why = f"worker {uid} trains by {terms}, and others by {self._terms}"
-            self._event(Over(End(1, "step-failed", why)), now)
+            self._event(Over(End(1, "step-failed", f"worker {uid} trains by {terms}, and others by {self._terms}")), now)
 
     def _reaches(self, uid: str, message: Reached, now: float) -> None:
         if message.generation == self.job.generation and uid in self.job.members:

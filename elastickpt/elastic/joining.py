@@ -81,7 +81,7 @@ class Job:
     """This process's part in a job. Attributes may be read from any thread; the rest is for the thread that trains."""
 
     def __init__(self, stream: Stream, who: Join, *, leaves: Callable[[], None] | None = None) -> None:
-        self._uid, self._leaves = who.uid, leaves
+        self.uid, self._leaves = who.uid, leaves
         stream.send(encode(who))
         self._changing = threading.Condition()
         self._member = Member(who.uid)
@@ -201,11 +201,6 @@ class Job:
         """Why the job is over; None while it is not."""
         return self._end
 
-    @property
-    def is_blamed(self) -> bool:
-        """Whether the job is over because of what this process did."""
-        return self._end is not None and self._end.culprit == self._uid
-
     def require_good_end(self) -> None:
         """If the job is over, and that was not done or asked for: raises RecoveryFailed; Superseded, where another job has the
         run."""
@@ -228,7 +223,7 @@ class Job:
                 text = "".join(traceback.format_exception(error))
                 self._say(Quit(error.kind if isinstance(error, CheckpointError) else "", text))
                 environment.say_is_told(error)
-            elif self.is_blamed or isinstance(error, RecoveryFailed | Superseded):
+            elif self._end.culprit == self.uid or isinstance(error, RecoveryFailed | Superseded):
                 environment.say_is_told(error)
         finally:
             self.close()

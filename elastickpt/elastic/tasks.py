@@ -278,7 +278,7 @@ class Tasks:
         self.over = True
         self._unlink()
         self.saves.close()
-        if self._raised is not None and self._job.is_blamed:
+        if self._raised is not None and act.end.culprit == self._job.uid:
             raise self._raised
         self._job.require_good_end()
 
