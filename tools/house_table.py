@@ -18,6 +18,23 @@ from pathlib import Path
 SMALL = 60  # lines
 CALLS = ("save", "async_save", "load", "Run")  # attributes of the package
 ON_DISK = ("format/",)  # their decoders are exact about what they refuse
+OTHER_MEMORIES = {  # what a process remembers that is not about the structure of a state: by what
+    "commit/destination.py _TAKEN": "folders that a save of this process has taken",
+    "commit/draft.py _UNDER_WAY": "attempts of this process",
+    "elastic/environment.py _TOLD": "the failure that ends this process",
+    "ranks/process_group.py _KNOWN": "processes of a job",
+    "ranks/process_group.py _TEAMS": "connections of a process group",
+    "ranks/addresses.py _OURS": "sockets that a fork closes",
+    "runs/answering.py _OPEN": "members to be ended with the process",
+    "runs/prometheus.py _KNOWN": "collectors of a registry",
+    "runs/run.py _OPEN": "runs to be closed with the process",
+    "runs/run_team.py _COUNTS": "names of teams",
+    "saving/async_save.py _GROUPS": "savers of a process group",
+    "training/composites.py _CUTS": "a tensor's class and shape",
+    "training/naming.py _NONE": "nothing: it stays empty",
+    "training/parameters.py _NO_STATES": "nothing: it stays empty",
+    "writer/write_packs.py _KEPT": "buffers to fill",
+}
 
 # The second save of a structure beside training, by one rank.
 ONE_SAVE = """
@@ -35,7 +52,7 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
-def _files(package: Path) -> dict[str, str]:
+def files_of(package: Path) -> dict[str, str]:
     return {str(path.relative_to(package)): path.read_text() for path in sorted(package.rglob("*.py"))}
 
 
@@ -125,6 +142,33 @@ def _carriers(files: dict[str, str]) -> list[str]:
     ]
 
 
+def memories(files: dict[str, str]) -> list[str]:
+    """What a process remembers from call to call: names at the top of a module that are bound to a container that begins
+    empty, or to an object of a class of the package that makes an OrderedDict; and functions under `cache` or `lru_cache` that
+    take a structure or a plan. (What belongs to an object goes with it; other functions are remembered by small values.)"""
+    trees = {name: ast.parse(text) for name, text in files.items()}
+    every = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
+    keeping = [node.name for _, node in every if isinstance(node, ast.ClassDef) and "= OrderedDict(" in ast.unparse(node)]
+    begins = re.compile(
+        "|".join([r"{}|\[\]|[\w.]*(Dict|dict|Dictionary|Set|set|list|deque)\(\)", *(rf"{one}\(.*\)" for one in keeping)])
+    )
+    bound = [
+        (name, target)
+        for name, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and begins.fullmatch(ast.unparse(node.value))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    cached = [
+        (name, ast.Name(node.name))
+        for name, node in every
+        if isinstance(node, ast.FunctionDef)
+        and any(re.match(r"(?:functools\.)?(?:lru_)?cache\b", ast.unparse(one)) for one in node.decorator_list)
+        and re.search("Structure|Plan", ast.unparse(node.args))
+    ]
+    return [f"{name} {ast.unparse(target)}" for name, target in bound + cached]
+
+
 def crossed(root: Path) -> dict[str, str]:
     """What one save beside training crosses."""
     environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
@@ -136,7 +180,7 @@ def crossed(root: Path) -> dict[str, str]:
 
 def table(root: Path) -> dict[str, str]:
     """What is counted → how much it is."""
-    files = _files(root / "elastickpt")
+    files = files_of(root / "elastickpt")
     lines = {name: len(text.splitlines()) for name, text in files.items()}
     found = {
         "lines": f"{sum(lines.values()):,}",
@@ -147,9 +191,9 @@ def table(root: Path) -> dict[str, str]:
         "classes of one name in several files": ", ".join(f"{w} {len(found)}" for w, found in colliding(files).items())
         or "none",
         "carriers of an attempt": ", ".join(_carriers(files)),
-        "caches of structures": str(sum(len(re.findall(r"= OrderedDict\(\)", files[name])) for name in files if "sav" in name)),
+        "caches of structures": ", ".join(sorted(set(memories(files)) - set(OTHER_MEMORIES))),
         "mailboxes that a thread works off": str(
-            sum(len(re.findall(r"(?:deque|SimpleQueue)\[Callable", text)) for text in files.values())
+            sum(len(re.findall(r"(?:deque|Queue)\[Callable\[\[\]", text)) for text in files.values())
         ),
         "packb and unpackb, not of what is on disk": str(_calls(files, "packb", "unpackb")),
         "files that start a thread": str(sum(".Thread(" in text or " Thread(" in text for text in files.values())),

@@ -69,6 +69,16 @@ class ByteRun:
     row_nbytes: int
     row_stride: int
 
+    @property
+    def in_a_row(self) -> bool:
+        """Whether nothing lies between its rows."""
+        return self.row_nbytes in (self.row_stride, self.nbytes)
+
+    def place(self, position: int) -> int:
+        """Where its byte `position` lies, counted as `offset` is."""
+        row, inside = divmod(position, self.row_nbytes)
+        return self.offset + row * self.row_stride + inside
+
     def moved(self, by: int) -> ByteRun:
         """The same so many bytes later."""
         return ByteRun(self.chunk, self.box, self.offset + by, self.nbytes, self.row_nbytes, self.row_stride)

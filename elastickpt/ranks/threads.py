@@ -13,14 +13,12 @@ import ctypes
 import logging
 import os
 import platform
-import queue
 import selectors
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 if TYPE_CHECKING:
@@ -150,39 +148,41 @@ log = logging.getLogger(__name__)
 
 
 class WorkerThread:
-    """A thread that carries out what is put, in order; started by the first."""
+    """A thread that carries out what is put, in order; started by the first. What one raises is logged, and ends nothing."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._actor = Actor(name, self._run)
         self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._started = self._stopped = False
 
     def put(self, work: Callable[[], None]) -> None:
         """Carried out after what was put before; not blocking. From any thread."""
-        self._work.put(work)
+        self._actor.leave(work)
         with self._starting:
-            if self._thread is None:
-                self._thread = apart(self._name, partial(_work_off, self._work))
-                self._thread.start()
+            if not self._started:
+                self._started = True
+                self._actor.start()
 
     def stop(self) -> None:
         """Ends after what was put; not blocking."""
-        self._work.put(None)
+        self._actor.leave(self._stop)
 
     def join(self, limit_s: float) -> None:
         """After `stop`: waits at most so long for what was put. Blocking."""
-        if self._thread is not None:
-            self._thread.join(limit_s)
+        if self._started:
+            self._actor.join(limit_s)
 
+    def _stop(self) -> None:
+        self._stopped = True
 
-def _work_off(items: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (work := items.get()) is not None:
-        try:
-            work()
-        except Exception:
-            log.exception("work beside training met a fault of its own")
-        del work  # it holds a state
+    def _run(self) -> None:
+        while not self._stopped:
+            self._actor.wait(None)
+            try:
+                self._actor.carry_out()
+            except Exception:
+                log.exception("work beside training met a fault of its own")
+        self._actor.end()
 
 
 class Pool:

@@ -2,10 +2,12 @@
 the one cache of its kind.
 
     known by                     gives                                       asked by
+    the keys of a state          how its tensors lay, one by one             `propose`
     the very arrays of a state   the encoded table of this rank              `propose`
     rank and id                  shared facts, plan, looks, outline          `agree`, which says to others which ids it knows
     table, for one saver         the structure by which it may stage         `Saver`, which then asks nobody
-    a structure and an arena     the plan in portions, and who stages it     `Pipeline`, `Saver`
+    a structure and an arena     the plan in portions, who stages it, and    `Pipeline`, `Saver`
+                                 what of a pack is written at once
 
 What a structure says is a function of its id and of the rank alone, so it may outlive any one save. To propose does no I/O, and
 asks nothing of other ranks.
@@ -34,7 +36,7 @@ from elastickpt.saving.request import Request
 from elastickpt.saving.staging import PiecePlace, Stager, places_of
 from elastickpt.saving.structure import encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
-from elastickpt.training.held import HeldArray, LiveState
+from elastickpt.training.held import HeldArray, LiveState, Memos
 from elastickpt.training.parallel import mesh_of
 from elastickpt.writer.arena_plan import WriterStructure, prepare
 from elastickpt.writer.plans import Document, WritePlan
@@ -143,9 +145,10 @@ def _meant(request: Request) -> tuple[str, str]:
 
 
 class KnownStructures:
-    """The newest ones. Safe from any thread."""
+    """The newest ones; `memos` are of their tensors. Safe from any thread."""
 
     def __init__(self) -> None:
+        self.memos = Memos()
         self._known: OrderedDict[tuple[int, str], KnownStructure] = OrderedDict()
         self._changing = threading.Lock()
 
@@ -228,5 +231,5 @@ class Proposal:
 def propose(state: Mapping[str, object], mesh: DeviceMesh | None, *, rank: int, world_size: int) -> Proposal:
     """Captures the state as it is now. Raises what `capture` raises, and ValueNotCarried for a name that cannot be carried."""
     declared = None if mesh is None else mesh_of(mesh, world_size=world_size)
-    live = capture(state, rank=rank, world_size=world_size, declared=declared)
+    live = capture(state, rank=rank, world_size=world_size, declared=declared, memos=KNOWN.memos)
     return Proposal(live, KNOWN.table_of(live))

@@ -18,7 +18,7 @@ from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.training.dtensors import JobView, placed
 from elastickpt.training.entries import code_of, elements, entry_name
-from elastickpt.training.held import HeldArray, LiveState, remembering
+from elastickpt.training.held import HeldArray, LiveState, Memos
 from elastickpt.training.held_trees import PerRank, hold_own, hold_tree, is_stateful
 from elastickpt.training.kinds import StateKind, item_of, kinds_of, refuse_zero
 from elastickpt.training.modules import hold_module
@@ -30,16 +30,18 @@ from elastickpt.training.trees import place_of
 from elastickpt.training.values import carried
 
 
-def capture(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> LiveState:
+def capture(
+    state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, memos: Memos | None = None
+) -> LiveState:
     """What this rank holds of `state`: arrays that share memory with it, and copies of all else.
 
     Local: no collectives, no I/O, no training code; the state dict methods of objects and `get_extra_state` are called.
-    `declared` is the mesh over which plain tensors are replicas. Raises ValueNotCarried with the place of a value that
-    no checkpoint can hold, StructureConflict where entries contradict each other, LayoutUnsupported for a placement
-    without a box.
+    `declared` is the mesh over which plain tensors are replicas; in `memos` it finds what the capture before found out about
+    the same tensors. Raises ValueNotCarried with the place of a value that no checkpoint can hold, StructureConflict where
+    entries contradict each other, LayoutUnsupported for a placement without a box.
     """
     kinds = kinds_of(state)
-    with remembering((rank, world_size, declared, tuple(kinds.items()))) as memo:
+    with (memos or Memos()).remembering((rank, world_size, declared, tuple(kinds.items()))) as memo:
         gathering = _Gathering(state, kinds, JobView(rank, world_size, declared, memo))
         gathering.models()
         gathering.values_of_the_user()

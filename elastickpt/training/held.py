@@ -256,18 +256,21 @@ class Memo:
         self._dicts = self._dicts[1], {}
 
 
-_MEMOS: OrderedDict[Hashable, Memo] = OrderedDict()
-_CHANGING = threading.Lock()
+class Memos:
+    """Those of the newest states, by what captures of one state have in common. Safe from any thread."""
 
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Memo] = OrderedDict()
+        self._changing = threading.Lock()
 
-@contextmanager
-def remembering(key: Hashable) -> Iterator[Memo]:
-    """The memo of captures with this key; nobody else has it meanwhile."""
-    with _CHANGING:
-        memo = _MEMOS.pop(key, None) or Memo()
-    yield memo
-    memo.turn()  # not after an error: half a capture is none
-    with _CHANGING:
-        _MEMOS[key] = memo
-        while len(_MEMOS) > JOBS:
-            _MEMOS.popitem(last=False)
+    @contextmanager
+    def remembering(self, key: Hashable) -> Iterator[Memo]:
+        """The memo of captures with this key; nobody else has it meanwhile."""
+        with self._changing:
+            memo = self._kept.pop(key, None) or Memo()
+        yield memo
+        memo.turn()  # not after an error: half a capture is none
+        with self._changing:
+            self._kept[key] = memo
+            while len(self._kept) > JOBS:
+                self._kept.popitem(last=False)

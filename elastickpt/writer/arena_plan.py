@@ -1,10 +1,10 @@
-"""What a writer knows of a structure: its rank's plan, laid out for an arena, and on the committer's the outline. A writer
-process gets it once: it is identified by a digest, so that no later save sends it again.
+"""What a writer knows of a structure: its rank's plan, laid out for an arena, what of its pack is written at once, and on the
+committer's the outline. A writer process gets it once: it is identified by a digest, so that no later save sends it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -19,6 +19,8 @@ from elastickpt.format.strict_reading import pack_ints
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.writer.plans import (
+    BLOCK_NBYTES,
+    PAGE,
     Document,
     PlannedDocument,
     PlannedFile,
@@ -34,6 +36,60 @@ from elastickpt.writer.plans import (
 
 _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5
+
+ROWS_APART = 4  # rows further apart than this many of them are written one by one
+FEW = 4  # parts: below this nothing is gained by putting them together
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackPart:
+    """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
+
+    at: Slice
+    run: ByteRun
+    start: int
+    stop: int
+    begin: int
+    end: int
+    block: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is a whole slice of one block, in a row."""
+        whole = (self.start, self.stop) == (self.at.start, self.at.stop)
+        return whole and self.end - self.begin <= BLOCK_NBYTES and self.run.in_a_row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackSpan:
+    """Parts that are written at once, and of those that are whole slices in a row, of one block each, what lies where: `within`
+    are [begin, end) of each in the span; empty for others. `closed`: nothing lies between them."""
+
+    parts: tuple[PackPart, ...]
+    slices: tuple[Slice, ...] = ()
+    within: tuple[tuple[int, int], ...] = ()
+    places: tuple[int, ...] = ()
+    closed: bool = False
+
+    @classmethod
+    def of(cls, parts: Sequence[PackPart]) -> PackSpan:
+        """These parts, of which each begins less than a page behind the one before."""
+        if len(parts) < FEW or not all(part.is_small for part in parts):
+            return cls(tuple(parts))
+        begin = parts[0].begin
+        within = tuple((part.begin - begin, part.end - begin) for part in parts)
+        closed = all(one.end == other.begin for one, other in pairwise(parts))
+        return cls(tuple(parts), tuple(part.at for part in parts), within, tuple(low for low, _ in within), closed)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the parts."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    @property
+    def blocks(self) -> int:
+        """Checksum blocks of the parts."""
+        return self.parts[-1].block + blocks_of(self.parts[-1].stop - self.parts[-1].start) - self.parts[0].block
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +120,17 @@ class ArenaPlan:
     def arena_nbytes(self) -> int:
         """The arena that holds every portion."""
         return max(one.nbytes for one in self.portions)
+
+    def spans(self, number: int, most: int) -> tuple[PackSpan, ...]:
+        """What of the pack a portion writes at once, each time at most so many bytes; found out once. () without a pack."""
+        if (number, most) not in self._spans:
+            pack, slices = self.plan.pack, self.portions[number].slices
+            self._spans[number, most] = () if pack is None else spans_of(pack, slices, most)
+        return self._spans[number, most]
+
+    @cached_property
+    def _spans(self) -> dict[tuple[int, int], tuple[PackSpan, ...]]:
+        return {}
 
 
 class WriterStructure:
@@ -127,6 +194,34 @@ class _Plan(Message, frozen=True):
 def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> ArenaPlan:
     """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
     return ArenaPlan(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes))
+
+
+def spans_of(pack: PlannedFile, slices: Sequence[Slice], most: int) -> tuple[PackSpan, ...]:
+    """These slices of a pack in spans of at most so many bytes, gaps included: those that follow each other with less than a
+    page between are one."""
+    return tuple(map(PackSpan.of, _close_together(_parts(pack, slices, most), most)))
+
+
+def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int) -> Iterator[PackPart]:
+    block = 0
+    for at in slices:
+        run = pack.pieces[at.piece].run
+        step = most if run.in_a_row else max(most // ROWS_APART, BLOCK_NBYTES)
+        for start in range(at.start, at.stop, step):
+            stop = min(start + step, at.stop)
+            yield PackPart(at, run, start, stop, run.place(start), run.place(stop - 1) + 1, block)
+            block += blocks_of(stop - start)
+
+
+def _close_together(parts: Iterator[PackPart], most: int) -> Iterator[tuple[PackPart, ...]]:
+    span: list[PackPart] = []
+    for part in parts:
+        if span and not (0 <= part.begin - span[-1].end < PAGE and part.end - span[0].begin <= most):
+            yield tuple(span)
+            span = []
+        span.append(part)
+    if span:
+        yield tuple(span)
 
 
 def decode_prepared(data: bytes) -> ArenaPlan:

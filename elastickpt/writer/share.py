@@ -32,7 +32,7 @@ from elastickpt.writer.write_files import (
     unwatched,
     write_portion,
 )
-from elastickpt.writer.write_packs import write_pack
+from elastickpt.writer.write_packs import span_nbytes, write_pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def write_share(
             f"{sum(file.nbytes for file in plan.files)} bytes, for all that this rank saves, found a smaller one"
         )
     if plan.pack is not None:
-        checksums = write_pack(target, plan.pack, now.slices, source)
+        checksums = write_pack(target, plan.pack, prepared.spans(number, span_nbytes(store)), source)
     else:
         checksums = write_portion(target, plan, prepared.documents if last else (), now.slices, source, create=create)
     nbytes = sum(at.stop - at.start for at in now.slices)

@@ -1,124 +1,48 @@
 """Writes a pack: many pieces, one file. What lies close together in it is put together in memory, and written at once.
 
-A span is at most `SPAN_NBYTES` of the pack, gaps included, which are zero. On a device it goes past the page cache from memory
+A span is at most `span_nbytes` of the pack, gaps included, which are zero. On a device it goes past the page cache from memory
 that lies like the file, modulo the page, so that several threads put together while others wait for their writes.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from elastickpt.errors import CapabilityMissing, CheckpointError
 from elastickpt.format.digest import block_checksum, block_checksums
-from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
-from elastickpt.storage.store import RangeWriter
-from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile, Slice, blocks_of
+from elastickpt.storage.store import RangeWriter, Store
+from elastickpt.writer.arena_plan import ROWS_APART, PackPart, PackSpan
+from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile
 from elastickpt.writer.write_files import THREADS, UNIT_NBYTES, Bytes, Checksums, Source, WrittenFolder
 
 SPAN_NBYTES = UNIT_NBYTES
 SPAN_IN_MEMORY_NBYTES = 1 << 20  # what is copied twice stays in the processor's cache between
 TOGETHER_NBYTES = 64 << 10  # of a part in memory: below this a call of its own costs more than the copy
-ROWS_APART = 4  # rows further apart than this many of them are written one by one
-
 
 # Buffers of packs that were written: to fault in new ones takes a third as long as to write so much to a device. Popping and
 # extending a list are one step each, whatever threads do.
 _KEPT: list[Bytes] = []
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
-
-    at: Slice
-    run: ByteRun
-    start: int
-    stop: int
-    begin: int
-    end: int
-    block: int
+def span_nbytes(store: Store) -> int:
+    """How much of a pack is best written there at once, at most."""
+    return SPAN_NBYTES if store.capabilities.past_cache else SPAN_IN_MEMORY_NBYTES
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Span:
-    """Parts that are written at once, and of those that are whole slices in a row, of one block each, what lies where: `within`
-    are [begin, end) of each in the span; empty for others. `closed`: nothing lies between them."""
-
-    parts: tuple[_Part, ...]
-    slices: tuple[Slice, ...] = ()
-    within: tuple[tuple[int, int], ...] = ()
-    places: tuple[int, ...] = ()
-    closed: bool = False
-
-    @classmethod
-    def of(cls, parts: Sequence[_Part]) -> _Span:
-        if len(parts) < FEW or not all(_is_small(part) for part in parts):
-            return cls(tuple(parts))
-        begin = parts[0].begin
-        within = tuple((part.begin - begin, part.end - begin) for part in parts)
-        closed = all(one.end == other.begin for one, other in pairwise(parts))
-        return cls(tuple(parts), tuple(part.at for part in parts), within, tuple(low for low, _ in within), closed)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the parts."""
-        return sum(part.stop - part.start for part in self.parts)
-
-
-def _is_small(part: _Part) -> bool:
-    return (
-        (part.start, part.stop) == (part.at.start, part.at.stop)
-        and part.end - part.begin <= BLOCK_NBYTES
-        and _in_a_row(part.run)
-    )
-
-
-class _Spans:
-    """The spans of the newest packs: they follow from a plan, which is the same from save to save."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, int, int], tuple[object, object, tuple[_Span, ...]]] = OrderedDict()
-        self._changing = threading.Lock()
-
-    def of(self, pack: PlannedFile, slices: Sequence[Slice], most: int) -> tuple[_Span, ...]:
-        key = id(pack.pieces), id(slices), most
-        with self._changing:
-            known = self._known.get(key)
-        if known is None:
-            spans = tuple(map(_Span.of, _spans(_parts(pack, slices, most), most)))
-            known = pack.pieces, slices, spans  # all are kept: no id is used again
-        with self._changing:
-            self._known[key] = known
-            self._known.move_to_end(key)
-            while len(self._known) > KNOWN_PACKS:
-                self._known.popitem(last=False)
-        return known[2]
-
-
-FEW = 4  # parts: below this nothing is gained
-KNOWN_PACKS = 4
-_SPANS = _Spans()
-
-
-def write_pack(target: WrittenFolder, pack: PlannedFile, slices: Sequence[Slice], source: Source) -> Checksums:
-    """Writes slices of one pack, in their order; returns the checksums of their blocks, in order. Blocking.
+def write_pack(target: WrittenFolder, pack: PlannedFile, spans: Sequence[PackSpan], source: Source) -> Checksums:
+    """Writes spans of one pack, in their order; returns the checksums of their blocks, in order. Blocking.
 
     With `target.sync` "file" they are durable on return, through the descriptor that wrote them. Raises StorageFailed kinds;
     the file may then hold anything, and nothing that failed to sync is synced again.
     """
     able = target.store.capabilities
-    checksums = np.empty(sum(blocks_of(at.stop - at.start) for at in slices), dtype=np.uint64)
-    most = SPAN_NBYTES if able.past_cache else SPAN_IN_MEMORY_NBYTES
-    spans = _SPANS.of(pack, slices, most)
+    checksums = np.empty(sum(span.blocks for span in spans), dtype=np.uint64)
     writer = _open(target, pack)
     work = _Work(target, writer, source, checksums)
     try:
@@ -144,39 +68,6 @@ def _open(target: WrittenFolder, pack: PlannedFile) -> RangeWriter:
     return _FrontToBack(writer, path) if target.store.capabilities.sequential_only else writer
 
 
-def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int) -> Iterator[_Part]:
-    block = 0
-    for at in slices:
-        run = pack.pieces[at.piece].run
-        step = most if _in_a_row(run) else max(most // ROWS_APART, BLOCK_NBYTES)
-        for start in range(at.start, at.stop, step):
-            stop = min(start + step, at.stop)
-            yield _Part(at, run, start, stop, _place(run, start), _place(run, stop - 1) + 1, block)
-            block += blocks_of(stop - start)
-
-
-def _in_a_row(run: ByteRun) -> bool:
-    return run.row_nbytes in (run.row_stride, run.nbytes)
-
-
-def _place(run: ByteRun, position: int) -> int:
-    """Where a byte of the piece lies in the pack."""
-    row, inside = divmod(position, run.row_nbytes)
-    return run.offset + row * run.row_stride + inside
-
-
-def _spans(parts: Iterator[_Part], most: int) -> Iterator[tuple[_Part, ...]]:
-    """The parts, those together that follow each other with less than a page between."""
-    span: list[_Part] = []
-    for part in parts:
-        if span and not (0 <= part.begin - span[-1].end < PAGE and part.end - span[0].begin <= most):
-            yield tuple(span)
-            span = []
-        span.append(part)
-    if span:
-        yield tuple(span)
-
-
 class _Work:
     """One call of `write_pack` under way: threads take spans, in order."""
 
@@ -186,11 +77,11 @@ class _Work:
         self._of_thread = threading.local()
         self._taken: dict[int, Bytes] = {}
 
-    def carry_out(self, span: _Span) -> None:
+    def carry_out(self, span: PackSpan) -> None:
         parts = span.parts
         if len(parts) == 1 and self._goes_alone(parts[0]):
             self._write_alone(parts[0])
-        elif not self._past_cache and all(part.stop - part.start >= TOGETHER_NBYTES and _in_a_row(part.run) for part in parts):
+        elif not self._past_cache and all(part.stop - part.start >= TOGETHER_NBYTES and part.run.in_a_row for part in parts):
             for part in parts:
                 self._write_alone(part)
         elif span.slices:
@@ -199,7 +90,7 @@ class _Work:
             self._write_together(parts)
         self._target.watch(span.nbytes)
 
-    def _write_small(self, span: _Span) -> None:
+    def _write_small(self, span: PackSpan) -> None:
         """Many small pieces: the source copies them, and they are hashed where they then lie."""
         begin, block = span.parts[0].begin, span.parts[0].block
         into = self._buffer(begin, span.parts[-1].end)
@@ -209,32 +100,32 @@ class _Work:
         self._checksums[block : block + len(span.parts)] = block_checksums(into.data, span.within)
         self._writer.write(begin, into.data)
 
-    def _goes_alone(self, part: _Part) -> bool:
+    def _goes_alone(self, part: PackPart) -> bool:
         return not self._past_cache or part.stop - part.start < MIN_DIRECT_NBYTES or part.run.row_stride > self._widest(part)
 
-    def _widest(self, part: _Part) -> int:
-        return part.run.nbytes if _in_a_row(part.run) else ROWS_APART * part.run.row_nbytes
+    def _widest(self, part: PackPart) -> int:
+        return part.run.nbytes if part.run.in_a_row else ROWS_APART * part.run.row_nbytes
 
-    def _take(self, part: _Part) -> Bytes:
+    def _take(self, part: PackPart) -> Bytes:
         """The part's bytes, which are hashed."""
         data = self._source.take(part.at, part.start, part.stop)
         for number, begin in enumerate(range(0, data.size, BLOCK_NBYTES), start=part.block):
             self._checksums[number] = block_checksum(data[begin : begin + BLOCK_NBYTES].data)
         return data
 
-    def _write_alone(self, part: _Part) -> None:
+    def _write_alone(self, part: PackPart) -> None:
         data, position = self._take(part), part.start
-        if _in_a_row(part.run):
+        if part.run.in_a_row:
             return self._writer.write(part.begin, data.data)
         while position < part.stop:
             stop = min((position // part.run.row_nbytes + 1) * part.run.row_nbytes, part.stop)
-            self._writer.write(_place(part.run, position), data[position - part.start : stop - part.start].data)
+            self._writer.write(part.run.place(position), data[position - part.start : stop - part.start].data)
             position = stop
         return None
 
-    def _write_together(self, span: tuple[_Part, ...]) -> None:
+    def _write_together(self, span: tuple[PackPart, ...]) -> None:
         begin, end = span[0].begin, span[-1].end
-        if len(span) == 1 and _in_a_row(span[0].run):
+        if len(span) == 1 and span[0].run.in_a_row:
             data = self._take(span[0])
             if (address_of(data.data) - begin) % PAGE == 0:  # it lies like the file already
                 return self._writer.write(begin, data.data)
@@ -244,7 +135,7 @@ class _Work:
         into, filled = self._buffer(begin, end), begin
         for part in span:
             into[filled - begin : part.begin - begin] = 0
-            if _in_a_row(part.run):
+            if part.run.in_a_row:
                 into[part.begin - begin : part.end - begin] = self._take(part)
             else:
                 _lay_rows(part, self._take(part), into[part.begin - begin : part.end - begin])
@@ -270,14 +161,14 @@ class _Work:
         self._taken.clear()
 
 
-def _lay_rows(part: _Part, data: Bytes, into: Bytes) -> None:
+def _lay_rows(part: PackPart, data: Bytes, into: Bytes) -> None:
     """The part's rows as they lie in the pack, zeros between; `into` begins at its first byte."""
     row, stride = part.run.row_nbytes, part.run.row_stride
     into[:] = 0
     done = 0
     while done < data.size:
         position = part.start + done
-        at, inside = _place(part.run, position) - part.begin, position % row
+        at, inside = part.run.place(position) - part.begin, position % row
         rows = (data.size - done - 1) // row if inside == 0 else 0  # the last one is shorter than its stride
         if rows:
             into[at : at + rows * stride].reshape(rows, stride)[:, :row] = data[done : done + rows * row].reshape(rows, row)

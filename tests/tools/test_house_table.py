@@ -45,3 +45,24 @@ def test_who_holds_the_fields_of_an_attempt_and_not_the_attempt_is_a_carrier(roo
     attempt, order = "class Attempt:\n    store: str\n    draft: str\n", "class Order:\n    attempt: Attempt\n"
     (root / "elastickpt" / "attempt.py").write_text(f"{attempt}\n\n{order}")
     assert house_table.table(root)["carriers of an attempt"] == "Attempt"
+
+
+def test_whatever_a_process_remembers_is_a_cache_of_structures_until_it_is_said_of_what_else(root: Path) -> None:
+    (root / "elastickpt" / "memories.py").write_text(
+        "_SEEN: dict[str, int] = {}\n_SPANS = _Spans()\n_NAMES = ('a', 'b')\n_TEAMS = weakref.WeakKeyDictionary()\n\n\n"
+        "class _Spans:\n    def __init__(self):\n        self._known: OrderedDict[int, str] = OrderedDict()\n\n\n"
+        "@lru_cache(maxsize=4)\ndef of_plan(plan: WritePlan):\n    return plan\n\n\n"
+        "@cache\ndef of_number(n: int):\n    return n\n"
+    )
+    found = house_table.table(root)["caches of structures"]
+    assert found == ", ".join(f"memories.py {name}" for name in ("_SEEN", "_SPANS", "_TEAMS", "of_plan"))
+
+
+def test_this_package_has_one_cache_of_structures_one_carrier_and_one_mailbox() -> None:
+    """And no name is said to be of something else that is not there any more."""
+    package = Path(house_table.__file__).parent.parent
+    found = house_table.table(package)
+    assert found["caches of structures"] == "saving/structures.py KNOWN"
+    assert (found["carriers of an attempt"], found["mailboxes that a thread works off"]) == ("Attempt", "1")
+    assert found["packb and unpackb, not of what is on disk"] == "0"
+    assert set(house_table.OTHER_MEMORIES) < set(house_table.memories(house_table.files_of(package / "elastickpt")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,26 @@ from torch import nn
 import elastickpt as ek
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import Mesh
-from elastickpt.saving.structures import propose
-from elastickpt.training import held
+from elastickpt.saving.structures import KNOWN, propose
 from elastickpt.training.capture import capture
-from elastickpt.training.held import HeldArray, LiveState
+from elastickpt.training.held import HeldArray, LiveState, Memos
 
 
 @pytest.fixture(autouse=True)
-def _forgetful() -> Iterator[None]:
-    held._MEMOS.clear()
-    yield
-    held._MEMOS.clear()
+def _forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KNOWN, "memos", Memos())
 
 
 def captured(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
-    return capture(state, rank=0, world_size=2, declared=declared)
+    return capture(state, rank=0, world_size=2, declared=declared, memos=KNOWN.memos)
 
 
 def afresh(state: dict[str, Any], declared: Mesh | None = None) -> LiveState:
-    held._MEMOS.clear()
-    return captured(state, declared)
+    return capture(state, rank=0, world_size=2, declared=declared)
 
 
 def facts(held: HeldArray) -> tuple[object, ...]:
@@ -179,8 +179,7 @@ def test_what_changes_in_a_dict_of_plain_tensors_is_found_anew(change: Callable[
     captured(state)
     change(state["t"]["deep"])
     for again in (captured(state), captured(state)):
-        held._MEMOS.clear()
-        fresh = captured({"t": {**state["t"], "n": 0}})  # which no capture knows as one
+        fresh = afresh({"t": {**state["t"], "n": 0}})  # which no capture knows as one
         assert every(again) == every(fresh)
         assert again.values["/t"] == {key: one for key, one in fresh.values["/t"].items() if key != "n"}  # type: ignore[attr-defined]
         assert again.tied == fresh.tied
@@ -217,7 +216,9 @@ def test_what_has_no_elements_of_its_own_is_refused_by_name(
     assert len(list(tmp_path.iterdir())) == captures
 
 
-def test_the_table_of_a_saved_state_is_encoded_again_when_anything_in_it_changed(tmp_path: Path) -> None:
+def test_the_table_of_a_saved_state_is_encoded_again_when_anything_in_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = trained()
     ek.save(state, tmp_path / "a")
     first = propose(state, None, rank=0, world_size=1)
@@ -225,7 +226,7 @@ def test_the_table_of_a_saved_state_is_encoded_again_when_anything_in_it_changed
     state["loose"]["t"].resize_(3, 4)
     second = propose(state, None, rank=0, world_size=1)
     assert second.table.digest != first.table.digest
-    held._MEMOS.clear()
+    forget(monkeypatch)
     assert propose(state, None, rank=0, world_size=1).table.digest == second.table.digest
 
 
@@ -242,7 +243,7 @@ def test_nothing_is_kept_alive() -> None:
 def test_what_was_not_asked_for_again_is_forgotten() -> None:
     state = trained()
     captured(state)
-    (kept,) = held._MEMOS.values()
+    (kept,) = KNOWN.memos._kept.values()
     assert len(kept._last) == len(captured(state).arrays)
     state["loose"].pop("t")
     captured(state)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import elastickpt as ek
 from elastickpt.errors import CapabilityMissing, NoSpace
 from elastickpt.format.arrays import Box
 from elastickpt.format.digest import block_checksum
@@ -20,8 +22,9 @@ from elastickpt.layout.packs import place_slots, slots_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
-from elastickpt.writer import write_packs
-from elastickpt.writer.plans import BLOCK_NBYTES, PlannedPack, PlannedPiece, Slice, whole_pieces
+from elastickpt.writer import arena_plan, write_packs
+from elastickpt.writer.arena_plan import PackSpan, spans_of
+from elastickpt.writer.plans import BLOCK_NBYTES, PlannedFile, PlannedPack, PlannedPiece, Slice, whole_pieces
 from elastickpt.writer.write_files import Bytes, Source, WrittenFolder, unwatched
 
 MIB = 1 << 20
@@ -72,7 +75,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 def write(store: Store, pack: PlannedPack, data: list[Bytes], slices: tuple[Slice, ...]) -> np.ndarray:
     store.make_directories("draft")
-    return write_packs.write_pack(WrittenFolder(store, "draft", "none", unwatched), pack, slices, Pieces(data))
+    spans = spans_of(pack, slices, write_packs.span_nbytes(store))
+    return write_packs.write_pack(WrittenFolder(store, "draft", "none", unwatched), pack, spans, Pieces(data))
 
 
 CASES: dict[str, list[Held]] = {
@@ -124,6 +128,24 @@ def test_portions_make_the_same(tmp_path: Path, held: list[Held], data: st.DataO
     assert store.read("draft/packs/a-00000.bin", 1 << 30) == expected(pack, own)
     blocks = [part[k : k + BLOCK_NBYTES] for part in own for k in range(0, part.size, BLOCK_NBYTES)]
     assert np.concatenate(whole).tolist() == [block_checksum(block.data) for block in blocks]
+
+
+def test_a_later_save_of_a_structure_finds_what_it_writes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of plans that knows four packs forgets the first of five: they belong to the structure."""
+    laid: list[str] = []
+    lay = arena_plan.spans_of
+
+    def counting(pack: PlannedFile, slices: Sequence[Slice], most: int) -> tuple[PackSpan, ...]:
+        laid.append(pack.path)
+        return lay(pack, slices, most)
+
+    monkeypatch.setattr(arena_plan, "spans_of", counting)
+    for number in range(2):
+        for width in range(5, 10):
+            path = tmp_path / f"{number}-{width}"
+            ek.save({"model": torch.nn.Linear(width, width)}, path, placement="packed")
+            assert ek.verify(path).ok
+    assert len(laid) == 5
 
 
 def test_what_fails_in_the_middle_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
