@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import sys
 import elastickpt as ek
-import elastickpt.loading.opened, elastickpt.saving.placing  # as a user's own imports, or `ek.open`, do
+import elastickpt.loading.opened, elastickpt.saving.request  # as a user's own imports, or `ek.open`, do
 ek.open
 assert "torch" not in sys.modules
 for name in ek.__all__:

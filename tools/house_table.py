@@ -19,7 +19,7 @@ SMALL = 60  # lines
 CALLS = ("save", "async_save", "load", "Run")  # attributes of the package
 ON_DISK = ("format/",)  # their decoders are exact about what they refuse
 OTHER_MEMORIES = {  # what a process remembers that is not about the structure of a state: by what
-    "commit/destination.py _TAKEN": "folders that a save of this process has taken",
+    "commit/attempt.py _TAKEN": "folders that a save of this process has taken",
     "commit/draft.py _UNDER_WAY": "attempts of this process",
     "elastic/environment.py _TOLD": "the failure that ends this process",
     "ranks/process_group.py _KNOWN": "processes of a job",

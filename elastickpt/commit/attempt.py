@@ -1,4 +1,7 @@
-"""One attempt to write one checkpoint, as everybody who works on it knows it, and what becomes of it.
+"""Where saves go, and one attempt to write one checkpoint there, as everybody who works on it knows it, and what becomes of it.
+
+destination.locate()  on every rank, before anything is asked of the others      -> Located
+located.open(...)     on member 0: the attempt exists, and writers may write      -> Attempt
 
 An `Attempt` is made when its draft is opened, and passed on whole: to the other ranks, to the writers, with every vote, to
 every committer. Nothing else says where it stands or how it is to be committed.
@@ -6,14 +9,24 @@ every committer. Nothing else says where it stands or how it is to be committed.
 
 from __future__ import annotations
 
+import os
+import secrets
+import threading
+import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from elastickpt.commit.draft import Draft
-from elastickpt.errors import RankFailure
+from elastickpt.commit.draft import Draft, begin, new_draft, require_free, sweep
+from elastickpt.errors import RankFailure, Refused
+from elastickpt.format.arrays import Section
 from elastickpt.format.records import FileDigest
+from elastickpt.ledger.epochs import Holding, open_attempt
 from elastickpt.ledger.names import AttemptId
+from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Metrics
 from elastickpt.ranks.messages import Message, decode, encode
+from elastickpt.storage.opening import local_path, locate_for_saving
 from elastickpt.storage.store import Durability, Store
 
 
@@ -115,3 +128,165 @@ def decode_verdict(data: bytes) -> tuple[str, Verdict]:
     """What `encode_verdict` encoded. Raises InternalError for what it never makes."""
     decision = decode(data, Decision)
     return decision.attempt, decision.verdict
+
+
+_TAKEN: set[str] = set()
+_CHANGING = threading.Lock()
+
+
+def take_path(path: str) -> None:
+    """A save to this path is under way in this process until `leave_path`. Raises Refused if one is."""
+    with _CHANGING:
+        _require_idle(path)
+        _TAKEN.add(path)
+
+
+def leave_path(path: str) -> None:
+    """The path is free again."""
+    with _CHANGING:
+        _TAKEN.discard(path)
+
+
+def require_idle(path: str) -> None:
+    """Raises Refused while a save to the path is under way."""
+    with _CHANGING:
+        _require_idle(path)
+
+
+def _require_idle(path: str) -> None:
+    if path in _TAKEN:
+        raise Refused(f"{path}: a save to it is still under way in this process; wait for its result, or choose another path")
+
+
+class Located(Protocol):
+    """A destination whose store is open."""
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def name(self) -> str:
+        """What all ranks must say alike."""
+        ...
+
+    def require_free(self) -> None:
+        """Raises on member 0 if nothing can be committed there."""
+        ...
+
+    def open(self, sections: Collection[Section], durability: Durability) -> tuple[Attempt, tuple[str, ...]]:
+        """Member 0 only, which holds arrays of these sections; what was found on the way, too. Raises StorageFailed kinds,
+        Superseded."""
+        ...
+
+
+class Destination(Protocol):
+    """Where one save goes. Made on every rank, from the same arguments."""
+
+    @property
+    def path(self) -> str:
+        """As people write it; of two saves to one path the second is refused while the first is under way."""
+        ...
+
+    @property
+    def step(self) -> int | None: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    def require_accepted(self) -> None:
+        """Raises Refused if this rank's part of the save cannot be accepted: all ranks hear why, and the path is not taken."""
+        ...
+
+    def locate(self) -> Located:
+        """Opens the store; blocking, not on the thread that trains. Raises what opening raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PathDestination:
+    """A path: the draft stands beside it, and its rename is the commit. A local path is absolute."""
+
+    path: str
+    step: int | None
+    metrics: Metrics = ()
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], step: int | None) -> PathDestination:
+        """Relative paths are below the working directory of now."""
+        text = os.fspath(path)
+        return cls(text if "://" in text or not text else os.path.abspath(local_path(text)), step)
+
+    def require_accepted(self) -> None:
+        """Every path may be tried."""
+
+    def locate(self) -> Located:
+        return _Path(*locate_for_saving(self.path), self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    store: Store
+    name: str
+    step: int | None
+
+    def require_free(self) -> None:
+        require_free(self.store, self.name)
+
+    def open(self, sections: Collection[Section], durability: Durability) -> tuple[Attempt, tuple[str, ...]]:
+        swept = sweep(self.store, self.name)
+        notes = [f"swept {folder}, which nobody writes any more" for folder in swept.removed]
+        notes += [f"left {folder}: {why}" for folder, why in swept.left]
+        draft = new_draft(self.name, pid=os.getpid())
+        begin(self.store, draft, sections=sections)
+        return Attempt(self.store.url, draft, durability, step=self.step, time=time.time()), tuple(notes)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDestination:
+    """A step of a run, whose root the store is: its register is the commit. `holding` is member 0's claim, None on others;
+    `epoch` that of the job, on all of them; `refused` why this rank's part of the save cannot be accepted, which all ranks are
+    to hear; `step` is None where that is why."""
+
+    store: Store
+    holding: Holding | None
+    step: int | None
+    epoch: int
+    metrics: Metrics = ()
+    refused: Refused | None = None
+
+    @property
+    def path(self) -> str:
+        step = "a step that is no number" if self.step is None else f"step {self.step}"
+        return f"{self.store.url}, {step} of epoch {self.epoch}"
+
+    def require_accepted(self) -> None:
+        if self.refused is not None:
+            raise self.refused
+
+    def locate(self) -> Located:
+        if self.step is None:
+            raise Refused(f"{self.path}: expected the number of completed steps")
+        return _Step(self.store, self.holding, self.step, self.metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    store: Store
+    holding: Holding | None
+    step: int
+    metrics: Metrics
+
+    @property
+    def name(self) -> str:
+        return f"step {self.step}"
+
+    def require_free(self) -> None:
+        """Opening the attempt finds out."""
+
+    def open(self, sections: Collection[Section], durability: Durability) -> tuple[Attempt, tuple[str, ...]]:
+        if self.holding is None:
+            raise Refused(f"{self.store.url}: expected the run's claim on member 0, found none")
+        register = complete(open_attempt(self.store, self.holding, step=self.step))
+        draft = Draft(register.folder, register.folder, secrets.token_hex(8))
+        begin(self.store, draft, sections=sections)
+        return Attempt(self.store.url, draft, durability, register, self.metrics, self.step, time.time()), ()

@@ -22,10 +22,10 @@ from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_frame, encode_frame
 from elastickpt.format.keys import fragments_file
-from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, FragmentMap, IndexPart, ManifestFrame
 from elastickpt.format.typed_values import TypedValue
+from elastickpt.format.version import MAX_FRAGMENTS_NBYTES
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.storage.store import Durability, Store
 

@@ -39,7 +39,7 @@ from elastickpt.format.canonical_json import dump
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.format.version import MAX_MANIFEST_NBYTES
 from elastickpt.ranks.addresses import not_in_forks
 from elastickpt.ranks.processes import process_fields, process_is_there, process_start
 from elastickpt.storage.store import Store

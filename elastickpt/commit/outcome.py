@@ -43,8 +43,8 @@ from elastickpt.errors import (
 )
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import FileDigest
+from elastickpt.format.version import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.epochs import Acknowledgement, acknowledge, decide, superseded
 from elastickpt.ledger.names import AttemptId
 from elastickpt.ledger.objects import complete, remove_folder

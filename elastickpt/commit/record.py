@@ -19,7 +19,6 @@ from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import decode_index, with_tables
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest_with, manifest_in
 from elastickpt.format.keys import MANIFEST, REFERENCES, attempt_of_pack, index_file
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
 from elastickpt.format.records import (
     ArrayRecord,
     FileDigest,
@@ -28,7 +27,7 @@ from elastickpt.format.records import (
     OptimizerTable,
 )
 from elastickpt.format.values import Value
-from elastickpt.format.version import OWN_ENTRIES, PACKS, features_in, features_used, has_own_entries
+from elastickpt.format.version import MAX_MANIFEST_NBYTES, OWN_ENTRIES, PACKS, features_in, features_used, has_own_entries
 from elastickpt.storage.store import Store
 
 SYNC_TREE_FILES = 16  # beyond this many one syncfs is cheaper than an fsync of each

@@ -32,7 +32,7 @@ from elastickpt.commit.draft import (
 from elastickpt.convert.journal import Journal
 from elastickpt.errors import CheckpointError, MissingFile, NotDurable, Refused, WriterLost
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.format.version import MAX_MANIFEST_NBYTES
 from elastickpt.storage.opening import locate_for_saving
 
 _FORMAT, _VERSION = "elastickpt-conversion", 1

@@ -18,7 +18,7 @@ from elastickpt.foreign.listing import SourceFile, StoredTensor
 from elastickpt.foreign.tensor_bytes import read_tensor
 from elastickpt.foreign.zip_records import ByteRange
 from elastickpt.format import canonical_json
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.format.version import MAX_MANIFEST_NBYTES
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import locate, open_store, path_in
 from elastickpt.storage.ranges import LocalReader

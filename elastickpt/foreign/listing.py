@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.arrays import DTYPES, Box
-from elastickpt.format.limits import MAX_DIM, MAX_NDIM, MIB
+from elastickpt.format.version import MAX_DIM, MAX_NDIM, MIB
 
 MAX_REPEATED_NBYTES = 1024 * MIB  # of a tensor that has more elements than its storage (strides of 0)
 

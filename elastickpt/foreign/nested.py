@@ -27,8 +27,8 @@ from elastickpt.foreign.pickle_values import Instance
 from elastickpt.foreign.plain_values import ReadTensor, to_plain
 from elastickpt.format.arrays import Box
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayReference
+from elastickpt.format.version import MAX_SMALL_ARRAY_NBYTES
 
 Path: TypeAlias = tuple[object, ...]
 _EXTRA_STATE = "_extra_state"

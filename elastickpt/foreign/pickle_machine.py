@@ -16,7 +16,7 @@ from typing import NoReturn, TypeAlias
 from elastickpt.errors import LimitExceeded, Malformed, Unsafe
 from elastickpt.foreign.pickle_tree import check_key, check_tree
 from elastickpt.foreign.pickle_values import Instance, Maker
-from elastickpt.format.limits import MIB
+from elastickpt.format.version import MIB
 
 MAX_PICKLE_NBYTES = 512 * MIB
 _FREE_NBYTES = 4 * MIB  # what may be made whatever the pickle's length

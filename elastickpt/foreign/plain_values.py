@@ -15,8 +15,8 @@ from elastickpt.foreign.listing import FileConstant, NotCarried, StoredTensor
 from elastickpt.foreign.pickle_names import NAMES, is_odd_tensor
 from elastickpt.foreign.pickle_values import ElementType, Instance, Maker
 from elastickpt.format.arrays import DTYPES
-from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayValue, DeviceValue, DtypeValue
+from elastickpt.format.version import MAX_SMALL_ARRAY_NBYTES
 
 CLASS = "$class"
 _DEVICE = "torch.device"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.foreign.listing import Storage
-from elastickpt.format.limits import MIB
+from elastickpt.format.version import MIB
 from elastickpt.storage.store import RangeReader
 
 MAX_DIRECTORY_NBYTES = 256 * MIB

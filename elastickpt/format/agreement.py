@@ -18,11 +18,10 @@ import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.keys import array_keys, attempt_of_pack, chunk_file, pack_file
-from elastickpt.format.limits import MAX_ARRAYS
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, IndexPart, Manifest
 from elastickpt.format.strict_reading import IntColumn
-from elastickpt.format.version import PACKS
+from elastickpt.format.version import MAX_ARRAYS, PACKS
 
 _Flags: TypeAlias = npt.NDArray[np.bool_]
 

@@ -14,7 +14,7 @@ from operator import gt, sub
 from typing import Literal, NoReturn
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
-from elastickpt.format.limits import MAX_DIM, MAX_NDIM
+from elastickpt.format.version import MAX_DIM, MAX_NDIM
 
 FillValue = str | int | bool | tuple[str, str]
 Support = Literal["core", "extension"]

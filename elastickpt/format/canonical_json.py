@@ -10,7 +10,7 @@ import json
 from typing import NoReturn
 
 from elastickpt.errors import LimitExceeded, Malformed, ValueNotCarried
-from elastickpt.format.limits import MAX_NODES
+from elastickpt.format.version import MAX_NODES
 
 _ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 _SORTING = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)

@@ -11,7 +11,6 @@ from math import inf, isfinite, nan, prod
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.arrays import dtype_named
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.limits import MAX_DEPTH, MAX_DIM, MAX_INT_DIGITS, MAX_NDIM, MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.strict_reading import StrictObject, integer, integers, pair, sequence, text
 from elastickpt.format.values import (
     FACTORIES,
@@ -29,6 +28,7 @@ from elastickpt.format.values import (
     Value,
     references_spelled,
 )
+from elastickpt.format.version import MAX_DEPTH, MAX_DIM, MAX_INT_DIGITS, MAX_NDIM, MAX_SMALL_ARRAY_NBYTES
 
 _FLOATS = {"nan": nan, "inf": inf, "-inf": -inf}
 _Decoder = Callable[[object, str, int], Value]

@@ -12,8 +12,8 @@ from elastickpt.format.arrays import DType
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.encode_values import encode_value, pointer_token
 from elastickpt.format.keys import components, document_file
-from elastickpt.format.limits import CONSOLIDATED_ARRAYS, MAX_MANIFEST_NBYTES
 from elastickpt.format.records import ArrayRecord, IndexPart
+from elastickpt.format.version import CONSOLIDATED_ARRAYS, MAX_MANIFEST_NBYTES
 
 
 def codecs_of(dtype: DType) -> list[object]:

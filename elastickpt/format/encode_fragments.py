@@ -12,7 +12,12 @@ from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.decode_values import decode_pointers
 from elastickpt.format.encode_values import encode_pointers
 from elastickpt.format.keys import checked_paths
-from elastickpt.format.limits import (
+from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, distinct, starts
+from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
+from elastickpt.format.strict_reading import IntColumn, StrictObject, pack, pack_ints, take_ints, take_uints, text, unpack
+from elastickpt.format.tables import pack_tables, take_tables
+from elastickpt.format.values import Value
+from elastickpt.format.version import (
     MAX_BLOCK_NBYTES,
     MAX_DIM,
     MAX_FILE_NBYTES,
@@ -21,11 +26,6 @@ from elastickpt.format.limits import (
     MAX_WRITERS,
     MIN_BLOCK_NBYTES,
 )
-from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, distinct, starts
-from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
-from elastickpt.format.strict_reading import IntColumn, StrictObject, pack, pack_ints, take_ints, take_uints, text, unpack
-from elastickpt.format.tables import pack_tables, take_tables
-from elastickpt.format.values import Value
 
 FORMAT = "elastickpt-fragments"
 

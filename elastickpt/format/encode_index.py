@@ -21,15 +21,6 @@ from elastickpt.format.documents import codecs_of
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import checked_name, checked_names, checked_path, checked_paths, depth_of
-from elastickpt.format.limits import (
-    MAX_ARRAYS,
-    MAX_CHUNK_NBYTES,
-    MAX_CHUNKS,
-    MAX_DIM,
-    MAX_DOCUMENT_NBYTES,
-    MAX_MANIFEST_NBYTES,
-    MAX_NDIM,
-)
 from elastickpt.format.records import FORMAT_VERSION, ArrayRecord, IndexPart, OptimizerTable
 from elastickpt.format.strict_reading import (
     RankRuns,
@@ -46,6 +37,15 @@ from elastickpt.format.strict_reading import (
 )
 from elastickpt.format.tables import pack_tables, take_tables
 from elastickpt.format.values import Value
+from elastickpt.format.version import (
+    MAX_ARRAYS,
+    MAX_CHUNK_NBYTES,
+    MAX_CHUNKS,
+    MAX_DIM,
+    MAX_DOCUMENT_NBYTES,
+    MAX_MANIFEST_NBYTES,
+    MAX_NDIM,
+)
 
 FORMAT = "elastickpt-index"
 _SECTIONS: tuple[Section, ...] = get_args(Section)

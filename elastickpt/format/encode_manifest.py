@@ -19,7 +19,6 @@ from elastickpt.format.digest import check_seal, seal, seal_text
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import require_pointers
 from elastickpt.format.keys import checked_name, checked_path
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES, MAX_WRITERS
 from elastickpt.format.records import (
     FORMAT_VERSION,
     Base,
@@ -35,7 +34,7 @@ from elastickpt.format.records import (
 from elastickpt.format.strict_reading import RankRuns, StrictObject, integers, is_int, pack_runs, pair, text
 from elastickpt.format.typed_values import TypedValue, typed_values
 from elastickpt.format.values import Value
-from elastickpt.format.version import FEATURES
+from elastickpt.format.version import FEATURES, MAX_MANIFEST_NBYTES, MAX_WRITERS
 
 FORMAT = "elastickpt"
 FRAME = "elastickpt-frame"

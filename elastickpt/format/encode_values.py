@@ -15,7 +15,6 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES
 from elastickpt.format.canonical_json import dump, dump_sorted
 from elastickpt.format.digest import file_digest
-from elastickpt.format.limits import MAX_DEPTH, MAX_INT_DIGITS, MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import (
     FACTORIES,
     MANY,
@@ -29,6 +28,7 @@ from elastickpt.format.values import (
     StateReference,
     Value,
 )
+from elastickpt.format.version import MAX_DEPTH, MAX_INT_DIGITS, MAX_SMALL_ARRAY_NBYTES
 
 
 def pointer_token(name: object) -> str:

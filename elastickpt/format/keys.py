@@ -15,7 +15,7 @@ import xxhash
 
 from elastickpt.errors import LimitExceeded, StructureConflict, Unsafe
 from elastickpt.format.arrays import ArrayId
-from elastickpt.format.limits import MAX_COMPONENT_NBYTES, MAX_NAME_NBYTES, MAX_PATH_NBYTES
+from elastickpt.format.version import MAX_COMPONENT_NBYTES, MAX_NAME_NBYTES, MAX_PATH_NBYTES
 
 MANIFEST = "checkpoint.json"
 DRAFT_TOKEN = "draft.json"  # whose folder has it is no checkpoint yet

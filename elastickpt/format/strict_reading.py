@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed
-from elastickpt.format.limits import MAX_EXPANDED, MAX_NODES, MAX_WRITERS
+from elastickpt.format.version import MAX_EXPANDED, MAX_NODES, MAX_WRITERS
 
 MAX_INT = 2**63 - 1
 

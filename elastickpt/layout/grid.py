@@ -14,7 +14,7 @@ from operator import add, ge, gt, mul
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.arrays import Box
-from elastickpt.format.limits import MAX_CHUNKS, MIB
+from elastickpt.format.version import MAX_CHUNKS, MIB
 
 
 def c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from elastickpt.format.arrays import Box
-from elastickpt.format.limits import MAX_CHUNKS, MIB
+from elastickpt.format.version import MAX_CHUNKS, MIB
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import CHUNK_NBYTES, ByteRun, chunk_count, chunk_nbytes, chunk_shape, chunks_of, runs_of
 from elastickpt.layout.placement import cuts_of, is_cut_regularly

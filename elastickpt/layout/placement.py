@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise, product
 
 from elastickpt.errors import LayoutUnsupported, Malformed
 from elastickpt.format.arrays import Box, Mesh
-from elastickpt.format.limits import MIB
+from elastickpt.format.version import MIB
 
 AxisSplit = tuple[tuple[int, int], ...]
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from elastickpt.errors import Malformed
 from elastickpt.format.arrays import Box
-from elastickpt.format.limits import MIB
+from elastickpt.format.version import MIB
 from elastickpt.layout.algebra import intersect
 from elastickpt.layout.grid import c_strides, fold, slices
 from elastickpt.layout.placement import flat_boxes

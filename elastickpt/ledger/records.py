@@ -16,10 +16,10 @@ from elastickpt.format.decode_values import decode_value
 from elastickpt.format.digest import check_seal, seal
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import encode_value
-from elastickpt.format.limits import MAX_FILE_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.records import FORMAT_VERSION
 from elastickpt.format.strict_reading import StrictObject, text
 from elastickpt.format.values import as_real, described
+from elastickpt.format.version import MAX_FILE_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.ledger.names import MAX_NUMBER, AttemptId, adopted_name, claim_name, found_name, parse_id, start_name
 
 MAX_OBJECT_NBYTES = MAX_MANIFEST_NBYTES  # an adopted object may list 10^6 commits; the others are small

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from elastickpt.errors import CheckpointError, MissingFile, Refused, StorageFailed, Unsupported
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.format.version import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.branch import live_branch
 from elastickpt.ledger.names import LATEST, AttemptId, RunObjects, adopted_name, parse_folder, start_name
 from elastickpt.ledger.objects import NOW, Operations

@@ -30,11 +30,10 @@ from elastickpt.format.encode_fragments import decode_columns
 from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
-from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, StoredFile
 from elastickpt.format.values import Value
-from elastickpt.format.version import CONVERTER
+from elastickpt.format.version import CONVERTER, MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.ledger.epochs import counts
 from elastickpt.ledger.names import AttemptId, parse_folder
 from elastickpt.ledger.objects import Operations, complete

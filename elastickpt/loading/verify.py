@@ -13,9 +13,8 @@ from elastickpt.errors import CheckpointError, DocumentMismatch, MissingFile, St
 from elastickpt.format.agreement import check_keys, check_writers
 from elastickpt.format.documents import documents
 from elastickpt.format.keys import MANIFEST, REFERENCES, ROOT_DOCUMENT
-from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.version import PACKS
+from elastickpt.format.version import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES, PACKS
 from elastickpt.layout.references import check_references, references_of
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.verify_files import file_tasks, verify_files

@@ -21,7 +21,7 @@ from math import inf
 from elastickpt.errors import CheckpointError, Damaged, MissingFile, NotACheckpoint, StorageFailed, Uncommitted
 from elastickpt.format.digest import file_digest
 from elastickpt.format.keys import MANIFEST
-from elastickpt.format.limits import MAX_MANIFEST_NBYTES
+from elastickpt.format.version import MAX_MANIFEST_NBYTES
 from elastickpt.ledger.branch import live_branch, point_latest
 from elastickpt.ledger.epochs import (
     Holding,

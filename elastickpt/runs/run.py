@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsFloat, SupportsIndex
 
-from elastickpt.commit.destination import RunDestination
+from elastickpt.commit.attempt import RunDestination
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.names import AttemptId, step_number

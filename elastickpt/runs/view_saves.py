@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from elastickpt.commit.destination import RunDestination
+from elastickpt.commit.attempt import RunDestination
 from elastickpt.errors import CheckpointError, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.objects import complete

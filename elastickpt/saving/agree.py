@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 
-from elastickpt.commit.destination import Located
+from elastickpt.commit.attempt import Located
 from elastickpt.format.canonical_json import dump
 from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value
@@ -39,9 +39,8 @@ from elastickpt.saving.messages import (
     require_staged_alike,
     structure_id,
 )
-from elastickpt.saving.placing import PLAIN, choose
 from elastickpt.saving.plan import plan_packs, plan_writes, records_of
-from elastickpt.saving.request import Request
+from elastickpt.saving.request import PLAIN, Request, choose
 from elastickpt.saving.structure import StructureTable, decode_table, table_of
 from elastickpt.saving.structures import KNOWN, KnownStructure, Proposal
 from elastickpt.training.held import HeldArray, LiveState

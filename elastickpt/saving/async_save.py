@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, SupportsIndex
 
-from elastickpt.commit.destination import PathDestination
+from elastickpt.commit.attempt import PathDestination
 from elastickpt.ranks.process_group import Group, job_group
 from elastickpt.ranks.threads import apart
 from elastickpt.saving.request import DEFAULT, AsyncOptions, PlacementChoice, Replicas, Request, step_of

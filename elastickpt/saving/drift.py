@@ -39,7 +39,7 @@ from xxhash import xxh3_128
 from elastickpt.errors import ReplicaConflict
 from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.digest import block_checksum
-from elastickpt.format.limits import MIB
+from elastickpt.format.version import MIB
 from elastickpt.ranks.messages import Message, encode
 from elastickpt.ranks.team import Question, Team
 from elastickpt.saving.merge import SharedArray

@@ -20,7 +20,7 @@ from elastickpt.layout.grid import chunk_shape
 from elastickpt.layout.packs import Cutting
 from elastickpt.layout.placement import MIN_SPLIT_NBYTES, cuts_of
 from elastickpt.layout.references import within_limits
-from elastickpt.saving.placing import PLAIN, Placing
+from elastickpt.saving.request import PLAIN, Placing
 from elastickpt.saving.structure import HeldEntry, StructureTable
 
 Attributes = tuple[tuple[str, Value], ...]

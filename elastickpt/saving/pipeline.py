@@ -2,7 +2,7 @@
 
     capture   what this rank holds of the state; nothing is asked of others                           structures.py
     agree     all ranks hold one structure, and each has its plan of what it writes                      agree.py
-    open      the attempt exists: member 0 has made its draft, and every rank is told of it              commit/destination.py
+    open      the attempt exists: member 0 has made its draft, and every rank is told of it              commit/attempt.py
     write     bytes come from a source, go into files, are made durable, are attested                    writer/share.py
     commit    of all attestations the checkpoint comes to exist, or nothing does, on all ranks alike     commit/outcome.py
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
-from elastickpt.commit.attempt import Committed
-from elastickpt.commit.destination import PathDestination, require_idle
+from elastickpt.commit.attempt import Committed, PathDestination, require_idle
 from elastickpt.commit.draft import require_token
 from elastickpt.commit.outcome import commit
 from elastickpt.errors import RanksFailed

@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, TypeVar
 
-from elastickpt.commit.attempt import Committed
-from elastickpt.commit.destination import Destination, leave_path, take_path
+from elastickpt.commit.attempt import Committed, Destination, leave_path, take_path
 from elastickpt.commit.draft import ended
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost, Refused, SaveSkipped, fault
 from elastickpt.ranks.process_group import Group, end_team, team_of

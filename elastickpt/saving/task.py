@@ -10,8 +10,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastickpt.commit.attempt import Attempt, Committed
-from elastickpt.commit.destination import Destination
+from elastickpt.commit.attempt import Attempt, Committed, Destination
 from elastickpt.errors import CheckpointError, DeadlineExceeded, InternalError
 from elastickpt.saving.arenas import ArenaSlot
 from elastickpt.saving.drift import Hashed

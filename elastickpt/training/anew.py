@@ -28,8 +28,8 @@ from elastickpt.training.dtensors import (
 )
 from elastickpt.training.elements import DimOrder, elements_of, empty_in_order, numpy_over, torch_dtype
 from elastickpt.training.held import HeldArray
-from elastickpt.training.held_states import hold_state
 from elastickpt.training.held_trees import own_holders
+from elastickpt.training.optimizer_states import hold_state
 from elastickpt.training.parallel import mesh_of
 from elastickpt.training.parameters import Lying, OwnedParameter
 

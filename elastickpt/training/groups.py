@@ -19,7 +19,7 @@ from elastickpt.training.binder import Binder
 from elastickpt.training.elements import dtype_name
 from elastickpt.training.optimizer_columns import group_place, options_of
 from elastickpt.training.optimizer_parts import Prefix
-from elastickpt.training.tables import Disagreement, OneValue, TableView
+from elastickpt.training.optimizer_states import Disagreement, OneValue, TableView
 from elastickpt.training.tree_binding import bind_tree, copy_into
 from elastickpt.training.trees import token
 from elastickpt.training.values import member_of, shown, tensor_of

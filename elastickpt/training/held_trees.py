@@ -21,8 +21,8 @@ import torch
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES, ArrayId, ArraySpec
-from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import ArrayReference, Value
+from elastickpt.format.version import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import Holders, JobView, hold, holders_of, placed
 from elastickpt.training.elements import PLAIN, dtype_name, lie_plainly, tensor_over

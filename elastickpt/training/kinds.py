@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from elastickpt.errors import LayoutUnsupported, StructureConflict, ValueNotCarried
-from elastickpt.format.limits import MAX_NAME_NBYTES
 from elastickpt.format.records import Item, ItemKind
+from elastickpt.format.version import MAX_NAME_NBYTES
 from elastickpt.training.entries import elements, type_name
 from elastickpt.training.held_trees import PerRank, is_stateful
 from elastickpt.training.modules import is_model

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.limits import MAX_NAME_NBYTES
+from elastickpt.format.version import MAX_NAME_NBYTES
 from elastickpt.training.elements import is_loaded_instance
 from elastickpt.training.entries import loads_by_itself, overrides_state_dict, own_state_dict, saves_by_itself
 from elastickpt.training.known_memory import spans_of

@@ -26,10 +26,10 @@ from elastickpt.training.optimizer_columns import ENTRIES, PART, PER_RANK
 from elastickpt.training.optimizer_entries import ParameterKeys, entry_place
 from elastickpt.training.optimizer_loading import containers_copied, load_own, packed
 from elastickpt.training.optimizer_parts import OptimizerPart, Prefix, parts_of
+from elastickpt.training.optimizer_states import TableView
 from elastickpt.training.optimizers import StateOptimizers, entries_of
 from elastickpt.training.parameters import OwnedParameter, groups_of, states_of
 from elastickpt.training.state_binding import ParameterStates, SavedStates, StoredStates
-from elastickpt.training.tables import TableView
 from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import shown

@@ -18,13 +18,12 @@ from elastickpt.training.composites import is_composite
 from elastickpt.training.dtensors import JobView, hold, holders_of, placed
 from elastickpt.training.elements import settled
 from elastickpt.training.held import HeldArray
-from elastickpt.training.held_states import fewest_quantised, hold_state, local_scalar, most_elements
 from elastickpt.training.held_trees import as_tensor, hold_own, hold_tree, is_large
 from elastickpt.training.known_memory import tensors_in
 from elastickpt.training.optimizer_entries import Beyond, entry_place
 from elastickpt.training.optimizer_parts import NO_OPTION, OptimizerPart
+from elastickpt.training.optimizer_states import TableBuilder, fewest_quantised, hold_state, local_scalar, most_elements
 from elastickpt.training.parameters import Identities, OwnedParameter, groups_of
-from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import mapped, place_of, token
 from elastickpt.training.values import carried, carried_leaf, carried_option, scalar_values
 

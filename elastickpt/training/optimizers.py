@@ -58,8 +58,8 @@ from elastickpt.training.optimizer_parts import (
     parts_of,
     prefixes_of,
 )
+from elastickpt.training.optimizer_states import TableBuilder
 from elastickpt.training.parameters import Identities, groups_of, states_of
-from elastickpt.training.tables import TableBuilder
 from elastickpt.training.trees import place_of
 from elastickpt.training.values import carried, token
 

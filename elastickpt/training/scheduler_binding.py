@@ -18,9 +18,9 @@ from elastickpt.format.tables import TableName
 from elastickpt.training.binder import Binder
 from elastickpt.training.groups import differ, option_lists
 from elastickpt.training.optimizer_binding import BoundOptimizer
+from elastickpt.training.optimizer_states import Disagreement, OneValue, TableView
 from elastickpt.training.optimizers import LISTS, without_group_lists
 from elastickpt.training.parameters import groups_of
-from elastickpt.training.tables import Disagreement, OneValue, TableView
 from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.values import carried, revived, token
 

@@ -23,9 +23,9 @@ from elastickpt.training.composites import Saved, is_composite, is_sparse
 from elastickpt.training.dtensors import hold_for_loading, placed, placed_as
 from elastickpt.training.elements import numpy_over
 from elastickpt.training.groups import overwritten
-from elastickpt.training.held_states import hold_state, local_scalar
 from elastickpt.training.optimizer_columns import DTENSOR, IN_STATE_DICT, PART, PER_RANK, state_place
 from elastickpt.training.optimizer_parts import Prefix
+from elastickpt.training.optimizer_states import hold_state, local_scalar
 from elastickpt.training.parameters import OwnedParameter
 from elastickpt.training.tree_binding import bind_tree
 from elastickpt.training.trees import holds_arrays, mapped, named_tuple_of, place_of, references

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from elastickpt.errors import ValueNotCarried
-from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import FACTORIES, ArrayReference, NamedTupleValue, StateReference, Value
+from elastickpt.format.version import MAX_DEPTH
 
 Leaf = Callable[[object, str], object]
 Build = Callable[[NamedTupleValue, str], object]

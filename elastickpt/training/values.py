@@ -16,7 +16,6 @@ import torch
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES
-from elastickpt.format.limits import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.format.values import (
     ArrayReference,
     ArrayValue,
@@ -27,6 +26,7 @@ from elastickpt.format.values import (
     StateReference,
     Value,
 )
+from elastickpt.format.version import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.training.elements import axis_order, in_order, numpy_in_order, order_of, torch_dtype
 from elastickpt.training.trees import ATOMS, holds_arrays, mapped, named_tuple_of, place_of, token, type_name
 

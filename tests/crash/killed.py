@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import elastickpt as ek
-from elastickpt.commit import destination
+from elastickpt.commit import attempt
 from elastickpt.errors import CheckpointError, RankFailure
 from elastickpt.ranks.process_group import job_group, team_of
 from elastickpt.storage.opening import locate_for_saving
@@ -76,7 +76,7 @@ def save_and_tell(rank: int, world_size: int, plan: Plan) -> Ended:
     team_of(job_group(None), silence_s=plan.silence_s)  # made before the save, which then takes this team
     kind, message, report = None, "", ()
     try:
-        with replaced(destination, "locate_for_saving", locate):
+        with replaced(attempt, "locate_for_saving", locate):
             ek.save(state, plan.path)
     except CheckpointError as error:
         kind, message, report = error.kind, error.message, error.report

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from fingerprint import fingerprint
 
-from elastickpt.commit import destination
+from elastickpt.commit import attempt
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.format.arrays import Mesh
 from elastickpt.loading import opened as opening
@@ -137,7 +137,7 @@ def save_on(
         return stores[int(member)], last
 
     try:
-        with replaced(destination, "locate_for_saving", located), replaced(proposing, "mesh_of", lambda mesh, world_size: mesh):
+        with replaced(attempt, "locate_for_saving", located), replaced(proposing, "mesh_of", lambda mesh, world_size: mesh):
             found.extend(everywhere(len(stores), one))  # type: ignore[arg-type]
     finally:
         for team in joined:

@@ -19,7 +19,6 @@ from elastickpt.format.encode_fragments import decode_columns, decode_fragments,
 from elastickpt.format.encode_index import decode_index, encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.keys import array_keys, chunk_file
-from elastickpt.format.limits import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES, MAX_NODES
 from elastickpt.format.records import (
     ArrayRecord,
     Base,
@@ -35,6 +34,7 @@ from elastickpt.format.records import (
     StoredFile,
     StoredPiece,
 )
+from elastickpt.format.version import MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES, MAX_NODES
 
 TABLE = OptimizerTable(
     "optimizer",

@@ -16,7 +16,6 @@ from elastickpt.errors import LimitExceeded, ValueNotCarried
 from elastickpt.format.canonical_json import dump, parse
 from elastickpt.format.decode_values import decode_value
 from elastickpt.format.encode_values import encode_pointers, encode_value, value_digest, values_equal
-from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import (
     FACTORIES,
     ArrayReference,
@@ -27,7 +26,7 @@ from elastickpt.format.values import (
     NamedTupleValue,
     StateReference,
 )
-from elastickpt.format.version import features_in, features_used
+from elastickpt.format.version import MAX_DEPTH, features_in, features_used
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 _numbers = st.integers() | st.integers(2**53 - 2, 2**53 + 2) | st.floats() | st.booleans() | st.none()

@@ -19,7 +19,7 @@ from elastickpt.format.values import Value
 from elastickpt.training.elements import torch_dtype
 from elastickpt.training.held import LiveState
 from elastickpt.training.listing import Binding, Listing
-from elastickpt.training.tables import TableBuilder, TableView
+from elastickpt.training.optimizer_states import TableBuilder, TableView
 
 _KINDS: tuple[FieldKind, ...] = ("hyper", "scalar", "schedule")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.arrays import Box
-from elastickpt.format.limits import MAX_CHUNKS, MIB
+from elastickpt.format.version import MAX_CHUNKS, MIB
 from elastickpt.layout.algebra import prove_coverage
 from elastickpt.layout.grid import (
     CHUNK_NBYTES,

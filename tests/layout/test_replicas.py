@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import Box
-from elastickpt.format.limits import MIB
+from elastickpt.format.version import MIB
 from elastickpt.layout.algebra import prove_box_coverage
 from elastickpt.layout.placement import MIN_SPLIT_NBYTES, share_of
 

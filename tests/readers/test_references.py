@@ -128,7 +128,7 @@ def test_what_stands_in_several_packs_is_left_out_and_named(tmp_path: Path, caps
     from imagined import held, job_of, live
 
     from elastickpt.format.arrays import Mesh
-    from elastickpt.saving.placing import Placing
+    from elastickpt.saving.request import Placing
     from elastickpt.storage.local import LocalStore
 
     mesh = Mesh("fsdp.tp", ("fsdp", "tp"), (4, 2), tuple(range(8)))

@@ -21,8 +21,8 @@ import torch
 
 import elastickpt as ek
 from elastickpt.cli.main import main
-from elastickpt.commit import destination
 from elastickpt.commit import outcome as outcome_module
+from elastickpt.commit.attempt import leave_path, require_idle, take_path
 from elastickpt.errors import Damaged, NotACheckpoint, Refused, RunBusy, StateMismatch, StorageFailed, Superseded
 from elastickpt.ledger.branch import history
 from elastickpt.ledger.names import parse_id
@@ -548,15 +548,15 @@ def test_a_save_that_is_refused_says_why_whatever_else_goes_to_its_place(
     taken = f"{tmp_path.as_uri()}/run, {place}"
     with ek.Run(tmp_path / "run", training.state, options=OPTIONS) as run:
         run.restore()
-        destination.take_path(taken)
+        take_path(taken)
         try:
             with pytest.raises(Refused) as refused:
                 run.save(step, metrics=metrics)  # type: ignore[arg-type]
             run.close()
             with pytest.raises(Refused, match="under way"):
-                destination.require_idle(taken)
+                require_idle(taken)
         finally:
-            destination.leave_path(taken)
+            leave_path(taken)
     (said,) = [line for record in caplog.records if "not saved" in (line := record.getMessage())]
     assert f"{place}: not saved" in said
     assert str(refused.value) in said

@@ -19,8 +19,8 @@ from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, FileDigest, Item
 from elastickpt.layout.placement import physical_box
 from elastickpt.saving.merge import MergedStructure, merge
-from elastickpt.saving.placing import PLAIN, Placing
 from elastickpt.saving.plan import plan_packs, plan_writes, records_of
+from elastickpt.saving.request import PLAIN, Placing
 from elastickpt.saving.save import LiveTensors
 from elastickpt.saving.structure import StructureTable, table_of
 from elastickpt.storage.store import Store

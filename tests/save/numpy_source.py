@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elastickpt.commit.attempt import PathDestination
 from elastickpt.commit.attest import DraftContents, Outline
-from elastickpt.commit.destination import PathDestination
 from elastickpt.commit.outcome import commit
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.keys import array_keys

@@ -19,7 +19,7 @@ import torch
 
 import elastickpt as ek
 from elastickpt.commit import committer
-from elastickpt.commit.destination import RunDestination
+from elastickpt.commit.attempt import RunDestination
 from elastickpt.commit.draft import begin, mark, marked, new_draft
 from elastickpt.errors import DeadlineExceeded, NoSpace, PathOccupied, Refused, SaveSkipped, Superseded, WriterLost
 from elastickpt.ranks.addresses import listen
@@ -27,8 +27,7 @@ from elastickpt.ranks.process_group import job_group
 from elastickpt.saving import async_save
 from elastickpt.saving.async_save import close_all, saver_of
 from elastickpt.saving.pipeline import Pipeline
-from elastickpt.saving.placing import Placing
-from elastickpt.saving.request import Request
+from elastickpt.saving.request import Placing, Request
 from elastickpt.saving.saver import Saver
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore

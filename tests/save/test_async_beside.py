@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import elastickpt as ek
-from elastickpt.commit.destination import PathDestination
+from elastickpt.commit.attempt import PathDestination
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving.async_save import close_all
 from elastickpt.saving.request import AsyncOptions, Request

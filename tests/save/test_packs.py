@@ -15,10 +15,11 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.commit import destination
+from elastickpt.commit import attempt
 from elastickpt.loading import verify_files
-from elastickpt.saving import placing
+from elastickpt.saving import request
 from elastickpt.saving.async_save import close_all
+from elastickpt.storage.kernel import ONE_SIDED
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import RecordingStore
 from tools import mini_reader
@@ -165,7 +166,7 @@ def test_a_run_saves_packs_and_goes_on_from_them(tmp_path: Path) -> None:
 def test_a_pack_is_synced_by_itself_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never the whole file system, however many arrays there are. [SAVE-118]"""
     store = RecordingStore(LocalStore(tmp_path))
-    monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, "c"))
+    monkeypatch.setattr(attempt, "locate_for_saving", lambda path: (store, "c"))
     ek.save({f"t{n}": torch.ones(3) for n in range(300)}, tmp_path / "c", placement="packed")
     names = [operation.name for operation in store.operations]
     assert "sync_tree" not in names
@@ -176,7 +177,7 @@ def test_a_pack_is_synced_by_itself_and_nothing_else_is(tmp_path: Path, monkeypa
 
 def test_auto_makes_packs_of_many_files_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many = {f"t{n}": torch.full((4,), float(n)) for n in range(5)}
-    monkeypatch.setattr(placing, "MANY_PARTS", 5)
+    monkeypatch.setattr(request, "MANY_PARTS", 5)
     for number in range(2):  # of a structure that is known, too
         info = ek.save(many, tmp_path / f"auto-{number}")
         assert ek.open(info.path).manifest.placement == "packed"
@@ -187,7 +188,7 @@ def test_auto_makes_packs_of_many_files_and_says_why(tmp_path: Path, monkeypatch
     assert (ek.open(info.path).manifest.placement, info.notes) == ("plain", ())
 
 
-@pytest.mark.parametrize("name", sorted(placing.ONE_SIDED))
+@pytest.mark.parametrize("name", sorted(ONE_SIDED))
 def test_auto_makes_packs_where_a_file_must_not_be_filled_from_several_sides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

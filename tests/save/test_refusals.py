@@ -18,7 +18,6 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt import errors
-from elastickpt.commit import destination
 from elastickpt.saving import save as saving
 from elastickpt.storage import opening
 from elastickpt.storage.local import LocalStore
@@ -239,7 +238,7 @@ def test_each_storage_operation_that_fails_fails_the_save_and_leaves_nothing(
         parent.mkdir()
         faulty = FaultyStore(LocalStore(parent), FailAt(number, errno=code))
         with monkeypatch.context() as patch:
-            patch.setattr(destination, "locate_for_saving", lambda path, store=faulty: (store, "c"))
+            patch.setattr("elastickpt.commit.attempt.locate_for_saving", lambda path, store=faulty: (store, "c"))
             try:
                 ek.save(STATE, parent / "c")
                 raised: errors.CheckpointError | None = None
@@ -310,7 +309,7 @@ def test_a_store_that_cannot_hold_a_checkpoint_is_refused_with_the_reason(
     """[SAVE-120]"""
     store = LocalStore(tmp_path)
     store.capabilities = replace(store.capabilities, **{lacks: False}, name="objects")
-    monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, "c"))
+    monkeypatch.setattr("elastickpt.commit.attempt.locate_for_saving", lambda path: (store, "c"))
     with pytest.raises(errors.PlacementUnsupported, match=text):
         ek.save(STATE, tmp_path / "c", placement=placement)
     assert list(tmp_path.iterdir()) == []

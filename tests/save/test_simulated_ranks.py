@@ -15,8 +15,8 @@ from elastickpt.errors import CoverageGap, CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Mesh
 from elastickpt.layout.references import references_of
 from elastickpt.saving.merge import merge
-from elastickpt.saving.placing import PLAIN, Placing
 from elastickpt.saving.plan import plan_writes
+from elastickpt.saving.request import PLAIN, Placing
 from elastickpt.saving.structure import table_of
 
 SHAPES = {

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import elastickpt as ek
-from elastickpt.commit import destination, outcome
+from elastickpt.commit import attempt, outcome
 from elastickpt.commit import draft as drafting
 from elastickpt.commit.outcome import STEPS, CommitState
 from elastickpt.errors import CheckpointError, CoverageGap, PathOccupied, ValueNotCarried
@@ -39,7 +39,7 @@ def save_to(monkeypatch: pytest.MonkeyPatch) -> SaveTo:
     """Saves through a given store, as `name` in it."""
 
     def save(store: Store, name: str, held: dict[str, Any] | None = None) -> ek.CheckpointInfo:
-        monkeypatch.setattr(destination, "locate_for_saving", lambda path: (store, path))
+        monkeypatch.setattr(attempt, "locate_for_saving", lambda path: (store, path))
         return ek.save(state(2) if held is None else held, name, step=1)
 
     return save

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES
 from elastickpt.format.encode_values import typed_key
-from elastickpt.format.limits import MAX_DEPTH
 from elastickpt.format.values import ArrayValue
+from elastickpt.format.version import MAX_DEPTH
 from elastickpt.training.values import array_value, carried, place_of, revived, scalar_values, tensor_of
 
 
