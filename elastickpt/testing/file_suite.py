@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +12,7 @@ from elastickpt.errors import (
     PathOccupied,
     Unsafe,
 )
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.opening import open_store
 from elastickpt.storage.store import Entry, Store
 
@@ -64,15 +64,17 @@ class FileSuite:
         assert store.exists("d/below")
 
     def test_of_many_creators_exactly_one_succeeds(self, store: Store) -> None:
-        def create(index: int) -> int | None:
+        winners: list[int] = []
+
+        def create(index: int) -> None:
             try:
                 store.create("file", bytes([index]) * 1000)
             except PathOccupied:
-                return None
-            return index
+                return
+            winners.append(index)
 
-        with ThreadPoolExecutor(8) as pool:
-            winners = [index for index in pool.map(create, range(8)) if index is not None]
+        with Pool("store-suite", 8) as pool:
+            pool.share_out(range(8), create)
         assert [store.read("file", 1000)] == [bytes([index]) * 1000 for index in winners]
 
     def test_names_may_hold_any_character_but_a_slash(self, store: Store) -> None:

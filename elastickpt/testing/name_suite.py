@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from elastickpt.errors import (
@@ -11,6 +9,7 @@ from elastickpt.errors import (
     MissingFile,
     PathOccupied,
 )
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import Entry, Store
 from elastickpt.testing.lacking import lacks
 
@@ -137,15 +136,17 @@ class NameSuite:
             store.make_directories(f"draft-{index}")
             store.create(f"draft-{index}/token", bytes([index]))
 
-        def rename(index: int) -> int | None:
+        winners: list[int] = []
+
+        def rename(index: int) -> None:
             try:
                 store.rename(f"draft-{index}", "final")
             except PathOccupied:
-                return None
-            return index
+                return
+            winners.append(index)
 
-        with ThreadPoolExecutor(8) as pool:
-            winners = [index for index in pool.map(rename, range(8)) if index is not None]
+        with Pool("store-suite", 8) as pool:
+            pool.share_out(range(8), rename)
         assert [store.read("final/token", 1)] == [bytes([index]) for index in winners]
         assert len(store.entries("")) == 8
 
@@ -181,6 +182,6 @@ class NameSuite:
         for index in range(64):
             store.make_directories(f"d/{index % 8}")
             store.create(f"d/{index % 8}/{index}", b"")
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(store.remove_tree, ["d"] * 4))
+        with Pool("store-suite", 4) as pool:
+            pool.share_out(["d"] * 4, store.remove_tree)
         assert not store.exists("d")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from elastickpt.errors import (
     WrongLength,
 )
+from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import aligned_buffer
 from elastickpt.storage.store import Store
 from elastickpt.testing.lacking import lacks
@@ -84,9 +84,9 @@ class RangeSuite:
         if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
             return
         whole = np.random.default_rng(1).integers(0, 256, 100_003, dtype=np.uint8).tobytes()
-        with closing(store.open_writer("file", len(whole))) as writer, ThreadPoolExecutor(8) as pool:
+        with closing(store.open_writer("file", len(whole))) as writer, Pool("store-suite", 8) as pool:
             starts = range(0, len(whole), 997)
-            list(pool.map(lambda start: writer.write(start, memoryview(whole)[start : start + 997]), starts))
+            pool.share_out(starts, lambda start: writer.write(start, memoryview(whole)[start : start + 997]))
         assert store.read("file", len(whole)) == whole
 
     def test_a_reader_fills_any_range(self, store: Store) -> None:
