@@ -78,7 +78,22 @@ class JobExchange:
 
 
 class Job:
-    """This process's part in a job. Attributes may be read from any thread; the rest is for the thread that trains."""
+    """This process's part in a job, as `join` gives it. Attributes may be read from any thread; the rest is for the thread that
+    trains. A `PipelineTrainer` gets its tasks from it, and is all that most scripts need.
+
+    Examples:
+        A script for `elastickpt-run --stages 1`:
+
+        >>> with ek.elastic.join() as job:
+        ...     with job.phase("reading the corpus", limit_s=120):
+        ...         corpus = [torch.ones(4)] * 3
+        ...     print(job.place.stages, job.end)
+        ...     job.require_good_end()
+        1 None
+        >>> job.close()  # as the end of the block has done
+        >>> job.end.reason
+        ''
+    """
 
     def __init__(self, stream: Stream, who: Join, *, leaves: Callable[[], None] | None = None) -> None:
         self.uid, self._leaves = who.uid, leaves
@@ -131,8 +146,16 @@ class Job:
 
     @contextmanager
     def phase(self, name: str, *, limit_s: float | None = None) -> Iterator[None]:
-        """Within it, something must move every `limit_s` seconds; None: as its own history says. Of a phase that is over, the
-        time does not count."""
+        """Within it, something must move every `limit_s` seconds, else this process counts as stalled and its place as lost.
+        The time of a phase that is over does not count for the next one.
+
+        Args:
+            name: What messages and events call it.
+            limit_s: None: as its own history says.
+
+        Raises:
+            Refused: `limit_s` is not above 0.
+        """
         if limit_s is not None and not limit_s > 0:
             raise Refused(f"phase {name!r}: limit_s={limit_s!r}: expected seconds above 0")
         self._phases.append((name, limit_s))  # type: ignore[arg-type]
@@ -202,8 +225,12 @@ class Job:
         return self._end
 
     def require_good_end(self) -> None:
-        """If the job is over, and that was not done or asked for: raises RecoveryFailed; Superseded, where another job has the
-        run."""
+        """Returns where the job is not over, or was done, or was asked to end. Not blocking.
+
+        Raises:
+            RecoveryFailed: The job has ended for a reason, which the error has.
+            Superseded: Another job has the run.
+        """
         end = self._end
         if end is not None and end.code == SUPERSEDED:
             raise Superseded(end.message)
@@ -235,7 +262,10 @@ class Job:
             self.done(task, outcomes[type(act)])
 
     def close(self) -> None:
-        """Ends the thread and the connection. The second call does nothing."""
+        """Ends the thread and the connection. The second call does nothing.
+
+        Raises nothing.
+        """
         self._line.close()
 
     # -- the thread of the job

@@ -32,8 +32,11 @@ class Policy:
     max_losses_of_step  how often one step may be lost before the job ends
 
     Examples:
-        >>> ek.elastic.Policy(rungs=("partner", "checkfree"), optimizer="average").lr_factor
-        1.1
+        >>> policy = ek.elastic.Policy(rungs=("partner", "checkfree"), optimizer="average", lr_mode="multiply")
+        >>> policy.lr_factor, policy.factor_after(1.1)
+        (1.1, 1.2)
+        >>> policy.needs_equal_stages(swap=None)
+        True
     """
 
     rungs: tuple[Rung, ...] = ("stale", "partner", "checkfree", "rollback")
@@ -68,11 +71,29 @@ class Policy:
                 raise Refused(f"Policy {name}={number!r}: expected an integer from {least} on")
 
     def needs_equal_stages(self, swap: Swap | None) -> bool:
-        """Whether one stage may be made of others; without a swapped order no stage has a partner."""
+        """Whether one stage may be made of others, which then all have bodies of one shape.
+
+        Args:
+            swap: The trainer's; without a swapped order no stage has a partner.
+
+        Returns:
+            Whether they have to.
+
+        Raises nothing.
+        """
         return "checkfree" in self.rungs or ("partner" in self.rungs and swap is not None)
 
     def factor_after(self, before: float) -> float:
-        """The learning rate's factor of a body that was averaged or copied, whose factor was `before`."""
+        """The learning rate's factor of a body that was averaged or copied.
+
+        Args:
+            before: Its factor until then, 1 for one that never was.
+
+        Returns:
+            `lr_factor`, or `before` times that up to `lr_cap`, as `lr_mode` says.
+
+        Raises nothing.
+        """
         return self.lr_factor if self.lr_mode == "set" else min(before * self.lr_factor, self.lr_cap)
 
 
@@ -81,7 +102,13 @@ class Report:
     """One committed step. `step`: completed steps, this one included. `loss`: the mean over microbatches, equal on all members;
     `norms`: of each stage's body gradient. `recovered` since the report before; `saved`: the save of this step, where one was
     due; one that a loss cut off ends with an error, though the step may be saved once more. `seconds` from this member's first
-    microbatch until it read the decision."""
+    microbatch until it read the decision.
+
+    Examples:
+        >>> report = ek.elastic.Report(step=7, loss=0.25, norms={0: 1.5, 1: 0.5}, epoch=1, generation=1)  # as `steps` yields it
+        >>> report.step, report.recovered
+        (7, ())
+    """
 
     step: int
     loss: float

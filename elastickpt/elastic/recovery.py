@@ -81,7 +81,8 @@ class Moved:
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """One recovery. `step`: completed steps, that one included, after which every member stands; `time` in seconds since 1970,
-    of the view that completed. `rung` and `source` are those of the lowest lost stage."""
+    of the view that completed. `rung` and `source` are those of the lowest lost stage. Made by the job: a trainer's
+    `on_rebuilt` gets it, and the next `Report` has it."""
 
     time: float
     epoch: int
@@ -97,7 +98,16 @@ class Recovery:
     bytes: Moved
 
     def begun(self, seconds: float) -> Recovery:
-        """The same, where the first microbatch began `seconds` after the last sign of life."""
+        """The same, once the first microbatch has begun.
+
+        Args:
+            seconds: How long after the last sign of life.
+
+        Returns:
+            A recovery whose `seconds.first_microbatch` that is.
+
+        Raises nothing.
+        """
         return replace(self, seconds=replace(self.seconds, first_microbatch=seconds))
 
 

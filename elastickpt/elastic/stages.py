@@ -57,6 +57,8 @@ class Stage:
         >>> stage = ek.elastic.Stage(model, torch.optim.SGD(model.parameters(), lr=0.1))
         >>> list(stage.tensors["body"])
         ['layers.0.weight', 'layers.0.bias']
+        >>> [tuple(one.shape) for one in stage.parameters("body")]
+        [(4, 4), (4,)]
     """
 
     def __init__(
@@ -93,7 +95,16 @@ class Stage:
         return {part: {name: now[name] for name in names} for part, names in self._tensor_names.items()}
 
     def parameters(self, part: StagePart) -> list[nn.Parameter]:
-        """Those of a part that are trained, in the module's order; none for a part that is not there."""
+        """Those of a part that are trained.
+
+        Args:
+            part: "embed", "body" or "head".
+
+        Returns:
+            They are in the module's order; none for a part that is not there.
+
+        Raises nothing.
+        """
         return self._parameters.get(part, [])  # type: ignore[return-value]
 
     def _named(self, part: StagePart) -> dict[str, Tensor]:

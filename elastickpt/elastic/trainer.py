@@ -36,6 +36,26 @@ class PipelineTrainer:
     `on_rebuilt(trainer, recovery)` runs on every member after a recovery, before the next step.
 
     Raises Refused, here or on the first step, for what cannot be trained together.
+
+    Examples:
+        A script for `elastickpt-run --stages 1`; with more stages, `build` makes the part of `place.stage`:
+
+        >>> class Loader:
+        ...     def batch(self, step):
+        ...         inputs = torch.linspace(0, 1, 8).reshape(8, 1) + step
+        ...         return inputs, 2 * inputs
+        >>> def build(place):
+        ...     model = torch.nn.Linear(1, 1)
+        ...     return ek.elastic.Stage(model, torch.optim.SGD(model.parameters(), lr=0.01), loss=torch.nn.functional.mse_loss)
+        >>> with ek.elastic.join() as job:
+        ...     trainer = ek.elastic.PipelineTrainer(job, build, loader=Loader(), microbatches=4)
+        ...     for report in trainer.steps(until=3):
+        ...         print(report.step, sorted(report.norms), report.recovered)
+        ...     trainer.evaluate([Loader().batch(9)]) > 0
+        1 [0] ()
+        2 [0] ()
+        3 [0] ()
+        True
     """
 
     def __init__(
@@ -91,11 +111,20 @@ class PipelineTrainer:
         return self._tasks.step
 
     def steps(self, until: int) -> Iterator[Report]:
-        """Trains until `until` steps are completed in all; yields one report per committed step. A spare blocks in here until
-        it gets a place, or the job ends. Where the others are beyond `until` when a place is taken, the iterator ends at once.
+        """Trains. A spare blocks in here until it gets a place, or the job ends. Where the others are beyond `until` when a
+        place is taken, the iterator ends at once.
 
-        Raises RecoveryFailed with its reason where the job cannot go on, Refused before the first step, and what the user's
-        own code raised where a step cannot do without it.
+        Args:
+            until: So many steps are to be completed in all, those before a restart included.
+
+        Yields:
+            One report per committed step, the same on all members.
+
+        Raises:
+            RecoveryFailed: The job cannot go on; the error has the reason.
+            Refused: Before the first step: what the members built cannot be trained together.
+            Superseded: Another job has the run. What the user's own code raised is raised as it is, where a step cannot do
+                without it.
         """
         while (task := self._at_boundary()) is not None:
             self._is_past = self._is_late and self._tasks.step > until
@@ -116,11 +145,24 @@ class PipelineTrainer:
                 self._tasks.compute(task)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The mean over batches of what `Report.loss` is, in the normal order, the same on all members, which all call it with
-        the same batches. Changes nothing. Begun again after a loss. Where all roll back, what was to be evaluated is gone:
-        within the loop this is not a number then, and the steps since are reported once more; behind it they are taken once
-        more, and evaluated then. On a member that took a place since, what it was for the others; not a number, where that was
-        after an earlier step, and on a spare, for which the job is over by then. Raises as `steps` does."""
+        """Evaluates the model as it is, in the normal order of stages; all members call it with the same batches. Changes
+        nothing, and is begun again after a loss.
+
+        Where all roll back, what was to be evaluated is gone: within the loop the result is not a number then, and the steps
+        since are reported once more; behind the loop they are taken once more, and evaluated then.
+
+        Args:
+            batches: Inputs and targets of whole batches, as a loader gives them.
+
+        Returns:
+            The mean over batches of what `Report.loss` is, the same on all members; on one that took a place since, what it was
+            for the others. Not a number, where that was after an earlier step, and on a spare, for which the job is over by
+            then.
+
+        Raises:
+            RecoveryFailed: The job cannot go on, or ended meanwhile.
+            Refused: No batch, or one that cannot be cut into microbatches.
+        """
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")

@@ -54,6 +54,11 @@ class Checkpoint:
         ['model', 'optimizer']
         >>> ckpt.arrays["params/model/layers.0.weight/value"][:].shape
         (4, 4)
+        >>> weight = ckpt.parameters["model", "layers.0.weight"].states["value"].spec.id
+        >>> ckpt.read(weight).dtype
+        dtype('float32')
+        >>> dict(ckpt.per_rank(0)), [len(one.pieces.nbytes) for one in ckpt.fragments()]
+        ({}, [2])
         >>> ckpt.verify().problems
         ()
     """
@@ -63,6 +68,7 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
+        """Where it is, as people write it."""
         return path_in(self._opened.store, self._opened.name)
 
     @property
@@ -82,6 +88,7 @@ class Checkpoint:
 
     @property
     def meshes(self) -> tuple[Mesh, ...]:
+        """The meshes of ranks over which its arrays lay when they were saved."""
         return self.manifest.meshes
 
     @property
@@ -110,7 +117,14 @@ class Checkpoint:
         return MappingProxyType({key: Parameter(*key, MappingProxyType(of)) for key, of in states.items()})
 
     def fragments(self) -> Iterator[FragmentColumns]:
-        """Every writer's fragment map, by writer. Raises Damaged kinds naming the file."""
+        """Every writer's fragment map. Blocking, one file after the other.
+
+        Yields:
+            They come in the order of writers: which pieces it stored, where, and with which checksums.
+
+        Raises:
+            Damaged: A file is not what was written; the message names it.
+        """
         return self._opened.all_fragments()
 
     def per_rank(self, writer: int) -> Mapping[str, Value]:
@@ -164,6 +178,15 @@ class Checkpoint:
         Raises:
             KeyError: No array has this id.
             Damaged: It is not what was written.
+
+        Examples:
+            >>> from elastickpt.format.arrays import Box
+            >>> ckpt = ek.open("out/step-1000")
+            >>> weight = ckpt.parameters["model", "layers.0.weight"].states["value"].spec.id
+            >>> two_rows = torch.empty(2, 4)
+            >>> ckpt.read_into(weight, Box((1, 0), (3, 4)), two_rows.numpy().view("u4"))
+            >>> torch.equal(two_rows, model.layers[0].weight[1:3])
+            True
         """
         fetch(self._opened, [Wanted(self.records[array], box, words)])
 
@@ -186,6 +209,11 @@ class Checkpoint:
             Refused: A module, an optimizer or its schedulers, whose states stand by parameter.
             StateMismatch: A tensor that only its class can put together.
             Damaged: It is not what was written.
+
+        Examples:
+            >>> info = ek.save({"config": {"lr": 0.1, "mask": torch.ones(2)}}, "out/config")
+            >>> ek.open("out/config").tree("config")
+            {'lr': 0.1, 'mask': array([1., 1.], dtype=float32)}
         """
         from elastickpt.loading.trees import tree_of
 

@@ -95,7 +95,16 @@ class LoadReport:
         """Sets the random streams once more as this load set them, after something drew numbers that did not in the run that
         saved: `iter(loader)` draws a seed, and some loaders fetch a batch ahead. Of this process only; not blocking.
 
-        Raises Refused where this load set none.
+        Raises:
+            Refused: This load set none.
+
+        Examples:
+            >>> info = ek.save({"rng": ek.RNG()}, "out/streams")
+            >>> report = ek.load({"rng": ek.RNG()}, "out/streams")
+            >>> first = torch.rand(2)  # as a loader may do that reads ahead
+            >>> report.restore_streams()
+            >>> torch.equal(torch.rand(2), first)
+            True
         """
         if not self.streams:
             raise Refused(

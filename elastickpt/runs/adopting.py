@@ -66,6 +66,11 @@ class AdoptReport:
         adopted: The folders that count from now on, newest first.
         live: Those of them that are on the live branch.
         left: The folders that were not adopted, each with the kind and the message of what is wrong with it.
+
+    Examples:
+        >>> report = ek.adopt("runs/llama")
+        >>> report.epoch, report.adopted
+        (0, ())
     """
 
     path: str

@@ -86,7 +86,16 @@ class Restored:
     notes: tuple[str, ...] = ()
 
     def restore_streams(self) -> None:
-        """Sets the random streams once more, as `LoadReport.restore_streams` does; nothing where the job begins at step 0."""
+        """Sets the random streams once more, as `LoadReport.restore_streams` does; nothing where the job begins at step 0.
+
+        Raises:
+            Refused: The checkpoint that was loaded has none.
+
+        Examples:
+            >>> with ek.Run("runs/streams", {"rng": ek.RNG()}) as run:
+            ...     found = run.restore()
+            >>> found.restore_streams()
+        """
         if self.report is not None:
             self.report.restore_streams()
 

@@ -87,6 +87,15 @@ class Run:
         ...         handle = run.save(step + 1, metrics={"loss": loss})
         >>> handle.result().step
         4
+        >>> run.add_metrics(4, {"quality": 0.7})
+        >>> run.notify("maintenance", left_s=120)
+        >>> for step in range(5, 1000):
+        ...     if run.due(step + 1):
+        ...         handle = run.save(step + 1)
+        ...     if run.ending:
+        ...         break
+        >>> run.ending
+        True
         >>> run.close()
     """
 
@@ -240,6 +249,8 @@ class Run:
         Args:
             why: A word for it; of one word the first call holds.
             left_s: In how many seconds.
+
+        Raises nothing.
         """
         self._notices.give(why, left_s=left_s)
 
@@ -308,6 +319,8 @@ class Run:
 
         Args:
             limit_s: For how many seconds; by default the option of saving, or what a notice leaves.
+
+        Raises nothing of saves: what becomes of each says its handle.
         """
         if self._closed:
             return

@@ -142,6 +142,11 @@ class CheckpointInfo:
         commit_s: Seconds from then to the commit.
         stall_s: How long the call kept its caller: a blocking save for all of it, one beside training while it staged.
         notes: What else was found or done, such as drafts that were swept or left.
+
+    Examples:
+        >>> info = ek.save(state, "out/step-3000", step=3000)
+        >>> info.step, info.arrays, info.nbytes
+        (3000, 2, 80)
     """
 
     path: str

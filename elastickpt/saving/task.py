@@ -31,11 +31,15 @@ class SaveHandle:
     It ends on all ranks alike: with a checkpoint, or with one error whose `report` names every rank that failed.
 
     Examples:
-        >>> handle = ek.async_save(state, "out/step-2000")
+        >>> handle = ek.async_save(state, "out/step-2000", step=2000)
         >>> handle.wait_staged()
         >>> handle.exception() is None
         True
-        >>> handle.done()
+        >>> handle.done(), handle.result().step
+        (True, 2000)
+        >>> ended = []
+        >>> handle.add_done_callback(ended.append)
+        >>> ended == [handle]
         True
     """
 
@@ -47,6 +51,8 @@ class SaveHandle:
     def wait_staged(self) -> None:
         """On return the tensors of the state may change: nothing reads them for this save any more. Blocking only where copies
         from a device go on after the call; `torch.optim` optimizers wait by themselves, captured steps must call this.
+
+        Raises nothing of the save: what becomes of it, `result` says.
         """
         self._wait_staged()
 
@@ -78,6 +84,8 @@ class SaveHandle:
 
         Returns:
             Whether `result` and `exception` return at once.
+
+        Raises nothing.
         """
         return self._ended.done()
 
@@ -104,6 +112,8 @@ class SaveHandle:
 
         Args:
             call: Is called with this handle.
+
+        Raises nothing.
         """
 
         def told(_: object) -> None:
