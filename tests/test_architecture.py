@@ -110,7 +110,7 @@ def test_torch_is_imported_only_where_live_state_is() -> None:
     assert {name for name in importers("torch") if name.startswith(("saving/", "loading/", "runs/"))} <= typing_only
 
 
-def test_names_that_torch_keeps_private_are_used_in_training_only() -> None:
+def test_names_that_torch_keeps_private_are_used_in_training_and_ranks_only() -> None:
     """Attributes with one leading underscore of something imported from torch, by import or by attribute of a module."""
     found = set()
     for path, tree in TREES.items():

@@ -56,3 +56,11 @@ def test_links_point_to_files_of_the_project() -> None:
         links = re.findall(r"\]\(([^)#:]+)\)", (root / page).read_text())
         assert len(links) > 3
         assert [link for link in links if not (root / link).exists()] == []
+
+
+def test_the_pages_for_whoever_carries_on_stay_short() -> None:
+    """Two pages and one, of 66 lines: what grows longer is read by nobody."""
+    root = Path(__file__).parent.parent
+    lengths = {page: len((root / page).read_text().splitlines()) for page in ("ARCHITECTURE.md", "CONTRIBUTING.md")}
+    assert lengths["ARCHITECTURE.md"] <= 132
+    assert lengths["CONTRIBUTING.md"] <= 66

@@ -38,6 +38,7 @@ CITED = re.compile(rf"\[((?:(?:{PREFIXES})-\d+(?:\.\.\d+)?(?:, )?)+)\]")
 ONE = re.compile(rf"({PREFIXES})-(\d+)(?:\.\.(\d+))?")
 LISTED = re.compile(rf"^\| ((?:{PREFIXES})-\d+)(?: to (\d+))? \| (.+) \|$", re.MULTILINE)
 MOST_CORE_WORDS, MOST_WORDS = 40, 20  # of the glossary, and of a document's own
+HEAD = re.compile(r"^\| (?:term|word of this document) \| meaning \|\n", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
@@ -95,7 +96,7 @@ class Check:
         """A term has one meaning, in the glossary or in the document of its part."""
         seen: dict[str, str] = {}
         for path in sorted(SPEC.glob("*.md")):
-            table = path.read_text().partition("| term | meaning |\n")[2].partition("\n\n")[0]
+            table = HEAD.split(path.read_text(), maxsplit=1)[-1].partition("\n\n")[0] if HEAD.search(path.read_text()) else ""
             terms = [term for term in re.findall(r"^\| (.+?) \| ", table, re.M) if term != "---"]
             core = path.name == "glossary.md"
             most = MOST_CORE_WORDS if core else MOST_WORDS

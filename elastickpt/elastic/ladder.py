@@ -1,4 +1,4 @@
-"""From what lost stages are rebuilt: each takes the first rung of the policy that is possible for it. [REC-43]
+"""From what lost stages are rebuilt: each takes the first rung of the policy that is possible for it. [REC-67]
 
 If one of them needs `rollback`, all members roll back. Before its first step a job goes on from its run's newest checkpoint.
 """

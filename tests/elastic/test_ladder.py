@@ -35,7 +35,7 @@ def chosen(
 
 
 def test_the_first_rung_that_is_possible() -> None:
-    """[REC-43]"""
+    """[REC-43, REC-67]"""
     terms = Terms(run="runs/a", rungs=ALL, swap=True, max_stale_steps=10)
     sources, considered = chosen(2, terms=terms)
     assert sources == {2: StageSource(2, "stale", path=NEWEST.path, step=90)}
