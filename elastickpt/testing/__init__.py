@@ -1,1 +1,1 @@
-"""What authors of stores run: the suite that all stores pass, and stores that record, fail, tear and crash."""
+"""What authors of stores run: the suite that all stores pass, and stores around theirs that record, fail, tear and crash."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fingerprint import fingerprint
+from journal_store import JournalStore
 from simulated import (
     Files,
     Outcome,
@@ -39,7 +40,6 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import CallAt, Crash, CrashAt, FailAt, Fault, FaultyStore, Operation, RecordingStore
-from elastickpt.testing.replay import JournalStore
 
 CLASSES = {errno.EIO: StorageFailed, errno.ENOSPC: NoSpace, errno.EROFS: ReadOnly}
 SYNCS = {"writer.sync", "sync_file", "sync_directory", "sync_tree"}

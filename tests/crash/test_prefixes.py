@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 
 import pytest
+from journal_store import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 from simulated import files, require_absent_or_whole, require_whole, save_on, state
 
 from elastickpt.errors import CheckpointError
@@ -14,7 +15,6 @@ from elastickpt.layout import packs, placement
 from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 
 OLD, NEW = state(1), state(2)
 NAMES = itertools.count()

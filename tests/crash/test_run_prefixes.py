@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from journal_store import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 from run_actors import Without, by
 from simulated import files
 from simulated_members import Job
@@ -32,7 +33,6 @@ from elastickpt.ledger.retention import judge as judged
 from elastickpt.ledger.stored import read_view
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import Store
-from elastickpt.testing.replay import FATES, KEPT, LOST, TORN, Change, Fate, JournalStore, after_power_cut, drawn
 
 KEEP = Keep(last=2)
 PATIENCE = Patience(poll_s=0.01, limit_s=0.05)

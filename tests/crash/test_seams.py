@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from journal_store import JournalStore
 from simulated import drafts, opened, save_on, state
 
 import elastickpt as ek
@@ -19,7 +20,6 @@ from elastickpt.saving.structures import KNOWN
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.opening import locate_for_saving
 from elastickpt.testing.faults import CrashAt, FailAt, FaultyStore, Operation, RecordingStore
-from elastickpt.testing.replay import JournalStore
 
 
 def test_parents_that_a_save_makes_survive_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from simulated_members import close_threads
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = str(Path(__file__).parent)
+sys.path.insert(0, HERE)
+
+
+@pytest.fixture(autouse=True)
+def a_writer_process_finds_its_faults_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", HERE)
 
 
 @pytest.fixture(autouse=True)

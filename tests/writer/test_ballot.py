@@ -14,6 +14,7 @@ import torch
 from simulated_members import PATIENT, Job, seats, threads
 from staged import big_state
 from trainer import BOUND_S
+from writer_faults import hook
 
 import elastickpt as ek
 from elastickpt.commit.attempt import Committed
@@ -26,7 +27,6 @@ from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Claimer
 from elastickpt.saving.writer_pool import SeatedWriter
 from elastickpt.storage.local import LocalStore
-from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from staged import Rank, begun, big_state, commit, save_through, tree
 from trainer import BOUND_S, state_of, trains
+from writer_faults import hook
 
 import elastickpt as ek
 from elastickpt.errors import CheckpointError, DeadlineExceeded, MissingFile, Refused, WriterLost
@@ -28,7 +29,6 @@ from elastickpt.format.keys import fragments_file
 from elastickpt.format.records import FileDigest
 from elastickpt.saving.staging import Stager
 from elastickpt.storage.local import LocalStore
-from elastickpt.testing.writer_hooks import hook
 from elastickpt.writer import child as child_module
 from elastickpt.writer import supervisor as supervisor_module
 from elastickpt.writer.arena import Arena

@@ -1,4 +1,4 @@
-"""Faults inside a writer process, which imports them by name from the package: it has nothing else.
+"""Faults inside a writer process, which imports them by name: `conftest.py` has this folder on its path.
 
 `hook("kill", 7)`, one of `WriterOptions.hooks`, is SIGKILL at its 7th change of a store.
 """
