@@ -276,8 +276,8 @@ class Tasks:
 
     def _stop(self, act: Stop) -> None:
         self.over = True
+        self.saves.close()  # while there is a group, in which what is under way comes to its end
         self._unlink()
-        self.saves.close()
         if self._raised is not None and act.end.culprit == self._job.uid:
             raise self._raised
         self._job.require_good_end()

@@ -1,6 +1,8 @@
-"""What a coordinator decides beside the table of `coordination`: values and times only."""
+"""What a coordinator decides beside the table of `coordination`: values and times only; and what a member does at the end."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,11 @@ from elastickpt.elastic.deeds import AskLadder, KillWorker, Replace
 from elastickpt.elastic.enlisting import Stopped
 from elastickpt.elastic.job import Chosen, JobPhase
 from elastickpt.elastic.limits import Limits
-from elastickpt.elastic.messages import Beat, Formed, Join, Rebuilt
+from elastickpt.elastic.membership import Stop
+from elastickpt.elastic.messages import Beat, End, Formed, Join, Rebuilt
+from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.replacing import Replacing
+from elastickpt.elastic.tasks import Tasks, Training
 
 
 class Conducted:
@@ -96,3 +101,24 @@ def test_a_silent_worker_is_killed_when_the_limit_is_over_not_at_the_next_look()
     job.conductor.tick(5.0)
     assert job.conductor.deeds[-1] == KillWorker("w0")
     assert KillWorker("w1") not in job.conductor.deeds
+
+
+class Order:
+    """What is done to links and saves, in turn."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def told(self, name: str) -> Any:
+        return type("Told", (), {"close": lambda _: self.done.append(name)})()
+
+
+def test_saves_under_way_come_to_their_end_before_the_group_of_their_view_is_gone() -> None:
+    """That of the last step, for which no loop waits, as much as others. [REC-65]"""
+    order = Order()
+    job: Any = type("J", (), {"uid": "w0", "require_good_end": lambda _: None})()
+    training = Training(build=lambda _: None, batches=None, passing=None, clipping=None, policy=Policy(), seed=1)  # type: ignore[arg-type, return-value]
+    tasks = Tasks(job, training, order.told("saves"))
+    tasks._links = order.told("links")
+    tasks._stop(Stop(End(0, "", "done")))
+    assert order.done == ["saves", "links"]
