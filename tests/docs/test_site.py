@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -57,8 +58,16 @@ def test_the_site_builds_without_a_broken_link_or_reference(tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "site" / "api" / "save-and-load" / "index.html").read_text()
-    assert 'id="elastickpt.save"' in page
+    pages = "".join(page.read_text() for page in (tmp_path / "site" / "api").rglob("index.html"))
+    assert [name for name in public_functions() if f'id="{name}"' not in pages] == []
+
+
+def public_functions() -> list[str]:
+    """Of the package and of `elastic`, by their full names."""
+    found = [f"elastickpt.{name}" for name in ek.__all__ if inspect.isfunction(getattr(ek, name))]
+    found += [f"elastickpt.elastic.{name}" for name in ek.elastic.__all__ if inspect.isfunction(getattr(ek.elastic, name))]
+    of_checkfree = [name for name, one in vars(ek.elastic.checkfree).items() if inspect.isfunction(one) and name[0] != "_"]
+    return [*found, *(f"elastickpt.elastic.checkfree.{name}" for name in of_checkfree)]
 
 
 def test_the_reference_names_all_that_is_public() -> None:
