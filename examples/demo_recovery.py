@@ -1,17 +1,23 @@
 """Six pipeline stages train; stages are killed, and training goes on in the same processes; then the run without failures.
 
+    python examples/demo_recovery.py
+
 SIGKILL to a middle stage, to the first one, and to two stages apart at once. Per loss a timeline, in a table; the loss curves
-of both runs in out/recovery/loss.png.
+of both runs in out/recovery/loss.png; what watching over the job costs, and how long a step waits for its decision.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +27,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from elastickpt.elastic.duties import TaskOutcome
+from elastickpt.elastic.joining import Job as Membership
+from elastickpt.elastic.joining import JobTask
+from elastickpt.elastic.membership import Compute, Computed, TakeStep
 
 OUT = Path("out/recovery")
 STAGES, STEPS = 6, 120
@@ -54,10 +65,11 @@ class Job:
 
     def carry_out(self) -> None:
         """Trains to the end; kills when it is time."""
-        self.folder.mkdir(parents=True)
+        (self.folder / "decisions").mkdir(parents=True)
         launcher = [sys.executable, "-c", "import sys; from elastickpt.cli.launch import main; sys.exit(main())"]
         flags = ["--stages", STAGES, "--spares", 2, "--max-replacements", 4, "--events", self.folder / "events.jsonl"]
-        script = [SCRIPT, "--steps", STEPS, "--root", self.folder / "run", "--rungs", "partner,checkfree,stale,rollback"]
+        script = [__file__, "member", self.folder / "decisions", "--steps", STEPS, "--root", self.folder / "run"]
+        script += ["--rungs", "partner,checkfree,stale,rollback"]
         command = [str(part) for part in (*launcher, *flags, *script)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.folder / "stderr").open("w") as stderr:
@@ -67,6 +79,15 @@ class Job:
                 self.hear(line)
         if process.wait() != 0:
             raise SystemExit(f"{self.name}: ended with {process.returncode}\n{(self.folder / 'stderr').read_text()}")
+
+    def decisions_ms(self) -> list[float]:
+        """From the last member's ready to each member's own reading of the decision; of the steps that no loss interrupted."""
+        ready, read = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)
+        for one in (self.folder / "decisions").iterdir():
+            for what, step, at in json.loads(one.read_text()):
+                (ready if what == "ready" else read)[step].append(at)
+        whole = (step for step in read if len(ready[step]) == len(read[step]) == STAGES)
+        return [1000 * (at - max(ready[step])) for step in whole for at in read[step]]
 
     def hear(self, line: str) -> None:
         if not line.startswith("{"):
@@ -95,7 +116,31 @@ def control_of(pids: list[int]) -> tuple[float, float]:
     return control, every
 
 
+def member(decisions: Path, argv: list[str]) -> None:
+    """The example, as a worker runs it; and when it was ready and had read the decision, of each step, by CLOCK_MONOTONIC."""
+    times: list[tuple[str, int, float]] = []
+    done, next_task = Membership.done, Membership.next_task
+
+    def noted_done(job: Membership, task: JobTask, outcome: TaskOutcome) -> None:
+        if isinstance(task.act, Compute) and isinstance(outcome, Computed):
+            times.append(("ready", task.act.step, time.monotonic()))
+        done(job, task, outcome)
+
+    def noted_next(job: Membership) -> JobTask:
+        task = next_task(job)
+        if isinstance(task.act, TakeStep):
+            times.append(("read", task.act.step, time.monotonic()))
+        return task
+
+    Membership.done, Membership.next_task = noted_done, noted_next  # type: ignore[method-assign, assignment]
+    sys.argv = [str(SCRIPT), *argv]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    (decisions / f"{os.getpid()}.json").write_text(json.dumps(times))
+
+
 def main() -> None:
+    if len(sys.argv) > 1:
+        raise SystemExit(__doc__)
     shutil.rmtree(OUT, ignore_errors=True)
     jobs = [Job("killed", dict(KILLS)), Job("undisturbed", {})]
     for job in jobs:
@@ -107,6 +152,9 @@ def main() -> None:
     for job in jobs:
         control, every = job.control
         console.print(f"{job.name}: {100 * control / every:.2f} % of what members take is for watching over the job")
+    waits = sorted(undisturbed.decisions_ms())
+    console.print(f"last ready to own reading of the decision: median {statistics.median(waits):.2f} ms, ", end="")
+    console.print(f"95th percentile {waits[int(0.95 * len(waits))]:.2f} ms")
     draw(killed, undisturbed, recoveries, OUT / "loss.png")
     console.print(f"curves: {OUT / 'loss.png'}")
 
@@ -141,9 +189,14 @@ def draw(killed: Job, undisturbed: Job, recoveries: list[dict[str, Any]], path: 
             axes.axvline(event["step"], color="#C1121F", linewidth=0.8)
             axes.annotate(f" stage {stages}", (event["step"], axes.get_ylim()[1]), va="top", color="#C1121F")
         axes.set(xlabel="completed steps", ylabel="loss, nats per byte", yscale="log")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted("{x:g}")
         axes.legend(frameon=False)
         figure.savefig(path)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["member"]:
+        member(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        main()
