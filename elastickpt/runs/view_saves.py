@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from elastickpt.commit.attempt import RunDestination
-from elastickpt.errors import CheckpointError, Refused, Superseded
+from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
 from elastickpt.ledger.objects import complete
 from elastickpt.ledger.records import Adopted
 from elastickpt.ledger.retention import words_of
 from elastickpt.ledger.stored import read_adopted, read_claim, read_start
-from elastickpt.ranks.process_group import Group, end_team, job_group
+from elastickpt.ranks.process_group import Group, job_group
 from elastickpt.ranks.threads import apart
 from elastickpt.runs.calendar import Calendar, LocalBoard, NoticeBoard, SaveTimes
 from elastickpt.runs.due import Every, Measured
@@ -94,7 +94,12 @@ class ViewSaves:
         group = self._group
         if self._epoch == 0 or group is None:
             return None
-        decision = self._calendar_now(group).decided(step, notice=None, measured=self._measured(), saves=self._saves())
+        measured, saves = self._measured(), self._saves()
+        try:
+            decision = self._calendar_now(group).decided(step, notice=None, measured=measured, saves=saves)
+        except (DeadlineExceeded, RuntimeError) as error:  # of the store, as the member that keeps it is gone
+            log.warning("step %d: whether it is to be saved is not known: %s", step, error)
+            return None
         return self.now(step, state) if decision.saves else None
 
     def now(self, step: int, state: Mapping[str, object]) -> SaveHandle | None:
@@ -108,7 +113,8 @@ class ViewSaves:
             self._of_view += 1
         if self._of_view == 2:  # by now a stage that was rebuilt has moments
             saver.ask_once()
-        self._calendar_now(group).saved()
+        if self._calendar is not None:
+            self._calendar.saved()
         begun, about, place = time.monotonic(), (step, self._epoch), (group.rank, group.member)
         destination = RunDestination(self._store, self._holding_now(group), step, self._epoch)
         try:
@@ -126,9 +132,9 @@ class ViewSaves:
     def interrupt(self) -> None:
         """The view is over: what the thread that trains waits for in here ends. From any thread."""
         with self._changing:
-            group, saver = self._group, self._saver
-        if group is not None and saver is not None:
-            end_team(group, self._purpose, "its view is over")
+            saver = self._saver
+        if saver is not None:
+            saver.interrupt("its view is over")
 
     def leave(self) -> None:
         """The next view is known, and whole: what is under way ends within a stated time. From any thread; not blocking."""

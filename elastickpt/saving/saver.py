@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from elastickpt.commit.attempt import Committed, Destination, leave_path, take_path
 from elastickpt.commit.draft import ended
-from elastickpt.errors import CheckpointError, DeadlineExceeded, RankLost, Refused, SaveSkipped, fault
+from elastickpt.errors import Cancelled, CheckpointError, DeadlineExceeded, RankLost, Refused, SaveSkipped, fault
 from elastickpt.ranks.process_group import Group, end_team, team_of
 from elastickpt.ranks.team import Call, Team
 from elastickpt.ranks.threads import WorkerThread
@@ -61,12 +61,12 @@ class Saver:
         options = self._yard.options
         self._owner = os.getpid()
         self._rank, self._world_size = group.rank, group.world_size
-        self._meet, self._end_team = _team_of(group, purpose, options)
+        self._meetings = _Meetings(group, purpose, options)
         self._options = options
         self._gate = StepGate()
         self._writers = WriterPool(self._yard)
         self._arenas = self._yard.arenas
-        self._beside = SavesBeside(self, self._meet, self._writers, options.arena_nbytes, self._ended)
+        self._beside = SavesBeside(self, self._meetings.meet, self._writers, options.arena_nbytes, self._ended)
         self._rounds = WorkerThread("elastickpt-rounds")
         self._endings = WorkerThread("elastickpt-endings")
         self._open: set[SaveTask] = set()
@@ -137,6 +137,10 @@ class Saver:
             log.warning("not waiting any longer for saves under way, which are left to their writers: %s", places)
         self._end_all(until)
 
+    def interrupt(self, why: str) -> None:
+        """Its team is gone: no save waits for the other ranks any more. Not blocking, from any thread."""
+        self._meetings.end(why)
+
     def leave(self, why: str, *, limit_s: float) -> None:
         """Takes no more saves, as its team is gone. A save that all ranks have handed over commits, if it does within the
         limit; every other one ends without a checkpoint. Their places are free at once. Blocking, for as long as the storage
@@ -144,7 +148,7 @@ class Saver:
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
-        self._end_team()
+        self._meetings.end(why)
         with self._changed:
             for task in self._open:
                 if task.marked:
@@ -166,7 +170,9 @@ class Saver:
         self._writers.close(limit_s=max(0.0, until - time.monotonic()))
         if self._own is not None:
             self._own.close(limit_s=max(0.0, until - time.monotonic()))
-        self._rounds.put(self._end_team)  # not before: saves that are in their rounds still end
+        self._rounds.put(
+            lambda: self._meetings.end("its saver was closed")
+        )  # not before: saves that are in their rounds still end
         self._rounds.put(self._endings.stop)
         self._rounds.stop()
         self._gate.open()
@@ -328,28 +334,34 @@ class Saver:
             self._changed.notify_all()
 
 
-def _team_of(group: Group, purpose: str, options: AsyncOptions) -> tuple[Callable[[SaveTask], Team], Callable[[], None]]:
+class _Meetings:
     """The team of these savers, in the call that a save is, and its end. They hold no process group, so that one that is gone
     takes its savers along. All ranks make as many saves: one that is behind is told so."""
-    rank, ranks = group.rank, group.ranks
-    handle = None if group.handle is None else weakref.ref(group.handle)
-    limit_s = group.timeout_s
 
-    def meet(task: SaveTask) -> Team:
-        live = None if handle is None else handle()
-        if handle is not None and live is None:
+    def __init__(self, group: Group, purpose: str, options: AsyncOptions) -> None:
+        self._rank, self._ranks, self._limit_s = group.rank, group.ranks, group.timeout_s
+        self._handle = None if group.handle is None else weakref.ref(group.handle)
+        self._purpose, self._options, self._over = purpose, options, ""
+
+    def meet(self, task: SaveTask) -> Team:
+        """Blocking. Raises what `Team.enter` does; Cancelled after the end, also where that comes before the team."""
+        live = None if self._handle is None else self._handle()
+        if self._handle is not None and live is None:
             raise Refused("the process group of this save is gone")
-        team = team_of(Group(rank, ranks, live), purpose=purpose)
+        team = team_of(Group(self._rank, self._ranks, live), purpose=self._purpose)
         what = f"save beside training to {task.handle.path}"
-        team.enter(Call(what, limit_s, "the process group's timeout", options.stall_limit_s, task.number))
+        if self._over:  # an end from here on finds the team
+            self.end(self._over)
+            raise Cancelled(f"{what}: ended here, as {self._over}")
+        team.enter(Call(what, self._limit_s, "the process group's timeout", self._options.stall_limit_s, task.number))
         return team
 
-    def end() -> None:
-        live = None if handle is None else handle()
+    def end(self, why: str) -> None:
+        """No save meets the other ranks any more; who waits for them does not. From any thread."""
+        self._over = why
+        live = None if self._handle is None else self._handle()
         if live is not None:
-            end_team(Group(rank, ranks, live), purpose, "its saver was closed")
-
-    return meet, end
+            end_team(Group(self._rank, self._ranks, live), self._purpose, why)
 
 
 def _nothing() -> None:

@@ -59,6 +59,21 @@ def test_a_run_with_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
         ViewSaves(run)
 
 
+class GoneStore:
+    """Of a member that is gone."""
+
+    def own_store(self, purpose: str) -> object:
+        raise RuntimeError("connection reset")
+
+
+def test_where_nobody_says_whether_a_step_is_due_it_is_not_saved_and_training_goes_on(tmp_path: Path) -> None:
+    """That is asked of the member that keeps the store of the view. [REC-65]"""
+    with ek.Run(tmp_path / "run", options=ek.RunOptions(due=ek.Every(seconds=1.0))) as run:
+        saves = ViewSaves(run)
+        saves._epoch, saves._group = 1, GoneStore()  # type: ignore[assignment]
+        assert saves.at(3, {}) is None
+
+
 @pytest.mark.parametrize(("variable", "said"), [("TORCHELASTIC_RUN_ID", "torchrun"), ("HOME", "no coordinator")])
 def test_who_was_not_started_by_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, said: str) -> None:
     for name in ("ELASTICKPT_ENDPOINT", "ELASTICKPT_UID", "TORCHELASTIC_RUN_ID"):

@@ -16,6 +16,7 @@ from torch import nn
 
 import elastickpt as ek
 from elastickpt.commit.attempt import PathDestination
+from elastickpt.errors import Cancelled
 from elastickpt.ranks.process_group import job_group
 from elastickpt.saving.async_save import close_all
 from elastickpt.saving.request import AsyncOptions, Request
@@ -173,6 +174,17 @@ def test_rounds_wait_for_their_copies(tmp_path: Path, late: Late) -> None:
     assert torch.equal(weights(tmp_path / "c"), job.model[0].weight.detach())
     assert ek.open(tmp_path / "c").verify().sound
     job.saver.close()
+
+
+def test_a_save_that_begins_as_its_team_ends_waits_for_nobody(tmp_path: Path, late: Late) -> None:
+    """The end may come before the ranks have met."""
+    job = Job(late)
+    job.saver.interrupt("its view is over")
+    error = job.save(tmp_path / "x").exception(LIMIT_S)
+    assert isinstance(error, Cancelled)
+    assert "its view is over" in error.message
+    job.saver.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def _let(copies: LateCopies) -> LateCopies:
