@@ -47,12 +47,16 @@ def test_zarr_is_imported_in_one_module() -> None:
 
 def test_messages_threads_and_pools_have_one_place_each() -> None:
     """Messages in flight are of `ranks.messages`; msgpack by hand is for what is on disk. Threads, and those that share out
-    work, are of `ranks.threads`; suites for authors of stores have their own, as a user of a store has."""
+    work, are of `ranks.threads`, by names that begin as the package is called."""
     assert {name.partition("/")[0] for name in importers("msgpack")} == {"format"}
     assert {where(path) for path in FILES if "msgspec.msgpack" in path.read_text()} == {"ranks/messages.py"}
-    library = [path for path in FILES if path.parent.name != "testing"]
-    for word in ("Thread(target", "ThreadPoolExecutor("):
-        assert {where(path) for path in library if word in path.read_text()} == {"ranks/threads.py"}
+    for word in ("Thread(target", "ThreadPoolExecutor(", "threading.Timer("):
+        assert {where(path) for path in FILES if word in path.read_text()} == {"ranks/threads.py"}
+    assert not any("import queue" in path.read_text() for path in FILES)  # what a thread works off is an actor's
+    made = re.compile(r"\b(?:apart|later|Pool|WorkerThread|Actor)\(\s*\"(.+?)\"")
+    names = {name for path in FILES for name in made.findall(path.read_text())}
+    assert len(names) > 10
+    assert {name for name in names if not name.startswith("elastickpt-")} == set()
 
 
 # A type that several files spell out under one name, with one meaning: what each of them says of it is the same.

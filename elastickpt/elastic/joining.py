@@ -42,6 +42,7 @@ from elastickpt.elastic.messages import (
 from elastickpt.elastic.stream import Stream
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused, Superseded
 from elastickpt.ranks.messages import encode
+from elastickpt.ranks.threads import later
 
 if TYPE_CHECKING:
     from elastickpt.elastic.stages import Place
@@ -283,9 +284,7 @@ class Job:
             return
         self._take(End(75, "coordinator-lost", why))
         if self._leaves is not None:
-            timer = threading.Timer(LEAVING_S, self._leaves)
-            timer.daemon = True
-            timer.start()
+            later("elastickpt-leave", LEAVING_S, self._leaves)
 
     def _beat(self) -> tuple[bytes, float]:
         name, limit_s = self._phases[-1]

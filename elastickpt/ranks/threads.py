@@ -75,6 +75,13 @@ def apart(name: str, work: Callable[[], object]) -> threading.Thread:
     return threading.Thread(target=work, name=name, daemon=True)
 
 
+def later(name: str, seconds: float, work: Callable[[], object]) -> None:
+    """Does one thing so many seconds later, unless the process has ended by then. Not blocking."""
+    timer = threading.Timer(seconds, work)
+    timer.name, timer.daemon = name, True
+    timer.start()
+
+
 class Actor:
     """`run` is what the thread does, from `start` on; it calls `wait` and `carry_out` by turns, and `end` when it is over."""
 

@@ -73,7 +73,7 @@ class FileSuite:
                 return
             winners.append(index)
 
-        with Pool("store-suite", 8) as pool:
+        with Pool("elastickpt-suite", 8) as pool:
             pool.share_out(range(8), create)
         assert [store.read("file", 1000)] == [bytes([index]) * 1000 for index in winners]
 

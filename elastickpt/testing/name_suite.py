@@ -145,7 +145,7 @@ class NameSuite:
                 return
             winners.append(index)
 
-        with Pool("store-suite", 8) as pool:
+        with Pool("elastickpt-suite", 8) as pool:
             pool.share_out(range(8), rename)
         assert [store.read("final/token", 1)] == [bytes([index]) for index in winners]
         assert len(store.entries("")) == 8
@@ -182,6 +182,6 @@ class NameSuite:
         for index in range(64):
             store.make_directories(f"d/{index % 8}")
             store.create(f"d/{index % 8}/{index}", b"")
-        with Pool("store-suite", 4) as pool:
+        with Pool("elastickpt-suite", 4) as pool:
             pool.share_out(["d"] * 4, store.remove_tree)
         assert not store.exists("d")

@@ -84,7 +84,7 @@ class RangeSuite:
         if lacks(store, capability="ranged_writes", operation=lambda: store.open_writer("file", 10)):
             return
         whole = np.random.default_rng(1).integers(0, 256, 100_003, dtype=np.uint8).tobytes()
-        with closing(store.open_writer("file", len(whole))) as writer, Pool("store-suite", 8) as pool:
+        with closing(store.open_writer("file", len(whole))) as writer, Pool("elastickpt-suite", 8) as pool:
             starts = range(0, len(whole), 997)
             pool.share_out(starts, lambda start: writer.write(start, memoryview(whole)[start : start + 997]))
         assert store.read("file", len(whole)) == whole

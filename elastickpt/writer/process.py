@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import queue
 import resource
 import select
 import signal
@@ -18,13 +17,14 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from elastickpt.commit.attempt import Decision, Verdict
 from elastickpt.commit.links import Seat
 from elastickpt.errors import Cancelled, RankLost
 from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.threads import apart, lower
+from elastickpt.ranks.threads import WorkerThread, later, lower
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import SentStructure, WriterStructure
@@ -85,7 +85,7 @@ class _Process:
         self._arenas: dict[int, Arena] = {}
         self._structures: dict[str, WriterStructure] = {}
         self._stores: dict[str, Store] = {}
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._writing = WorkerThread("elastickpt-writer")
         self._cancelled: set[int] = set()
         self._enrolled: dict[int, AttemptWorker] = {}  # by job: this writer's part in its attempt
         self._parts: dict[bytes, AttemptWorker] = {}  # by the secret of a seat
@@ -103,8 +103,6 @@ class _Process:
             return
         self._hello = first
         lower(first.niceness, first.io)
-        worker = apart("elastickpt-writer", self._work)
-        worker.start()
         try:
             self._wire.send(WriterReady(os.getpid()))
             for message, descriptor in backlog:
@@ -112,7 +110,7 @@ class _Process:
             self._listen()
         except PeerGone:
             self._finish()
-            worker.join()
+            self._writing.join(self._hello.lease_s)
             for part in list(self._parts.values()):
                 part.join(self._hello.lease_s)
             if self._part is not None:
@@ -156,7 +154,8 @@ class _Process:
                 self._enrolled[job] = part = self._taking_part()
                 part.begin(message, self._structures.get(message.structure))
             case Write():
-                self._tasks.put(_Task(message, self._structures[message.structure], self._arenas[message.arena]))
+                task = _Task(message, self._structures[message.structure], self._arenas[message.arena])
+                self._writing.put(partial(self._write, task))
             case Say():
                 self._taking_part().repeat(message)
             case Settle(attempt, kind, why):
@@ -205,9 +204,7 @@ class _Process:
     def _finish(self) -> None:
         """The trainer is gone: nothing comes any more, what came is finished, within the lease."""
         self._orphaned = True
-        limit = threading.Timer(self._hello.lease_s, os._exit, (1,))
-        limit.daemon = True
-        limit.start()
+        later("elastickpt-lease", self._hello.lease_s, partial(os._exit, 1))
         self._wire.limit(0.0)
         with suppress(PeerGone):
             while True:  # what was sent before the end
@@ -215,18 +212,16 @@ class _Process:
                     self._heard(message, descriptor)
         for arena in self._arenas.values():
             arena.abandoned = True
-        self._tasks.put(None)
+        self._writing.stop()
 
     # -- the writing thread --------------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            answer = self._answer(task)
-            del task  # its arena may be given up before the next one comes
-            with suppress(PeerGone):
-                self._wire.send(answer)
-            if self._part is None:
-                gc.collect()
+    def _write(self, task: _Task) -> None:
+        answer = self._answer(task)
+        with suppress(PeerGone):
+            self._wire.send(answer)
+        if self._part is None:
+            gc.collect()
 
     def _answer(self, task: _Task) -> PortionDone | JobFailed:
         job = task.write.job
