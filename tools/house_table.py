@@ -193,10 +193,10 @@ def table(root: Path) -> dict[str, str]:
         "carriers of an attempt": ", ".join(_carriers(files)),
         "caches of structures": ", ".join(sorted(set(memories(files)) - set(OTHER_MEMORIES))),
         "mailboxes that a thread works off": str(
-            sum(len(re.findall(r"(?:deque|Queue)\[Callable\[\[\]", text)) for text in files.values())
+            sum(len(re.findall(r"(?:deque|Queue)\[Callable\[\[\]|Queue\(", text)) for text in files.values())
         ),
         "packb and unpackb, not of what is on disk": str(_calls(files, "packb", "unpackb")),
-        "files that start a thread": str(sum(".Thread(" in text or " Thread(" in text for text in files.values())),
+        "files that start a thread": str(sum(bool(re.search(r"\b(?:Thread|Timer)\(", text)) for text in files.values())),
         "files with a pool of threads": str(sum("ThreadPoolExecutor(" in text for text in files.values())),
     }
     public = _public(files)
