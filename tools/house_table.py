@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SMALL = 60  # lines
@@ -56,11 +57,20 @@ def files_of(package: Path) -> dict[str, str]:
     return {str(path.relative_to(package)): path.read_text() for path in sorted(package.rglob("*.py"))}
 
 
+@cache
+def _tree(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@cache
+def _nodes(text: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(_tree(text)))
+
+
 def _code_lines(text: str) -> int:
     """Lines that hold code: no comments, no blank ones, no docstrings."""
-    tree = ast.parse(text)
     prose: set[int] = set()
-    for node in ast.walk(tree):
+    for node in _nodes(text):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
             prose |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     lines = enumerate(text.splitlines(), start=1)
@@ -86,13 +96,13 @@ def _closure(files: dict[str, str], start: str) -> set[str]:
         if file is None or file in found or not module.startswith("elastickpt."):
             continue
         found.add(file)
-        left += _imported(ast.parse(files[file]))
+        left += _imported(_tree(files[file]))
     return found
 
 
 def _public(files: dict[str, str]) -> dict[str, str]:
     """Attribute of the package → the module that has it."""
-    for node in ast.parse(files["__init__.py"]).body:
+    for node in _tree(files["__init__.py"]).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC":
             return {name: module for name, (module, _) in ast.literal_eval(node.value).items()}
     raise SystemExit("elastickpt/__init__.py has no _PUBLIC")
@@ -104,7 +114,7 @@ def _calls(files: dict[str, str], *names: str) -> int:
         isinstance(node, ast.Attribute | ast.Name) and (node.attr if isinstance(node, ast.Attribute) else node.id) in names
         for name, text in files.items()
         if not name.startswith(ON_DISK)
-        for node in ast.walk(ast.parse(text))
+        for node in _nodes(text)
     )
 
 
@@ -112,7 +122,7 @@ def _importers(files: dict[str, str]) -> dict[str, set[str]]:
     """Module file → the files that import it, wherever in them."""
     found: dict[str, set[str]] = {name: set() for name in files}
     for name, text in files.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in _nodes(text):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("elastickpt."):
                 for module in (node.module or "", *(f"{node.module}.{one.name}" for one in node.names)):
                     path = f"{module.removeprefix('elastickpt.').replace('.', '/')}.py"
@@ -125,7 +135,7 @@ def colliding(files: dict[str, str]) -> dict[str, list[str]]:
     """Names of public classes of which several modules have one, with these modules."""
     where: dict[str, list[str]] = {}
     for name, text in files.items():
-        for node in ast.parse(text).body:
+        for node in _tree(text).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 where.setdefault(node.name, []).append(name)
     return {word: modules for word, modules in sorted(where.items()) if len(modules) > 1}
@@ -136,7 +146,7 @@ def _carriers(files: dict[str, str]) -> list[str]:
     return [
         node.name
         for text in files.values()
-        for node in ast.walk(ast.parse(text))
+        for node in _nodes(text)
         if isinstance(node, ast.ClassDef)
         and {"store", "draft"} <= {ast.unparse(one.target) for one in node.body if isinstance(one, ast.AnnAssign)}
     ]
@@ -146,8 +156,8 @@ def memories(files: dict[str, str]) -> list[str]:
     """What a process remembers from call to call: names at the top of a module that are bound to a container that begins
     empty, or to an object of a class of the package that makes an OrderedDict; and functions under `cache` or `lru_cache` that
     take a structure or a plan. (What belongs to an object goes with it; other functions are remembered by small values.)"""
-    trees = {name: ast.parse(text) for name, text in files.items()}
-    every = [(name, node) for name, tree in trees.items() for node in ast.walk(tree)]
+    trees = {name: _tree(text) for name, text in files.items()}
+    every = [(name, node) for name, text in files.items() for node in _nodes(text)]
     keeping = [node.name for _, node in every if isinstance(node, ast.ClassDef) and "= OrderedDict(" in ast.unparse(node)]
     begins = re.compile(
         "|".join([r"{}|\[\]|[\w.]*(Dict|dict|Dictionary|Set|set|list|deque)\(\)", *(rf"{one}\(.*\)" for one in keeping)])
