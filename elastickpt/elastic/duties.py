@@ -108,7 +108,7 @@ class Duties(Protocol):
 
     def own_code(self) -> AbstractContextManager[None]:
         """Around what waits for no other member: the user's loader and modules. Who stands still in there is the one who is
-        stalled; who stands still outside of it waits for somebody. Cheap."""
+        stalled; who stands still outside of it waits for somebody. The phase `step`, where no other one is declared. Cheap."""
         ...
 
     def phase(self, name: str, *, limit_s: float | None = None) -> AbstractContextManager[None]:

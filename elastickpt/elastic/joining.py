@@ -289,7 +289,7 @@ class Job:
     def _beat(self) -> tuple[bytes, float]:
         name, limit_s = self._phases[-1]
         beat_s = MAX_BEAT_S if self._welcome is None else self._welcome.beat_s
-        return encode(Beat(name, self._count, limit_s, self._own)), beat_s
+        return encode(Beat(name or "step" * self._own, self._count, limit_s, self._own)), beat_s
 
     def _hear(self, data: bytes) -> None:
         message = to_member(data)

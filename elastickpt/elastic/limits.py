@@ -25,6 +25,8 @@ PARTING_S = 30.0
 REAPED_S = 10.0
 ENDING_S = 600.0
 BUILDING_S = 600.0
+OTHERS_S = 3600.0
+FORMING_S = 10.0
 HISTORY = 128  # times between two signs of progress that a phase remembers
 AT_LEAST_S = 30.0
 TIMES_LONGEST = 10.0
@@ -80,6 +82,13 @@ class Limits:
             ),
             Limit("dying", "from the end of a worker's connection until its process has ended by itself", f"{DYING_S:g} s", ""),
             Limit("quitting", "from an error that left a worker's block until its process has ended", f"{QUITTING_S:g} s", ""),
+            Limit(
+                "others",
+                "how long a member waits for what others build or read; a loss among them ends it",
+                f"{OTHERS_S:g} s",
+                "",
+            ),
+            Limit("forming", "from when all members are there until they are connected", f"{FORMING_S:g} s", ""),
             Limit("coordinator", "how long --join waits for the coordinator to listen", f"{COORDINATOR_S:g} s", ""),
             Limit("hello", "how long a caller has to prove the token", f"{HELLO_S:g} s", ""),
             Limit("ending", "from SIGTERM until the next step is done and saved", f"{ENDING_S:g} s", ""),

@@ -25,6 +25,7 @@ from elastickpt.elastic.checkpoints import NoGood, lacking_in, read, read_known
 from elastickpt.elastic.duties import Exchange
 from elastickpt.elastic.gradients import REPLICATED
 from elastickpt.elastic.history import History
+from elastickpt.elastic.limits import OTHERS_S
 from elastickpt.elastic.links import Links
 from elastickpt.elastic.messages import StageSource
 from elastickpt.elastic.neighbours import partner
@@ -35,7 +36,6 @@ from elastickpt.ranks.messages import decode, encode
 
 log = logging.getLogger(__name__)
 
-HEAR_LIMIT_S = 60.0
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -153,7 +153,7 @@ class Mending:
             self._options_as_built()
         else:
             self._mix(source, transfer)
-        self._keep_time(step, b"" if donor is None else transfer.exchange.get(f"ticks/{transfer.away}", limit_s=HEAR_LIMIT_S))
+        self._keep_time(step, b"" if donor is None else transfer.exchange.get(f"ticks/{transfer.away}", limit_s=OTHERS_S))
         if twin is not None:
             for part in REPLICATED:
                 if part in self._stage.parts:
@@ -194,7 +194,7 @@ class Mending:
             saved = History()
             read_known({"elastic": saved}, source.path)
             exchange.set(key, encode({name: saved.lr_factors.get(name, 1.0) for name in names}))
-        return decode(exchange.get(key, limit_s=HEAR_LIMIT_S), dict[str, float])
+        return decode(exchange.get(key, limit_s=OTHERS_S), dict[str, float])
 
     # -- the own state
 
@@ -318,7 +318,7 @@ class _Transfer:
             self.give_tensors(tensors)
 
     def take_moments(self, stage: int, part: StagePart) -> list[dict[str, Any]]:
-        data = self.exchange.get(self._key(stage, part), limit_s=HEAR_LIMIT_S)
+        data = self.exchange.get(self._key(stage, part), limit_s=OTHERS_S)
         why, told = decode(data, tuple[str, list[list[Moment]]])
         if why:
             raise NoGood(f"stage {stage}: {why}")

@@ -20,6 +20,7 @@ from elastickpt.elastic.duties import Exchange, TaskOver
 from elastickpt.elastic.gradients import Clipping, clip, divide, keep_buffers_equal, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
 from elastickpt.elastic.joining import Job, JobTask
+from elastickpt.elastic.limits import OTHERS_S
 from elastickpt.elastic.links import LinkBroken, Links
 from elastickpt.elastic.membership import (
     Compute,
@@ -35,7 +36,7 @@ from elastickpt.elastic.membership import (
     TakeStep,
     Took,
 )
-from elastickpt.elastic.mending import HEAR_LIMIT_S, Mending, Rebuilding
+from elastickpt.elastic.mending import Mending, Rebuilding
 from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, flushes_of, raised_by_user, sees_batches
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.reports import Evaluations, Reports, by_stage
@@ -48,9 +49,6 @@ from elastickpt.errors import DeadlineExceeded, Refused, StateMismatch
 from elastickpt.ranks.messages import decode, encode
 
 log = logging.getLogger(__name__)
-
-OTHERS_BUILD_S = 3600.0
-"""For how long a member waits for those that still build their stages; a loss among them ends the wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +191,7 @@ class Tasks:
         held = self._held or self._built(len(act.view.places))
         stage, stages = held.place.stage, held.place.stages
         exchange = self._job.exchange(task)
-        self._links = links = ViewLinks(exchange, stage=stage, stages=stages, limit_s=OTHERS_BUILD_S, over=lambda: task.over)
+        self._links = links = ViewLinks(exchange, stage=stage, stages=stages, limit_s=OTHERS_S, over=lambda: task.over)
         if task.over:
             raise TaskOver
         training = self._training
@@ -254,7 +252,7 @@ class Tasks:
         if standing and held.place.stage == standing[0]:
             exchange.set("history", encode(self.history))
         elif held.place.stage in lost:
-            told = exchange.get("history", limit_s=HEAR_LIMIT_S)
+            told = exchange.get("history", limit_s=OTHERS_S)
             self.history.load_state_dict(decode(told, History).state_dict())
 
     def _take(self, task: JobTask, act: TakeStep) -> None:

@@ -20,14 +20,12 @@ from torch.distributed import Store, TCPStore, distributed_c10d  # type: ignore[
 
 from elastickpt.elastic import environment
 from elastickpt.elastic.duties import Exchange
+from elastickpt.elastic.limits import FORMING_S
 from elastickpt.elastic.links import LinkBroken, Sending
 from elastickpt.elastic.mesh import ViewSockets, meet, open_entrance
 from elastickpt.ranks.addresses import not_in_forks, own_address
 from elastickpt.ranks.messages import decode, encode
 from elastickpt.ranks.processes import socket_identity
-
-FORM_LIMIT_S = 10.0
-"""For how long the connections of one view may take: a host that is gone since its member said where it is reached."""
 
 
 class _At(msgspec.Struct, frozen=True):
@@ -110,11 +108,11 @@ class ViewLinks:
         with door.listener:
             kept = self._keep_store("127.0.0.1" if near else own_address()) if self.stage == 0 else ""
             exchange.set(f"at/{self.stage}", encode(_At(door.key, door.address, kept)))
-            told = exchange.get_all([f"at/{one}" for one in range(self.stages)], limit_s=FORM_LIMIT_S)
+            told = exchange.get_all([f"at/{one}" for one in range(self.stages)], limit_s=FORMING_S)
             members = [decode(one, _At) for one in told]
             self._store = self._store or _ViewStore(members[0].store, None)
             others = [(one.key, one.address) for one in members]
-            return ViewSockets(meet(door, others, self.stage, limit_s=FORM_LIMIT_S, over=over))
+            return ViewSockets(meet(door, others, self.stage, limit_s=FORMING_S, over=over))
 
     def _keep_store(self, host: str) -> str:
         """Its address."""
@@ -124,7 +122,7 @@ class ViewLinks:
         return address
 
     def _make_group(self, interface: str) -> None:
-        limit, hook = timedelta(seconds=FORM_LIMIT_S), sys.excepthook  # saves wait so long for late members
+        limit, hook = timedelta(seconds=FORMING_S), sys.excepthook  # saves wait so long for late members
         with environment.connects_late(interface):
             dist.init_process_group("gloo", store=self._store, rank=self.stage, world_size=self.stages, timeout=limit)
         sys.excepthook = hook  # torch puts another one around it with each group
@@ -171,7 +169,7 @@ def _store_at(address: str, *, listener: int | None) -> TCPStore:
         host,
         int(port),
         is_master=listener is not None,
-        timeout=timedelta(seconds=FORM_LIMIT_S),
+        timeout=timedelta(seconds=FORMING_S),
         wait_for_workers=False,
         master_listen_fd=listener,
     )

@@ -11,14 +11,13 @@ from torch import Tensor
 from elastickpt.elastic.alike import About, about, why_apart
 from elastickpt.elastic.duties import Exchange
 from elastickpt.elastic.gradients import REPLICATED
+from elastickpt.elastic.limits import OTHERS_S
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.passage import Passage, Passing
 from elastickpt.elastic.stages import Place, Stage, require_parts
 from elastickpt.errors import Refused
 from elastickpt.format.digest import file_digest
 from elastickpt.ranks.messages import decode, encode
-
-HEAR_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +40,7 @@ def stand_together(
     except Refused as error:
         mine = About(place.stage, refused=error.message)
     exchange.set(f"about/{place.stage}", encode(mine))
-    told = exchange.get_all([f"about/{one}" for one in range(place.stages)], limit_s=HEAR_LIMIT_S)
+    told = exchange.get_all([f"about/{one}" for one in range(place.stages)], limit_s=OTHERS_S)
     members = [decode(one, About) for one in told]
     if why := why_apart(members, passing, equal=equal):
         raise Refused(why)
@@ -52,7 +51,7 @@ def require_equal_replicas(stage: Stage, place: Place, exchange: Exchange) -> No
     """Both replicas of an embedding and a head begin alike, bit for bit. Raises Refused, naming the first tensor."""
     mine = {name: _digest(tensor) for part in REPLICATED for name, tensor in stage.tensors.get(part, {}).items()}
     exchange.set(f"replicas/{place.stage}", encode(mine))
-    heard = exchange.get_all([f"replicas/{one}" for one in range(place.stages)], limit_s=HEAR_LIMIT_S)
+    heard = exchange.get_all([f"replicas/{one}" for one in range(place.stages)], limit_s=OTHERS_S)
     told = [decode(one, dict[str, str]) for one in heard]
     for one, tensors in enumerate(told):
         twin = partner(one, place.stages)

@@ -12,6 +12,7 @@ import pytest
 from elastickpt.elastic.joining import Job
 from elastickpt.elastic.membership import Compute, Form, Made, Mend, Mended
 from elastickpt.elastic.messages import (
+    Beat,
     FromMember,
     Go,
     Join,
@@ -95,3 +96,23 @@ def test_of_a_view_only_its_own_tasks_begin_something(coordinating: Coordinating
         Reached(2, "unblocked"),
         Reached(2, "first_microbatch"),
     ]
+
+
+def test_a_members_own_code_in_a_step_is_a_declared_phase(coordinating: Coordinating) -> None:
+    """Who stands still in it for longer than its history says is found; a phase that the user declares has a limit of its own.
+    [REC-33]"""
+    job, told = coordinating.job, []
+
+    def tell() -> None:
+        beat = from_member(job._beat()[0])
+        assert isinstance(beat, Beat)
+        told.append((beat.phase, beat.limit_s, beat.own))
+
+    tell()
+    with job.own_code():
+        tell()
+        with job.phase("loading", limit_s=900.0):
+            tell()
+    with job.phase("plots"):
+        tell()
+    assert told == [("", None, False), ("step", None, True), ("loading", 900.0, True), ("plots", None, False)]

@@ -158,10 +158,10 @@ def met_in_the_second(rank: int, stages: int, folder: str) -> float:
     """The first view fails on one member, while the other one has seen nothing of it."""
     first = FilesExchange(f"{folder}/first")
     if rank == 0:
-        links_of.FORM_LIMIT_S = 0.5
+        links_of.FORMING_S = 0.5
         with pytest.raises(DeadlineExceeded):
             ViewLinks(first, stage=0, stages=stages, limit_s=60.0)
-        links_of.FORM_LIMIT_S = 60.0
+        links_of.FORMING_S = 60.0
     else:
         first.set("here/1", socket_identity().encode())
     links = ViewLinks(FilesExchange(f"{folder}/second"), stage=rank, stages=stages, limit_s=60.0)
