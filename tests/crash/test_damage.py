@@ -143,7 +143,7 @@ def saved(request: pytest.FixtureRequest) -> Iterator[Saved]:
         patch.setattr(packs, "WHOLE_NBYTES", 8)
         patch.setattr(grid, "CHUNK_NBYTES", 160_000)
         patch.setattr(packs, "CHUNK_NBYTES", 160_000)
-        for module in ("plans", "write_files", "write_packs", "share"):
+        for module in ("plans", "write_files", "write_packs", "arena_plan", "share"):
             patch.setattr(f"elastickpt.writer.{module}.BLOCK_NBYTES", BLOCK)
         yield Saved(MemoryStore(name), request.param)
     MemoryStore("").remove_tree(name)
