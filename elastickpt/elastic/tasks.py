@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastickpt.elastic.checkpoints import NoGood
+from elastickpt.elastic.checkpoints import NoGood, read_known
 from elastickpt.elastic.duties import Exchange, TaskOver
 from elastickpt.elastic.gradients import Clipping, clip, divide, keep_buffers_equal, sum_over_replicas
 from elastickpt.elastic.history import History, scaled
@@ -246,10 +246,14 @@ class Tasks:
         self._job.done(task, Mended(done.moved, done.read))
 
     def _hear_history(self, act: Mend, exchange: Exchange) -> None:
-        """Who takes a place knows nothing of the job; the first stage that stands tells it."""
+        """Who takes a place knows nothing of the job; the first stage that stands tells it. Where none stands, the checkpoint
+        does that all stages are read from: they are made of nothing else then."""
         held, lost = self.require_held(), {one.stage for one in act.sources}
         standing = [stage for stage in range(held.place.stages) if stage not in lost]
-        if standing and held.place.stage == standing[0]:
+        if not standing:
+            read_known({"elastic": self.history}, act.sources[0].path)
+            self.history.goes_on(self._training.seed)
+        elif held.place.stage == standing[0]:
             exchange.set("history", encode(self.history))
         elif held.place.stage in lost:
             told = exchange.get("history", limit_s=OTHERS_S)

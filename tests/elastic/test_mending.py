@@ -16,11 +16,15 @@ import elastickpt as ek
 from elastickpt.elastic.checkpoints import NoGood
 from elastickpt.elastic.gradients import keep_buffers_equal
 from elastickpt.elastic.history import History
+from elastickpt.elastic.membership import Mend
 from elastickpt.elastic.mending import Mending, mixed_moments
+from elastickpt.elastic.messages import StageSource, View
 from elastickpt.elastic.passage import Passing, flushes_of
 from elastickpt.elastic.policy import Policy
+from elastickpt.elastic.saves import NoSaves
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.starts import KeptBuffers
+from elastickpt.elastic.tasks import Tasks
 from elastickpt.errors import Refused, StateMismatch
 from tests.elastic.small_model import build
 
@@ -146,6 +150,18 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(StateMismatch, match=r"layers\.6"):
         Mending(larger, Policy(), swap=None).load_all(path, 7, History())
     assert all(torch.equal(one, before[name]) for name, one in stage.module.state_dict().items())
+
+
+def test_of_a_job_whose_stages_are_all_lost_the_checkpoint_tells(tmp_path: Path) -> None:
+    """Nobody stands who could; that of one stage is lost with it. [REC-58, REC-60]"""
+    path, lineage = str(tmp_path / "x"), [{"step": 1, "stage": 0, "rung": "stale", "generation": 2}]
+    ek.save({"elastic": History(5, {"w": 1.1}, {0: 2.0}, lineage)}, path, step=2)  # type: ignore[arg-type]
+    training: Any = type("T", (), {"seed": 7})()
+    tasks = Tasks(type("J", (), {})(), training, NoSaves())  # type: ignore[arg-type]
+    tasks._held = type("H", (), {"place": Place(0, 1)})()  # type: ignore[assignment]
+    lost = Mend(View(1, 3, 4, ("m",), (0,)), (StageSource(0, "stale", path=path, step=2),), 1)
+    tasks._hear_history(lost, exchange=None)  # type: ignore[arg-type]
+    assert tasks.history == History(7, {"w": 1.1}, {0: 2.0}, lineage)  # type: ignore[arg-type]
 
 
 # -- buffers of live replicas
