@@ -17,9 +17,10 @@ from elastickpt.commit.attempt import Attempt
 from elastickpt.commit.draft import CONTENTS, Draft
 from elastickpt.commit.prove import ProofMemory, parts_of
 from elastickpt.errors import CheckpointError, ChecksumMismatch, Malformed, MissingFile, PathOccupied, StorageFailed
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
-from elastickpt.format.encode_index import decode_index, encode_index
+from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_frame, encode_frame
 from elastickpt.format.keys import fragments_file
 from elastickpt.format.piece_columns import FragmentColumns

@@ -14,9 +14,10 @@ from elastickpt.commit.attest import DraftContents, completing, read_attested
 from elastickpt.commit.draft import LEFTOVERS
 from elastickpt.commit.prove import Proof, ProofMemory, merge_tables, prove, references_to, require_distinct_ranges
 from elastickpt.errors import Uncommitted
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import file_digest
 from elastickpt.format.documents import upper_documents
-from elastickpt.format.encode_index import decode_index, with_tables
+from elastickpt.format.encode_index import with_tables
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest_with, manifest_in
 from elastickpt.format.keys import MANIFEST, REFERENCES, attempt_of_pack, index_file
 from elastickpt.format.records import (

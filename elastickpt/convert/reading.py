@@ -28,7 +28,8 @@ from elastickpt.language.faults import located
 from elastickpt.language.held import HeldPiece, Strides
 from elastickpt.loading.fetch import THREADS, carry_out
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.plan import Wanted, plan_fetch
+from elastickpt.loading.plan import plan_fetch
+from elastickpt.loading.targets import Wanted
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import RangeReader, Store
 

@@ -22,7 +22,7 @@ def recorded_contents(opened: Opened) -> Contents:
         true = attributes.pop("true_shape", None)
         shape = tuple(true) if isinstance(true, list | tuple) else None
         arrays[identity] = Array(identity, Recorded(record), shape, tuple(attributes.items()))
-    tables = tuple(table for part in opened.parts for table in part.tables)
+    tables = opened.tables
     lost: list[NotCarried] = []
     for writer in range(len(manifest.fragments)):
         lost.extend(NotCarried(pointer, f"a value of rank {writer} alone") for pointer in opened.per_rank(writer))

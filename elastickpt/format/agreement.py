@@ -6,17 +6,18 @@ its array, has the bytes of its box, and, in placement `plain`, lies where a zar
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from operator import lt
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from elastickpt.errors import LimitExceeded, Malformed
+from elastickpt.format.array_columns import ArrayColumns
 from elastickpt.format.keys import array_keys, attempt_of_pack, chunk_file, pack_file
 from elastickpt.format.piece_columns import FragmentColumns
 from elastickpt.format.records import ArrayRecord, IndexPart, Manifest
@@ -26,25 +27,27 @@ from elastickpt.format.version import MAX_ARRAYS, PACKS
 _Flags: TypeAlias = npt.NDArray[np.bool_]
 
 
-def check_index(parts: Sequence[IndexPart], manifest: Manifest) -> dict[str, ArrayRecord]:
-    """key -> array of all parts, in the order of keys; the parts are those that the manifest lists.
+def check_index(parts: Sequence[IndexPart], manifest: Manifest) -> ArrayColumns:
+    """The arrays of all parts, in the order of keys; the parts are those that the manifest lists.
 
     Raises Malformed where first or last key, order or a layout is not what the manifest says; LimitExceeded.
     """
     if sum(len(part.arrays) for part in parts) > MAX_ARRAYS:  # [UCF-96]
         raise LimitExceeded(f"the index has more than {MAX_ARRAYS} arrays")
-    for entry, part in zip(manifest.index, parts, strict=True):
-        found = (part.arrays[0].key, part.arrays[-1].key) if part.arrays else ("", "")
+    columns = [ArrayColumns.of(part.arrays) for part in parts]
+    for entry, part in zip(manifest.index, columns, strict=True):
+        found = (part.keys[0], part.keys[-1]) if part.keys else ("", "")
         if found != (entry.first, entry.last):  # [UCF-63]
             raise Malformed(f"{entry.file.path}: keys {found}, the manifest says {(entry.first, entry.last)}")
-    arrays = [record for part in parts for record in part.arrays]
-    for low, high in pairwise(arrays):
-        if low.key >= high.key:  # [UCF-65]
-            raise Malformed(f"index: {high.key!r} after {low.key!r}: keys out of order, or twice")
-    for record in arrays:
-        if record.layout is not None and record.layout >= len(manifest.layouts):  # [UCF-62]
-            raise Malformed(f"index: array {record.key!r} has layout {record.layout}, the manifest has {len(manifest.layouts)}")
-    return {record.key: record for record in arrays}
+    arrays = ArrayColumns.together(columns)
+    if not all(map(lt, arrays.keys, arrays.keys[1:])):  # [UCF-65]
+        low, high = next(two for two in pairwise(arrays.keys) if two[0] >= two[1])
+        raise Malformed(f"index: {high!r} after {low!r}: keys out of order, or twice")
+    beyond = [one.layout is not None and one.layout >= len(manifest.layouts) for one in arrays.templates]
+    for place in np.flatnonzero(np.array(beyond, dtype=np.bool_)[arrays.template])[:1].tolist():  # [UCF-62]
+        layout = arrays.templates[arrays.template[place]].layout
+        raise Malformed(f"index: array {arrays.keys[place]!r} has layout {layout}, the manifest has {len(manifest.layouts)}")
+    return arrays
 
 
 def check_keys(records: Iterable[ArrayRecord]) -> None:
@@ -59,17 +62,17 @@ def check_keys(records: Iterable[ArrayRecord]) -> None:
             raise Malformed(f"index: array {record.spec.id} has key {record.key!r}, expected {wanted[record.spec.id]!r}")
 
 
-def check_fragments(fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int) -> None:
+def check_fragments(fragments: FragmentColumns, arrays: ArrayColumns, *, manifest: Manifest, writer: int) -> None:
     """Passes when the map is that of `writer` and agrees with index and manifest in all arrays. Raises Malformed.
 
     The cost is a few passes over the columns, and one name per chunk file.
     """
-    for problem in fragment_problems(fragments, records, manifest=manifest, writer=writer).values():
+    for problem in fragment_problems(fragments, arrays, manifest=manifest, writer=writer).values():
         raise problem
 
 
 def fragment_problems(
-    fragments: FragmentColumns, records: Mapping[str, ArrayRecord], *, manifest: Manifest, writer: int
+    fragments: FragmentColumns, arrays: ArrayColumns, *, manifest: Manifest, writer: int
 ) -> Mapping[str, Malformed]:
     """By key, the arrays whose pieces in the map do not agree with index and manifest, and the first thing that is wrong.
 
@@ -86,10 +89,15 @@ def fragment_problems(
     if beyond > len(manifest.bases):  # [FRAG-23]
         raise Malformed(f"{where}: a file in base {beyond}, the manifest has {len(manifest.bases)}")
     _check_packs(fragments, manifest, where)
-    problems: dict[str, Malformed] = {}
-    found = [_record_of(fragments, place, records, writer, where, problems) for place in range(len(fragments.pieces.arrays))]
-    for ndim in sorted({len(record.chunk_shape) for record in found if record is not None}):
-        _check_pieces(_Group.of(fragments, found, ndim, problems), where, plain=manifest.placement == "plain")
+    pieces = fragments.pieces
+    places = arrays.places_of(pieces.arrays)
+    problems = _unlike(fragments, arrays, places, writer, where)
+    alike = np.ones(len(places), dtype=np.bool_)
+    if problems:
+        alike = np.array([key not in problems for key in pieces.arrays], dtype=np.bool_)
+    for ndim in sorted(set(pieces.ndims[alike].tolist())):
+        group = _Group.of(fragments, arrays, np.where(alike & (pieces.ndims == ndim), places, -1), ndim, problems)
+        _check_pieces(group, where, plain=manifest.placement == "plain")
     return problems
 
 
@@ -102,27 +110,26 @@ def _check_packs(fragments: FragmentColumns, manifest: Manifest, where: str) -> 
             raise Malformed(f"{where}: a piece in {path!r}, expected this writer's pack {own!r}")
 
 
-def _record_of(
-    fragments: FragmentColumns,
-    place: int,
-    records: Mapping[str, ArrayRecord],
-    writer: int,
-    where: str,
-    problems: dict[str, Malformed],
-) -> ArrayRecord | None:
-    key, ndim = fragments.pieces.arrays[place], int(fragments.pieces.ndims[place])
-    record = records.get(key)
-    if record is None:  # [FRAG-25]
-        problems[key] = Malformed(f"{where}: array {key!r} is not in the index")
-        return None
-    if ndim != len(record.chunk_shape):
-        problems[key] = Malformed(f"{where}: array {key!r} has {ndim} axes, {len(record.chunk_shape)} in the index")
-        return None
-    at = bisect_left(record.writers, writer)
-    if at == len(record.writers) or record.writers[at] != writer:  # [FRAG-26]
-        problems[key] = Malformed(f"{where}: array {key!r}: the index does not list this writer")
-        return None
-    return record
+def _unlike(
+    fragments: FragmentColumns, arrays: ArrayColumns, places: IntColumn, writer: int, where: str
+) -> dict[str, Malformed]:
+    """By key, the arrays of a map that are not in the index as the map has them; `places` are those in the index."""
+    pieces, problems = fragments.pieces, {}
+    if len(places) == 0 or len(arrays) == 0:
+        fits = np.zeros(len(places), dtype=np.bool_)
+    else:
+        fits = (places >= 0) & (arrays.ndims[places] == pieces.ndims) & arrays.lists(writer)[places]
+    for own in np.flatnonzero(~fits).tolist():
+        key, place = pieces.arrays[own], int(places[own])
+        if place < 0:  # [FRAG-25]
+            problems[key] = Malformed(f"{where}: array {key!r} is not in the index")
+        elif pieces.ndims[own] != arrays.ndims[place]:
+            problems[key] = Malformed(
+                f"{where}: array {key!r} has {pieces.ndims[own]} axes, {arrays.ndims[place]} in the index"
+            )
+        else:  # [FRAG-26]
+            problems[key] = Malformed(f"{where}: array {key!r}: the index does not list this writer")
+    return problems
 
 
 def check_writers(records: Iterable[ArrayRecord], held: Sequence[Sequence[str]]) -> None:
@@ -143,7 +150,8 @@ class _Group:
     """
 
     fragments: FragmentColumns
-    records: Sequence[ArrayRecord | None]  # by place in `arrays`
+    arrays: ArrayColumns
+    places: IntColumn  # in `arrays`, by place in the map's; -1 for those of other groups
     problems: dict[str, Malformed]
     mine: IntColumn
     start: IntColumn
@@ -154,19 +162,14 @@ class _Group:
 
     @classmethod
     def of(
-        cls, fragments: FragmentColumns, records: Sequence[ArrayRecord | None], ndim: int, problems: dict[str, Malformed]
+        cls, fragments: FragmentColumns, arrays: ArrayColumns, places: IntColumn, ndim: int, problems: dict[str, Malformed]
     ) -> _Group:
         pieces = fragments.pieces
-        same = [record if record is not None and len(record.chunk_shape) == ndim else None for record in records]
-        mine = np.flatnonzero(np.array([one is not None for one in same], dtype=np.bool_)[pieces.array])
+        mine = np.flatnonzero(places[pieces.array] >= 0)
         axes = pieces.axis_start[mine][:, None] + np.arange(ndim)
-        none = (0,) * ndim
-        shapes = np.array([one.spec.shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
-        chunks = np.array([one.chunk_shape if one else none for one in same], dtype=np.int64).reshape(len(same), ndim)
-        sizes = np.array([one.spec.type.itemsize if one else 0 for one in same], dtype=np.int64)
-        array = pieces.array[mine]
+        own = places[pieces.array[mine]]
         boxes = (pieces.start[axes], pieces.shape[axes])
-        return cls(fragments, records, problems, mine, *boxes, shapes[array], chunks[array], sizes[array])
+        return cls(fragments, arrays, places, problems, mine, *boxes, *arrays.axes(own, ndim), arrays.itemsize[own])
 
     def refuse_if(self, wrong: _Flags, what: str, where: str) -> None:
         """Of each array with pieces that are wrong the first one is named, unless something was found before."""
@@ -229,13 +232,14 @@ def _check_files(group: _Group, places: IntColumn, where: str) -> None:
     """`places`: array, file and chunk of each piece; pieces of one chunk that follow each other are looked at once."""
     changes = _any(np.diff(places, axis=0, prepend=places[:1] - 1) != 0)
     for array, file, *chunk in places[changes].tolist():
-        record, stored = group.records[array], group.fragments.files[file]
-        if record is None or record.key in group.problems:
+        key, stored = group.fragments.pieces.arrays[array], group.fragments.files[file]
+        if key in group.problems:
             continue
-        expected = chunk_file(record.key, tuple(chunk))
-        nbytes = prod(record.chunk_shape) * record.spec.type.itemsize
+        like = group.arrays.templates[group.arrays.template[group.places[array]]]
+        expected = chunk_file(key, tuple(chunk))
+        nbytes = prod(like.chunk_shape) * like.itemsize
         if stored.path != expected or stored.nbytes != nbytes:  # [FRAG-43]
-            group.problems[record.key] = Malformed(
-                f"{where}: a piece of array {record.key!r} lies in {stored.path!r} of {stored.nbytes} bytes, "
+            group.problems[key] = Malformed(
+                f"{where}: a piece of array {key!r} lies in {stored.path!r} of {stored.nbytes} bytes, "
                 f"expected {expected!r} of {nbytes}"
             )

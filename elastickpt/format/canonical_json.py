@@ -31,6 +31,11 @@ def _nodes(text: str) -> int:
     return text.count(",") + text.count("[") + text.count("{")
 
 
+def is_within_bounds(text: str) -> bool:
+    """Whether a text has no more values than readers take. [UCF-91]"""
+    return _nodes(text) <= MAX_NODES
+
+
 def dump_bounded(value: object, *, where: str) -> str:
     """The canonical text. Raises ValueNotCarried where it is more than readers take. [UCF-91]"""
     return bounded(dump(value), where=where)
@@ -38,7 +43,7 @@ def dump_bounded(value: object, *, where: str) -> str:
 
 def bounded(text: str, *, where: str) -> str:
     """A canonical text that was put together of others. Raises likewise."""
-    if _nodes(text) > MAX_NODES:
+    if not is_within_bounds(text):
         raise ValueNotCarried(
             f"{where}: about {_nodes(text)} values, the limit is {MAX_NODES}; large data can be carried as tensors"
         )
@@ -71,7 +76,7 @@ def parse(data: bytes | str, *, where: str) -> object:
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if _nodes(text) > MAX_NODES:
+        if not is_within_bounds(text):
             raise LimitExceeded(f"{where}: about {_nodes(text)} values in one JSON text, the limit is {MAX_NODES}")
         value: object = json.loads(text, parse_constant=_no_constant)
         if not _is_canonical(text, value):  # else a member that stands twice would be missing in what it is dumped as

@@ -36,7 +36,7 @@ def block_checksums(data: memoryview, blocks: Iterable[tuple[int, int]]) -> list
 
 
 _TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
-_TAIL_NBYTES = len(b',"digest":""}\n') + 32
+SEAL_NBYTES = len(b',"digest":""}\n') + 32
 
 
 def seal(record: dict[str, object], *, where: str) -> bytes:
@@ -52,10 +52,10 @@ def seal_text(record: str, *, where: str) -> bytes:
 
 def check_seal(data: bytes, *, where: str) -> None:
     """Raises Malformed where the digest's place is not found, ChecksumMismatch where it is another one."""
-    tail = _TAIL.fullmatch(data[-_TAIL_NBYTES:])
+    tail = _TAIL.fullmatch(data[-SEAL_NBYTES:])
     if tail is None:  # [UCF-71]
         raise Malformed(f"{where}: does not end with a digest of itself; cut short, or no record of ours")
-    found = file_digest(memoryview(data)[:-_TAIL_NBYTES])
+    found = file_digest(memoryview(data)[:-SEAL_NBYTES])
     recorded = tail[1].decode("ascii")
     if found != recorded:
         raise ChecksumMismatch(f"{where}: expected xxh3-128 {recorded} (its last member), found {found}")

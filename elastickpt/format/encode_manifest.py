@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import get_args
 
-from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
+from elastickpt.errors import CheckpointError, LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.decode_values import decode_pointers
-from elastickpt.format.digest import check_seal, seal, seal_text
+from elastickpt.format.decode_values import decode_long_pointers, decode_pointers
+from elastickpt.format.digest import SEAL_NBYTES, check_seal, seal, seal_text
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import require_pointers
 from elastickpt.format.keys import checked_name, checked_path
+from elastickpt.format.long_texts import LONG
 from elastickpt.format.records import (
     FORMAT_VERSION,
     Base,
@@ -181,7 +182,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     """
     _require_size(data, path)
     check_seal(data, where=path)
-    members = StrictObject(parse(data, where=path), where=path)
+    members, values = _parsed(data, path)
     check_version(members, FORMAT)  # [UCF-72]
     requires = members.texts("requires")
     unknown = sorted(set(requires) - FEATURES)
@@ -194,7 +195,7 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
         time=_time(members),
         index=_index(members),
         fragments=_fragments(members),
-        values=decode_pointers(members.take("values"), where=f"{path}/values"),
+        values=decode_pointers(members.take("values"), where=f"{path}/values") if values is None else values,
         bases=_bases(members),
         requires=requires,
     )
@@ -202,6 +203,22 @@ def decode_manifest(data: bytes, *, path: str) -> Manifest:
     members.close()
     _check_files(manifest, path)
     return manifest
+
+
+def _parsed(data: bytes, path: str) -> tuple[StrictObject, Mapping[str, Value] | None]:
+    """The members of a sealed manifest, and its values where those are long, and are read apart."""
+    head, _, rest = data.partition(b',"values":{')
+    texts, tail = rest[:-SEAL_NBYTES], rest[-SEAL_NBYTES:]
+    if len(texts) >= LONG and texts.isascii():
+        values = decode_long_pointers("{" + texts.decode("ascii"), where=f"{path}/values")
+        if values is not None:
+            try:
+                members = parse(head + tail, where=path)
+            except CheckpointError:
+                members = None
+            if isinstance(members, dict) and "values" not in members:
+                return StrictObject(members, where=path), values
+    return StrictObject(parse(data, where=path), where=path), None
 
 
 def _require_size(data: bytes, path: str) -> None:

@@ -6,6 +6,7 @@ How they are spelled on disk is in `encode_*` modules beside this one; here is o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,7 +115,7 @@ class ArrayRecord:
 class IndexPart:
     """Arrays in the order of their keys, and (in the first part) the optimizer tables merged from all writers."""
 
-    arrays: tuple[ArrayRecord, ...]
+    arrays: Sequence[ArrayRecord]
     tables: tuple[OptimizerTable, ...] = ()
 
 

@@ -17,7 +17,8 @@ from elastickpt.errors import Refused
 from elastickpt.format.arrays import ArrayId, Mesh
 from elastickpt.loading.fetch import Verify, carry_out
 from elastickpt.loading.opened import Opened, is_converted
-from elastickpt.loading.plan import AnyArray, Wanted, plan_fetch, require_files
+from elastickpt.loading.plan import plan_fetch, require_files
+from elastickpt.loading.targets import AnyArray, Wanted
 from elastickpt.ranks.messages import Message
 from elastickpt.training.dtensors import JobView
 from elastickpt.training.held import HeldArray
@@ -115,7 +116,11 @@ class Differences(Message, frozen=True):
 
 def differences_of(opened: Opened, binding: Binding) -> Differences:
     """What this rank tells of what it bound."""
-    known = np.fromiter((identity in binding.arrays for identity in opened.records), dtype=np.bool_, count=len(opened.records))
+    known = np.zeros(len(opened.arrays), dtype=np.bool_)
+    if binding.arrays:
+        known[:] = [identity in binding.arrays for identity in opened.records]
+    for whole in binding.wholes:
+        known[whole.places] = True
     return Differences(tuple(binding.mismatches), np.packbits(known).tobytes(), tuple(sorted(binding.places)))
 
 
@@ -127,19 +132,21 @@ def joint_mismatches(
     `what` is "beside" for what a converted checkpoint has beyond a job's state: that is no difference. [UCF-120]
     """
     where: dict[Mismatch, list[int]] = {}
-    union = np.zeros(-(-len(opened.records) // 8), dtype=np.uint8)
+    union = np.zeros(-(-len(opened.arrays) // 8), dtype=np.uint8)
     places: set[str] = set()
     for rank, own in zip(ranks, told, strict=True):
         for mismatch in own.mismatches:
             where.setdefault(mismatch, []).append(rank)
         union |= np.frombuffer(own.arrays, dtype=np.uint8)
         places.update(own.places)
-    flags = np.unpackbits(union, count=len(opened.records)).astype(bool)
-    arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
+    flags = np.unpackbits(union, count=len(opened.arrays)).astype(bool)
+    arrays = None
+    if not flags.all() or is_converted(opened):
+        arrays = [identity for identity, known in zip(opened.records, flags.tolist(), strict=True) if known]
     found: list[tuple[str, str]] = []
     for mismatch, on in sorted(where.items()):
         found.append((mismatch.what, f"{mismatch} on {_ranks_text(on, ranks)}"))
-    beside = _Beside(opened, arrays, places)
+    beside = _Beside(opened, arrays or (), places)
     more = unexpected(listing, arrays=arrays, places=places)
     found.extend((BESIDE if beside.has(mismatch) else mismatch.what, str(mismatch)) for mismatch in more)
     masters = [one for one in opened.records if one.state == MASTER] if is_converted(opened) else []
@@ -157,7 +164,7 @@ class _Beside:
         self._converted = is_converted(opened)
         self._items = {identity.item for identity in arrays} | {_item_of(place) for place in places}
         self._ids = {str(identity): identity for identity in opened.records} if self._converted else {}
-        optimizers = {table.item for part in opened.parts for table in part.tables}
+        optimizers = {table.item for table in opened.tables}
         self._optimizes = bool(optimizers & self._items) or not optimizers
 
     def has(self, mismatch: Mismatch) -> bool:

@@ -20,7 +20,8 @@ from elastickpt.format.records import ArrayRecord, Item, Manifest, OptimizerTabl
 from elastickpt.format.values import Value
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.plan import Bytes, Wanted, require_stored
+from elastickpt.loading.plan import require_stored
+from elastickpt.loading.targets import Bytes, Wanted
 from elastickpt.loading.verify import VerifyReport, verify
 from elastickpt.storage.opening import path_in
 
@@ -100,7 +101,7 @@ class Checkpoint:
     @cached_property
     def tables(self) -> tuple[OptimizerTable, ...]:
         """What optimizers hold per parameter beside arrays: hyper-parameters, step counts."""
-        return tuple(table for part in self._opened.parts for table in part.tables)
+        return self._opened.tables
 
     @property
     def records(self) -> Mapping[ArrayId, ArrayRecord]:

@@ -13,21 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
-from elastickpt.format.digest import block_checksum
+from elastickpt.format.digest import block_checksum, block_checksums
 from elastickpt.format.keys import pack_file
 from elastickpt.format.records import StoredFile
 from elastickpt.format.version import PACKS
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.plan import (
-    UNIT_NBYTES,
-    FetchPlan,
-    ReadTarget,
-    Unit,
-    Wanted,
-    plan_fetch,
-    require_length,
-)
+from elastickpt.loading.plan import UNIT_NBYTES, FetchPlan, Unit, plan_fetch, require_length
 from elastickpt.loading.stretches import ReadRuns, runs_of
+from elastickpt.loading.targets import ReadTarget, Wanted, scatter
 from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool, WorkerThread
@@ -76,9 +69,9 @@ def carry_out(
             fetching.run(pool)
     else:
         fetching.run(threads)
-    for target in plan.targets:
+    for target in plan.targets.boxes:
         _settle(target)
-    return FetchReport(fetching.nbytes, sum(target.data.size for target in plan.targets), len(fetching.reads))
+    return FetchReport(fetching.nbytes, plan.targets.wanted_nbytes, len(fetching.reads))
 
 
 def read_own_pack_ahead(opened: Opened, writer: int) -> None:
@@ -154,7 +147,7 @@ class _Fetching:
         self._opened = opened
         self._plan = plan
         self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=pace.unit_nbytes)
-        self._columns = _Columns.of(self._runs)
+        self._columns = _Columns.of(self._runs, len(plan.targets.boxes))
         self._verify = verify
         self._progress = progress
         self._scratch = Scratch()
@@ -235,7 +228,7 @@ class _Fetching:
         except WrongLength as error:
             raise holding(error, target) from error
         if not whole:
-            self._hand_out(run, lent)
+            (self._scatter if columns.small[run] else self._hand_out)(run, lent)
         else:
             self._require_blocks(first, lent)
             if lent is not view:
@@ -255,6 +248,20 @@ class _Fetching:
                 into.data[:] = lent[low : low + wanted]
             else:
                 into[:] = np.frombuffer(lent, np.uint8, wanted, low)
+
+    def _scatter(self, run: int, lent: memoryview) -> None:
+        """The same of small pieces that belong to arrays wanted whole, at once."""
+        columns, targets = self._columns, self._plan.targets
+        own, begin = slice(columns.first[run], columns.first[run + 1]), columns.run_offset[run]
+        low, nbytes = self._runs.offsets[own] - begin, self._runs.nbytes_of[own]
+        if self._verify == "on":
+            first = columns.checksum_start[own.start]
+            found = block_checksums(lent, zip(low.tolist(), (low + nbytes).tolist(), strict=True))
+            if found != (wanted := columns.checksums[first : first + len(found)]):
+                wrong = next(k for k, two in enumerate(zip(found, wanted, strict=True)) if two[0] != two[1])
+                start = int(low[wrong])
+                raise self._mismatch(own.start + wrong, 0, lent[start : start + int(nbytes[wrong])])
+        scatter(lent, low, nbytes, targets.address[self._runs.stretches.target[own] - len(targets.boxes)])
 
     def _require_blocks(self, stretch: int, data: memoryview) -> None:
         """Raises ChecksumMismatch unless this is what was stored. [FRAG-32]"""
@@ -296,10 +303,14 @@ class _Columns:
     run_offset: list[int]
     run_nbytes: list[int]
     first: list[int]
+    small: list[bool]  # of each run: nothing but small pieces, each of one block and an array wanted whole
 
     @classmethod
-    def of(cls, runs: ReadRuns) -> _Columns:
-        cut = runs.stretches
-        own = (cut.target, cut.at, runs.offsets, cut.end - cut.start, cut.low - cut.start, cut.high - cut.low)
+    def of(cls, runs: ReadRuns, boxes: int) -> _Columns:
+        cut, nbytes = runs.stretches, runs.nbytes_of
+        own = (cut.target, cut.at, runs.offsets, nbytes, cut.low - cut.start, cut.high - cut.low)
         columns = (*own, runs.block, runs.checksums, runs.checksum_start, runs.offset, runs.nbytes, runs.first)
-        return cls(*(column.tolist() for column in columns))
+        small = (cut.target >= boxes) & (nbytes < GIVEN_AWAY_NBYTES) & (nbytes <= runs.block)
+        small &= (cut.start == 0) & (cut.low == 0) & (cut.high == nbytes) & (cut.at == 0)
+        whole = np.logical_and.reduceat(small, runs.first[:-1]) if len(runs) else small
+        return cls(*(column.tolist() for column in (*columns, whole)))

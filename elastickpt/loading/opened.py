@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
 
 from elastickpt.commit.draft import is_draft
 from elastickpt.errors import (
@@ -24,14 +27,16 @@ from elastickpt.errors import (
     WrongLength,
 )
 from elastickpt.format.agreement import check_index, fragment_problems
+from elastickpt.format.array_columns import ArrayColumns
 from elastickpt.format.arrays import ArrayId
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_columns
-from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
 from elastickpt.format.keys import DRAFT_TOKEN, MANIFEST
 from elastickpt.format.piece_columns import FragmentColumns
-from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, StoredFile
+from elastickpt.format.records import ArrayRecord, FileDigest, IndexPart, Manifest, OptimizerTable, StoredFile
+from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.values import Value
 from elastickpt.format.version import CONVERTER, MAX_FRAGMENTS_NBYTES, MAX_MANIFEST_NBYTES
 from elastickpt.ledger.epochs import counts
@@ -41,6 +46,9 @@ from elastickpt.ledger.records import AbortRegister
 from elastickpt.ledger.stored import list_commits, newest_adopted, read_register
 from elastickpt.storage.opening import locate, path_in
 from elastickpt.storage.store import Store
+
+_Key = TypeVar("_Key")
+_Of = TypeVar("_Of", covariant=True)
 
 
 def registered_digest(store: Store, name: str) -> str | None:
@@ -74,6 +82,29 @@ def _digest(store: Store, attempt: AttemptId, *, where: str, swept: bool) -> Ope
     return register.digest
 
 
+class Later(Mapping[_Key, _Of]):
+    """A mapping that is made when it is first asked for anything."""
+
+    def __init__(self, make: Callable[[], Mapping[_Key, _Of]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Mapping[_Key, _Of]:
+        return self._make()
+
+    def __getitem__(self, key: _Key) -> _Of:
+        return self._made[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._made
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cache:
     """Fragment maps read so far, and where each array's pieces stand in them; several threads may ask."""
@@ -82,6 +113,7 @@ class _Cache:
     maps: dict[int, FragmentColumns]
     problems: dict[int, Mapping[str, Malformed]]
     places: dict[int, Mapping[str, range]]
+    numbers: dict[int, tuple[IntColumn, IntColumn]]
 
 
 class Opened:
@@ -91,31 +123,42 @@ class Opened:
         self.store = store
         self.name = name
         self.manifest = manifest
-        self._fragments = _Cache(threading.Lock(), {}, {}, {})
+        self._fragments = _Cache(threading.Lock(), {}, {}, {}, {})
         self._bases: dict[int, str] = {}
 
     def path(self, relative: str) -> str:
         """Where a file of this checkpoint stands in its store."""
         return f"{self.name}/{relative}"
 
-    @cached_property
+    @property
     def parts(self) -> tuple[IndexPart, ...]:
         """All parts of the index. Raises Damaged kinds naming the part."""
+        return self._index[0]
+
+    @cached_property
+    def arrays(self) -> ArrayColumns:
+        """Every array, in the order of keys. Raises Damaged kinds if the index is not what was written."""
+        arrays = self._index[1]
+        if not arrays.are_distinct:
+            _by_id(arrays)  # raises, and says which
+        return arrays
+
+    @cached_property
+    def _index(self) -> tuple[tuple[IndexPart, ...], ArrayColumns]:
         parts = tuple(
             decode_index(self.record(entry.file, MAX_MANIFEST_NBYTES), path=entry.file.path) for entry in self.manifest.index
         )
-        check_index(parts, self.manifest)
-        return parts
+        return parts, check_index(parts, self.manifest)
 
     @cached_property
     def records(self) -> Mapping[ArrayId, ArrayRecord]:
         """Every array, by id, in the order of keys."""
-        records: dict[ArrayId, ArrayRecord] = {}
-        for record in (record for part in self.parts for record in part.arrays):
-            twin = records.setdefault(record.spec.id, record)
-            if twin is not record:
-                raise Malformed(f"index: array {record.spec.id} stands twice, under {twin.key!r} and {record.key!r}")
-        return MappingProxyType(records)
+        return MappingProxyType(_by_id(self.arrays))
+
+    @property
+    def tables(self) -> tuple[OptimizerTable, ...]:
+        """What optimizers hold per parameter beside arrays."""
+        return tuple(table for part in self.parts for table in part.tables)
 
     @cached_property
     def by_key(self) -> Mapping[str, ArrayRecord]:
@@ -153,6 +196,21 @@ class Opened:
             known = self._fragments.places[writer] = columns.pieces.by_array()
         return columns, known, self._fragments.problems[writer]
 
+    def numbers(self, writer: int) -> tuple[FragmentColumns, IntColumn, IntColumn]:
+        """The fragment map of one writer; and of each array, by its place in the index, the number of its first piece there
+        and how many there are: none of an array that something is wrong with. Raises Damaged kinds as `places`."""
+        columns = self._map(writer)
+        known = self._fragments.numbers.get(writer)
+        if known is None:
+            keys, problems = columns.pieces.arrays, self._fragments.problems[writer]
+            ends = np.searchsorted(columns.pieces.array, np.arange(len(keys) + 1))
+            first, count = np.zeros((2, len(self.arrays)), dtype=np.int64)
+            places = self.arrays.places_of(keys)
+            mine = np.array([key not in problems for key in keys], dtype=np.bool_) if problems else places >= 0
+            first[places[mine]], count[places[mine]] = ends[:-1][mine], np.diff(ends)[mine]
+            known = self._fragments.numbers[writer] = first, count
+        return columns, *known
+
     def _map(self, writer: int) -> FragmentColumns:
         """The map, of which single arrays may be wrong; they stand in the cache."""
         with self._fragments.lock:
@@ -163,7 +221,7 @@ class Opened:
             raise Malformed(f"index: writer {writer} is not in the manifest, which has {len(self.manifest.fragments)}")
         said = self.manifest.fragments[writer]
         columns = decode_columns(self.record(said, MAX_FRAGMENTS_NBYTES), path=said.path)
-        problems = fragment_problems(columns, self.by_key, manifest=self.manifest, writer=writer)
+        problems = fragment_problems(columns, self.arrays, manifest=self.manifest, writer=writer)
         with self._fragments.lock:
             self._fragments.problems.setdefault(writer, problems)
             return self._fragments.maps.setdefault(writer, columns)
@@ -222,6 +280,15 @@ class Opened:
         if found != file.digest:
             raise ChecksumMismatch(f"{file.path}: expected digest {file.digest} (in the manifest), found {found}")
         return data
+
+
+def _by_id(arrays: ArrayColumns) -> dict[ArrayId, ArrayRecord]:
+    records: dict[ArrayId, ArrayRecord] = {}
+    for record in arrays:
+        twin = records.setdefault(record.spec.id, record)
+        if twin is not record:
+            raise Malformed(f"index: array {record.spec.id} stands twice, under {twin.key!r} and {record.key!r}")
+    return records
 
 
 def open_records(path: str | os.PathLike[str]) -> Opened:

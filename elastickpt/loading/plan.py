@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, MissingFile, WrongLength
 from elastickpt.format.arrays import Box
@@ -21,35 +20,13 @@ from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_cover
 from elastickpt.layout.placement import places_that_hold
 from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.stretches import Stretches, number_files, whole_pieces
-from elastickpt.storage.store import Caching
+from elastickpt.loading.row_pieces import Boxes, RowParts
+from elastickpt.loading.stretches import Stretches, number_files, repeated, whole_pieces
+from elastickpt.loading.targets import ReadTarget, Targets, Wanted, WantedWholes
 
 UNIT_NBYTES = 1 << 20
 
-Bytes = NDArray[np.uint8]
 FoundPiece = tuple[FragmentColumns, int, StoredPiece]  # a piece, with its map and its number in it
-AnyArray = NDArray[np.generic]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Wanted:
-    """A box of one array, in global coordinates, and the elements to fill: words of the element size, any strides.
-
-    `cache`: "spare" where nobody else on this host is known to want these bytes.
-    """
-
-    record: ArrayRecord
-    box: Box
-    into: AnyArray
-    cache: Caching = "fill"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ReadTarget:
-    """The wanted box as bytes in its own C order: the destination's own memory, or a buffer that is copied at the end."""
-
-    wanted: Wanted
-    data: Bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +52,7 @@ class FetchPlan:
     `files` are those of the stretches, `file` the number of each stretch's.
     """
 
-    targets: tuple[ReadTarget, ...]
+    targets: Targets
     maps: tuple[FragmentColumns, ...]
     stretches: Stretches
     files: tuple[StoredFile, ...]
@@ -83,19 +60,18 @@ class FetchPlan:
     units: tuple[Unit, ...]
 
 
-def plan_fetch(opened: Opened, wanted: Sequence[Wanted]) -> FetchPlan:
+def plan_fetch(opened: Opened, wanted: Sequence[Wanted], wholes: Sequence[WantedWholes] = ()) -> FetchPlan:
     """How every destination will be filled. Reads the fragment maps that it needs; blocking.
 
     Raises Damaged kinds naming the map, or the array with a gap or overlap, StorageFailed kinds for what cannot be read.
     """
-    targets = tuple(map(_target, wanted))
-    return _Planning(opened, targets).run()
+    return _Planning(opened, Targets(opened.arrays, wanted, wholes)).run()
 
 
 class _Planning:
-    """One call of `plan_fetch`: boxes that are one stored piece are found in columns, the others one by one."""
+    """One call of `plan_fetch`: what is one stored piece is found in columns, the others one by one."""
 
-    def __init__(self, opened: Opened, targets: tuple[ReadTarget, ...]) -> None:
+    def __init__(self, opened: Opened, targets: Targets) -> None:
         self._opened = opened
         self._targets = targets
         self._maps: dict[FragmentColumns, int] = {}
@@ -106,19 +82,19 @@ class _Planning:
     def run(self) -> FetchPlan:
         by_writer: dict[int, list[int]] = {}
         others: list[int] = []
-        for number, target in enumerate(self._targets):
+        for number, target in enumerate(self._targets.boxes):
             if target.data.size:
                 holders = self._holders_of(target.wanted.record, target.wanted.box)
                 (by_writer.setdefault(holders[0], []) if len(holders) == 1 else others).append(number)
-        whole = []
-        for writer, numbers in by_writer.items():
-            found, rest = self._whole(writer, numbers)
-            whole.append(found)
+        found = [self._boxes(writer, numbers) for writer, numbers in by_writer.items()]
+        found += self._wholes()
+        for _, rest in found:
             others += rest
-        for number in sorted(others):
+        found.append(self._in_rows(sorted(others)))
+        for number in found[-1][1]:
             self._pieces_of(number)
         maps = tuple(self._maps)
-        stretches = Stretches.together([*whole, Stretches.of(self._rows)])
+        stretches = Stretches.together([*(whole for whole, _ in found), Stretches.of(self._rows)])
         return FetchPlan(self._targets, maps, stretches, *number_files(maps, stretches), tuple(self._units))
 
     def _holders_of(self, record: ArrayRecord, box: Box) -> tuple[int, ...]:
@@ -131,30 +107,87 @@ class _Planning:
             known = self._known[alike] = _holders(self._opened, record, box)
         return known
 
-    def _whole(self, writer: int, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
+    def _boxes(self, writer: int, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
         """What is one piece of this writer and lies in a row; and the numbers of what is not."""
         columns, places, problems = self._opened.places(writer)
         asked: list[tuple[int, int]] = []
-        boxes = []
+        start: list[int] = []
+        shape: list[int] = []
         rest = []
         for number in numbers:
-            want = self._targets[number].wanted
+            want = self._targets.boxes[number].wanted
             key = want.record.key
             held = places.get(key)
             if held is None or len(held) != 1 or key in problems or want.box.ndim != len(want.record.spec.shape):
                 rest.append(number)  # what is wrong with it is said there
                 continue
             asked.append((number, held.start))
-            boxes.append((want.box.start, want.box.shape))
+            start += want.box.start
+            shape += want.box.shape
         mine, pieces = np.array(asked, dtype=np.int64).reshape(len(asked), 2).T
-        nbytes = np.fromiter((self._targets[number].data.size for number, _ in asked), dtype=np.int64, count=len(asked))
-        fits = whole_pieces(columns, pieces, boxes, nbytes)
-        if len(fits) < len(mine):
-            rest += np.delete(mine, fits).tolist()
-        zeros = np.zeros(len(fits), dtype=np.int64)
-        number = self._maps.setdefault(columns, len(self._maps))
-        end = nbytes[fits]
-        return Stretches(zeros + number, pieces[fits], zeros, end, zeros, end, mine[fits], zeros), rest
+        nbytes = np.fromiter((self._targets.boxes[number].data.size for number, _ in asked), dtype=np.int64, count=len(asked))
+        axes = np.array(start, dtype=np.int64), np.array(shape, dtype=np.int64)
+        found, left = self._stretches(columns, pieces, axes, nbytes, mine)
+        return found, rest + left
+
+    def _wholes(self) -> Iterator[tuple[Stretches, list[int]]]:
+        """The same of arrays that are wanted whole."""
+        arrays, targets = self._opened.arrays, self._targets
+        own = np.flatnonzero(targets.nbytes)
+        writers = arrays.writers[targets.place[own]]
+        for among in distinct(writers)[0].tolist():
+            numbers = own[writers == among]
+            if len(arrays.writer_sets[among]) != 1:
+                yield Stretches.of(()), (numbers + len(targets.boxes)).tolist()
+                continue
+            columns, first, count = self._opened.numbers(arrays.writer_sets[among][0])
+            single = count[targets.place[numbers]] == 1
+            rest, mine = numbers[~single], numbers[single]
+            place = targets.place[mine]
+            shape = arrays.shape[arrays.flat_axes(place)]
+            axes = np.zeros(len(shape), dtype=np.int64), shape
+            found, left = self._stretches(columns, first[place], axes, targets.nbytes[mine], mine + len(targets.boxes))
+            yield found, (rest + len(targets.boxes)).tolist() + left
+
+    def _stretches(
+        self,
+        columns: FragmentColumns,
+        pieces: IntColumn,
+        axes: tuple[IntColumn, IntColumn],
+        nbytes: IntColumn,
+        numbers: IntColumn,
+    ) -> tuple[Stretches, list[int]]:
+        """Pieces that are boxes, of these `axes` (starts and extents), and lie in a row; the numbers of those that do not."""
+        fits = whole_pieces(columns, pieces, *axes, nbytes)
+        rest = np.delete(numbers, fits).tolist() if len(fits) < len(numbers) else []
+        zeros, end = np.zeros(len(fits), dtype=np.int64), nbytes[fits]
+        return Stretches(zeros + self._number(columns), pieces[fits], zeros, end, zeros, end, numbers[fits], zeros), rest
+
+    def _in_rows(self, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
+        """What is whole rows of several pieces that lie in a row; and the numbers of what is not."""
+        if not numbers:
+            return Stretches.of(()), []
+        wanted = [self._targets[number].wanted for number in numbers]
+        places = self._opened.arrays.places_of([want.record.key for want in wanted])
+        by_writer: dict[int, list[int]] = {}
+        for own, want in enumerate(wanted):
+            for writer in self._holders_of(want.record, want.box):
+                by_writer.setdefault(writer, []).append(own)
+        parts = RowParts(Boxes.of([want.box for want in wanted]))
+        parts.odd |= np.array([want.box.ndim for want in wanted]) != self._opened.arrays.ndims[places]
+        for writer, of in by_writer.items():
+            columns, first, count = self._opened.numbers(writer)
+            mine = np.array(of, dtype=np.int64)
+            counts = count[places[mine]]
+            parts.odd[mine[counts == 0]] = True  # what is wrong with it is said by who looks at it alone
+            which, inside = repeated(counts)
+            parts.add(self._number(columns), columns, first[places[mine]][which] + inside, mine[which])
+        found, held = parts.proven()
+        known = np.array(numbers, dtype=np.int64)
+        return found.of_targets(known[found.target]), known[~held].tolist()
+
+    def _number(self, columns: FragmentColumns) -> int:
+        return self._maps.setdefault(columns, len(self._maps))
 
     def _pieces_of(self, number: int) -> None:
         target = self._targets[number]
@@ -163,7 +196,7 @@ class _Planning:
             for read in _reads_of(want, piece, block_nbytes=columns.block_nbytes):
                 step = read.steps[0]
                 if isinstance(step, Direct) and len(read.steps) == 1 and piece.row_nbytes in (piece.row_stride, piece.nbytes):
-                    own = self._maps.setdefault(columns, len(self._maps))
+                    own = self._number(columns)
                     low, high = max(step.source, read.start), min(step.source + step.nbytes, read.end)
                     self._rows.append((own, place, read.start, read.end, low, high, number, step.target + low - step.source))
                 else:
@@ -210,15 +243,6 @@ def require_length(file: StoredFile, nbytes: int, record: ArrayRecord) -> None:
         raise WrongLength(
             f"{file.path}: expected {file.nbytes} bytes (in the fragment map), found {nbytes}; it holds array {record.spec.id}"
         )
-
-
-def _target(wanted: Wanted) -> ReadTarget:
-    into = wanted.into
-    if into.shape != wanted.box.shape:
-        raise Malformed(f"array {wanted.record.spec.id}: a destination of shape {into.shape} for box {wanted.box}")
-    if into.flags.c_contiguous:
-        return ReadTarget(wanted, into.reshape(-1).view(np.uint8))
-    return ReadTarget(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
 
 
 def _pieces_by(writers: Sequence[int], opened: Opened, record: ArrayRecord, within: Box) -> list[FoundPiece]:

@@ -11,7 +11,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
-from elastickpt.format.arrays import ArrayId, Box, Mesh
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.records import ArrayRecord
 from elastickpt.format.values import Value
 from elastickpt.loading.agreement import (
@@ -31,12 +31,13 @@ from elastickpt.loading.agreement import (
     require_same_load,
 )
 from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch, read_own_pack_ahead
-from elastickpt.loading.opened import Opened, is_converted, open_records
-from elastickpt.loading.plan import AnyArray, FetchPlan, Wanted, plan_fetch, require_files
+from elastickpt.loading.opened import Later, Opened, is_converted, open_records
+from elastickpt.loading.plan import FetchPlan, plan_fetch, require_files
+from elastickpt.loading.targets import AnyArray, Wanted, WantedWholes
 from elastickpt.ranks.process_group import Group, job_group, team_of
 from elastickpt.ranks.team import Alone, Call, Question, Team, all_do, require_limit
 from elastickpt.training.collection import collection_paused
-from elastickpt.training.elements import fill_device, host_elements, host_tensor
+from elastickpt.training.elements import addresses_of, fill_device, host_elements, host_tensor
 from elastickpt.training.held import HeldArray
 from elastickpt.training.listing import Binding, Listing
 from elastickpt.training.parallel import mesh_of
@@ -266,7 +267,11 @@ class _Load:
                 Wanted(opened.records[target.spec.id], target.box, host, "spare" if target.held_alone else "fill")
                 for target, host in zip(binding.targets, hosts, strict=True)
             ]
-            planned.append((hosts, plan_fetch(opened, wanted)))
+            wholes = [
+                WantedWholes(whole.places, addresses_of(whole.tensors), whole.tensors, "spare" if whole.held_alone else "fill")
+                for whole in binding.wholes
+            ]
+            planned.append((hosts, plan_fetch(opened, wanted, wholes)))
             require_files(opened, planned[0][1])
             if self._counts("unexpected"):
                 self._require_equal_ties(opened, binding)
@@ -318,8 +323,8 @@ def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Li
         return opened.per_rank(writer) if writer < len(manifest.fragments) else {}
 
     return Listing(
-        arrays={one: record.spec for one, record in opened.records.items() if one.state != MASTER or not is_converted(opened)},
-        tables=tuple(table for part in opened.parts for table in part.tables),
+        arrays=Later(lambda: _specs(opened)),
+        tables=opened.tables,
         values=manifest.values if isinstance(manifest.values, dict) else {},
         per_rank=per_rank,
         items=manifest.items,
@@ -328,14 +333,25 @@ def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Li
         step=manifest.step,
         tied=manifest.tied,
         ranks=tuple(ranks),
-        attributes={identity: dict(record.attributes) for identity, record in opened.records.items() if record.attributes},
+        attributes=Later(lambda: {one: dict(record.attributes) for one, record in opened.records.items() if record.attributes}),
         read=lambda identity: _read_whole(opened, opened.records[identity]),
-        layouts={
-            identity: (manifest.meshes[manifest.layouts[record.layout].mesh], manifest.layouts[record.layout].placements)
-            for identity, record in opened.records.items()
-            if identity.section == "extra" and record.layout is not None
-        },
+        layouts=Later(lambda: _layouts(opened)),
+        columns=opened.arrays,
     )
+
+
+def _specs(opened: Opened) -> dict[ArrayId, ArraySpec]:
+    converted = is_converted(opened)
+    return {one: record.spec for one, record in opened.records.items() if one.state != MASTER or not converted}
+
+
+def _layouts(opened: Opened) -> dict[ArrayId, tuple[Mesh, tuple[str, ...]]]:
+    manifest = opened.manifest
+    return {
+        identity: (manifest.meshes[manifest.layouts[record.layout].mesh], manifest.layouts[record.layout].placements)
+        for identity, record in opened.records.items()
+        if identity.section == "extra" and record.layout is not None
+    }
 
 
 def _read_whole(opened: Opened, record: ArrayRecord) -> torch.Tensor:

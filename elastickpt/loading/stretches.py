@@ -8,8 +8,9 @@ close together in their file are read at once, whatever array they are of: a rea
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -54,6 +55,10 @@ class Stretches:
         columns = zip(*(one.columns for one in several), strict=True)
         return cls(*map(np.concatenate, columns)) if several else cls.of(())
 
+    def of_targets(self, targets: IntColumn) -> Stretches:
+        """The same for these targets."""
+        return replace(self, target=targets)
+
     def take(self, places: IntColumn) -> Stretches:
         return Stretches(*(column[places] for column in self.columns))
 
@@ -78,6 +83,11 @@ class ReadRuns:
 
     def __len__(self) -> int:
         return len(self.file)
+
+    @property
+    def nbytes_of(self) -> IntColumn:
+        """Of each stretch."""
+        return self.stretches.end - self.stretches.start
 
 
 def number_files(maps: Sequence[FragmentColumns], stretches: Stretches) -> tuple[tuple[StoredFile, ...], IntColumn]:
@@ -112,7 +122,7 @@ def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntCol
         offset[mine] = columns.pieces.offset[stretches.piece[mine]]
     offset += stretches.start
     step = np.maximum(unit_nbytes // block, 1) * block
-    whole, inside = _repeated(-(-(stretches.end - stretches.start) // step))
+    whole, inside = repeated(-(-(stretches.end - stretches.start) // step))
     cut = stretches.take(whole)
     start = cut.start + inside * step[whole]
     end = np.minimum(start + step[whole], cut.end)
@@ -138,7 +148,7 @@ def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntCol
     )
 
 
-def _repeated(counts: IntColumn) -> tuple[IntColumn, IntColumn]:
+def repeated(counts: IntColumn) -> tuple[IntColumn, IntColumn]:
     """(2, 1, 3) -> (0, 0, 1, 2, 2, 2) and (0, 1, 0, 0, 1, 2)."""
     which = np.repeat(np.arange(len(counts)), counts)
     return which, np.arange(len(which)) - starts(counts)[which]
@@ -147,7 +157,7 @@ def _repeated(counts: IntColumn) -> tuple[IntColumn, IntColumn]:
 def _checksums(maps: Sequence[FragmentColumns], cut: Stretches, block: IntColumn) -> tuple[UintColumn, IntColumn]:
     counts = -(-(cut.end - cut.start) // block)
     begin = starts(counts)
-    which, inside = _repeated(counts)
+    which, inside = repeated(counts)
     place = cut.start[which] // block[which] + inside
     found = np.zeros(len(which), dtype=np.uint64)
     for columns, mine in _by_map(maps, cut.map[which]):
@@ -157,28 +167,28 @@ def _checksums(maps: Sequence[FragmentColumns], cut: Stretches, block: IntColumn
 
 def _joined(file: IntColumn, offset: IntColumn, nbytes: IntColumn, most: int) -> IntColumn:
     """Which stretches begin a run."""
+    ends = offset + nbytes
+    apart = np.ones(len(file), dtype=np.bool_)
+    apart[1:] = (file[1:] != file[:-1]) | (offset[1:] < ends[:-1]) | (offset[1:] > ends[:-1] + GAP_NBYTES)
     first: list[int] = []
-    own = begin = end = -1
-    for number, (of, low, high) in enumerate(zip(file.tolist(), offset.tolist(), (offset + nbytes).tolist(), strict=True)):
-        if of != own or not end <= low <= end + GAP_NBYTES or high - begin > most:
-            first.append(number)
-            own, begin = of, low
-        end = high
+    low, high = offset.tolist(), ends.tolist()
+    for begin, stop in pairwise((*np.flatnonzero(apart).tolist(), len(file))):
+        while begin < stop:
+            first.append(begin)
+            begin = bisect_right(high, low[begin] + most, begin + 1, stop)
     return np.array(first, dtype=np.int64)
 
 
 def whole_pieces(
-    columns: FragmentColumns, pieces: IntColumn, boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], nbytes: IntColumn
+    columns: FragmentColumns, pieces: IntColumn, start: IntColumn, shape: IntColumn, nbytes: IntColumn
 ) -> IntColumn:
-    """Which of these pieces are these boxes, `(start, shape)` in global coordinates and of so many bytes, and lie in one row.
+    """Which of these pieces are boxes of so many bytes, and lie in one row.
 
-    `boxes[i]` has as many axes as piece `pieces[i]`.
+    `start` and `shape` are flat, in global coordinates: as many axes of each box as its piece has.
     """
     known = columns.pieces
-    which, inside = _repeated(known.axis_start[pieces + 1] - known.axis_start[pieces])
+    which, inside = repeated(known.axis_start[pieces + 1] - known.axis_start[pieces])
     axes = known.axis_start[pieces][which] + inside
-    start = np.fromiter((low for box, _ in boxes for low in box), dtype=np.int64, count=len(which))
-    shape = np.fromiter((extent for _, extents in boxes for extent in extents), dtype=np.int64, count=len(which))
     fits = known.nbytes[pieces] == nbytes
     row = known.row_nbytes[pieces]
     fits &= (row == known.nbytes[pieces]) | (row == known.row_stride[pieces])

@@ -14,7 +14,8 @@ from elastickpt.errors import ChecksumMismatch, WrongLength
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, place_in_file, segments
-from elastickpt.loading.plan import UNIT_NBYTES, AnyArray, Bytes, ReadTarget, Unit
+from elastickpt.loading.plan import UNIT_NBYTES, Unit
+from elastickpt.loading.targets import AnyArray, Bytes, ReadTarget
 from elastickpt.storage.store import RangeReader, lender
 
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them

@@ -15,7 +15,7 @@ from elastickpt.training.dtensors import JobView, whole_id
 from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
-from elastickpt.training.listing import Binding, DifferenceKind, Listing, Mismatch, SavedNames
+from elastickpt.training.listing import Binding, DifferenceKind, Listing, Mismatch, SavedNames, WholeTargets
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import Continuation
 from elastickpt.training.trees import mapped
@@ -34,6 +34,7 @@ class Binder:
     identities: Identities
     names: SavedNames
     targets: list[HeldArray] = field(default_factory=list)
+    wholes: list[WholeTargets] = field(default_factory=list)
     ties: list[tuple[HeldArray, ArrayId]] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -181,6 +182,7 @@ class Binder:
         entries, filled = tuple(self._entries), frozenset(held.spec.id for held in self.targets)
         changed = [target.tensor for target in self.targets]
         # a plain tensor changes with the target that shows its memory
+        changed += [tensor for whole in self.wholes for tensor in whole.tensors]
         changed += [known.tensor for known in self.identities.alone() if any(held.spec.id in filled for held in known.held)]
 
         def install() -> None:
@@ -196,4 +198,5 @@ class Binder:
             install,
             tuple(self.streams),
             tuple(self.ties),
+            tuple(self.wholes),
         )

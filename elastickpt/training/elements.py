@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, ge
 from types import ModuleType
 from typing import Any
 
@@ -174,7 +174,8 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 _LIE = attrgetter("layout", "is_nested", "is_meta", "is_quantized")
-_SIZES = attrgetter("itemsize", "nbytes")
+_IS_CPU = attrgetter("is_cpu")
+_NBYTES, _ITEMSIZE = attrgetter("nbytes"), attrgetter("itemsize")
 _PLAINLY = (torch.strided, False, False, False)
 
 
@@ -187,13 +188,21 @@ def lie_plainly(tensors: Sequence[torch.Tensor]) -> bool:
     return all(getattr(tensor, "_st_info", None) is None for tensor in tensors) and have_memory(tensors)
 
 
+def lie_in_order(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors that `lie_plainly` stand in host memory without gaps, in C order."""
+    return all(map(_IS_CPU, tensors)) and all(map(torch.Tensor.is_contiguous, tensors))
+
+
 def have_memory(tensors: Sequence[torch.Tensor]) -> bool:
     """`has_memory` of many plain strided tensors."""
     if not all(map(torch.Tensor.is_contiguous, tensors)):
         return all(map(has_memory, tensors))
-    room = map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors))
-    rows = zip(room, map(torch.Tensor.storage_offset, tensors), map(_SIZES, tensors), strict=True)
-    return all(nbytes >= offset * itemsize + needed or not needed for nbytes, offset, (itemsize, needed) in rows)
+    room = list(map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors)))
+    offsets, needed = list(map(torch.Tensor.storage_offset, tensors)), list(map(_NBYTES, tensors))
+    if not any(offsets):
+        return all(map(ge, room, needed))
+    rows = zip(room, offsets, map(_ITEMSIZE, tensors), needed, strict=True)
+    return all(nbytes >= offset * itemsize + own or not own for nbytes, offset, itemsize, own in rows)
 
 
 def settled(tensor: torch.Tensor) -> torch.Tensor:
@@ -282,6 +291,11 @@ def host_address(tensor: torch.Tensor) -> int | None:
     return tensor.data_ptr() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
 
 
+def addresses_of(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:
+    """Where the elements of tensors begin that `lie_in_order`; valid while they live."""
+    return np.fromiter(map(torch.Tensor.data_ptr, tensors), dtype=np.int64, count=len(tensors))
+
+
 def fill_device(tensor: torch.Tensor, host: NDArray[np.generic]) -> None:
     """Copies bits that `host_elements` spells to a tensor on a device; blocking."""
     if tensor.numel():
@@ -291,6 +305,7 @@ def fill_device(tensor: torch.Tensor, host: NDArray[np.generic]) -> None:
 
 def mark_changed(tensors: Iterable[torch.Tensor]) -> None:
     """Tells autograd that the contents of these tensors changed; a view tells it of its base too."""
-    for tensor in tensors:
-        if not tensor.is_inference():  # such a tensor has no version, and no graph may keep it
-            increment_version(tensor)
+    changed = tuple(tensors)
+    if any(map(torch.Tensor.is_inference, changed)):  # such a tensor has no version, and no graph may keep it
+        changed = tuple(tensor for tensor in changed if not tensor.is_inference())
+    increment_version(changed)

@@ -32,7 +32,7 @@ from elastickpt.training.parameters import Identities
 from elastickpt.training.trees import (
     mapped,
     place_of,
-    token,
+    tokens,
 )
 from elastickpt.training.values import array_value, carried_leaf
 
@@ -190,10 +190,10 @@ def _hold_dict(
         holders = holders_of(job)
         held = seen.again(tensors, (holders.sharing, holders.ranks, holders.kept))
         if held is not None:
-            identities.add_all(item, [one.id.name for one in seen.specs], tensors, held, holders)
+            identities.add_all(item, [one.id.name for one in seen.specs], tensors, held.__getitem__, holders)
             memo.put_dict(place, seen)
             return seen.tree, held
-    names = [f"{below}/{token(key)}" if below else token(key) for key in value]
+    names = [f"{below}/{name}" if below else name for name in tokens(tuple(value))]
     tree: dict[str, Value] = {key: ArrayReference(item, name) for key, name in zip(value, names, strict=True)}
     dtypes = [dtype_name(one.dtype) or "" for one in tensors]
     if all(dtypes) and lie_plainly(tensors) and identities.are_new(tensors):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
+from elastickpt.format.array_columns import ArrayColumns
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
 from elastickpt.format.records import Item, OptimizerTable
+from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.values import Value
 from elastickpt.training.composites import Path, Saved, composition_in
 from elastickpt.training.dtensors import whole_id
@@ -55,7 +57,8 @@ class Listing:
     now what the writers of the same number held: same world size, meshes and placements. `tied` are groups of (item,
     name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps. `ranks` are
     those that load. `attributes` are those of arrays that have some; `read(id)` reads one array whole, and is called only for
-    what needs it. `layouts` are mesh and placements of the arrays of section `extra` that lay on one.
+    what needs it. `layouts` are mesh and placements of the arrays of section `extra` that lay on one. `columns` are the same
+    arrays as the index has them.
     """
 
     arrays: Mapping[ArrayId, ArraySpec]
@@ -71,16 +74,7 @@ class Listing:
     attributes: Mapping[ArrayId, Mapping[str, Value]] = field(default_factory=dict)
     read: Callable[[ArrayId], torch.Tensor] = _unread
     layouts: Mapping[ArrayId, tuple[Mesh, tuple[str, ...]]] = field(default_factory=dict)
-
-    @cached_property
-    def extra(self) -> Mapping[str, Mapping[str, ArraySpec]]:
-        """Of section `extra` what nothing but a shape and an element type is said of: by item, by name."""
-        found: dict[str, dict[str, ArraySpec]] = {}
-        said = {id(self.arrays[one]) for one in self.attributes if one in self.arrays}
-        for one, spec in self.arrays.items():
-            if one.section == "extra" and id(spec) not in said:
-                found.setdefault(one.item, {})[one.name] = spec
-        return found
+    columns: ArrayColumns = field(default_factory=lambda: ArrayColumns.of(()))
 
     def order(self, id_: ArrayId) -> DimOrder:
         """How the axes of a tensor lay in memory; () for their own order."""
@@ -105,6 +99,16 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class WholeTargets:
+    """Plain tensors in host memory to fill, without gaps, in C order; each is the whole of one array: `places` are those in the
+    listing's columns. `held_alone` as in `HeldArray`."""
+
+    places: IntColumn
+    tensors: Sequence[torch.Tensor]
+    held_alone: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Binding:
     """How this rank's state takes the checkpoint. Making it has changed nothing.
 
@@ -113,6 +117,7 @@ class Binding:
     and
     `places` are what this rank has a place for, and what no rank has one for is `unexpected(...)`.
     `ties`: a target, and another array of the checkpoint that is tied to it here, so that only one of the two can be taken.
+    `wholes` are targets too, and known without being among `arrays`.
     `install()` is called once, after all targets were filled, on all ranks; without collectives. Until then optimizers,
     schedulers, other objects and random streams are as they were. `streams` are what it sets of random streams.
     """
@@ -125,16 +130,18 @@ class Binding:
     install: Callable[[], None]
     streams: tuple[Continuation, ...] = ()
     ties: tuple[tuple[HeldArray, ArrayId], ...] = ()
+    wholes: tuple[WholeTargets, ...] = ()
 
 
-def unexpected(listing: Listing, *, arrays: Iterable[ArrayId], places: Iterable[str]) -> Iterator[Mismatch]:
+def unexpected(listing: Listing, *, arrays: Iterable[ArrayId] | None, places: Iterable[str]) -> Iterator[Mismatch]:
     """What the checkpoint has and no rank has a place for; `arrays` and `places` are the unions over all ranks'
-    Bindings.
+    Bindings, None for every array.
     """
-    known = frozenset(arrays)
-    for id_, spec in listing.arrays.items():
-        if id_ not in known and "rank" not in listing.attributes.get(id_, {}):  # a rank's own goes with its value
-            yield Mismatch(str(id_), "unexpected", "nothing", f"{spec.dtype} {spec.shape}", "in the checkpoint")
+    if arrays is not None:
+        known = frozenset(arrays)
+        for id_, spec in listing.arrays.items():
+            if id_ not in known and "rank" not in listing.attributes.get(id_, {}):  # a rank's own goes with its value
+                yield Mismatch(str(id_), "unexpected", "nothing", f"{spec.dtype} {spec.shape}", "in the checkpoint")
     known_places = frozenset(places)
     items = (place_of(item.name) for item in listing.items if item.kind != "module")
     found = dict.fromkeys((*listing.values, *(place_of(table.item) for table in listing.tables), *items))

@@ -4,7 +4,7 @@ training changes, `trainable`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from elastickpt.errors import StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.records import Item
-from elastickpt.training.dtensors import JobView, hold, holders_of
+from elastickpt.training.dtensors import Holders, JobView, hold, holders_of
 from elastickpt.training.elements import mark_changed, order_of
 from elastickpt.training.entries import below, covering
 from elastickpt.training.held import HeldArray
@@ -233,21 +233,38 @@ def hold_plain(
 ) -> list[HeldArray]:
     """The same of plain tensors that were not met before, of these shapes and element types, at the names of their specs."""
     holders = holders_of(job)
-    held = [
-        HeldArray(
-            spec,
-            Box.whole(spec.shape),
-            tensor.detach(),
-            "other",
-            holders.sharing,
-            replicas=holders.ranks,
-            kept=holders.kept,
-            order=order_of(tensor),
-        )
-        for spec, tensor in zip(specs, tensors, strict=True)
-    ]
-    identities.add_all(item, [spec.id.name for spec in specs], tensors, held, holders)
+    held = [_plainly(spec, tensor, holders) for spec, tensor in zip(specs, tensors, strict=True)]
+    identities.add_all(item, [spec.id.name for spec in specs], tensors, held.__getitem__, holders)
     return held
+
+
+def meet_plain(
+    item: str,
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    spec_of: Callable[[int], ArraySpec],
+    *,
+    job: JobView,
+    identities: Identities,
+) -> Holders:
+    """Who holds plain tensors that were not met before, and now were; the spec of each, by its place, is for who asks."""
+    holders = holders_of(job)
+    identities.add_all(item, names, tensors, lambda place: _plainly(spec_of(place), tensors[place], holders), holders)
+    return holders
+
+
+def _plainly(spec: ArraySpec, tensor: torch.Tensor, holders: Holders) -> HeldArray:
+    box = Box.whole(spec.shape)
+    return HeldArray(
+        spec,
+        box,
+        tensor.detach(),
+        "other",
+        holders.sharing,
+        replicas=holders.ranks,
+        kept=holders.kept,
+        order=order_of(tensor),
+    )
 
 
 def pointer(item: str, name: str) -> str:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -43,11 +43,11 @@ class _Together:
     item: str
     names: Sequence[str]
     tensors: Sequence[torch.Tensor]
-    held: Sequence[HeldArray]
+    held: Callable[[int], HeldArray]
     holders: Holders
 
     def known(self, place: int) -> KnownTensor:
-        return KnownTensor(self.item, self.names[place], self.tensors[place], "other", (self.held[place],), self.holders)
+        return KnownTensor(self.item, self.names[place], self.tensors[place], "other", (self.held(place),), self.holders)
 
 
 class Identities:
@@ -77,9 +77,14 @@ class Identities:
         return len(ids) == len(tensors) and ids.isdisjoint(self._known)
 
     def add_all(
-        self, item: str, names: Sequence[str], tensors: Sequence[torch.Tensor], held: Sequence[HeldArray], holders: Holders
+        self,
+        item: str,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        held: Callable[[int], HeldArray],
+        holders: Holders,
     ) -> None:
-        """Records tensors that are new, and are no parameters: each is one array."""
+        """Records tensors that are new, and are no parameters: each is one array, `held` of its place."""
         together = _Together(item, names, tensors, held, holders)
         self._known.update(zip(map(id, tensors), zip(repeat(together), range(len(tensors)), strict=False), strict=False))
 

@@ -18,22 +18,24 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, TypeGuard
 
 import numpy
 import torch
 
-from elastickpt.format.arrays import ArrayId
+from elastickpt.format.arrays import ArrayId, ArraySpec
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
 from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, shape_and_dtype
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
 from elastickpt.training.dtensors import hold, placed
-from elastickpt.training.elements import dtype_name, lie_plainly, order_of, shares, tensor_over
+from elastickpt.training.elements import dtype_name, lie_in_order, lie_plainly, order_of, shares, tensor_over
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import Stateful, own_holders
-from elastickpt.training.modules import hold_plain, hold_tensor
+from elastickpt.training.listing import WholeTargets
+from elastickpt.training.modules import hold_plain, hold_tensor, meet_plain
 from elastickpt.training.trees import (
     children,
     holds_tensors,
@@ -42,6 +44,7 @@ from elastickpt.training.trees import (
     named_tuple_of,
     place_of,
     token,
+    tokens,
     type_name,
 )
 from elastickpt.training.values import revived_leaf, shown, tensor_of
@@ -182,19 +185,35 @@ class _Container:
         if not tensors or live.keys() != saved.keys() or not lie_plainly(tensors) or not binder.identities.are_new(tensors):
             return False
         above = _below(item, place)
-        names = [f"{above}/{token(key)}" if above else token(key) for key in live]
-        for key, name in zip(live, names, strict=True):
-            found = saved[key]
-            if type(found) is not ArrayReference or found.name != name or found.item != item or found.origin != "torch":
-                return False
-        if binder.names.are_tied(item, names):
+        names = tokens(tuple(live))
+        names = [f"{above}/{name}" for name in names] if above else names
+        found = list(map(saved.__getitem__, live))
+        if set(map(type, found)) != {ArrayReference} or list(map(_NAME, found)) != names:
             return False
-        known = binder.listing.extra.get(item, {})
-        specs = [spec for name in names if (spec := known.get(name)) is not None]
-        alike = [(tensor.shape, dtype_name(tensor.dtype)) for tensor in tensors] == [(spec.shape, spec.dtype) for spec in specs]
-        if alike:
-            binder.fill_all(hold_plain(item, tensors, specs, job=binder.job, identities=binder.identities))
-        return alike
+        if set(map(_ITEM, found)) != {item} or set(map(_ORIGIN, found)) != {"torch"}:
+            return False
+        columns = binder.listing.columns
+        known = columns.plain.get(item, {})
+        places = [known.get(name, -1) for name in names]
+        if -1 in places or binder.names.are_tied(item, names):
+            return False
+        shapes = [columns.shapes[k] for k in places]
+        numbers = columns.template[places].tolist()
+        types = [columns.templates[k].dtype for k in numbers]
+        if list(map(_SHAPE, tensors)) != shapes or list(map(dtype_name, map(_DTYPE, tensors))) != types:
+            return False
+        job, identities = binder.job, binder.identities
+
+        def spec_of(place: int) -> ArraySpec:
+            return columns.record(places[place]).spec
+
+        if lie_in_order(tensors):
+            holders = meet_plain(item, names, tensors, spec_of, job=job, identities=identities)
+            binder.wholes.append(WholeTargets(numpy.array(places), tensors, len(holders.ranks) == 1))
+        else:
+            specs = list(map(spec_of, range(len(places))))
+            binder.fill_all(hold_plain(item, tensors, specs, job=job, identities=identities))
+        return True
 
     def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
         expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]
@@ -224,6 +243,8 @@ class _Container:
         return live
 
 
+_ITEM, _NAME, _ORIGIN = attrgetter("item"), attrgetter("name"), attrgetter("origin")
+_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _LEAVES = (numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -31,6 +31,13 @@ _CONTAINERS = frozenset((*_DICTS, *_SEQUENCES, *_SETS))
 def token(name: object) -> str:
     """One token of a JSON pointer."""
     return str(name).replace("~", "~0").replace("/", "~1")
+
+
+def tokens(names: Sequence[object]) -> list[str]:
+    """Of many."""
+    if set(map(type, names)) == {str} and not {"~", "/"} & set("".join(names)):  # type: ignore[arg-type]
+        return list(names)  # type: ignore[arg-type]
+    return list(map(token, names))
 
 
 def place_of(*names: object) -> str:

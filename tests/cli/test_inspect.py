@@ -13,8 +13,9 @@ import torch
 import elastickpt as ek
 from elastickpt.cli.main import main
 from elastickpt.elastic.history import History
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import file_digest
-from elastickpt.format.encode_index import decode_index, encode_index
+from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.records import FileDigest
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import Malformed
 from elastickpt.format.agreement import check_fragments, check_writers
+from elastickpt.format.array_columns import ArrayColumns
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.encode_fragments import decode_columns, encode_fragments
 from elastickpt.format.encode_manifest import encode_manifest
@@ -74,7 +75,7 @@ def _map(record: ArrayRecord, box: Box) -> FragmentMap:
 
 def _check(fragments: FragmentMap, record: ArrayRecord) -> None:
     columns = decode_columns(encode_fragments(fragments), path="f")
-    check_fragments(columns, {record.key: record}, manifest=MANIFEST, writer=0)
+    check_fragments(columns, ArrayColumns.of([record]), manifest=MANIFEST, writer=0)
 
 
 def _bytes_of(piece: StoredPiece) -> list[int]:

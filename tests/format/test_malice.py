@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from elastickpt.errors import CheckpointError
 from elastickpt.format.agreement import check_fragments, check_index
 from elastickpt.format.canonical_json import parse
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.decode_values import decode_value
 from elastickpt.format.encode_fragments import decode_columns
-from elastickpt.format.encode_index import decode_index
 from elastickpt.format.encode_manifest import decode_manifest
 
 VECTORS = Path(__file__).parent.parent.parent / "spec" / "vectors"

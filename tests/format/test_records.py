@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import block_checksum, file_digest
 from elastickpt.format.encode_fragments import decode_columns, decode_fragments, encode_fragments
-from elastickpt.format.encode_index import decode_index, encode_index
+from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.keys import array_keys, chunk_file
 from elastickpt.format.records import (

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import elastickpt as ek
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_fragments import decode_fragments, encode_fragments
-from elastickpt.format.encode_index import decode_index, encode_index
+from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.records import FileDigest, FragmentMap, IndexEntry, IndexPart, Manifest
 from elastickpt.training.elements import host_elements

@@ -19,7 +19,8 @@ from elastickpt.format.arrays import Box
 from elastickpt.format.records import ArrayRecord
 from elastickpt.loading.fetch import FetchReport, fetch
 from elastickpt.loading.opened import Opened, open_records
-from elastickpt.loading.plan import Wanted, require_stored
+from elastickpt.loading.plan import require_stored
+from elastickpt.loading.targets import Wanted
 from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks

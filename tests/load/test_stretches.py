@@ -17,8 +17,8 @@ from elastickpt.format.piece_columns import FragmentColumns, columns_of
 from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.loading.fetch import FetchReport, fetch, pace_of
 from elastickpt.loading.opened import open_records
-from elastickpt.loading.plan import Wanted
 from elastickpt.loading.stretches import GAP_NBYTES, Stretches, number_files, runs_of
+from elastickpt.loading.targets import Wanted
 from elastickpt.storage.kernel import HUGE_PAGE, address_of, huge_buffer
 
 BLOCK, UNIT = 65_536, 262_144

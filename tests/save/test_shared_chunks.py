@@ -22,7 +22,7 @@ from elastickpt.format.arrays import Box, Mesh
 from elastickpt.format.records import FileDigest
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_in
-from elastickpt.loading.plan import Wanted
+from elastickpt.loading.targets import Wanted
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.opening import open_store

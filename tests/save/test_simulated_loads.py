@@ -20,7 +20,8 @@ from elastickpt.format.arrays import Mesh
 from elastickpt.layout.placement import physical_box
 from elastickpt.loading.fetch import carry_out
 from elastickpt.loading.opened import Opened, open_in
-from elastickpt.loading.plan import Wanted, plan_fetch
+from elastickpt.loading.plan import plan_fetch
+from elastickpt.loading.targets import Wanted
 from elastickpt.storage.memory import MemoryStore
 
 SHAPES = {

@@ -13,7 +13,7 @@ from elastickpt.errors import ChecksumMismatch
 from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_records
-from elastickpt.loading.plan import Wanted
+from elastickpt.loading.targets import Wanted
 
 ROWS, COLUMNS = 1024, 256  # rows of 1 KiB, so 256 rows a block, 4 blocks
 BLOCK_ROWS = 256

@@ -18,10 +18,11 @@ from elastickpt.errors import CheckpointError, Malformed
 from elastickpt.format.agreement import check_fragments, check_index, check_keys, check_writers
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.canonical_json import dump, parse
+from elastickpt.format.decode_index import decode_index
 from elastickpt.format.decode_values import decode_value
 from elastickpt.format.documents import array_document, documents, group_document
 from elastickpt.format.encode_fragments import decode_columns, decode_fragments, encode_fragments
-from elastickpt.format.encode_index import decode_index, encode_index
+from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import array_keys, child_keys, chunk_file, fragments_file, index_file
@@ -32,7 +33,7 @@ from elastickpt.layout.packs import Cutting, Shared, place_slots, share_out, slo
 from elastickpt.layout.placement import balanced, even, explicit, flat_boxes, physical_box, torch_chunk
 from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_records
-from elastickpt.loading.plan import Wanted
+from elastickpt.loading.targets import Wanted
 from tools import mini_reader
 
 ROOT = Path(__file__).parent.parent.parent
@@ -344,11 +345,11 @@ def _records_agree(files: dict[str, bytes]) -> None:
     manifest = decode_manifest(files["checkpoint.json"], path="checkpoint.json")
     parts = [decode_index(files[entry.file.path], path=entry.file.path) for entry in manifest.index]
     records = check_index(parts, manifest)
-    check_keys(records.values())
+    check_keys(records)
     maps = [decode_columns(files[file.path], path=file.path) for file in manifest.fragments]
     for writer, columns in enumerate(maps):
         check_fragments(columns, records, manifest=manifest, writer=writer)
-    check_writers(records.values(), [columns.pieces.arrays for columns in maps])
+    check_writers(records, [columns.pieces.arrays for columns in maps])
 
 
 def _decoded(files: Json) -> dict[str, bytes]:
