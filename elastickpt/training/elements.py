@@ -288,7 +288,7 @@ def host_range(tensor: torch.Tensor, first: int, last: int) -> tuple[NDArray[np.
 
 def host_address(tensor: torch.Tensor) -> int | None:
     """Where its elements begin, if they lie in host memory without gaps, in C order; else None. Valid while it lives."""
-    return tensor.data_ptr() if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+    return tensor.data_ptr() if tensor.is_cpu and tensor.is_contiguous() else None
 
 
 def addresses_of(tensors: Sequence[torch.Tensor]) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, ge, mul
 from typing import Any, Literal
 
 import torch
@@ -183,10 +183,13 @@ class SeenDict:
             return None
         if any(map(_IS_NEGATIVE, tensors)) or any(getattr(tensor, "_st_info", None) is not None for tensor in tensors):
             return None
-        rows = zip(
-            map(_NBYTES, map(_STORAGE, tensors)), map(_OFFSET, tensors), map(_ITEMSIZE, tensors), self.reach, strict=True
-        )
-        if any(nbytes < offset * itemsize + reach for nbytes, offset, itemsize, reach in rows if reach):
+        room, offsets = map(_NBYTES, map(_STORAGE, tensors)), list(map(_OFFSET, tensors))
+        if any(offsets):
+            ends = map(mul, offsets, map(_ITEMSIZE, tensors))
+            reach = [end + own if own else 0 for end, own in zip(ends, self.reach, strict=True)]
+        else:
+            reach = list(self.reach)
+        if not all(map(ge, room, reach)):
             return None
         sharing, replicas, kept = held
         columns = zip(self.specs, self.boxes, outside_autograd(tensors), self.orders, strict=True)
