@@ -220,7 +220,7 @@ class _Fetching:
         first, stop, nbytes = columns.first[run], columns.first[run + 1], columns.run_nbytes[run]
         target = self._plan.targets[columns.target[first]]
         lend = opening.lend or lender(self._reader(opening, target))
-        whole = stop - first == 1 and columns.wanted[first] == nbytes
+        whole = columns.straight[run]
         into = target.data[columns.at[first] : columns.at[first] + nbytes] if whole else self._scratch.take(nbytes)
         view = into.data
         try:
@@ -230,7 +230,9 @@ class _Fetching:
         if not whole:
             (self._scatter if columns.small[run] else self._hand_out)(run, lent)
         else:
-            self._require_blocks(first, lent)
+            for stretch in range(first, stop):
+                low = columns.offset[stretch] - columns.run_offset[run]
+                self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
             if lent is not view:
                 into[:] = np.frombuffer(lent, dtype=np.uint8)
         self._done(opening, nbytes)
@@ -303,6 +305,7 @@ class _Columns:
     run_offset: list[int]
     run_nbytes: list[int]
     first: list[int]
+    straight: list[bool]  # of each run: all of it belongs in a row to one target, as it lies
     small: list[bool]  # of each run: nothing but small pieces, each of one block and an array wanted whole
 
     @classmethod
@@ -312,5 +315,11 @@ class _Columns:
         columns = (*own, runs.block, runs.checksums, runs.checksum_start, runs.offset, runs.nbytes, runs.first)
         small = (cut.target >= boxes) & (nbytes < GIVEN_AWAY_NBYTES) & (nbytes <= runs.block)
         small &= (cut.start == 0) & (cut.low == 0) & (cut.high == nbytes) & (cut.at == 0)
-        whole = np.logical_and.reduceat(small, runs.first[:-1]) if len(runs) else small
-        return cls(*(column.tolist() for column in (*columns, whole)))
+        wanted = cut.high - cut.low
+        straight = wanted == nbytes
+        follows = np.ones(len(cut), dtype=np.bool_)
+        follows[1:] = (cut.target[1:] == cut.target[:-1]) & (cut.at[1:] == cut.at[:-1] + wanted[:-1])
+        follows[1:] &= runs.offsets[1:] == runs.offsets[:-1] + nbytes[:-1]
+        follows[runs.first[:-1]] = True
+        every = (np.logical_and.reduceat(one, runs.first[:-1]) if len(runs) else one for one in (straight & follows, small))
+        return cls(*(column.tolist() for column in (*columns, *every)))
