@@ -166,6 +166,17 @@ class ArrayColumns(Sequence[ArrayRecord]):
                 found.setdefault(item[place], {})[name[place]] = place
         return found
 
+    def alike(
+        self, item: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str | None]
+    ) -> list[int] | None:
+        """The places of those of `plain` that have these names, where all are there and of these shapes and element types."""
+        known = self.plain.get(item, {})
+        places = [known.get(name, -1) for name in names]
+        if -1 in places or shapes != [self.shapes[place] for place in places]:
+            return None
+        types = [one.dtype for one in self.templates]
+        return places if dtypes == [types[number] for number in self.template[places].tolist()] else None
+
     def places_of(self, keys: Sequence[str]) -> IntColumn:
         """The place of each key, -1 for one that no array has."""
         if tuple(keys) == self.keys:

@@ -8,10 +8,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from math import inf, isfinite, nan, prod
 
-from elastickpt.errors import CheckpointError, LimitExceeded, Malformed, Unsupported
+from elastickpt.errors import LimitExceeded, Malformed, Unsupported
 from elastickpt.format.arrays import dtype_named
-from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.long_texts import members_in, references_in
+from elastickpt.format.canonical_json import dump
 from elastickpt.format.strict_reading import StrictObject, integer, integers, pair, sequence, text
 from elastickpt.format.values import (
     FACTORIES,
@@ -348,17 +347,6 @@ _TAGS: dict[str, _Decoder] = {
 }
 
 
-def decode_long_pointers(data: str, *, where: str) -> dict[str, Value] | None:
-    """As `decode_pointers` of a JSON text; None where it is not long, or better read otherwise."""
-    found = members_in(data)
-    if found is None or any(not name.startswith("/") for name in found):
-        return None
-    try:
-        return {name: decode_text(one, where=f"{where}{name}") for name, one in found.items()}
-    except CheckpointError:
-        return None
-
-
 def decode_pointers(obj: object, *, where: str) -> dict[str, Value]:
     """The values of an object whose member names are JSON pointers. Raises as `decode_value`. [UCF-58]"""
     if not isinstance(obj, dict):
@@ -367,9 +355,3 @@ def decode_pointers(obj: object, *, where: str) -> dict[str, Value]:
         if not isinstance(name, str) or not name.startswith("/"):
             raise Malformed(f"{where}: {name!r} is no JSON pointer")
     return {text(name, where=where): decode_value(one, where=f"{where}{name}") for name, one in obj.items()}
-
-
-def decode_text(data: str, *, where: str) -> Value:
-    """The value of a typed JSON text. Raises as `decode_value`."""
-    found = references_in(data)
-    return decode_value(parse(data, where=where), where=where) if found is None else found

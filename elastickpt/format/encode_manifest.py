@@ -14,12 +14,12 @@ from typing import get_args
 from elastickpt.errors import CheckpointError, LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.arrays import Mesh
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.decode_values import decode_long_pointers, decode_pointers
+from elastickpt.format.decode_values import decode_pointers
 from elastickpt.format.digest import SEAL_NBYTES, check_seal, seal, seal_text
 from elastickpt.format.encode_fragments import check_version
 from elastickpt.format.encode_values import require_pointers
 from elastickpt.format.keys import checked_name, checked_path
-from elastickpt.format.long_texts import LONG
+from elastickpt.format.long_texts import LONG, decode_long_pointers
 from elastickpt.format.records import (
     FORMAT_VERSION,
     Base,

@@ -11,8 +11,10 @@ from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
-from elastickpt.format.canonical_json import is_within_bounds
-from elastickpt.format.values import ArrayReference
+from elastickpt.errors import CheckpointError
+from elastickpt.format.canonical_json import is_within_bounds, parse
+from elastickpt.format.decode_values import decode_value
+from elastickpt.format.values import ArrayReference, Value
 
 if TYPE_CHECKING:
     import msgspec
@@ -68,3 +70,20 @@ def references_in(text: str) -> dict[str, ArrayReference] | None:
     length = sum(map(len, found)) + sum(len(item) + len(name) for item, name in map(_NAMES, found.values()))
     usual = length + _AROUND * len(found) + len("{}") - 1 == len(text) and text.count('"$') == len(found)
     return found if usual else None
+
+
+def decode_text(data: str, *, where: str) -> Value:
+    """The value of a typed JSON text. Raises as `decode_value`."""
+    found = references_in(data)
+    return decode_value(parse(data, where=where), where=where) if found is None else found
+
+
+def decode_long_pointers(data: str, *, where: str) -> dict[str, Value] | None:
+    """As `decode_pointers` of a JSON text; None where it is not long, or better read otherwise."""
+    found = members_in(data)
+    if found is None or any(not name.startswith("/") for name in found):
+        return None
+    try:
+        return {name: decode_text(one, where=f"{where}{name}") for name, one in found.items()}
+    except CheckpointError:
+        return None

@@ -10,8 +10,8 @@ from typing import get_args
 
 from elastickpt.errors import Malformed
 from elastickpt.format.canonical_json import dump_bounded
-from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value, value_digest
+from elastickpt.format.long_texts import decode_text
 from elastickpt.format.records import Field, FieldKind, OptimizerTable
 from elastickpt.format.strict_reading import StrictObject, pack_ints, take_ints
 from elastickpt.format.values import ArrayValue, Value

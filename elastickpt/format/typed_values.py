@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value, typed_digest
+from elastickpt.format.long_texts import decode_text
 from elastickpt.format.values import Value
 
 

@@ -17,8 +17,8 @@ from types import NoneType
 
 from elastickpt.commit.attempt import Located
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.decode_values import decode_text
 from elastickpt.format.encode_values import encode_value
+from elastickpt.format.long_texts import decode_text
 from elastickpt.format.records import Placement
 from elastickpt.format.values import Value
 from elastickpt.format.version import RELEASE

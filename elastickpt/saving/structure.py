@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from elastickpt.errors import Unsafe, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh, Section
 from elastickpt.format.canonical_json import dump
-from elastickpt.format.decode_values import decode_text
 from elastickpt.format.digest import file_digest
 from elastickpt.format.encode_values import encode_value
 from elastickpt.format.keys import checked_name, checked_names
+from elastickpt.format.long_texts import decode_text
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.ranks.messages import Message, decode, encode

@@ -24,7 +24,7 @@ from typing import Any, TypeGuard
 import numpy
 import torch
 
-from elastickpt.format.arrays import ArrayId, ArraySpec
+from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
 from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, shape_and_dtype
@@ -193,25 +193,16 @@ class _Container:
         if set(map(_ITEM, found)) != {item} or set(map(_ORIGIN, found)) != {"torch"}:
             return False
         columns = binder.listing.columns
-        known = columns.plain.get(item, {})
-        places = [known.get(name, -1) for name in names]
-        if -1 in places or binder.names.are_tied(item, names):
-            return False
-        shapes = [columns.shapes[k] for k in places]
-        numbers = columns.template[places].tolist()
-        types = [columns.templates[k].dtype for k in numbers]
-        if list(map(_SHAPE, tensors)) != shapes or list(map(dtype_name, map(_DTYPE, tensors))) != types:
+        dtypes = list(map(dtype_name, map(_DTYPE, tensors)))
+        places = columns.alike(item, names, list(map(_SHAPE, tensors)), dtypes)
+        if places is None or binder.names.are_tied(item, names):
             return False
         job, identities = binder.job, binder.identities
-
-        def spec_of(place: int) -> ArraySpec:
-            return columns.record(places[place]).spec
-
         if lie_in_order(tensors):
-            holders = meet_plain(item, names, tensors, spec_of, job=job, identities=identities)
+            holders = meet_plain(item, names, tensors, lambda k: columns.record(places[k]).spec, job=job, identities=identities)
             binder.wholes.append(WholeTargets(numpy.array(places), tensors, len(holders.ranks) == 1))
         else:
-            specs = list(map(spec_of, range(len(places))))
+            specs = [columns.record(place).spec for place in places]
             binder.fill_all(hold_plain(item, tensors, specs, job=job, identities=identities))
         return True
 

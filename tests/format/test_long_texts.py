@@ -9,10 +9,10 @@ import pytest
 
 from elastickpt.errors import Malformed
 from elastickpt.format.canonical_json import dump, parse
-from elastickpt.format.decode_values import decode_pointers, decode_text, decode_value
+from elastickpt.format.decode_values import decode_pointers, decode_value
 from elastickpt.format.digest import SEAL_NBYTES, seal_text
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
-from elastickpt.format.long_texts import LONG, members_in, references_in
+from elastickpt.format.long_texts import LONG, decode_text, members_in, references_in
 from elastickpt.format.records import FileDigest, IndexEntry, Manifest
 from elastickpt.format.values import ArrayReference
 
