@@ -108,7 +108,16 @@ class Duties(Protocol):
 
     def own_code(self) -> AbstractContextManager[None]:
         """Around what waits for no other member: the user's loader and modules. Who stands still in there is the one who is
-        stalled; who stands still outside of it waits for somebody. The phase `step`, where no other one is declared. Cheap."""
+        stalled; who stands still outside of it waits for somebody. The phase OWN_CODE, where no other is declared. Cheap."""
+        ...
+
+    def loop_body(self) -> AbstractContextManager[None]:
+        """Around what the user does between two steps: it waits for no other member, and has no limit but that of a phase that
+        is declared."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Within `loop_body`, around what waits for others."""
         ...
 
     def phase(self, name: str, *, limit_s: float | None = None) -> AbstractContextManager[None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from elastickpt.elastic.messages import Terms
+from elastickpt.elastic.messages import OWN_CODE, Terms
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ ENDING_S = 600.0
 BUILDING_S = 600.0
 OTHERS_S = 3600.0
 FORMING_S = 10.0
-HISTORY = 128  # times between two signs of progress that a phase remembers
+HISTORY = 60  # minutes whose longest time between two signs of progress a phase remembers
 AT_LEAST_S = 30.0
 TIMES_LONGEST = 10.0
 FRUITLESS = 3
@@ -72,7 +73,13 @@ class Limits:
             Limit(
                 "progress",
                 "the time between two signs of progress of a worker in a declared phase, after the first ones",
-                f"{TIMES_LONGEST:g} x the longest of the last {HISTORY} in that phase, at least {AT_LEAST_S:g} s",
+                f"{TIMES_LONGEST:g} x the longest of the last {HISTORY} minutes in that phase, at least {AT_LEAST_S:g} s",
+                "job.phase(limit_s=)",
+            ),
+            Limit(
+                "own code",
+                "the same of a worker at work in a step, or an evaluation, where no phase is declared",
+                f"{TIMES_LONGEST:g} x the longest of the last {HISTORY} minutes, at least {BUILDING_S:g} s",
                 "job.phase(limit_s=)",
             ),
             Limit("first progress", "the same, while the phase has no history", f"{BUILDING_S:g} s", "job.phase(limit_s=)"),
@@ -102,20 +109,27 @@ class Limits:
 
 
 class PhaseTimes:
-    """What the times between two signs of progress were, by phase, of all workers."""
+    """What the longest time between two signs of progress was, by phase and minute, of all workers."""
 
     def __init__(self) -> None:
-        self._times: dict[str, list[float]] = {}
+        self._times: dict[str, deque[tuple[int, float]]] = {}
         self._logged: dict[str, int] = {}
 
-    def note(self, phase: str, seconds: float) -> None:
-        times = self._times.setdefault(phase, [])
-        times.append(seconds)
-        del times[:-HISTORY]
+    def note(self, phase: str, seconds: float, *, now: float) -> None:
+        times, minute = self._times.setdefault(phase, deque(maxlen=HISTORY)), int(now // 60)
+        if times and times[-1][0] == minute:
+            _, before = times.pop()
+            seconds = max(seconds, before)
+        times.append((minute, seconds))
+        while times[0][0] <= minute - HISTORY:
+            times.popleft()
 
     def limit_s(self, phase: str) -> float:
+        """Own code that declares nothing has the longer time: what compiles anew in the middle of a run is not lost for it."""
         times = self._times.get(phase)
-        return BUILDING_S if not times else max(AT_LEAST_S, TIMES_LONGEST * max(times))
+        if not times:
+            return BUILDING_S
+        return max(BUILDING_S if phase == OWN_CODE else AT_LEAST_S, TIMES_LONGEST * max(longest for _, longest in times))
 
     def log_changes(self) -> None:
         """Says which limits are in force, when they are first derived and whenever they change."""

@@ -31,6 +31,7 @@ from elastickpt.elastic.recovery import Recovery, Rung
 from elastickpt.ranks.messages import Message, decode_from
 
 RecoveryPoint = Literal["unblocked", "first_microbatch"]
+OWN_CODE = "own code"  # the phase of who computes where the user has declared none
 
 
 class Join(Message, frozen=True, tag=True):
@@ -146,14 +147,16 @@ class Ask(Message, frozen=True, tag=True):
 
 
 class Beat(Message, frozen=True, tag=True):
-    """`phase` is a declared phase, or "" outside of any; `count` grows with each microbatch and phase. `limit_s` bounds the
-    time between two counts within the phase, None for what its history says. `own`: at work in its own code, and not waiting
-    for others."""
+    """`phase` is a declared phase, OWN_CODE where none is, or "" where it does not compute; `count` grows with each microbatch
+    and phase. `limit_s` bounds the time between two counts within the phase, None for what its history says. `own`: at work in
+    its own code, and not waiting for others. `longest`: the longest times between two counts since the last Beat, in seconds,
+    of each phase that has no limit of its own."""
 
     phase: str
     count: int
     limit_s: float | None = None
     own: bool = False
+    longest: tuple[tuple[str, float], ...] = ()
 
 
 class Welcome(Message, frozen=True, tag=True):

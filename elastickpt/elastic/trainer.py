@@ -134,7 +134,8 @@ class PipelineTrainer:
             if report is not None:
                 self._at_report = True
                 try:
-                    yield report
+                    with self._job.loop_body():
+                        yield report
                 finally:
                     self._at_report = False
             elif _act(task).ending:
@@ -166,6 +167,10 @@ class PipelineTrainer:
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
         if not given:
             raise Refused("evaluate: expected at least one batch")
+        with self._job.waiting():
+            return self._evaluate(given)
+
+    def _evaluate(self, given: list[Batch]) -> float:
         tasks, is_new = self._tasks, self._tasks.reports.new
         tasks.evaluating, of = not is_new, tasks.step
         while (task := self._at_boundary()) is not None:

@@ -37,11 +37,10 @@ class Worker:
             self.heard_at = now
 
     def beats(self, beat: Beat, now: float, history: PhaseTimes) -> None:
-        """Takes in what it is at; a phase that goes on tells the history how long it took to move."""
-        before = self.beat
-        if beat.count != before.count:
-            if beat.phase == before.phase and beat.phase and beat.limit_s is None:
-                history.note(beat.phase, now - self.moved_at)
+        """Takes in what it is at, and for the history how long its phases took to move."""
+        for phase, seconds in beat.longest:
+            history.note(phase, seconds, now=now)
+        if beat.count != self.beat.count:
             self.moved_at = now
         self.beat = beat
 

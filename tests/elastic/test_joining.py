@@ -6,12 +6,15 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from elastickpt.elastic import joining
 from elastickpt.elastic.joining import Job
 from elastickpt.elastic.membership import Compute, Form, Made, Mend, Mended
 from elastickpt.elastic.messages import (
+    OWN_CODE,
     Beat,
     FromMember,
     Go,
@@ -98,9 +101,36 @@ def test_of_a_view_only_its_own_tasks_begin_something(coordinating: Coordinating
     ]
 
 
+def test_a_member_tells_how_long_its_phases_took_to_move(coordinating: Coordinating, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short they are, and of those that are over, too; but of none that has a limit of its own. [REC-33]"""
+    job, now = coordinating.job, [1000.0]
+    job.close()  # nobody else takes a beat
+    monkeypatch.setattr(joining, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(job._line, "beat_now", lambda: None)
+
+    def tell() -> dict[str, float]:
+        beat = from_member(job._beat()[0])
+        assert isinstance(beat, Beat)
+        return dict(beat.longest)
+
+    job.progress()
+    tell()
+    for seconds in (2.0, 0.5):
+        now[0] += 100.0
+        with job.phase("reading"):
+            now[0] += seconds
+    with job.own_code():
+        now[0] += 3.0
+        job.progress()
+        now[0] += 1.0
+        with job.phase("loading", limit_s=900.0):
+            now[0] += 50.0
+    assert tell() == {"reading": 2.0, OWN_CODE: 3.0}
+    assert tell() == {}
+
+
 def test_a_members_own_code_in_a_step_is_a_declared_phase(coordinating: Coordinating) -> None:
-    """Who stands still in it for longer than its history says is found; a phase that the user declares has a limit of its own.
-    [REC-33]"""
+    """Who stands still in it is found; a phase that the user declares has a limit of its own. [REC-33]"""
     job, told = coordinating.job, []
 
     def tell() -> None:
@@ -115,4 +145,20 @@ def test_a_members_own_code_in_a_step_is_a_declared_phase(coordinating: Coordina
             tell()
     with job.phase("plots"):
         tell()
-    assert told == [("", None, False), ("step", None, True), ("loading", 900.0, True), ("plots", None, False)]
+        with job.loop_body():
+            tell()
+            with job.waiting():
+                tell()
+    with job.loop_body():
+        tell()
+    tell()
+    assert told == [
+        ("", None, False),
+        (OWN_CODE, None, True),
+        ("loading", 900.0, True),
+        ("plots", None, False),
+        ("plots", None, True),
+        ("plots", None, False),
+        ("", None, True),
+        ("", None, False),
+    ]

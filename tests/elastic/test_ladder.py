@@ -79,7 +79,7 @@ def test_limits_in_force_are_said_when_they_are_found_and_when_they_change(caplo
     caplog.set_level(logging.INFO)
     history = PhaseTimes()
     for seconds in (1.0, 2.0, 4.0, 4.0):
-        history.note("step", seconds)
+        history.note("step", seconds, now=0.0)
         history.log_changes()
     said = [one.getMessage() for one in caplog.records]
     assert said == ["limits of progress: step 30 s", "limits of progress: step 40 s"]
