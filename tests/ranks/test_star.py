@@ -530,7 +530,7 @@ def test_a_killed_or_stopped_process_is_noticed_by_the_survivor(
     victim: int, number: signal.Signals, kind: type[RanksFailed]
 ) -> None:
     """A killed one by its closed connection, a stopped one by its silence; never a hang. [SAVE-62, SAVE-63]"""
-    context = get_context("fork")
+    context = get_context("forkserver")  # a fork of this process, which has threads, may stand still
     mine, theirs = context.Pipe()
     process = context.Process(target=_member, args=(theirs, victim))
     process.start()
