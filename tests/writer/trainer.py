@@ -19,6 +19,7 @@ def state_of(seed: int) -> dict[str, object]:
 def trains(rank: int, world_size: int, folder: str, hook: str, lease_s: float, forks: bool) -> None:
     """`hook` of its writer; without one nothing is saved. What it tells is in `folder.writer`."""
     sys.path.insert(0, str(Path(__file__).parent))
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # its writer finds its faults there
     from staged import Rank, begun
 
     from elastickpt.saving.staging import Stager
