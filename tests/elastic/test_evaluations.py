@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -66,11 +68,26 @@ class Rolled:
         self.step += 1
 
 
+@dataclass(frozen=True)
+class Alone:
+    """The job of a member that waits for nobody."""
+
+    rank: int | None = 0
+    epoch: int = 1
+
+    def loop_body(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def trainer_with(tasks: Rolled) -> PipelineTrainer:
     tasks._stage = build(Place(0, 1), Passing(12))
     found = object.__new__(PipelineTrainer)
     found._passing, found._tasks, found._at_report = Passing(12), tasks, False  # type: ignore[assignment]
     found._is_late = found._is_past = False
+    found._job = Alone()  # type: ignore[assignment]
     found._at_boundary = tasks.standing  # type: ignore[method-assign]
     return found
 
@@ -97,7 +114,7 @@ def test_behind_the_loop_the_way_there_is_gone_once_more() -> None:
 
 def test_a_job_that_ends_while_it_evaluates() -> None:
     trainer = trainer_with(Rolled(6, [None]))
-    trainer._job = type("J", (), {"rank": 3})()  # type: ignore[assignment]
+    trainer._job = Alone(rank=3)  # type: ignore[assignment]
     with pytest.raises(RecoveryFailed, match="ended while it evaluated"):
         trainer.evaluate([Corpus().batch(0)])
 
@@ -105,14 +122,14 @@ def test_a_job_that_ends_while_it_evaluates() -> None:
 def test_a_spare_whose_loop_ended_with_the_job_evaluates_nothing() -> None:
     """A script that evaluates behind its loop does so on members, and is no error on who was none. [REC-61]"""
     trainer = trainer_with(Rolled(6, [None]))
-    trainer._job = type("J", (), {"rank": None})()  # type: ignore[assignment]
+    trainer._job = Alone(rank=None)  # type: ignore[assignment]
     assert math.isnan(trainer.evaluate([Corpus().batch(0)]))
 
 
 def test_the_loop_is_at_a_report_while_the_user_has_it() -> None:
     tasks = Rolled(1, [])
     trainer = trainer_with(tasks)
-    trainer._job = type("J", (), {"epoch": 1})()  # type: ignore[assignment]
+    trainer._job = Alone(epoch=1)  # type: ignore[assignment]
     tasks.reports.committed(Commit(1, 1, (1.0,), 0.5))
     for report in trainer.steps(1):
         assert (report.step, trainer._at_report) == (1, True)
@@ -139,7 +156,7 @@ def test_a_loop_that_others_have_left_behind_is_passed_by() -> None:
     tasks.reports.committed(Commit(1, 7, (1.0,), 0.5))
     assert list(trainer.steps(5)) == []
     assert math.isnan(trainer.evaluate([Corpus().batch(0)]))
-    trainer._job = type("J", (), {"epoch": 1})()  # type: ignore[assignment]
+    trainer._job = Alone(epoch=1)  # type: ignore[assignment]
     assert [report.step for report in trainer.steps(7)] == [7]
     tasks.reports.new = False
     assert trainer.evaluate([Corpus().batch(0)]) == LOSS
