@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +25,6 @@ from elastickpt.elastic.membership import Act, Compute, Form, LoopEnded, Made, M
 from elastickpt.elastic.messages import (
     OWN_CODE,
     Ask,
-    Beat,
     End,
     FromMember,
     Held,
@@ -41,6 +39,7 @@ from elastickpt.elastic.messages import (
     Welcome,
     to_member,
 )
+from elastickpt.elastic.progress import Progress
 from elastickpt.elastic.stream import Stream
 from elastickpt.errors import CheckpointError, DeadlineExceeded, RecoveryFailed, Refused, Superseded
 from elastickpt.ranks.messages import encode
@@ -111,12 +110,7 @@ class Job:
         self._end: End | None = None
         self._epoch, self._interrupting = 0, False
         self._held: dict[tuple[int, str], bytes] = {}
-        self._moving = threading.Lock()  # of what a Beat tells
-        self._count = 0
-        self._own: str | None = None  # the phase of its own code, where the user declares none; None: it waits for others
-        self._phases: list[tuple[str, float | None]] = [("", None)]
-        self._moved_at = time.monotonic()
-        self._longest: dict[str, float] = {}  # times between two moves, since the last Beat
+        self._progress = Progress()
         self._reached: set[tuple[int, RecoveryPoint]] = set()
         self._line = Line(stream, beat=self._beat, hear=self._hear, lost=self._lost)
         self._line.open()
@@ -164,16 +158,11 @@ class Job:
         Raises:
             Refused: `limit_s` is not above 0.
         """
-        if limit_s is not None and not limit_s > 0:
-            raise Refused(f"phase {name!r}: limit_s={limit_s!r}: expected seconds above 0")
-        self._moves()
-        self._phases.append((name, limit_s))
-        self._line.beat_now()
         try:
-            yield
+            with self._progress.declared(name, limit_s):
+                self._line.beat_now()
+                yield
         finally:
-            self._moves()
-            self._phases.pop()
             self._line.beat_now()
 
     # -- what a trainer sees: duties.Duties
@@ -198,7 +187,7 @@ class Job:
     def done(self, task: JobTask, outcome: TaskOutcome) -> None:
         with self._changing:
             if not task.over and task is self._task:
-                self._moves()
+                self._progress.moves()
                 self._turn(outcome)
 
     def exchange(self, task: JobTask) -> JobExchange:
@@ -211,43 +200,20 @@ class Job:
         self._leave = call
 
     def began(self) -> None:
-        self._moves()
+        self._progress.moves()
         self._reach("first_microbatch")
 
     def progress(self) -> None:
-        self._moves()
+        self._progress.moves()
 
     def own_code(self) -> AbstractContextManager[None]:
-        return self._working(OWN_CODE)
+        return self._progress.working(OWN_CODE)
 
     def loop_body(self) -> AbstractContextManager[None]:
-        return self._working("")
+        return self._progress.working("")
 
     def waiting(self) -> AbstractContextManager[None]:
-        return self._working(None)
-
-    @contextmanager
-    def _working(self, phase: str | None) -> Iterator[None]:
-        self._moves()
-        before, self._own = self._own, phase
-        try:
-            yield
-        finally:
-            self._moves()
-            self._own = before
-
-    def _moves(self) -> None:
-        """Something moved in the phase that it is in now."""
-        (phase, limit_s), now = self._at, time.monotonic()
-        with self._moving:
-            if phase and limit_s is None:
-                self._longest[phase] = max(now - self._moved_at, self._longest.get(phase, 0.0))
-            self._count, self._moved_at = self._count + 1, now
-
-    @property
-    def _at(self) -> tuple[str, float | None]:
-        name, limit_s = self._phases[-1]
-        return name or self._own or "", limit_s
+        return self._progress.working(None)
 
     # -- the end
 
@@ -318,11 +284,7 @@ class Job:
             later("elastickpt-leave", LEAVING_S, self._leaves)
 
     def _beat(self) -> tuple[bytes, float]:
-        (phase, limit_s), own = self._at, self._own is not None
-        with self._moving:
-            longest, self._longest = tuple(self._longest.items()), {}
-        beat_s = MAX_BEAT_S if self._welcome is None else self._welcome.beat_s
-        return encode(Beat(phase, self._count, limit_s, own, longest)), beat_s
+        return encode(self._progress.beat()), MAX_BEAT_S if self._welcome is None else self._welcome.beat_s
 
     def _hear(self, data: bytes) -> None:
         message = to_member(data)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from elastickpt.elastic import joining
+from elastickpt.elastic import progress
 from elastickpt.elastic.joining import Job
 from elastickpt.elastic.membership import Compute, Form, Made, Mend, Mended
 from elastickpt.elastic.messages import (
@@ -101,32 +101,23 @@ def test_of_a_view_only_its_own_tasks_begin_something(coordinating: Coordinating
     ]
 
 
-def test_a_member_tells_how_long_its_phases_took_to_move(coordinating: Coordinating, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_tells_how_long_its_phases_took_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """However short they are, and of those that are over, too; but of none that has a limit of its own. [REC-33]"""
-    job, now = coordinating.job, [1000.0]
-    job.close()  # nobody else takes a beat
-    monkeypatch.setattr(joining, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(job._line, "beat_now", lambda: None)
-
-    def tell() -> dict[str, float]:
-        beat = from_member(job._beat()[0])
-        assert isinstance(beat, Beat)
-        return dict(beat.longest)
-
-    job.progress()
-    tell()
+    now = [1000.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    at = progress.Progress()
     for seconds in (2.0, 0.5):
         now[0] += 100.0
-        with job.phase("reading"):
+        with at.declared("reading", None):
             now[0] += seconds
-    with job.own_code():
+    with at.working(OWN_CODE):
         now[0] += 3.0
-        job.progress()
+        at.moves()
         now[0] += 1.0
-        with job.phase("loading", limit_s=900.0):
+        with at.declared("loading", 900.0):
             now[0] += 50.0
-    assert tell() == {"reading": 2.0, OWN_CODE: 3.0}
-    assert tell() == {}
+    assert dict(at.beat().longest) == {"reading": 2.0, OWN_CODE: 3.0}
+    assert at.beat().longest == ()
 
 
 def test_a_members_own_code_in_a_step_is_a_declared_phase(coordinating: Coordinating) -> None:
