@@ -36,7 +36,7 @@ sys.path.insert(0, str(EXAMPLE.parent))
 import lose_a_stage as demo
 
 STAGES, WARM = 6, 10
-CONFIG = demo.Config(dim=64, layers=12, heads=4, kv_heads=2, hidden=192, context=64)
+CONFIG = llama.Config(dim=64, layers=12, heads=4, kv_heads=2, hidden=192, context=64)
 ROWS = demo.SEQUENCES // demo.MICROBATCHES
 HIDDEN = torch.empty(ROWS, CONFIG.context, CONFIG.dim, device="meta")
 
@@ -74,7 +74,7 @@ class Way:
             output_args=(logits if self.last else hidden,),
         )
         piped.stage_index_to_group_rank = dict(enumerate(order))
-        self._schedule = Schedule1F1B(piped, n_microbatches=len(numbers), loss_fn=demo.loss_of, scale_grads=False)
+        self._schedule = Schedule1F1B(piped, n_microbatches=len(numbers), loss_fn=llama.loss_of, scale_grads=False)
 
     def step(self, batch: tuple[Tensor, Tensor] | None) -> dict[int, Tensor]:
         """The losses by microbatch, on the last rank of the order."""
