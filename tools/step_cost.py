@@ -33,8 +33,8 @@ from tools.gloo_ranks import run_ranks
 from tools.kill_times import EXAMPLE, LAUNCH
 
 sys.path.insert(0, str(EXAMPLE.parent))
-import llama  # noqa: E402
-import lose_a_stage as demo  # noqa: E402
+import llama
+import lose_a_stage as demo
 
 STAGES, WARM = 6, 10
 CONFIG = llama.Config(dim=64, layers=12, heads=4, kv_heads=2, hidden=192, context=64)
