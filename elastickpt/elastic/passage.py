@@ -17,12 +17,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from elastickpt.elastic.links import LinkBroken, Links, Sending, told_by_one
 from elastickpt.elastic.neighbours import partner
 from elastickpt.elastic.stages import Place, Stage, Swap
+from elastickpt.elastic.starts import BatchChanged, digest_of
 from elastickpt.errors import Refused
 
 Schedule = Literal["1f1b", "gpipe"]
@@ -110,12 +112,22 @@ class Passage:
         return self._at_home(flushes, losses)
 
     def evaluate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """The mean over batches of their mean loss, in the normal order, the same on all members. As `train` raises."""
+        """The mean over batches of their mean loss, in the normal order, the same on all members. As `train` raises, and
+        OwnCodeRaised by BatchChanged on members whose batches are not those of the last stage. [REC-68]"""
         self._watch.began()
+        self._require_same(batches)
         with torch.no_grad():
             means = [self._forward(inputs, targets) for inputs, targets in batches]
         mean = torch.tensor([sum(means) / len(means)], dtype=torch.float64)
         return told_by_one(self._links, mean, self._place.stages - 1).item()
+
+    def _require_same(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        last = self._place.stages - 1
+        mine = xxhash.xxh3_128("".join(map(digest_of, batches)).encode()).digest()
+        theirs = told_by_one(self._links, torch.frombuffer(bytearray(mine), dtype=torch.uint8), last).numpy().tobytes()
+        if theirs != mine:
+            found = f"its batches have digest {mine.hex()}, those of stage {last} {theirs.hex()}"
+            raise OwnCodeRaised(BatchChanged(f"evaluate: {found}; expected the same on all members"))
 
     def close(self) -> None:
         """No microbatch passes any more; nothing here holds the process group of the view."""

@@ -28,7 +28,8 @@ class Loader(Protocol):
 
 
 class BatchChanged(Exception):
-    """A batch has another form than the first one had, as the message says: it would have it again in a replay."""
+    """A batch has another form than the first one had, or members evaluate different batches, as the message says. It would be
+    so again in a replay."""
 
 
 class Batches:

@@ -112,7 +112,9 @@ class PipelineTrainer:
 
     def steps(self, until: int) -> Iterator[Report]:
         """Trains. A spare blocks in here until it gets a place, or the job ends. Where the others are beyond `until` when a
-        place is taken, the iterator ends at once.
+        place is taken, the iterator ends at once. A script should have one such loop, and at most one evaluation behind it: of
+        several, who takes a place cannot tell after a rollback in which the others are, if it leads to the very step where one
+        ended. The job is then ended, or has to be ended, and started again.
 
         Args:
             until: So many steps are to be completed in all, those before a restart included.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from elastickpt.elastic import view_links as links_of
 from elastickpt.elastic.gradients import Clipping, clip, divide, sum_over_replicas
 from elastickpt.elastic.links import LinkBroken, told_by_one
-from elastickpt.elastic.passage import Passage, Passing, sees_batches
+from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, sees_batches
 from elastickpt.elastic.stages import Place, Stage, require_parts
-from elastickpt.elastic.starts import seed_streams
+from elastickpt.elastic.starts import BatchChanged, seed_streams
 from elastickpt.elastic.view_links import ViewLinks
 from elastickpt.errors import DeadlineExceeded
 from elastickpt.ranks.processes import socket_identity
@@ -126,6 +127,33 @@ def test_a_pipelined_step_is_the_step_of_one_process(stages: int, passing: Passi
     found = run_members(steps_of, stages, str(tmp_path / "view"), passing, clipping, 2)
     (expected,) = run_members(expected_steps_of, 1, stages, passing, clipping, 2)
     assert_same(found, expected, "stages")
+
+
+def evaluated_by(rank: int, stages: int, folder: str) -> object:
+    """What an evaluation of the same batch comes to; then how one ends for which stage 0 has another batch than the others."""
+    links = ViewLinks(FilesExchange(folder), stage=rank, stages=stages, limit_s=60.0)
+    place, passing = Place(rank, stages), Passing(4)
+    passage = Passage(build(place, passing), place, passing, links, Unwatched())
+    same = passage.evaluate([Corpus().batch(1)])
+    try:
+        passage.evaluate([Corpus().batch(2 if rank == 0 else 3)])
+    except OwnCodeRaised as raised:
+        return same, type(raised.error), str(raised.error)
+    except LinkBroken:
+        return same, LinkBroken, ""
+    finally:
+        links.close()
+    return same, None, ""
+
+
+def test_members_that_evaluate_different_batches_are_told_so(tmp_path: Path) -> None:
+    """[REC-68]"""
+    (first, kind, message), (second, interrupted, _) = run_members(evaluated_by, 2, str(tmp_path / "view"))
+    assert first == second
+    assert (kind, interrupted) == (BatchChanged, LinkBroken)
+    assert re.fullmatch(
+        r"evaluate: its batches have digest \w{32}, those of stage 1 \w{32}; expected the same on all members", message
+    )
 
 
 def reformed(rank: int, stages: int, folder: str, times: int) -> list[tuple[int, int]]:
