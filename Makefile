@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up .venv by themselves. Everything else is a part or a longer form of them.
+# Targets set up .venv by themselves; `clients` has an environment of its own. `make test` is what has to pass before anything lands.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
