@@ -28,6 +28,8 @@ ENDING_S = 600.0
 BUILDING_S = 600.0
 OTHERS_S = 3600.0
 FORMING_S = 10.0
+KILLED_AFTER_S = LEAVING_S + 3.0
+OLD_SAVES_S = 1.5  # as `runs.view_saves` has it, which imports torch
 HISTORY = 60  # minutes whose longest time between two signs of progress a phase remembers
 AT_LEAST_S = 30.0
 TIMES_LONGEST = 10.0
@@ -96,10 +98,12 @@ class Limits:
                 "",
             ),
             Limit("forming", "from when all members are there until they are connected", f"{FORMING_S:g} s", ""),
+            Limit("old saves", "from a new view until what was being saved in the old one has ended", f"{OLD_SAVES_S:g} s", ""),
             Limit("coordinator", "how long --join waits for the coordinator to listen", f"{COORDINATOR_S:g} s", ""),
             Limit("hello", "how long a caller has to prove the token", f"{HELLO_S:g} s", ""),
             Limit("ending", "from SIGTERM until the next step is done and saved", f"{ENDING_S:g} s", ""),
             Limit("leaving", "from the launcher's end until a worker has left by itself", f"{LEAVING_S:g} s", ""),
+            Limit("killed", "from the launcher's end until what is left of its workers is killed", f"{KILLED_AFTER_S:g} s", ""),
             Limit("parting", "from an end that is none of being done until a worker has left", f"{PARTING_S:g} s", ""),
             Limit("reaped", "from a kill until its place is given away, reaped or not", f"{REAPED_S:g} s", ""),
             Limit(

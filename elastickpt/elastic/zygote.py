@@ -26,12 +26,10 @@ from io import TextIOWrapper
 from typing import cast
 
 from elastickpt.elastic import environment
-from elastickpt.elastic.limits import LEAVING_S
+from elastickpt.elastic.limits import KILLED_AFTER_S
 from elastickpt.elastic.stream import Closed, Stream
 from elastickpt.errors import RecoveryFailed, Superseded
 from elastickpt.ranks.messages import Message, decode, encode
-
-KILLED_AFTER_S = LEAVING_S + 3.0
 
 
 class Fork(Message, frozen=True, tag=True):

@@ -20,6 +20,8 @@ from launched import LIMIT_S, SLEEPER, alive, launched
 from elastickpt.cli.launch import main
 from elastickpt.elastic.agent import Agent, WorkerProgram, ZygoteLost
 from elastickpt.elastic.environment import Told
+from elastickpt.elastic.limits import OLD_SAVES_S
+from elastickpt.runs import view_saves
 
 QUICK = (SLEEPER, 5, 0.01)
 
@@ -379,6 +381,7 @@ def test_limits_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("heartbeat") and "2.5 s" in line and "--heartbeat" in line for line in lines)
     assert all(len(line.split()) > 3 for line in lines)
+    assert view_saves.LEFT_LIMIT_S == OLD_SAVES_S
 
 
 def test_help_comes_at_once_without_torch() -> None:
