@@ -163,7 +163,7 @@ class PipelineTrainer:
             then.
 
         Raises:
-            RecoveryFailed: The job cannot go on, or ended meanwhile.
+            RecoveryFailed: The job cannot go on, or ended meanwhile; or the members' batches differ.
             Refused: No batch, or one that cannot be cut into microbatches.
         """
         given = [require_batch(one, self._passing.microbatches, what="evaluate") for one in batches]
