@@ -149,8 +149,8 @@ def _view(turn: _Turn) -> None:
         phase=JobPhase.FORMING if all(places) else JobPhase.GATHERING,
         formed=frozenset(),
         finite=frozenset(),
-        evaluating=False,
-        evaluated=(),
+        unfinished=False,
+        position=None,
         rebuilt=frozenset(),
         ready=(),
         sources=(),
@@ -171,9 +171,9 @@ def _formed(turn: _Turn, uid: str, message: Formed) -> None:
     if message.generation != job.generation:
         return
     finite = job.finite | {job.places.index(uid)} if message.finite else job.finite
-    evaluated = () if job.rollback else max(job.evaluated, message.evaluated, key=len)
-    evaluating = job.evaluating or message.evaluating
-    turn.set(formed=job.formed | {uid}, finite=finite, evaluating=evaluating, evaluated=evaluated)
+    position = job.position if message.position is None else message.position.further(job.position)
+    unfinished = job.unfinished or message.unfinished
+    turn.set(formed=job.formed | {uid}, finite=finite, unfinished=unfinished, position=position)
     job = turn.job
     if job.formed != frozenset(job.places):
         return
@@ -196,7 +196,7 @@ def _chosen(turn: _Turn, _: str, event: Chosen) -> None:
     back = next((one for one in event.sources if one.rung == "rollback"), None)
     turn.set(sources=event.sources, epoch=job.epoch if event.epoch is None else event.epoch)
     if back is not None:
-        turn.set(rollback=True, step=back.step or 0, evaluated=())
+        turn.set(rollback=True, step=back.step or 0)
     turn.tell(Rebuild(job.generation, turn.job.epoch, event.sources), *job.members)
 
 
@@ -219,7 +219,7 @@ def _rebuilt(turn: _Turn, uid: str, message: Rebuilt) -> None:
     if job.began:
         turn.orders.append(Recovered(job.generation, job.step, job.decision, job.failed, job.sources))
     last = job.last if job.last is not None and job.last.step == job.step else None
-    turn.tell(Go(job.generation, job.step, last, job.evaluating, job.ending, job.evaluated), *job.members)
+    turn.tell(Go(job.generation, job.step, last, job.unfinished, job.ending, job.position), *job.members)
     turn.set(
         phase=JobPhase.WORKING,
         began=True,

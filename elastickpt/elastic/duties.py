@@ -84,7 +84,7 @@ class Duties(Protocol):
         ...
 
     def exchange(self, task: Task) -> Exchange:
-        """That of the view of a Form or Mend."""
+        """That of the view of this task."""
         ...
 
     def on_interrupt(self, call: Callable[[], None]) -> None:

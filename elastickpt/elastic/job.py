@@ -23,6 +23,7 @@ from elastickpt.elastic.messages import (
     Unbuilt,
 )
 from elastickpt.elastic.recovery import StepFate, Why
+from elastickpt.elastic.script import Position
 
 NOBODY = ""
 
@@ -173,8 +174,8 @@ class JobState:
     lost: frozenset[int] = frozenset()
     finite: frozenset[int] = frozenset()
     formed: frozenset[str] = frozenset()
-    evaluating: bool = False
-    evaluated: tuple[float, ...] = ()
+    unfinished: bool = False
+    position: Position | None = None
     rebuilt: frozenset[str] = frozenset()
     ready: tuple[tuple[str, Ready], ...] = ()
     stepped: frozenset[str] = frozenset()

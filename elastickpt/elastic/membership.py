@@ -42,6 +42,7 @@ from elastickpt.elastic.messages import (
     Unbuilt,
     View,
 )
+from elastickpt.elastic.script import Position
 
 
 class Duty(StrEnum):
@@ -113,8 +114,8 @@ class Made:
     """Form is done. All as in `Formed`."""
 
     finite: bool = True
-    evaluating: bool = False
-    evaluated: tuple[float, ...] = ()
+    unfinished: bool = False
+    position: Position | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +244,7 @@ def _view_waits(turn: _Turn, view: View) -> None:
 
 def _made(turn: _Turn, event: Made) -> None:
     turn.set(duty=Duty.STANDING)
-    turn.said.append(Formed(turn.member.generation, event.finite, event.evaluating, event.evaluated))
+    turn.said.append(Formed(turn.member.generation, event.finite, event.unfinished, event.position))
 
 
 def _rebuild(turn: _Turn, message: Rebuild) -> None:

@@ -28,6 +28,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 from elastickpt.elastic.recovery import Recovery, Rung
+from elastickpt.elastic.script import Position
 from elastickpt.ranks.messages import Message, decode_from
 
 RecoveryPoint = Literal["unblocked", "first_microbatch"]
@@ -60,13 +61,13 @@ class Terms(Message, frozen=True, tag=True):
 
 
 class Formed(Message, frozen=True, tag=True):
-    """`finite`: no tensor of its stage has an infinity or a NaN. `evaluating`: the view came while it evaluated;
-    `evaluated`: what its evaluations after this step came to, in their order."""
+    """`finite`: no tensor of its stage has an infinity or a NaN. `unfinished`: its loop has still to be told
+    of the newest step, or the view came while it evaluated; `position`: where in the script it is, None for a new member."""
 
     generation: int
     finite: bool
-    evaluating: bool = False
-    evaluated: tuple[float, ...] = ()
+    unfinished: bool = False
+    position: Position | None = None
 
 
 class Rebuilt(Message, frozen=True, tag=True):
@@ -216,15 +217,15 @@ class Commit(Message, frozen=True, tag=True):
 
 class Go(Message, frozen=True, tag=True):
     """`step` is where every member stands; `last` the newest commit of the job, None before the first and after a rollback.
-    `evaluating`: the view came while members evaluated, which begins again; `evaluated`: what evaluations after this step came
-    to, as far as any member knows. `ending` as in Commit. `recovered`: what was mended, None at the start."""
+    `unfinished`: loops of members have still to be told of it, or evaluate after it; `position`: the furthest one told.
+    `ending` as in Commit. `recovered`: what was mended, None at the start."""
 
     generation: int
     step: int
     last: Commit | None
-    evaluating: bool = False
+    unfinished: bool = False
     ending: bool = False
-    evaluated: tuple[float, ...] = ()
+    position: Position | None = None
     recovered: Recovery | None = None
 
 

@@ -1,5 +1,4 @@
-"""What a trainer has still to tell its loop: one report per committed step, on every member that stood through it; and what
-evaluations came to that others had without it."""
+"""What a trainer has still to tell its loop: one report per committed step, on every member that stood through it."""
 
 from __future__ import annotations
 
@@ -30,17 +29,25 @@ class Reports:
 
     def rolled_back(self, step: int) -> None:
         """Steps beyond `step` are to come once more."""
-        self._told, self._commit = step, None
+        self._told = min(self._told, step)
+        if self._commit is not None and self._commit.step > step:
+            self._commit = None
 
     def arrived(self, go: Go) -> None:
-        """Every member of a view stands. Who is new reports the next step first; but if the others stood in an evaluation, the
-        last one, so that its own loop joins that."""
+        """Every member of a view stands. Who is new reports the next step first; but if the others have still to report the
+        last one, or evaluate after it, or have done so, that one, so that its own loop goes through the same."""
         last = go.last if go.last is not None and go.last.step == go.step else None
-        if last is not None and (go.evaluating if self.new else go.step > self._told):
+        at = go.position
+        joins = at is not None and at.since % 2 == 1 and (go.unfinished or at.values != ())
+        if last is not None and (joins if self.new else go.step > self._told):
             self._commit, self._told = last, go.step - 1
         elif self.new:
             self._told = go.step
         self.new = False
+
+    def is_due_of(self, step: int) -> bool:
+        """Whether the loop has still to be told of this step, after which the member stands."""
+        return not self.new and step > self._told
 
     def recovered(self, recovery: Recovery) -> None:
         self._recovered.append(recovery)
@@ -64,32 +71,6 @@ class Reports:
         self._told, self._commit = commit.step, None
         loss = float("nan") if commit.loss is None else commit.loss
         return Report(commit.step, loss, by_stage(commit), epoch, generation, recovered, self._saved, self._seconds)
-
-
-class Evaluations:
-    """Of the loop of one member, after one step. `values`: of all that it, or another member, has had there, in their order."""
-
-    def __init__(self) -> None:
-        self._step, self._had = 0, 0
-        self.values: tuple[float, ...] = ()
-
-    def stand(self, step: int, told: tuple[float, ...] = ()) -> None:
-        """The member stands after this step; others have had these."""
-        if step != self._step:
-            self._step, self._had, self.values = step, 0, ()
-        self.values = max(self.values, told, key=len)
-
-    def known(self) -> float | None:
-        """What the next one of the loop came to, if others have had it without this member; it has had it then."""
-        if self._had == len(self.values):
-            return None
-        self._had += 1
-        return self.values[self._had - 1]
-
-    def had(self, value: float) -> None:
-        """All members have evaluated, with this result."""
-        self.values += (value,)
-        self._had += 1
 
 
 def by_stage(commit: Commit) -> dict[int, float]:

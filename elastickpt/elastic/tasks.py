@@ -9,8 +9,9 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ from elastickpt.elastic.membership import (
 from elastickpt.elastic.mending import Mending, Rebuilding
 from elastickpt.elastic.passage import OwnCodeRaised, Passage, Passing, flushes_of, raised_by_user, sees_batches
 from elastickpt.elastic.policy import Policy
-from elastickpt.elastic.reports import Evaluations, Reports, by_stage
+from elastickpt.elastic.reports import Reports, by_stage
 from elastickpt.elastic.saves import Saves
+from elastickpt.elastic.script import Position, Script
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.starts import BatchChanged, Batches, KeptBuffers, digest_of, seed_streams
 from elastickpt.elastic.view_links import ViewLinks
@@ -82,7 +84,7 @@ class Tasks:
 
     def __init__(self, job: Job, training: Training, saves: Saves) -> None:
         self._job, self._training, self.saves = job, training, saves
-        self.history, self.reports, self.evaluations = History(training.seed), Reports(), Evaluations()
+        self.history, self.reports, self.script = History(training.seed), Reports(), Script()
         self.step, self.evaluating, self.over = 0, False, False
         self.pending = Rebuilding()
         self._held: _Held | None = None
@@ -101,9 +103,8 @@ class Tasks:
                 self._task = self._job.next_task()
             task = self._task
             if isinstance(task.act, Compute):
-                if (go := task.act.go) is not None:
-                    self.step = go.step
-                    self.evaluations.stand(go.step, go.evaluated)
+                if task.act.go is not None:
+                    self.step = task.act.go.step
                 return task
             self._task = None
             try:
@@ -157,6 +158,19 @@ class Tasks:
             final = str(error.error) if isinstance(error.error, BatchChanged) else ""
             self._job.done(task, Erred("".join(traceback.format_exception(error.error)), final))
 
+    def meet(self, task: JobTask) -> bool:
+        """Before what all members do together: whether they are known to be in the same part of the script. If not, they tell
+        each other, and this one has to look again; blocking. [REC-61]"""
+        if self.script.position.met:
+            return True
+        held, exchange = self.require_held(), self._job.exchange(task)
+        exchange.set(f"position/{held.place.stage}", encode(self.script.position))
+        keys = [f"position/{one}" for one in range(held.place.stages)]
+        with suppress(TaskOver):
+            told = [decode(one, Position) for one in exchange.get_all(keys, limit_s=OTHERS_S)]
+            self.script.meet(reduce(Position.further, told))
+        return False
+
     def part(self) -> None:
         """This member takes no part in the steps to come: whoever waits for it hears so at once."""
         if self._links is not None:
@@ -207,7 +221,8 @@ class Tasks:
         )
         self.saves.stand(f"{act.view.epoch}-{act.view.generation}")
         finite = stage not in act.view.lost and _are_finite(held.mending.given())
-        self._job.done(task, Made(finite, self.evaluating, self.evaluations.values))
+        unfinished = self.evaluating or self.reports.is_due_of(self.step)
+        self._job.done(task, Made(finite, unfinished, None if self.reports.new else self.script.furthest))
 
     def _built(self, stages: int) -> _Held:
         number = self._job.rank
@@ -269,7 +284,7 @@ class Tasks:
             stage.scheduler.step()
         self._zero(held)
         held.kept, self._raised, self.step = None, None, act.step
-        self.evaluations.stand(act.step)
+        self.script.stepped(act.step)
         self.reports.took(decided - self._watch.began_at)
         if act.commit is not None:
             self.history.norms = by_stage(act.commit)

@@ -88,9 +88,7 @@ class PipelineTrainer:
         self._job, self._passing, self._on_rebuilt = job, passing, on_rebuilt
         self._tasks = Tasks(job, training, saves)
         self._arrived: JobTask | None = None  # of which what it says has been taken in
-        self._at_report = False  # the user's loop is at a report
-        self._is_late = False  # this process took a place when others had taken steps without it
-        self._is_past = False  # and its loop is where theirs were before the step after which all stand
+        self._reported = 0  # the step of the newest report of the newest loop
         job.declare(_terms(policy, passing, saves.claims))
         job.on_interrupt(self._tasks.interrupt)
         job.on_leaving(self._leave)
@@ -111,10 +109,9 @@ class PipelineTrainer:
         return self._tasks.step
 
     def steps(self, until: int) -> Iterator[Report]:
-        """Trains. A spare blocks in here until it gets a place, or the job ends. Where the others are beyond `until` when a
-        place is taken, the iterator ends at once. A script should have one such loop, and at most one evaluation behind it: of
-        several, who takes a place cannot tell after a rollback in which the others are, if it leads to the very step where one
-        ended. The job is then ended, or has to be ended, and started again.
+        """Trains. A spare blocks in here until it gets a place, or the job ends. A script may have several loops, the
+        same on all members: who takes a place goes through it up to where the others are, and loops that they are behind end at
+        once.
 
         Args:
             until: So many steps are to be completed in all, those before a restart included.
@@ -128,24 +125,25 @@ class PipelineTrainer:
             Superseded: Another job has the run. What the user's own code raised is raised as it is, where a step cannot do
                 without it.
         """
-        while (task := self._at_boundary()) is not None:
-            self._is_past = self._is_late and self._tasks.step > until
-            if self._is_past:
-                return
-            report = self._tasks.reports.next(self._job.epoch, task.generation)
-            if report is not None:
-                self._at_report = True
-                try:
+        script = self._tasks.script
+        part, self._reported = script.begin_loop(), 0
+        try:
+            while (task := self._at_boundary()) is not None:
+                if script.is_passed_over:
+                    return
+                report = self._tasks.reports.next(self._job.epoch, task.generation)
+                if report is not None:
+                    self._reported = report.step
                     with self._job.loop_body():
                         yield report
-                finally:
-                    self._at_report = False
-            elif _act(task).ending:
-                self._end(task)
-            elif self._tasks.step >= until:
-                return
-            else:
-                self._tasks.compute(task)
+                elif _act(task).ending:
+                    self._end(task)
+                elif self._tasks.step >= until or script.is_past:
+                    return
+                elif self._tasks.meet(task):
+                    self._tasks.compute(task)
+        finally:
+            self._end_loop(part)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Evaluates the model as it is, in the normal order of stages; all members call it with the same batches. Changes
@@ -173,35 +171,41 @@ class PipelineTrainer:
             return self._evaluate(given)
 
     def _evaluate(self, given: list[Batch]) -> float:
-        tasks, is_new = self._tasks, self._tasks.reports.new
-        tasks.evaluating, of = not is_new, tasks.step
+        tasks, script = self._tasks, self._tasks.script
+        tasks.evaluating = not tasks.reports.new
         while (task := self._at_boundary()) is not None:
-            self._is_past = self._is_past or (is_new and self._is_late)
-            tasks.evaluating = tasks.step >= of and not self._is_past
-            if self._is_past:
-                log.warning("what was evaluated after an earlier step, before this place was taken, is not evaluated again")
+            tasks.evaluating = False
+            if (loss := script.known()) is not None:
+                return loss
+            if script.is_past:
+                log.warning("others are past this evaluation, which is not begun again: it was after an earlier step")
                 return float("nan")
-            if not tasks.evaluating:  # who took a lost place is on its way back there, and evaluates nothing here
-                if self._at_report:
-                    log.warning("step %d is not evaluated: all stages were rolled back to step %d", of, tasks.step)
-                    return float("nan")
+            if script.within and tasks.step < self._reported:
+                log.warning("step %d is not evaluated: all stages were rolled back to step %d", self._reported, tasks.step)
+                return float("nan")
+            if not tasks.meet(task):
+                continue
+            if not script.within and tasks.step < script.ended_at:
                 self._go_back(task)
                 continue
-            loss = tasks.evaluations.known()
-            if loss is None:
-                held, standing = tasks.require_standing()
-                try:
-                    with untouched(held.stage.module):
-                        loss = standing.passage.evaluate(given)
-                except (LinkBroken, OwnCodeRaised) as error:
-                    tasks.give_up(task, error)
-                    continue
-                tasks.evaluations.had(loss)
+            tasks.evaluating = True
+            held, standing = tasks.require_standing()
+            try:
+                with untouched(held.stage.module):
+                    loss = standing.passage.evaluate(given)
+            except (LinkBroken, OwnCodeRaised) as error:
+                tasks.give_up(task, error)
+                continue
+            script.evaluated(loss)
             tasks.evaluating = False
             return loss
         if self._job.rank is None:
             return float("nan")  # a spare, whose loop ended with the job
         raise RecoveryFailed("the job ended while it evaluated", code=75)
+
+    def _end_loop(self, part: int) -> None:
+        """After the step that was reported last, also where all were rolled back while the loop had that report."""
+        self._tasks.script.end_loop(part, max(self._tasks.step, self._reported))
 
     def _at_boundary(self) -> JobTask | None:
         """Every member stands after the same step, and what that brings is done: the task to compute the next one."""
@@ -214,7 +218,7 @@ class PipelineTrainer:
     def _arrive(self, act: Compute) -> None:
         tasks, go = self._tasks, act.go
         if go is not None:
-            self._is_late = self._is_late or (tasks.reports.new and go.recovered is not None and go.last is not None)
+            tasks.script.stand(go.step, go.position, new=tasks.reports.new)
             tasks.reports.arrived(go)
             if go.last is not None:
                 tasks.history.norms = by_stage(go.last)
@@ -255,9 +259,13 @@ class PipelineTrainer:
     def _leave(self) -> None:
         """The user's loop is over on this member; what becomes of the others is waited for. After a rollback the way back to
         where the loop ended is gone without it."""
-        ended_at = self._tasks.step
+        script = self._tasks.script
+        if script.within:
+            self._end_loop(script.part)
         while (task := self._at_boundary()) is not None:
-            if self._tasks.step < ended_at or _act(task).ending:
+            if not self._tasks.meet(task):
+                continue
+            if self._tasks.step < script.ended_at or _act(task).ending:
                 self._go_back(task)
             else:
                 self._job.done(task, LoopEnded())

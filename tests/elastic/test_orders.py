@@ -11,6 +11,7 @@ from elastickpt.elastic import coordination, membership, messages
 from elastickpt.elastic.job import Chosen, Gone, JobPhase, JobState
 from elastickpt.elastic.membership import Duty
 from elastickpt.elastic.messages import Join, Ready, View, from_member, to_member
+from elastickpt.elastic.script import Position
 from elastickpt.errors import Malformed
 from elastickpt.ranks.messages import encode
 
@@ -171,19 +172,21 @@ def test_what_a_replay_cannot_mend_ends_the_job_at_once() -> None:
     assert (ended.end, [one.message for one in orders]) == (expected, [expected, expected])  # type: ignore[union-attr]
 
 
-def test_all_hear_of_evaluations_that_some_have_had() -> None:
-    """After the step where all stand, and not after a rollback. [REC-61]"""
+def test_all_hear_how_far_some_were_in_the_script() -> None:
+    """As they were before a rollback, too, and whether their loops have done with the newest step. [REC-61]"""
     job = begun(JobState(2, epoch=1), "a", "b", "c")
     job, _ = coordination.after(job, Gone("b", "exit", 9))
-    job, _ = coordination.after(job, ("a", _S.Formed(job.generation, True, evaluated=(0.5, 0.25))))
-    formed, _ = coordination.after(job, ("c", _S.Formed(job.generation, True)))
-    for rung, step, evaluated in (("stale", 0, (0.5, 0.25)), ("rollback", 0, ())):
-        source = _S.StageSource(1, rung, path="x", step=step)  # type: ignore[arg-type]
-        stands, _ = coordination.after(formed, Chosen(formed.generation, (source,)))
-        for uid in "ac":
-            stands, orders = coordination.after(stands, (uid, _S.Rebuilt(formed.generation)))
-        (go,) = {one.message for one in orders if isinstance(getattr(one, "message", None), _S.Go)}  # type: ignore[union-attr]
-        assert go.evaluated == evaluated
+    at = Position(part=2, since=1, values=(0.5, 0.25), before=1)
+    for first, second in (("a", "c"), ("c", "a")):
+        told, _ = coordination.after(job, (first, _S.Formed(job.generation, True, unfinished=True, position=at)))
+        formed, _ = coordination.after(told, (second, _S.Formed(job.generation, True, position=Position(part=1, since=1))))
+        for rung, step in (("stale", 0), ("rollback", 0)):
+            source = _S.StageSource(1, rung, path="x", step=step)  # type: ignore[arg-type]
+            stands, _ = coordination.after(formed, Chosen(formed.generation, (source,)))
+            for uid in "ac":
+                stands, orders = coordination.after(stands, (uid, _S.Rebuilt(formed.generation)))
+            (go,) = {one.message for one in orders if isinstance(getattr(one, "message", None), _S.Go)}  # type: ignore[union-attr]
+            assert (go.position, go.unfinished) == (at, True)
 
 
 def test_a_step_that_is_lost_too_often_ends_the_job() -> None:

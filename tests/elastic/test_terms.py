@@ -21,6 +21,7 @@ from elastickpt.elastic.passage import Passing
 from elastickpt.elastic.policy import Policy
 from elastickpt.elastic.recovery import From, Moved, Recovery, Seconds
 from elastickpt.elastic.reports import Reports
+from elastickpt.elastic.script import Position
 from elastickpt.elastic.stages import Place, Stage
 from elastickpt.elastic.view_passage import require_equal_replicas
 from elastickpt.errors import Refused
@@ -289,10 +290,34 @@ def test_a_report_says_when_what_ran_after_a_recovery_began() -> None:
     assert report.recovered[1].seconds == replace(seconds, first_microbatch=0.25)
 
 
-@pytest.mark.parametrize(("evaluating", "expected"), [(False, []), (True, [7])])
-def test_a_replacement_reports_the_last_step_again_only_to_join_an_evaluation(evaluating: bool, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("unfinished", "position", "expected"),
+    [
+        (False, Position(since=1), []),
+        (True, Position(since=1), [7]),
+        (False, Position(since=1, values=(0.5,)), [7]),
+        (True, Position(part=2, since=2), []),  # they are on the way back to where their loop ended
+        (True, None, []),  # all are new
+    ],
+)
+def test_a_replacement_reports_the_last_step_only_where_others_have_not_done_with_it(
+    unfinished: bool, position: Position | None, expected: list[int]
+) -> None:
     reports = Reports()
-    reports.arrived(Go(2, 7, commit(7), evaluating=evaluating))
+    reports.arrived(Go(2, 7, commit(7), unfinished=unfinished, position=position))
     assert told(reports) == expected
     reports.committed(commit(8))
     assert told(reports) == [8]
+
+
+def test_a_rollback_to_the_newest_step_leaves_its_report() -> None:
+    reports = Reports()
+    reports.arrived(Go(1, 0, None))
+    reports.committed(commit(1))
+    assert reports.is_due_of(1)
+    reports.rolled_back(1)
+    assert told(reports) == [1]
+    reports.committed(commit(2))
+    reports.rolled_back(1)
+    assert told(reports) == []
+    assert not reports.is_due_of(1)

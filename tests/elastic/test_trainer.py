@@ -4,6 +4,7 @@ bit, what one process has that takes the same steps and applies the formulas of 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -126,6 +127,34 @@ def test_middle_stages_are_lost_at_every_phase_of_a_step(tmp_path: Path) -> None
     reported = [dict(one) for note in notes(tmp_path, "report", 4) for one in note["recovered"]]
     assert reported == [{"generation": one["generation"], "seconds": one["seconds"]} for one in told]
     assert len({note["evaluated"] for stage in range(5) for note in notes(tmp_path, "report", stage)}) == 2
+
+
+def evaluations(folder: Path, stages: int) -> list[list[tuple[int, float]]]:
+    """Of each stage: behind which loop its holders evaluated, and what that came to, in order."""
+    return [[(note["until"], note["evaluated"]) for note in notes(folder, "behind", stage)] for stage in range(stages)]
+
+
+@pytest.mark.ranks
+def test_who_takes_a_place_finds_its_way_into_the_loop_of_the_others(tmp_path: Path) -> None:
+    """A stage is lost behind the decision of a step after which all evaluate; and in the second loop, from which all roll back
+    to the very step where the first one ended. [REC-61]"""
+    told: dict[str, Any] = {"earlier": [2], "until": 4, "behind": [2, 4], "evaluate": [2]}
+    averaged, back = tmp_path / "averaged", tmp_path / "back"
+    run_job(averaged, "--stages", 3, "--spares", 1, faults=[[1, 1, "optimizer"]], **told)
+    first, *others = evaluations(averaged, 3)
+    assert [one for one, _ in first] == [2, 4]
+    assert others == [first, first]
+    within = {note["evaluated"] for stage in range(3) for note in notes(averaged, "report", stage) if note["reported"] == 2}
+    assert len(within) == 1
+
+    policy = {"rungs": ["rollback"]}
+    events = run_job(back, "--stages", 2, "--spares", 1, faults=[[1, 3, "forward"]], every=2, policy=policy, **told)
+    assert recoveries(events) == [(2, "rollback", [1], False)]  # the step is that to which all go back
+    kept, taken = evaluations(back, 2)
+    assert [one for one, _ in kept] == [2, 4]
+    assert taken[0] == kept[0]  # of the process that is lost
+    assert math.isnan(taken[1][1])  # of the one that has its place
+    assert taken[2:] == kept[1:]
 
 
 @pytest.mark.long  # in its short form `test_chaos` has partners, too

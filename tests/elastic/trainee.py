@@ -31,14 +31,17 @@ TOLD = json.loads(sys.argv[1])
 FOLDER = Path(TOLD["folder"])
 ROOM = {
     "microbatches": 12,
+    "earlier": [],
     "until": 6,
     "swap": None,
     "clip": 0.05,
     "scope": "stage",
     "every": 0,
     "evaluate": [],
+    "behind": [],
     "pause": 0,
 } | TOLD
+EVALUATED = [Corpus().batch(900), Corpus().batch(901)]
 
 
 class Faults:
@@ -127,8 +130,15 @@ def main() -> None:
             ),
         )
         faults.trainer = trainer
-        for report in trainer.steps(ROOM["until"]):
-            loss = trainer.evaluate([Corpus().batch(900), Corpus().batch(901)]) if report.step in ROOM["evaluate"] else None
+        trained(trainer, faults)
+
+
+def trained(trainer: ek.elastic.PipelineTrainer, faults: Faults) -> None:
+    """The earlier loops, and the last one; `evaluate` has the steps after which it evaluates within them, `behind` the ends of
+    loops behind which it does so."""
+    for until in (*ROOM["earlier"], ROOM["until"]):
+        for report in trainer.steps(until):
+            loss = trainer.evaluate(EVALUATED) if report.step in ROOM["evaluate"] else None
             recovered = [{"generation": one.generation, "seconds": asdict(one.seconds)} for one in report.recovered]
             about = {"loss": report.loss, "norms": dict(report.norms), "reported": report.step, "recovered": recovered}
             saved, began = None, time.monotonic()
@@ -140,6 +150,8 @@ def main() -> None:
             (FOLDER / "begun").touch()
             time.sleep(ROOM["pause"])
             faults.reached("boundary")
+        if until in ROOM["behind"]:
+            noted(trainer, "behind", until=until, evaluated=trainer.evaluate(EVALUATED))
 
 
 if __name__ == "__main__":
