@@ -20,7 +20,7 @@ from elastickpt.elastic.saves import NoSaves, Saves
 from elastickpt.elastic.stages import Place, Stage, Swap
 from elastickpt.elastic.starts import Batch, Batches, require_batch, untouched
 from elastickpt.elastic.tasks import Tasks, Training
-from elastickpt.errors import PathOccupied, RecoveryFailed, Refused
+from elastickpt.errors import RecoveryFailed, Refused
 from elastickpt.runs.run import Run
 from elastickpt.runs.view_saves import Claims, ViewSaves
 
@@ -149,8 +149,8 @@ class PipelineTrainer:
         """Evaluates the model as it is, in the normal order of stages; all members call it with the same batches. Changes
         nothing, and is begun again after a loss.
 
-        Where all roll back, what was to be evaluated is gone: within the loop the result is not a number then, and the steps
-        since are reported once more; behind the loop they are taken once more, and evaluated then.
+        Where all roll back to an earlier step, what was to be evaluated is gone: within the loop the result is not a number
+        then, and the steps since are reported once more; behind the loop they are taken once more, and evaluated then.
 
         Args:
             batches: Inputs and targets of whole batches, as a loader gives them.
@@ -245,7 +245,7 @@ class PipelineTrainer:
         tasks = self._tasks
         handle = tasks.reports.saving or tasks.saves.now(tasks.step, tasks.state())
         error = None if handle is None else handle.exception()
-        if error is not None and not isinstance(error, PathOccupied):  # that is a step that was saved before a loss
+        if error is not None:
             log.warning("step %d is not saved at the end: %s", tasks.step, error)
         self._job.done(task, LoopEnded())
 

@@ -1,7 +1,8 @@
 """Saves into a run by a job whose process groups come and go: who claimed the run, and who restored it, is somebody else.
 
 Each view has a group, and a saver for it; all of them save by the same arenas and the same writer process. A save under way
-when a view is over is left to the writers: it commits whole, or there is no checkpoint of it, shortly after the next view.
+when a view is over is left to the writers: it commits whole, or there is no checkpoint of it, shortly after the next view. If
+it did commit, a save of the same step in the next view gives that checkpoint.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from elastickpt.commit.attempt import RunDestination
-from elastickpt.errors import CheckpointError, DeadlineExceeded, Refused, Superseded
+from elastickpt.commit.record import read_records
+from elastickpt.errors import CheckpointError, DeadlineExceeded, PathOccupied, Refused, Superseded
 from elastickpt.ledger.epochs import Holding
-from elastickpt.ledger.objects import complete
-from elastickpt.ledger.records import Adopted
+from elastickpt.ledger.objects import Operations, complete
+from elastickpt.ledger.records import Adopted, CommitRegister
 from elastickpt.ledger.retention import words_of
-from elastickpt.ledger.stored import read_adopted, read_claim, read_start
+from elastickpt.ledger.stored import list_commits, read_adopted, read_claim, read_register, read_start
 from elastickpt.ranks.process_group import Group, job_group
 from elastickpt.ranks.threads import apart
 from elastickpt.runs.calendar import Calendar, LocalBoard, NoticeBoard, SaveTimes
@@ -30,6 +32,8 @@ from elastickpt.saving.request import CheckpointInfo
 from elastickpt.saving.saver import Saver
 from elastickpt.saving.task import SaveHandle
 from elastickpt.saving.writer_pool import Yard
+from elastickpt.storage.opening import path_in
+from elastickpt.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +122,7 @@ class ViewSaves:
         begun, about, place = time.monotonic(), (step, self._epoch), (group.rank, group.member)
         destination = RunDestination(self._store, self._holding_now(group), step, self._epoch)
         try:
-            handle = saver.save(state, destination, self._options.request(destination.path, step))
+            begun_save = saver.save(state, destination, self._options.request(destination.path, step))
         except Refused:
             if self._saver is saver:
                 raise
@@ -126,6 +130,9 @@ class ViewSaves:
         with self._changing:
             self._under_way += 1
         staged = time.monotonic()
+        handle = SaveHandle(destination.path)
+        handle.staging(begun_save.wait_staged)
+        begun_save.add_done_callback(lambda ended: handle.end(self._outcome(ended, about)))
         handle.add_done_callback(lambda ended: self._ended(ended, place, about, begun, staged))
         return handle
 
@@ -188,6 +195,15 @@ class ViewSaves:
                 0.0 if last is None else last.stall_s + last.plan_s + last.write_s + last.commit_s, self._under_way
             )
 
+    def _outcome(self, ended: SaveHandle, about: tuple[int, int]) -> CheckpointInfo | BaseException:
+        error = ended.exception()
+        if isinstance(error, PathOccupied):
+            try:
+                return complete(_committed(self._store, *about)) or error
+            except CheckpointError as why:
+                log.warning("step %d was saved in an earlier view, and cannot be read: %s", about[0], why)
+        return ended.result() if error is None else error
+
     def _ended(self, handle: SaveHandle, place: tuple[int, int], about: tuple[int, int], begun: float, staged: float) -> None:
         rank, member = place
         error = handle.exception()
@@ -201,6 +217,19 @@ class ViewSaves:
         if info is not None and member == 0:
             self._run._upkeep.committed()
         self._run._upkeep.call(lambda: self._run.tell_saved(ended, rank=rank, member=member))
+
+
+def _committed(store: Store, step: int, epoch: int) -> Operations[CheckpointInfo | None]:
+    """The checkpoint of this step and epoch, which took this process no time; None where there is none."""
+    listing = yield from list_commits(store)
+    for one in sorted(listing.registers, key=lambda one: one.attempt, reverse=True):
+        if (one.step, one.epoch) == (step, epoch):
+            register = yield from read_register(store, one)
+            if isinstance(register, CommitRegister):
+                records = read_records(store, one.folder)
+                place, attempt = path_in(store, one.folder), records.manifest.attempt
+                return CheckpointInfo(place, step, attempt, records.nbytes, len(records.arrays), 0.0, 0.0, 0.0, 0.0)
+    return None
 
 
 def _leave(saver: Saver) -> None:

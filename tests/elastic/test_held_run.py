@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import elastickpt as ek
 from elastickpt.elastic.held_run import HeldRun
@@ -57,6 +58,28 @@ def test_a_run_without_a_state_hears_no_signals(tmp_path: Path) -> None:
 def test_a_run_with_a_state_of_its_own_is_refused(tmp_path: Path) -> None:
     with ek.Run(tmp_path / "run", {"one": 1}) as run, pytest.raises(Refused, match="a Run with a state"):
         ViewSaves(run)
+
+
+def test_a_step_that_is_committed_already_is_saved(tmp_path: Path) -> None:
+    """A loss cut its save off for the members, and its writers committed it; in the next view it is due once more. [REC-65]"""
+    held = HeldRun(Terms(run=str(tmp_path), keep="all"))
+    epoch = held.go_on_from(None)
+    saves, state = ViewSaves(ek.Run(tmp_path)), {"model": torch.arange(6.0)}
+    infos = []
+    for view in ("1-1", "1-2"):
+        saves.stand(view)
+        saves.goes_on(epoch)
+        handle = saves.now(3, state)
+        assert handle is not None
+        infos.append(handle.result())
+    first, second = infos
+    assert (second.path, second.step, second.attempt) == (first.path, 3, first.attempt)
+    assert (second.nbytes, second.arrays) == (first.nbytes, first.arrays) == (24, 1)
+    again = saves.now(2, state)
+    assert again is not None
+    assert isinstance(again.exception(), Refused), "a step behind it is no such step"
+    saves.close()
+    held.close()
 
 
 class GoneStore:
