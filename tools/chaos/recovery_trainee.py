@@ -1,4 +1,5 @@
-"""Trains the small model of the tests under `elastickpt-run`; members strike at ordered moments, and note what they have.
+"""Trains the small model of the tests under `elastickpt-run`, in two loops; members strike at ordered moments, and note what
+they have.
 
     recovery_trainee.py PLAN                a `recovery_plans.Plan` as JSON
 
@@ -189,22 +190,25 @@ def main() -> None:
         faults.trainer, faults.job = trainer, job
         bound: dict[str, int] = {}
         saved = 0
-        for report in trainer.steps(PLAN["until"]):
-            step, stage = report.step, trainer.place.stage
-            digest = digest_of(state_of(trainer.stage))
-            note("report", stage=stage, step=step, generation=job.generation, loss=report.loss, digest=digest)
-            if report.saved is not None:
-                faults.reached("save")
-                if not faults.ordered("save", step):
-                    try:
-                        report.saved.result()
-                        saved += 1
-                        bound = held() if saved == 2 else bound
-                    except CheckpointError as error:
-                        note("not saved", stage=stage, step=step, why=str(error))
-            if PLAN["evaluates"]:
-                loss = trainer.evaluate([Corpus().batch(900)])
-                note("evaluated", stage=stage, step=step, loss=None if math.isnan(loss) else loss)
+        for until in (PLAN["until"] // 2, PLAN["until"]):
+            for report in trainer.steps(until):
+                step, stage = report.step, trainer.place.stage
+                digest = digest_of(state_of(trainer.stage))
+                note("report", stage=stage, step=step, generation=job.generation, loss=report.loss, digest=digest)
+                if report.saved is not None:
+                    faults.reached("save")
+                    if not faults.ordered("save", step):
+                        try:
+                            report.saved.result()
+                            saved += 1
+                            bound = held() if saved == 2 else bound
+                        except CheckpointError as error:
+                            note("not saved", stage=stage, step=step, why=str(error))
+                if PLAN["evaluates"]:
+                    loss = trainer.evaluate([Corpus().batch(900)])
+                    note("evaluated", stage=stage, step=step, loss=None if math.isnan(loss) else loss)
+            if PLAN["evaluates"] and not math.isnan(loss := trainer.evaluate([Corpus().batch(900)])):
+                note("evaluated", stage=trainer.place.stage, step=trainer.step, loss=loss)
         if saved > 2:
             note("held", stage=trainer.place.stage, bound=bound, found=settled(bound), threads=_names())
         if job.rank == 0:
