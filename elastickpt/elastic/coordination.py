@@ -149,7 +149,7 @@ def _view(turn: _Turn) -> None:
         phase=JobPhase.FORMING if all(places) else JobPhase.GATHERING,
         formed=frozenset(),
         finite=frozenset(),
-        unfinished=False,
+        evaluating=False,
         position=None,
         rebuilt=frozenset(),
         ready=(),
@@ -171,9 +171,11 @@ def _formed(turn: _Turn, uid: str, message: Formed) -> None:
     if message.generation != job.generation:
         return
     finite = job.finite | {job.places.index(uid)} if message.finite else job.finite
-    position = job.position if message.position is None else message.position.further(job.position)
-    unfinished = job.unfinished or message.unfinished
-    turn.set(formed=job.formed | {uid}, finite=finite, unfinished=unfinished, position=position)
+    position = job.position or message.position
+    if job.position is not None and message.position is not None:
+        position = message.position.further(job.position)
+    evaluating = job.evaluating or message.evaluating
+    turn.set(formed=job.formed | {uid}, finite=finite, evaluating=evaluating, position=position)
     job = turn.job
     if job.formed != frozenset(job.places):
         return
@@ -219,7 +221,7 @@ def _rebuilt(turn: _Turn, uid: str, message: Rebuilt) -> None:
     if job.began:
         turn.orders.append(Recovered(job.generation, job.step, job.decision, job.failed, job.sources))
     last = job.last if job.last is not None and job.last.step == job.step else None
-    turn.tell(Go(job.generation, job.step, last, job.unfinished, job.ending, job.position), *job.members)
+    turn.tell(Go(job.generation, job.step, last, job.evaluating, job.ending, job.position), *job.members)
     turn.set(
         phase=JobPhase.WORKING,
         began=True,

@@ -174,7 +174,7 @@ class JobState:
     lost: frozenset[int] = frozenset()
     finite: frozenset[int] = frozenset()
     formed: frozenset[str] = frozenset()
-    unfinished: bool = False
+    evaluating: bool = False
     position: Position | None = None
     rebuilt: frozenset[str] = frozenset()
     ready: tuple[tuple[str, Ready], ...] = ()

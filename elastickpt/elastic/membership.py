@@ -114,7 +114,7 @@ class Made:
     """Form is done. All as in `Formed`."""
 
     finite: bool = True
-    unfinished: bool = False
+    evaluating: bool = False
     position: Position | None = None
 
 
@@ -244,7 +244,7 @@ def _view_waits(turn: _Turn, view: View) -> None:
 
 def _made(turn: _Turn, event: Made) -> None:
     turn.set(duty=Duty.STANDING)
-    turn.said.append(Formed(turn.member.generation, event.finite, event.unfinished, event.position))
+    turn.said.append(Formed(turn.member.generation, event.finite, event.evaluating, event.position))
 
 
 def _rebuild(turn: _Turn, message: Rebuild) -> None:

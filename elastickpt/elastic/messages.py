@@ -61,12 +61,12 @@ class Terms(Message, frozen=True, tag=True):
 
 
 class Formed(Message, frozen=True, tag=True):
-    """`finite`: no tensor of its stage has an infinity or a NaN. `unfinished`: its loop has still to be told
-    of the newest step, or the view came while it evaluated; `position`: where in the script it is, None for a new member."""
+    """`finite`: no tensor of its stage has an infinity or a NaN. `evaluating`: the view came while it evaluated;
+    `position`: where in the script it is, None for a new member."""
 
     generation: int
     finite: bool
-    unfinished: bool = False
+    evaluating: bool = False
     position: Position | None = None
 
 
@@ -217,13 +217,13 @@ class Commit(Message, frozen=True, tag=True):
 
 class Go(Message, frozen=True, tag=True):
     """`step` is where every member stands; `last` the newest commit of the job, None before the first and after a rollback.
-    `unfinished`: loops of members have still to be told of it, or evaluate after it; `position`: the furthest one told.
-    `ending` as in Commit. `recovered`: what was mended, None at the start."""
+    `evaluating`: the view came while members evaluated, which begins again; `position`: the furthest one told. `ending` as in
+    Commit. `recovered`: what was mended, None at the start."""
 
     generation: int
     step: int
     last: Commit | None
-    unfinished: bool = False
+    evaluating: bool = False
     ending: bool = False
     position: Position | None = None
     recovered: Recovery | None = None

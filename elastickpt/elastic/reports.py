@@ -15,6 +15,7 @@ class Reports:
         self.new = True
         self._told = -1  # the step of the newest report, or the one from which reports begin
         self._commit: Commit | None = None
+        self._last: Commit | None = None  # after which all stood when the newest view was whole
         self._seconds = 0.0
         self._recovered: list[Recovery] = []
         self._saved: SaveHandle | None = None
@@ -34,16 +35,21 @@ class Reports:
             self._commit = None
 
     def arrived(self, go: Go) -> None:
-        """Every member of a view stands. Who is new reports the next step first; but if the others have still to report the
-        last one, or evaluate after it, or have done so, that one, so that its own loop goes through the same."""
-        last = go.last if go.last is not None and go.last.step == go.step else None
-        at = go.position
-        joins = at is not None and at.since % 2 == 1 and (go.unfinished or at.values != ())
-        if last is not None and (joins if self.new else go.step > self._told):
-            self._commit, self._told = last, go.step - 1
-        elif self.new:
+        """Every member of a view stands. Who is new reports the next step first; but if the others evaluate after the last one,
+        that one, so that its own loop joins that."""
+        self._last = go.last if go.last is not None and go.last.step == go.step else None
+        if self.new:
             self._told = go.step
+            if go.evaluating and go.position is not None and go.position.stepped_in_loop:
+                self.repeat()
+        elif self._last is not None and go.step > self._told:
+            self._commit = self._last
         self.new = False
+
+    def repeat(self) -> None:
+        """The last step is reported, again if it was: others evaluate after it."""
+        if self._last is not None:
+            self._commit, self._told = self._last, self._last.step - 1
 
     def is_due_of(self, step: int) -> bool:
         """Whether the loop has still to be told of this step, after which the member stands."""

@@ -10,8 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -158,17 +157,18 @@ class Tasks:
             final = str(error.error) if isinstance(error.error, BatchChanged) else ""
             self._job.done(task, Erred("".join(traceback.format_exception(error.error)), final))
 
-    def meet(self, task: JobTask) -> bool:
+    def meet(self, task: JobTask, *, evaluates: bool = False) -> bool:
         """Before what all members do together: whether they are known to be in the same part of the script. If not, they tell
-        each other, and this one has to look again; blocking. [REC-61]"""
+        each other, and this one has to look again; blocking. `evaluates`: that is an evaluation. [REC-61]"""
         if self.script.position.met:
             return True
         held, exchange = self.require_held(), self._job.exchange(task)
-        exchange.set(f"position/{held.place.stage}", encode(self.script.position))
+        exchange.set(f"position/{held.place.stage}", encode(replace(self.script.position, evaluates=evaluates)))
         keys = [f"position/{one}" for one in range(held.place.stages)]
         with suppress(TaskOver):
             told = [decode(one, Position) for one in exchange.get_all(keys, limit_s=OTHERS_S)]
-            self.script.meet(reduce(Position.further, told))
+            if self.script.meet(told):
+                self.reports.repeat()
         return False
 
     def part(self) -> None:
@@ -221,8 +221,10 @@ class Tasks:
         )
         self.saves.stand(f"{act.view.epoch}-{act.view.generation}")
         finite = stage not in act.view.lost and _are_finite(held.mending.given())
-        unfinished = self.evaluating or self.reports.is_due_of(self.step)
-        self._job.done(task, Made(finite, unfinished, None if self.reports.new else self.script.furthest))
+        at = self.script.furthest
+        if self.reports.is_due_of(self.step):
+            at = replace(at, met=False)
+        self._job.done(task, Made(finite, self.evaluating, None if self.reports.new else at))
 
     def _built(self, stages: int) -> _Held:
         number = self._job.rank

@@ -134,13 +134,16 @@ class PipelineTrainer:
                 report = self._tasks.reports.next(self._job.epoch, task.generation)
                 if report is not None:
                     self._reported = report.step
+                    script.report()
                     with self._job.loop_body():
                         yield report
                 elif _act(task).ending:
                     self._end(task)
-                elif self._tasks.step >= until or script.is_past:
+                elif script.is_past:
                     return
                 elif self._tasks.meet(task):
+                    if self._tasks.step >= until:
+                        return
                     self._tasks.compute(task)
         finally:
             self._end_loop(part)
@@ -180,15 +183,16 @@ class PipelineTrainer:
             if script.is_past:
                 log.warning("others are past this evaluation, which is not begun again: it was after an earlier step")
                 return float("nan")
-            if script.within and tasks.step < self._reported:
+            if script.position.in_loop and tasks.step < self._reported:
                 log.warning("step %d is not evaluated: all stages were rolled back to step %d", self._reported, tasks.step)
                 return float("nan")
-            if not tasks.meet(task):
+            tasks.evaluating = True
+            if not tasks.meet(task, evaluates=True):
                 continue
-            if not script.within and tasks.step < script.ended_at:
+            if not script.position.in_loop and tasks.step < script.ended_at:
+                tasks.evaluating = False
                 self._go_back(task)
                 continue
-            tasks.evaluating = True
             held, standing = tasks.require_standing()
             try:
                 with untouched(held.stage.module):
@@ -260,8 +264,8 @@ class PipelineTrainer:
         """The user's loop is over on this member; what becomes of the others is waited for. After a rollback the way back to
         where the loop ended is gone without it."""
         script = self._tasks.script
-        if script.within:
-            self._end_loop(script.part)
+        if script.position.in_loop:
+            self._end_loop(script.position.part)
         while (task := self._at_boundary()) is not None:
             if not self._tasks.meet(task):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from explore import Broken, Explorer, Faults
@@ -173,20 +174,20 @@ def test_what_a_replay_cannot_mend_ends_the_job_at_once() -> None:
 
 
 def test_all_hear_how_far_some_were_in_the_script() -> None:
-    """As they were before a rollback, too, and whether their loops have done with the newest step. [REC-61]"""
+    """As they were before a rollback, too, and whether they evaluated. [REC-61]"""
     job = begun(JobState(2, epoch=1), "a", "b", "c")
     job, _ = coordination.after(job, Gone("b", "exit", 9))
     at = Position(part=2, since=1, values=(0.5, 0.25), before=1)
     for first, second in (("a", "c"), ("c", "a")):
-        told, _ = coordination.after(job, (first, _S.Formed(job.generation, True, unfinished=True, position=at)))
-        formed, _ = coordination.after(told, (second, _S.Formed(job.generation, True, position=Position(part=1, since=1))))
+        told, _ = coordination.after(job, (first, _S.Formed(job.generation, True, evaluating=True, position=at)))
+        formed, _ = coordination.after(told, (second, _S.Formed(job.generation, True, position=Position(1, 1, met=False))))
         for rung, step in (("stale", 0), ("rollback", 0)):
             source = _S.StageSource(1, rung, path="x", step=step)  # type: ignore[arg-type]
             stands, _ = coordination.after(formed, Chosen(formed.generation, (source,)))
             for uid in "ac":
                 stands, orders = coordination.after(stands, (uid, _S.Rebuilt(formed.generation)))
             (go,) = {one.message for one in orders if isinstance(getattr(one, "message", None), _S.Go)}  # type: ignore[union-attr]
-            assert (go.position, go.unfinished) == (at, True)
+            assert (go.position, go.evaluating) == (replace(at, met=False), True)
 
 
 def test_a_step_that_is_lost_too_often_ends_the_job() -> None:

@@ -291,21 +291,23 @@ def test_a_report_says_when_what_ran_after_a_recovery_began() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unfinished", "position", "expected"),
+    ("evaluating", "position", "expected"),
     [
         (False, Position(since=1), []),
         (True, Position(since=1), [7]),
-        (False, Position(since=1, values=(0.5,)), [7]),
+        (False, Position(since=1, values=(0.5,)), []),
         (True, Position(part=2, since=2), []),  # they are on the way back to where their loop ended
         (True, None, []),  # all are new
     ],
 )
-def test_a_replacement_reports_the_last_step_only_where_others_have_not_done_with_it(
-    unfinished: bool, position: Position | None, expected: list[int]
+def test_a_replacement_reports_the_last_step_again_only_to_join_an_evaluation(
+    evaluating: bool, position: Position | None, expected: list[int]
 ) -> None:
     reports = Reports()
-    reports.arrived(Go(2, 7, commit(7), unfinished=unfinished, position=position))
+    reports.arrived(Go(2, 7, commit(7), evaluating=evaluating, position=position))
     assert told(reports) == expected
+    reports.repeat()  # as the others do evaluate, as it shows later
+    assert told(reports) == [7]
     reports.committed(commit(8))
     assert told(reports) == [8]
 
