@@ -40,6 +40,11 @@ class Position:
         """Whether the newest step was taken within a loop, which was told of it, or is to be."""
         return self.since % 2 == 1
 
+    @property
+    def tells_of_step(self) -> bool:
+        """Whether this is the loop that took the newest step, and is told of it."""
+        return self.in_loop and self.part == self.since
+
     def further(self, other: Position) -> Position:
         """The one of both, after the same step, that is further in the script; `met` where both have."""
         further = max(self, other, key=lambda one: (one.part, len(one.values)))

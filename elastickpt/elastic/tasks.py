@@ -9,7 +9,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,10 +165,15 @@ class Tasks:
         held, exchange = self.require_held(), self._job.exchange(task)
         exchange.set(f"position/{held.place.stage}", encode(replace(self.script.position, evaluates=evaluates)))
         keys = [f"position/{one}" for one in range(held.place.stages)]
-        with suppress(TaskOver):
+        try:
             told = [decode(one, Position) for one in exchange.get_all(keys, limit_s=OTHERS_S)]
-            if self.script.meet(told):
-                self.reports.repeat()
+        except TaskOver:
+            return False
+        except DeadlineExceeded as error:
+            self.give_up(task, LinkBroken(str(error)))
+            return False
+        if self.script.meet(told):
+            self.reports.repeat()
         return False
 
     def part(self) -> None:
@@ -222,7 +227,7 @@ class Tasks:
         self.saves.stand(f"{act.view.epoch}-{act.view.generation}")
         finite = stage not in act.view.lost and _are_finite(held.mending.given())
         at = self.script.furthest
-        if self.reports.is_due_of(self.step):
+        if self.script.position.tells_of_step and self.reports.is_due_of(self.step):
             at = replace(at, met=False)
         self._job.done(task, Made(finite, self.evaluating, None if self.reports.new else at))
 

@@ -89,6 +89,7 @@ class PipelineTrainer:
         self._tasks = Tasks(job, training, saves)
         self._arrived: JobTask | None = None  # of which what it says has been taken in
         self._reported = 0  # the step of the newest report of the newest loop
+        self._rebuilt_in: int | None = None  # the generation of the recovery whose `on_rebuilt` runs
         job.declare(_terms(policy, passing, saves.claims))
         job.on_interrupt(self._tasks.interrupt)
         job.on_leaving(self._leave)
@@ -131,19 +132,22 @@ class PipelineTrainer:
             while (task := self._at_boundary()) is not None:
                 if script.is_passed_over:
                     return
-                report = self._tasks.reports.next(self._job.epoch, task.generation)
+                due = script.position.tells_of_step
+                report = self._tasks.reports.next(self._job.epoch, task.generation) if due else None
                 if report is not None:
                     self._reported = report.step
                     script.report()
                     with self._job.loop_body():
                         yield report
-                elif _act(task).ending:
-                    self._end(task)
                 elif script.is_past:
                     return
-                elif self._tasks.meet(task):
-                    if self._tasks.step >= until:
-                        return
+                elif not self._tasks.meet(task):
+                    continue
+                elif _act(task).ending:
+                    self._end(task)
+                elif self._tasks.step >= until:
+                    return
+                else:
                     self._tasks.compute(task)
         finally:
             self._end_loop(part)
@@ -154,6 +158,7 @@ class PipelineTrainer:
 
         Where all roll back to an earlier step, what was to be evaluated is gone: within the loop the result is not a number
         then, and the steps since are reported once more; behind the loop they are taken once more, and evaluated then.
+        `on_rebuilt` may evaluate; what a loss interrupts in there is not a number, and the next recovery's call evaluates.
 
         Args:
             batches: Inputs and targets of whole batches, as a loader gives them.
@@ -171,9 +176,15 @@ class PipelineTrainer:
         if not given:
             raise Refused("evaluate: expected at least one batch")
         with self._job.waiting():
-            return self._evaluate(given)
+            found = self._evaluate(given) if self._rebuilt_in is None else self._evaluate_rebuilt(given, self._rebuilt_in)
+        if found is not None:
+            return found
+        if self._job.rank is None:
+            return float("nan")  # a spare, whose loop ended with the job
+        raise RecoveryFailed("the job ended while it evaluated", code=75)
 
-    def _evaluate(self, given: list[Batch]) -> float:
+    def _evaluate(self, given: list[Batch]) -> float | None:
+        """None where the job ends."""
         tasks, script = self._tasks, self._tasks.script
         tasks.evaluating = not tasks.reports.new
         while (task := self._at_boundary()) is not None:
@@ -193,19 +204,31 @@ class PipelineTrainer:
                 tasks.evaluating = False
                 self._go_back(task)
                 continue
-            held, standing = tasks.require_standing()
-            try:
-                with untouched(held.stage.module):
-                    loss = standing.passage.evaluate(given)
-            except (LinkBroken, OwnCodeRaised) as error:
-                tasks.give_up(task, error)
-                continue
-            script.evaluated(loss)
-            tasks.evaluating = False
-            return loss
-        if self._job.rank is None:
-            return float("nan")  # a spare, whose loop ended with the job
-        raise RecoveryFailed("the job ended while it evaluated", code=75)
+            if (loss := self._evaluate_once(task, given)) is not None:
+                script.evaluated(loss)
+                tasks.evaluating = False
+                return loss
+        return None
+
+    def _evaluate_rebuilt(self, given: list[Batch], generation: int) -> float | None:
+        """Within `on_rebuilt`, which all members call, wherever in the script they are. None where the job ends."""
+        task = self._at_boundary()
+        if task is not None and task.generation == generation:
+            loss = self._evaluate_once(task, given)
+            if loss is not None:
+                return loss
+            task = self._at_boundary()
+        return None if task is None else float("nan")
+
+    def _evaluate_once(self, task: JobTask, given: list[Batch]) -> float | None:
+        """None where that was interrupted."""
+        held, standing = self._tasks.require_standing()
+        try:
+            with untouched(held.stage.module):
+                return standing.passage.evaluate(given)
+        except (LinkBroken, OwnCodeRaised) as error:
+            self._tasks.give_up(task, error)
+            return None
 
     def _end_loop(self, part: int) -> None:
         """After the step that was reported last, also where all were rolled back while the loop had that report."""
@@ -242,7 +265,11 @@ class PipelineTrainer:
         tasks.history.mended(recovery)
         tasks.reports.recovered(recovery)
         if self._on_rebuilt is not None:
-            self._on_rebuilt(self, recovery)
+            before, self._rebuilt_in = self._rebuilt_in, recovery.generation
+            try:
+                self._on_rebuilt(self, recovery)
+            finally:
+                self._rebuilt_in = before
 
     def _end(self, task: JobTask) -> None:
         """The job is to end here: what is not saved yet is, and waited for."""

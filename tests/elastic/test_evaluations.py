@@ -91,6 +91,7 @@ def trainer_with(tasks: Rolled) -> PipelineTrainer:
     tasks._stage = build(Place(0, 1), Passing(12))
     found = object.__new__(PipelineTrainer)
     found._passing, found._tasks, found._reported = Passing(12), tasks, 0  # type: ignore[assignment]
+    found._rebuilt_in = None
     found._job = Alone()  # type: ignore[assignment]
     found._at_boundary = tasks.standing  # type: ignore[method-assign]
     return found

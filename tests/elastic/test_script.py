@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from elastickpt.elastic.links import LinkBroken
 from elastickpt.elastic.membership import Compute, LoopEnded
+from elastickpt.elastic.mending import Rebuilding
 from elastickpt.elastic.messages import Commit, Go
 from elastickpt.elastic.passage import Passing
 from elastickpt.elastic.policy import Report
+from elastickpt.elastic.recovery import From, Moved, Recovery, Seconds
 from elastickpt.elastic.reports import Reports
 from elastickpt.elastic.script import Position, Script
 from elastickpt.elastic.trainer import PipelineTrainer
@@ -32,6 +34,7 @@ LIMIT_S = 120.0
 BATCHES = [Corpus().batch(0)]
 STEPS = {"start": 0, "between": 2, "behind the first": 2, "end": 4} | {f"step {step}": step for step in range(1, 5)}
 Call = tuple[str, int]
+RECOVERY = Recovery(0.0, 1, 1, 0, "replay", (), "replay", False, From(()), (), Seconds(0.0, 0.0, 0.0, 0.0), Moved())
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Job:
     killed: dict[int, int] = field(default_factory=dict)  # the newest generation in which a place was lost
     formed: dict[int, tuple[Position | None, bool]] = field(default_factory=dict)
     go: Go | None = None
+    evaluates_rebuilt: bool = False
     back_to: int | None = None
     rolled_back: bool = False
     told: dict[int, Position] = field(default_factory=dict)
@@ -88,6 +92,13 @@ class Job:
             assert not thread.is_alive(), "no member says why, and they stand still"
         assert not self.apart, self.apart
 
+    def on_rebuilt(self, trainer: PipelineTrainer, recovery: Recovery) -> None:
+        if self.evaluates_rebuilt:
+            member: Any = trainer._tasks
+            interrupted, member.name = member.name, f"rebuilt {recovery.generation}"
+            trainer.evaluate(BATCHES)
+            member.name = interrupted
+
     def begin(self, place: int) -> None:
         thread = threading.Thread(target=self.member, args=(place,), daemon=True)
         self.threads.append(thread)
@@ -97,7 +108,8 @@ class Job:
         tasks = Member(self, place)
         trainer = object.__new__(PipelineTrainer)
         trainer._passing, trainer._tasks, trainer._job = Passing(12), tasks, tasks  # type: ignore[assignment]
-        trainer._arrived, trainer._on_rebuilt, trainer._reported = None, None, 0
+        trainer._arrived, trainer._reported, trainer._rebuilt_in = None, 0, None
+        trainer._on_rebuilt = self.on_rebuilt
         had, self.reported[place] = self.had.setdefault(place, {}), []
         had.clear()
 
@@ -177,7 +189,8 @@ class Job:
         self.step = self.step if self.back_to is None else self.back_to
         last = self.last if self.last is not None and self.last.step == self.step else None
         evaluating = any(one for _, one in self.formed.values())
-        self.go, self.calls = Go(self.generation, self.step, last, evaluating, False, furthest), {}
+        recovered = replace(RECOVERY, generation=self.generation, step=self.step) if self.generation > 1 else None
+        self.go, self.calls = Go(self.generation, self.step, last, evaluating, False, furthest, recovered), {}
         self.rolled_back = self.back_to is not None
         self.back_to, self.broken, self.results = None, frozenset(), {}
         self.changing.notify_all()
@@ -200,6 +213,7 @@ class Member:
         self.name = ""  # of the evaluation that it has begun
         self.module = torch.nn.Identity()
         self.norms: object = None
+        self.pending, self.trained = Rebuilding(), {}  # type: ignore[var-annotated]
         self._task: Task | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -212,6 +226,9 @@ class Member:
 
     def state(self) -> dict[str, object]:
         return {}
+
+    def mended(self, recovery: object) -> None:
+        """It keeps no history."""
 
     def part(self) -> None:
         """It has no links."""
@@ -240,7 +257,7 @@ class Member:
                     return self._task
                 generation, self._left = job.generation, False
                 at = self.script.furthest
-                if self.reports.is_due_of(self.step):
+                if self.script.position.tells_of_step and self.reports.is_due_of(self.step):
                     at = replace(at, met=False)
                 job.form(self._place, None if self.reports.new else at, evaluating=self.evaluating)
                 self._wait(partial(job.stands, generation))
@@ -280,9 +297,8 @@ class Member:
             return job.results[self._place]
 
     def evaluate(self, batches: object) -> float:
-        assert self.evaluating
         step = next((step for name, step in STEPS.items() if self.name.startswith(name)), None)
-        assert step == self.step, f"{self.name!r} after step {self.step}"
+        assert step in (self.step, None), f"{self.name!r} after step {self.step}"
         return self._met((self.name, self.step))
 
     def give_up(self, task: object, error: object) -> None:
@@ -364,8 +380,8 @@ SCRIPTS = [one_loop, two_loops, loops_that_are_left, loops_of_nothing_else]
 MEETINGS = {one_loop: 11, two_loops: 11, loops_that_are_left: 9, loops_of_nothing_else: 6}
 
 
-def carried_out(script: Callable[..., None], *kills: Kill) -> Job:
-    job = Job({kill.meeting: kill for kill in kills}, script=script)
+def carried_out(script: Callable[..., None], *kills: Kill, evaluates_rebuilt: bool = False) -> Job:
+    job = Job({kill.meeting: kill for kill in kills}, script=script, evaluates_rebuilt=evaluates_rebuilt)
     job.run()
     assert job.step == 4
     return job
@@ -434,6 +450,15 @@ def test_a_loss_as_the_members_tell_each_other_where_they_are(script: Callable[.
         for through in THROUGH:
             for first in (Kill(meeting, 0, back=1), Kill(meeting, 0, back=2), Kill(meeting, 0, frozenset({1}))):
                 assert_equal_or_none(had_by_all(script, first, Kill(meeting + 1, 2, through)))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_evaluated_when_all_is_rebuilt(script: Callable[..., None]) -> None:
+    """Wherever in the script the members are; a loss may interrupt that, too. [REC-61]"""
+    for meeting in range(MEETINGS[script]):
+        for first in (Kill(meeting, 0), Kill(meeting, 0, frozenset({1})), Kill(meeting, 0, back=1)):
+            for more in ([], [Kill(meeting + 1, 2, frozenset({1}))]):
+                carried_out(script, first, *more, evaluates_rebuilt=True)
 
 
 @settings(max_examples=100, deadline=None)
