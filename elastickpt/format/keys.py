@@ -107,6 +107,8 @@ def components(array: ArrayId) -> tuple[str, ...]:
         return (array.item, array.name, array.state)
     if not array.name:
         return (array.item,)
+    if "~" not in array.name:
+        return (array.item, *array.name.split("/"))
     tokens = (token.replace("~1", "/").replace("~0", "~") for token in array.name.split("/"))
     return (array.item, *tokens)
 
@@ -119,47 +121,57 @@ def depth_of(array: ArrayId) -> int:
 
 
 class _Node:
-    """One name in the tree of a section, with what stands below it."""
+    """One name in the tree of a section, with what stands below it. `place`: which of the arrays stands there, -1 for none."""
 
-    __slots__ = ("array", "children")
+    __slots__ = ("children", "place")
 
     def __init__(self) -> None:
-        self.array: ArrayId | None = None
+        self.place = -1
         self.children: dict[str, _Node] = {}
 
-    def take(self, array: ArrayId) -> None:
+    def take(self, array: ArrayId, place: int) -> None:
         node = self
         for name in components(array):
-            node = node.children.setdefault(name, _Node())
-        node.array = array
+            found = node.children.get(name)
+            if found is None:
+                found = node.children[name] = _Node()
+            node = found
+        node.place = place
 
-    def collect(self, key: str, found: dict[ArrayId, str]) -> None:
-        if self.array is not None:
-            if self.children:  # [UCF-36]
-                raise StructureConflict(f"array {self.array} stands where other arrays have a group")
-            if len(key) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
-                raise LimitExceeded(f"array {self.array}: its path has {len(key)} bytes")
-            found[self.array] = key
-        if not self.children:  # most of all
-            return
+    def collect(self, key: str, ids: Sequence[ArrayId], found: list[str]) -> None:
+        """Of all arrays below, their paths; this node's is `key`."""
         keys = child_keys(self.children)
         for name, child in self.children.items():
-            child.collect(f"{key}/{keys[name]}", found)
+            path = f"{key}/{keys[name]}"
+            if child.place >= 0:
+                if child.children:  # [UCF-36]
+                    raise StructureConflict(f"array {ids[child.place]} stands where other arrays have a group")
+                if len(path) > MAX_PATH_NBYTES - MAX_COMPONENT_NBYTES:
+                    raise LimitExceeded(f"array {ids[child.place]}: its path has {len(path)} bytes")
+                found[child.place] = path
+            else:
+                child.collect(path, ids, found)
 
 
-def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
-    """array -> its path in the tree, for all arrays of a checkpoint; depends on their set only. [UCF-35]
+def keys_of(ids: Sequence[ArrayId]) -> list[str]:
+    """The path of each array in the tree, for all arrays of a checkpoint; depends on their set only. [UCF-35]
 
     `params/<item>/<name>/<state>` and `extra/<item>/<pointer tokens>`. Raises StructureConflict where an array stands
     above another one, Unsafe for names that no checkpoint carries.
     """
     sections = {"params": _Node(), "extra": _Node()}
-    for array in ids:
-        sections[array.section].take(array)
-    found: dict[ArrayId, str] = {}
+    for place, array in enumerate(ids):
+        sections[array.section].take(array, place)
+    found = [""] * len(ids)
     for section, node in sections.items():
-        node.collect(section, found)
+        node.collect(section, ids, found)
     return found
+
+
+def array_keys(ids: Iterable[ArrayId]) -> Mapping[ArrayId, str]:
+    """array -> its path, as `keys_of` has it."""
+    each = dict.fromkeys(ids)
+    return dict(zip(each, keys_of(tuple(each)), strict=True))
 
 
 def chunk_file(key: str, chunk: tuple[int, ...]) -> str:

@@ -41,7 +41,7 @@ from elastickpt.saving.messages import (
 )
 from elastickpt.saving.plan import plan_packs, plan_writes, records_of
 from elastickpt.saving.request import PLAIN, Request, choose
-from elastickpt.saving.structure import StructureTable, decode_table, table_of
+from elastickpt.saving.structure import StructureTable, decode_table
 from elastickpt.saving.structures import KNOWN, KnownStructure, Proposal
 from elastickpt.training.held import HeldArray, LiveState
 from elastickpt.writer.plans import documents_of
@@ -209,7 +209,7 @@ class _Agreement:
             for rank, intention, table in zip(self.team.ranks, self.intentions, said, strict=True):
                 ranks.setdefault(intention.table, []).append(rank)
                 if table and intention.table == proposal.table.digest:
-                    tables[intention.table] = table_of(proposal.live)
+                    tables[intention.table] = proposal.table.table
                 elif table:
                     tables[intention.table] = decode_table(table)
             digests = list(tables)

@@ -5,15 +5,16 @@ No I/O. Runs on one rank, over the distinct tables only; its result for one tabl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import NamedTuple
 
 from elastickpt.commit.attest import Outline
 from elastickpt.errors import StructureConflict
-from elastickpt.format.arrays import ArrayId, Box, Mesh
-from elastickpt.format.keys import REFERENCES, array_keys
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh, dtype_named
+from elastickpt.format.keys import REFERENCES, keys_of
 from elastickpt.format.records import ArrayRecord, Item, Layout, ManifestFrame, Placement
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
@@ -21,14 +22,13 @@ from elastickpt.layout.packs import Cutting
 from elastickpt.layout.placement import MIN_SPLIT_NBYTES, cuts_of
 from elastickpt.layout.references import within_limits
 from elastickpt.saving.request import PLAIN, Placing
-from elastickpt.saving.structure import HeldEntry, StructureTable
+from elastickpt.saving.structure import HeldKind, StructureTable
 
 Attributes = tuple[tuple[str, Value], ...]
 AXIS_ORDER = "axis_order"
 
 
-@dataclass(frozen=True, slots=True)
-class SharedArray:
+class SharedArray(NamedTuple):
     """What a rank learns of one array it holds.
 
     `group`: the ranks among which the array's replicas are shared out; empty where the rank's own mesh and placements say it.
@@ -67,10 +67,10 @@ class MergedStructure:
 
 
 class _Holding(NamedTuple):
-    """One table's entry for an array, and the ranks that have that table."""
+    """How the ranks that have one table hold an array."""
 
     table: int
-    entry: HeldEntry
+    kind: HeldKind
     mesh: Mesh | None
     ranks: tuple[int, ...]
 
@@ -86,43 +86,26 @@ def merge(
 
     Raises StructureConflict naming the array, what each rank has, and the ranks.
     """
-    holdings: dict[ArrayId, list[_Holding]] = {}
     order = sorted(range(len(tables)), key=lambda t: ranks[t][0])
-    for t in order:
-        for entry in tables[t].entries:
-            mesh = None if entry.mesh is None else tables[t].meshes[entry.mesh]
-            holdings.setdefault(entry.spec.id, []).append(_Holding(t, entry, mesh, ranks[t]))
-    keys = array_keys(holdings)
-    heads = _group_heads(holdings)
+    together = _Together.of(tables, order)
     meshes: dict[Mesh, int] = {}
     layouts: dict[Layout, int] = {}
-    arrays: list[ArrayRecord] = []
-    shared: list[dict[ArrayId, SharedArray]] = [{} for _ in tables]
-    ways: dict[object, _Way] = {}
-    of_arrays: list[_Way] = []
-    for identity, found in holdings.items():
-        _require_agreement(identity, found)
-        alike = _alike(found)
-        if alike not in ways:
-            ways[alike] = _way(identity, found, meshes, layouts)
-        of_arrays.append(ways[alike])
-    file_parts = sum(way.file_parts for way in of_arrays)
+    ways: dict[_Held, _Way] = {}
+    for spec, held in zip(together.specs, together.held, strict=True):
+        if held not in ways:  # how arrays are held says all of them but their names
+            ways[held] = _way(spec.id, [_holding(tables, ranks, t, kind) for t, kind in held], meshes, layouts)
+    file_parts = sum(ways[held].file_parts for held in together.held)
     placement = choice.placement(file_parts)
-    grids = {way: _grid_of(way, placement) for way in ways.values()}
-    torn = [keys[identity] for identity, way in zip(holdings, of_arrays, strict=True) if not grids[way][1]]
-    for (identity, found), way in zip(holdings.items(), of_arrays, strict=True):
-        key, grid = keys[identity], grids[way][0]
-        axes = next((holding.entry.order for holding in found if holding.entry.order), ())
-        attributes = with_order(found[0].entry.attributes, axes)
-        arrays.append(ArrayRecord(found[0].entry.spec, key, grid, way.layout, (), attributes))
-        primary = way.groups[0]
-        writer = primary.ranks[sum(key.encode()) % len(primary.ranks)]
-        for group in way.groups:
-            for place in group.holdings:
-                ranks_of = () if found[place].mesh is not None else group.ranks
-                rest = (group is primary, way.peers, writer, identity in heads, axes)
-                shared[found[place].table][identity] = SharedArray(key, grid, ranks_of, *rest)
-    compares = any(way.compares for way in ways.values())
+    grids = {held: _grid_of(way, placement) for held, way in ways.items()}
+    keys = keys_of([spec.id for spec in together.specs])
+    heads = _group_heads(together.specs)
+    shared = tuple(_shared(together, t, ways, grids, keys, heads) for t in range(len(tables)))
+    arrays = [
+        ArrayRecord(spec, key, grids[held][0], way.layout, (), way.attributes)
+        for spec, key, held in zip(together.specs, keys, together.held, strict=True)
+        for way in (ways[held],)
+    ]
+    torn = [key for key, held in zip(keys, together.held, strict=True) if not grids[held][1]]
     frame = ManifestFrame(
         world_size=sum(map(len, ranks)),
         placement=placement,
@@ -132,9 +115,64 @@ def merge(
         layouts=tuple(layouts),
         tied=_ties(tables, order),
     )
-    by_table = tuple(tuple(of[e.spec.id] for e in table.entries) for table, of in zip(tables, shared, strict=True))
-    outline = Outline(frame, tuple(sorted(arrays, key=lambda record: record.key)))
-    return MergedStructure(outline, by_table, file_parts, compares, _notes(placement, arrays, torn))
+    compares = any(way.compares for way in ways.values())
+    outline = Outline(frame, tuple(sorted(arrays, key=attrgetter("key"))))
+    return MergedStructure(outline, shared, file_parts, compares, _notes(placement, arrays, torn))
+
+
+_Held = tuple[tuple[int, int], ...]  # the tables that have an array, and the kind in each
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Together:
+    """The arrays of all tables, each once: what it is, and how it is held. `places[t]` are those of table t."""
+
+    specs: list[ArraySpec]
+    held: list[_Held]
+    places: list[list[int]]
+
+    @classmethod
+    def of(cls, tables: Sequence[StructureTable], order: Sequence[int]) -> _Together:
+        known: dict[ArrayId, int] = {}
+        specs: list[ArraySpec] = []
+        held: list[_Held] = []
+        places: list[list[int]] = [[] for _ in tables]
+        for t in order:
+            kinds = [((t, kind),) for kind in range(len(tables[t].kinds))]
+            for spec, which in zip(tables[t].specs, tables[t].which, strict=True):
+                place = known.setdefault(spec.id, len(specs))
+                if place == len(specs):
+                    specs.append(spec)
+                    held.append(kinds[which])
+                else:
+                    held[place] += kinds[which]
+                places[t].append(place)
+        return cls(specs, held, places)
+
+
+def _holding(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], table: int, number: int) -> _Holding:
+    kind = tables[table].kinds[number]
+    return _Holding(table, kind, None if kind.mesh is None else tables[table].meshes[kind.mesh], ranks[table])
+
+
+def _shared(
+    together: _Together,
+    table: int,
+    ways: Mapping[_Held, _Way],
+    grids: Mapping[_Held, tuple[tuple[int, ...], bool]],
+    keys: Sequence[str],
+    heads: Set[int],
+) -> tuple[SharedArray, ...]:
+    """What the ranks of one table learn of its arrays."""
+    known = {held: way.of_table(table) for held, way in ways.items() if any(t == table for t, _ in held)}
+    found = []
+    for place in together.places[table]:
+        held, key = together.held[place], keys[place]
+        way, (group, writes) = ways[held], known[held]
+        writers = way.groups[0].ranks
+        writer = writers[sum(key.encode()) % len(writers)]
+        found.append(SharedArray(key, grids[held][0], group, writes, way.peers, writer, place in heads, way.order))
+    return tuple(found)
 
 
 def with_order(attributes: Attributes, order: Sequence[int]) -> Attributes:
@@ -153,47 +191,46 @@ class _Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Way:
-    """What arrays have in common that are alike in all that `_alike` says; models have many of few kinds. `first`: the first
-    holding of the first of them."""
+    """What arrays have in common that are held alike; models have many of few kinds. `attributes` as in the index, `order` of
+    axes as in `SharedArray`."""
 
-    first: _Holding
+    holdings: tuple[_Holding, ...]
     groups: tuple[_Group, ...]
     layout: int | None
     file_parts: int
     peers: tuple[int, ...]
     compares: bool
+    attributes: Attributes
+    order: tuple[int, ...]
 
-
-def _alike(found: Sequence[_Holding]) -> object:
-    spec = found[0].entry.spec
-    if len(found) == 1:
-        table, one = found[0].table, found[0].entry
-        return spec.shape, spec.dtype, table, one.mesh, one.placements, one.sharing, one.replicas, one.role, one.kept
-    held = (
-        (holding.table, one.mesh, one.placements, one.sharing, one.replicas, one.role, one.kept)
-        for holding in found
-        for one in (holding.entry,)
-    )
-    return spec.shape, spec.dtype, *held
+    def of_table(self, table: int) -> tuple[tuple[int, ...], bool]:
+        """What the ranks of a table learn: `group` and `writes` of a `SharedArray`."""
+        own = next(place for place, holding in enumerate(self.holdings) if holding.table == table)
+        group = next(group for group in self.groups if own in group.holdings)
+        return () if self.holdings[own].mesh is not None else group.ranks, group is self.groups[0]
 
 
 def _way(identity: ArrayId, found: Sequence[_Holding], meshes: dict[Mesh, int], layouts: dict[Layout, int]) -> _Way:
+    """Of arrays held so, of which the first is called so. Raises StructureConflict."""
+    _require_agreement(identity, found)
     first, layout = found[0], None
     if first.mesh is not None:
         number = meshes.setdefault(first.mesh, len(meshes))
-        layout = layouts.setdefault(Layout(number, first.entry.placements), len(layouts))
+        layout = layouts.setdefault(Layout(number, first.kind.placements), len(layouts))
     groups = _groups(identity, found)
-    inferred = len(groups) > 1 or (first.entry.sharing == "undeclared" and len(groups[0].ranks) > 1)
+    inferred = len(groups) > 1 or (first.kind.sharing == "undeclared" and len(groups[0].ranks) > 1)
     peers = tuple(sorted({rank for group in groups for rank in group.ranks})) if inferred else ()
-    compares = inferred or any(one.entry.kept == "loose" and len(one.entry.replicas) > 1 for one in found)
-    return _Way(first, tuple(groups), layout, _file_parts(first, replicas=len(groups[0].ranks)), peers, compares)
+    compares = inferred or any(one.kind.kept == "loose" and len(one.kind.replicas) > 1 for one in found)
+    axes = next((one.kind.order for one in found if one.kind.order), ())
+    file_parts, attributes = _file_parts(first, replicas=len(groups[0].ranks)), with_order(first.kind.attributes, axes)
+    return _Way(tuple(found), tuple(groups), layout, file_parts, peers, compares, attributes, axes)
 
 
 def _grid_of(way: _Way, placement: Placement) -> tuple[tuple[int, ...], bool]:
     """The extents of chunks, and whether none of them lies in several packs."""
     if placement == "plain":
-        return _grid(way.first), True
-    cutting, replicas = _cutting(way.first, replicas=len(way.groups[0].ranks))
+        return _grid(way.holdings[0]), True
+    cutting, replicas = _cutting(way.holdings[0], replicas=len(way.groups[0].ranks))
     return cutting.chunk_shape(replicas=replicas), cutting.keeps_chunks_whole(replicas=replicas)
 
 
@@ -201,20 +238,20 @@ def _groups(identity: ArrayId, found: Sequence[_Holding]) -> list[_Group]:
     """The groups of ranks that each hold the whole array; more than one only if nobody declared how they belong together."""
     by: dict[tuple[object, ...], list[int]] = {}
     for place, holding in enumerate(found):
-        entry = holding.entry
-        if entry.sharing == "placed" and holding.mesh is not None:
-            kind: tuple[object, ...] = (holding.mesh, entry.placements)
-        elif entry.sharing == "declared":
-            kind = entry.replicas
+        held = holding.kind
+        if held.sharing == "placed" and holding.mesh is not None:
+            which: tuple[object, ...] = (holding.mesh, held.placements)
+        elif held.sharing == "declared":
+            which = held.replicas
         else:
-            kind = ()
-        by.setdefault(kind, []).append(place)
+            which = ()
+        by.setdefault(which, []).append(place)
     groups = []
     for places in by.values():
         holdings = [found[place] for place in places]
         have = sorted(rank for holding in holdings for rank in holding.ranks)
-        entry, mesh = holdings[0].entry, holdings[0].mesh
-        members = mesh.ranks if mesh is not None else entry.replicas if entry.sharing == "declared" else tuple(have)
+        kind, mesh = holdings[0].kind, holdings[0].mesh
+        members = mesh.ranks if mesh is not None else kind.replicas if kind.sharing == "declared" else tuple(have)
         lacking = sorted(set(members) - set(have))
         if lacking:
             raise StructureConflict(
@@ -230,9 +267,9 @@ def _require_agreement(identity: ArrayId, found: Sequence[_Holding]) -> None:
     first = found[0]
     for other in found[1:]:
         for what, mine, theirs in (
-            ("shape", first.entry.spec.shape, other.entry.spec.shape),
-            ("element type", first.entry.spec.dtype, other.entry.spec.dtype),
-            ("attributes", first.entry.attributes, other.entry.attributes),
+            ("shape", first.kind.shape, other.kind.shape),
+            ("element type", first.kind.dtype, other.kind.dtype),
+            ("attributes", first.kind.attributes, other.kind.attributes),
         ):
             if mine != theirs:
                 raise StructureConflict(
@@ -242,7 +279,7 @@ def _require_agreement(identity: ArrayId, found: Sequence[_Holding]) -> None:
         if (first.mesh is None) != (other.mesh is None) or (
             first.mesh is not None
             and other.mesh is not None
-            and (first.entry.placements, first.mesh.sizes) != (other.entry.placements, other.mesh.sizes)
+            and (first.kind.placements, first.mesh.sizes) != (other.kind.placements, other.mesh.sizes)
         ):
             raise StructureConflict(
                 f"array {identity}: held in different ways on rank {first.ranks[0]} ({_described(first)}) "
@@ -253,27 +290,27 @@ def _require_agreement(identity: ArrayId, found: Sequence[_Holding]) -> None:
 def _described(holding: _Holding) -> str:
     if holding.mesh is None:
         return "a plain tensor"
-    return f"{', '.join(holding.entry.placements)} on mesh {holding.mesh.name} {holding.mesh.sizes}"
+    return f"{', '.join(holding.kind.placements)} on mesh {holding.mesh.name} {holding.mesh.sizes}"
 
 
 def _grid(holding: _Holding) -> tuple[int, ...]:
-    spec = holding.entry.spec
+    kind = holding.kind
     cuts: tuple[int, ...] = ()
     if holding.mesh is not None:
-        cuts = cuts_of(spec.shape, holding.mesh.sizes, holding.entry.placements)
-    return chunk_shape(spec.shape, itemsize=spec.type.itemsize, cuts=cuts)
+        cuts = cuts_of(kind.shape, holding.mesh.sizes, kind.placements)
+    return chunk_shape(kind.shape, itemsize=dtype_named(kind.dtype).itemsize, cuts=cuts)
 
 
 def _cutting(holding: _Holding, *, replicas: int) -> tuple[Cutting, int]:
     """How an array is cut in packs, and among how many ranks a box of it is shared out. `replicas`: ranks that hold it as a
     plain tensor."""
-    entry = holding.entry
+    kind = holding.kind
     if holding.mesh is not None:
-        replicas = prod(size for size, placement in zip(holding.mesh.sizes, entry.placements, strict=True) if placement == "R")
-    whole, itemsize = Box.whole(entry.spec.shape), entry.spec.type.itemsize
+        replicas = prod(size for size, placement in zip(holding.mesh.sizes, kind.placements, strict=True) if placement == "R")
+    whole, itemsize = Box.whole(kind.shape), dtype_named(kind.dtype).itemsize
     sizes = None if holding.mesh is None else holding.mesh.sizes
-    cutting = Cutting.of(entry.spec.shape, itemsize, sizes, entry.placements, whole)
-    return cutting, replicas if entry.role == "parameter" else 1
+    cutting = Cutting.of(kind.shape, itemsize, sizes, kind.placements, whole)
+    return cutting, replicas if kind.role == "parameter" else 1
 
 
 def _notes(placement: Placement, arrays: Sequence[ArrayRecord], torn: Sequence[str]) -> tuple[str, ...]:
@@ -290,21 +327,25 @@ def _notes(placement: Placement, arrays: Sequence[ArrayRecord], torn: Sequence[s
 
 def _file_parts(holding: _Holding, *, replicas: int) -> int:
     """The most pairs of a chunk file of an array and a rank that writes into it, in placement plain."""
-    spec, shards, grid = holding.entry.spec, 1, _grid(holding)
+    kind, shards, grid = holding.kind, 1, _grid(holding)
     if holding.mesh is not None:
-        split = [size for size, placement in zip(holding.mesh.sizes, holding.entry.placements, strict=True) if placement != "R"]
+        split = [size for size, placement in zip(holding.mesh.sizes, kind.placements, strict=True) if placement != "R"]
         shards, replicas = prod(split), prod(holding.mesh.sizes) // max(1, prod(split))
-    shared_out = holding.entry.role == "parameter" and spec.nbytes >= shards * MIN_SPLIT_NBYTES
-    chunks = prod(-(-extent // cut) for extent, cut in zip(spec.shape, grid, strict=True) if cut)
+    nbytes = prod(kind.shape) * dtype_named(kind.dtype).itemsize
+    shared_out = kind.role == "parameter" and nbytes >= shards * MIN_SPLIT_NBYTES
+    chunks = prod(-(-extent // cut) for extent, cut in zip(kind.shape, grid, strict=True) if cut)
     return chunks + shards * (replicas if shared_out else 1) - 1
 
 
-def _group_heads(holdings: Mapping[ArrayId, object]) -> set[ArrayId]:
+def _group_heads(specs: Sequence[ArraySpec]) -> Set[int]:
     """Of the arrays of one parameter the one whose document writer also writes the parameter's group document."""
-    heads: dict[tuple[str, str], ArrayId] = {}
-    for identity in sorted(holdings):
+    heads: dict[tuple[str, str], int] = {}
+    for place, spec in enumerate(specs):
+        identity = spec.id
         if identity.section == "params":
-            heads.setdefault((identity.item, identity.name), identity)
+            first = heads.setdefault((identity.item, identity.name), place)
+            if identity.state < specs[first].id.state:
+                heads[identity.item, identity.name] = place
     return set(heads.values())
 
 

@@ -266,43 +266,38 @@ def _shown(value: Value) -> str:
 # -- what the ranks of one table learn of its arrays --------------------------------------------------------------------
 
 
-class _SharedRow(Message, frozen=True):
-    """A `SharedArray` in a message: `group` and `peers` are numbers in the message's list of sets of ranks."""
-
-    key: str
-    chunk_shape: tuple[int, ...]
-    group: int
-    writes: bool
-    peers: int
-    documents: int
-    heads_group: bool
-    order: tuple[int, ...]
-
-
 class SharedTable(Message, frozen=True):
-    """What the ranks of one table learn of its arrays, in their order. `compares`: some rank compares contents each time."""
+    """What the ranks of one table learn of its arrays, in their order: a column for each member of `SharedArray`. `groups` and
+    `peers` are numbers in `sets`. `compares`: some rank compares contents each time."""
 
     placement: Placement
     compares: bool
     sets: tuple[tuple[int, ...], ...]
-    rows: tuple[_SharedRow, ...]
+    keys: tuple[str, ...]
+    chunk_shapes: tuple[tuple[int, ...], ...]
+    groups: tuple[int, ...]
+    writes: tuple[bool, ...]
+    peers: tuple[int, ...]
+    documents: tuple[int, ...]
+    heads_group: tuple[bool, ...]
+    orders: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, shared: Sequence[SharedArray], *, placement: Placement, compares: bool) -> SharedTable:
         found: dict[tuple[int, ...], int] = {}
+        numbers: dict[int, int] = {}  # by the very set, as a comparison goes through all of its ranks
 
         def number(ranks: tuple[int, ...]) -> int:
-            return found.setdefault(ranks, len(found))
+            known = numbers.get(id(ranks))
+            if known is None:
+                known = numbers[id(ranks)] = found.setdefault(ranks, len(found))
+            return known
 
-        rows = tuple(
-            _SharedRow(a.key, a.chunk_shape, number(a.group), a.writes, number(a.peers), a.documents, a.heads_group, a.order)
-            for a in shared
-        )
-        return cls(placement, compares, tuple(found), rows)
+        keys, shapes, groups, writes, peers, documents, heads, orders = zip(*shared, strict=True) if shared else ((),) * 8
+        sets = tuple(map(number, groups)), tuple(map(number, peers))
+        return cls(placement, compares, tuple(found), keys, shapes, sets[0], writes, sets[1], documents, heads, orders)
 
     def arrays(self) -> tuple[SharedArray, ...]:
-        sets = self.sets
-        return tuple(
-            SharedArray(r.key, r.chunk_shape, sets[r.group], r.writes, sets[r.peers], r.documents, r.heads_group, r.order)
-            for r in self.rows
-        )
+        of_set = self.sets.__getitem__
+        columns = (self.keys, self.chunk_shapes, map(of_set, self.groups), self.writes, map(of_set, self.peers))
+        return tuple(map(SharedArray, *columns, self.documents, self.heads_group, self.orders))

@@ -18,14 +18,16 @@ from elastickpt.format.long_texts import decode_text
 from elastickpt.format.records import Item
 from elastickpt.format.values import Value
 from elastickpt.ranks.messages import Message, decode, encode
-from elastickpt.training.held import HeldArray, Kept, LiveState, Role, Sharing
+from elastickpt.training.held import Kept, LiveState, Role, Sharing
 
 
 @dataclass(frozen=True, slots=True)
-class HeldEntry:
-    """One array as a rank holds it, without the rank's coordinate. `mesh` indexes the table's meshes, None for a plain one."""
+class HeldKind:
+    """How a rank holds arrays that are alike in all but their names, without the rank's coordinate. `mesh` indexes the table's
+    meshes, None for plain tensors."""
 
-    spec: ArraySpec
+    shape: tuple[int, ...]
+    dtype: str
     role: Role
     sharing: Sharing
     mesh: int | None
@@ -38,16 +40,18 @@ class HeldEntry:
 
 @dataclass(frozen=True, slots=True)
 class StructureTable:
-    """All of one rank, in the order of its `LiveState.arrays`."""
+    """All of one rank, in the order of its `LiveState.arrays`: array k is `specs[k]`, held as `kinds[which[k]]` says."""
 
-    entries: tuple[HeldEntry, ...]
+    specs: tuple[ArraySpec, ...]
+    kinds: tuple[HeldKind, ...]
+    which: tuple[int, ...]
     meshes: tuple[Mesh, ...]
     items: tuple[Item, ...]
     tied: tuple[tuple[tuple[str, str], ...], ...]
 
 
 def table_of(live: LiveState) -> StructureTable:
-    """The structure of a live state. Raises ValueNotCarried for a name that no checkpoint carries."""
+    """The structure of a live state. Raises ValueNotCarried for a name or an attribute that no checkpoint carries."""
     for item in live.items:
         _require_name(item.name, f"key {item.name!r} of `state`")
     try:
@@ -57,14 +61,28 @@ def table_of(live: LiveState) -> StructureTable:
             for name in (held.spec.id.name, held.spec.id.state):
                 _require_name(name, f"tensor {held.spec.id.item!r}/{held.spec.id.name[:80]!r}")
     meshes: dict[Mesh, int] = {}
+    kinds: list[HeldKind] = []
+    numbers: dict[object, int] = {}
+    known: dict[object, int] = {}  # by the very mesh, as a comparison goes through all of its ranks
+    which: list[int] = []
+    for held in live.arrays:
+        spec, mesh = held.spec, held.mesh
+        how = (spec.shape, spec.dtype, held.role, held.sharing, held.placements, held.replicas, held.kept, held.order)
+        alike = (*how, held.attributes and _texts(held.attributes, str(spec.id)))
+        number = known.get((mesh and id(mesh), alike))
+        if number is None:
+            laid = None if mesh is None else meshes.setdefault(mesh, len(meshes))
+            number = known[mesh and id(mesh), alike] = numbers.setdefault((laid, alike), len(kinds))
+            if number == len(kinds):
+                rest = (laid, held.placements, held.replicas, held.attributes, held.kept, held.order)
+                kinds.append(HeldKind(spec.shape, spec.dtype, held.role, held.sharing, *rest))
+        which.append(number)
+    specs = tuple(held.spec for held in live.arrays)
+    return StructureTable(specs, tuple(kinds), tuple(which), tuple(meshes), live.items, live.tied)
 
-    def entry(held: HeldArray) -> HeldEntry:
-        mesh = None if held.mesh is None else meshes.setdefault(held.mesh, len(meshes))
-        how = (held.role, held.sharing, mesh, held.placements, held.replicas)
-        return HeldEntry(held.spec, *how, held.attributes, held.kept, held.order)
 
-    entries = tuple(entry(held) for held in live.arrays)
-    return StructureTable(entries, tuple(meshes), live.items, live.tied)
+def _texts(attributes: tuple[tuple[str, Value], ...], where: str) -> tuple[tuple[str, str], ...]:
+    return tuple((key, dump(encode_value(value, where=f"{where}, attribute {key}"))) for key, value in attributes)
 
 
 def _require_name(name: str, where: str) -> None:
@@ -74,10 +92,9 @@ def _require_name(name: str, where: str) -> None:
         raise ValueNotCarried(f"{where}: {error.message}") from error
 
 
-class _Entry(Message, frozen=True):
-    """A `HeldEntry` in a message; values of attributes are typed JSON text."""
+class _Kind(Message, frozen=True):
+    """A `HeldKind` in a message; values of attributes are typed JSON text."""
 
-    id: tuple[Section, str, str, str]
     shape: tuple[int, ...]
     dtype: str
     role: Role
@@ -93,7 +110,9 @@ class _Entry(Message, frozen=True):
 class _Table(Message, frozen=True):
     """A `StructureTable` in a message."""
 
-    entries: tuple[_Entry, ...]
+    ids: tuple[tuple[Section, str, str, str], ...]
+    kinds: tuple[_Kind, ...]
+    which: tuple[int, ...]
     meshes: tuple[Mesh, ...]
     items: tuple[Item, ...]
     tied: tuple[tuple[tuple[str, str], ...], ...]
@@ -101,43 +120,29 @@ class _Table(Message, frozen=True):
 
 def encode_table(table: StructureTable) -> bytes:
     """Canonical bytes: equal tables give equal bytes, so their digest identifies them."""
-    entries = tuple(
-        _Entry(
-            (e.spec.id.section, e.spec.id.item, e.spec.id.name, e.spec.id.state),
-            e.spec.shape,
-            e.spec.dtype,
-            e.role,
-            e.sharing,
-            e.mesh,
-            e.placements,
-            e.replicas,
-            tuple((key, dump(encode_value(value, where=f"{e.spec.id}, attribute {key}"))) for key, value in e.attributes),
-            e.kept,
-            e.order,
-        )
-        for e in table.entries
+    kinds = tuple(
+        _Kind(k.shape, k.dtype, k.role, k.sharing, k.mesh, k.placements, k.replicas, _texts(k.attributes, ""), k.kept, k.order)
+        for k in table.kinds
     )
-    return encode(_Table(entries, table.meshes, table.items, table.tied))
+    ids = tuple((one.section, one.item, one.name, one.state) for spec in table.specs for one in (spec.id,))
+    return encode(_Table(ids, kinds, table.which, table.meshes, table.items, table.tied))
 
 
 def decode_table(data: bytes) -> StructureTable:
     """What `encode_table` encoded."""
-    table = decode(data, _Table)
-    entries = tuple(
-        HeldEntry(
-            ArraySpec(ArrayId(*e.id), e.shape, e.dtype),
-            e.role,
-            e.sharing,
-            e.mesh,
-            e.placements,
-            e.replicas,
-            tuple((key, decode_text(value, where=key)) for key, value in e.attributes),
-            e.kept,
-            e.order,
-        )
-        for e in table.entries
+    told = decode(data, _Table)
+    kinds = tuple(_decode_kind(kind) for kind in told.kinds)
+    specs = tuple(
+        ArraySpec(ArrayId(*id_), kinds[number].shape, kinds[number].dtype)
+        for id_, number in zip(told.ids, told.which, strict=True)
     )
-    return StructureTable(entries, table.meshes, table.items, table.tied)
+    return StructureTable(specs, kinds, told.which, told.meshes, told.items, told.tied)
+
+
+def _decode_kind(k: _Kind) -> HeldKind:
+    attributes = tuple((key, decode_text(value, where=key)) for key, value in k.attributes)
+    rest = (k.mesh, k.placements, k.replicas, attributes, k.kept, k.order)
+    return HeldKind(k.shape, k.dtype, k.role, k.sharing, *rest)
 
 
 def table_digest(data: bytes) -> str:

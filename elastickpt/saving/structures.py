@@ -24,9 +24,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from elastickpt.commit.attest import Outline
-from elastickpt.format.arrays import ArraySpec
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.records import Item, Placement
+from elastickpt.format.records import Placement
 from elastickpt.format.typed_values import TypedValue
 from elastickpt.format.values import Value
 from elastickpt.saving.drift import Hashed, Look, looks_asked_for
@@ -34,7 +33,7 @@ from elastickpt.saving.merge import SharedArray
 from elastickpt.saving.messages import TABLE_PREFIX, settings_of
 from elastickpt.saving.request import Request
 from elastickpt.saving.staging import PiecePlace, Stager, places_of
-from elastickpt.saving.structure import encode_table, table_digest, table_of
+from elastickpt.saving.structure import StructureTable, encode_table, table_digest, table_of
 from elastickpt.training.capture import capture
 from elastickpt.training.held import HeldArray, LiveState, Memos
 from elastickpt.training.parallel import mesh_of
@@ -50,28 +49,27 @@ KNOWN_STRUCTURES = 8  # jobs alternate between few: with and without optimizer s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedTable:
-    """A rank's structure table, encoded; `digest` identifies it. Arrays that a capture found as the one before have the same
-    `spec` objects, each of which was made for one array lying in one way: states that have them all, and the same items and
-    ties, have one table."""
+    """A rank's structure table, also encoded; `digest` identifies it. Arrays that a capture found as the one before have the
+    same `spec` objects, each of which was made for one array lying in one way: states that have them all, and the same items
+    and ties, have one table."""
 
     encoded: bytes
     digest: str
-    specs: tuple[ArraySpec, ...]
-    items: tuple[Item, ...]
-    tied: object
+    table: StructureTable
     values: dict[str, TypedValue] = field(default_factory=dict)  # of the newest state with it, by JSON pointer
 
     def is_that_of(self, live: LiveState) -> bool:
         """Whether it is certain to be."""
-        if (self.items, self.tied) != (live.items, live.tied) or len(self.specs) != len(live.arrays):
+        table = self.table
+        if (table.items, table.tied) != (live.items, live.tied) or len(table.specs) != len(live.arrays):
             return False
-        return all(held.spec is spec for held, spec in zip(live.arrays, self.specs, strict=True))
+        return all(held.spec is spec for held, spec in zip(live.arrays, table.specs, strict=True))
 
 
 def encoded_table(live: LiveState) -> EncodedTable:
     """Of a state that is not known. Raises ValueNotCarried for a name that no checkpoint carries."""
-    encoded = encode_table(table_of(live))
-    return EncodedTable(encoded, table_digest(encoded), tuple(held.spec for held in live.arrays), live.items, live.tied)
+    encoded = encode_table(table := table_of(live))
+    return EncodedTable(encoded, table_digest(encoded), table)
 
 
 @dataclass(eq=False)
