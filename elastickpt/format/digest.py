@@ -35,6 +35,12 @@ def block_checksums(data: memoryview, blocks: Iterable[tuple[int, int]]) -> list
     return [checksum(data[start:stop]) for start, stop in blocks]
 
 
+def whole_checksums(data: memoryview, block_nbytes: int) -> list[int]:
+    """Those of all blocks of a buffer, of which the last one may be shorter."""
+    checksum = xxhash.xxh3_64_intdigest
+    return [checksum(data[start : start + block_nbytes]) for start in range(0, data.nbytes, block_nbytes)]
+
+
 _TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
 SEAL_NBYTES = len(b',"digest":""}\n') + 32
 

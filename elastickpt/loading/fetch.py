@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
-from elastickpt.format.digest import block_checksum, block_checksums
+from elastickpt.format.digest import block_checksum, block_checksums, whole_checksums
 from elastickpt.format.keys import pack_file
 from elastickpt.format.records import StoredFile
 from elastickpt.format.version import PACKS
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import UNIT_NBYTES, FetchPlan, Unit, plan_fetch, require_length
 from elastickpt.loading.stretches import ReadRuns, runs_of
-from elastickpt.loading.targets import ReadTarget, Wanted, scatter
+from elastickpt.loading.targets import ReadTarget, Rows, Wanted, copy_rows, scatter
 from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool, WorkerThread
@@ -244,7 +244,12 @@ class _Fetching:
         for stretch in range(columns.first[run], columns.first[run + 1]):
             low, at, wanted = columns.offset[stretch] - begin, columns.at[stretch], columns.wanted[stretch]
             self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
-            low += columns.skipped[stretch]
+            skipped, rows = columns.skipped[stretch], columns.rows[stretch]
+            if rows is not None:
+                own, target = lent[low : low + columns.nbytes[stretch]], targets[columns.target[stretch]].data
+                copy_rows(own, skipped, skipped + wanted, target, at, rows)
+                continue
+            low += skipped
             into = targets[columns.target[stretch]].data[at : at + wanted]
             if wanted < GIVEN_AWAY_NBYTES:
                 into.data[:] = lent[low : low + wanted]
@@ -275,10 +280,10 @@ class _Fetching:
             if block_checksum(data) != columns.checksums[number]:
                 raise self._mismatch(stretch, 0, data)
             return
-        for begin in range(0, data.nbytes, block):
-            if block_checksum(data[begin : begin + block]) != columns.checksums[number]:
-                raise self._mismatch(stretch, begin, data[begin : begin + block])
-            number += 1
+        found = whole_checksums(data, block)
+        if found != (wanted := columns.checksums[number : number + len(found)]):
+            begin = block * next(k for k, two in enumerate(zip(found, wanted, strict=True)) if two[0] != two[1])
+            raise self._mismatch(stretch, begin, data[begin : begin + block])
 
     def _mismatch(self, stretch: int, begin: int, data: memoryview) -> ChecksumMismatch:
         columns, cut = self._columns, self._runs.stretches
@@ -293,6 +298,7 @@ class _Fetching:
 class _Columns:
     """The columns of runs as lists, which threads go through one by one."""
 
+    rows: list[Rows | None]  # of each stretch of which parts of rows are wanted
     target: list[int]
     at: list[int]
     offset: list[int]
@@ -314,12 +320,15 @@ class _Columns:
         own = (cut.target, cut.at, runs.offsets, nbytes, cut.low - cut.start, cut.high - cut.low)
         columns = (*own, runs.block, runs.checksums, runs.checksum_start, runs.offset, runs.nbytes, runs.first)
         small = (cut.target >= boxes) & (nbytes < GIVEN_AWAY_NBYTES) & (nbytes <= runs.block)
-        small &= (cut.start == 0) & (cut.low == 0) & (cut.high == nbytes) & (cut.at == 0)
+        small &= (cut.start == 0) & (cut.low == 0) & (cut.high == nbytes) & (cut.at == 0) & (cut.row == 0)
         wanted = cut.high - cut.low
-        straight = wanted == nbytes
+        straight = (wanted == nbytes) & (cut.row == 0)
         follows = np.ones(len(cut), dtype=np.bool_)
         follows[1:] = (cut.target[1:] == cut.target[:-1]) & (cut.at[1:] == cut.at[:-1] + wanted[:-1])
         follows[1:] &= runs.offsets[1:] == runs.offsets[:-1] + nbytes[:-1]
         follows[runs.first[:-1]] = True
         every = (np.logical_and.reduceat(one, runs.first[:-1]) if len(runs) else one for one in (straight & follows, small))
-        return cls(*(column.tolist() for column in (*columns, *every)))
+        rows: list[Rows | None] = [None] * len(cut)
+        for stretch in np.flatnonzero(cut.row).tolist():
+            rows[stretch] = Rows(int(cut.row[stretch]), int(cut.width[stretch]), int(cut.step[stretch]))
+        return cls(rows, *(column.tolist() for column in (*columns, *every)))

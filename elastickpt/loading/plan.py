@@ -19,8 +19,8 @@ from elastickpt.format.strict_reading import IntColumn
 from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_coverage
 from elastickpt.layout.placement import places_that_hold
 from elastickpt.layout.reads import Direct, Read, plan_reads
+from elastickpt.loading.box_parts import Boxes, BoxParts
 from elastickpt.loading.opened import Opened
-from elastickpt.loading.row_pieces import Boxes, RowParts
 from elastickpt.loading.stretches import Stretches, number_files, repeated, whole_pieces
 from elastickpt.loading.targets import ReadTarget, Targets, Wanted, WantedWholes
 
@@ -90,7 +90,7 @@ class _Planning:
         found += self._wholes()
         for _, rest in found:
             others += rest
-        found.append(self._in_rows(sorted(others)))
+        found.append(self._in_parts(sorted(others)))
         for number in found[-1][1]:
             self._pieces_of(number)
         maps = tuple(self._maps)
@@ -161,10 +161,11 @@ class _Planning:
         fits = whole_pieces(columns, pieces, *axes, nbytes)
         rest = np.delete(numbers, fits).tolist() if len(fits) < len(numbers) else []
         zeros, end = np.zeros(len(fits), dtype=np.int64), nbytes[fits]
-        return Stretches(zeros + self._number(columns), pieces[fits], zeros, end, zeros, end, numbers[fits], zeros), rest
+        own = (zeros + self._number(columns), pieces[fits], zeros, end, zeros, end, numbers[fits], zeros)
+        return Stretches.in_a_row(*own), rest
 
-    def _in_rows(self, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
-        """What is whole rows of several pieces that lie in a row; and the numbers of what is not."""
+    def _in_parts(self, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
+        """What is rows, or parts of rows, of several pieces that lie in a row; and the numbers of what is not."""
         if not numbers:
             return Stretches.of(()), []
         wanted = [self._targets[number].wanted for number in numbers]
@@ -173,7 +174,7 @@ class _Planning:
         for own, want in enumerate(wanted):
             for writer in self._holders_of(want.record, want.box):
                 by_writer.setdefault(writer, []).append(own)
-        parts = RowParts(Boxes.of([want.box for want in wanted]))
+        parts = BoxParts(Boxes.of([want.box for want in wanted]))
         parts.odd |= np.array([want.box.ndim for want in wanted]) != self._opened.arrays.ndims[places]
         for writer, of in by_writer.items():
             columns, first, count = self._opened.numbers(writer)

@@ -19,6 +19,7 @@ from elastickpt.format.piece_columns import FragmentColumns, distinct, starts
 from elastickpt.format.records import StoredFile
 from elastickpt.format.strict_reading import IntColumn, UintColumn
 
+_IN_A_ROW = 8  # columns
 GAP_NBYTES = 4096  # between two stretches that are read at once: the most that slots of a pack leave free
 
 
@@ -26,7 +27,9 @@ GAP_NBYTES = 4096  # between two stretches that are read at once: the most that 
 class Stretches:
     """Whole blocks of pieces, one entry each: bytes [start, end) of a piece, of which [low, high) belong at `at` of a target.
 
-    `map` is a number among the fragment maps of the plan, `piece` one in that map, `target` one among the plan's.
+    `map` is a number among the fragment maps of the plan, `piece` one in that map, `target` one among the plan's. Where `row`
+    is not 0, parts of rows are wanted: from `low` on the first `width` of every `row` bytes, which lie `step` bytes apart in
+    the target; `low`, `high` and `at` are then those of the whole, though [start, end) may be a part of it.
     """
 
     map: IntColumn
@@ -37,18 +40,28 @@ class Stretches:
     high: IntColumn
     target: IntColumn
     at: IntColumn
+    row: IntColumn
+    width: IntColumn
+    step: IntColumn
 
     def __len__(self) -> int:
         return len(self.map)
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int, int, int, int, int, int, int]]) -> Stretches:
-        columns = np.array(rows, dtype=np.int64).reshape(len(rows), 8)
-        return cls(*columns.T)
+        """Those that lie in a row, without the last three."""
+        return cls.in_a_row(*np.array(rows, dtype=np.int64).reshape(len(rows), _IN_A_ROW).T)
+
+    @classmethod
+    def in_a_row(cls, *columns: IntColumn) -> Stretches:
+        """The same, column by column."""
+        none = np.zeros(len(columns[0]), dtype=np.int64)
+        return cls(*(*columns, none, none, none))
 
     @property
     def columns(self) -> tuple[IntColumn, ...]:
-        return self.map, self.piece, self.start, self.end, self.low, self.high, self.target, self.at
+        own = (self.map, self.piece, self.start, self.end, self.low, self.high, self.target, self.at)
+        return *own, self.row, self.width, self.step
 
     @classmethod
     def together(cls, several: Sequence[Stretches]) -> Stretches:
@@ -126,8 +139,9 @@ def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntCol
     cut = stretches.take(whole)
     start = cut.start + inside * step[whole]
     end = np.minimum(start + step[whole], cut.end)
-    low, high = np.maximum(cut.low, start), np.minimum(cut.high, end)
-    cut = Stretches(cut.map, cut.piece, start, end, low, high, cut.target, cut.at + low - cut.low)
+    own = cut.row > 0
+    low, high = np.where(own, cut.low, np.maximum(cut.low, start)), np.where(own, cut.high, np.minimum(cut.high, end))
+    cut = replace(cut, start=start, end=end, low=low, high=high, at=cut.at + low - cut.low)
     offset, file = offset[whole] + inside * step[whole], files[whole]
     order = np.lexsort((offset, file))
     cut, offset, file, block = cut.take(order), offset[order], file[order], block[whole][order]

@@ -118,6 +118,37 @@ def _target(wanted: Wanted) -> ReadTarget:
     return ReadTarget(wanted, np.empty(into.size * into.dtype.itemsize, dtype=np.uint8))
 
 
+# -- parts of rows -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`width` bytes of every `row`, which lie `step` bytes apart where they belong."""
+
+    row: int
+    width: int
+    step: int
+
+
+def copy_rows(source: memoryview, low: int, high: int, target: Bytes, at: int, rows: Rows) -> None:
+    """Copies what stands of rows in `source`: the first begins at its byte `low` and belongs at byte `at` of `target`, the last
+    one ends at `high`. Rows may have begun before the source, and may end behind it."""
+    row, width, step, end = rows.row, rows.width, rows.step, min(high, source.nbytes)
+    skipped = -(low // row) if low < 0 else 0  # rows that begin before it
+    if skipped and (inside := row - (low + skipped * row)) < width:
+        nbytes = min(width - inside, end)
+        target[at + (skipped - 1) * step + inside :][:nbytes] = np.frombuffer(source, np.uint8, nbytes)
+    low, at = low + skipped * row, at + skipped * step
+    whole = (end - low - width) // row + 1  # that also end here
+    if whole > 0:
+        element = f"V{width}"
+        into: NDArray[Any] = np.ndarray((whole,), element, target.data, at, (step,))
+        into[...] = np.ndarray((whole,), element, source, low, (row,))
+        low, at = low + whole * row, at + whole * step
+    if low < end:
+        target[at : at + end - low] = np.frombuffer(source, np.uint8, end - low, low)
+
+
 # -- many small copies -------------------------------------------------------------------------------------------------
 
 _MOST = 1 << 62  # bytes that an array of numpy may seem to have

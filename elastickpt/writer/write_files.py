@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.errors import CheckpointError, MissingFile
-from elastickpt.format.digest import block_checksum
+from elastickpt.format.digest import whole_checksums
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.store import Durability, RangeWriter, Store
 from elastickpt.writer.plans import BLOCK_NBYTES, Document, PlannedFile, PlannedPiece, Slice, WritePlan, blocks_of
@@ -198,8 +198,8 @@ def write_slices(target: WrittenFolder, files: Sequence[PlannedFile], slices: Se
     def carry_out(unit: _Unit) -> None:
         writer = opened[unit.at.file].writer()
         data = source.take(unit.at, unit.start, unit.stop)
-        for number, begin in enumerate(range(0, data.size, BLOCK_NBYTES), start=unit.block):
-            checksums[number] = block_checksum(data[begin : begin + BLOCK_NBYTES].data)
+        found = whole_checksums(data.data, BLOCK_NBYTES)
+        checksums[unit.block : unit.block + len(found)] = found
         _write_unit(writer, files[unit.at.file].pieces[unit.at.piece], unit, data)
         opened[unit.at.file].done()
         target.watch(data.size)

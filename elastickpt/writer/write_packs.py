@@ -13,7 +13,7 @@ from contextlib import suppress
 import numpy as np
 
 from elastickpt.errors import CapabilityMissing, CheckpointError
-from elastickpt.format.digest import block_checksum, block_checksums
+from elastickpt.format.digest import block_checksums, whole_checksums
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
 from elastickpt.storage.store import RangeWriter, Store
@@ -109,8 +109,8 @@ class _Work:
     def _take(self, part: PackPart) -> Bytes:
         """The part's bytes, which are hashed."""
         data = self._source.take(part.at, part.start, part.stop)
-        for number, begin in enumerate(range(0, data.size, BLOCK_NBYTES), start=part.block):
-            self._checksums[number] = block_checksum(data[begin : begin + BLOCK_NBYTES].data)
+        found = whole_checksums(data.data, BLOCK_NBYTES)
+        self._checksums[part.block : part.block + len(found)] = found
         return data
 
     def _write_alone(self, part: PackPart) -> None:

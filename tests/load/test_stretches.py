@@ -74,7 +74,7 @@ def test_runs_hold_every_byte_of_the_stretches_once_in_the_order_of_files(
         assert end - runs.offset[run] == runs.nbytes[run] <= UNIT
         places.append((int(runs.file[run]), int(runs.offset[run])))
     assert places == sorted(places)
-    for number, piece_number, start, end, low, high, _, at in zip(*(c.tolist() for c in stretches.columns), strict=True):
+    for number, piece_number, start, end, low, high, _, at, *_ in zip(*(c.tolist() for c in stretches.columns), strict=True):
         parts = sorted(held.pop((number, piece_number)))
         assert [parts[0][0], *(part[1] for part in parts)] == [*(part[0] for part in parts), end]
         assert parts[0][0] == start

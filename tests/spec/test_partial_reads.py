@@ -15,7 +15,7 @@ from elastickpt.loading.fetch import fetch
 from elastickpt.loading.opened import open_records
 from elastickpt.loading.targets import Wanted
 
-ROWS, COLUMNS = 1024, 256  # rows of 1 KiB, so 256 rows a block, 4 blocks
+ROWS, COLUMNS = 1024, 64  # rows of 256 bytes, so 256 rows a block, 4 blocks
 BLOCK_ROWS = 256
 X = ArrayId("extra", "x", "", "")
 FILE = "extra/x/c.0.0"
@@ -47,7 +47,7 @@ def test_damage_in_a_block_that_is_not_needed_does_not_matter(saved: Path, part:
     assert (ek.open(saved).read(X, box=part) == wanted).all()
 
 
-@pytest.mark.parametrize("part", [_rows(768, 769), _rows(1001, 1024), _rows(0, ROWS), Box((900, 200), (901, 201))])
+@pytest.mark.parametrize("part", [_rows(768, 769), _rows(1001, 1024), _rows(0, ROWS), Box((900, 50), (901, 51))])
 def test_damage_in_a_block_that_is_needed_is_refused_though_its_bytes_are_not(saved: Path, part: Box) -> None:
     _flip(saved, 1000, 0)
     with pytest.raises(ChecksumMismatch, match="block 3"):
