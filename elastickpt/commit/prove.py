@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, compress
+from operator import attrgetter
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from elastickpt.format.arrays import Box
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_arrays
 from elastickpt.format.encode_values import value_digest
-from elastickpt.format.piece_columns import FragmentColumns, PieceColumns
+from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, starts
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.tables import TableKey, TableName, TableRow, rows_of, table_of
@@ -135,23 +137,62 @@ def _same(one: _Boxes, other: _Boxes) -> bool:
 
 
 def _prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
+    place = {record.key: number for number, record in enumerate(expected)}
+    known: list[IntColumn] = []  # of each map: which of the expected its arrays are
+    count = np.zeros(len(expected), dtype=np.int64)
+    for columns in maps:
+        pieces = columns.pieces
+        strange = next((key for key in pieces.arrays if key not in place), None)
+        if strange is not None:
+            raise StructureConflict(f"writer {columns.writer} stored array {strange}, which no rank announced")
+        known.append(np.array([place[key] for key in pieces.arrays], dtype=np.int64))
+        count[known[-1]] += np.bincount(pieces.array, minlength=len(pieces.arrays))
+    writers: list[tuple[int, ...]] = [()] * len(expected)
+    for columns, numbers in zip(maps, known, strict=True):
+        alone = (columns.writer,)
+        for number in numbers[_stored_whole(columns.pieces, expected, numbers, count)].tolist():
+            writers[number] = alone
+    left = [number for number, own in enumerate(writers) if not own]
+    writers_of = _swept([expected[number] for number in left], maps) if left else ()
+    for number, own in zip(left, writers_of, strict=True):
+        writers[number] = own
+    proven = [
+        ArrayRecord(one.spec, one.key, one.chunk_shape, one.layout, own, one.attributes)
+        for one, own in zip(expected, writers, strict=True)
+    ]
+    return tuple(sorted(proven, key=attrgetter("key")))
+
+
+def _stored_whole(pieces: PieceColumns, expected: Sequence[ArrayRecord], numbers: IntColumn, count: IntColumn) -> IntColumn:
+    """Which of a map's arrays are one piece of it alone that is all of the array: the usual small one, which needs no sweep."""
+    first = np.searchsorted(pieces.array, np.arange(len(pieces.arrays)))
+    mine = np.flatnonzero(count[numbers] == 1)
+    shapes = [expected[number].spec.shape for number in numbers[mine].tolist()]
+    ndims = np.array([len(shape) for shape in shapes], dtype=np.int64)
+    fits = pieces.ndims[mine] == ndims
+    mine, ndims = mine[fits], ndims[fits]
+    flat = chain.from_iterable(compress(shapes, fits.tolist()))
+    wanted = np.fromiter(flat, dtype=np.int64, count=int(ndims.sum()))
+    which = np.repeat(np.arange(len(mine)), ndims)
+    axes = pieces.axis_start[first[mine]][which] + np.arange(len(which)) - starts(ndims)[which]
+    other = np.zeros(len(mine), dtype=np.bool_)
+    other[which[(pieces.start[axes] != 0) | (pieces.shape[axes] != wanted)]] = True
+    whole: IntColumn = mine[~other]
+    return whole
+
+
+def _swept(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> list[tuple[int, ...]]:
+    """The writers of each of these arrays, every element of which is found to be stored once."""
     boxes: dict[str, list[Box]] = {record.key: [] for record in expected}
     owners: dict[str, list[int]] = {record.key: [] for record in expected}
     for columns in maps:
-        pieces, stored = columns.pieces, columns.pieces.boxes()
-        for key, places in pieces.by_array().items():
-            if key not in boxes:
-                raise StructureConflict(f"writer {columns.writer} stored array {key}, which no rank announced")
-            boxes[key].extend(stored[places.start : places.stop])
-            owners[key].extend([columns.writer] * len(places))
-    proven = []
-    for record in sorted(expected, key=lambda record: record.key):
-        found, by = boxes[record.key], owners[record.key]
-        if not (len(found) == 1 and found[0] == Box.whole(record.spec.shape)):  # the usual small array needs no sweep
-            require_coverage(record.spec, found, [f"writer {writer}" for writer in by])
-        writers = tuple(by) if len(by) == 1 else tuple(sorted(set(by)))
-        proven.append(ArrayRecord(record.spec, record.key, record.chunk_shape, record.layout, writers, record.attributes))
-    return tuple(proven)
+        for key, places in columns.pieces.by_array().items():
+            if key in boxes:
+                boxes[key].extend(map(columns.pieces.box, places))
+                owners[key].extend([columns.writer] * len(places))
+    for record in sorted(expected, key=attrgetter("key")):
+        require_coverage(record.spec, boxes[record.key], [f"writer {writer}" for writer in owners[record.key]])
+    return [tuple(sorted(set(owners[record.key]))) for record in expected]
 
 
 def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:

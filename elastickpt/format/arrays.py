@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from operator import gt, sub
+from operator import eq, gt, sub
 from typing import Literal, NoReturn
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
@@ -97,6 +97,11 @@ class Box:
     def count(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has none."""
+        return any(map(eq, self.start, self.stop))
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{low}:{high}" for low, high in zip(self.start, self.stop, strict=True)) + "]"

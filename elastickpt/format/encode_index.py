@@ -91,11 +91,18 @@ def encode_arrays(arrays: Sequence[ArrayRecord]) -> bytes:
     entries, leaves, templates = _Table[_Entry](), _Table[tuple[str, str]](), _Table[_Template]()
     writer_sets = _Table[tuple[int, ...]]()
     columns: dict[str, list[int]] = {"entry": [], "leaf": [], "template": [], "writers": []}
+    plain: dict[object, int] = {}  # templates without attributes
     for record in arrays:
         entry, leaf = _entry_of(record)
         columns["entry"].append(entries.number(entry))
         columns["leaf"].append(leaves.number(leaf))
-        columns["template"].append(templates.number(_template_of(record)))
+        alike = None if record.attributes else (record.spec.dtype, record.chunk_shape, record.layout)
+        template = plain.get(alike)
+        if template is None:
+            template = templates.number(_template_of(record))
+            if alike is not None:
+                plain[alike] = template
+        columns["template"].append(template)
         columns["writers"].append(writer_sets.number(record.writers))
     out: dict[str, object] = {
         "format": FORMAT,

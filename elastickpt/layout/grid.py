@@ -7,10 +7,10 @@ in a whole chunk, in C order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from operator import add, ge, gt, mul
+from typing import NamedTuple
 
 from elastickpt.errors import LimitExceeded, Malformed
 from elastickpt.format.arrays import Box
@@ -53,8 +53,7 @@ def slices(box: Box, axis: int) -> Iterator[tuple[tuple[int, ...], Box]]:
 CHUNK_NBYTES = 256 * MIB  # of the largest chunk that a writer makes
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRun:
+class ByteRun(NamedTuple):
     """A box inside one chunk, and its bytes there: `nbytes // row_nbytes` rows, `row_stride` from one to the next.
 
     `chunk` is the chunk's index on the grid, `box` is in global coordinates, `offset` is the first byte's place in

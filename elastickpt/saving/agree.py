@@ -233,7 +233,7 @@ class _Agreement:
             proposal.table,
             shared,
             plan,
-            documents_of(plan, records_of(arrays, shared)),
+            documents_of(plan, records_of(arrays, shared)) if plan.documents else (),
             looks_of(arrays, shared, rank=self.rank),
             told.compares,
             told.placement,

@@ -133,6 +133,8 @@ def looks_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank
     each speaks for it. Ranks that hold the same box of an array have a look with the same key.
     """
     found: dict[tuple[object, ...], list[int]] = {}
+    if not any(len(fact.peers) > 1 or held.kept == "loose" for held, fact in zip(arrays, shared, strict=True)):
+        return ()
     for number, held, ranks in _ordered(arrays, shared, rank):
         peers = shared[number].peers
         if len(peers) > 1 and (held.sharing == "undeclared" or ranks[0] == rank):

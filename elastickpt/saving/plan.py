@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from elastickpt.format.arrays import Box, Mesh
+from elastickpt.format.arrays import Box
 from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.tables import without
@@ -64,10 +64,13 @@ def _packed_boxes(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, r
     """By number of the array, in their order, the box of it that `rank` stores. [SAVE-33, SAVE-116, SAVE-117]"""
     alike: dict[tuple[int, ...], list[int]] = {}
     for number, (array, fact, group) in enumerate(zip(held, shared, replicas_of(held, shared, rank=rank), strict=True)):
-        if fact.writes and array.box.count:
+        if fact.writes and not array.box.is_empty:
             alike.setdefault(group, []).append(number)
     found: dict[int, Box] = {}
     for group, numbers in alike.items():
+        if len(group) == 1:
+            found.update((number, held[number].box) for number in numbers)
+            continue
         boxes = [_shared_box(held[number], shared[number], len(group)) for number in numbers]
         mine = share_out(boxes, len(group), group.index(rank))
         found.update((number, box) for number, box in zip(numbers, mine, strict=True) if box is not None)
@@ -93,12 +96,12 @@ def records_of(arrays: Sequence[HeldArray], shared: Sequence[SharedArray]) -> tu
 
 def replicas_of(held: Sequence[HeldArray], shared: Sequence[SharedArray], *, rank: int) -> tuple[tuple[int, ...], ...]:
     """For each array the ranks that hold the same box of it as `rank`, itself among them, as it is known on all of them."""
-    groups_by_layout: dict[tuple[Mesh, tuple[str, ...]], tuple[int, ...]] = {}
+    groups_by_layout: dict[tuple[int, tuple[str, ...]], tuple[int, ...]] = {}
     groups = []
     for array, fact in zip(held, shared, strict=True):
         group = fact.group
         if array.mesh is not None:
-            laid = (array.mesh, array.placements)
+            laid = (id(array.mesh), array.placements)  # as a comparison goes through all of its ranks
             if laid not in groups_by_layout:
                 groups_by_layout[laid] = replica_ranks(array.mesh, array.placements, rank)
             group = groups_by_layout[laid]

@@ -219,10 +219,15 @@ PiecePlace = tuple[int, int | None]  # of a piece: its array, and its first byte
 
 def places_of(pack: PlannedPack, held: Sequence[HeldArray]) -> tuple[PiecePlace, ...]:
     """Of all pieces of a pack."""
-    return tuple(
-        (one.array, _offset_of(one.local, held[one.array].box.shape, itemsize=held[one.array].spec.type.itemsize))
-        for one in pack.pieces
-    )
+    known: dict[tuple[int, int, str], int | None] = {}  # by the very boxes, which many arrays have in common
+    found = []
+    for one in pack.pieces:
+        array = held[one.array]
+        alike = id(one.local), id(array.box), array.spec.dtype
+        if alike not in known:
+            known[alike] = _offset_of(one.local, array.box.shape, itemsize=array.spec.type.itemsize)
+        found.append((one.array, known[alike]))
+    return tuple(found)
 
 
 def _offset_of(box: Box, shape: Sequence[int], *, itemsize: int) -> int | None:

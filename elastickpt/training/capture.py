@@ -175,7 +175,7 @@ def own_state(value: PerRank) -> object:
 
 def _require_distinct(arrays: Iterable[HeldArray]) -> None:
     ids = [held.spec.id for held in arrays]
-    if len(set(ids)) < len(ids):
+    if len({(id_.section, id_.item, id_.name, id_.state) for id_ in ids}) < len(ids):
         twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
         raise StructureConflict(
             f"two tensors of `state` have the one name {twice}: keys of a dict must differ as text, which 1 and '1' do not"

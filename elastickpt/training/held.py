@@ -137,6 +137,7 @@ class Seen:
 _LIE = attrgetter("layout", "is_meta", "dtype", "shape")
 _STRIDE, _IS_NEGATIVE, _OFFSET = torch.Tensor.stride, torch.Tensor.is_neg, torch.Tensor.storage_offset
 _NEEDS_GRADIENT = attrgetter("requires_grad")
+_HAS = attrgetter("nbytes")
 _STORAGE, _NBYTES, _ITEMSIZE = torch.Tensor.untyped_storage, torch.UntypedStorage.nbytes, attrgetter("itemsize")
 
 
@@ -169,7 +170,7 @@ class SeenDict:
             (held[0].sharing, held[0].replicas, held[0].kept),
             list(map(_LIE, tensors)),
             list(map(_STRIDE, tensors)),
-            tuple(map(_reach, tensors)),
+            tuple(map(_HAS, tensors) if all(map(torch.Tensor.is_contiguous, tensors)) else map(_reach, tensors)),
         )
 
     def again(self, tensors: Sequence[torch.Tensor], held: tuple[Sharing, tuple[int, ...], Kept]) -> list[HeldArray] | None:

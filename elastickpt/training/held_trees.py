@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy
@@ -198,7 +199,8 @@ def _hold_dict(
     dtypes = [dtype_name(one.dtype) or "" for one in tensors]
     if all(dtypes) and lie_plainly(tensors) and identities.are_new(tensors):
         ids = (ArrayId("extra", item, name, "") for name in names)
-        specs = [ArraySpec(id_, tuple(one.shape), dtype) for id_, one, dtype in zip(ids, tensors, dtypes, strict=True)]
+        shapes = map(tuple, map(attrgetter("shape"), tensors))
+        specs = list(map(ArraySpec, ids, shapes, dtypes))
         held = hold_plain(item, tensors, specs, job=job, identities=identities)
         memo.put_dict(place, SeenDict.of(tree, held, tensors))
         return tree, held

@@ -84,7 +84,7 @@ def kind_of(value: object) -> StateKind:
     """What one entry of `state` is. A value may still turn out to be one that no checkpoint can hold."""
     if is_model(value):
         return "model"
-    each = elements(value).values()
+    each = value.values() if type(value) is dict else elements(value).values()
     if each and all(isinstance(one, Optimizer) for one in each):
         return "optimizer"
     if each and all(isinstance(one, LRScheduler) for one in each):

@@ -4,8 +4,9 @@ training changes, `trainable`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from elastickpt.format.records import Item
 from elastickpt.training.dtensors import Holders, JobView, hold, holders_of
 from elastickpt.training.elements import mark_changed, order_of
 from elastickpt.training.entries import below, covering
-from elastickpt.training.held import HeldArray
+from elastickpt.training.held import HeldArray, outside_autograd
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
 from elastickpt.training.own_state import OwnEntry, OwnSaid, Registered, ask, beyond
 from elastickpt.training.parallel import (
@@ -233,7 +234,15 @@ def hold_plain(
 ) -> list[HeldArray]:
     """The same of plain tensors that were not met before, of these shapes and element types, at the names of their specs."""
     holders = holders_of(job)
-    held = [_plainly(spec, tensor, holders) for spec, tensor in zip(specs, tensors, strict=True)]
+    shapes = [spec.shape for spec in specs]
+    boxes = {shape: Box.whole(shape) for shape in set(shapes)}
+    in_order = all(map(torch.Tensor.is_contiguous, tensors))
+    orders: Iterable[tuple[int, ...]] = repeat(()) if in_order else map(order_of, tensors)
+    sharing, ranks, kept = holders.sharing, holders.ranks, holders.kept
+    held = [
+        HeldArray(spec, boxes[shape], tensor, "other", sharing, replicas=ranks, kept=kept, order=order)
+        for spec, shape, tensor, order in zip(specs, shapes, outside_autograd(tensors), orders, strict=False)
+    ]
     identities.add_all(item, [spec.id.name for spec in specs], tensors, held.__getitem__, holders)
     return held
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from elastickpt.commit.attest import Outline, decode_outline, encode_outline
 from elastickpt.format.arrays import Box
 from elastickpt.format.digest import file_digest
-from elastickpt.format.piece_columns import PieceColumns, columns_of
+from elastickpt.format.piece_columns import PieceColumns
 from elastickpt.format.strict_reading import pack_ints
 from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
@@ -30,8 +31,8 @@ from elastickpt.writer.plans import (
     Slice,
     WritePlan,
     blocks_of,
+    columns_of_plan,
     lay_out,
-    stored_pieces,
 )
 
 _PIECE = 6  # integers of a piece beside those of its axes
@@ -41,8 +42,7 @@ ROWS_APART = 4  # rows further apart than this many of them are written one by o
 FEW = 4  # parts: below this nothing is gained by putting them together
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackPart:
+class PackPart(NamedTuple):
     """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
 
     at: Slice
@@ -103,8 +103,7 @@ class ArenaPlan:
     @cached_property
     def columns(self) -> PieceColumns:
         """Its stored pieces; in place of each checksum its place among those of the plan's blocks, in order."""
-        blocks = sum(blocks_of(piece.run.nbytes) for file in self.plan.files for piece in file.pieces)
-        return columns_of(stored_pieces(self.plan, np.arange(blocks, dtype=np.uint64)))
+        return columns_of_plan(self.plan)
 
     @cached_property
     def encoded(self) -> bytes:
@@ -209,7 +208,8 @@ def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int) -> Iterator[Pa
         step = most if run.in_a_row else max(most // ROWS_APART, BLOCK_NBYTES)
         for start in range(at.start, at.stop, step):
             stop = min(start + step, at.stop)
-            yield PackPart(at, run, start, stop, run.place(start), run.place(stop - 1) + 1, block)
+            bounds = (run.offset + start, run.offset + stop) if run.in_a_row else (run.place(start), run.place(stop - 1) + 1)
+            yield PackPart(at, run, start, stop, *bounds, block)
             block += blocks_of(stop - start)
 
 

@@ -7,8 +7,11 @@ smaller ones are copied into the page cache in any case, and lie close together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +20,15 @@ from elastickpt.errors import LimitExceeded
 from elastickpt.format.arrays import ArraySpec, Box
 from elastickpt.format.documents import array_document, group_document
 from elastickpt.format.keys import chunk_file, document_file, pack_file
+from elastickpt.format.piece_columns import PieceColumns, starts
 from elastickpt.format.records import ArrayRecord, StoredPiece
+from elastickpt.format.strict_reading import IntColumn
 from elastickpt.layout.algebra import relative
 from elastickpt.layout.grid import ByteRun, chunk_nbytes, runs_of
 from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedPiece:
+class PlannedPiece(NamedTuple):
     """One stored piece to be: `array` counts this rank's held arrays, `local` is the box in that local tensor's coordinates."""
 
     array: int
@@ -121,8 +125,7 @@ CACHE_LINE = 64
 MIN_ARENA_NBYTES = MIN_DIRECT_NBYTES + PAGE
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Bytes [start, stop) of one piece, in C order of the piece; `start` is a multiple of the block size.
 
     `file` counts the plan's files, `piece` that file's pieces; `offset` is the place in the arena, 0 where nothing is staged.
@@ -218,3 +221,46 @@ def stored_pieces(plan: WritePlan, checksums: NDArray[np.uint64]) -> tuple[Store
             )
             first = stop
     return tuple(pieces)
+
+
+def columns_of_plan(plan: WritePlan) -> PieceColumns:
+    """Every piece in columns; in place of each checksum its place among those of the plan's blocks, in order."""
+    file = np.repeat(np.arange(len(plan.files)), [len(one.pieces) for one in plan.files])
+    pieces = [piece for one in plan.files for piece in one.pieces]
+    runs, number = [piece.run for piece in pieces], _column(map(attrgetter("array"), pieces))
+    held = sorted(set(number.tolist()), key=plan.keys.__getitem__)
+    place = np.zeros(len(plan.keys), dtype=np.int64)
+    place[held] = np.arange(len(held))
+    order = np.argsort(place[number], kind="stable")
+    ndims = _column(len(run.box.start) for run in runs)
+    start, stop = (_column(chain.from_iterable(map(attrgetter(name), runs))) for name in ("box.start", "box.stop"))
+    nbytes = _column(map(attrgetter("nbytes"), runs))
+    blocks = -(-nbytes // BLOCK_NBYTES)
+    axes, sums = _moved(ndims, order), _moved(blocks, order)
+    array, ndim = place[number][order], np.zeros(len(held), dtype=np.int64)
+    ndim[array] = ndims[order]
+    return PieceColumns(
+        arrays=tuple(map(plan.keys.__getitem__, held)),
+        ndims=ndim,
+        array=array,
+        file=file[order],
+        offset=_column(map(attrgetter("offset"), runs))[order],
+        nbytes=nbytes[order],
+        row_nbytes=_column(map(attrgetter("row_nbytes"), runs))[order],
+        row_stride=_column(map(attrgetter("row_stride"), runs))[order],
+        start=start[axes],
+        shape=(stop - start)[axes],
+        axis_start=starts(ndims[order]),
+        checksums=sums.astype(np.uint64),
+        checksum_start=starts(blocks[order]),
+    )
+
+
+def _column(numbers: Iterable[int]) -> IntColumn:
+    return np.fromiter(numbers, dtype=np.int64)
+
+
+def _moved(counts: IntColumn, order: IntColumn) -> IntColumn:
+    """Where the entries of a flat column stood that has so many each, once what they are of stands in another order."""
+    begin, mine = starts(counts)[:-1][order], counts[order]
+    return np.repeat(begin - starts(mine)[:-1], mine) + np.arange(int(mine.sum()))

@@ -38,7 +38,7 @@ def pack_of(held: list[Held]) -> tuple[PlannedPack, list[Bytes]]:
     offsets, nbytes = place_slots(slot.nbytes for slot in slots)
     runs: list[ByteRun] = []
     for slot, offset in zip(slots, offsets, strict=True):
-        runs += [replace(run, offset=offset + run.offset) for run in slot.runs]
+        runs += [run.moved(offset) for run in slot.runs]
     random = np.random.default_rng(0)
     data = [random.integers(1, 256, run.nbytes, dtype=np.uint8) for run in runs]
     pieces = tuple(PlannedPiece(0, run.box, run) for run in runs)
