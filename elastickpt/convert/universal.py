@@ -115,7 +115,8 @@ class UniversalTarget:
         plan, stored = self._plans[task], self.records[self._ids[task]]
         documents = documents_of(plan, [stored])
         source = _InMemory(plan, stored, words)
-        checksums = write_portion(self._target, plan, documents, whole_pieces(plan.files), source, create=self._renew)
+        slices, create = whole_pieces(plan.files), self._renew
+        checksums = write_portion(self._target, plan, documents, slices, source, block_nbytes=BLOCK_NBYTES, create=create)
         left = checksums.astype(_CHECKSUM).tobytes()
         self.adopt(task, left)
         return left

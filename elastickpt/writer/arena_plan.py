@@ -30,6 +30,7 @@ from elastickpt.writer.plans import (
     Portion,
     Slice,
     WritePlan,
+    block_for,
     blocks_of,
     columns_of_plan,
     lay_out,
@@ -43,7 +44,7 @@ FEW = 4  # parts: below this nothing is gained by putting them together
 
 
 class PackPart(NamedTuple):
-    """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack; `block` is the first of all blocks."""
+    """Bytes [start, stop) of the piece of a slice, at [begin, end) of the pack: `blocks` of all blocks, from `block` on."""
 
     at: Slice
     run: ByteRun
@@ -52,12 +53,13 @@ class PackPart(NamedTuple):
     begin: int
     end: int
     block: int
+    blocks: int
 
     @property
     def is_small(self) -> bool:
         """Whether it is a whole slice of one block, in a row."""
         whole = (self.start, self.stop) == (self.at.start, self.at.stop)
-        return whole and self.end - self.begin <= BLOCK_NBYTES and self.run.in_a_row
+        return whole and self.blocks == 1 and self.run.in_a_row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +91,7 @@ class PackSpan:
     @property
     def blocks(self) -> int:
         """Checksum blocks of the parts."""
-        return self.parts[-1].block + blocks_of(self.parts[-1].stop - self.parts[-1].start) - self.parts[0].block
+        return self.parts[-1].block + self.parts[-1].blocks - self.parts[0].block
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,11 @@ class ArenaPlan:
     plan: WritePlan
     documents: tuple[Document, ...]
     portions: tuple[Portion, ...]
+
+    @cached_property
+    def block_nbytes(self) -> int:
+        """The size of its checksum blocks."""
+        return block_for(self.plan.nbytes)
 
     @cached_property
     def columns(self) -> PieceColumns:
@@ -124,7 +131,7 @@ class ArenaPlan:
         """What of the pack a portion writes at once, each time at most so many bytes; found out once. () without a pack."""
         if (number, most) not in self._spans:
             pack, slices = self.plan.pack, self.portions[number].slices
-            self._spans[number, most] = () if pack is None else spans_of(pack, slices, most)
+            self._spans[number, most] = () if pack is None else spans_of(pack, slices, most, self.block_nbytes)
         return self._spans[number, most]
 
     @cached_property
@@ -192,25 +199,28 @@ class _Plan(Message, frozen=True):
 
 def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> ArenaPlan:
     """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
-    return ArenaPlan(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes))
+    return ArenaPlan(
+        plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes, block_nbytes=block_for(plan.nbytes))
+    )
 
 
-def spans_of(pack: PlannedFile, slices: Sequence[Slice], most: int) -> tuple[PackSpan, ...]:
+def spans_of(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: int = BLOCK_NBYTES) -> tuple[PackSpan, ...]:
     """These slices of a pack in spans of at most so many bytes, gaps included: those that follow each other with less than a
     page between are one."""
-    return tuple(map(PackSpan.of, _close_together(_parts(pack, slices, most), most)))
+    return tuple(map(PackSpan.of, _close_together(_parts(pack, slices, most, block_nbytes), most)))
 
 
-def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int) -> Iterator[PackPart]:
+def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: int) -> Iterator[PackPart]:
     block = 0
     for at in slices:
         run = pack.pieces[at.piece].run
-        step = most if run.in_a_row else max(most // ROWS_APART, BLOCK_NBYTES)
+        step = most if run.in_a_row else max(most // ROWS_APART, block_nbytes)
         for start in range(at.start, at.stop, step):
             stop = min(start + step, at.stop)
             bounds = (run.offset + start, run.offset + stop) if run.in_a_row else (run.place(start), run.place(stop - 1) + 1)
-            yield PackPart(at, run, start, stop, *bounds, block)
-            block += blocks_of(stop - start)
+            blocks = blocks_of(stop - start, block_nbytes)
+            yield PackPart(at, run, start, stop, *bounds, block, blocks)
+            block += blocks
 
 
 def _close_together(parts: Iterator[PackPart], most: int) -> Iterator[tuple[PackPart, ...]]:

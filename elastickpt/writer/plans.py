@@ -120,6 +120,8 @@ def files_of(
 
 
 BLOCK_NBYTES = 64 << 10  # so that who needs a half of a small piece reads little more; as fast to hash as larger ones
+MOST_BLOCKS = 1 << 16  # of this size: half a megabyte of checksums
+LARGE_BLOCK_NBYTES = 256 << 10  # of whoever writes more: all maps go through the hands of who commits
 PAGE = 4096
 CACHE_LINE = 64
 MIN_ARENA_NBYTES = MIN_DIRECT_NBYTES + PAGE
@@ -151,7 +153,9 @@ def whole_pieces(files: Sequence[PlannedFile]) -> tuple[Slice, ...]:
     return tuple(Slice(f, p, 0, piece.run.nbytes) for f, file in enumerate(files) for p, piece in enumerate(file.pieces))
 
 
-def lay_out(files: Sequence[PlannedFile], *, arena_nbytes: int | None = None) -> tuple[Portion, ...]:
+def lay_out(
+    files: Sequence[PlannedFile], *, arena_nbytes: int | None = None, block_nbytes: int = BLOCK_NBYTES
+) -> tuple[Portion, ...]:
     """The portions in which the files' bytes go through an arena, at least one; as few as fit, None: one, however large.
 
     A piece is split between portions only where it exceeds what is left of the arena, at a multiple of the block size. The
@@ -168,7 +172,7 @@ def lay_out(files: Sequence[PlannedFile], *, arena_nbytes: int | None = None) ->
             offset = place_of(piece, start, after=used)
             stop = piece.run.nbytes
             if arena_nbytes is not None and offset + stop - start > arena_nbytes:
-                room = max(arena_nbytes - offset, 0) // BLOCK_NBYTES * BLOCK_NBYTES
+                room = max(arena_nbytes - offset, 0) // block_nbytes * block_nbytes
                 if room < MIN_DIRECT_NBYTES and slices:  # no splinters: the rest of this arena stays empty
                     portions.append(Portion(tuple(slices), used))
                     slices, used = [], 0
@@ -193,9 +197,14 @@ def _pieces(files: Sequence[PlannedFile]) -> Iterator[tuple[int, int, PlannedPie
             yield f, p, piece
 
 
-def blocks_of(nbytes: int) -> int:
+def block_for(nbytes: int) -> int:
+    """The size of checksum blocks of who writes so many bytes."""
+    return BLOCK_NBYTES if nbytes <= MOST_BLOCKS * BLOCK_NBYTES else LARGE_BLOCK_NBYTES
+
+
+def blocks_of(nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> int:
     """Number of checksum blocks of so many bytes of one piece."""
-    return -(-nbytes // BLOCK_NBYTES)
+    return -(-nbytes // block_nbytes)
 
 
 def stored_pieces(plan: WritePlan, checksums: NDArray[np.uint64]) -> tuple[StoredPiece, ...]:
@@ -235,7 +244,7 @@ def columns_of_plan(plan: WritePlan) -> PieceColumns:
     ndims = _column(len(run.box.start) for run in runs)
     start, stop = (_column(chain.from_iterable(map(attrgetter(name), runs))) for name in ("box.start", "box.stop"))
     nbytes = _column(map(attrgetter("nbytes"), runs))
-    blocks = -(-nbytes // BLOCK_NBYTES)
+    blocks = -(-nbytes // block_for(int(nbytes.sum())))
     axes, sums = _moved(ndims, order), _moved(blocks, order)
     array, ndim = place[number][order], np.zeros(len(held), dtype=np.int64)
     ndim[array] = ndims[order]

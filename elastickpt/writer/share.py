@@ -21,7 +21,7 @@ from elastickpt.format.typed_values import TypedValue
 from elastickpt.format.values import Value
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena_plan import ArenaPlan, WriterStructure
-from elastickpt.writer.plans import BLOCK_NBYTES, WritePlan
+from elastickpt.writer.plans import WritePlan
 from elastickpt.writer.write_files import (
     Checksums,
     Source,
@@ -101,7 +101,7 @@ def write_share(
     Raises StorageFailed kinds, and whatever source and `watch` raise.
     """
     attempt, prepared = share.attempt, share.prepared
-    plan, now = share.plan, prepared.portions[number]
+    plan, now, block = share.plan, prepared.portions[number], prepared.block_nbytes
     sync = sync_for(store, len(plan.files) + len(plan.documents), durability=attempt.durability)
     target = WrittenFolder(store, attempt.draft.folder, sync, watch)
     create = completing(store) if repeated else store.create
@@ -112,9 +112,11 @@ def write_share(
             f"{sum(file.nbytes for file in plan.files)} bytes, for all that this rank saves, found a smaller one"
         )
     if plan.pack is not None:
-        checksums = write_pack(target, plan.pack, prepared.spans(number, span_nbytes(store)), source)
+        spans = prepared.spans(number, span_nbytes(store))
+        checksums = write_pack(target, plan.pack, spans, source, block_nbytes=block)
     else:
-        checksums = write_portion(target, plan, prepared.documents if last else (), now.slices, source, create=create)
+        documents = prepared.documents if last else ()
+        checksums = write_portion(target, plan, documents, now.slices, source, block_nbytes=block, create=create)
     nbytes = sum(at.stop - at.start for at in now.slices)
     if not last:
         if sync == "tree":
@@ -145,5 +147,5 @@ def fragments_of(share: Share, checksums: Checksums) -> FragmentColumns:
     columns = share.prepared.columns
     pieces = replace(columns, checksums=checksums[columns.checksums])
     return FragmentColumns(
-        share.member, share.attempt.id, BLOCK_NBYTES, files, pieces, share.tables, dict(share.values) or None
+        share.member, share.attempt.id, share.prepared.block_nbytes, files, pieces, share.tables, dict(share.values) or None
     )

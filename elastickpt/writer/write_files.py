@@ -79,6 +79,7 @@ def write_portion(
     slices: Sequence[Slice],
     source: Source,
     *,
+    block_nbytes: int,
     create: Callable[[str, bytes], None],
 ) -> Checksums:
     """Writes the slices and makes the documents, by `create`, with all folders; returns the checksums of the slices' blocks, in
@@ -92,7 +93,7 @@ def write_portion(
 
     if sum(at.stop - at.start for at in slices) < SIDE_BY_SIDE_NBYTES:
         make_rest()
-        return write_slices(target, plan.files, slices, source)
+        return write_slices(target, plan.files, slices, source, block_nbytes=block_nbytes)
 
     def make_rest_beside() -> None:
         make_rest()
@@ -101,7 +102,7 @@ def write_portion(
 
     with Pool("elastickpt-documents", 1) as side:
         made = side.begin(make_rest_beside)
-        checksums = write_slices(target, plan.files, slices, source)
+        checksums = write_slices(target, plan.files, slices, source, block_nbytes=block_nbytes)
         made.result()
     return checksums
 
@@ -181,24 +182,31 @@ class _Open:
                 self._writer.close()
 
 
-def write_slices(target: WrittenFolder, files: Sequence[PlannedFile], slices: Sequence[Slice], source: Source) -> Checksums:
+def write_slices(
+    target: WrittenFolder,
+    files: Sequence[PlannedFile],
+    slices: Sequence[Slice],
+    source: Source,
+    *,
+    block_nbytes: int = BLOCK_NBYTES,
+) -> Checksums:
     """Writes the slices; returns the checksums of their blocks, in order. Blocking.
 
     With `target.sync` "file" every file is durable on return, through the descriptor that wrote it. Raises StorageFailed kinds;
     files may then hold anything, and nothing that failed to sync is synced again.
     """
-    units = list(_units(slices))
+    units = list(_units(slices, block_nbytes))
     opened: dict[int, _Open] = {}
     for unit in units:
         if (number := unit.at.file) not in opened:
             opened[number] = _Open(_opener(target, files[number]), sync=target.sync == "file")
         opened[number].left += 1
-    checksums = np.empty(sum(blocks_of(at.stop - at.start) for at in slices), dtype=np.uint64)
+    checksums = np.empty(sum(blocks_of(at.stop - at.start, block_nbytes) for at in slices), dtype=np.uint64)
 
     def carry_out(unit: _Unit) -> None:
         writer = opened[unit.at.file].writer()
         data = source.take(unit.at, unit.start, unit.stop)
-        found = whole_checksums(data.data, BLOCK_NBYTES)
+        found = whole_checksums(data.data, block_nbytes)
         checksums[unit.block : unit.block + len(found)] = found
         _write_unit(writer, files[unit.at.file].pieces[unit.at.piece], unit, data)
         opened[unit.at.file].done()
@@ -227,13 +235,13 @@ def _opener(target: WrittenFolder, file: PlannedFile) -> Callable[[], RangeWrite
     return open_file
 
 
-def _units(slices: Sequence[Slice]) -> Iterator[_Unit]:
+def _units(slices: Sequence[Slice], block_nbytes: int) -> Iterator[_Unit]:
     block = 0
     for at in slices:
         for start in range(at.start, at.stop, UNIT_NBYTES):
             stop = min(start + UNIT_NBYTES, at.stop)
             yield _Unit(at, start, stop, block)
-            block += blocks_of(stop - start)
+            block += blocks_of(stop - start, block_nbytes)
 
 
 def _threads_for(target: WrittenFolder, slices: Sequence[Slice]) -> int:

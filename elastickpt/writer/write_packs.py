@@ -35,7 +35,9 @@ def span_nbytes(store: Store) -> int:
     return SPAN_NBYTES if store.capabilities.past_cache else SPAN_IN_MEMORY_NBYTES
 
 
-def write_pack(target: WrittenFolder, pack: PlannedFile, spans: Sequence[PackSpan], source: Source) -> Checksums:
+def write_pack(
+    target: WrittenFolder, pack: PlannedFile, spans: Sequence[PackSpan], source: Source, *, block_nbytes: int = BLOCK_NBYTES
+) -> Checksums:
     """Writes spans of one pack, in their order; returns the checksums of their blocks, in order. Blocking.
 
     With `target.sync` "file" they are durable on return, through the descriptor that wrote them. Raises StorageFailed kinds;
@@ -44,7 +46,7 @@ def write_pack(target: WrittenFolder, pack: PlannedFile, spans: Sequence[PackSpa
     able = target.store.capabilities
     checksums = np.empty(sum(span.blocks for span in spans), dtype=np.uint64)
     writer = _open(target, pack)
-    work = _Work(target, writer, source, checksums)
+    work = _Work(target, writer, source, checksums, block_nbytes)
     try:
         with Pool("elastickpt-write", 1 if able.sequential_only or not able.past_cache else THREADS) as pool:
             pool.share_out(spans, work.carry_out)
@@ -71,7 +73,10 @@ def _open(target: WrittenFolder, pack: PlannedFile) -> RangeWriter:
 class _Work:
     """One call of `write_pack` under way: threads take spans, in order."""
 
-    def __init__(self, target: WrittenFolder, writer: RangeWriter, source: Source, checksums: Checksums) -> None:
+    def __init__(
+        self, target: WrittenFolder, writer: RangeWriter, source: Source, checksums: Checksums, block_nbytes: int
+    ) -> None:
+        self._block_nbytes = block_nbytes
         self._target, self._writer, self._source, self._checksums = target, writer, source, checksums
         self._past_cache = target.store.capabilities.past_cache
         self._of_thread = threading.local()
@@ -109,7 +114,7 @@ class _Work:
     def _take(self, part: PackPart) -> Bytes:
         """The part's bytes, which are hashed."""
         data = self._source.take(part.at, part.start, part.stop)
-        found = whole_checksums(data.data, BLOCK_NBYTES)
+        found = whole_checksums(data.data, self._block_nbytes)
         self._checksums[part.block : part.block + len(found)] = found
         return data
 

@@ -24,6 +24,7 @@ from elastickpt.loading.fetch import _Fetching
 from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
+from elastickpt.writer import plans
 
 BLOCK = 64 << 10  # the smallest that the format allows, so that small pieces have several
 Sort = Literal["manifest", "index", "fragment map", "document", "references", "chunk"]
@@ -143,8 +144,7 @@ def saved(request: pytest.FixtureRequest) -> Iterator[Saved]:
         patch.setattr(packs, "WHOLE_NBYTES", 8)
         patch.setattr(grid, "CHUNK_NBYTES", 160_000)
         patch.setattr(packs, "CHUNK_NBYTES", 160_000)
-        for module in ("plans", "write_files", "write_packs", "arena_plan", "share"):
-            patch.setattr(f"elastickpt.writer.{module}.BLOCK_NBYTES", BLOCK)
+        patch.setattr(plans, "BLOCK_NBYTES", BLOCK)
         yield Saved(MemoryStore(name), request.param)
     MemoryStore("").remove_tree(name)
 

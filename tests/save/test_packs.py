@@ -16,12 +16,14 @@ from torch import nn
 import elastickpt as ek
 from elastickpt import errors
 from elastickpt.commit import attempt
+from elastickpt.format.encode_fragments import decode_columns
 from elastickpt.loading import verify_files
 from elastickpt.saving import request
 from elastickpt.saving.async_save import close_all
 from elastickpt.storage.kernel import ONE_SIDED
 from elastickpt.storage.local import LocalStore
 from elastickpt.testing.faults import RecordingStore
+from elastickpt.writer import plans
 from tools import mini_reader
 
 LIMIT_S = 60.0
@@ -272,3 +274,24 @@ def test_a_full_device_in_the_middle_of_a_pack(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
     ek.save(state(), tmp_path / "c", placement="packed")
     assert ek.open(tmp_path / "c").verify().problems == ()
+
+
+@pytest.mark.parametrize("placement", ["plain", "packed"])
+def test_who_writes_much_has_larger_blocks(tmp_path: Path, placement: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All maps go through the hands of who commits; a reader takes either. [FRAG-32]"""
+    small, large = state(), {"one": torch.arange(300_000), **state(2.0)}
+    monkeypatch.setattr(plans, "MOST_BLOCKS", 64)  # the larger state has more
+    for name, saved, expected in (("small", small, plans.BLOCK_NBYTES), ("large", large, plans.LARGE_BLOCK_NBYTES)):
+        path = tmp_path / name
+        ek.save(saved, path, placement=placement)
+        (stored,) = (path / "fragments").iterdir()
+        assert decode_columns(stored.read_bytes(), path=str(stored)).block_nbytes == expected
+        assert ek.open(path).verify().problems == ()
+        assert contents(path)
+    model = small["model"]
+    wanted = {name: one.clone() for name, one in model.state_dict().items()}
+    ek.load({"model": model}, tmp_path / "large", strict="missing")
+    assert any(not torch.equal(one, wanted[name]) for name, one in model.state_dict().items())
+    large["one"].zero_()
+    ek.load({"one": large["one"]}, tmp_path / "large", strict="missing")
+    assert torch.equal(large["one"], torch.arange(300_000))
