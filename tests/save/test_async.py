@@ -440,9 +440,9 @@ def test_a_storage_that_hangs_within_a_round_keeps_training_no_longer_either(
     ek.async_save(live, tmp_path / "known", options=options).result(LIMIT_S)
     let, real = threading.Event(), write_files.write_slices
 
-    def hanging(*args: Any) -> Any:
+    def hanging(*args: Any, **options: Any) -> Any:
         let.wait(LIMIT_S)
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(write_files, "write_slices", hanging)
     handle = ek.async_save(live, tmp_path / "c", options=options)

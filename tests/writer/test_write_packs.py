@@ -135,9 +135,9 @@ def test_a_later_save_of_a_structure_finds_what_it_writes_at_once(tmp_path: Path
     laid: list[str] = []
     lay = arena_plan.spans_of
 
-    def counting(pack: PlannedFile, slices: Sequence[Slice], most: int) -> tuple[PackSpan, ...]:
+    def counting(pack: PlannedFile, slices: Sequence[Slice], *sizes: int) -> tuple[PackSpan, ...]:
         laid.append(pack.path)
-        return lay(pack, slices, most)
+        return lay(pack, slices, *sizes)
 
     monkeypatch.setattr(arena_plan, "spans_of", counting)
     for number in range(2):
