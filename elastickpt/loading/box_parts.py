@@ -87,10 +87,12 @@ class BoxParts:
         ndims = np.diff(known.axis_start)
         held = Boxes.of_axes(known.start, known.shape, ndims, pieces, known.axis_start[:-1], self._boxes.shape.shape[1])
         low, high = np.maximum(held.start, boxes.start), np.minimum(held.stop, boxes.stop)
-        meets = (high > low).all(axis=1)
-        of, pieces, low, high = of[meets], pieces[meets], low[meets], high[meets]
-        laid = _Laid.of(held.take(np.flatnonzero(meets)), boxes.take(np.flatnonzero(meets)), low, high, known.nbytes[pieces])
+        meets = np.flatnonzero((high > low).all(axis=1))
+        if len(meets) < len(of):
+            of, pieces, low, high = of[meets], pieces[meets], low[meets], high[meets]
+            held, boxes = held.take(meets), boxes.take(meets)
         row, nbytes, block = known.row_nbytes[pieces], known.nbytes[pieces], columns.block_nbytes
+        laid = _Laid.of(held, boxes, low, high, nbytes)
         odd = ~laid.even | ((row != nbytes) & (row != known.row_stride[pieces]))
         odd |= (laid.row > 0) & (laid.row - laid.width >= block)  # blocks of which nothing is wanted, which are not to be read
         self.odd[of[odd]] = True
@@ -132,6 +134,12 @@ class _Laid:
         axes, entry = np.arange(held.shape.shape[1]), np.arange(len(held))
         whole = (held.start == boxes.start) & (held.shape == boxes.shape)
         cut = np.where(whole, 0, axes).max(axis=1)  # the last axis that is cut, or the first
+        if not cut.any():  # whole rows, the usual case
+            each, none = nbytes // held.shape[:, 0], np.zeros(len(held), dtype=np.int64)
+            first, at, last = (
+                (one - two)[:, 0] * each for one, two in ((low, held.start), (low, boxes.start), (high, held.start))
+            )
+            return cls(first, last, at, none, none, none, none == 0)
         between = (axes > 0) & (axes < cut[:, None])
         even: Flags = (whole | ~between).all(axis=1)
         element = nbytes // held.count
@@ -153,8 +161,7 @@ class _Laid:
 def _overlap(boxes: Boxes, of: IntColumn, low: Axes, high: Axes) -> Flags:
     """Of which boxes two parts may have an element in common. Parts along one axis alone are looked at in order."""
     cut = (low != boxes.start[of]) | (high != boxes.stop[of])
-    every = np.zeros(boxes.shape.shape, dtype=np.bool_)
-    np.logical_or.at(every, of, cut)
+    every = np.stack([np.bincount(of[one], minlength=len(boxes)) for one in cut.T], axis=1) > 0
     axis = np.argmax(every, axis=1)[of]
     order = np.lexsort((low[np.arange(len(of)), axis], of))
     mine, along = of[order], axis[order]
