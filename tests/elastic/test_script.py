@@ -427,6 +427,12 @@ def test_the_first_report_of_who_takes_a_place_is_the_next_step(meeting: int, th
     assert job.reported == {0: list(range(first, 5)), 1: [1, 2, 3, 4], 2: [1, 2, 3, 4]}
 
 
+def test_steps_on_the_way_back_are_not_reported() -> None:
+    """All are rolled back as they evaluate behind the first loop, which is over. [REC-61]"""
+    job = carried_out(two_loops, Kill(4, 0, back=1))
+    assert job.reported == {0: [3, 4], 1: [1, 2, 3, 4], 2: [1, 2, 3, 4]}
+
+
 THROUGH = (frozenset[int](), frozenset({1}), frozenset({0, 1, 2}))
 
 
