@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import attrgetter, ge, mul
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ import torch
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh, Section
+from elastickpt.format.many import many
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.values import Value
 
@@ -192,12 +194,33 @@ class SeenDict:
             reach = list(self.reach)
         if not all(map(ge, room, reach)):
             return None
-        sharing, replicas, kept = held
-        columns = zip(self.specs, self.boxes, outside_autograd(tensors), self.orders, strict=True)
-        return [
-            HeldArray(spec, box, tensor, "other", sharing, replicas=replicas, kept=kept, order=order)
-            for spec, box, tensor, order in columns
-        ]
+        return held_alike(self.specs, self.boxes, tensors, held, self.orders)
+
+
+def held_alike(
+    specs: Sequence[ArraySpec],
+    boxes: Iterable[Box],
+    tensors: Sequence[torch.Tensor],
+    held: tuple[Sharing, tuple[int, ...], Kept],
+    orders: Iterable[tuple[int, ...]],
+) -> list[HeldArray]:
+    """Plain tensors, each of the shape of its box, which are no parameters and are held by the same ranks."""
+    sharing, replicas, kept = held
+    return many(
+        HeldArray,
+        len(specs),
+        spec=specs,
+        box=boxes,
+        tensor=outside_autograd(tensors),
+        role=repeat("other"),
+        sharing=repeat(sharing),
+        mesh=repeat(None),
+        placements=repeat(()),
+        replicas=repeat(replicas),
+        attributes=repeat(()),
+        kept=repeat(kept),
+        order=orders,
+    )
 
 
 def outside_autograd(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -22,6 +23,7 @@ import torch
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES, ArrayId, ArraySpec
+from elastickpt.format.many import many
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.format.version import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.training.composites import is_composite
@@ -195,17 +197,25 @@ def _hold_dict(
             memo.put_dict(place, seen)
             return seen.tree, held
     names = [f"{below}/{name}" if below else name for name in tokens(tuple(value))]
-    tree: dict[str, Value] = {key: ArrayReference(item, name) for key, name in zip(value, names, strict=True)}
+    references = many(ArrayReference, len(names), item=repeat(item), name=names, origin=repeat("torch"))
+    tree: dict[str, Value] = dict(zip(value, references, strict=True))
     dtypes = [dtype_name(one.dtype) or "" for one in tensors]
     if all(dtypes) and lie_plainly(tensors) and identities.are_new(tensors):
-        ids = (ArrayId("extra", item, name, "") for name in names)
-        shapes = map(tuple, map(attrgetter("shape"), tensors))
-        specs = list(map(ArraySpec, ids, shapes, dtypes))
+        shapes = list(map(tuple, map(attrgetter("shape"), tensors)))
+        specs = _specs_of(item, names, shapes, dtypes)
         held = hold_plain(item, tensors, specs, job=job, identities=identities)
         memo.put_dict(place, SeenDict.of(tree, held, tensors))
         return tree, held
     arrays = [hold_tensor(item, name, one, job=job, identities=identities) for name, one in zip(names, tensors, strict=True)]
     return tree, [one for held in arrays for one in held]
+
+
+def _specs_of(item: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[ArraySpec]:
+    """Those of arrays of an item; each sort of them is looked at. Raises LimitExceeded."""
+    ids = many(ArrayId, len(names), section=repeat("extra"), item=repeat(item), name=names, state=repeat(""))
+    for (shape, dtype), id_ in dict(zip(zip(shapes, dtypes, strict=True), ids, strict=True)).items():
+        ArraySpec(id_, shape, dtype)
+    return many(ArraySpec, len(names), id=ids, shape=shapes, dtype=dtypes)
 
 
 MAX_NAMED = 20  # of the values that one error names

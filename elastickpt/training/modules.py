@@ -17,7 +17,7 @@ from elastickpt.format.records import Item
 from elastickpt.training.dtensors import Holders, JobView, hold, holders_of
 from elastickpt.training.elements import mark_changed, order_of
 from elastickpt.training.entries import below, covering
-from elastickpt.training.held import HeldArray, outside_autograd
+from elastickpt.training.held import HeldArray, held_alike
 from elastickpt.training.naming import NamedModule, NamedTensor, unwrapped, walk
 from elastickpt.training.own_state import OwnEntry, OwnSaid, Registered, ask, beyond
 from elastickpt.training.parallel import (
@@ -238,11 +238,8 @@ def hold_plain(
     boxes = {shape: Box.whole(shape) for shape in set(shapes)}
     in_order = all(map(torch.Tensor.is_contiguous, tensors))
     orders: Iterable[tuple[int, ...]] = repeat(()) if in_order else map(order_of, tensors)
-    sharing, ranks, kept = holders.sharing, holders.ranks, holders.kept
-    held = [
-        HeldArray(spec, boxes[shape], tensor, "other", sharing, replicas=ranks, kept=kept, order=order)
-        for spec, shape, tensor, order in zip(specs, shapes, outside_autograd(tensors), orders, strict=False)
-    ]
+    alike = (holders.sharing, holders.ranks, holders.kept)
+    held = held_alike(specs, map(boxes.__getitem__, shapes), tensors, alike, orders)
     identities.add_all(item, [spec.id.name for spec in specs], tensors, held.__getitem__, holders)
     return held
 

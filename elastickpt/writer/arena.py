@@ -154,9 +154,13 @@ class ArenaSource(Source):
         first, end = at.offset + start - at.start, at.offset + stop - at.start
         if self._filled < end and self._arena.filled < end:
             self._give_way()
-            with self._looking:
-                self._wait(end)
+            self.wait_for(end)
         return self._arena.memory[first:end]
+
+    def wait_for(self, end: int) -> None:
+        """Until all before `end` is in place. Blocking likewise."""
+        with self._looking:
+            self._wait(end)
 
     def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
         """The same of many, at once where they lie in the arena as they are to lie. Blocking likewise."""

@@ -12,7 +12,7 @@ from elastickpt.commit.links import Seat, say_farewell
 from elastickpt.commit.outcome import AttemptStanding, Patience, look
 from elastickpt.errors import CheckpointError, RankFailure, WriterLost
 from elastickpt.ranks.team import failure_of
-from elastickpt.storage.store import Store
+from elastickpt.storage.store import Store, is_in_memory
 from elastickpt.writer.arena import Arena, ArenaSource
 from elastickpt.writer.arena_plan import WriterStructure
 from elastickpt.writer.messages import Enroll, PortionDone, Say, Write
@@ -152,5 +152,7 @@ def perform(store: Store, job: Write, structure: WriterStructure, arena: Arena, 
     """The job's portion is written from the arena. Blocking. Raises what `write_share` raises."""
     share = share_of(job.attempt, job.member, structure, job.beside)
     source = ArenaSource(arena, watch)
+    if is_in_memory(store):  # no device works meanwhile: a second copy would only take the processor from the trainer's
+        source.wait_for(structure.prepared.portions[job.portion].nbytes)
     written = write_share(store, share, job.portion, source, earlier=job.earlier, repeated=job.repeated, watch=watch)
     return done_of(job.job, written)

@@ -20,6 +20,8 @@ from elastickpt.saving.staging import Stager
 from elastickpt.storage.store import Store
 from elastickpt.testing.faults import ALL, CHANGING, Crash, CrashAt, FailAt, FaultyStore, Lasting, Mode, RecordingStore
 from elastickpt.writer.arena import ArenaSource
+from elastickpt.writer.attempt_worker import perform
+from elastickpt.writer.messages import Write
 from elastickpt.writer.share import Written, write_share
 from elastickpt.writer.write_files import unwatched
 
@@ -181,3 +183,27 @@ def test_an_attested_round_can_be_repeated_and_says_the_same(memory_path: Path) 
     job.stage(0)
     first = job.perform(job.store, 0, repeated=False)
     assert job.perform(job.store, 0, repeated=True) == first
+
+
+class InMemory(RecordingStore):
+    """A store that says of itself that its files lie in memory."""
+
+    in_memory = True
+
+
+@pytest.mark.parametrize("kind", [RecordingStore, InMemory])
+def test_only_into_memory_nothing_is_written_before_all_is_staged(kind: type[RecordingStore], memory_path: Path) -> None:
+    """A device works while the trainer copies; a second copy would only take the processor from the trainer's."""
+    job = Job(memory_path)
+    store, share = kind(job.store), job.rank.share(job.draft, job.store, "power")
+    write = Write(0, share.attempt, "", 0, job.arena.number, 0, share.beside, b"", repeated=False)
+    changed: list[int] = []
+
+    def watch(nbytes: int) -> None:
+        if not job.arena.filled:
+            changed.append(sum(one.name in CHANGING for one in store.operations))
+            job.stage(0)
+
+    done = perform(store, write, share.structure, job.arena, watch=watch)
+    assert [count > 0 for count in changed] == [kind is RecordingStore]
+    assert done.file is not None
