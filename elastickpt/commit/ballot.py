@@ -5,8 +5,9 @@
     attests, or fails, says so          -- vote -->        its tally says what is next: finish, abort, look
     hears the verdict                   <- verdict --      to all that spoke of the attempt, and to all that ask later
 
-1. The committer is the first candidate that a member reaches. One that cannot be reached for `succession_s`, or that is silent
-   for `silence_s`, is passed over for the next; after the last a member gives the attempt up by itself (`outcome.give_up`).
+1. The committer is the first candidate that a member reaches. One that is gone, that cannot be reached for `succession_s`, or
+   that is silent for `silence_s`, is passed over for the next; after the last a member gives the attempt up by itself
+   (`outcome.give_up`).
 2. A candidate acts only while it is its own committer. As a member it passes on the verdicts that it hears.
 3. Attempts are decided one after the other, in the order in which this member enrolled them.
 4. Two committers at once are no harm: the attempt's register, or the name of its path, decides (`outcome.py`).
@@ -52,6 +53,7 @@ class _Open:
     attempt: Attempt
     contents: ReadContents
     said: WriterSaid = None
+    given_up: bool = False  # by this member itself, which then hears what became of it
 
 
 class CommitBallot:
@@ -201,7 +203,8 @@ class CommitBallot:
                     self._speak(entry)
             case LinkChange.ENDED:
                 report = (RankFailure(self._seat.ranks[0], RankLost.kind, "no writer that could commit was reached"),)
-                for entry in list(self._open.values()):
+                for entry in (one for one in self._open.values() if not one.given_up):
+                    entry.given_up = True
                     self._commit_thread.give_up(entry.attempt, report)
             case _:
                 pass

@@ -28,8 +28,8 @@ CANDIDATES = 3  # members 0, 1, ... that may commit an attempt, in this order
 @dataclass(frozen=True, slots=True)
 class CommitLimits:
     """Seconds. A candidate that cannot be reached for `succession_s`, or that is connected and says nothing for `silence_s`, is
-    passed over for the next one; a member that no committer has heard of for `missing_s` is lost. A commit waits at most
-    `adopt_s` for a newer claim of the run to adopt it."""
+    passed over for the next one, and one that is gone at once; a member that no committer has heard of for `missing_s` is lost.
+    A commit waits at most `adopt_s` for a newer claim of the run to adopt it."""
 
     succession_s: float = 10.0
     silence_s: float = 30.0
@@ -77,8 +77,8 @@ class LinkChange(Enum):
 
 
 def say_farewell(seat: Seat) -> None:
-    """Tells all candidates that this member's trainer is gone and its writer has nothing left: nothing comes of it any more.
-    Blocking, for moments; whom it does not reach waits for the limit."""
+    """Tells all candidates that this member's trainer is gone, or its team is, and its writer has nothing left: nothing comes
+    of it any more. Blocking, for moments; whom it does not reach waits for the limit."""
     for member, address in enumerate(seat.candidates):
         if member != seat.member:
             with suppress(OSError, PeerGone, PeerSilent):
@@ -123,7 +123,14 @@ class CommitterLink:
             self._unreached_since = now
         if now - self._dialled_at >= REDIAL_S:
             self._dialled_at = now
-            if self._dial():
+            try:
+                self._dial()
+            except ConnectionRefusedError:  # its trainer and its writer both keep what listens there, as long as they live
+                log.warning("the committer, rank %d, is gone", rank)
+                return self._pass_over()
+            except (OSError, PeerGone, PeerSilent):
+                pass
+            else:
                 self._unreached_since = None
                 return LinkChange.ARRIVED
         if now - self._unreached_since >= self._seat.limits.succession_s:
@@ -182,19 +189,16 @@ class CommitterLink:
             return LinkChange.ENDED
         return LinkChange.ARRIVED if self.ends_here else LinkChange.STAYED
 
-    def _dial(self) -> bool:
-        try:
-            link = Connection(dial(self._seat.candidates[self._at], timeout_s=DIAL_S))
-        except OSError:
-            return False
+    def _dial(self) -> None:
+        """Raises OSError, PeerGone and PeerSilent where nobody is reached: ConnectionRefusedError where nobody listens."""
+        link = Connection(dial(self._seat.candidates[self._at], timeout_s=DIAL_S))
         try:
             link.send(Frame(FrameKind.HELLO, 0, hello(self._seat)), silence_s=DIAL_S)
-        except Exception:  # as good as not reached
+        except BaseException:
             link.close()
-            return False
+            raise
         self._link = link
         self._sockets.register(link, self)
-        return True
 
     def _unlink(self) -> None:
         if self._link is not None:

@@ -159,6 +159,10 @@ class Star(ABC):
             raise fault("hosts were asked for before the members of a team had met")
         return tuple(self._processes[member].host for member in range(len(self._ranks)))
 
+    @property
+    def broken(self) -> bool:
+        return bool(self._losses())
+
     def enter(self, call: Call) -> None:
         self._call, self._begins = call, True
 

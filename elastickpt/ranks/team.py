@@ -73,6 +73,11 @@ class Team(Protocol):
         """An identifier of each member's host; equal for members that share one. Known after the first round."""
         ...
 
+    @property
+    def broken(self) -> bool:
+        """Whether a member's process is known to be gone, so that no round can end well any more."""
+        ...
+
     def enter(self, call: Call) -> None:
         """The next round begins this call: in it members that are late are waited for. Not blocking."""
         ...
@@ -125,6 +130,10 @@ class Alone:
     @property
     def hosts(self) -> tuple[str, ...]:
         return (self._host,)
+
+    @property
+    def broken(self) -> bool:
+        return False
 
     def round(self, name: str, contribute: Contribute, decide: Decide) -> bytes:
         try:

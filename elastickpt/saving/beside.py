@@ -88,6 +88,8 @@ class SavesBeside:
                 task.failure = error
             case TellOthers.LEAVE if task.pipeline is not None:
                 task.pipeline.give_up(error)
+                if task.pipeline.team.broken:
+                    self._writers.leave_seats()
             case TellOthers.WITHDRAW:
                 self._withdraw(task, error)
             case _:  # there is nobody to tell, or somebody else does

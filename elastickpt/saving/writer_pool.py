@@ -48,6 +48,8 @@ class Writer(Protocol):
 
     def settle(self, attempt: Attempt, why: CheckpointError) -> None: ...
 
+    def leave_seat(self) -> None: ...
+
     def close(self, *, limit_s: float = 10.0) -> None: ...
 
     @property
@@ -103,6 +105,9 @@ class SeatedWriter:
 
     def settle(self, attempt: Attempt, why: CheckpointError) -> None:
         self.supervisor.settle(attempt, why)
+
+    def leave_seat(self) -> None:
+        self.supervisor.leave_seat(self.seat)
 
     def close(self, *, limit_s: float = 10.0) -> None:
         """The process is not this seat's to end: its yard does that."""
@@ -182,6 +187,12 @@ class WriterPool:
         """Its team is gone: the attempt is found committed, or aborted. Not blocking."""
         if (writer := self._writers.get(self._key(attempt.store))) is not None:
             writer.settle(attempt, why)
+
+    def leave_seats(self) -> None:
+        """The team is broken: of attempts that others have and this rank was not told of, nothing comes from here. Blocking for
+        moments, as others are told."""
+        for writer in self._writers.values():
+            writer.leave_seat()
 
     def close(self, *, limit_s: float) -> None:
         """Takes nothing more. Ends writers that are threads, see `ThreadWriter.close`. Blocking."""

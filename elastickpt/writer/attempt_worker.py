@@ -112,8 +112,14 @@ class AttemptWorker:
         return self._ballot.join(limit_s)
 
     def depart(self) -> None:
-        """The trainer is gone and all that it gave is decided: the others need not wait for what it had not given. Blocking."""
+        """The trainer is gone, or its team is, and all that it gave is decided: the others need not wait for what it had not
+        given. Blocking for moments."""
         say_farewell(self._seat)
+
+    def leave(self) -> None:
+        """The same, and then it takes no part any more."""
+        self.depart()
+        self.close()
 
     def close(self) -> None:
         self._ballot.close()

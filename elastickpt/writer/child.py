@@ -20,6 +20,7 @@ from elastickpt.ranks.threads import IoPriority, apart
 from elastickpt.writer.messages import (
     ArenaHere,
     MarkHere,
+    SeatGone,
     SeatHere,
     StructureGone,
     StructureHere,
@@ -106,6 +107,13 @@ class Child:
             self._seats.add(seat.secret)
             here = SeatHere(seat.member, seat.ranks, seat.candidates, seat.secret, seat.limits, given is not None)
             self.wire.send(here, descriptors=() if given is None else (given.fileno(),))
+
+    def leave_seat(self, secret: bytes) -> None:
+        """It takes no part there any more, once all that it was handed there is decided. Raises PeerGone."""
+        if secret in self._seats:
+            self._seats.remove(secret)
+            self._seat = None if self._seat == secret else self._seat
+            self.wire.send(SeatGone(secret))
 
     def hand(self, submission: Submission) -> None:
         """It is told of the submission, and before of all that this names. Raises PeerGone."""

@@ -12,6 +12,8 @@ A message is a length, then msgpack; descriptors go beside it.
     SeatHere    with a descriptor, if it listens: where
                 it sits among a team's writers, for the
                 jobs that follow                           Decided     what became of the attempt of a job that enrolled
+    SeatGone    no job of it comes any more: leave it once
+                all is decided there
     MarkHere    with a descriptor: the mark of an attempt,
                 to be held until that is decided
     Enroll      before Write or Say: take part in the
@@ -101,6 +103,10 @@ class SeatHere(Message, frozen=True, tag=True):
     listening: bool
 
 
+class SeatGone(Message, frozen=True, tag=True):
+    secret: bytes
+
+
 class MarkHere(Message, frozen=True, tag=True):
     attempt: str
 
@@ -188,7 +194,7 @@ class Decided(Message, frozen=True, tag=True):
 
 
 ThingsHere = ArenaHere | StructureHere | SeatHere | MarkHere
-ThingsGone = ArenaGone | StructureGone
+ThingsGone = ArenaGone | StructureGone | SeatGone
 ToWriter = WriterSettings | ThingsHere | ThingsGone | Enroll | Write | Say | Settle | Cancel | EndNow
 FromWriter = WriterReady | Alive | BytesWritten | PortionDone | JobFailed | Decided
 WriterMessage = ToWriter | FromWriter

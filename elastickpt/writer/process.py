@@ -42,6 +42,7 @@ from elastickpt.writer.messages import (
     MarkHere,
     PortionDone,
     Say,
+    SeatGone,
     SeatHere,
     Settle,
     StructureGone,
@@ -148,6 +149,8 @@ class _Process:
                 del self._structures[structure]
             case SeatHere():
                 self._sit(message, descriptor)
+            case SeatGone(secret):
+                self._stand_up(secret)
             case MarkHere(attempt):
                 self._taking_part().hold(attempt, socket.socket(fileno=descriptor))
             case Enroll(job):
@@ -176,13 +179,21 @@ class _Process:
             self._part = self._parts[message.secret]
         self._leave_seats()
 
+    def _stand_up(self, secret: bytes) -> None:
+        """No job comes of this seat, and perhaps none of another one."""
+        with self._sitting:
+            if self._part is self._parts.get(secret):
+                self._part = None
+        self._leave_seats()
+
     def _leave_seats(self) -> None:
         """Seats of which no job comes, and where nothing is open any more."""
         with self._sitting:
             left = {secret: one for secret, one in self._parts.items() if one is not self._part and not one.at_work}
-            for secret, part in left.items():
+            for secret in left:
                 del self._parts[secret]
-                part.close()
+        for part in left.values():
+            part.leave()
 
     def _part_at(self, message: SeatHere, descriptor: int) -> AttemptWorker:
         seat = Seat(message.member, message.ranks, message.candidates, message.secret, message.limits)

@@ -59,6 +59,7 @@ class Supervisor:
         self._seat = seat  # where it sits first
         self._newest = seat
         self._listeners = {seat.secret: listener}  # of seats of which something may still come
+        self._left: set[bytes] = set()  # seats of broken teams, by secret
         self._owner = os.getpid()
         self._hooks = iter(self._options.hooks)
         self._actor = Actor("elastickpt-supervisor", self._run)
@@ -117,6 +118,12 @@ class Supervisor:
         """Its team is gone, and nobody is waited for any more: the attempt is found committed, or aborted."""
         with suppress(Refused):
             self._leave(lambda: self._settle(attempt, why))
+
+    def leave_seat(self, seat: Seat) -> None:
+        """Its team is broken, and nothing more of it is submitted: once all that is there is decided, the writer says farewell
+        to the others, and nobody listens there any more."""
+        with suppress(Refused):
+            self._leave(lambda: self._leave_seat(seat))
 
     @property
     def closed(self) -> bool:
@@ -220,6 +227,8 @@ class Supervisor:
             if submission.takes_part:
                 self._seat_child(child, submission.seat)
             child.hand(submission)
+        for secret in self._left:
+            child.leave_seat(secret)
 
     def _seat_child(self, child: Child, seat: Seat) -> None:
         child.seat(seat, self._listeners.get(seat.secret))
@@ -230,6 +239,14 @@ class Supervisor:
         self._forget_seat(before)
         if self._child is not None and seat.candidates:
             self._seat_child(self._child, seat)
+
+    def _leave_seat(self, seat: Seat) -> None:
+        if not seat.candidates:
+            return
+        self._left.add(seat.secret)
+        if self._newest.secret == seat.secret:
+            self._newest = ALONE
+        self._forget_seat(seat)
 
     def _forget_seat(self, seat: Seat) -> None:
         """Its listener is let go here, once nothing of it has to be handed to a writer again."""

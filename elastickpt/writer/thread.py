@@ -9,7 +9,7 @@ import socket
 import threading
 
 from elastickpt.commit.attempt import Attempt, Verdict
-from elastickpt.commit.links import ALONE, Seat
+from elastickpt.commit.links import ALONE, Seat, say_farewell
 from elastickpt.errors import Cancelled, CheckpointError, InternalError, Refused, WriterLost
 from elastickpt.ranks.team import failure_of
 from elastickpt.ranks.threads import WorkerThread
@@ -31,7 +31,7 @@ class ThreadWriter:
         self._part: AttemptWorker | None = None
         self._ordered: dict[str, Submission] = {}  # by attempt: the newest of those that are not decided
         self._count = 0
-        self._closed = False
+        self._closed = self._leaves = False
         self._taking_part = threading.Lock()
 
     def submit(self, staged: StagedPortion, arena: Arena) -> Submission:
@@ -64,6 +64,11 @@ class ThreadWriter:
         """Its team is gone: the attempt is found committed, or aborted."""
         if self._part is not None:
             self._part.settle(attempt.id, why.kind, why.message)
+
+    def leave_seat(self) -> None:
+        """Its team is broken: once all that it has is decided, it says farewell to the others. Blocking for moments."""
+        self._leaves = True
+        self._leave_if_idle()
 
     def forget(self, arena: Arena) -> None:
         """Nothing is kept of an arena."""
@@ -110,6 +115,20 @@ class ThreadWriter:
         submission = next((one for one in list(self._ordered.values()) if one.number == job), None)
         if submission is not None and self._ordered.pop(submission.attempt.id, None) is submission:
             submission.decide(verdict)
+        self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        with self._taking_part:
+            if not self._leaves or self._ordered:
+                return
+            part, listener = self._part, self._listener
+            self._part, self._listener, self._leaves = None, None, False
+        if part is not None:
+            part.leave()
+        else:
+            say_farewell(self._seat)
+            if listener is not None:
+                listener.close()
 
     def _perform(self, submission: Submission, arena: Arena) -> None:
         def watch(nbytes: int) -> None:

@@ -30,6 +30,7 @@ from elastickpt.storage.local import LocalStore
 from elastickpt.writer.child import WriterOptions
 from elastickpt.writer.submissions import Submission
 from elastickpt.writer.supervisor import Supervisor
+from elastickpt.writer.thread import ThreadWriter
 
 Start = Callable[..., list[Supervisor]]
 
@@ -288,14 +289,72 @@ def test_a_member_that_never_comes_is_lost_and_the_others_are_told(tmp_path: Pat
 
 
 def test_nobody_commits_what_the_only_candidates_took_along(tmp_path: Path, job: Job) -> None:
-    """Member 0 gone before it attested: the next candidate aborts, and says who is lost."""
-    writers = threads(LocalStore(tmp_path), 3, MISSING)
+    """Member 0 gone before it attested: the next candidate aborts at once, and says who is lost. [SAVE-82, SAVE-83]"""
+    writers = threads(LocalStore(tmp_path), 3)
     writers[0].close(limit_s=0)
     attempt = job.attempt(tmp_path / "c")
     submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (1, 2)]
-    errors = [one.decided.exception(BOUND_S) for one in submissions]
-    assert {type(error) for error in errors} <= {RankLost}
+    for one in submissions:
+        error = one.decided.exception(BOUND_S)
+        assert isinstance(error, RankLost)
+        assert [failure.rank for failure in error.report] == [0]
     assert drafts(tmp_path) == []
+
+
+def test_what_a_committer_attested_that_is_gone_by_now_is_committed_at_once(tmp_path: Path, job: Job) -> None:
+    """[SAVE-82, SAVE-83]"""
+    writers = threads(LocalStore(tmp_path), 3)
+    attempt = job.attempt(tmp_path / "c")
+    writers[0].submit(job.members[0].staged(attempt), job.members[0].arena).result(BOUND_S)
+    writers[0].close(limit_s=0)
+    submissions = [writers[m].submit(job.members[m].staged(attempt), job.members[m].arena) for m in (1, 2)]
+    assert len({outcome(one) for one in submissions}) == 1
+    demand_sound(tmp_path / "c")
+
+
+def test_whom_no_candidate_is_left_for_gives_up_at_once_and_obeys_what_it_finds(tmp_path: Path) -> None:
+    """Of one attempt it is the last that is left; another one was aborted before it spoke of it. [SAVE-80, SAVE-83]"""
+    four = Job({"t": torch.arange(9.0)}, 4)
+    writers = threads(LocalStore(tmp_path), 4)
+    for name, others in (("aborted", (0, 1, 2)), ("open", ())):
+        attempt = four.attempt(tmp_path / name)
+        for member in others:
+            one = writers[member].withdraw(attempt.attempt, NoSpace("no room here"))
+            assert isinstance(one.decided.exception(BOUND_S), NoSpace)
+        for writer in writers[:3]:
+            writer.close(limit_s=0)
+        error = writers[3].withdraw(attempt.attempt, NoSpace("none here either")).decided.exception(BOUND_S)
+        assert isinstance(error, RankLost)
+        assert "no writer that could commit was reached" in str(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("executor", ["process", "thread"])
+def test_whoever_leaves_its_seat_keeps_nobody_and_finishes_what_it_has(tmp_path: Path, processes: Start, executor: str) -> None:
+    """The team breaks while member 0 tells the others of a second attempt, of which 2 alone hears. [SAVE-100, SAVE-105]"""
+    four = Job({"t": {"a": torch.arange(9.0)}, "n": 1}, 4)
+    writers = processes(4) if executor == "process" else threads(LocalStore(tmp_path), 4)
+    first, second = four.attempt(tmp_path / "first"), four.attempt(tmp_path / "second")
+    begun = [writers[m].submit(four.members[m].staged(first), four.members[m].arena) for m in (0, 1, 3)]
+    for one in begun:
+        one.result(BOUND_S)
+    for member in (0, 1, 3):
+        leave_seat(writers[member])
+    begun.append(writers[2].submit(four.members[2].staged(first), four.members[2].arena))
+    assert len({outcome(one) for one in begun}) == 1
+    assert ek.open(tmp_path / "first").verify().problems == ()
+    error = writers[2].withdraw(second.attempt, NoSpace("no room")).decided.exception(BOUND_S)
+    assert isinstance(error, NoSpace)
+    third = four.attempt(tmp_path / "third")
+    alone = writers[2].submit(four.members[2].staged(third), four.members[2].arena)
+    error = alone.decided.exception(BOUND_S)
+    assert isinstance(error, RankLost)
+    assert [failure.rank for failure in error.report] == [0, 1, 3]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["first"]
+
+
+def leave_seat(writer: Supervisor | ThreadWriter) -> None:
+    writer.leave_seat(writer._seat) if isinstance(writer, Supervisor) else writer.leave_seat()
 
 
 class TestInARun:
