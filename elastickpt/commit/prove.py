@@ -15,6 +15,7 @@ from elastickpt.format.arrays import Box
 from elastickpt.format.documents import upper_documents
 from elastickpt.format.encode_index import encode_arrays
 from elastickpt.format.encode_values import value_digest
+from elastickpt.format.many import many
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, starts
 from elastickpt.format.records import ArrayRecord, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
@@ -156,10 +157,8 @@ def _prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> 
     writers_of = _swept([expected[number] for number in left], maps) if left else ()
     for number, own in zip(left, writers_of, strict=True):
         writers[number] = own
-    proven = [
-        ArrayRecord(one.spec, one.key, one.chunk_shape, one.layout, own, one.attributes)
-        for one, own in zip(expected, writers, strict=True)
-    ]
+    kept = {name: map(attrgetter(name), expected) for name in ("spec", "key", "chunk_shape", "layout", "attributes")}
+    proven = many(ArrayRecord, len(expected), writers=writers, **kept)
     return tuple(sorted(proven, key=attrgetter("key")))
 
 

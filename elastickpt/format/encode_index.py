@@ -90,20 +90,18 @@ def encode_arrays(arrays: Sequence[ArrayRecord]) -> bytes:
         raise Malformed("arrays of an index part stand out of the order of their keys, or twice")
     entries, leaves, templates = _Table[_Entry](), _Table[tuple[str, str]](), _Table[_Template]()
     writer_sets = _Table[tuple[int, ...]]()
-    columns: dict[str, list[int]] = {"entry": [], "leaf": [], "template": [], "writers": []}
-    plain: dict[object, int] = {}  # templates without attributes
+    known: dict[object, tuple[int, int]] = {}  # template and writers of those without attributes
+    rows: list[tuple[int, int, int, int]] = []
     for record in arrays:
         entry, leaf = _entry_of(record)
-        columns["entry"].append(entries.number(entry))
-        columns["leaf"].append(leaves.number(leaf))
-        alike = None if record.attributes else (record.spec.dtype, record.chunk_shape, record.layout)
-        template = plain.get(alike)
-        if template is None:
-            template = templates.number(_template_of(record))
-            if alike is not None:
-                plain[alike] = template
-        columns["template"].append(template)
-        columns["writers"].append(writer_sets.number(record.writers))
+        how = None if record.attributes else (record.spec.dtype, record.chunk_shape, record.layout, record.writers)
+        alike = known.get(how)
+        if alike is None:
+            alike = templates.number(_template_of(record)), writer_sets.number(record.writers)
+            if how is not None:
+                known[how] = alike
+        rows.append((entries.number(entry), leaves.number(leaf), *alike))
+    columns = dict(zip(("entry", "leaf", "template", "writers"), zip(*rows, strict=True) if rows else [()] * 4, strict=True))
     out: dict[str, object] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

@@ -27,6 +27,7 @@ MAX_KEY_NBYTES = 200  # of a key without a suffix; leaves room below 255 for wha
 SUFFIX_CUT = 180  # bytes of a key that stand before its suffix
 
 _PLAIN = re.compile(r"[A-Za-z0-9._-]+")
+_OWN_KEY = re.compile(r"(?!__)(?!\.+\Z)(?!(?i:zarr\.json)\Z)[A-Za-z0-9._-]{1,200}")  # nearly all names
 _PACK = re.compile(rf"{PACKS}/([0-9a-f]+)-[0-9]+\.bin", re.ASCII)
 _KEPT = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
@@ -61,6 +62,8 @@ def encode_name(name: str) -> str:
 
     `layers.0/w` -> `layers.0%2Fw`; `` -> `%`; `..` -> `%2E.`; `__x` -> `%5F_x`; `zarr.json` -> `%7Aarr.json`.
     """
+    if _OWN_KEY.fullmatch(name):
+        return name
     if not name:
         return "%"
     encoded = checked_name(name)
@@ -85,7 +88,10 @@ def child_keys(names: Iterable[str]) -> dict[str, str]:
     Depends on the set of names only, not on its order. Raises StructureConflict when two hashes meet.
     """
     plain = {name: encode_name(name) for name in names}
-    folded = Counter(key.lower() for key in plain.values())
+    lower = [key.lower() for key in plain.values()]
+    if len(set(lower)) == len(lower) and max(map(len, lower), default=0) <= MAX_KEY_NBYTES:
+        return plain
+    folded = Counter(lower)
     keys = {
         name: _suffixed(key, name) if len(key) > MAX_KEY_NBYTES or folded[key.lower()] > 1 else key
         for name, key in plain.items()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from operator import attrgetter
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from elastickpt.commit.attest import Outline
 from elastickpt.errors import StructureConflict
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh, dtype_named
 from elastickpt.format.keys import REFERENCES, keys_of
+from elastickpt.format.many import many
 from elastickpt.format.records import ArrayRecord, Item, Layout, ManifestFrame, Placement
 from elastickpt.format.values import Value
 from elastickpt.layout.grid import chunk_shape
@@ -100,12 +102,12 @@ def merge(
     keys = keys_of([spec.id for spec in together.specs])
     heads = _group_heads(together.specs)
     shared = tuple(_shared(together, t, ways, grids, keys, heads) for t in range(len(tables)))
-    arrays = [
-        ArrayRecord(spec, key, grids[held][0], way.layout, (), way.attributes)
-        for spec, key, held in zip(together.specs, keys, together.held, strict=True)
-        for way in (ways[held],)
-    ]
-    torn = [key for key, held in zip(keys, together.held, strict=True) if not grids[held][1]]
+    arrays = _records(together, ways, grids, keys)
+    torn = (
+        []
+        if all(whole for _, whole in grids.values())
+        else [key for key, held in zip(keys, together.held, strict=True) if not grids[held][1]]
+    )
     frame = ManifestFrame(
         world_size=sum(map(len, ranks)),
         placement=placement,
@@ -150,6 +152,25 @@ class _Together:
         return cls(specs, held, places)
 
 
+def _records(
+    together: _Together, ways: Mapping[_Held, _Way], grids: Mapping[_Held, tuple[tuple[int, ...], bool]], keys: Sequence[str]
+) -> list[ArrayRecord]:
+    """The arrays as the index will list them, but for their writers."""
+    chunks = {held: chunk for held, (chunk, _) in grids.items()}
+    layouts = {held: way.layout for held, way in ways.items()}
+    attributes = {held: way.attributes for held, way in ways.items()}
+    return many(
+        ArrayRecord,
+        len(keys),
+        spec=together.specs,
+        key=keys,
+        chunk_shape=map(chunks.__getitem__, together.held),
+        layout=map(layouts.__getitem__, together.held),
+        writers=repeat(()),
+        attributes=map(attributes.__getitem__, together.held),
+    )
+
+
 def _holding(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], table: int, number: int) -> _Holding:
     kind = tables[table].kinds[number]
     return _Holding(table, kind, None if kind.mesh is None else tables[table].meshes[kind.mesh], ranks[table])
@@ -170,7 +191,7 @@ def _shared(
         held, key = together.held[place], keys[place]
         way, (group, writes) = ways[held], known[held]
         writers = way.groups[0].ranks
-        writer = writers[sum(key.encode()) % len(writers)]
+        writer = writers[sum(key.encode()) % len(writers)] if len(writers) > 1 else writers[0]
         found.append(SharedArray(key, grids[held][0], group, writes, way.peers, writer, place in heads, way.order))
     return tuple(found)
 

@@ -7,6 +7,7 @@ Ranks that do the same thing at other coordinates of a mesh have the same table,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from elastickpt.errors import Unsafe, ValueNotCarried
 from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh, Section
@@ -66,19 +67,21 @@ def table_of(live: LiveState) -> StructureTable:
     known: dict[object, int] = {}  # by the very mesh, as a comparison goes through all of its ranks
     which: list[int] = []
     for held in live.arrays:
-        spec, mesh = held.spec, held.mesh
-        how = (spec.shape, spec.dtype, held.role, held.sharing, held.placements, held.replicas, held.kept, held.order)
-        alike = (*how, held.attributes and _texts(held.attributes, str(spec.id)))
-        number = known.get((mesh and id(mesh), alike))
+        mesh = held.mesh
+        alike = (_HOW(held), held.attributes and _texts(held.attributes, str(held.spec.id)))
+        number = known.get((id(mesh), alike))
         if number is None:
             laid = None if mesh is None else meshes.setdefault(mesh, len(meshes))
-            number = known[mesh and id(mesh), alike] = numbers.setdefault((laid, alike), len(kinds))
+            number = known[id(mesh), alike] = numbers.setdefault((laid, alike), len(kinds))
             if number == len(kinds):
                 rest = (laid, held.placements, held.replicas, held.attributes, held.kept, held.order)
-                kinds.append(HeldKind(spec.shape, spec.dtype, held.role, held.sharing, *rest))
+                kinds.append(HeldKind(held.spec.shape, held.spec.dtype, held.role, held.sharing, *rest))
         which.append(number)
     specs = tuple(held.spec for held in live.arrays)
     return StructureTable(specs, tuple(kinds), tuple(which), tuple(meshes), live.items, live.tied)
+
+
+_HOW = attrgetter("spec.shape", "spec.dtype", "role", "sharing", "placements", "replicas", "kept", "order")
 
 
 def _texts(attributes: tuple[tuple[str, Value], ...], where: str) -> tuple[tuple[str, str], ...]:

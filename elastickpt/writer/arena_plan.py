@@ -214,6 +214,11 @@ def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: 
     block = 0
     for at in slices:
         run = pack.pieces[at.piece].run
+        nbytes = at.stop - at.start
+        if nbytes <= block_nbytes and nbytes <= most and run.row_nbytes == run.nbytes:  # nearly all of many small ones
+            yield PackPart(at, run, at.start, at.stop, run.offset + at.start, run.offset + at.stop, block, 1)
+            block += 1
+            continue
         step = most if run.in_a_row else max(most // ROWS_APART, block_nbytes)
         for start in range(at.start, at.stop, step):
             stop = min(start + step, at.stop)
