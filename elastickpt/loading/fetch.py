@@ -27,6 +27,7 @@ from elastickpt.ranks.threads import Pool, WorkerThread
 from elastickpt.storage.store import Lend, RangeReader, Store, is_in_memory, lender, read_ahead
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
+SHARED_THREADS = 4  # of a process beside others on its host: more reads of all together only take turns
 AHEAD_NBYTES = 64 << 20  # what a disk reads while the ranks agree; more would pass through the page cache for nothing
 GIVEN_AWAY_NBYTES = 64 << 10  # numpy copies so much without the interpreter's lock, and begins later than a memoryview
 
@@ -116,7 +117,7 @@ MEMORY = Pace(2, 256 << 10)  # of reads that are copies: more threads fight for 
 def pace_of(store: Store, *, processes: int = 1) -> Pace:
     """What suits a store, where so many processes of this host read at the same time."""
     if not is_in_memory(store):
-        return DEVICE
+        return replace(DEVICE, threads=max(SHARED_THREADS, DEVICE.threads // processes))
     cores = len(os.sched_getaffinity(0))
     return replace(MEMORY, threads=max(1, min(MEMORY.threads, cores // processes)))
 

@@ -163,4 +163,8 @@ def test_copies_are_made_by_no_more_threads_than_there_are_cores_for(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
     assert pace_of(_Memory(), processes=processes).threads == threads  # type: ignore[arg-type]
-    assert pace_of(object(), processes=processes).threads == 8  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 8), (2, 4), (64, 4)])
+def test_of_a_disk_fewer_reads_are_under_way_of_each_process_where_several_read(processes: int, threads: int) -> None:
+    assert pace_of(object(), processes=processes).threads == threads  # type: ignore[arg-type]
