@@ -14,21 +14,18 @@ import numpy as np
 
 from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum, block_checksums, whole_checksums
-from elastickpt.format.keys import pack_file
 from elastickpt.format.records import StoredFile
-from elastickpt.format.version import PACKS
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import UNIT_NBYTES, FetchPlan, Unit, plan_fetch, require_length
 from elastickpt.loading.stretches import ReadRuns, runs_of
 from elastickpt.loading.targets import ReadTarget, Rows, Wanted, copy_rows, scatter
 from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
-from elastickpt.ranks.threads import Pool, WorkerThread
-from elastickpt.storage.store import Lend, RangeReader, Store, is_in_memory, lender, read_ahead
+from elastickpt.ranks.threads import Pool
+from elastickpt.storage.store import Lend, RangeReader, Store, is_in_memory, lender
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
 SHARED_THREADS = 4  # of a process beside others on its host: more reads of all together only take turns
-AHEAD_NBYTES = 64 << 20  # what a disk reads while the ranks agree; more would pass through the page cache for nothing
 GIVEN_AWAY_NBYTES = 64 << 10  # numpy copies so much without the interpreter's lock, and begins later than a memoryview
 
 
@@ -73,15 +70,6 @@ def carry_out(
     for target in plan.targets.boxes:
         _settle(target)
     return FetchReport(fetching.nbytes, plan.targets.wanted_nbytes, len(fetching.reads))
-
-
-def read_own_pack_ahead(opened: Opened, writer: int) -> None:
-    """The system begins to read what a rank will want that holds what this writer held. Not blocking; a hint."""
-    if PACKS in opened.manifest.requires:
-        pack = opened.path(pack_file(opened.manifest.attempt, writer))
-        ahead = WorkerThread("elastickpt-ahead")
-        ahead.put(lambda: read_ahead(opened.store, pack, AHEAD_NBYTES))
-        ahead.stop()
 
 
 def _settle(target: ReadTarget) -> None:

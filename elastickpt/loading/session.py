@@ -30,7 +30,7 @@ from elastickpt.loading.agreement import (
     mismatch_message,
     require_same_load,
 )
-from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch, read_own_pack_ahead
+from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch
 from elastickpt.loading.opened import Later, Opened, is_converted, open_records
 from elastickpt.loading.plan import FetchPlan, plan_fetch, require_files
 from elastickpt.loading.targets import AnyArray, Wanted, WantedWholes
@@ -213,8 +213,6 @@ class _Load:
             return Meant(os.fspath(self.path), found.manifest.attempt, self.strict, same, lacking)
 
         told = OPEN.ask(self.team, compare, lambda meant: require_same_load(meant, self.team.ranks))
-        if told.same:
-            read_own_pack_ahead(opened[0][0], self.group.member)
         return *opened[0], told.same and not (told.lacking and self._elsewhere(opened[0][0], ids, told.lacking))
 
     def _elsewhere(self, opened: Opened, ids: Collection[ArrayId], lacking: Sequence[str]) -> bool:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import repeat
 from math import prod
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from elastickpt.commit.attest import Outline
@@ -103,11 +102,7 @@ def merge(
     heads = _group_heads(together.specs)
     shared = tuple(_shared(together, t, ways, grids, keys, heads) for t in range(len(tables)))
     arrays = _records(together, ways, grids, keys)
-    torn = (
-        []
-        if all(whole for _, whole in grids.values())
-        else [key for key, held in zip(keys, together.held, strict=True) if not grids[held][1]]
-    )
+    torn = [key for key, held in zip(keys, together.held, strict=True) if not grids[held][1]]
     frame = ManifestFrame(
         world_size=sum(map(len, ranks)),
         placement=placement,
@@ -156,19 +151,11 @@ def _records(
     together: _Together, ways: Mapping[_Held, _Way], grids: Mapping[_Held, tuple[tuple[int, ...], bool]], keys: Sequence[str]
 ) -> list[ArrayRecord]:
     """The arrays as the index will list them, but for their writers."""
-    chunks = {held: chunk for held, (chunk, _) in grids.items()}
-    layouts = {held: way.layout for held, way in ways.items()}
-    attributes = {held: way.attributes for held, way in ways.items()}
-    return many(
-        ArrayRecord,
-        len(keys),
-        spec=together.specs,
-        key=keys,
-        chunk_shape=map(chunks.__getitem__, together.held),
-        layout=map(layouts.__getitem__, together.held),
-        writers=repeat(()),
-        attributes=map(attributes.__getitem__, together.held),
-    )
+    alike = {held: (grids[held][0], way.layout, (), way.attributes) for held, way in ways.items()}
+    rows = list(map(alike.__getitem__, together.held))
+    names = ("chunk_shape", "layout", "writers", "attributes")
+    columns = {name: map(itemgetter(number), rows) for number, name in enumerate(names)}
+    return many(ArrayRecord, len(keys), spec=together.specs, key=keys, **columns)
 
 
 def _holding(tables: Sequence[StructureTable], ranks: Sequence[tuple[int, ...]], table: int, number: int) -> _Holding:

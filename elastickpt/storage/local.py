@@ -118,16 +118,6 @@ class LocalStore:
         bypass = cache == "spare" and self._file_system not in IN_MEMORY
         return LocalReader(self._full(path), may_bypass_cache=bypass)
 
-    def read_ahead(self, path: str, nbytes: int) -> None:
-        if self.in_memory:
-            return
-        with contextlib.suppress(OSError):
-            descriptor = os.open(self._full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                os.posix_fadvise(descriptor, 0, nbytes, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
-
     def read(self, path: str, limit: int) -> bytes:
         reader = self.open_reader(path)
         try:

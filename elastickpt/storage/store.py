@@ -267,21 +267,6 @@ def is_in_memory(store: Store) -> bool:
 
 
 @runtime_checkable
-class ReadsAhead(Protocol):
-    """A store below which the system can fetch what will be read."""
-
-    def read_ahead(self, path: str, nbytes: int) -> None:
-        """The system fetches the first bytes of a file meanwhile, as far as it likes to. Raises nothing; blocks at most until
-        the device has taken the requests."""
-
-
-def read_ahead(store: Store, path: str, nbytes: int) -> None:
-    """As `ReadsAhead` says, where the store does."""
-    if isinstance(store, ReadsAhead):
-        store.read_ahead(path, nbytes)
-
-
-@runtime_checkable
 class Stamping(Protocol):
     """A store that knows when a file was written last."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,31 +91,6 @@ def test_it_loads_and_opens(tmp_path: Path) -> None:
     arrays = ek.open(tmp_path / "c").arrays
     assert np.array_equal(arrays["params/model/2.weight/value"][:], saved["model"][2].weight.detach().numpy())
     assert arrays["extra/more/empty"].shape == (0, 5)
-
-
-def test_a_rank_of_the_same_layout_reads_its_own_pack_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only a hint: a load of a pack that is gone fails as it does without, and plain files are not read ahead."""
-    ahead: list[str] = []
-    hinted = LocalStore.read_ahead
-
-    def noted(self: LocalStore, path: str, nbytes: int) -> None:
-        ahead.append(path)
-        hinted(self, path, nbytes)
-
-    monkeypatch.setattr(LocalStore, "read_ahead", noted)
-    live = {"t": torch.arange(1000.0)}
-    for placement in ("plain", "packed"):
-        ek.save(live, tmp_path / placement, placement=placement)
-        ek.load(live, tmp_path / placement)
-    until = time.monotonic() + LIMIT_S
-    while not ahead and time.monotonic() < until:
-        time.sleep(0.01)
-    pack = pack_of(tmp_path / "packed")
-    assert ahead == [f"packed/packs/{pack.name}"]
-    pack.unlink()
-    with pytest.raises(errors.MissingFile, match=pack.name):
-        ek.load(live, tmp_path / "packed")
-    assert live["t"].tolist() == list(range(1000))
 
 
 @pytest.mark.parametrize("arena_nbytes", [None, 2 * MIB])
