@@ -91,6 +91,7 @@ class _Process:
         self._enrolled: dict[int, AttemptWorker] = {}  # by job: this writer's part in its attempt
         self._parts: dict[bytes, AttemptWorker] = {}  # by the secret of a seat
         self._part: AttemptWorker | None = None  # of the seat of the jobs that come
+        self._gone: set[bytes] = set()  # seats of broken teams, by secret: jobs may still come of other ones
         self._sitting, self._opening = threading.Lock(), threading.Lock()
         self._quitting = False
         self._orphaned = False
@@ -174,14 +175,16 @@ class _Process:
     def _sit(self, message: SeatHere, descriptor: int) -> None:
         """The jobs that follow are of this seat. Of an older one, its attempts are still decided."""
         with self._sitting:
+            self._gone.discard(message.secret)
             if message.secret not in self._parts:
                 self._parts[message.secret] = self._part_at(message, descriptor)
             self._part = self._parts[message.secret]
         self._leave_seats()
 
     def _stand_up(self, secret: bytes) -> None:
-        """No job comes of this seat, and perhaps none of another one."""
+        """Nothing comes of this seat any more."""
         with self._sitting:
+            self._gone.add(secret)
             if self._part is self._parts.get(secret):
                 self._part = None
         self._leave_seats()
@@ -192,8 +195,8 @@ class _Process:
             left = {secret: one for secret, one in self._parts.items() if one is not self._part and not one.at_work}
             for secret in left:
                 del self._parts[secret]
-        for part in left.values():
-            part.leave()
+        for secret, part in left.items():
+            part.leave() if secret in self._gone else part.close()
 
     def _part_at(self, message: SeatHere, descriptor: int) -> AttemptWorker:
         seat = Seat(message.member, message.ranks, message.candidates, message.secret, message.limits)
