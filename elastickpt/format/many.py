@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 def many(kind: type[T], count: int, **columns: Iterable[Any]) -> list[T]:
     """`count` values of a frozen dataclass with slots; each column has at least so many entries. Nothing looks at them: the
-    caller has made one of each sort the usual way."""
+    caller has made one of each sort the usual way. Raises InternalError for columns that are not its fields, or too short."""
     if columns.keys() != {field.name for field in fields(kind)}:  # type: ignore[arg-type]
         raise fault(f"{kind.__name__} has other fields than {sorted(columns)}")
     made: list[T] = list(map(kind.__new__, repeat(kind, count)))

@@ -215,7 +215,7 @@ def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: 
     for at in slices:
         run = pack.pieces[at.piece].run
         nbytes = at.stop - at.start
-        if nbytes <= block_nbytes and nbytes <= most and run.row_nbytes == run.nbytes:  # nearly all of many small ones
+        if 0 < nbytes <= min(block_nbytes, most) and run.row_nbytes == run.nbytes:  # nearly all of many small ones
             yield PackPart(at, run, at.start, at.stop, run.offset + at.start, run.offset + at.stop, block, 1)
             block += 1
             continue
