@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from math import prod
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _DTENSOR = ("torch.distributed.tensor", "DTensor")
+_PLAIN_TYPES = frozenset(PLAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,34 @@ def memorable(tensor: torch.Tensor) -> tuple[torch.Tensor, object] | None:
     if local.is_nested or local.is_neg() or not has_memory(local):
         return None
     return local, spec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalParts:
+    """Plain local tensors, and what their places follow from beside: specs of DTensors, each with its parts; () if they are
+    the tensors themselves."""
+
+    tensors: Sequence[torch.Tensor]
+    cause: Sequence[object]
+
+
+_LOCAL, _SPEC = attrgetter("_local_tensor"), attrgetter("_spec")
+_OF_SPEC = (attrgetter("mesh"), attrgetter("placements"), attrgetter("tensor_meta"))
+
+
+def local_parts(tensors: Sequence[torch.Tensor]) -> LocalParts | None:
+    """Of tensors that are all plain, or all DTensors of plain ones; else None."""
+    kinds = set(map(type, tensors))
+    if kinds <= _PLAIN_TYPES:
+        return LocalParts(tensors, ())
+    cls = loaded_type(*_DTENSOR)
+    if cls is None or kinds != {cls}:
+        return None
+    local = list(map(_LOCAL, tensors))
+    if not set(map(type, local)) <= _PLAIN_TYPES:
+        return None
+    specs = list(map(_SPEC, tensors))
+    return LocalParts(local, (*specs, *chain.from_iterable(map(part, specs) for part in _OF_SPEC)))
 
 
 def parts_of_spec(spec: object) -> tuple[object, ...]:

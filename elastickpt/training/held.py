@@ -10,7 +10,7 @@ What was found out about a tensor in the last capture is kept for the next one: 
 
 A capture then costs 10 µs a tensor instead of 35. Nothing here keeps a tensor alive: an entry of one that is gone is of no
 use to another tensor with its address, as that one would have to agree in all of the above, and then the entry holds for it.
-Of a dict of nothing but plain tensors all is kept in columns, by its place: 3 µs a tensor.
+Of a dict of nothing but plain tensors, or of nothing but DTensors, all is kept in columns, by its place: 3 µs a tensor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import repeat
-from operator import attrgetter, ge, mul
+from operator import attrgetter, ge, is_, mul
 from typing import Any, Literal
 
 import torch
@@ -146,38 +146,52 @@ _STORAGE, _NBYTES, _ITEMSIZE = torch.Tensor.untyped_storage, torch.UntypedStorag
 @dataclass(frozen=True, slots=True, eq=False)
 class SeenDict:
     """How the tensors of a dict lay, by its keys in their order, and what stands in a checkpoint in place of the dict: one
-    object for all captures, which nobody changes. `held` is what they have in common."""
+    object for all captures, which nobody changes. `holders` are those of the plain ones, `cause` is what the places of
+    DTensors follow from beside that, compared by identity."""
 
     keys: tuple[str, ...]
     tree: Value
     specs: tuple[ArraySpec, ...]
-    boxes: tuple[Box, ...]
-    orders: tuple[tuple[int, ...], ...]
-    held: tuple[Sharing, tuple[int, ...], Kept]
+    columns: Mapping[str, Sequence[Any]]  # of the arrays, all but `spec` and `tensor`
+    holders: tuple[Sharing, tuple[int, ...], Kept]
+    cause: tuple[object, ...]
     lie: list[Any]
     strides: list[tuple[int, ...]]
     reach: tuple[int, ...]  # bytes from a tensor's first element on
 
     @classmethod
-    def of(cls, tree: Mapping[str, Value], held: Sequence[HeldArray], tensors: Sequence[torch.Tensor]) -> SeenDict | None:
-        """Of tensors that `lie_plainly`. None where more than where they lie may change: the conjugation of complex ones."""
+    def of(
+        cls,
+        tree: Mapping[str, Value],
+        held: Sequence[HeldArray],
+        tensors: Sequence[torch.Tensor],
+        holders: tuple[Sharing, tuple[int, ...], Kept],
+        cause: Sequence[object],
+    ) -> SeenDict | None:
+        """Of local tensors that `lie_plainly`, each held as the one that it is. None where more than where they lie may change:
+        the conjugation of complex ones."""
         if any(one.dtype.is_complex for one in tensors):
             return None
         return cls(
             tuple(tree),
             tree,
             tuple(one.spec for one in held),
-            tuple(one.box for one in held),
-            tuple(one.order for one in held),
-            (held[0].sharing, held[0].replicas, held[0].kept),
+            {name: list(map(attrgetter(name), held)) for name in _SAME},
+            holders,
+            tuple(cause),
             list(map(_LIE, tensors)),
             list(map(_STRIDE, tensors)),
             tuple(map(_HAS, tensors) if all(map(torch.Tensor.is_contiguous, tensors)) else map(_reach, tensors)),
         )
 
-    def again(self, tensors: Sequence[torch.Tensor], held: tuple[Sharing, tuple[int, ...], Kept]) -> list[HeldArray] | None:
-        """The same of plain tensors as they are now; None if one lies otherwise, or its memory is gone."""
-        if held != self.held:
+    def again(
+        self,
+        tensors: Sequence[torch.Tensor],
+        holders: tuple[Sharing, tuple[int, ...], Kept],
+        cause: Sequence[object],
+    ) -> list[HeldArray] | None:
+        """The same of local tensors as they are now; None if one lies otherwise, or its memory is gone."""
+        if holders != self.holders or len(cause) != len(self.cause) or not all(map(is_, cause, self.cause)):
             return None
         try:
             if list(map(_LIE, tensors)) != self.lie or list(map(_STRIDE, tensors)) != self.strides:
@@ -194,7 +208,10 @@ class SeenDict:
             reach = list(self.reach)
         if not all(map(ge, room, reach)):
             return None
-        return held_alike(self.specs, self.boxes, tensors, held, self.orders)
+        return many(HeldArray, len(tensors), spec=self.specs, tensor=outside_autograd(tensors), **self.columns)
+
+
+_SAME = tuple(field.name for field in fields(HeldArray) if field.name not in ("spec", "tensor"))
 
 
 def held_alike(

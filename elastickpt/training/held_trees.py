@@ -27,8 +27,8 @@ from elastickpt.format.many import many
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.format.version import MAX_SMALL_ARRAY_NBYTES
 from elastickpt.training.composites import is_composite
-from elastickpt.training.dtensors import Holders, JobView, hold, holders_of, placed
-from elastickpt.training.elements import PLAIN, dtype_name, lie_plainly, tensor_over
+from elastickpt.training.dtensors import Holders, JobView, LocalParts, hold, holders_of, local_parts, placed
+from elastickpt.training.elements import dtype_name, lie_plainly, tensor_over
 from elastickpt.training.held import HeldArray, Memo, SeenDict
 from elastickpt.training.modules import hold_plain, hold_tensor
 from elastickpt.training.parameters import Identities
@@ -81,7 +81,6 @@ class PerRank:
 
 
 RANK = "rank"
-_PLAIN = frozenset(PLAIN)
 
 
 def is_large(value: object) -> bool:
@@ -169,9 +168,10 @@ def hold_tree(
     def whole(one: object, where: str) -> Value:
         if job.memo is None or type(one) is not dict or set(map(type, one)) != {str}:
             return None
-        if not set(map(type, one.values())) <= _PLAIN:
+        parts = local_parts(tuple(one.values()))
+        if parts is None:
             return None
-        tree, held = _hold_dict(item, one, (where, where[above:]), job=job, memo=job.memo, identities=identities)
+        tree, held = _hold_dict(item, one, parts, (where, where[above:]), job=job, memo=job.memo, identities=identities)
         arrays.extend(held)
         return tree
 
@@ -184,14 +184,22 @@ def hold_tree(
 
 
 def _hold_dict(
-    item: str, value: dict[str, torch.Tensor], where: tuple[str, str], *, job: JobView, memo: Memo, identities: Identities
+    item: str,
+    value: dict[str, torch.Tensor],
+    parts: LocalParts,
+    where: tuple[str, str],
+    *,
+    job: JobView,
+    memo: Memo,
+    identities: Identities,
 ) -> tuple[Value, Sequence[HeldArray]]:
-    """A dict of plain tensors at a place, and at a name below `item`: in columns, if it stood there in the capture before."""
-    (place, below), tensors = where, tuple(value.values())
+    """A dict of plain tensors, or of DTensors, at a place, and at a name below `item`: in columns, if it stood there in the
+    capture before."""
+    (place, below), tensors, holders = where, tuple(value.values()), holders_of(job)
+    alike, new = (holders.sharing, holders.ranks, holders.kept), identities.are_new(tensors)
     seen = memo.find_dict(place, tuple(value))
-    if seen is not None and identities.are_new(tensors):
-        holders = holders_of(job)
-        held = seen.again(tensors, (holders.sharing, holders.ranks, holders.kept))
+    if seen is not None and new:
+        held = seen.again(parts.tensors, alike, parts.cause)
         if held is not None:
             identities.add_all(item, [one.id.name for one in seen.specs], tensors, held.__getitem__, holders)
             memo.put_dict(place, seen)
@@ -199,15 +207,19 @@ def _hold_dict(
     names = [f"{below}/{name}" if below else name for name in tokens(tuple(value))]
     references = many(ArrayReference, len(names), item=repeat(item), name=names, origin=repeat("torch"))
     tree: dict[str, Value] = dict(zip(value, references, strict=True))
-    dtypes = [dtype_name(one.dtype) or "" for one in tensors]
-    if all(dtypes) and lie_plainly(tensors) and identities.are_new(tensors):
+    dtypes = [dtype_name(one.dtype) or "" for one in parts.tensors]
+    plainly = new and all(dtypes) and lie_plainly(parts.tensors)
+    if plainly and not parts.cause:
         shapes = list(map(tuple, map(attrgetter("shape"), tensors)))
         specs = _specs_of(item, names, shapes, dtypes)
         held = hold_plain(item, tensors, specs, job=job, identities=identities)
-        memo.put_dict(place, SeenDict.of(tree, held, tensors))
+        memo.put_dict(place, SeenDict.of(tree, held, tensors, alike, ()))
         return tree, held
-    arrays = [hold_tensor(item, name, one, job=job, identities=identities) for name, one in zip(names, tensors, strict=True)]
-    return tree, [one for held in arrays for one in held]
+    each = [hold_tensor(item, name, one, job=job, identities=identities) for name, one in zip(names, tensors, strict=True)]
+    held = [one for own in each for one in own]
+    if plainly and all(len(own) == 1 for own in each):  # none for a rank outside the mesh
+        memo.put_dict(place, SeenDict.of(tree, held, parts.tensors, alike, parts.cause))
+    return tree, held
 
 
 def _specs_of(item: str, names: Sequence[str], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str]) -> list[ArraySpec]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import elastickpt as ek
 from elastickpt.errors import ValueNotCarried
@@ -214,6 +218,108 @@ def test_what_has_no_elements_of_its_own_is_refused_by_name(
     with pytest.raises(ValueNotCarried, match="deep/1"):
         ek.save(state, tmp_path / "refused", placement=placement)
     assert len(list(tmp_path.iterdir())) == captures
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield init_device_mesh("cpu", (2,))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(mesh: DeviceMesh, n: int = 4) -> dict[str, Any]:
+    deep = {
+        f"{k}": DTensor.from_local(torch.arange(12.0).reshape(3, 4) + k, mesh, [Shard(0)], run_check=False) for k in range(n)
+    }
+    return {"t": {"deep": deep, "step": 3}}
+
+
+def test_a_dict_of_dtensors_is_known_as_one_too(mesh: DeviceMesh) -> None:
+    state = sharded(mesh)
+    first, second = captured(state), captured(state)
+    assert every(first) == every(second) == every(afresh(state))
+    assert first.arrays[0].spec.shape == (6, 4)
+    assert first.arrays[0].placements == ("S(0)",)
+    assert all(one.spec is other.spec for one, other in zip(first.arrays, second.arrays, strict=True))
+    trees = [dict(live.values["/t"])["deep"] for live in (first, second)]  # type: ignore[call-overload]
+    assert trees[0] is trees[1]
+    local = state["t"]["deep"]["1"]._local_tensor
+    local.data = torch.full((3, 4), 7.0)
+    assert captured(state).arrays[1].tensor.data_ptr() == local.data_ptr()
+
+
+def _replicated(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"] = DTensor.from_local(torch.ones(3, 4), mesh, [Replicate()], run_check=False)
+
+
+def _of_columns(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"] = DTensor.from_local(torch.ones(3, 4), mesh, [Shard(1)], run_check=False)
+
+
+def _of_two_axes(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    wide = init_device_mesh("cpu", (1, 2))
+    deep["1"] = DTensor.from_local(torch.ones(3, 4), wide, [Replicate(), Shard(0)], run_check=False)
+
+
+def _column_by_column(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"]._local_tensor = torch.arange(12.0).reshape(4, 3).t()
+
+
+def _of_bytes(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"] = DTensor.from_local(torch.ones(3, 4).to(torch.float8_e8m0fnu), mesh, [Shard(0)], run_check=False)
+
+
+def _no_dtensor(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"] = torch.ones(3, 4)
+
+
+def _another_name_of_one(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"] = deep["2"]
+
+
+def _one_more(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["a/b"] = DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)], run_check=False)
+
+
+def _complex_ones(deep: dict[str, Any], mesh: DeviceMesh) -> None:
+    deep["1"] = DTensor.from_local(torch.ones(3, 4, dtype=torch.complex64), mesh, [Shard(0)], run_check=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replicated,
+        _of_columns,
+        _of_two_axes,
+        _column_by_column,
+        _of_bytes,
+        _no_dtensor,
+        _another_name_of_one,
+        _one_more,
+        _complex_ones,
+    ],
+)
+def test_what_changes_in_a_dict_of_dtensors_is_found_anew(
+    mesh: DeviceMesh, change: Callable[[dict[str, Any], DeviceMesh], None]
+) -> None:
+    state = sharded(mesh)
+    captured(state)
+    change(state["t"]["deep"], mesh)
+    for again in (captured(state), captured(state)):
+        fresh = afresh(state)
+        assert every(again) == every(fresh)
+        assert again.values == fresh.values
+        assert again.tied == fresh.tied
+
+
+def test_dtensors_whose_memory_is_gone_are_refused_by_name(mesh: DeviceMesh) -> None:
+    state = sharded(mesh)
+    captured(state)
+    state["t"]["deep"]["1"]._local_tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueNotCarried, match="deep/1"):
+        captured(state)
 
 
 def test_the_table_of_a_saved_state_is_encoded_again_when_anything_in_it_changed(
