@@ -39,7 +39,7 @@ from elastickpt.training.elements import host_address, host_elements
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.plans import PAGE, Slice, WritePlan
 from elastickpt.writer.share import Share, write_whole_share
-from elastickpt.writer.write_files import Source
+from elastickpt.writer.write_files import Source, copy_hashed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,21 +60,38 @@ class LiveTensors(Source):
 
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """The bytes, in place where the memory is contiguous and congruent to the file, else gathered."""
-        piece = self._plan.files[at.file].pieces[at.piece]
-        part = part_of(self._elements(piece.array), piece.local)
-        flat = flat_bytes(part)
-        offset = piece.run.offset + start
-        if flat is not None:
-            data = flat[start:stop]
-            if stop - start < self._congruent_nbytes or (address_of(data.data) - offset) % PAGE == 0:
-                return data
-        shift = offset % PAGE
-        into = self._buffer(shift + stop - start)[shift:]
+        flat, part = self._part(at)
+        if flat is not None and self._may_stay(at, data := flat[start:stop], start):
+            return data
+        into = self._congruent(at, start, stop)
         if flat is not None:
             np.copyto(into, flat[start:stop])
         else:
             gather(part, start, into)
         return into
+
+    def take_hashed(self, at: Slice, start: int, stop: int, block_nbytes: int) -> tuple[Bytes, list[int]]:
+        flat, _ = self._part(at)
+        if flat is None or self._may_stay(at, data := flat[start:stop], start):
+            return super().take_hashed(at, start, stop, block_nbytes)
+        into = self._congruent(at, start, stop)
+        return into, copy_hashed(data, into, block_nbytes)
+
+    def _part(self, at: Slice) -> tuple[Bytes | None, AnyArray]:
+        piece = self._plan.files[at.file].pieces[at.piece]
+        part = part_of(self._elements(piece.array), piece.local)
+        return flat_bytes(part), part
+
+    def _may_stay(self, at: Slice, data: Bytes, start: int) -> bool:
+        return data.size < self._congruent_nbytes or (address_of(data.data) - self._offset(at) - start) % PAGE == 0
+
+    def _offset(self, at: Slice) -> int:
+        return self._plan.files[at.file].pieces[at.piece].run.offset
+
+    def _congruent(self, at: Slice, start: int, stop: int) -> Bytes:
+        """This thread's memory for these bytes, which lies like the file modulo the page."""
+        shift = (self._offset(at) + start) % PAGE
+        return self._buffer(shift + stop - start)[shift:]
 
     def _buffer(self, nbytes: int) -> Bytes:
         """This thread's page-aligned memory, so many bytes of it."""
@@ -86,8 +103,8 @@ class LiveTensors(Source):
 
 
 class LivePack(LiveTensors):
-    """The same for a pack, whose small pieces are copied by address: a view of a tensor costs more than to copy 1 KiB. `places`
-    are those of its pieces, as `places_of` has them."""
+    """The same for a pack, whose pieces are found by address: a view of a tensor costs more than to copy 1 KiB. `places` are
+    those of its pieces, as `places_of` has them."""
 
     def __init__(self, plan: WritePlan, held: Sequence[HeldArray], store: Store, places: Sequence[PiecePlace]) -> None:
         self._held = held
@@ -101,6 +118,14 @@ class LivePack(LiveTensors):
         if found is None:
             found = self._hosts[array] = host_elements(self._held[array].tensor)
         return found
+
+    def take(self, at: Slice, start: int, stop: int) -> Bytes:
+        array, offset = self._places[at.piece]
+        base = self._addresses[array]
+        if base is None or offset is None:
+            return super().take(at, start, stop)
+        memory = (ctypes.c_char * (stop - start)).from_address(base + offset + start)  # of a tensor that `_held` keeps
+        return np.frombuffer(memory, dtype=np.uint8)  # type: ignore[call-overload,no-any-return]  # as in `host_elements`
 
     def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
         target, memmove, addresses, sources = address_of(into.data), ctypes.memmove, self._addresses, self._places

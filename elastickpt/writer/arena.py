@@ -166,10 +166,11 @@ class ArenaSource(Source):
         """The same of many, at once where they lie in the arena as they are to lie. Blocking likewise."""
         first, last = slices[0], slices[-1]
         self.take(last, last.start, last.stop)
-        memory, begin = self._arena.memory, first.offset - places[0]
-        alike = all(at.offset - place == begin for at, place in zip(slices, places, strict=True))
-        if alike and sum(at.stop - at.start for at in slices) == into.size:
-            into[:] = memory[begin : begin + into.size]
+        memory, low, high = self._arena.memory, places[0], places[-1] + last.stop - last.start
+        shift = first.offset - low
+        alike = all(at.offset - place == shift for at, place in zip(slices, places, strict=True))
+        if alike and sum(at.stop - at.start for at in slices) == high - low:
+            into[low:high] = memory[shift + low : shift + high]
             return
         for at, place in zip(slices, places, strict=True):
             into[place : place + at.stop - at.start] = memory[at.offset : at.offset + at.stop - at.start]

@@ -21,6 +21,7 @@ from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.messages import Message, decode, encode
 from elastickpt.writer.plans import (
     BLOCK_NBYTES,
+    HASHED_NBYTES,
     PAGE,
     Document,
     PlannedDocument,
@@ -40,7 +41,6 @@ _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5
 
 ROWS_APART = 4  # rows further apart than this many of them are written one by one
-FEW = 4  # parts: below this nothing is gained by putting them together
 
 
 class PackPart(NamedTuple):
@@ -56,32 +56,40 @@ class PackPart(NamedTuple):
     blocks: int
 
     @property
-    def is_small(self) -> bool:
-        """Whether it is a whole slice of one block, in a row."""
-        whole = (self.start, self.stop) == (self.at.start, self.at.stop)
-        return whole and self.blocks == 1 and self.run.in_a_row
+    def slice(self) -> Slice:
+        """Of these bytes alone; their place in an arena, if they have one."""
+        if (self.start, self.stop) == (self.at.start, self.at.stop):
+            return self.at
+        return self.at._replace(start=self.start, stop=self.stop, offset=self.at.offset + self.start - self.at.start)
+
+
+class PackGroup(NamedTuple):
+    """Parts of a span that are copied, and hashed where they then lie, before the next ones are. `places` are where they begin
+    in the span, `within` are [begin, end) of their blocks there, of which the first is `block` of all blocks."""
+
+    slices: tuple[Slice, ...]
+    places: tuple[int, ...]
+    within: tuple[tuple[int, int], ...]
+    block: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackSpan:
-    """Parts that are written at once, and of those that are whole slices in a row, of one block each, what lies where: `within`
-    are [begin, end) of each in the span; empty for others. `closed`: nothing lies between them."""
+    """Parts that are written at once; several that each lie in a row also in groups, and `gaps`, [begin, end) in the span, is
+    what lies between them."""
 
     parts: tuple[PackPart, ...]
-    slices: tuple[Slice, ...] = ()
-    within: tuple[tuple[int, int], ...] = ()
-    places: tuple[int, ...] = ()
-    closed: bool = False
+    groups: tuple[PackGroup, ...] = ()
+    gaps: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, parts: Sequence[PackPart]) -> PackSpan:
+    def of(cls, parts: Sequence[PackPart], block_nbytes: int = BLOCK_NBYTES) -> PackSpan:
         """These parts, of which each begins less than a page behind the one before."""
-        if len(parts) < FEW or not all(part.is_small for part in parts):
+        if len(parts) == 1 or not all(part.run.in_a_row for part in parts):
             return cls(tuple(parts))
         begin = parts[0].begin
-        within = tuple((part.begin - begin, part.end - begin) for part in parts)
-        closed = all(one.end == other.begin for one, other in pairwise(parts))
-        return cls(tuple(parts), tuple(part.at for part in parts), within, tuple(low for low, _ in within), closed)
+        gaps = tuple((one.end - begin, two.begin - begin) for one, two in pairwise(parts) if one.end < two.begin)
+        return cls(tuple(parts), tuple(_groups(parts, begin, block_nbytes)), gaps)
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +100,26 @@ class PackSpan:
     def blocks(self) -> int:
         """Checksum blocks of the parts."""
         return self.parts[-1].block + self.parts[-1].blocks - self.parts[0].block
+
+
+def _groups(parts: Sequence[PackPart], begin: int, block_nbytes: int) -> Iterator[PackGroup]:
+    slices: list[Slice] = []
+    places: list[int] = []
+    within: list[tuple[int, int]] = []
+    end, block = parts[0].begin + HASHED_NBYTES, parts[0].block
+    for part in parts:
+        if part.end > end and slices:
+            yield PackGroup(tuple(slices), tuple(places), tuple(within), block)
+            slices, places, within = [], [], []
+            end, block = part.begin + HASHED_NBYTES, part.block
+        slices.append(part.slice)
+        places.append(low := part.begin - begin)
+        high = part.end - begin
+        if part.blocks == 1:
+            within.append((low, high))
+        else:
+            within += [(at, min(at + block_nbytes, high)) for at in range(low, high, block_nbytes)]
+    yield PackGroup(tuple(slices), tuple(places), tuple(within), block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +235,8 @@ def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int
 def spans_of(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: int = BLOCK_NBYTES) -> tuple[PackSpan, ...]:
     """These slices of a pack in spans of at most so many bytes, gaps included: those that follow each other with less than a
     page between are one."""
-    return tuple(map(PackSpan.of, _close_together(_parts(pack, slices, most, block_nbytes), most)))
+    found = _close_together(_parts(pack, slices, most, block_nbytes), most)
+    return tuple(PackSpan.of(parts, block_nbytes) for parts in found)
 
 
 def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: int) -> Iterator[PackPart]:

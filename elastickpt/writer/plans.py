@@ -122,6 +122,9 @@ def files_of(
 BLOCK_NBYTES = 64 << 10  # so that who needs a half of a small piece reads little more; as fast to hash as larger ones
 MOST_BLOCKS = 1 << 16  # of this size: half a megabyte of checksums
 LARGE_BLOCK_NBYTES = 256 << 10  # of whoever writes more: all maps go through the hands of who commits
+# What is copied or written at once, and hashed then, while the core's cache holds it: two passes over memory take half as long
+# again.
+HASHED_NBYTES = 256 << 10
 PAGE = 4096
 CACHE_LINE = 64
 MIN_ARENA_NBYTES = MIN_DIRECT_NBYTES + PAGE

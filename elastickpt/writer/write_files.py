@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from elastickpt.errors import CheckpointError, MissingFile
 from elastickpt.format.digest import whole_checksums
+from elastickpt.layout.grid import ByteRun
 from elastickpt.ranks.threads import Pool
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES
 from elastickpt.storage.store import Durability, RangeWriter, Store
-from elastickpt.writer.plans import BLOCK_NBYTES, Document, PlannedFile, PlannedPiece, Slice, WritePlan, blocks_of
+from elastickpt.writer.plans import BLOCK_NBYTES, HASHED_NBYTES, Document, PlannedFile, Slice, WritePlan, blocks_of
 
 UNIT_NBYTES = 8 << 20
 THREADS = 3
@@ -40,6 +42,11 @@ class Source(Protocol):
 
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of the slice's piece, in C order of the piece; at most `UNIT_NBYTES`."""
+
+    def take_hashed(self, at: Slice, start: int, stop: int, block_nbytes: int) -> tuple[Bytes, list[int]]:
+        """The same, and the checksums of its blocks."""
+        data = self.take(at, start, stop)
+        return data, whole_checksums(data.data, block_nbytes)
 
     def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
         """Copies whole slices, each to its place in `into`, in their order."""
@@ -137,6 +144,26 @@ def directories_of(paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda path: (-path.count("/"), path)))
 
 
+def copy_hashed(data: Bytes, into: Bytes, block_nbytes: int) -> list[int]:
+    """Copies bytes; returns the checksums of their blocks."""
+    checksums: list[int] = []
+    for start in range(0, data.size, HASHED_NBYTES):
+        part = into[start : start + HASHED_NBYTES]
+        np.copyto(part, data[start : start + HASHED_NBYTES])
+        checksums += whole_checksums(part.data, block_nbytes)
+    return checksums
+
+
+def write_hashed(writer: RangeWriter, offset: int, data: Bytes, block_nbytes: int) -> list[int]:
+    """Writes bytes through the page cache; returns the checksums of their blocks."""
+    checksums: list[int] = []
+    for start in range(0, data.size, HASHED_NBYTES):
+        part = data[start : start + HASHED_NBYTES].data
+        writer.write(offset + start, part)
+        checksums += whole_checksums(part, block_nbytes)
+    return checksums
+
+
 # -- bytes -------------------------------------------------------------------------------------------------------------
 
 
@@ -203,12 +230,17 @@ def write_slices(
         opened[number].left += 1
     checksums = np.empty(sum(blocks_of(at.stop - at.start, block_nbytes) for at in slices), dtype=np.uint64)
 
+    past_cache = target.store.capabilities.past_cache
+
     def carry_out(unit: _Unit) -> None:
-        writer = opened[unit.at.file].writer()
-        data = source.take(unit.at, unit.start, unit.stop)
-        found = whole_checksums(data.data, block_nbytes)
+        writer, run = opened[unit.at.file].writer(), files[unit.at.file].pieces[unit.at.piece].run
+        if run.in_a_row and not (past_cache and unit.stop - unit.start >= MIN_DIRECT_NBYTES):
+            data = source.take(unit.at, unit.start, unit.stop)
+            found = write_hashed(writer, run.offset + unit.start, data, block_nbytes)
+        else:
+            data, found = source.take_hashed(unit.at, unit.start, unit.stop, block_nbytes)
+            _write_unit(writer, run, unit, data)
         checksums[unit.block : unit.block + len(found)] = found
-        _write_unit(writer, files[unit.at.file].pieces[unit.at.piece], unit, data)
         opened[unit.at.file].done()
         target.watch(data.size)
 
@@ -251,9 +283,8 @@ def _threads_for(target: WrittenFolder, slices: Sequence[Slice]) -> int:
     return min(THREADS, 1 + sum(at.stop - at.start for at in slices) // IN_MEMORY_NBYTES)
 
 
-def _write_unit(writer: RangeWriter, piece: PlannedPiece, unit: _Unit, data: Bytes) -> None:
-    run = piece.run
-    if run.row_nbytes == run.row_stride or run.row_nbytes == run.nbytes:
+def _write_unit(writer: RangeWriter, run: ByteRun, unit: _Unit, data: Bytes) -> None:
+    if run.in_a_row:
         writer.write(run.offset + unit.start, data.data)
         return
     position = unit.start

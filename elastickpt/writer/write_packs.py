@@ -19,12 +19,13 @@ from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buf
 from elastickpt.storage.store import RangeWriter, Store
 from elastickpt.writer.arena_plan import ROWS_APART, PackPart, PackSpan
 from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile
-from elastickpt.writer.write_files import UNIT_NBYTES, Bytes, Checksums, Source, WrittenFolder
+from elastickpt.writer.write_files import UNIT_NBYTES, Bytes, Checksums, Source, WrittenFolder, copy_hashed, write_hashed
 
 THREADS = 4
 SPAN_NBYTES = 2 << 20  # 1 GB of two ranks on ext4, on two cores: 0.97 s, where it is 1.13 with 8 MiB and three threads
 SPAN_IN_MEMORY_NBYTES = 1 << 20  # what is copied twice stays in the processor's cache between
 TOGETHER_NBYTES = 64 << 10  # of a part in memory: below this a call of its own costs more than the copy
+MANY_GAPS = 100  # in a span: to fill all of it with zeros takes less
 
 # Buffers of packs that were written: to fault in new ones takes a third as long as to write so much to a device. Popping and
 # extending a list are one step each, whatever threads do.
@@ -90,21 +91,13 @@ class _Work:
         elif not self._past_cache and all(part.stop - part.start >= TOGETHER_NBYTES and part.run.in_a_row for part in parts):
             for part in parts:
                 self._write_alone(part)
-        elif span.slices:
-            self._write_small(span)
+        elif span.groups:
+            self._write_groups(span)
+        elif len(parts) == 1 and parts[0].run.in_a_row:
+            self._write_row(parts[0])
         else:
-            self._write_together(parts)
+            self._write_rows(parts)
         self._target.watch(span.nbytes)
-
-    def _write_small(self, span: PackSpan) -> None:
-        """Many small pieces: the source copies them, and they are hashed where they then lie."""
-        begin, block = span.parts[0].begin, span.parts[0].block
-        into = self._buffer(begin, span.parts[-1].end)
-        if not span.closed:
-            into[:] = 0
-        self._source.gather(span.slices, span.places, into)
-        self._checksums[block : block + len(span.parts)] = block_checksums(into.data, span.within)
-        self._writer.write(begin, into.data)
 
     def _goes_alone(self, part: PackPart) -> bool:
         return not self._past_cache or part.stop - part.start < MIN_DIRECT_NBYTES or part.run.row_stride > self._widest(part)
@@ -114,39 +107,56 @@ class _Work:
 
     def _take(self, part: PackPart) -> Bytes:
         """The part's bytes, which are hashed."""
-        data = self._source.take(part.at, part.start, part.stop)
-        found = whole_checksums(data.data, self._block_nbytes)
-        self._checksums[part.block : part.block + len(found)] = found
+        data, found = self._source.take_hashed(part.at, part.start, part.stop, self._block_nbytes)
+        self._found(part.block, found)
         return data
 
+    def _found(self, block: int, checksums: Sequence[int]) -> None:
+        self._checksums[block : block + len(checksums)] = checksums
+
     def _write_alone(self, part: PackPart) -> None:
-        data, position = self._take(part), part.start
         if part.run.in_a_row:
-            return self._writer.write(part.begin, data.data)
+            data = self._source.take(part.at, part.start, part.stop)
+            return self._found(part.block, write_hashed(self._writer, part.begin, data, self._block_nbytes))
+        data, position = self._take(part), part.start
         while position < part.stop:
             stop = min((position // part.run.row_nbytes + 1) * part.run.row_nbytes, part.stop)
             self._writer.write(part.run.place(position), data[position - part.start : stop - part.start].data)
             position = stop
         return None
 
-    def _write_together(self, span: tuple[PackPart, ...]) -> None:
-        begin, end = span[0].begin, span[-1].end
-        if len(span) == 1 and span[0].run.in_a_row:
-            data = self._take(span[0])
-            if (address_of(data.data) - begin) % PAGE == 0:  # it lies like the file already
-                return self._writer.write(begin, data.data)
-            into = self._buffer(begin, end)
-            np.copyto(into, data)
-            return self._writer.write(begin, into.data)
-        into, filled = self._buffer(begin, end), begin
-        for part in span:
+    def _write_groups(self, span: PackSpan) -> None:
+        """Several pieces: the source copies some, which are hashed where they then lie, and then the next."""
+        begin = span.parts[0].begin
+        into = self._buffer(begin, span.parts[-1].end)
+        if len(span.gaps) > MANY_GAPS:
+            into[:] = 0
+        else:
+            for low, high in span.gaps:
+                into[low:high] = 0
+        for group in span.groups:
+            self._source.gather(group.slices, group.places, into)
+            self._found(group.block, block_checksums(into.data, group.within))
+        self._writer.write(begin, into.data)
+
+    def _write_row(self, part: PackPart) -> None:
+        data = self._source.take(part.at, part.start, part.stop)
+        if (address_of(data.data) - part.begin) % PAGE == 0:  # it lies like the file already
+            self._found(part.block, whole_checksums(data.data, self._block_nbytes))
+            return self._writer.write(part.begin, data.data)
+        into = self._buffer(part.begin, part.end)
+        self._found(part.block, copy_hashed(data, into, self._block_nbytes))
+        return self._writer.write(part.begin, into.data)
+
+    def _write_rows(self, parts: tuple[PackPart, ...]) -> None:
+        """What has gaps inside, and what lies close to it."""
+        begin = filled = parts[0].begin
+        into = self._buffer(begin, parts[-1].end)
+        for part in parts:
             into[filled - begin : part.begin - begin] = 0
-            if part.run.in_a_row:
-                into[part.begin - begin : part.end - begin] = self._take(part)
-            else:
-                _lay_rows(part, self._take(part), into[part.begin - begin : part.end - begin])
+            _lay_rows(part, self._take(part), into[part.begin - begin : part.end - begin])
             filled = part.end
-        return self._writer.write(begin, into.data)
+        self._writer.write(begin, into.data)
 
     def _buffer(self, begin: int, end: int) -> Bytes:
         """This thread's memory for [begin, end) of the pack, which lies like the file modulo the page."""
@@ -169,6 +179,9 @@ class _Work:
 
 def _lay_rows(part: PackPart, data: Bytes, into: Bytes) -> None:
     """The part's rows as they lie in the pack, zeros between; `into` begins at its first byte."""
+    if part.run.in_a_row:
+        into[:] = data
+        return
     row, stride = part.run.row_nbytes, part.run.row_stride
     into[:] = 0
     done = 0

@@ -137,14 +137,15 @@ def test_who_cancels_ends_the_wait(arena: Arena) -> None:
 
 @pytest.mark.parametrize("gap", [0, 24])
 @pytest.mark.parametrize("shift", [0, 100])
-def test_many_slices_are_gathered_as_they_are_to_lie(arena: Arena, gap: int, shift: int) -> None:
+@pytest.mark.parametrize("begin", [0, 301])
+def test_many_slices_are_gathered_as_they_are_to_lie(arena: Arena, gap: int, shift: int, begin: int) -> None:
     arena.memory[:] = np.arange(NBYTES, dtype=np.uint64).astype(np.uint8)
     arena.fill_to(NBYTES)
     slices = [Slice(0, k, 0, 40, 64 + k * (40 + shift)) for k in range(9)]
-    places = [k * (40 + gap) for k in range(9)]
-    into = np.zeros(8 * (40 + gap) + 40, dtype=np.uint8)
+    places = [begin + k * (40 + gap) for k in range(9)]
+    into = np.full(2 * begin + 8 * (40 + gap) + 40, 7, dtype=np.uint8)
     ArenaSource(arena, unwatched).gather(slices, places, into)
-    expected = np.zeros_like(into)
+    expected = np.full_like(into, 7)
     for at, place in zip(slices, places, strict=True):
         expected[place : place + 40] = arena.memory[at.offset : at.offset + 40]
     assert into.tobytes() == expected.tobytes()
