@@ -19,7 +19,7 @@ from elastickpt.commit.prove import ProofMemory, parts_of
 from elastickpt.errors import CheckpointError, ChecksumMismatch, Malformed, MissingFile, PathOccupied, StorageFailed
 from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import file_digest
-from elastickpt.format.encode_fragments import decode_columns, encode_fragments
+from elastickpt.format.encode_fragments import KnownFragments, decode_columns, encode_fragments
 from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_frame, encode_frame
 from elastickpt.format.keys import fragments_file
@@ -147,9 +147,12 @@ def attest(
     return FileDigest(relative, len(data), file_digest(data))
 
 
-def read_attested(store: Store, draft: Draft, attested: Sequence[FileDigest]) -> tuple[FragmentColumns, ...]:
-    """The fragment maps of all writers, by writer, checked against what they said they wrote."""
-    maps = []
+def read_attested(
+    store: Store, draft: Draft, attested: Sequence[FileDigest], memory: ProofMemory | None = None
+) -> tuple[FragmentColumns, ...]:
+    """The fragment maps of all writers, by writer, checked against what they said they wrote. Of what is as it was in the save
+    before, as the memory has it, only checksums are decoded."""
+    maps, known = [], dict[int, KnownFragments]()
     for writer, said in enumerate(attested):
         data = store.read(draft.path(said.path), MAX_FRAGMENTS_NBYTES)
         if file_digest(data) != said.digest:
@@ -157,16 +160,25 @@ def read_attested(store: Store, draft: Draft, attested: Sequence[FileDigest]) ->
                 f"{said.path}: writer {writer} said digest {said.digest} of {said.nbytes} bytes, "
                 f"found {file_digest(data)} of {len(data)} in the draft"
             )
-        columns = decode_columns(data, path=said.path)
+        last = None if memory is None else memory.maps.get(writer)
+        columns = None if last is None else last.next(data, attempt=draft.attempt, path=said.path)
+        if columns is None:
+            columns = decode_columns(data, path=said.path)
+            last = None if memory is None else KnownFragments.of(columns, data)
+        if last is not None:
+            known[writer] = last
         if (columns.writer, columns.attempt) != (writer, draft.attempt):
             raise Malformed(
                 f"{said.path}: expected writer {writer} of attempt {draft.attempt}, "
                 f"found writer {columns.writer} of attempt {columns.attempt}"
             )
         maps.append(columns)
+    if memory is not None:
+        memory.maps = known if sum(one.nbytes for one in known.values()) <= MAX_KNOWN_NBYTES else {}
     return tuple(maps)
 
 
+MAX_KNOWN_NBYTES = 64 << 20  # of fragment maps that a committer remembers of one structure
 _DIGEST_NBYTES = 32
 _LENGTH_NBYTES = 8
 

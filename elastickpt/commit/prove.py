@@ -13,6 +13,7 @@ import numpy as np
 from elastickpt.errors import CoverageOverlap, StructureConflict
 from elastickpt.format.arrays import Box
 from elastickpt.format.documents import upper_documents
+from elastickpt.format.encode_fragments import KnownFragments
 from elastickpt.format.encode_index import encode_arrays
 from elastickpt.format.encode_values import value_digest
 from elastickpt.format.many import many
@@ -68,10 +69,12 @@ class AttemptReferences:
 
 @dataclass(slots=True)
 class ProofMemory:
-    """What was proven of the arrays of one outline last, and the references to them; None at first. And the replicated values
-    of the newest save."""
+    """What was proven of the arrays of one outline last, and the references to them; None at first. And of the newest save the
+    replicated values, the fragment maps by writer, and the pieces whose bytes were found to be distinct."""
 
     last: Proof | None = None
+    maps: Mapping[int, KnownFragments] = field(default_factory=dict)
+    distinct: tuple[tuple[IntColumn, ...], ...] = ()
     references: AttemptReferences | None = None
     values: Mapping[str, TypedValue] = field(default_factory=dict)
 
@@ -108,7 +111,7 @@ def _places_of(columns: FragmentColumns) -> _Places:
 
 
 def _lie_alike(one: _Places, other: _Places) -> bool:
-    return one[0] == other[0] and all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+    return one[0] == other[0] and all(map(_equal, one[1:], other[1:]))
 
 
 def prove(
@@ -134,7 +137,11 @@ def _boxes_of(pieces: PieceColumns) -> tuple[tuple[str, ...], IntColumn, IntColu
 
 
 def _same(one: _Boxes, other: _Boxes) -> bool:
-    return one[:2] == other[:2] and all(np.array_equal(a, b) for a, b in zip(one[2:], other[2:], strict=True))
+    return one[:2] == other[:2] and all(map(_equal, one[2:], other[2:]))
+
+
+def _equal(one: IntColumn, other: IntColumn) -> bool:
+    return one is other or np.array_equal(one, other)
 
 
 def _prove(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> tuple[ArrayRecord, ...]:
@@ -194,11 +201,21 @@ def _swept(expected: Sequence[ArrayRecord], maps: Sequence[FragmentColumns]) -> 
     return [tuple(sorted(set(owners[record.key]))) for record in expected]
 
 
-def require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
+def require_distinct_ranges(maps: Sequence[FragmentColumns], memory: ProofMemory | None = None) -> None:
     """Raises CoverageOverlap where two pieces claim the same bytes of a file. [FRAG-34]
 
-    Pieces of one array are disjoint boxes, so this can only happen between arrays or through a wrong offset.
+    Pieces of one array are disjoint boxes, so this can only happen between arrays or through a wrong offset. What was found of
+    the very same columns, as the memory has it, is not looked for again.
     """
+    columns = tuple((one.pieces.file, one.pieces.offset, one.pieces.nbytes, one.pieces.row_nbytes) for one in maps)
+    if memory is not None and [list(map(id, one)) for one in columns] == [list(map(id, one)) for one in memory.distinct]:
+        return
+    _require_distinct_ranges(maps)
+    if memory is not None:
+        memory.distinct = columns
+
+
+def _require_distinct_ranges(maps: Sequence[FragmentColumns]) -> None:
     numbers: dict[tuple[int, str], int] = {}
     rows = []  # of each piece: its file, first byte, end, writer
     for columns in maps:

@@ -64,10 +64,10 @@ def prove_draft(store: Store, attempt: Attempt, contents: DraftContents, files: 
 
     Raises CoverageGap, CoverageOverlap, StructureConflict or ChecksumMismatch if it is not, StorageFailed kinds.
     """
-    maps = read_attested(store, attempt.draft, files)
     outline = contents.outline
+    maps = read_attested(store, attempt.draft, files, outline.memory)
     arrays = prove(outline.arrays, maps, outline.memory)
-    require_distinct_ranges(maps)
+    require_distinct_ranges(maps, outline.memory)
     tables = merge_tables(table for columns in maps for table in columns.tables)
     requires = _features(arrays, tables, contents, [columns.values for columns in maps])
     if any(attempt_of_pack(file.path) for columns in maps for file in columns.files):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from elastickpt.errors import LimitExceeded, Malformed, Unsafe, Unsupported
+from elastickpt.errors import CheckpointError, LimitExceeded, Malformed, Unsafe, Unsupported
 from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.decode_values import decode_pointers
 from elastickpt.format.encode_values import encode_pointers
@@ -237,3 +238,59 @@ def _any_by_piece(pieces: PieceColumns, axes: npt.NDArray[np.bool_]) -> npt.NDAr
     wrong = np.flatnonzero(axes)
     found[np.searchsorted(pieces.axis_start, wrong, side="right") - 1] = True
     return found
+
+
+# -- the map of the next save ------------------------------------------------------------------------------------------
+
+_CHECKSUMS, _TABLES, _TWO = b"\xa9checksums", b"\xa6tables", b"\x82"  # members in msgpack, and the beginning of a map of two
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownFragments:
+    """A map that was decoded, for that of the next save, which differs in attempt and checksums, and in what optimizers and
+    ranks hold beside arrays, if the structure is the same. `head` and `tail` are its bytes around the checksums."""
+
+    columns: FragmentColumns
+    head: bytes
+    tail: bytes
+
+    @classmethod
+    def of(cls, columns: FragmentColumns, data: bytes) -> KnownFragments | None:
+        """None where its bytes do not stand in the order in which they are written, or hold the attempt's id elsewhere too."""
+        sums = np.ascontiguousarray(columns.pieces.checksums, dtype="<u8").tobytes()
+        at = data.find(sums, data.rfind(_CHECKSUMS))
+        head, tail = data[:at], data[at + len(sums) :]
+        known = cls(columns, head, tail)
+        found = sums and at >= 0 and tail.startswith(_TABLES)
+        return known if found and head.count(columns.attempt.encode()) == known._ids else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the bytes that it keeps."""
+        return len(self.head) + len(self.tail)
+
+    @property
+    def _ids(self) -> int:
+        """How often the attempt's id stands in the head: once by itself, and in names of files."""
+        attempt = self.columns.attempt
+        return 1 + sum(file.path.count(attempt) for file in self.columns.files)
+
+    def next(self, data: bytes, *, attempt: str, path: str) -> FragmentColumns | None:
+        """What `decode_columns` makes of the map of another attempt; None where that must be asked, and may refuse it."""
+        known, count = self.columns, 8 * len(self.columns.pieces.checksums)
+        head, tail = data[: len(self.head)], data[len(self.head) + count :]
+        new, old = attempt.encode(), known.attempt.encode()
+        if len(new) != len(old) or head.count(new) != self._ids or head.replace(new, old) != self.head:
+            return None
+        if not tail.startswith(_TABLES):
+            return None
+        tables, values = known.tables, known.values
+        if tail != self.tail:
+            try:
+                tables, values = decode_beside(_TWO + tail, path=path)
+            except CheckpointError:
+                return None
+        sums = np.frombuffer(data, dtype="<u8", offset=len(head), count=count // 8).astype(np.uint64, copy=False)
+        files = tuple(replace(file, path=file.path.replace(known.attempt, attempt)) for file in known.files)
+        pieces = replace(known.pieces, checksums=sums)
+        return replace(known, attempt=attempt, files=files, pieces=pieces, tables=tables, values=values)

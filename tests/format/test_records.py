@@ -16,7 +16,7 @@ from elastickpt.errors import ChecksumMismatch, LimitExceeded, Malformed, Unsafe
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.decode_index import decode_index
 from elastickpt.format.digest import block_checksum, file_digest
-from elastickpt.format.encode_fragments import decode_columns, decode_fragments, encode_fragments
+from elastickpt.format.encode_fragments import KnownFragments, decode_columns, decode_fragments, encode_fragments
 from elastickpt.format.encode_index import encode_index
 from elastickpt.format.encode_manifest import decode_manifest, encode_manifest
 from elastickpt.format.keys import array_keys, chunk_file
@@ -69,6 +69,56 @@ def test_a_fragment_map_comes_back(found: list[StoredPiece], values: Any) -> Non
     assert tuple(columns.pieces.by_array()) == columns.pieces.arrays
     for key, places in columns.pieces.by_array().items():
         assert [columns.pieces.piece(p) for p in places] == [p for p in ordered if p.array == key]
+
+
+def _of_attempt(attempt: str, found: list[StoredPiece], values: Any, tables: tuple[OptimizerTable, ...]) -> FragmentMap:
+    files = (StoredFile(0, f"packs/{attempt}-00007.bin", 10**7), StoredFile(1, "params/m/a/value/c", 10**7))
+    ordered = tuple(sorted(found, key=lambda piece: piece.array))
+    return FragmentMap(7, attempt, 65536, files, ordered, tables, values)
+
+
+VALUES = st.none() | st.dictionaries(st.just("/rng"), st.binary(max_size=3))
+
+
+@given(st.lists(pieces(), min_size=1, max_size=6), VALUES, VALUES, st.booleans(), st.data())
+def test_the_map_of_the_next_save_is_known_but_for_what_changed(
+    found: list[StoredPiece], first: Any, second: Any, tables: bool, data: st.DataObject
+) -> None:
+    before = encode_fragments(_of_attempt("3f1c", found, first, (TABLE,)))
+    known = KnownFragments.of(decode_columns(before, path="f"), before)
+    assert known is not None
+    others = [replace(one, checksums=tuple(data.draw(st.integers(0, 2**64 - 1)) for _ in one.checksums)) for one in found]
+    after = encode_fragments(_of_attempt("a0b1", others, second, (TABLE,) if tables else ()))
+    columns = known.next(after, attempt="a0b1", path="f")
+    assert columns is not None
+    assert encode_fragments(columns) == after
+    assert columns.pieces.offset is known.columns.pieces.offset
+    assert not columns.pieces.checksums.flags.writeable
+    assert known.next(after, attempt="a0b2", path="f") is None
+    moved = [replace(others[0], offset=others[0].offset + 1), *others[1:]]
+    assert known.next(encode_fragments(_of_attempt("a0b1", moved, second, ())), attempt="a0b1", path="f") is None
+    assert known.next(encode_fragments(_of_attempt("a0b1", others[1:], second, ())), attempt="a0b1", path="f") is None
+
+
+@given(st.lists(pieces(), min_size=1, max_size=3), st.integers(0, 10**6), st.integers(0, 7), st.booleans())
+def test_a_damaged_map_of_the_next_save_is_seen_as_one_that_nothing_is_known_of(
+    found: list[StoredPiece], at: int, bit: int, cut: bool
+) -> None:
+    before = encode_fragments(_of_attempt("3f1c", found, {"/rng": b"1"}, (TABLE,)))
+    known = KnownFragments.of(decode_columns(before, path="f"), before)
+    assert known is not None
+    damaged = bytearray(encode_fragments(_of_attempt("a0b1", found, {"/rng": b"2"}, (TABLE,))))
+    damaged[at % len(damaged)] ^= 1 << bit
+    data = bytes(damaged[: at % len(damaged)] if cut else damaged)
+    columns = known.next(data, attempt="a0b1", path="f")
+    if columns is not None:
+        assert encode_fragments(columns) == encode_fragments(decode_columns(data, path="f"))
+
+
+def test_an_array_that_has_the_name_of_an_attempt_is_not_mistaken_for_it() -> None:
+    piece = StoredPiece("params/m/3f1c/value", Box((0,), (5,)), 0, 0, 5, 5, 5, (1,))
+    before = encode_fragments(_of_attempt("3f1c", [piece], None, ()))
+    assert KnownFragments.of(decode_columns(before, path="f"), before) is None
 
 
 def test_columns_are_read_only() -> None:
