@@ -93,12 +93,12 @@ def references_to(
 ) -> str | None:
     """The text of `references.json` for these arrays in an attempt's packs; None where a save writes none. What lies as it lay
     in the attempt before is not looked for again. [UCF-162]"""
-    if not within_limits(arrays):
-        return None
     places = tuple(map(_places_of, maps))
     made = memory.references
     if made is not None and made.arrays is arrays and all(map(_lie_alike, places, made.places)):
         return made.text.replace(f"/{made.attempt}-", f"/{attempt}-")
+    if not within_limits(arrays):
+        return None
     text = references_of(arrays, maps).text
     memory.references = AttemptReferences(arrays, places, attempt, text)
     return text

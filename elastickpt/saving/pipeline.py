@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 DRAFT = Question("draft", NoneType, OpenedAttempt)
 
 
+def all_staged(intentions: Sequence[Intention]) -> bool:
+    """Whether nothing is left to be staged."""
+    return all(intention.staged for intention in intentions)
+
+
 class Pipeline:
     """One rank's way to its share of an attempt. Every method is called on all ranks, and raises the same on all of them, but
     for what is said otherwise."""
@@ -46,7 +51,16 @@ class Pipeline:
     opened: OpenedAttempt  # once the attempt is open
     path: str  # of the checkpoint, as people write it; likewise
 
-    def __init__(self, team: Team, request: Request, *, arena_nbytes: int | None = None) -> None:
+    def __init__(
+        self,
+        team: Team,
+        request: Request,
+        *,
+        arena_nbytes: int | None = None,
+        ready: Callable[[Sequence[Intention]], bool] = all_staged,
+    ) -> None:
+        """`ready` says of what the ranks mean to save whether they may write as soon as they agree."""
+        self._ready = ready
         self.team, self.request = team, request
         self.notes: tuple[str, ...] = ()
         self._arena_nbytes = arena_nbytes
@@ -69,7 +83,7 @@ class Pipeline:
 
     def open(self, before: Callable[[], None] = lambda: None) -> Attempt:
         """The attempt. `before` runs on every rank; if it fails on one, there is no attempt. Blocking: a round, unless the
-        attempt was opened at once when the ranks agreed, which they do only if all have staged."""
+        attempt was opened at once when the ranks agreed, which they do only if all are ready to write."""
         opened = self.agreed.opened or DRAFT.ask_each(
             self.team, before, lambda _: self._open(self.agreed.intentions, self.agreed.structure.placement)
         )
@@ -85,8 +99,7 @@ class Pipeline:
         return attempt
 
     def _open_at_once(self, intentions: Sequence[Intention], placement: Placement) -> Sequence[OpenedAttempt | None]:
-        staged = all(intention.staged for intention in intentions)
-        return self._open(intentions, placement) if staged else [None] * len(intentions)
+        return self._open(intentions, placement) if self._ready(intentions) else [None] * len(intentions)
 
     def _open(self, intentions: Sequence[Intention], placement: Placement) -> Sequence[OpenedAttempt]:
         """Member 0: the attempt is made, and what each member is told of it."""

@@ -292,7 +292,7 @@ DRIFTED = (
 def test_replicas_that_are_alike_cost_no_round(ranks: tuple[Path, list[dict[str, Any]]], way: str) -> None:
     for seen in ranks[1]:
         assert [save["error"] for save in (*seen[way]["alike"], seen[way]["again"])] == ["", "", ""]
-        assert seen[way]["rounds"] == (("prepare",) if way == "async" else ("prepare", "draft", "write"))
+        assert seen[way]["rounds"] == (("prepare",) if way == "async" else ("prepare", "write"))
 
 
 @pytest.mark.ranks
@@ -427,7 +427,7 @@ def test_what_nobody_declared_is_compared_in_every_save(tmp_path: Path) -> None:
             assert "mesh=" in message
         assert "extra/top: ranks 0 and 1 hold different contents" in seen["run"]
         assert "on ranks [0, 2, 3] and [1]" in seen["run"]
-        assert (seen["blocking"], seen["async"]) == (("prepare", "draft", "write"), ("prepare",))
+        assert (seen["blocking"], seen["async"]) == (("prepare", "write"), ("prepare",))
         trusted, verified = seen["declared"]
         assert trusted == ""
         assert "extra/top [0:2] on ranks [0, 2, 3] and [1]" in verified
