@@ -119,8 +119,8 @@ def differences_of(opened: Opened, binding: Binding) -> Differences:
     known = np.zeros(len(opened.arrays), dtype=np.bool_)
     if binding.arrays:
         known[:] = [identity in binding.arrays for identity in opened.records]
-    for whole in binding.wholes:
-        known[whole.places] = True
+    for many in binding.columns:
+        known[many.places] = True
     return Differences(tuple(binding.mismatches), np.packbits(known).tobytes(), tuple(sorted(binding.places)))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from elastickpt.errors import ChecksumMismatch, StateMismatch, WrongLength
 from elastickpt.format.digest import block_checksum, block_checksums, whole_checksums
-from elastickpt.format.records import StoredFile
+from elastickpt.format.records import ArrayRecord, StoredFile
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import UNIT_NBYTES, FetchPlan, Unit, plan_fetch, require_length
 from elastickpt.loading.stretches import ReadRuns, runs_of
@@ -22,7 +22,7 @@ from elastickpt.loading.targets import ReadTarget, Rows, Wanted, copy_rows, scat
 from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool
-from elastickpt.storage.store import Lend, RangeReader, Store, is_in_memory, lender
+from elastickpt.storage.store import Caching, Lend, RangeReader, Store, is_in_memory, lender
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
 SHARED_THREADS = 4  # of a process beside others on its host: more reads of all together only take turns
@@ -67,7 +67,7 @@ def carry_out(
             fetching.run(pool)
     else:
         fetching.run(threads)
-    for target in plan.targets.boxes:
+    for target in plan.targets.alone:
         _settle(target)
     return FetchReport(fetching.nbytes, plan.targets.wanted_nbytes, len(fetching.reads))
 
@@ -136,7 +136,7 @@ class _Fetching:
         self._opened = opened
         self._plan = plan
         self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=pace.unit_nbytes)
-        self._columns = _Columns.of(self._runs, len(plan.targets.boxes))
+        self._columns = _Columns.of(self._runs, len(plan.targets.alone))
         self._verify = verify
         self._progress = progress
         self._scratch = Scratch()
@@ -144,14 +144,14 @@ class _Fetching:
         self._files = {file: _Open(file) for file in plan.files}
         self._of_runs = [self._files[plan.files[number]] for number in self._runs.file.tolist()]
         for opening, nbytes, first in zip(self._of_runs, self._columns.run_nbytes, self._columns.first, strict=False):
-            self._expect(opening, plan.targets[self._columns.target[first]], nbytes)
+            self._expect(opening, plan.targets.cache_of(self._columns.target[first]), nbytes)
         for unit in plan.units:
-            self._expect(self._files.setdefault(unit.file, _Open(unit.file)), unit.target, unit.end - unit.start)
+            self._expect(self._files.setdefault(unit.file, _Open(unit.file)), unit.target.wanted.cache, unit.end - unit.start)
         self.reads = self._in_order()
 
-    def _expect(self, opening: _Open, target: ReadTarget, nbytes: int) -> None:
+    def _expect(self, opening: _Open, cache: Caching, nbytes: int) -> None:
         opening.left += 1
-        opening.spared += nbytes if target.wanted.cache == "spare" else -nbytes
+        opening.spared += nbytes if cache == "spare" else -nbytes
 
     def _in_order(self) -> list[int | Unit]:
         """Numbers of runs, and units, in the order in which they lie."""
@@ -177,12 +177,12 @@ class _Fetching:
                 if opening.reader is not None:
                     opening.reader.close()
 
-    def _reader(self, opening: _Open, target: ReadTarget) -> RangeReader:
+    def _reader(self, opening: _Open, array: Callable[[], ArrayRecord]) -> RangeReader:
         with opening.lock:
             if opening.reader is None:
                 where = self._opened.where(opening.file)
                 opening.reader = self._opened.store.open_reader(where, cache="spare" if opening.spared > 0 else "fill")
-                require_length(opening.file, opening.reader.nbytes, target.wanted.record)
+                require_length(opening.file, opening.reader.nbytes, array)
                 opening.lend = lender(opening.reader)
             return opening.reader
 
@@ -197,7 +197,7 @@ class _Fetching:
     def _carry_out(self, read: int | Unit) -> None:
         if isinstance(read, Unit):
             opening = self._files[read.file]
-            self._units.read(self._reader(opening, read.target), read)
+            self._units.read(self._reader(opening, lambda: read.target.wanted.record), read)
             self._done(opening, read.end - read.start)
         else:
             self._run(read)
@@ -207,15 +207,15 @@ class _Fetching:
     def _run(self, run: int) -> None:
         opening, columns = self._of_runs[run], self._columns
         first, stop, nbytes = columns.first[run], columns.first[run + 1], columns.run_nbytes[run]
-        target = self._plan.targets[columns.target[first]]
-        lend = opening.lend or lender(self._reader(opening, target))
+        targets, number = self._plan.targets, columns.target[first]
+        lend = opening.lend or lender(self._reader(opening, lambda: targets.record_of(number)))
         whole = columns.straight[run]
-        into = target.data[columns.at[first] : columns.at[first] + nbytes] if whole else self._scratch.take(nbytes)
+        into = targets.data_of(number)[columns.at[first] : columns.at[first] + nbytes] if whole else self._scratch.take(nbytes)
         view = into.data
         try:
             lent = lend(columns.run_offset[run], view)
         except WrongLength as error:
-            raise holding(error, target) from error
+            raise holding(error, targets.record_of(number)) from error
         if not whole:
             (self._scatter if columns.small[run] else self._hand_out)(run, lent)
         else:
@@ -235,18 +235,18 @@ class _Fetching:
             self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
             skipped, rows = columns.skipped[stretch], columns.rows[stretch]
             if rows is not None:
-                own, target = lent[low : low + columns.nbytes[stretch]], targets[columns.target[stretch]].data
+                own, target = lent[low : low + columns.nbytes[stretch]], targets.data_of(columns.target[stretch])
                 copy_rows(own, skipped, skipped + wanted, target, at, rows)
                 continue
             low += skipped
-            into = targets[columns.target[stretch]].data[at : at + wanted]
+            into = targets.data_of(columns.target[stretch])[at : at + wanted]
             if wanted < GIVEN_AWAY_NBYTES:
                 into.data[:] = lent[low : low + wanted]
             else:
                 into[:] = np.frombuffer(lent, np.uint8, wanted, low)
 
     def _scatter(self, run: int, lent: memoryview) -> None:
-        """The same of small pieces that belong to arrays wanted whole, at once."""
+        """The same of small pieces that are targets in columns, at once."""
         columns, targets = self._columns, self._plan.targets
         own, begin = slice(columns.first[run], columns.first[run + 1]), columns.run_offset[run]
         low, nbytes = self._runs.offsets[own] - begin, self._runs.nbytes_of[own]
@@ -257,7 +257,8 @@ class _Fetching:
                 wrong = next(k for k, two in enumerate(zip(found, wanted, strict=True)) if two[0] != two[1])
                 start = int(low[wrong])
                 raise self._mismatch(own.start + wrong, 0, lent[start : start + int(nbytes[wrong])])
-        scatter(lent, low, nbytes, targets.address[self._runs.stretches.target[own] - len(targets.boxes)])
+        cut = self._runs.stretches
+        scatter(lent, low, nbytes, targets.address[cut.target[own] - len(targets.alone)] + cut.at[own])
 
     def _require_blocks(self, stretch: int, data: memoryview) -> None:
         """Raises ChecksumMismatch unless this is what was stored. [FRAG-32]"""
@@ -279,7 +280,7 @@ class _Fetching:
         pieces = self._plan.maps[int(cut.map[stretch])]
         piece = pieces.pieces.piece_of(number := int(cut.piece[stretch]), pieces.pieces.box(number))
         at = int(cut.start[stretch]) + begin
-        record = self._plan.targets[columns.target[stretch]].wanted.record
+        record = self._plan.targets.record_of(columns.target[stretch])
         return mismatch(pieces.files[piece.file], piece, record, at // pieces.block_nbytes, at, block_checksum(data))
 
 
@@ -301,15 +302,15 @@ class _Columns:
     run_nbytes: list[int]
     first: list[int]
     straight: list[bool]  # of each run: all of it belongs in a row to one target, as it lies
-    small: list[bool]  # of each run: nothing but small pieces, each of one block and an array wanted whole
+    small: list[bool]  # of each run: nothing but small pieces, each of one block and a target in columns
 
     @classmethod
-    def of(cls, runs: ReadRuns, boxes: int) -> _Columns:
+    def of(cls, runs: ReadRuns, alone: int) -> _Columns:
         cut, nbytes = runs.stretches, runs.nbytes_of
         own = (cut.target, cut.at, runs.offsets, nbytes, cut.low - cut.start, cut.high - cut.low)
         columns = (*own, runs.block, runs.checksums, runs.checksum_start, runs.offset, runs.nbytes, runs.first)
-        small = (cut.target >= boxes) & (nbytes < GIVEN_AWAY_NBYTES) & (nbytes <= runs.block)
-        small &= (cut.start == 0) & (cut.low == 0) & (cut.high == nbytes) & (cut.at == 0) & (cut.row == 0)
+        small = (cut.target >= alone) & (nbytes < GIVEN_AWAY_NBYTES) & (nbytes <= runs.block)
+        small &= (cut.start == 0) & (cut.low == 0) & (cut.high == nbytes) & (cut.row == 0)
         wanted = cut.high - cut.low
         straight = (wanted == nbytes) & (cut.row == 0)
         follows = np.ones(len(cut), dtype=np.bool_)

@@ -6,14 +6,16 @@ wanted boxes --> pieces of the fragment maps --> stretches: what lies in a row o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 
 from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, MissingFile, WrongLength
 from elastickpt.format.arrays import Box
-from elastickpt.format.piece_columns import FragmentColumns, distinct
+from elastickpt.format.piece_columns import FragmentColumns, distinct, starts
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_coverage
@@ -22,9 +24,10 @@ from elastickpt.layout.reads import Direct, Read, plan_reads
 from elastickpt.loading.box_parts import Boxes, BoxParts
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.stretches import Stretches, number_files, repeated, whole_pieces
-from elastickpt.loading.targets import ReadTarget, Targets, Wanted, WantedWholes
+from elastickpt.loading.targets import ReadTarget, Targets, Wanted, WantedColumns
 
 UNIT_NBYTES = 1 << 20
+_START, _STOP = attrgetter("start"), attrgetter("stop")
 
 FoundPiece = tuple[FragmentColumns, int, StoredPiece]  # a piece, with its map and its number in it
 
@@ -60,12 +63,12 @@ class FetchPlan:
     units: tuple[Unit, ...]
 
 
-def plan_fetch(opened: Opened, wanted: Sequence[Wanted], wholes: Sequence[WantedWholes] = ()) -> FetchPlan:
+def plan_fetch(opened: Opened, wanted: Sequence[Wanted], columns: Sequence[WantedColumns] = ()) -> FetchPlan:
     """How every destination will be filled. Reads the fragment maps that it needs; blocking.
 
     Raises Damaged kinds naming the map, or the array with a gap or overlap, StorageFailed kinds for what cannot be read.
     """
-    return _Planning(opened, Targets(opened.arrays, wanted, wholes)).run()
+    return _Planning(opened, Targets(opened.arrays, wanted, columns)).run()
 
 
 class _Planning:
@@ -82,12 +85,13 @@ class _Planning:
     def run(self) -> FetchPlan:
         by_writer: dict[int, list[int]] = {}
         others: list[int] = []
-        for number, target in enumerate(self._targets.boxes):
+        for number, target in enumerate(self._targets.alone):
             if target.data.size:
-                holders = self._holders_of(target.wanted.record, target.wanted.box)
+                record = target.wanted.record
+                holders = self._holders_of(record.writers, record.layout, record.spec.shape, target.wanted.box)
                 (by_writer.setdefault(holders[0], []) if len(holders) == 1 else others).append(number)
         found = [self._boxes(writer, numbers) for writer, numbers in by_writer.items()]
-        found += self._wholes()
+        found += self._columns()
         for _, rest in found:
             others += rest
         found.append(self._in_parts(sorted(others)))
@@ -97,14 +101,14 @@ class _Planning:
         stretches = Stretches.together([*(whole for whole, _ in found), Stretches.of(self._rows)])
         return FetchPlan(self._targets, maps, stretches, *number_files(maps, stretches), tuple(self._units))
 
-    def _holders_of(self, record: ArrayRecord, box: Box) -> tuple[int, ...]:
+    def _holders_of(self, writers: tuple[int, ...], layout: int | None, shape: tuple[int, ...], box: Box) -> tuple[int, ...]:
         """As `_holders`, once for all arrays that are alike in this."""
-        if len(record.writers) == 1:
-            return record.writers
-        alike = record.writers, record.layout, record.spec.shape, box
+        if len(writers) == 1:
+            return writers
+        alike = writers, layout, shape, box
         known = self._known.get(alike)
         if known is None:
-            known = self._known[alike] = _holders(self._opened, record, box)
+            known = self._known[alike] = _holders(self._opened, *alike)
         return known
 
     def _boxes(self, writer: int, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
@@ -115,7 +119,7 @@ class _Planning:
         shape: list[int] = []
         rest = []
         for number in numbers:
-            want = self._targets.boxes[number].wanted
+            want = self._targets.alone[number].wanted
             key = want.record.key
             held = places.get(key)
             if held is None or len(held) != 1 or key in problems or want.box.ndim != len(want.record.spec.shape):
@@ -125,29 +129,47 @@ class _Planning:
             start += want.box.start
             shape += want.box.shape
         mine, pieces = np.array(asked, dtype=np.int64).reshape(len(asked), 2).T
-        nbytes = np.fromiter((self._targets.boxes[number].data.size for number, _ in asked), dtype=np.int64, count=len(asked))
+        nbytes = np.fromiter((self._targets.alone[number].data.size for number, _ in asked), dtype=np.int64, count=len(asked))
         axes = np.array(start, dtype=np.int64), np.array(shape, dtype=np.int64)
         found, left = self._stretches(columns, pieces, axes, nbytes, mine)
         return found, rest + left
 
-    def _wholes(self) -> Iterator[tuple[Stretches, list[int]]]:
-        """The same of arrays that are wanted whole."""
+    def _columns(self) -> Iterator[tuple[Stretches, list[int]]]:
+        """The same of what is wanted in columns."""
+        targets, behind = self._targets, len(self._targets.alone)
+        low, high = (
+            np.array([axis for box in targets.boxes for axis in ends(box)], dtype=np.int64) for ends in (_START, _STOP)
+        )
+        ndims = np.array([box.ndim for box in targets.boxes], dtype=np.int64)
+        head = starts(ndims)[:-1]
+        for writer, own in self._by_holder():
+            if writer is None:
+                yield Stretches.of(()), (own + behind).tolist()
+                continue
+            columns, first, count = self._opened.numbers(writer)
+            single = count[targets.place[own]] == 1
+            rest, mine = own[~single], own[single]
+            which, axis = repeated(ndims[targets.box[mine]])
+            flat = head[targets.box[mine]][which] + axis
+            axes = low[flat], high[flat] - low[flat]
+            found, left = self._stretches(columns, first[targets.place[mine]], axes, targets.nbytes[mine], mine + behind)
+            yield found, (rest + behind).tolist() + left
+
+    def _by_holder(self) -> Iterator[tuple[int | None, IntColumn]]:
+        """Of what is wanted in columns, and is not empty, that of each writer alone, and, with None, that of several."""
         arrays, targets = self._opened.arrays, self._targets
         own = np.flatnonzero(targets.nbytes)
-        writers = arrays.writers[targets.place[own]]
-        for among in distinct(writers)[0].tolist():
-            numbers = own[writers == among]
-            if len(arrays.writer_sets[among]) != 1:
-                yield Stretches.of(()), (numbers + len(targets.boxes)).tolist()
-                continue
-            columns, first, count = self._opened.numbers(arrays.writer_sets[among][0])
-            single = count[targets.place[numbers]] == 1
-            rest, mine = numbers[~single], numbers[single]
-            place = targets.place[mine]
-            shape = arrays.shape[arrays.flat_axes(place)]
-            axes = np.zeros(len(shape), dtype=np.int64), shape
-            found, left = self._stretches(columns, first[place], axes, targets.nbytes[mine], mine + len(targets.boxes))
-            yield found, (rest + len(targets.boxes)).tolist() + left
+        place, box = targets.place[own], targets.box[own]
+        alike = (arrays.writers[place] * len(arrays.templates) + arrays.template[place]) * len(targets.boxes) + box
+        _, first, kind = distinct(alike)  # of one set of writers, one layout, and one box
+        holder = np.full(len(first), -1, dtype=np.int64)
+        for number, at in enumerate(first.tolist()):
+            writers = arrays.writer_sets[arrays.writers[place[at]]]
+            layout = arrays.templates[arrays.template[place[at]]].layout
+            holders = self._holders_of(writers, layout, arrays.shapes[place[at]], targets.boxes[box[at]])
+            holder[number] = holders[0] if len(holders) == 1 else -1
+        for writer in distinct(holder)[0].tolist():
+            yield None if writer < 0 else writer, own[(holder == writer)[kind]]
 
     def _stretches(
         self,
@@ -168,14 +190,15 @@ class _Planning:
         """What is rows, or parts of rows, of several pieces that lie in a row; and the numbers of what is not."""
         if not numbers:
             return Stretches.of(()), []
-        wanted = [self._targets[number].wanted for number in numbers]
-        places = self._opened.arrays.places_of([want.record.key for want in wanted])
+        arrays, boxes = self._opened.arrays, [self._targets.box_of(number) for number in numbers]
+        places = self._targets.places_of(numbers)
         by_writer: dict[int, list[int]] = {}
-        for own, want in enumerate(wanted):
-            for writer in self._holders_of(want.record, want.box):
+        for own, (place, box) in enumerate(zip(places.tolist(), boxes, strict=True)):
+            writers, layout = arrays.writer_sets[arrays.writers[place]], arrays.templates[arrays.template[place]].layout
+            for writer in self._holders_of(writers, layout, arrays.shapes[place], box):
                 by_writer.setdefault(writer, []).append(own)
-        parts = BoxParts(Boxes.of([want.box for want in wanted]))
-        parts.odd |= np.array([want.box.ndim for want in wanted]) != self._opened.arrays.ndims[places]
+        parts = BoxParts(Boxes.of(boxes))
+        parts.odd |= np.array([box.ndim for box in boxes]) != arrays.ndims[places]
         for writer, of in by_writer.items():
             columns, first, count = self._opened.numbers(writer)
             mine = np.array(of, dtype=np.int64)
@@ -215,34 +238,37 @@ def _units(columns: FragmentColumns, piece: StoredPiece, read: Read, target: Rea
 
 def require_files(opened: Opened, plan: FetchPlan) -> None:
     """Raises MissingFile or WrongLength, naming an array in it, unless every file of the plan is there and whole."""
-    for file, record in _an_array_of_each(plan).items():
+    for file, array in _an_array_of_each(plan):
         try:
-            require_length(file, opened.store.size(opened.where(file)), record)
-        except WrongLength:
-            raise
+            nbytes = opened.store.size(opened.where(file))
         except MissingFile:
             raise MissingFile(
                 f"{opened.where(file)}: expected {file.nbytes} bytes (in the fragment map), found no such file; "
-                f"it holds array {record.spec.id}"
+                f"it holds array {array().spec.id}"
             ) from None
         except Damaged as error:
-            raise type(error)(f"{error.message}; it holds array {record.spec.id}") from error
+            raise type(error)(f"{error.message}; it holds array {array().spec.id}") from error
+        require_length(file, nbytes, array)
 
 
-def _an_array_of_each(plan: FetchPlan) -> dict[StoredFile, ArrayRecord]:
+def _an_array_of_each(plan: FetchPlan) -> Iterator[tuple[StoredFile, Callable[[], ArrayRecord]]]:
     files, first, _ = distinct(plan.file)
     numbers = plan.stretches.target[first].tolist()
-    found = {plan.files[file]: plan.targets[number].wanted.record for file, number in zip(files.tolist(), numbers, strict=True)}
+    for file, number in zip(files.tolist(), numbers, strict=True):
+        yield plan.files[file], partial(plan.targets.record_of, number)
+    of_units: dict[StoredFile, ArrayRecord] = {}
     for unit in plan.units:
-        found.setdefault(unit.file, unit.target.wanted.record)
-    return found
+        of_units.setdefault(unit.file, unit.target.wanted.record)
+    for unit_file in of_units:
+        if unit_file not in plan.files:
+            yield unit_file, partial(of_units.__getitem__, unit_file)
 
 
-def require_length(file: StoredFile, nbytes: int, record: ArrayRecord) -> None:
+def require_length(file: StoredFile, nbytes: int, array: Callable[[], ArrayRecord]) -> None:
     """Raises WrongLength unless a file, which holds some of an array, has the recorded size."""
     if nbytes != file.nbytes:
         raise WrongLength(
-            f"{file.path}: expected {file.nbytes} bytes (in the fragment map), found {nbytes}; it holds array {record.spec.id}"
+            f"{file.path}: expected {file.nbytes} bytes (in the fragment map), found {nbytes}; it holds array {array().spec.id}"
         )
 
 
@@ -264,7 +290,7 @@ def require_stored(opened: Opened, record: ArrayRecord, box: Box) -> list[FoundP
 
     Maps of writers that by the layout held nothing of it are not read, unless the others leave a gap. [FRAG-35]
     """
-    holders = _holders(opened, record, box)
+    holders = _holders(opened, record.writers, record.layout, record.spec.shape, box)
     found = _pieces_by(holders, opened, record, box)
     if len(found) == 1 and found[0][2].box == box:  # the usual case
         return found
@@ -283,19 +309,19 @@ def _proof(found: Sequence[FoundPiece], box: Box) -> CoverageReport:
     return prove_box_coverage(box, [part for _, _, piece in found if (part := intersect(piece.box, box)) is not None])
 
 
-def _holders(opened: Opened, record: ArrayRecord, box: Box) -> tuple[int, ...]:
+def _holders(opened: Opened, writers: tuple[int, ...], layout: int | None, shape: tuple[int, ...], box: Box) -> tuple[int, ...]:
     """Of an array's writers those that held any of the box, as far as the layout says. A layout that says nothing of writers
     (of a group of some ranks, which counts them anew) leaves gaps, and so does no harm."""
-    if record.layout is None or len(record.writers) == 1:
-        return record.writers
-    layout = opened.manifest.layouts[record.layout]
-    mesh = opened.manifest.meshes[layout.mesh]
+    if layout is None or len(writers) == 1:
+        return writers
+    how = opened.manifest.layouts[layout]
+    mesh = opened.manifest.meshes[how.mesh]
     try:
-        places = places_that_hold(box, shape=record.spec.shape, sizes=mesh.sizes, placements=layout.placements)
+        places = places_that_hold(box, shape=shape, sizes=mesh.sizes, placements=how.placements)
     except LayoutUnsupported:
-        return record.writers
+        return writers
     held = {mesh.ranks[place] for place in places}
-    return tuple(writer for writer in record.writers if writer in held) or record.writers
+    return tuple(writer for writer in writers if writer in held) or writers
 
 
 def _reads_of(want: Wanted, piece: StoredPiece, *, block_nbytes: int) -> tuple[Read, ...]:

@@ -33,7 +33,7 @@ from elastickpt.loading.agreement import (
 from elastickpt.loading.fetch import FetchReport, Verify, carry_out, fetch
 from elastickpt.loading.opened import Later, Opened, is_converted, open_records
 from elastickpt.loading.plan import FetchPlan, plan_fetch, require_files
-from elastickpt.loading.targets import AnyArray, Wanted, WantedWholes
+from elastickpt.loading.targets import AnyArray, Wanted, WantedColumns
 from elastickpt.ranks.process_group import Group, job_group, team_of
 from elastickpt.ranks.team import Alone, Call, Question, Team, all_do, require_limit
 from elastickpt.training.collection import collection_paused
@@ -265,11 +265,18 @@ class _Load:
                 Wanted(opened.records[target.spec.id], target.box, host, "spare" if target.held_alone else "fill")
                 for target, host in zip(binding.targets, hosts, strict=True)
             ]
-            wholes = [
-                WantedWholes(whole.places, addresses_of(whole.tensors), whole.tensors, "spare" if whole.held_alone else "fill")
-                for whole in binding.wholes
+            columns = [
+                WantedColumns(
+                    one.places,
+                    one.boxes,
+                    one.box,
+                    addresses_of(one.tensors),
+                    one.tensors,
+                    "spare" if one.held_alone else "fill",
+                )
+                for one in binding.columns
             ]
-            planned.append((hosts, plan_fetch(opened, wanted, wholes)))
+            planned.append((hosts, plan_fetch(opened, wanted, columns)))
             require_files(opened, planned[0][1])
             if self._counts("unexpected"):
                 self._require_equal_ties(opened, binding)

@@ -1,4 +1,4 @@
-"""Where what is read belongs: boxes of arrays, and, in columns, arrays that are wanted whole.
+"""Where what is read belongs: boxes of arrays, most of them in columns.
 
 10,000 small tensors are 10,000 addresses: a view of each costs as much as to read it.
 """
@@ -41,11 +41,13 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WantedWholes:
-    """Arrays to fill whole, each in host memory without gaps, in C order: their `places` in the index, and the address of each
-    one's first byte. `owner` keeps that memory. `cache` as of `Wanted`."""
+class WantedColumns:
+    """Boxes of arrays to fill, each in host memory without gaps, in C order: the `places` of their arrays in the index, which
+    of `boxes` each is, and the address of its first byte. `owner` keeps that memory. `cache` as of `Wanted`."""
 
     places: IntColumn
+    boxes: Sequence[Box]
+    box: IntColumn
     address: IntColumn
     owner: object
     cache: Caching = "fill"
@@ -60,22 +62,26 @@ class ReadTarget:
 
 
 class Targets(Sequence[ReadTarget]):
-    """All that a plan fills, by number: `boxes`, and behind them the arrays wanted whole, which are objects for who asks.
+    """All that a plan fills, by number: `alone`, and behind them what is wanted in columns, which are objects for who asks.
 
-    `place`, `address` and `nbytes` are those of the latter.
+    `place`, `box` (a number among `boxes`), `address` and `nbytes` are those of the latter.
     """
 
-    def __init__(self, arrays: ArrayColumns, boxes: Sequence[Wanted], wholes: Sequence[WantedWholes]) -> None:
-        self.boxes = tuple(map(_target, boxes))
-        self._arrays, self._wholes = arrays, tuple(wholes)
-        self._ends = list(accumulate(len(one.places) for one in wholes))
+    def __init__(self, arrays: ArrayColumns, alone: Sequence[Wanted], columns: Sequence[WantedColumns]) -> None:
+        self.alone = tuple(map(_target, alone))
+        self._arrays, self._columns = arrays, tuple(columns)
+        self._ends = list(accumulate(len(one.places) for one in columns))
         none = np.zeros(0, dtype=np.int64)
-        self.place = np.concatenate([none, *(one.places for one in wholes)])
-        self.address = np.concatenate([none, *(one.address for one in wholes)])
-        self.nbytes = arrays.nbytes(self.place)
+        self.boxes = tuple(box for one in columns for box in one.boxes)
+        before = accumulate((len(one.boxes) for one in columns), initial=0)
+        self.place = np.concatenate([none, *(one.places for one in columns)])
+        self.box = np.concatenate([none, *(one.box + first for one, first in zip(columns, before, strict=False))])
+        self.address = np.concatenate([none, *(one.address for one in columns)])
+        counts = np.array([box.count for box in self.boxes], dtype=np.int64)
+        self.nbytes = arrays.itemsize[self.place] * counts[self.box] if len(self.place) else none
 
     def __len__(self) -> int:
-        return len(self.boxes) + len(self.place)
+        return len(self.alone) + len(self.place)
 
     def __iter__(self) -> Iterator[ReadTarget]:
         return map(self.__getitem__, range(len(self)))
@@ -89,21 +95,53 @@ class Targets(Sequence[ReadTarget]):
     def __getitem__(self, number: int | slice) -> ReadTarget | Sequence[ReadTarget]:
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
-        return self.boxes[number] if number < len(self.boxes) else self._whole(number - len(self.boxes))
+        if number < len(self.alone):
+            return self.alone[number]
+        record, box, data = self.record_of(number), self.box_of(number), self.data_of(number)
+        into = data.view(_WORDS[record.spec.type.itemsize]).reshape(box.shape)
+        return ReadTarget(Wanted(record, box, into, self.cache_of(number)), data)
 
     @property
     def wanted_nbytes(self) -> int:
-        return sum(target.data.size for target in self.boxes) + int(self.nbytes.sum())
+        return sum(target.data.size for target in self.alone) + int(self.nbytes.sum())
 
-    def _whole(self, number: int) -> ReadTarget:
-        record = self._arrays.record(int(self.place[number]))
-        own = self._wholes[bisect_right(self._ends, number)]
-        memory = (ctypes.c_uint8 * int(self.nbytes[number])).from_address(int(self.address[number]))
-        memory._owner = own.owner  # type: ignore[attr-defined]  # the array's base is `memory`
+    def record_of(self, number: int) -> ArrayRecord:
+        """The array of a target."""
+        if number < len(self.alone):
+            return self.alone[number].wanted.record
+        return self._arrays.record(int(self.place[number - len(self.alone)]))
+
+    def box_of(self, number: int) -> Box:
+        """The box of a target."""
+        if number < len(self.alone):
+            return self.alone[number].wanted.box
+        return self.boxes[int(self.box[number - len(self.alone)])]
+
+    def cache_of(self, number: int) -> Caching:
+        """Whether others on this host want the bytes of a target."""
+        return self.alone[number].wanted.cache if number < len(self.alone) else self._with(number).cache
+
+    def data_of(self, number: int) -> Bytes:
+        """The bytes of a target."""
+        if number < len(self.alone):
+            return self.alone[number].data
+        own = number - len(self.alone)
+        memory = (ctypes.c_uint8 * int(self.nbytes[own])).from_address(int(self.address[own]))
+        memory._owner = self._with(number).owner  # type: ignore[attr-defined]  # the array's base is `memory`
         data: Bytes = np.frombuffer(memory, dtype=np.uint8)  # type: ignore[call-overload]  # a ctypes array is a buffer
-        shape = record.spec.shape
-        into = data.view(_WORDS[record.spec.type.itemsize]).reshape(shape)
-        return ReadTarget(Wanted(record, Box.whole(shape), into, own.cache), data)
+        return data
+
+    def places_of(self, numbers: Sequence[int]) -> IntColumn:
+        """Where in the index the arrays of some targets stand."""
+        found = np.array(numbers, dtype=np.int64) - len(self.alone)
+        alone = np.flatnonzero(found < 0)
+        keys = [self.alone[number].wanted.record.key for number in (found[alone] + len(self.alone)).tolist()]
+        found[found >= 0] = self.place[found[found >= 0]]
+        found[alone] = self._arrays.places_of(keys)
+        return found
+
+    def _with(self, number: int) -> WantedColumns:
+        return self._columns[bisect_right(self._ends, number - len(self.alone))]
 
 
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}  # of an element size

@@ -15,7 +15,7 @@ from elastickpt.format.digest import block_checksum
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, place_in_file, segments
 from elastickpt.loading.plan import UNIT_NBYTES, Unit
-from elastickpt.loading.targets import AnyArray, Bytes, ReadTarget
+from elastickpt.loading.targets import AnyArray, Bytes
 from elastickpt.storage.store import RangeReader, lender
 
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
@@ -68,7 +68,7 @@ class UnitReader:
         try:
             lent = np.frombuffer(lender(reader)(unit.piece.offset + unit.start, data.data), dtype=np.uint8)
         except WrongLength as error:
-            raise holding(error, unit.target) from error
+            raise holding(error, unit.target.wanted.record) from error
         self._verify_blocks(unit, unit.start, lent)
         return lent
 
@@ -95,7 +95,7 @@ class UnitReader:
         try:
             _read(reader, unit.piece, start, into)
         except WrongLength as error:
-            raise holding(error, unit.target) from error
+            raise holding(error, unit.target.wanted.record) from error
         self._verify_blocks(unit, start, into)
 
     def _verify_blocks(self, unit: Unit, start: int, into: Bytes) -> None:
@@ -119,9 +119,9 @@ def mismatch(file: StoredFile, piece: StoredPiece, record: ArrayRecord, number: 
     )
 
 
-def holding(error: WrongLength, target: ReadTarget) -> WrongLength:
+def holding(error: WrongLength, record: ArrayRecord) -> WrongLength:
     """The error of a file, saying what the file holds."""
-    return WrongLength(f"{error.message}; it holds array {target.wanted.record.spec.id}")
+    return WrongLength(f"{error.message}; it holds array {record.spec.id}")
 
 
 def _in_a_row(piece: StoredPiece) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import typed_key
@@ -15,7 +17,7 @@ from elastickpt.training.dtensors import JobView, whole_id
 from elastickpt.training.elements import mark_changed
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
-from elastickpt.training.listing import Binding, DifferenceKind, Listing, Mismatch, SavedNames, WholeTargets
+from elastickpt.training.listing import Binding, DifferenceKind, Listing, Mismatch, SavedNames, TargetColumns
 from elastickpt.training.parameters import Identities
 from elastickpt.training.rng import Continuation
 from elastickpt.training.trees import mapped
@@ -26,7 +28,8 @@ from elastickpt.training.values import array_value
 class Binder:
     """Collects what one rank's Binding will hold. `identities` knows the tensors of all models of `state` already.
 
-    `installs` are the steps of the entry that is being bound; see `entry`.
+    `installs` are the steps of the entry that is being bound; see `entry`. `changed` are tensors whose contents change with
+    targets in `columns` that show no more than their memory: DTensors.
     """
 
     listing: Listing
@@ -34,7 +37,8 @@ class Binder:
     identities: Identities
     names: SavedNames
     targets: list[HeldArray] = field(default_factory=list)
-    wholes: list[WholeTargets] = field(default_factory=list)
+    columns: list[TargetColumns] = field(default_factory=list)
+    changed: list[torch.Tensor] = field(default_factory=list)
     ties: list[tuple[HeldArray, ArrayId]] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -180,9 +184,9 @@ class Binder:
     def finished(self) -> Binding:
         """The Binding; its `install` does what was added, entry by entry, in order."""
         entries, filled = tuple(self._entries), frozenset(held.spec.id for held in self.targets)
-        changed = [target.tensor for target in self.targets]
+        changed = [*self.changed, *(target.tensor for target in self.targets)]
         # a plain tensor changes with the target that shows its memory
-        changed += [tensor for whole in self.wholes for tensor in whole.tensors]
+        changed += [tensor for many in self.columns for tensor in many.tensors]
         changed += [known.tensor for known in self.identities.alone() if any(held.spec.id in filled for held in known.held)]
 
         def install() -> None:
@@ -198,5 +202,5 @@ class Binder:
             install,
             tuple(self.streams),
             tuple(self.ties),
-            tuple(self.wholes),
+            tuple(self.columns),
         )

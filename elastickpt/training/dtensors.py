@@ -29,7 +29,7 @@ from elastickpt.training.trees import token
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_DTENSOR = ("torch.distributed.tensor", "DTensor")
+DTENSOR = ("torch.distributed.tensor", "DTensor")
 _PLAIN_TYPES = frozenset(PLAIN)
 
 
@@ -88,7 +88,7 @@ def _declared(ranks: tuple[int, ...], kept: Kept) -> Holders:
 
 def placed(tensor: torch.Tensor) -> DTensorParts | None:
     """A DTensor's parts; None for another tensor. DDP over a 2-D mesh keeps local tensors with the placement beside."""
-    if type(tensor) not in PLAIN and is_loaded_instance(tensor, *_DTENSOR):
+    if type(tensor) not in PLAIN and is_loaded_instance(tensor, *DTENSOR):
         spec, local = tensor._spec, settled(tensor._local_tensor)  # type: ignore[attr-defined]
     else:
         spec, local = getattr(tensor, "_st_info", None), tensor
@@ -121,7 +121,7 @@ def memorable(tensor: torch.Tensor) -> tuple[torch.Tensor, object] | None:
     """The local tensor and the DTensor's spec (None for a plain tensor), if where it lies follows from those alone."""
     spec, local = None, tensor
     if type(tensor) not in PLAIN:
-        cls = loaded_type(*_DTENSOR)
+        cls = loaded_type(*DTENSOR)
         if cls is None or type(tensor) is not cls:
             return None
         spec, local = tensor._spec, tensor._local_tensor  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def local_parts(tensors: Sequence[torch.Tensor]) -> LocalParts | None:
     kinds = set(map(type, tensors))
     if kinds <= _PLAIN_TYPES:
         return LocalParts(tensors, ())
-    cls = loaded_type(*_DTENSOR)
+    cls = loaded_type(*DTENSOR)
     if cls is None or kinds != {cls}:
         return None
     local = list(map(_LOCAL, tensors))
@@ -174,13 +174,9 @@ def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: JobView, hol
     parts = placed(tensor)
     if parts is None:
         return tuple(_hold_plain(array, tensor, role, holders))
-    if job.rank not in (mesh := mesh_of(parts.device_mesh, world_size=job.world_size)).ranks:
+    if (way := way_of(parts.device_mesh, parts.placements, where=array, job=job, holders=holders)) is None:
         return ()
-    placements = spell_placements(parts.placements, mesh.sizes, where=array)
-    box = physical_box(parts.shape, sizes=mesh.sizes, coordinate=mesh.coordinate(job.rank), placements=placements)
-    if not set(holders.ranks) <= set(mesh.ranks):
-        wide = widened(parts.device_mesh, placements, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
-        mesh, placements = wide or (mesh, placements)
+    box, mesh, placements = way.box(parts.shape, rank=job.rank), way.mesh, way.placements
     if not is_composite(parts.local):
         elements = elements_of(_of_shape(parts.local, box), where=array)
         spec = ArraySpec(array, (*parts.shape, *elements.tail), elements.dtype)
@@ -193,6 +189,31 @@ def _hold(array: ArrayId, tensor: torch.Tensor, *, role: Role, job: JobView, hol
             f"whose parts are not cut as its rows are: their place in the whole is not known"
         )
     return tuple(_hold_parts(array, parts, cuts, box=box, role=role, mesh=mesh, placements=placements))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Way:
+    """How DTensors lie: on their `own` mesh, cut as `cuts` say; `mesh` and `placements` name the axes too that repeat them."""
+
+    own: Mesh
+    cuts: tuple[str, ...]
+    mesh: Mesh
+    placements: tuple[str, ...]
+
+    def box(self, shape: Sequence[int], *, rank: int) -> Box:
+        """Where this rank's part of such a tensor lies in the whole, which has this shape."""
+        return physical_box(shape, sizes=self.own.sizes, coordinate=self.own.coordinate(rank), placements=self.cuts)
+
+
+def way_of(device_mesh: DeviceMesh, placements: Sequence[Any], *, where: object, job: JobView, holders: Holders) -> Way | None:
+    """How DTensors on this mesh lie; None on a rank outside of it. Raises LayoutUnsupported as `hold`."""
+    if job.rank not in (own := mesh_of(device_mesh, world_size=job.world_size)).ranks:
+        return None
+    cuts = spell_placements(placements, own.sizes, where=where)
+    wide = None
+    if not set(holders.ranks) <= set(own.ranks):
+        wide = widened(device_mesh, cuts, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
+    return Way(own, cuts, *(wide or (own, cuts)))
 
 
 def box_of(parts: DTensorParts) -> Box:

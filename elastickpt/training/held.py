@@ -73,9 +73,13 @@ class HeldArray:
     def held_alone(self) -> bool:
         """Whether no other rank is known to hold the same elements."""
         if self.sharing == "placed":
-            axes = self.mesh.sizes if self.mesh is not None else ()
-            return not any(size > 1 and placement == "R" for size, placement in zip(axes, self.placements, strict=True))
+            return self.mesh is None or not is_repeated(self.mesh, self.placements)
         return len(self.replicas) == 1
+
+
+def is_repeated(mesh: Mesh, placements: Sequence[str]) -> bool:
+    """Whether several ranks of a mesh hold the same elements of what is placed so."""
+    return any(size > 1 and placement == "R" for size, placement in zip(mesh.sizes, placements, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

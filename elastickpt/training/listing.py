@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from elastickpt.format.array_columns import ArrayColumns
-from elastickpt.format.arrays import ArrayId, ArraySpec, Mesh
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.values import Value
@@ -99,11 +99,13 @@ class Listing:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WholeTargets:
-    """Plain tensors in host memory to fill, without gaps, in C order; each is the whole of one array: `places` are those in the
-    listing's columns. `held_alone` as in `HeldArray`."""
+class TargetColumns:
+    """Plain local tensors in host memory to fill, without gaps, in C order, each a box of one array: `places` are those of the
+    arrays in the listing's columns, and `box` says which of `boxes` each is. `held_alone` as in `HeldArray`."""
 
     places: IntColumn
+    boxes: Sequence[Box]
+    box: IntColumn
     tensors: Sequence[torch.Tensor]
     held_alone: bool
 
@@ -117,7 +119,7 @@ class Binding:
     and
     `places` are what this rank has a place for, and what no rank has one for is `unexpected(...)`.
     `ties`: a target, and another array of the checkpoint that is tied to it here, so that only one of the two can be taken.
-    `wholes` are targets too, and known without being among `arrays`.
+    `columns` are targets too, and known without being among `arrays`.
     `install()` is called once, after all targets were filled, on all ranks; without collectives. Until then optimizers,
     schedulers, other objects and random streams are as they were. `streams` are what it sets of random streams.
     """
@@ -130,7 +132,7 @@ class Binding:
     install: Callable[[], None]
     streams: tuple[Continuation, ...] = ()
     ties: tuple[tuple[HeldArray, ArrayId], ...] = ()
-    wholes: tuple[WholeTargets, ...] = ()
+    columns: tuple[TargetColumns, ...] = ()
 
 
 def unexpected(listing: Listing, *, arrays: Iterable[ArrayId] | None, places: Iterable[str]) -> Iterator[Mismatch]:

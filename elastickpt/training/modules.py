@@ -259,6 +259,18 @@ def meet_plain(
     return holders
 
 
+def meet_placed(
+    item: str, names: Sequence[str], tensors: Sequence[torch.Tensor], *, job: JobView, identities: Identities
+) -> None:
+    """Records that DTensors were met that were not before, each of which is one array."""
+    holders = holders_of(job)
+
+    def held(place: int) -> HeldArray:
+        return hold(ArrayId("extra", item, names[place], ""), tensors[place], role="other", job=job, holders=holders)[0]
+
+    identities.add_all(item, names, tensors, held, holders)
+
+
 def _plainly(spec: ArraySpec, tensor: torch.Tensor, holders: Holders) -> HeldArray:
     box = Box.whole(spec.shape)
     return HeldArray(

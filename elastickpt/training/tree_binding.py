@@ -17,25 +17,27 @@ Loading a *container of the user* changes it in place, and keeps its structure:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeGuard
 
 import numpy
 import torch
 
-from elastickpt.format.arrays import ArrayId
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
 from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, shape_and_dtype
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
-from elastickpt.training.dtensors import hold, placed
+from elastickpt.training.dtensor_columns import BoxedTensors, boxed
+from elastickpt.training.dtensors import hold, holders_of, placed
 from elastickpt.training.elements import dtype_name, lie_in_order, lie_plainly, order_of, shares, tensor_over
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import Stateful, own_holders
-from elastickpt.training.listing import WholeTargets
-from elastickpt.training.modules import hold_plain, hold_tensor, meet_plain
+from elastickpt.training.listing import TargetColumns
+from elastickpt.training.modules import hold_plain, hold_tensor, meet_placed, meet_plain
 from elastickpt.training.trees import (
     children,
     holds_tensors,
@@ -179,32 +181,62 @@ class _Container:
         return live
 
     def _tensors(self, live: dict[Any, Any], saved: dict[Any, Value], place: str) -> bool:
-        """Makes targets of a dict of plain tensors at once, if all of it, and nothing else, was saved so: False where there is
-        anything more to say of any of them."""
-        binder, item, tensors = self._binder, self._item, tuple(live.values())
-        if not tensors or live.keys() != saved.keys() or not lie_plainly(tensors) or not binder.identities.are_new(tensors):
+        """Makes targets of a dict of plain tensors, or of DTensors, at once, if all of it, and nothing else, was saved so:
+        False where there is anything more to say of any of them."""
+        binder, tensors = self._binder, tuple(live.values())
+        if not tensors or live.keys() != saved.keys() or not binder.identities.are_new(tensors):
             return False
-        above = _below(item, place)
+        parts = boxed(tensors, job=binder.job, holders=holders_of(binder.job))
+        if parts is None and not lie_plainly(tensors):
+            return False
+        above = _below(self._item, place)
         names = tokens(tuple(live))
         names = [f"{above}/{name}" for name in names] if above else names
         found = list(map(saved.__getitem__, live))
         if set(map(type, found)) != {ArrayReference} or list(map(_NAME, found)) != names:
             return False
-        if set(map(_ITEM, found)) != {item} or set(map(_ORIGIN, found)) != {"torch"}:
+        if set(map(_ITEM, found)) != {self._item} or set(map(_ORIGIN, found)) != {"torch"}:
             return False
-        columns = binder.listing.columns
+        shapes = list(map(_SHAPE, tensors)) if parts is None else parts.shapes
         dtypes = list(map(dtype_name, map(_DTYPE, tensors)))
-        places = columns.alike(item, names, list(map(_SHAPE, tensors)), dtypes)
-        if places is None or binder.names.are_tied(item, names):
+        places = binder.listing.columns.alike(self._item, names, shapes, dtypes)
+        if places is None or binder.names.are_tied(self._item, names):
             return False
+        if parts is not None:
+            self._boxed(names, places, tensors, parts)
+        else:
+            self._plain(names, places, tensors)
+        return True
+
+    def _plain(self, names: Sequence[str], places: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        binder, columns = self._binder, self._binder.listing.columns
         job, identities = binder.job, binder.identities
         if lie_in_order(tensors):
-            holders = meet_plain(item, names, tensors, lambda k: columns.record(places[k]).spec, job=job, identities=identities)
-            binder.wholes.append(WholeTargets(numpy.array(places), tensors, len(holders.ranks) == 1))
+            spec_of = partial(self._spec_at, places)
+            holders = meet_plain(self._item, names, tensors, spec_of, job=job, identities=identities)
+            known: dict[tuple[int, ...], int] = {}
+            box = [known.setdefault(columns.shapes[place], len(known)) for place in places]
+            boxes = tuple(map(Box.whole, known))
+            alone = len(holders.ranks) == 1
+            binder.columns.append(TargetColumns(numpy.array(places), boxes, numpy.array(box), tensors, alone))
         else:
             specs = [columns.record(place).spec for place in places]
-            binder.fill_all(hold_plain(item, tensors, specs, job=job, identities=identities))
-        return True
+            binder.fill_all(hold_plain(self._item, tensors, specs, job=job, identities=identities))
+
+    def _spec_at(self, places: Sequence[int], number: int) -> ArraySpec:
+        return self._binder.listing.columns.record(places[number]).spec
+
+    def _boxed(self, names: Sequence[str], places: Sequence[int], tensors: Sequence[torch.Tensor], parts: BoxedTensors) -> None:
+        binder, at = self._binder, numpy.array(places)
+        meet_placed(self._item, names, tensors, job=binder.job, identities=binder.identities)
+        binder.changed += tensors
+        box = numpy.array(parts.box)
+        alone = numpy.array(parts.alone)[box]
+        for held_alone in (True, False):
+            mine = numpy.flatnonzero(alone == held_alone)
+            if len(mine):
+                local = parts.local if len(mine) == len(at) else [parts.local[k] for k in mine.tolist()]
+                binder.columns.append(TargetColumns(at[mine], parts.boxes, box[mine], local, held_alone))
 
     def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
         expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]
