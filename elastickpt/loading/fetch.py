@@ -18,7 +18,7 @@ from elastickpt.format.records import ArrayRecord, StoredFile
 from elastickpt.loading.opened import Opened
 from elastickpt.loading.plan import UNIT_NBYTES, FetchPlan, Unit, plan_fetch, require_length
 from elastickpt.loading.stretches import ReadRuns, runs_of
-from elastickpt.loading.targets import ReadTarget, Rows, Wanted, copy_rows, scatter
+from elastickpt.loading.targets import Bytes, ReadTarget, Rows, Wanted, copy_rows, scatter
 from elastickpt.loading.units import Scratch, UnitReader, holding, mismatch
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool
@@ -92,14 +92,17 @@ def _settle(target: ReadTarget) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How many threads read at most, and how much at once, in bytes."""
+    """How many threads read at most, and how much at once, in bytes; and how much of one piece a thread takes to read."""
 
     threads: int
     unit_nbytes: int
+    long_nbytes: int
 
 
-DEVICE = Pace(THREADS, UNIT_NBYTES)
-MEMORY = Pace(2, 256 << 10)  # of reads that are copies: more threads fight for the cores, larger ones leave their caches
+DEVICE = Pace(THREADS, UNIT_NBYTES, UNIT_NBYTES)
+MEMORY = Pace(
+    2, 256 << 10, 8 << 20
+)  # of reads that are copies: more threads fight for the cores, larger ones leave their caches
 
 
 def pace_of(store: Store, *, processes: int = 1) -> Pace:
@@ -135,7 +138,8 @@ class _Fetching:
     ) -> None:
         self._opened = opened
         self._plan = plan
-        self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=pace.unit_nbytes)
+        self._runs = runs_of(plan.maps, plan.stretches, plan.file, unit_nbytes=pace.unit_nbytes, long_nbytes=pace.long_nbytes)
+        self._unit_nbytes = pace.unit_nbytes
         self._columns = _Columns.of(self._runs, len(plan.targets.alone))
         self._verify = verify
         self._progress = progress
@@ -205,26 +209,36 @@ class _Fetching:
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def _run(self, run: int) -> None:
-        opening, columns = self._of_runs[run], self._columns
-        first, stop, nbytes = columns.first[run], columns.first[run + 1], columns.run_nbytes[run]
-        targets, number = self._plan.targets, columns.target[first]
+        opening, columns, targets = self._of_runs[run], self._columns, self._plan.targets
+        first, nbytes, offset = columns.first[run], columns.run_nbytes[run], columns.run_offset[run]
+        number = columns.target[first]
         lend = opening.lend or lender(self._reader(opening, lambda: targets.record_of(number)))
-        whole = columns.straight[run]
-        into = targets.data_of(number)[columns.at[first] : columns.at[first] + nbytes] if whole else self._scratch.take(nbytes)
-        view = into.data
         try:
-            lent = lend(columns.run_offset[run], view)
+            if columns.straight[run]:
+                self._straight(run, lend, targets.data_of(number)[columns.at[first] : columns.at[first] + nbytes])
+            else:
+                lent = lend(offset, self._scratch.take(nbytes).data)
+                (self._scatter if columns.small[run] else self._hand_out)(run, lent)
         except WrongLength as error:
             raise holding(error, targets.record_of(number)) from error
-        if not whole:
-            (self._scatter if columns.small[run] else self._hand_out)(run, lent)
-        else:
-            for stretch in range(first, stop):
-                low = columns.offset[stretch] - columns.run_offset[run]
-                self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
-            if lent is not view:
-                into[:] = np.frombuffer(lent, dtype=np.uint8)
         self._done(opening, nbytes)
+
+    def _straight(self, run: int, lend: Lend, into: Bytes) -> None:
+        """Reads what belongs in a row as it lies, unit by unit: a block is hashed while it is still in the cache."""
+        columns, view = self._columns, into.data
+        first, stop, offset = columns.first[run], columns.first[run + 1], columns.run_offset[run]
+        step = max(self._unit_nbytes // columns.block[first], 1) * columns.block[first] if stop - first == 1 else into.size
+        for low in range(0, into.size, step):
+            own = view[low : low + step]
+            lent = lend(offset + low, own)
+            if stop - first == 1:
+                self._require_blocks(first, low, lent)
+            else:
+                for stretch in range(first, stop):
+                    at = columns.offset[stretch] - offset
+                    self._require_blocks(stretch, 0, lent[at : at + columns.nbytes[stretch]])
+            if lent is not own:
+                into[low : low + step] = np.frombuffer(lent, dtype=np.uint8)
 
     def _hand_out(self, run: int, lent: memoryview) -> None:
         """Verifies stretches that were read at once, and copies what is wanted of each to where it belongs."""
@@ -232,7 +246,7 @@ class _Fetching:
         begin = columns.run_offset[run]
         for stretch in range(columns.first[run], columns.first[run + 1]):
             low, at, wanted = columns.offset[stretch] - begin, columns.at[stretch], columns.wanted[stretch]
-            self._require_blocks(stretch, lent[low : low + columns.nbytes[stretch]])
+            self._require_blocks(stretch, 0, lent[low : low + columns.nbytes[stretch]])
             skipped, rows = columns.skipped[stretch], columns.rows[stretch]
             if rows is not None:
                 own, target = lent[low : low + columns.nbytes[stretch]], targets.data_of(columns.target[stretch])
@@ -260,20 +274,22 @@ class _Fetching:
         cut = self._runs.stretches
         scatter(lent, low, nbytes, targets.address[cut.target[own] - len(targets.alone)] + cut.at[own])
 
-    def _require_blocks(self, stretch: int, data: memoryview) -> None:
-        """Raises ChecksumMismatch unless this is what was stored. [FRAG-32]"""
+    def _require_blocks(self, stretch: int, begin: int, data: memoryview) -> None:
+        """Raises ChecksumMismatch unless this is what was stored from byte `begin` of a stretch, a multiple of its block, on.
+        [FRAG-32]"""
         columns = self._columns
-        block, number = columns.block[stretch], columns.checksum_start[stretch]
+        block = columns.block[stretch]
+        number = columns.checksum_start[stretch] + begin // block
         if self._verify == "off":
             return
         if data.nbytes <= block:
             if block_checksum(data) != columns.checksums[number]:
-                raise self._mismatch(stretch, 0, data)
+                raise self._mismatch(stretch, begin, data)
             return
         found = whole_checksums(data, block)
         if found != (wanted := columns.checksums[number : number + len(found)]):
-            begin = block * next(k for k, two in enumerate(zip(found, wanted, strict=True)) if two[0] != two[1])
-            raise self._mismatch(stretch, begin, data[begin : begin + block])
+            at = block * next(k for k, two in enumerate(zip(found, wanted, strict=True)) if two[0] != two[1])
+            raise self._mismatch(stretch, begin + at, data[at : at + block])
 
     def _mismatch(self, stretch: int, begin: int, data: memoryview) -> ChecksumMismatch:
         columns, cut = self._columns, self._runs.stretches

@@ -127,14 +127,18 @@ def _by_map(maps: Sequence[FragmentColumns], of: IntColumn) -> Iterator[tuple[Fr
             yield columns, order[first:stop]
 
 
-def runs_of(maps: Sequence[FragmentColumns], stretches: Stretches, files: IntColumn, *, unit_nbytes: int) -> ReadRuns:
-    """How stretches are read: cut to `unit_nbytes` or one block, in the order of files, close ones together up to that."""
+def runs_of(
+    maps: Sequence[FragmentColumns], stretches: Stretches, files: IntColumn, *, unit_nbytes: int, long_nbytes: int = 0
+) -> ReadRuns:
+    """How stretches are read: cut to `unit_nbytes` or one block, in the order of files, close ones together up to that. Those
+    of which all is wanted are cut to `long_nbytes`, where that is more: whoever reads them takes a unit after the other."""
     offset = np.zeros(len(stretches), dtype=np.int64)
     block = np.array([columns.block_nbytes for columns in maps], dtype=np.int64)[stretches.map]
     for columns, mine in _by_map(maps, stretches.map):
         offset[mine] = columns.pieces.offset[stretches.piece[mine]]
     offset += stretches.start
-    step = np.maximum(unit_nbytes // block, 1) * block
+    wanted = (stretches.row == 0) & (stretches.low == stretches.start) & (stretches.high == stretches.end)
+    step = np.maximum(np.where(wanted, max(long_nbytes, unit_nbytes), unit_nbytes) // block, 1) * block
     whole, inside = repeated(-(-(stretches.end - stretches.start) // step))
     cut = stretches.take(whole)
     start = cut.start + inside * step[whole]

@@ -176,10 +176,12 @@ class LocalReader:
     def lend(self, offset: int, into: memoryview) -> memoryview:
         """What `store.lender` gives: what comes past the page cache is in this thread's aligned memory until its next read."""
         into = as_bytes(into)
-        if into.nbytes > UNIT_NBYTES:
-            self.read_into(offset, into)
-            return into
         with naming("read", self._path):
+            if not self._may_bypass_cache and os.preadv(self._descriptor, (into,), offset) == into.nbytes:
+                return into  # of a file in memory, whose every unit comes by here
+            if into.nbytes > UNIT_NBYTES:
+                self._read_cached(offset, into, self._read_direct(offset, into))
+                return into
             direct = self._direct_for(offset, into.nbytes)
             if direct is not None and self._bounced(direct, offset, into.nbytes) == into.nbytes:
                 shift = offset % direct.alignment
