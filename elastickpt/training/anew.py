@@ -24,13 +24,12 @@ from elastickpt.training.dtensors import (
     place_of_part,
     placed,
     placed_as,
-    spell_placements,
 )
 from elastickpt.training.elements import DimOrder, elements_of, empty_in_order, numpy_over, torch_dtype
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import own_holders
 from elastickpt.training.optimizer_states import hold_state
-from elastickpt.training.parallel import mesh_of
+from elastickpt.training.parallel import mesh_of, spell_placements
 from elastickpt.training.parameters import Lying, OwnedParameter
 
 RUN_ONE_STEP = "run one step before loading"

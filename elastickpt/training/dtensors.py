@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
-from math import prod
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from elastickpt.layout.placement import physical_box
 from elastickpt.training.composites import CompositeCut, Path, attributes_of, composition_of, cuts_of, is_composite, leaves_of
 from elastickpt.training.elements import PLAIN, elements_of, has_memory, is_loaded_instance, loaded_type, settled
 from elastickpt.training.held import HeldArray, Kept, Memo, Role, Seen, Sharing
-from elastickpt.training.parallel import mesh_of, widened
+from elastickpt.training.parallel import mesh_of, spell_placements, widened
 from elastickpt.training.trees import token
 
 if TYPE_CHECKING:
@@ -363,36 +362,3 @@ def _of_shape(local: torch.Tensor, box: Box) -> torch.Tensor:
 
 def _with_tail(box: Box, tail: tuple[int, ...]) -> Box:
     return Box((*box.start, *(0 for _ in tail)), (*box.stop, *tail)) if tail else box
-
-
-def spell_placements(placements: Sequence[Any], sizes: Sequence[int], *, where: object) -> tuple[str, ...]:
-    """Placements as the format spells them: "R", "S(d)", "_S(d)". Raises LayoutUnsupported for any other one."""
-    strided = loaded_type("torch.distributed.tensor.placement_types", "_StridedShard")
-    spelled = []
-    for index, placement in enumerate(placements):
-        if placement.is_replicate():
-            spelled.append("R")
-        elif strided is not None and isinstance(placement, strided):
-            spelled.append(_spell_strided(placement, index, placements, sizes, where))
-        elif placement.is_shard():
-            spelled.append(f"S({placement.dim})")
-        else:
-            raise LayoutUnsupported(
-                f"tensor {where} is placed as {placement} on axis {index} of its mesh, expected Shard or Replicate: a "
-                f"sum that is still to be reduced has no elements of its own; redistribute it before"
-            )
-    return tuple(spelled)
-
-
-def _spell_strided(placement: Any, index: int, placements: Sequence[Any], sizes: Sequence[int], where: object) -> str:
-    others = [k for k, other in enumerate(placements) if k != index and getattr(other, "dim", None) == placement.dim]
-    inner = prod(sizes[k] for k in others)
-    if placement.split_factor == 1 and not others:
-        return f"S({placement.dim})"
-    if placement.split_factor != inner:
-        raise LayoutUnsupported(
-            f"tensor {where} is placed as {placement} on axis {index} of its mesh; expected split factor {inner}, the "
-            f"number of its other shards of that dimension: only the strides of FSDP2 over tensor parallelism have a "
-            f"box"
-        )
-    return f"_S({placement.dim})"

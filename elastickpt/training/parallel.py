@@ -1,5 +1,5 @@
 """Which wrapper or parallelism a module stands under, and what follows for the tensors in it; torch's device meshes as named
-meshes of ranks.
+meshes of ranks, and its placements as the format spells them.
 
 All of it is read from objects that training has made; nothing here communicates, and nothing changes a module except
 `reshard`, which training itself does after every backward.
@@ -7,8 +7,9 @@ All of it is read from objects that training has made; nothing here communicates
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 
 from elastickpt.errors import LayoutUnsupported
 from elastickpt.format.arrays import Mesh
-from elastickpt.training.elements import is_loaded_instance, loaded_module
+from elastickpt.training.elements import is_loaded_instance, loaded_module, loaded_type
 from elastickpt.training.held import Kept
 
 if TYPE_CHECKING:
@@ -45,6 +46,39 @@ def _mesh_of(device_mesh: DeviceMesh, rank: int, world_size: int) -> Mesh:
 
 def _named(name: str, ranks: tuple[int, ...], world_size: int) -> str:
     return name if len(ranks) == world_size else f"{name}@{min(ranks)}-{max(ranks)}"
+
+
+def spell_placements(placements: Sequence[Any], sizes: Sequence[int], *, where: object) -> tuple[str, ...]:
+    """Placements as the format spells them: "R", "S(d)", "_S(d)". Raises LayoutUnsupported for any other one."""
+    strided = loaded_type("torch.distributed.tensor.placement_types", "_StridedShard")
+    spelled = []
+    for index, placement in enumerate(placements):
+        if placement.is_replicate():
+            spelled.append("R")
+        elif strided is not None and isinstance(placement, strided):
+            spelled.append(_spell_strided(placement, index, placements, sizes, where))
+        elif placement.is_shard():
+            spelled.append(f"S({placement.dim})")
+        else:
+            raise LayoutUnsupported(
+                f"tensor {where} is placed as {placement} on axis {index} of its mesh, expected Shard or Replicate: a "
+                f"sum that is still to be reduced has no elements of its own; redistribute it before"
+            )
+    return tuple(spelled)
+
+
+def _spell_strided(placement: Any, index: int, placements: Sequence[Any], sizes: Sequence[int], where: object) -> str:
+    others = [k for k, other in enumerate(placements) if k != index and getattr(other, "dim", None) == placement.dim]
+    inner = prod(sizes[k] for k in others)
+    if placement.split_factor == 1 and not others:
+        return f"S({placement.dim})"
+    if placement.split_factor != inner:
+        raise LayoutUnsupported(
+            f"tensor {where} is placed as {placement} on axis {index} of its mesh; expected split factor {inner}, the "
+            f"number of its other shards of that dimension: only the strides of FSDP2 over tensor parallelism have a "
+            f"box"
+        )
+    return f"_S({placement.dim})"
 
 
 def widened(

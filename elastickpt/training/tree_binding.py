@@ -17,27 +17,24 @@ Loading a *container of the user* changes it in place, and keeps its structure:
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import numpy
 import torch
 
-from elastickpt.format.arrays import ArrayId, ArraySpec, Box
+from elastickpt.format.arrays import ArrayId
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, ArrayValue, NamedTupleValue, Value
 from elastickpt.training.anew import NoPlaceSaid, placed_anew, referred_anew, shape_and_dtype
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import composition_of, is_composite, is_sparse
-from elastickpt.training.dtensor_columns import BoxedTensors, boxed
-from elastickpt.training.dtensors import hold, holders_of, placed
-from elastickpt.training.elements import dtype_name, lie_in_order, lie_plainly, order_of, shares, tensor_over
+from elastickpt.training.dict_binding import bind_dict
+from elastickpt.training.dtensors import hold, placed
+from elastickpt.training.elements import dtype_name, order_of, shares, tensor_over
 from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import Stateful, own_holders
-from elastickpt.training.listing import TargetColumns
-from elastickpt.training.modules import hold_plain, hold_tensor, meet_placed, meet_plain
+from elastickpt.training.modules import hold_tensor
 from elastickpt.training.trees import (
     children,
     holds_tensors,
@@ -46,7 +43,6 @@ from elastickpt.training.trees import (
     named_tuple_of,
     place_of,
     token,
-    tokens,
     type_name,
 )
 from elastickpt.training.values import revived_leaf, shown, tensor_of
@@ -165,7 +161,7 @@ class _Container:
             hint = "put the optimizer itself into `state`, in place of its state_dict(): it makes the states that it lacks"
             self._binder.differs(place, "value", expected=f"states of {have} parameters", found=f"states of {had}; {hint}")
             return live
-        if self._tensors(live, saved, place):
+        if bind_dict(self._binder, self._item, live, saved, below=_below(self._item, place)):
             return live
         for key in live.keys() - saved.keys():
             self._binder.missing(f"{place}/{token(key)}", _kind(live[key]))
@@ -179,64 +175,6 @@ class _Container:
             if new is not live[key]:
                 self._later(lambda key=key, new=new: live.__setitem__(key, new))  # type: ignore[misc]
         return live
-
-    def _tensors(self, live: dict[Any, Any], saved: dict[Any, Value], place: str) -> bool:
-        """Makes targets of a dict of plain tensors, or of DTensors, at once, if all of it, and nothing else, was saved so:
-        False where there is anything more to say of any of them."""
-        binder, tensors = self._binder, tuple(live.values())
-        if not tensors or live.keys() != saved.keys() or not binder.identities.are_new(tensors):
-            return False
-        parts = boxed(tensors, job=binder.job, holders=holders_of(binder.job))
-        if parts is None and not lie_plainly(tensors):
-            return False
-        above = _below(self._item, place)
-        names = tokens(tuple(live))
-        names = [f"{above}/{name}" for name in names] if above else names
-        found = list(map(saved.__getitem__, live))
-        if set(map(type, found)) != {ArrayReference} or list(map(_NAME, found)) != names:
-            return False
-        if set(map(_ITEM, found)) != {self._item} or set(map(_ORIGIN, found)) != {"torch"}:
-            return False
-        shapes = list(map(_SHAPE, tensors)) if parts is None else parts.shapes
-        dtypes = list(map(dtype_name, map(_DTYPE, tensors)))
-        places = binder.listing.columns.alike(self._item, names, shapes, dtypes)
-        if places is None or binder.names.are_tied(self._item, names):
-            return False
-        if parts is not None:
-            self._boxed(names, places, tensors, parts)
-        else:
-            self._plain(names, places, tensors)
-        return True
-
-    def _plain(self, names: Sequence[str], places: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
-        binder, columns = self._binder, self._binder.listing.columns
-        job, identities = binder.job, binder.identities
-        if lie_in_order(tensors):
-            spec_of = partial(self._spec_at, places)
-            holders = meet_plain(self._item, names, tensors, spec_of, job=job, identities=identities)
-            known: dict[tuple[int, ...], int] = {}
-            box = [known.setdefault(columns.shapes[place], len(known)) for place in places]
-            boxes = tuple(map(Box.whole, known))
-            alone = len(holders.ranks) == 1
-            binder.columns.append(TargetColumns(numpy.array(places), boxes, numpy.array(box), tensors, alone))
-        else:
-            specs = [columns.record(place).spec for place in places]
-            binder.fill_all(hold_plain(self._item, tensors, specs, job=job, identities=identities))
-
-    def _spec_at(self, places: Sequence[int], number: int) -> ArraySpec:
-        return self._binder.listing.columns.record(places[number]).spec
-
-    def _boxed(self, names: Sequence[str], places: Sequence[int], tensors: Sequence[torch.Tensor], parts: BoxedTensors) -> None:
-        binder, at = self._binder, numpy.array(places)
-        meet_placed(self._item, names, tensors, job=binder.job, identities=binder.identities)
-        binder.changed += tensors
-        box = numpy.array(parts.box)
-        alone = numpy.array(parts.alone)[box]
-        for held_alone in (True, False):
-            mine = numpy.flatnonzero(alone == held_alone)
-            if len(mine):
-                local = parts.local if len(mine) == len(at) else [parts.local[k] for k in mine.tolist()]
-                binder.columns.append(TargetColumns(at[mine], parts.boxes, box[mine], local, held_alone))
 
     def _named_tuple(self, live: tuple[Any, ...], found: Value, place: str) -> object:
         expected = (type_name(type(live)), type(live)._fields)  # type: ignore[attr-defined]
@@ -266,8 +204,6 @@ class _Container:
         return live
 
 
-_ITEM, _NAME, _ORIGIN = attrgetter("item"), attrgetter("name"), attrgetter("origin")
-_SHAPE, _DTYPE = attrgetter("shape"), attrgetter("dtype")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _LEAVES = (numpy.ndarray, numpy.generic, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
