@@ -8,36 +8,20 @@ what they held.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
 
 from elastickpt.errors import Refused
-from elastickpt.format.arrays import ArrayId, Mesh
+from elastickpt.format.arrays import ArrayId
 from elastickpt.loading.fetch import Verify, carry_out
 from elastickpt.loading.opened import Opened, is_converted
 from elastickpt.loading.plan import plan_fetch, require_files
 from elastickpt.loading.targets import AnyArray, Wanted
 from elastickpt.ranks.messages import Message
-from elastickpt.training.dtensors import JobView
 from elastickpt.training.held import HeldArray
-from elastickpt.training.kinds import kinds_of
 from elastickpt.training.listing import Binding, Listing, Mismatch, unexpected
-from elastickpt.training.modules import hold_module
-from elastickpt.training.parameters import Identities
-
-
-def held_by_models(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> tuple[HeldArray, ...]:
-    """What the models of `state` hold on this rank: the layout of a job is that of its parameters. Local, no I/O."""
-    kinds = kinds_of(state)
-    job, identities = JobView(rank, world_size, declared), Identities()
-    return tuple(
-        held
-        for key, model in state.items()
-        if kinds[key] == "model"
-        for held in hold_module(key, model, job=job, identities=identities).arrays
-    )
 
 
 def lies_as_saved(opened: Opened, held: Sequence[HeldArray]) -> bool:

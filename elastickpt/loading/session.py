@@ -22,7 +22,6 @@ from elastickpt.loading.agreement import (
     Opening,
     differences_of,
     differing_ties,
-    held_by_models,
     joint_mismatches,
     joint_notes,
     lacking_of,
@@ -41,7 +40,7 @@ from elastickpt.training.elements import addresses_of, fill_device, host_element
 from elastickpt.training.held import HeldArray
 from elastickpt.training.listing import Binding, Listing
 from elastickpt.training.parallel import mesh_of
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import HeldModels, bind, hold_models
 from elastickpt.training.rng import Continuation
 
 if TYPE_CHECKING:
@@ -169,8 +168,8 @@ class _Load:
 
     def run(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> LoadReport:
         begun = time.perf_counter()
-        opened, declared, same = self._open(state, mesh)
-        binding, skipped = self._check(state, declared, opened, same)
+        opened, held, same = self._open(state, mesh)
+        binding, skipped = self._check(held, opened, same)
         hosts, plan = self._plan(opened, binding)
         planned = time.perf_counter()
         report = self._fill(opened, binding, hosts, plan)
@@ -191,9 +190,9 @@ class _Load:
 
     # -- before anything changes ---------------------------------------------------------------------------------------
 
-    def _open(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[Opened, Mesh | None, bool]:
-        """The checkpoint, the mesh declared, and whether every rank holds now what the writer of its number held."""
-        opened: list[tuple[Opened, Mesh | None]] = []
+    def _open(self, state: Mapping[str, object], mesh: DeviceMesh | None) -> tuple[Opened, HeldModels, bool]:
+        """The checkpoint, what models hold here, and whether every rank holds now what the writer of its number held."""
+        opened: list[tuple[Opened, HeldModels]] = []
         ids: set[ArrayId] = set()
 
         def compare() -> Meant:
@@ -204,11 +203,11 @@ class _Load:
                 )
             declared = None if mesh is None else mesh_of(mesh, world_size=self.group.world_size)
             found = open_records(self.path)
-            opened.append((found, declared))
-            held = held_by_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
-            ranks = len(self.group.ranks)
-            same = ranks == found.manifest.world_size == len(found.manifest.fragments) and lies_as_saved(found, held)
-            ids.update(array.spec.id for array in held)
+            held = hold_models(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared)
+            opened.append((found, held))
+            ranks, arrays = len(self.group.ranks), held.arrays
+            same = ranks == found.manifest.world_size == len(found.manifest.fragments) and lies_as_saved(found, arrays)
+            ids.update(array.spec.id for array in arrays)
             lacking = tuple(str(one) for one in lacking_of(found, ids, self.group.member)) if same else ()
             return Meant(os.fspath(self.path), found.manifest.attempt, self.strict, same, lacking)
 
@@ -226,14 +225,12 @@ class _Load:
 
         return ELSEWHERE.ask(self.team, lambda: not {str(one) for one in ids}.isdisjoint(lacking), any)
 
-    def _check(
-        self, state: Mapping[str, object], declared: Mesh | None, opened: Opened, same: bool
-    ) -> tuple[Binding, tuple[str, ...]]:
+    def _check(self, held: HeldModels, opened: Opened, same: bool) -> tuple[Binding, tuple[str, ...]]:
         bound: list[tuple[Listing, Binding]] = []
 
         def compare() -> Differences:
             listing = listing_of(opened, self.group.ranks, same_layout=same)
-            binding = bind(state, rank=self.group.rank, world_size=self.group.world_size, declared=declared, listing=listing)
+            binding = bind(held, listing)
             bound.append((listing, binding))
             return differences_of(opened, binding)
 

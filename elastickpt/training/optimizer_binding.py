@@ -45,6 +45,10 @@ class BoundOptimizer:
         self.entry = entry
         self.parts = parts_of(item, entry, binder.identities, elsewhere=beside.elsewhere(item))
         self.view = next((TableView(table) for table in binder.listing.tables if table.item == item), None)
+        self._paths: dict[int, list[str]] = {}  # of a parameter, by id: the parts that have it
+        for part in self.parts:
+            for number in {id(param.parameter) for param in part.params}:
+                self._paths.setdefault(number, []).append(part.path)
         self._binder = binder
         self._owners = sorted((table.item for table in binder.listing.tables), key=len, reverse=True)
         self._composites: dict[TableName, list[tuple[ArrayId, Saved]]] = {}
@@ -84,7 +88,7 @@ class BoundOptimizer:
 
     def saved_states(self, part: OptimizerPart, param: OwnedParameter, name: TableName) -> SavedStates:
         """What the checkpoint has of a parameter for this part's own states."""
-        having = [one.path for one in self.parts if any(each.parameter is param.parameter for each in one.params)]
+        having = self._paths[id(param.parameter)]
         fields = {} if self.view is None else self.view.of("scalar", name)
         unnamed = fields.get(PART, having[0])
         others = tuple(f"{path}." for path in having if path != unnamed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from elastickpt.format.arrays import Mesh
@@ -11,10 +12,11 @@ from elastickpt.format.values import Value
 from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import JobView
 from elastickpt.training.entries import elements
+from elastickpt.training.held import HeldArray
 from elastickpt.training.held_trees import PerRank, Reshardable, in_memory, is_stateful
 from elastickpt.training.kinds import StateKind, kinds_of, refuse_zero
 from elastickpt.training.listing import Binding, Listing, SavedNames
-from elastickpt.training.modules import hold_module
+from elastickpt.training.modules import HeldModule, hold_module
 from elastickpt.training.optimizer_binding import BoundOptimizer, bind_optimizer
 from elastickpt.training.optimizers import StateOptimizers
 from elastickpt.training.own_loading import bind_model
@@ -25,18 +27,40 @@ from elastickpt.training.tree_binding import bind_container, bind_object, bind_t
 from elastickpt.training.values import carried, place_of, revived, shown
 
 
-def bind(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None, listing: Listing) -> Binding:
-    """How this rank's part of `state` is filled from the checkpoint that `listing` describes. Changes nothing.
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldModels:
+    """What the models of a `state` hold on this rank, from which the rest of it follows: `identities` knows their tensors."""
+
+    state: Mapping[str, object]
+    kinds: Mapping[str, StateKind]
+    job: JobView
+    identities: Identities
+    models: tuple[HeldModule, ...]
+
+    @property
+    def arrays(self) -> list[HeldArray]:
+        """Those of all models: the layout of a job is that of its parameters."""
+        return [held for model in self.models for held in model.arrays]
+
+
+def hold_models(state: Mapping[str, object], *, rank: int, world_size: int, declared: Mesh | None) -> HeldModels:
+    """What the models of `state` hold on this rank; raises what `capture` would. Local, no I/O. For one `bind`."""
+    job, kinds, identities = JobView(rank, world_size, declared), kinds_of(state), Identities()
+    models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
+    return HeldModels(state, kinds, job, identities, tuple(models))
+
+
+def bind(held: HeldModels, listing: Listing) -> Binding:
+    """How this rank's part of a state is filled from the checkpoint that `listing` describes. Changes nothing in it.
 
     Local: no collectives; the only I/O is `listing.per_rank`, for entries that need it. Objects' `state_dict` (and
     `reshard`, see `PerRank`) are called. New tensors for states that do not exist yet are allocated here, and attached
     by `install()`. Differences are in the Binding; what `capture` would refuse is refused here too, with the same
     errors.
     """
-    job, kinds, identities = JobView(rank, world_size, declared), kinds_of(state), Identities()
-    models = [hold_module(key, value, job=job, identities=identities) for key, value in state.items() if kinds[key] == "model"]
-    binder = Binder(listing, job, identities, SavedNames(listing, identities.tied()))
-    for model in models:
+    state, kinds, identities = held.state, held.kinds, held.identities
+    binder = Binder(listing, held.job, identities, SavedNames(listing, identities.tied()))
+    for model in held.models:
         with binder.entry(model.item.name, state[model.item.name]):
             bind_model(binder, model)
     optimizers: list[BoundOptimizer] = []

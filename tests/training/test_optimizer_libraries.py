@@ -12,7 +12,7 @@ from torch import nn
 
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 
 State = dict[str, Any]
 
@@ -51,7 +51,7 @@ def resumed(make: Callable[[list[nn.Parameter]], Any], dtype: torch.dtype = torc
         original["optimizer"].eval()
     checkpoint = MemoryCheckpoint([capture(original, rank=0, world_size=1, declared=None)])
     expected = train(original, 7, seed=11)
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), checkpoint.listing())
     found = list(unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places))
     assert [*binding.mismatches, *found] == []
     checkpoint.fill(binding)

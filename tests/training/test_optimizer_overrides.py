@@ -40,7 +40,7 @@ from elastickpt.errors import EntryFailed, StructureConflict, ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 
 State = dict[str, Any]
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -75,7 +75,7 @@ def saved(state: State) -> MemoryCheckpoint:
 
 
 def load(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
-    binding = bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
     found = list(unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places))
     assert [*binding.mismatches, *found] == []
     checkpoint.fill(binding)
@@ -189,7 +189,7 @@ def test_entries_that_only_this_process_has_are_missing() -> None:
     original, other = make_state(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 0), make_state(Averaging, 1)
     train(original, 1)
     train(other, 1)
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=saved(original).listing())
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), saved(original).listing())
     assert {(one.name, one.what) for one in binding.mismatches} == {
         ("/optimizer/count", "missing"),
         *((f"/optimizer/state/model/{name}/averages", "missing") for name, _ in other["model"].named_parameters()),
@@ -199,7 +199,7 @@ def test_entries_that_only_this_process_has_are_missing() -> None:
 def test_entries_that_nobody_takes_are_unexpected() -> None:
     original, other = make_state(Noting, 0), make_state(lambda p: torch.optim.SGD(p, lr=0.1), 1)
     checkpoint = saved(original)
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), checkpoint.listing())
     found = {one.name for one in unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places)}
     assert found == {
         "extra/optimizer/scale",
@@ -544,10 +544,10 @@ def test_entries_that_differ_between_ranks_are_each_ranks_own() -> None:
     checkpoint, _ = two_ranks(Noting, (3, 5))
     for rank, count in enumerate((3, 5)):
         other = make_state(Noting, 1)
-        checkpoint.fill(bind(other, rank=rank, world_size=2, declared=None, listing=checkpoint.listing()))
+        checkpoint.fill(bind(hold_models(other, rank=rank, world_size=2, declared=None), checkpoint.listing()))
         assert other["optimizer"].notes == {"count": count}
     other = make_state(Noting, 1)
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=checkpoint.listing(world_size=1))
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), checkpoint.listing(world_size=1))
     assert {(one.name, one.what) for one in binding.mismatches} == {
         ("/optimizer/notes", "value"),
         ("/optimizer/param_groups/0/seen", "value"),
@@ -558,7 +558,7 @@ def test_entries_that_are_alike_on_all_ranks_go_to_another_layout() -> None:
     checkpoint, _ = two_ranks(Noting, (3, 3))
     other = make_state(Noting, 1)
     listing = checkpoint.listing(world_size=1)
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=listing)
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), listing)
     assert list(unexpected(listing, arrays=binding.arrays, places=binding.places)) == []
     checkpoint.fill(binding)
     assert other["optimizer"].notes == {"count": 3}

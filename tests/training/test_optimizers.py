@@ -18,7 +18,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.format.values import ArrayValue
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import unexpected
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 
 State = dict[str, Any]
 Make = Callable[[list[nn.Parameter]], Optimizer]
@@ -66,7 +66,7 @@ def saved(state: State) -> MemoryCheckpoint:
 
 def load(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
     """Loads, and gives the notes."""
-    binding = bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
     assert not list(unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places))
     checkpoint.fill(binding)
     return binding.notes
@@ -75,7 +75,7 @@ def load(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
 def refused(checkpoint: MemoryCheckpoint, state: State) -> list[tuple[str, str]]:
     """The names and kinds of the mismatches; asserts that nothing of `state` changed."""
     before = fingerprint(state)
-    binding = bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
     with pytest.raises(StateMismatch):
         checkpoint.fill(binding)
     assert fingerprint(state) == before
@@ -210,7 +210,7 @@ def test_a_group_of_parameters_that_disagree_is_refused() -> None:
     original = {"model": model, "optimizer": grouped(model, (0.1, MATRICES), (0.2, VECTORS))}
     live = {"model": other, "optimizer": grouped(other, (0.5, [*MATRICES, *VECTORS]))}
     assert refused(saved(original), live) == [("/optimizer/param_groups/0/lr", "value")]
-    binding = bind(live, rank=0, world_size=1, declared=None, listing=saved(original).listing())
+    binding = bind(hold_models(live, rank=0, world_size=1, declared=None), saved(original).listing())
     assert binding.mismatches[0].found == "0.1 for model/first.weight, 0.2 for model/norm.weight"
 
 
@@ -306,7 +306,7 @@ def test_states_of_a_parameter_that_is_not_trained_any_more_are_unexpected() -> 
     other = seeded(1)
     live = {"model": other, "optimizer": torch.optim.SGD([other.gain], lr=0.1, momentum=0.9)}
     listing = saved(original).listing()
-    binding = bind(live, rank=0, world_size=1, declared=None, listing=listing)
+    binding = bind(hold_models(live, rank=0, world_size=1, declared=None), listing)
     names = {mismatch.name for mismatch in unexpected(listing, arrays=binding.arrays, places=binding.places)}
     assert "params/model/first.weight/momentum_buffer" in names
     assert not any(name.startswith("params/model/gain") for name in names)
@@ -318,14 +318,9 @@ def test_a_parameter_outside_the_models_of_state_is_refused_by_group_and_shape()
     message = r"group 1, of shape \(7, 2\), is not in `state`"
     with pytest.raises(StructureConflict, match=message):
         saved({"model": model, "optimizer": optimizer})
+    held = hold_models({"model": model, "optimizer": optimizer}, rank=0, world_size=1, declared=None)
     with pytest.raises(StructureConflict, match=message):
-        bind(
-            {"model": model, "optimizer": optimizer},
-            rank=0,
-            world_size=1,
-            declared=None,
-            listing=saved({"model": model}).listing(),
-        )
+        bind(held, saved({"model": model}).listing())
 
 
 def test_state_of_a_tensor_in_no_group_is_refused() -> None:
@@ -361,7 +356,7 @@ def test_one_of_two_optimizers_can_be_loaded_alone() -> None:
     train(original, 2)
     del other["slow"]
     checkpoint = saved(original)
-    checkpoint.fill(bind(other, rank=0, world_size=1, declared=None, listing=checkpoint.listing()))
+    checkpoint.fill(bind(hold_models(other, rank=0, world_size=1, declared=None), checkpoint.listing()))
     assert fingerprint({"fast": other["fast"]}) == fingerprint({"fast": original["fast"]})
 
 
@@ -507,7 +502,7 @@ def test_groups_that_differ_between_ranks_become_one_table_and_are_cut_again() -
     assert len(checkpoint.tables) == 1
     whole = stage(0, 3, 9)
     live = {"model": whole, "optimizer": by_layer(whole, {"2": 0.0, "0": 0.0, "1": 0.0})}
-    checkpoint.fill(bind(live, rank=0, world_size=1, declared=None, listing=checkpoint.listing(world_size=1)))
+    checkpoint.fill(bind(hold_models(live, rank=0, world_size=1, declared=None), checkpoint.listing(world_size=1)))
     assert [group["lr"] for group in live["optimizer"].param_groups] == [0.3, 0.1, 0.2]
     for one, name in ((stages[0], "0"), (stages[1], "1"), (stages[1], "2")):
         index = 0 if name == "0" else 1
@@ -599,14 +594,14 @@ def test_a_state_dict_in_the_place_of_a_fresh_optimizer_gets_a_hint() -> None:
     state = {"model": original["model"], "optimizer": original["optimizer"].state_dict()}
     fresh = make_state(sgd, 1)
     live = {"model": fresh["model"], "optimizer": fresh["optimizer"].state_dict()}
-    binding = bind(live, rank=0, world_size=1, declared=None, listing=saved(state).listing())
+    binding = bind(hold_models(live, rank=0, world_size=1, declared=None), saved(state).listing())
     (found,) = binding.mismatches
     assert str(found) == (
         "/optimizer: value: expected states of 0 parameters (in this process), found states of 6; put the optimizer itself "
         "into `state`, in place of its state_dict(): it makes the states that it lacks (in the checkpoint)"
     )
     live["optimizer"] = original["optimizer"].state_dict()
-    assert bind(live, rank=0, world_size=1, declared=None, listing=saved(state).listing()).mismatches == ()
+    assert bind(hold_models(live, rank=0, world_size=1, declared=None), saved(state).listing()).mismatches == ()
 
 
 class Scaler:

@@ -18,7 +18,7 @@ from elastickpt.format.arrays import ArrayId
 from elastickpt.training.capture import capture
 from elastickpt.training.held_trees import PerRank
 from elastickpt.training.listing import Binding, unexpected
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 from elastickpt.training.rng import RNG
 
 State = dict[str, Any]
@@ -48,7 +48,7 @@ def saved(*states: State, step: int | None = None) -> MemoryCheckpoint:
 def bound(checkpoint: MemoryCheckpoint, state: Any, *, rank: int = 0, world_size: int | None = None) -> Binding:
     world = checkpoint.world_size if world_size is None else world_size
     listing = checkpoint.listing(world_size=world)
-    return bind(state, rank=rank, world_size=world, declared=None, listing=listing)
+    return bind(hold_models(state, rank=rank, world_size=world, declared=None), listing)
 
 
 def load(checkpoint: MemoryCheckpoint, state: Any, *, rank: int = 0, world_size: int | None = None) -> Binding:
@@ -107,13 +107,13 @@ def test_a_mismatch_names_what_each_side_has() -> None:
 def test_what_no_rank_has_a_place_for_is_unexpected() -> None:
     original = {"model": net(0), "step": 3, "rng": RNG(), "loader": PerRank(1)}
     listing = saved(original).listing()
-    binding = bind({"model": net(1)[:1]}, rank=0, world_size=1, declared=None, listing=listing)
+    binding = bind(hold_models({"model": net(1)[:1]}, rank=0, world_size=1, declared=None), listing)
     assert binding.mismatches == ()
     names = [mismatch.name for mismatch in unexpected(listing, arrays=binding.arrays, places=binding.places)]
     assert names[-3:] == ["/step", "/rng", "/loader"]
     assert "params/model/2.weight/value" in names
     assert not any(name.startswith("params/model/0.") for name in names)
-    whole = bind(original, rank=0, world_size=1, declared=None, listing=listing)
+    whole = bind(hold_models(original, rank=0, world_size=1, declared=None), listing)
     assert not list(unexpected(listing, arrays=whole.arrays, places=whole.places))
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from elastickpt.errors import LayoutUnsupported, StateMismatch
 from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.training.capture import capture
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 from tools.gloo_ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -125,7 +125,7 @@ def saved(state: State, rank: int, world_size: int) -> MemoryCheckpoint:
 
 def load(checkpoint: MemoryCheckpoint, state: State, rank: int, world_size: int) -> None:
     listing = checkpoint.listing(world_size=world_size)
-    checkpoint.fill(bind(state, rank=rank, world_size=world_size, declared=None, listing=listing))
+    checkpoint.fill(bind(hold_models(state, rank=rank, world_size=world_size, declared=None), listing))
 
 
 def boxes(rank: int, world_size: int) -> dict[tuple[str, str], Box]:
@@ -211,7 +211,7 @@ def odd_states(rank: int, world_size: int) -> None:
     assert torch.equal(made["rows"], torch.full((rank + 1,), float(rank)))
     alone = make_state(single, 1, 3)
     before = fingerprint(alone)
-    binding = bind(alone, rank=0, world_size=1, declared=None, listing=checkpoint.listing(world_size=1))
+    binding = bind(hold_models(alone, rank=0, world_size=1, declared=None), checkpoint.listing(world_size=1))
     assert [(m.name, m.what) for m in binding.mismatches] == [("/optimizer/state/model/up.weight/rows", "value")]
     with pytest.raises(StateMismatch, match="cannot be resharded"):
         checkpoint.fill(binding)

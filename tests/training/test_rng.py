@@ -15,7 +15,7 @@ from elastickpt.errors import Malformed
 from elastickpt.format.encode_values import typed_key
 from elastickpt.training.capture import capture
 from elastickpt.training.listing import Binding
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 from elastickpt.training.rng import RNG, streams
 
 
@@ -57,7 +57,7 @@ def saved_on(*seeds: int, step: int = 5) -> MemoryCheckpoint:
 
 def bound(checkpoint: MemoryCheckpoint, rank: int, world_size: int) -> Binding:
     listing = checkpoint.listing(world_size=world_size)
-    return bind({"rng": RNG()}, rank=rank, world_size=world_size, declared=None, listing=listing)
+    return bind(hold_models({"rng": RNG()}, rank=rank, world_size=world_size, declared=None), listing)
 
 
 def drawn_after(checkpoint: MemoryCheckpoint, rank: int, world_size: int) -> list[float]:

@@ -20,7 +20,7 @@ import elastickpt as ek
 from elastickpt.errors import StateMismatch, ValueNotCarried
 from elastickpt.format.records import Field
 from elastickpt.training.capture import capture
-from elastickpt.training.restore import bind
+from elastickpt.training.restore import bind, hold_models
 
 State = dict[str, Any]
 Make = Callable[[Optimizer], LRScheduler]
@@ -96,12 +96,12 @@ def saved(state: State) -> MemoryCheckpoint:
 
 
 def load(checkpoint: MemoryCheckpoint, state: State) -> None:
-    checkpoint.fill(bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing()))
+    checkpoint.fill(bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing()))
 
 
 def refused(checkpoint: MemoryCheckpoint, state: State) -> list[tuple[str, str]]:
     before = fingerprint(state)
-    binding = bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
     with pytest.raises(StateMismatch):
         checkpoint.fill(binding)
     assert fingerprint(state) == before
@@ -181,7 +181,7 @@ def test_a_list_that_was_carried_whole_must_fit_the_groups() -> None:
 
 def bound(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
     """Loads what is there, as under strict="none", and gives the notes; asserts that only an optimizer is missing."""
-    binding = bind(state, rank=0, world_size=1, declared=None, listing=checkpoint.listing())
+    binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
     assert [(one.name, one.what) for one in binding.mismatches if one.name != "/other"] == []
     checkpoint.fill(replace(binding, mismatches=()))
     return binding.notes
@@ -344,7 +344,7 @@ def test_a_group_without_parameters_gets_its_options_and_entries_back(layout: st
     original["scheduler"].step()
     checkpoint = saved(original)
     listing = checkpoint.listing() if layout == "same" else replace(checkpoint.listing(), same_layout=False)
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=listing)
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), listing)
     assert binding.notes == ()
     checkpoint.fill(binding)
     assert fingerprint(other) == fingerprint(original)
@@ -358,7 +358,7 @@ def test_a_group_without_parameters_that_the_checkpoint_lacks_is_said_once() -> 
     original = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)}
     other = with_empty_group(1, 7.0)
     del other["scheduler"]
-    binding = bind(other, rank=0, world_size=1, declared=None, listing=saved(original).listing())
+    binding = bind(hold_models(other, rank=0, world_size=1, declared=None), saved(original).listing())
     (note,) = [note for note in binding.notes if "param_groups/1" in note]
     assert note == "/optimizer/param_groups/1 has no parameters, and the checkpoint has no such group there: its options stay"
 
