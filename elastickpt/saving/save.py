@@ -39,7 +39,7 @@ from elastickpt.training.elements import host_address, host_elements
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.plans import PAGE, Slice, WritePlan
 from elastickpt.writer.share import Share, write_whole_share
-from elastickpt.writer.write_files import Source, copy_hashed
+from elastickpt.writer.write_files import Source
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,38 +60,21 @@ class LiveTensors(Source):
 
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """The bytes, in place where the memory is contiguous and congruent to the file, else gathered."""
-        flat, part = self._part(at)
-        if flat is not None and self._may_stay(at, data := flat[start:stop], start):
-            return data
-        into = self._congruent(at, start, stop)
+        piece = self._plan.files[at.file].pieces[at.piece]
+        part = part_of(self._elements(piece.array), piece.local)
+        flat = flat_bytes(part)
+        offset = piece.run.offset + start
+        if flat is not None:
+            data = flat[start:stop]
+            if stop - start < self._congruent_nbytes or (address_of(data.data) - offset) % PAGE == 0:
+                return data
+        shift = offset % PAGE
+        into = self._buffer(shift + stop - start)[shift:]
         if flat is not None:
             np.copyto(into, flat[start:stop])
         else:
             gather(part, start, into)
         return into
-
-    def take_hashed(self, at: Slice, start: int, stop: int, block_nbytes: int) -> tuple[Bytes, list[int]]:
-        flat, _ = self._part(at)
-        if flat is None or self._may_stay(at, data := flat[start:stop], start):
-            return super().take_hashed(at, start, stop, block_nbytes)
-        into = self._congruent(at, start, stop)
-        return into, copy_hashed(data, into, block_nbytes)
-
-    def _part(self, at: Slice) -> tuple[Bytes | None, AnyArray]:
-        piece = self._plan.files[at.file].pieces[at.piece]
-        part = part_of(self._elements(piece.array), piece.local)
-        return flat_bytes(part), part
-
-    def _may_stay(self, at: Slice, data: Bytes, start: int) -> bool:
-        return data.size < self._congruent_nbytes or (address_of(data.data) - self._offset(at) - start) % PAGE == 0
-
-    def _offset(self, at: Slice) -> int:
-        return self._plan.files[at.file].pieces[at.piece].run.offset
-
-    def _congruent(self, at: Slice, start: int, stop: int) -> Bytes:
-        """This thread's memory for these bytes, which lies like the file modulo the page."""
-        shift = (self._offset(at) + start) % PAGE
-        return self._buffer(shift + stop - start)[shift:]
 
     def _buffer(self, nbytes: int) -> Bytes:
         """This thread's page-aligned memory, so many bytes of it."""

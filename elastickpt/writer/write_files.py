@@ -43,11 +43,6 @@ class Source(Protocol):
     def take(self, at: Slice, start: int, stop: int) -> Bytes:
         """Bytes [start, stop) of the slice's piece, in C order of the piece; at most `UNIT_NBYTES`."""
 
-    def take_hashed(self, at: Slice, start: int, stop: int, block_nbytes: int) -> tuple[Bytes, list[int]]:
-        """The same, and the checksums of its blocks."""
-        data = self.take(at, start, stop)
-        return data, whole_checksums(data.data, block_nbytes)
-
     def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
         """Copies whole slices, each to its place in `into`, in their order."""
         for at, place in zip(slices, places, strict=True):
@@ -234,11 +229,11 @@ def write_slices(
 
     def carry_out(unit: _Unit) -> None:
         writer, run = opened[unit.at.file].writer(), files[unit.at.file].pieces[unit.at.piece].run
-        if run.in_a_row and not (past_cache and unit.stop - unit.start >= MIN_DIRECT_NBYTES):
-            data = source.take(unit.at, unit.start, unit.stop)
+        data = source.take(unit.at, unit.start, unit.stop)
+        if run.in_a_row and not (past_cache and data.size >= MIN_DIRECT_NBYTES):
             found = write_hashed(writer, run.offset + unit.start, data, block_nbytes)
         else:
-            data, found = source.take_hashed(unit.at, unit.start, unit.stop, block_nbytes)
+            found = whole_checksums(data.data, block_nbytes)
             _write_unit(writer, run, unit, data)
         checksums[unit.block : unit.block + len(found)] = found
         opened[unit.at.file].done()

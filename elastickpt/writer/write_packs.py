@@ -107,8 +107,8 @@ class _Work:
 
     def _take(self, part: PackPart) -> Bytes:
         """The part's bytes, which are hashed."""
-        data, found = self._source.take_hashed(part.at, part.start, part.stop, self._block_nbytes)
-        self._found(part.block, found)
+        data = self._source.take(part.at, part.start, part.stop)
+        self._found(part.block, whole_checksums(data.data, self._block_nbytes))
         return data
 
     def _found(self, block: int, checksums: Sequence[int]) -> None:
