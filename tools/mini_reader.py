@@ -510,13 +510,14 @@ def read_fragments(data: bytes) -> Json:
     _, _, writer, attempt, block, arrays, ndims, files, pieces, checksums, tables, values = members(record, names, "map")
     check(is_int(writer) and is_text(attempt), "writer or attempt")
     check(writer < 2**20, "writer", "limit-exceeded")
-    check(is_int(block, 65536, MIB) and block & (block - 1) == 0, "block_nbytes")
+    check(is_int(block, 16384, MIB) and block & (block - 1) == 0, "block_nbytes")
     keys = [checked_path(key) for key in checked_list(arrays, "arrays")]
     check(all(low < high for low, high in pairwise(keys)), "arrays out of order")
     axes = column(ndims, len(keys))
     check(all(ndim <= 32 for ndim in axes), "ndims", "limit-exceeded")
     base, paths, nbytes = members(files, "base path nbytes", "files")
     paths = [checked_path(path) for path in checked_list(paths, "paths")]
+    check(block >= 65536 or any(path.startswith("packs/") for path in paths), "block_nbytes")
     table = list(zip(column(base, len(paths)), paths, column(nbytes, len(paths), 0, 2**62), strict=True))
     check(len({(number, path) for number, path, _ in table}) == len(table), "a file stands twice")
     found = read_pieces(pieces, keys, axes, table)

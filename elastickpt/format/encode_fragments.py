@@ -12,7 +12,7 @@ from elastickpt.errors import CheckpointError, LimitExceeded, Malformed, Unsafe,
 from elastickpt.format.canonical_json import dump_bounded, parse
 from elastickpt.format.decode_values import decode_pointers
 from elastickpt.format.encode_values import encode_pointers
-from elastickpt.format.keys import checked_paths
+from elastickpt.format.keys import PACKS, checked_paths
 from elastickpt.format.piece_columns import FragmentColumns, PieceColumns, columns_of, distinct, starts
 from elastickpt.format.records import FORMAT_VERSION, FragmentMap, OptimizerTable, StoredFile
 from elastickpt.format.strict_reading import IntColumn, StrictObject, pack, pack_ints, take_ints, take_uints, text, unpack
@@ -26,6 +26,7 @@ from elastickpt.format.version import (
     MAX_NDIM,
     MAX_WRITERS,
     MIN_BLOCK_NBYTES,
+    MIN_PACK_BLOCK_NBYTES,
 )
 
 FORMAT = "elastickpt-fragments"
@@ -109,10 +110,12 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
         raise LimitExceeded(f"{path}: {len(data)} bytes, the limit is {MAX_FRAGMENTS_NBYTES}")
     members = unpack(data, path=path)
     check_version(members, FORMAT)
-    block_nbytes = members.integer("block_nbytes", low=MIN_BLOCK_NBYTES, high=MAX_BLOCK_NBYTES)
+    block_nbytes = members.integer("block_nbytes", low=MIN_PACK_BLOCK_NBYTES, high=MAX_BLOCK_NBYTES)
     if block_nbytes & (block_nbytes - 1):  # [FRAG-22]
         raise Malformed(f"{path}/block_nbytes: {block_nbytes} is no power of two")
     files = _files(members.members("files"))
+    if block_nbytes < MIN_BLOCK_NBYTES and not any(file.path.startswith(f"{PACKS}/") for file in files):  # [FRAG-67]
+        raise Malformed(f"{path}/block_nbytes: {block_nbytes}, expected at least {MIN_BLOCK_NBYTES}, as it names no pack")
     fragments = FragmentColumns(
         writer=_writer(members),
         attempt=members.text("attempt"),

@@ -43,6 +43,7 @@ MAX_INT_DIGITS = 4096  # of an integer inside a typed JSON value
 MAX_PATH_NBYTES = 4096  # of a relative path in a record
 MAX_COMPONENT_NBYTES = 255  # of one component of such a path
 MIN_BLOCK_NBYTES = 64 << 10  # of a checksum block
+MIN_PACK_BLOCK_NBYTES = 16 << 10  # of one in a pack
 MAX_BLOCK_NBYTES = MIB
 MAX_FILE_NBYTES = 1 << 62  # of any file, offset or length in a record: sums of three stay in 64 bits
 

@@ -31,7 +31,6 @@ from elastickpt.writer.plans import (
     Portion,
     Slice,
     WritePlan,
-    block_for,
     blocks_of,
     columns_of_plan,
     lay_out,
@@ -133,7 +132,7 @@ class ArenaPlan:
     @cached_property
     def block_nbytes(self) -> int:
         """The size of its checksum blocks."""
-        return block_for(self.plan.nbytes)
+        return self.plan.block_nbytes
 
     @cached_property
     def columns(self) -> PieceColumns:
@@ -227,9 +226,7 @@ class _Plan(Message, frozen=True):
 
 def prepare(plan: WritePlan, documents: Sequence[Document], *, arena_nbytes: int | None = None) -> ArenaPlan:
     """The plan, laid out for an arena of at most so many bytes (None: as large as the plan wants)."""
-    return ArenaPlan(
-        plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes, block_nbytes=block_for(plan.nbytes))
-    )
+    return ArenaPlan(plan, tuple(documents), lay_out(plan.files, arena_nbytes=arena_nbytes, block_nbytes=plan.block_nbytes))
 
 
 def spans_of(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: int = BLOCK_NBYTES) -> tuple[PackSpan, ...]:

@@ -78,7 +78,9 @@ class Job:
         found = []
         for rank in range(len(self.states)):
             plan = self.plan(rank)
-            written = np.zeros(sum(blocks_of(p.run.nbytes) for file in plan.files for p in file.pieces), dtype=np.uint64)
+            written = np.zeros(
+                sum(blocks_of(p.run.nbytes, plan.block_nbytes) for file in plan.files for p in file.pieces), dtype=np.uint64
+            )
             share = Share(Attempt("", Draft("", "", "00" * 8), "process"), rank, WriterStructure(prepare(plan, ())))
             data = encode_fragments(fragments_of(share, written))
             found.append(decode_columns(data, path=f"writer {rank}"))

@@ -255,7 +255,9 @@ def test_who_writes_much_has_larger_blocks(tmp_path: Path, placement: Any, monke
     """All maps go through the hands of who commits; a reader takes either. [FRAG-32]"""
     small, large = state(), {"one": torch.arange(300_000), **state(2.0)}
     monkeypatch.setattr(plans, "MOST_BLOCKS", 64)  # the larger state has more
-    for name, saved, expected in (("small", small, plans.BLOCK_NBYTES), ("large", large, plans.LARGE_BLOCK_NBYTES)):
+    monkeypatch.setattr(plans, "MOST_SMALL_BLOCKS", 8)
+    least = plans.BLOCK_NBYTES if placement == "plain" else plans.SMALL_BLOCK_NBYTES
+    for name, saved, expected in (("small", small, least), ("large", large, plans.LARGE_BLOCK_NBYTES)):
         path = tmp_path / name
         ek.save(saved, path, placement=placement)
         (stored,) = (path / "fragments").iterdir()
