@@ -115,7 +115,11 @@ def decode_columns(data: bytes, *, path: str) -> FragmentColumns:
         raise Malformed(f"{path}/block_nbytes: {block_nbytes} is no power of two")
     files = _files(members.members("files"))
     if block_nbytes < MIN_BLOCK_NBYTES and not any(file.path.startswith(f"{PACKS}/") for file in files):  # [FRAG-67]
-        raise Malformed(f"{path}/block_nbytes: {block_nbytes}, expected at least {MIN_BLOCK_NBYTES}, as it names no pack")
+        first = f"its first file is {files[0].path!r}" if files else "it names no file"
+        raise Malformed(
+            f"{path}/block_nbytes: expected at least {MIN_BLOCK_NBYTES} where no file is this writer's pack, found "
+            f"{block_nbytes}; {first}"
+        )
     fragments = FragmentColumns(
         writer=_writer(members),
         attempt=members.text("attempt"),
