@@ -129,9 +129,8 @@ class ArrayColumns(Sequence[ArrayRecord]):
 
     def record(self, place: int) -> ArrayRecord:
         """One of them; the others are not made."""
-        like, names = self.templates[self.template[place]], self.names
-        id_ = ArrayId(names.section[place], names.item[place], names.name[place], names.state[place])
-        spec = ArraySpec(id_, self.shapes[place], like.dtype)
+        like = self.templates[self.template[place]]
+        spec = ArraySpec(self.id(place), self.shapes[place], like.dtype)
         writers = self.writer_sets[self.writers[place]]
         return ArrayRecord(spec, self.keys[place], like.chunk_shape, like.layout, writers, like.attributes)
 
@@ -144,9 +143,25 @@ class ArrayColumns(Sequence[ArrayRecord]):
         return [tuple(flat[first:stop]) for first, stop in pairwise(self.axis_start.tolist())]
 
     @cached_property
+    def by_id(self) -> Mapping[tuple[str, str, str, str], int]:
+        """The place of each array by what its id says; the last one of those that have one id."""
+        return dict(zip(zip(*self.names, strict=True), range(len(self.keys)), strict=True))
+
+    @property
     def are_distinct(self) -> bool:
         """Whether no two of them have one id; distinct keys do not say so."""
-        return len(set(zip(*self.names, strict=True))) == len(self.keys)
+        return len(self.by_id) == len(self.keys)
+
+    def id(self, place: int) -> ArrayId:
+        """The id of one of them."""
+        section, item, name, state = self.names
+        return ArrayId(section[place], item[place], name[place], state[place])
+
+    @cached_property
+    def bare_dtypes(self) -> Sequence[str | None]:
+        """The element type of each array of which nothing is said but that and a shape; None for another one."""
+        types = [None if one.attributes else one.dtype for one in self.templates]
+        return list(map(types.__getitem__, self.template.tolist()))
 
     @cached_property
     def itemsize(self) -> IntColumn:

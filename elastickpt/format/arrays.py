@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from operator import eq, gt, sub
+from operator import attrgetter, eq, gt, sub
 from typing import Literal, NoReturn
 
 from elastickpt.errors import LimitExceeded, Malformed, Unsupported
@@ -140,6 +140,9 @@ class ArrayId:
     def __str__(self) -> str:
         parts = (self.section, self.item, self.name, self.state)
         return "/".join(part for part in parts if part)
+
+
+id_key = attrgetter("section", "item", "name", "state")  # what an `ArrayId` says, as a tuple
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 import numpy as np
 
 from elastickpt.errors import Refused
-from elastickpt.format.arrays import ArrayId
+from elastickpt.format.arrays import ArrayId, id_key
 from elastickpt.loading.fetch import Verify, carry_out
 from elastickpt.loading.opened import Opened, is_converted
 from elastickpt.loading.plan import plan_fetch, require_files
@@ -30,14 +30,20 @@ def lies_as_saved(opened: Opened, held: Sequence[HeldArray]) -> bool:
     manifest = opened.manifest
     if is_converted(opened):  # no rank stood anywhere
         return False
-    both = [(array, opened.records[array.spec.id]) for array in held if array.spec.id in opened.records]
-    if not both:
+    columns = opened.arrays
+    places = [columns.by_id.get(id_key(array.spec.id), -1) for array in held]
+    if max(places, default=-1) < 0:
         return {array.mesh for array in held} <= {None, *manifest.meshes}
-    for array, record in both:
-        layout = None if record.layout is None else manifest.layouts[record.layout]
+    layouts = [columns.templates[number].layout for number in columns.template[places].tolist()]
+    seen = set[tuple[int, tuple[str, ...], int | None]]()  # meshes by identity: few, and compared name by name
+    for array, place, number in zip(held, places, layouts, strict=True):
+        if place < 0 or (found := (id(array.mesh), array.placements, number)) in seen:
+            continue
+        layout = None if number is None else manifest.layouts[number]
         saved = (None, ()) if layout is None else (manifest.meshes[layout.mesh], layout.placements)
         if (array.mesh, array.placements) != saved:
             return False
+        seen.add(found)
     return True
 
 
@@ -45,8 +51,8 @@ def lacking_of(opened: Opened, ids: Collection[ArrayId], writer: int) -> Iterato
     """Parameters and buffers of which `writer` stored something, and a rank that holds `ids` has nothing, of models that it
     has."""
     items = {identity.item for identity in ids} & {item.name for item in opened.manifest.items if item.kind == "module"}
-    for identity in (record.spec.id for record in opened.stored_by(writer, items)) if items else ():
-        if identity.item in items and identity.section == "params" and identity.state == "value" and identity not in ids:
+    for identity in opened.stored_by(writer, items) if items else ():
+        if identity.section == "params" and identity.state == "value" and identity not in ids:
             yield identity
 
 
@@ -101,8 +107,8 @@ class Differences(Message, frozen=True):
 def differences_of(opened: Opened, binding: Binding) -> Differences:
     """What this rank tells of what it bound."""
     known = np.zeros(len(opened.arrays), dtype=np.bool_)
-    if binding.arrays:
-        known[:] = [identity in binding.arrays for identity in opened.records]
+    by_id = opened.arrays.by_id
+    known[[place for one in binding.arrays if (place := by_id.get(id_key(one))) is not None]] = True
     for many in binding.columns:
         known[many.places] = True
     return Differences(tuple(binding.mismatches), np.packbits(known).tobytes(), tuple(sorted(binding.places)))

@@ -226,16 +226,16 @@ class Opened:
             self._fragments.problems.setdefault(writer, problems)
             return self._fragments.maps.setdefault(writer, columns)
 
-    def stored_by(self, writer: int, items: Collection[str]) -> Iterator[ArrayRecord]:
+    def stored_by(self, writer: int, items: Collection[str]) -> Iterator[ArrayId]:
         """The arrays of these items that a writer stored pieces of. Raises Damaged kinds as `pieces` for any of them."""
-        columns, problems = self._map(writer), self._fragments.problems[writer]
-        for key in columns.pieces.arrays:
-            record = self.by_key.get(key)
-            if record is not None and record.spec.id.item not in items:
+        columns, problems, item = self._map(writer), self._fragments.problems[writer], self.arrays.names.item
+        keys = columns.pieces.arrays
+        for key, place in zip(keys, self.arrays.places_of(keys).tolist(), strict=True):
+            if place >= 0 and item[place] not in items:
                 continue
-            if key in problems or record is None:
+            if key in problems or place < 0:
                 raise problems[key]
-            yield record
+            yield self.arrays.id(place)
 
     def where(self, file: StoredFile) -> str:
         """Where a file that pieces lie in stands in the store: in this checkpoint or in a base of it."""

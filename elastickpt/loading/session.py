@@ -11,6 +11,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from elastickpt.errors import CheckpointError, Refused, StateMismatch
+from elastickpt.format.array_columns import ArrayColumns
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
 from elastickpt.format.records import ArrayRecord
 from elastickpt.format.values import Value
@@ -221,7 +222,7 @@ class _Load:
         """
         if len(self.team.ranks) < len(self.group.ranks):
             items = {identity.item for identity in ids}
-            return all(record.spec.id not in ids for record in opened.stored_by(self.group.member, items))
+            return all(one not in ids for one in opened.stored_by(self.group.member, items))
 
         return ELSEWHERE.ask(self.team, lambda: not {str(one) for one in ids}.isdisjoint(lacking), any)
 
@@ -335,16 +336,28 @@ def listing_of(opened: Opened, ranks: Sequence[int], *, same_layout: bool) -> Li
         step=manifest.step,
         tied=manifest.tied,
         ranks=tuple(ranks),
-        attributes=Later(lambda: {one: dict(record.attributes) for one, record in opened.records.items() if record.attributes}),
+        attributes=Later(lambda: _attributes(opened)),
         read=lambda identity: _read_whole(opened, opened.records[identity]),
         layouts=Later(lambda: _layouts(opened)),
-        columns=opened.arrays,
+        columns=_columns(opened),
     )
 
 
 def _specs(opened: Opened) -> dict[ArrayId, ArraySpec]:
     converted = is_converted(opened)
     return {one: record.spec for one, record in opened.records.items() if one.state != MASTER or not converted}
+
+
+def _columns(opened: Opened) -> ArrayColumns:
+    """Those of all arrays, where all are listed."""
+    return ArrayColumns.of(()) if is_converted(opened) and MASTER in opened.arrays.names.state else opened.arrays
+
+
+def _attributes(opened: Opened) -> dict[ArrayId, Mapping[str, Value]]:
+    arrays = opened.arrays
+    said = {number: dict(one.attributes) for number, one in enumerate(arrays.templates) if one.attributes}
+    numbers = arrays.template.tolist() if said else ()
+    return {arrays.id(place): said[number] for place, number in enumerate(numbers) if number in said}
 
 
 def _layouts(opened: Opened) -> dict[ArrayId, tuple[Mesh, tuple[str, ...]]]:

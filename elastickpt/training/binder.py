@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from elastickpt.errors import LayoutUnsupported
-from elastickpt.format.arrays import ArrayId
+from elastickpt.format.arrays import ArrayId, Box, id_key
 from elastickpt.format.encode_values import typed_key
 from elastickpt.format.values import ArrayReference, Value
 from elastickpt.training.composites import SPARSE, composition_in, differing, require_indices
 from elastickpt.training.dtensors import JobView, whole_id
-from elastickpt.training.elements import mark_changed
+from elastickpt.training.elements import lie_in_order, lie_plainly, mark_changed
 from elastickpt.training.entries import Install, code_of, entry_name, install_all
 from elastickpt.training.held import HeldArray
 from elastickpt.training.listing import Binding, DifferenceKind, Listing, Mismatch, SavedNames, TargetColumns
@@ -29,7 +30,7 @@ class Binder:
     """Collects what one rank's Binding will hold. `identities` knows the tensors of all models of `state` already.
 
     `installs` are the steps of the entry that is being bound; see `entry`. `changed` are tensors whose contents change with
-    targets in `columns` that show no more than their memory: DTensors.
+    targets in `columns` that show no more than their memory: DTensors. `filled` are parameters and buffers in `columns`.
     """
 
     listing: Listing
@@ -39,9 +40,10 @@ class Binder:
     targets: list[HeldArray] = field(default_factory=list)
     columns: list[TargetColumns] = field(default_factory=list)
     changed: list[torch.Tensor] = field(default_factory=list)
+    filled: set[ArrayId] = field(default_factory=set)
     ties: list[tuple[HeldArray, ArrayId]] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
     arrays: set[ArrayId] = field(default_factory=set)
     places: set[str] = field(default_factory=set)
     installs: list[Callable[[], None]] = field(default_factory=list)
@@ -74,8 +76,7 @@ class Binder:
 
     def note(self, text: str) -> None:
         """Something that loading does differently from what one would assume; each text once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        self.notes[text] = None
 
     def fill(self, held: HeldArray) -> None:
         """Makes `held` a target, or records why it cannot be one."""
@@ -106,6 +107,56 @@ class Binder:
         """Makes targets of what has the checkpoint's own specs, of which nothing more is said."""
         self.targets += held
         self.arrays.update(one.spec.id for one in held)
+
+    def fill_many(self, many: Iterable[HeldArray]) -> None:
+        """`fill` of each: in columns what has the checkpoint's own specs, of which nothing more is said, in host memory without
+        gaps, in C order."""
+        columns, names = self.listing.columns, self.names
+        by_id, shapes, dtypes = columns.by_id, columns.shapes, columns.bare_dtypes
+        alike: list[tuple[int, HeldArray]] = []
+        for held in many:
+            spec, id_ = held.spec, held.spec.id
+            place = by_id.get(id_key(id_), -1)
+            if (
+                place < 0
+                or shapes[place] != spec.shape
+                or dtypes[place] != spec.dtype
+                or held.attributes
+                or self.listing.composites
+                or names.has_other(id_.item, id_.name)
+            ):
+                self.fill(held)
+            else:
+                alike.append((place, held))
+        tensors = [held.tensor for _, held in alike]
+        if not (lie_plainly(tensors) and lie_in_order(tensors)):
+            mine = [lie_plainly((tensor,)) and lie_in_order((tensor,)) for tensor in tensors]
+            self.fill_all([held for (_, held), fits in zip(alike, mine, strict=True) if not fits])
+            alike = [one for one, fits in zip(alike, mine, strict=True) if fits]
+        self.filled.update(held.spec.id for _, held in alike)
+        places = [place for place, _ in alike]
+        many = [held for _, held in alike]
+        self.fill_places(places, [held.box for held in many], [held.tensor for held in many], many)
+
+    def fill_places(
+        self, places: Sequence[int], boxes: Sequence[Box], tensors: Sequence[torch.Tensor], like: Sequence[HeldArray]
+    ) -> None:
+        """Makes targets of tensors that `lie_plainly` and `lie_in_order`: of each, the place of its array in the listing's
+        columns, the box of that which it is, and what the same ranks hold."""
+        alone: dict[tuple[object, ...], bool] = {}
+        apart: dict[bool, tuple[list[int], dict[tuple[tuple[int, ...], ...], Box], list[int], list[torch.Tensor]]] = {}
+        numbers: dict[tuple[object, ...], int] = {}
+        for place, box, tensor, held in zip(places, boxes, tensors, like, strict=True):
+            holders = (held.sharing, id(held.mesh), held.placements, held.replicas)
+            if (held_alone := alone.get(holders)) is None:
+                held_alone = alone[holders] = held.held_alone
+            at, known, box_of, own = apart.setdefault(held_alone, ([], {}, [], []))
+            known.setdefault((box.start, box.stop), box)
+            at.append(place)
+            box_of.append(numbers.setdefault((held_alone, box.start, box.stop), len(known) - 1))
+            own.append(tensor)
+        for held_alone, (at, known, box_of, own) in apart.items():
+            self.columns.append(TargetColumns(np.array(at), tuple(known.values()), np.array(box_of), own, held_alone))
 
     def _is_of_another_kind(self, held: HeldArray, id_: ArrayId) -> bool:
         """Whether this process's tensor and the checkpoint's are not both plain, or composites of one composition, or stored as
@@ -183,7 +234,7 @@ class Binder:
 
     def finished(self) -> Binding:
         """The Binding; its `install` does what was added, entry by entry, in order."""
-        entries, filled = tuple(self._entries), frozenset(held.spec.id for held in self.targets)
+        entries, filled = tuple(self._entries), self.filled.union(held.spec.id for held in self.targets)
         changed = [*self.changed, *(target.tensor for target in self.targets)]
         # a plain tensor changes with the target that shows its memory
         changed += [tensor for many in self.columns for tensor in many.tensors]

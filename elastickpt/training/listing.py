@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from elastickpt.format.array_columns import ArrayColumns
-from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh, id_key
 from elastickpt.format.records import Item, OptimizerTable
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.format.values import Value
@@ -58,7 +58,7 @@ class Listing:
     name) that were one tensor; only one of a group is among `arrays`. `step` counts completed optimizer steps. `ranks` are
     those that load. `attributes` are those of arrays that have some; `read(id)` reads one array whole, and is called only for
     what needs it. `layouts` are mesh and placements of the arrays of section `extra` that lay on one. `columns` are the same
-    arrays as the index has them.
+    arrays as the index has them; where there are none, each is looked for among `arrays`.
     """
 
     arrays: Mapping[ArrayId, ArraySpec]
@@ -166,6 +166,10 @@ class SavedNames:
         """Whether any of these has another name on either side."""
         return bool(self._groups) and any((item, name) in self._groups for name in names)
 
+    def has_other(self, item: str, name: str) -> bool:
+        """Whether this one has another name on either side."""
+        return (item, name) in self._groups
+
     def alias(self, live: tuple[str, str], stored: tuple[str, str]) -> None:
         """From now on finds what this process calls `live` under the name `stored` too: a model's own loading renames it."""
         self._groups.setdefault(live, []).append(stored)
@@ -198,7 +202,7 @@ class SavedNames:
     def states(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
         """(item, name) in the checkpoint -> the states that it stores of it as arrays."""
         found: dict[tuple[str, str], list[str]] = {}
-        for id_ in self._listing.arrays:
-            if id_.section == "params":
-                found.setdefault((id_.item, id_.name), []).append(id_.state)
+        for section, item, name, state in self._listing.columns.by_id or map(id_key, self._listing.arrays):
+            if section == "params":
+                found.setdefault((item, name), []).append(state)
         return {key: tuple(states) for key, states in found.items()}

@@ -18,6 +18,7 @@ from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import ArrayId
 from elastickpt.format.tables import TableName
 from elastickpt.format.values import Value
+from elastickpt.training.alike_states import bind_alike
 from elastickpt.training.binder import Binder
 from elastickpt.training.composites import Saved
 from elastickpt.training.entries import elements, has_own_way, state_dict_of, type_name
@@ -73,8 +74,15 @@ class BoundOptimizer:
         own = {id(param.parameter) for param in part.params}
         return not any(id(param.parameter) in own for other in others for param in other.params)
 
+    @property
+    def alone(self) -> frozenset[int]:
+        """The ids of parameters that one part has, and no other."""
+        return frozenset(number for number, paths in self._paths.items() if len(paths) == 1)
+
     def saved_name(self, param: OwnedParameter) -> TableName | None:
         """The name, its own or a tied one, under which the checkpoint's table has this parameter."""
+        if not self._binder.names.has_other(*param.name):
+            return param.name if self.view is not None and self.view.has(param.name) else None
         names = self._binder.names.candidates(*param.name)
         return next((name for name in names if self.view is not None and self.view.has(name)), None)
 
@@ -152,7 +160,8 @@ def _text(path: str, prefixed: set[str], others: tuple[str, ...]) -> tuple[str, 
 def _bind_part(binder: Binder, bound: BoundOptimizer, part: OptimizerPart) -> None:
     place, groups = place_of(bound.item), groups_of(part.optimizer)
     assert bound.view is not None
-    for param in part.params:
+    items = [table.item for table in binder.listing.tables]
+    for param in bind_alike(binder, bound.view, part, alone=bound.alone, items=items):
         name = bound.saved_name(param)
         if name is None:
             binder.missing(place + place_of("state", *param.name), "a parameter of this optimizer")

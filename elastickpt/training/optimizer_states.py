@@ -7,7 +7,7 @@ put together again from whatever parameters stand in it, at any layout.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, prod
@@ -199,6 +199,15 @@ class TableView:
     def _by_name(self) -> Mapping[TableName, TableRow]:
         return rows_of(self._table)
 
+    @cached_property
+    def scalars(self) -> tuple[Field, ...]:
+        """Its fields of 0-d states."""
+        return tuple(field for field in self._table.fields if field.kind == "scalar")
+
+    def row_of(self, name: TableName) -> int | None:
+        """Where a parameter stands in each field; None for one that the optimizer had not."""
+        return self._rows.get(name)
+
     def has(self, name: TableName) -> bool:
         """Whether the optimizer had this parameter."""
         return name in self._rows
@@ -211,7 +220,7 @@ class TableView:
         """All values of one kind that a parameter has."""
         return {key: value for (each, key), value in self._by_name[name].items() if each == kind}
 
-    def agreed(self, kind: FieldKind, key: str, names: Iterable[TableName]) -> OneValue | Disagreement | None:
+    def agreed(self, kind: FieldKind, key: str, names: Collection[TableName]) -> OneValue | Disagreement | None:
         """The one value of these parameters; None when none of them has one.
 
         Names that it does not know are left out.
@@ -219,6 +228,9 @@ class TableView:
         field = self.fields.get((kind, key))
         if field is None:
             return None
+        codes = {field.which[row] for name in names if (row := self._rows.get(name)) is not None} - {-1}
+        if len(codes) < 2:  # the usual case
+            return OneValue(field.values[codes.pop()]) if codes else None
         first: tuple[TableName, int] | None = None
         for name in names:
             code = field.which[self._rows[name]] if name in self._rows else -1

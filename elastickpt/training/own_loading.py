@@ -38,9 +38,7 @@ def bind_model(binder: Binder, model: HeldModule) -> None:
     item = model.item.name
     loading = [_OwnLoading(binder, item, part, model) for part in model.parts if part.loaders]
     theirs = {name for one in loading for name in one.part.names}
-    for held in model.arrays:
-        if held.spec.id.name not in theirs:
-            binder.fill(held)
+    binder.fill_many(held for held in model.arrays if held.spec.id.name not in theirs)
     binder.places.update(place for place in binder.listing.values if place.startswith(place_of(item, VERSION, "")))
     binder.installs.append(model.reshard)
     for extra in model.extra_states:

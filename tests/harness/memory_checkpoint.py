@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from elastickpt.errors import CoverageGap, ReplicaConflict, StateMismatch
-from elastickpt.format.arrays import ArrayId, Box
+from elastickpt.format.array_columns import ArrayColumns
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.encode_values import typed_key
-from elastickpt.format.records import FieldKind, Item, OptimizerTable
+from elastickpt.format.records import ArrayRecord, FieldKind, Item, OptimizerTable
 from elastickpt.format.tables import TableName
 from elastickpt.format.values import Value
 from elastickpt.training.elements import torch_dtype
@@ -40,6 +41,7 @@ class MemoryCheckpoint:
         self.per_rank = [dict(live.per_rank) for live in ranks]
         self.tied = tuple(dict.fromkeys(group for live in ranks for group in live.tied))
         self.items = tuple(dict.fromkeys(item for live in ranks for item in live.items))
+        self.columns = _columns(self.specs, self.attributes)
         self.reads: list[int] = []  # writers whose per-rank values were asked for
 
     def listing(self, *, world_size: int | None = None) -> Listing:
@@ -60,6 +62,7 @@ class MemoryCheckpoint:
             tuple(range(self.world_size if world_size is None else world_size)),
             self.attributes,
             lambda id_: self.arrays[id_].clone(),
+            columns=self.columns,
         )
 
     def _own(self, writer: int) -> Mapping[str, Value]:
@@ -73,7 +76,16 @@ class MemoryCheckpoint:
         with torch.no_grad():
             for held in binding.targets:
                 held.tensor.copy_(_part(self.arrays[held.spec.id], held.box))
+            for many in binding.columns:
+                for place, box, tensor in zip(many.places.tolist(), many.box.tolist(), many.tensors, strict=True):
+                    own = _part(self.arrays[self.columns.id(place)], many.boxes[box])
+                    tensor.copy_(own.view(tensor.shape))  # an empty shard may have other extents
         binding.install()
+
+
+def known(listing: Listing, binding: Binding) -> frozenset[ArrayId]:
+    """The arrays of a listing that a Binding has a place for."""
+    return binding.arrays | {listing.columns.id(place) for many in binding.columns for place in many.places.tolist()}
 
 
 def _attributes(ranks: Sequence[LiveState]) -> dict[ArrayId, dict[str, Value]]:
@@ -83,6 +95,16 @@ def _attributes(ranks: Sequence[LiveState]) -> dict[ArrayId, dict[str, Value]]:
         if own:
             found.setdefault(held.spec.id, {}).update(own)
     return found
+
+
+def _columns(specs: Mapping[ArrayId, ArraySpec], attributes: Mapping[ArrayId, Mapping[str, Value]]) -> ArrayColumns:
+    records = [
+        ArrayRecord(
+            spec, str(id_), tuple(max(extent, 1) for extent in spec.shape), None, (0,), tuple(attributes.get(id_, {}).items())
+        )
+        for id_, spec in specs.items()
+    ]
+    return ArrayColumns.of(sorted(records, key=lambda record: record.key))
 
 
 def _part(whole: torch.Tensor, box: Box) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fingerprint import fingerprint
-from memory_checkpoint import MemoryCheckpoint
+from memory_checkpoint import MemoryCheckpoint, known
 from own_optimizers import (
     Aliasing,
     Apart,
@@ -76,7 +76,7 @@ def saved(state: State) -> MemoryCheckpoint:
 
 def load(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
     binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
-    found = list(unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places))
+    found = list(unexpected(checkpoint.listing(), arrays=known(checkpoint.listing(), binding), places=binding.places))
     assert [*binding.mismatches, *found] == []
     checkpoint.fill(binding)
     return binding.notes
@@ -200,7 +200,9 @@ def test_entries_that_nobody_takes_are_unexpected() -> None:
     original, other = make_state(Noting, 0), make_state(lambda p: torch.optim.SGD(p, lr=0.1), 1)
     checkpoint = saved(original)
     binding = bind(hold_models(other, rank=0, world_size=1, declared=None), checkpoint.listing())
-    found = {one.name for one in unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places)}
+    found = {
+        one.name for one in unexpected(checkpoint.listing(), arrays=known(checkpoint.listing(), binding), places=binding.places)
+    }
     assert found == {
         "extra/optimizer/scale",
         "/optimizer/scale",
@@ -559,6 +561,6 @@ def test_entries_that_are_alike_on_all_ranks_go_to_another_layout() -> None:
     other = make_state(Noting, 1)
     listing = checkpoint.listing(world_size=1)
     binding = bind(hold_models(other, rank=0, world_size=1, declared=None), listing)
-    assert list(unexpected(listing, arrays=binding.arrays, places=binding.places)) == []
+    assert list(unexpected(listing, arrays=known(listing, binding), places=binding.places)) == []
     checkpoint.fill(binding)
     assert other["optimizer"].notes == {"count": 3}

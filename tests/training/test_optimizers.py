@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fingerprint import fingerprint
-from memory_checkpoint import MemoryCheckpoint
+from memory_checkpoint import MemoryCheckpoint, known
 from torch import nn
 from torch.optim import Optimizer
 
@@ -67,7 +67,7 @@ def saved(state: State) -> MemoryCheckpoint:
 def load(checkpoint: MemoryCheckpoint, state: State) -> tuple[str, ...]:
     """Loads, and gives the notes."""
     binding = bind(hold_models(state, rank=0, world_size=1, declared=None), checkpoint.listing())
-    assert not list(unexpected(checkpoint.listing(), arrays=binding.arrays, places=binding.places))
+    assert not list(unexpected(checkpoint.listing(), arrays=known(checkpoint.listing(), binding), places=binding.places))
     checkpoint.fill(binding)
     return binding.notes
 
@@ -307,7 +307,7 @@ def test_states_of_a_parameter_that_is_not_trained_any_more_are_unexpected() -> 
     live = {"model": other, "optimizer": torch.optim.SGD([other.gain], lr=0.1, momentum=0.9)}
     listing = saved(original).listing()
     binding = bind(hold_models(live, rank=0, world_size=1, declared=None), listing)
-    names = {mismatch.name for mismatch in unexpected(listing, arrays=binding.arrays, places=binding.places)}
+    names = {mismatch.name for mismatch in unexpected(listing, arrays=known(listing, binding), places=binding.places)}
     assert "params/model/first.weight/momentum_buffer" in names
     assert not any(name.startswith("params/model/gain") for name in names)
 
