@@ -51,7 +51,7 @@ class BoundOptimizer:
             for number in {id(param.parameter) for param in part.params}:
                 self._paths.setdefault(number, []).append(part.path)
         self._binder = binder
-        self._owners = sorted((table.item for table in binder.listing.tables), key=len, reverse=True)
+        self.owners = sorted((table.item for table in binder.listing.tables), key=len, reverse=True)
         self._composites: dict[TableName, list[tuple[ArrayId, Saved]]] = {}
         for id_, saved in binder.listing.composites.items():
             if id_.section == "params":
@@ -127,7 +127,7 @@ class BoundOptimizer:
 
     def _is_mine(self, stored: str) -> bool:
         """Whether a state, by its name in the checkpoint, is one of this entry."""
-        owner = next((item for item in self._owners if stored.startswith(f"{item}.")), None)
+        owner = next((item for item in self.owners if stored.startswith(f"{item}.")), None)
         return not (stored == "value" or stored.startswith("value.")) and owner in (None, self.item)
 
 
@@ -160,8 +160,7 @@ def _text(path: str, prefixed: set[str], others: tuple[str, ...]) -> tuple[str, 
 def _bind_part(binder: Binder, bound: BoundOptimizer, part: OptimizerPart) -> None:
     place, groups = place_of(bound.item), groups_of(part.optimizer)
     assert bound.view is not None
-    items = [table.item for table in binder.listing.tables]
-    for param in bind_alike(binder, bound.view, part, alone=bound.alone, items=items):
+    for param in bind_alike(binder, bound.view, part, alone=bound.alone, items=bound.owners):
         name = bound.saved_name(param)
         if name is None:
             binder.missing(place + place_of("state", *param.name), "a parameter of this optimizer")

@@ -22,7 +22,7 @@ Change = Callable[[State], None]
 
 
 def make(seed: int) -> State:
-    """A model with a buffer and a composite of nothing, and an optimizer that has stepped twice."""
+    """A model with buffers, and an optimizer that has stepped twice."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * (seed + 1), foreach=False)
