@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
+from itertools import pairwise
 
 import numpy as np
 
 from elastickpt.errors import CoverageGap, CoverageOverlap, Damaged, LayoutUnsupported, Malformed, MissingFile, WrongLength
 from elastickpt.format.arrays import Box
-from elastickpt.format.piece_columns import FragmentColumns, distinct, starts
+from elastickpt.format.piece_columns import FragmentColumns, distinct
 from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.format.strict_reading import IntColumn
 from elastickpt.layout.algebra import CoverageReport, intersect, prove_box_coverage
@@ -27,7 +27,6 @@ from elastickpt.loading.stretches import Stretches, number_files, repeated, whol
 from elastickpt.loading.targets import ReadTarget, Targets, Wanted, WantedColumns
 
 UNIT_NBYTES = 1 << 20
-_START, _STOP = attrgetter("start"), attrgetter("stop")
 
 FoundPiece = tuple[FragmentColumns, int, StoredPiece]  # a piece, with its map and its number in it
 
@@ -80,96 +79,54 @@ class _Planning:
         self._maps: dict[FragmentColumns, int] = {}
         self._rows: list[tuple[int, int, int, int, int, int, int, int]] = []
         self._units: list[Unit] = []
-        self._known: dict[tuple[tuple[int, ...], int | None, tuple[int, ...], Box], tuple[int, ...]] = {}
+        self._boxes = Boxes.of(targets.boxes)
+        self._ndims = self._boxes.ndims
 
     def run(self) -> FetchPlan:
-        by_writer: dict[int, list[int]] = {}
-        others: list[int] = []
-        for number, target in enumerate(self._targets.alone):
-            if target.data.size:
-                record = target.wanted.record
-                holders = self._holders_of(record.writers, record.layout, record.spec.shape, target.wanted.box)
-                (by_writer.setdefault(holders[0], []) if len(holders) == 1 else others).append(number)
-        found = [self._boxes(writer, numbers) for writer, numbers in by_writer.items()]
-        found += self._columns()
-        for _, rest in found:
-            others += rest
-        found.append(self._in_parts(sorted(others)))
-        for number in found[-1][1]:
+        numbers = np.flatnonzero(self._targets.nbytes)
+        holders, groups = self._grouped(numbers)
+        alone = np.array([one[0] if len(one) == 1 else -1 for one in holders], dtype=np.int64)[groups]  # who alone holds each
+        whole, left = [], numbers[alone < 0].tolist()
+        for writer in distinct(alone[alone >= 0])[0].tolist():
+            found, rest = self._whole(writer, numbers[alone == writer])
+            whole.append(found)
+            left += rest
+        others = np.array(sorted(left), dtype=np.int64)
+        parts, rest = self._in_parts(others, holders, groups[np.searchsorted(numbers, others)])
+        for number in rest:
             self._pieces_of(number)
         maps = tuple(self._maps)
-        stretches = Stretches.together([*(whole for whole, _ in found), Stretches.of(self._rows)])
+        stretches = Stretches.together([*whole, parts, Stretches.of(self._rows)])
         return FetchPlan(self._targets, maps, stretches, *number_files(maps, stretches), tuple(self._units))
 
-    def _holders_of(self, writers: tuple[int, ...], layout: int | None, shape: tuple[int, ...], box: Box) -> tuple[int, ...]:
-        """As `_holders`, once for all arrays that are alike in this."""
-        if len(writers) == 1:
-            return writers
-        alike = writers, layout, shape, box
-        known = self._known.get(alike)
-        if known is None:
-            known = self._known[alike] = _holders(self._opened, *alike)
-        return known
-
-    def _boxes(self, writer: int, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
-        """What is one piece of this writer and lies in a row; and the numbers of what is not."""
-        columns, places, problems = self._opened.places(writer)
-        asked: list[tuple[int, int]] = []
-        start: list[int] = []
-        shape: list[int] = []
-        rest = []
-        for number in numbers:
-            want = self._targets.alone[number].wanted
-            key = want.record.key
-            held = places.get(key)
-            if held is None or len(held) != 1 or key in problems or want.box.ndim != len(want.record.spec.shape):
-                rest.append(number)  # what is wrong with it is said there
-                continue
-            asked.append((number, held.start))
-            start += want.box.start
-            shape += want.box.shape
-        mine, pieces = np.array(asked, dtype=np.int64).reshape(len(asked), 2).T
-        nbytes = np.fromiter((self._targets.alone[number].data.size for number, _ in asked), dtype=np.int64, count=len(asked))
-        axes = np.array(start, dtype=np.int64), np.array(shape, dtype=np.int64)
-        found, left = self._stretches(columns, pieces, axes, nbytes, mine)
-        return found, rest + left
-
-    def _columns(self) -> Iterator[tuple[Stretches, list[int]]]:
-        """The same of what is wanted in columns."""
-        targets, behind = self._targets, len(self._targets.alone)
-        low, high = (
-            np.array([axis for box in targets.boxes for axis in ends(box)], dtype=np.int64) for ends in (_START, _STOP)
-        )
-        ndims = np.array([box.ndim for box in targets.boxes], dtype=np.int64)
-        head = starts(ndims)[:-1]
-        for writer, own in self._by_holder():
-            if writer is None:
-                yield Stretches.of(()), (own + behind).tolist()
-                continue
-            columns, first, count = self._opened.numbers(writer)
-            single = count[targets.place[own]] == 1
-            rest, mine = own[~single], own[single]
-            which, axis = repeated(ndims[targets.box[mine]])
-            flat = head[targets.box[mine]][which] + axis
-            axes = low[flat], high[flat] - low[flat]
-            found, left = self._stretches(columns, first[targets.place[mine]], axes, targets.nbytes[mine], mine + behind)
-            yield found, (rest + behind).tolist() + left
-
-    def _by_holder(self) -> Iterator[tuple[int | None, IntColumn]]:
-        """Of what is wanted in columns, and is not empty, that of each writer alone, and, with None, that of several."""
+    def _grouped(self, numbers: IntColumn) -> tuple[Sequence[tuple[int, ...]], IntColumn]:
+        """Groups of targets that are alike in their writers, layout, shape and box: for each the writers that hold any of it,
+        as `_holders` says; and the group of each target."""
         arrays, targets = self._opened.arrays, self._targets
-        own = np.flatnonzero(targets.nbytes)
-        place, box = targets.place[own], targets.box[own]
+        place, box = targets.place[numbers], targets.box[numbers]
         alike = (arrays.writers[place] * len(arrays.templates) + arrays.template[place]) * len(targets.boxes) + box
-        _, first, kind = distinct(alike)  # of one set of writers, one layout, and one box
-        holder = np.full(len(first), -1, dtype=np.int64)
-        for number, at in enumerate(first.tolist()):
-            writers = arrays.writer_sets[arrays.writers[place[at]]]
+        _, first, group = distinct(alike)
+        known: dict[tuple[tuple[int, ...], int | None, tuple[int, ...], Box], tuple[int, ...]] = {}
+        holders = []
+        for at in first.tolist():
             layout = arrays.templates[arrays.template[place[at]]].layout
-            holders = self._holders_of(writers, layout, arrays.shapes[place[at]], targets.boxes[box[at]])
-            holder[number] = holders[0] if len(holders) == 1 else -1
-        for writer in distinct(holder)[0].tolist():
-            yield None if writer < 0 else writer, own[(holder == writer)[kind]]
+            kind = arrays.writer_sets[arrays.writers[place[at]]], layout, arrays.shapes[place[at]], targets.boxes[box[at]]
+            if kind not in known:
+                known[kind] = _holders(self._opened, *kind)
+            holders.append(known[kind])
+        return holders, group
+
+    def _whole(self, writer: int, numbers: IntColumn) -> tuple[Stretches, list[int]]:
+        """What is one piece of this writer and lies in a row; and the numbers of what is not."""
+        targets, place = self._targets, self._targets.place[numbers]
+        columns, first, count = self._opened.numbers(writer)
+        single = (count[place] == 1) & (self._ndims[targets.box[numbers]] == self._opened.arrays.ndims[place])
+        rest, mine = numbers[~single], numbers[single]  # what is wrong with one is said by who looks at it alone
+        which, axis = repeated(self._ndims[targets.box[mine]])
+        box = targets.box[mine][which]
+        axes = self._boxes.start[box, axis], self._boxes.shape[box, axis]
+        found, left = self._stretches(columns, first[targets.place[mine]], axes, targets.nbytes[mine], mine)
+        return found, rest.tolist() + left
 
     def _stretches(
         self,
@@ -186,29 +143,31 @@ class _Planning:
         own = (zeros + self._number(columns), pieces[fits], zeros, end, zeros, end, numbers[fits], zeros)
         return Stretches.in_a_row(*own), rest
 
-    def _in_parts(self, numbers: Sequence[int]) -> tuple[Stretches, list[int]]:
-        """What is rows, or parts of rows, of several pieces that lie in a row; and the numbers of what is not."""
-        if not numbers:
+    def _in_parts(
+        self, numbers: IntColumn, holders: Sequence[tuple[int, ...]], groups: IntColumn
+    ) -> tuple[Stretches, list[int]]:
+        """What is rows, or parts of rows, of several pieces that lie in a row; and the numbers of what is not. The target at
+        each place is of a group, whose `holders` hold it."""
+        if not len(numbers):
             return Stretches.of(()), []
-        arrays, boxes = self._opened.arrays, [self._targets.box_of(number) for number in numbers]
-        places = self._targets.places_of(numbers)
-        by_writer: dict[int, list[int]] = {}
-        for own, (place, box) in enumerate(zip(places.tolist(), boxes, strict=True)):
-            writers, layout = arrays.writer_sets[arrays.writers[place]], arrays.templates[arrays.template[place]].layout
-            for writer in self._holders_of(writers, layout, arrays.shapes[place], box):
-                by_writer.setdefault(writer, []).append(own)
-        parts = BoxParts(Boxes.of(boxes))
-        parts.odd |= np.array([box.ndim for box in boxes]) != arrays.ndims[places]
+        places, box = self._targets.place[numbers], self._targets.box[numbers]
+        order = np.argsort(groups, kind="stable")
+        bounds = np.searchsorted(groups[order], np.arange(len(holders) + 1)).tolist()
+        by_writer: dict[int, list[IntColumn]] = {}
+        for (low, high), among in zip(pairwise(bounds), holders, strict=True):
+            for writer in among if low < high else ():
+                by_writer.setdefault(writer, []).append(order[low:high])
+        parts = BoxParts(self._boxes.take(box))
+        parts.odd |= self._ndims[box] != self._opened.arrays.ndims[places]
         for writer, of in by_writer.items():
             columns, first, count = self._opened.numbers(writer)
-            mine = np.array(of, dtype=np.int64)
+            mine = np.sort(np.concatenate(of))
             counts = count[places[mine]]
             parts.odd[mine[counts == 0]] = True  # what is wrong with it is said by who looks at it alone
             which, inside = repeated(counts)
             parts.add(self._number(columns), columns, first[places[mine]][which] + inside, mine[which])
         found, held = parts.proven()
-        known = np.array(numbers, dtype=np.int64)
-        return found.of_targets(known[found.target]), known[~held].tolist()
+        return found.of_targets(numbers[found.target]), numbers[~held].tolist()
 
     def _number(self, columns: FragmentColumns) -> int:
         return self._maps.setdefault(columns, len(self._maps))

@@ -43,7 +43,8 @@ class Wanted:
 @dataclass(frozen=True, slots=True, eq=False)
 class WantedColumns:
     """Boxes of arrays to fill, each in host memory without gaps, in C order: the `places` of their arrays in the index, which
-    of `boxes` each is, and the address of its first byte. `owner` keeps that memory. `cache` as of `Wanted`."""
+    of `boxes` each is, and the address of its first byte. `owner` keeps that memory. `cache` as of `Wanted`. A box stands among
+    `boxes` once for each shape of an array that it is one of."""
 
     places: IntColumn
     boxes: Sequence[Box]
@@ -64,18 +65,20 @@ class ReadTarget:
 class Targets(Sequence[ReadTarget]):
     """All that a plan fills, by number: `alone`, and behind them what is wanted in columns, which are objects for who asks.
 
-    `place`, `box` (a number among `boxes`), `address` and `nbytes` are those of the latter.
+    `place` (in the index), `box` (a number among `boxes`) and `nbytes` are columns of all of them, `address` of these only.
     """
 
     def __init__(self, arrays: ArrayColumns, alone: Sequence[Wanted], columns: Sequence[WantedColumns]) -> None:
         self.alone = tuple(map(_target, alone))
         self._arrays, self._columns = arrays, tuple(columns)
-        self._ends = list(accumulate(len(one.places) for one in columns))
+        self._ends = list(accumulate((len(one.places) for one in columns), initial=len(alone)))[1:]
+        self.boxes = (*(one.box for one in alone), *(box for one in columns for box in one.boxes))
+        before = accumulate((len(one.boxes) for one in columns), initial=len(alone))
         none = np.zeros(0, dtype=np.int64)
-        self.boxes = tuple(box for one in columns for box in one.boxes)
-        before = accumulate((len(one.boxes) for one in columns), initial=0)
-        self.place = np.concatenate([none, *(one.places for one in columns)])
-        self.box = np.concatenate([none, *(one.box + first for one, first in zip(columns, before, strict=False))])
+        keys = [one.record.key for one in alone]
+        self.place = np.concatenate([arrays.places_of(keys) if keys else none, *(one.places for one in columns)])
+        own = (one.box + first for one, first in zip(columns, before, strict=False))
+        self.box = np.concatenate([np.arange(len(alone)), *own])
         self.address = np.concatenate([none, *(one.address for one in columns)])
         counts = np.array([box.count for box in self.boxes], dtype=np.int64)
         self.nbytes = arrays.itemsize[self.place] * counts[self.box] if len(self.place) else none
@@ -97,25 +100,19 @@ class Targets(Sequence[ReadTarget]):
             return [self[one] for one in range(len(self))[number]]
         if number < len(self.alone):
             return self.alone[number]
-        record, box, data = self.record_of(number), self.box_of(number), self.data_of(number)
+        record, box, data = self.record_of(number), self.boxes[int(self.box[number])], self.data_of(number)
         into = data.view(_WORDS[record.spec.type.itemsize]).reshape(box.shape)
         return ReadTarget(Wanted(record, box, into, self.cache_of(number)), data)
 
     @property
     def wanted_nbytes(self) -> int:
-        return sum(target.data.size for target in self.alone) + int(self.nbytes.sum())
+        return int(self.nbytes.sum())
 
     def record_of(self, number: int) -> ArrayRecord:
         """The array of a target."""
         if number < len(self.alone):
             return self.alone[number].wanted.record
-        return self._arrays.record(int(self.place[number - len(self.alone)]))
-
-    def box_of(self, number: int) -> Box:
-        """The box of a target."""
-        if number < len(self.alone):
-            return self.alone[number].wanted.box
-        return self.boxes[int(self.box[number - len(self.alone)])]
+        return self._arrays.record(int(self.place[number]))
 
     def cache_of(self, number: int) -> Caching:
         """Whether others on this host want the bytes of a target."""
@@ -125,23 +122,14 @@ class Targets(Sequence[ReadTarget]):
         """The bytes of a target."""
         if number < len(self.alone):
             return self.alone[number].data
-        own = number - len(self.alone)
-        memory = (ctypes.c_uint8 * int(self.nbytes[own])).from_address(int(self.address[own]))
+        address = int(self.address[number - len(self.alone)])
+        memory = (ctypes.c_uint8 * int(self.nbytes[number])).from_address(address)
         memory._owner = self._with(number).owner  # type: ignore[attr-defined]  # the array's base is `memory`
         data: Bytes = np.frombuffer(memory, dtype=np.uint8)  # type: ignore[call-overload]  # a ctypes array is a buffer
         return data
 
-    def places_of(self, numbers: Sequence[int]) -> IntColumn:
-        """Where in the index the arrays of some targets stand."""
-        found = np.array(numbers, dtype=np.int64) - len(self.alone)
-        alone = np.flatnonzero(found < 0)
-        keys = [self.alone[number].wanted.record.key for number in (found[alone] + len(self.alone)).tolist()]
-        found[found >= 0] = self.place[found[found >= 0]]
-        found[alone] = self._arrays.places_of(keys)
-        return found
-
     def _with(self, number: int) -> WantedColumns:
-        return self._columns[bisect_right(self._ends, number - len(self.alone))]
+        return self._columns[bisect_right(self._ends, number)]
 
 
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "<c16"}  # of an element size
