@@ -159,7 +159,9 @@ def _lying_so(entry: torch.Tensor, lying: Lying) -> torch.Tensor | None:
     if own is None or type(entry) is not loaded_type(*DTENSOR):
         return None
     spec = entry._spec  # type: ignore[attr-defined]
-    if spec.mesh is not own.device_mesh or tuple(spec.placements) != own.placements or tuple(spec.shape) != own.shape:
+    if tuple(spec.placements) != own.placements or tuple(spec.shape) != own.shape:
+        return None
+    if spec.mesh is not own.device_mesh and spec.mesh != own.device_mesh:
         return None
     local: torch.Tensor = entry._local_tensor  # type: ignore[attr-defined]
     return local

@@ -36,13 +36,14 @@ _PLAIN_TYPES = frozenset(PLAIN)
 class JobView:
     """This process in its job: global rank, number of ranks, and the mesh, if any, that repeats plain tensors.
 
-    `memo` spares captures of one state after another most of their work; None does all of it.
+    `memo` spares captures of one state after another most of their work; None does all of it. `ways` are those found so far.
     """
 
     rank: int
     world_size: int
     declared: Mesh | None = None
     memo: Memo | None = field(default=None, compare=False)
+    ways: dict[tuple[object, ...], Way] = field(default_factory=dict, init=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +207,17 @@ class Way:
 
 def way_of(device_mesh: DeviceMesh, placements: Sequence[Any], *, where: object, job: JobView, holders: Holders) -> Way | None:
     """How DTensors on this mesh lie; None on a rank outside of it. Raises LayoutUnsupported as `hold`."""
+    alike = device_mesh, tuple(placements), tuple(map(type, placements)), holders.ranks
+    if (known := job.ways.get(alike)) is not None:
+        return known
     if job.rank not in (own := mesh_of(device_mesh, world_size=job.world_size)).ranks:
         return None
     cuts = spell_placements(placements, own.sizes, where=where)
-    wide = None
-    if not set(holders.ranks) <= set(own.ranks):
+    if not set(holders.ranks) <= set(own.ranks):  # follows from the root mesh too, which equal meshes need not have in common
         wide = widened(device_mesh, cuts, replicas=holders.ranks, rank=job.rank, world_size=job.world_size)
-    return Way(own, cuts, *(wide or (own, cuts)))
+        return Way(own, cuts, *(wide or (own, cuts)))
+    job.ways[alike] = way = Way(own, cuts, own, cuts)
+    return way
 
 
 def box_of(parts: DTensorParts) -> Box:

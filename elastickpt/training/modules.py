@@ -154,6 +154,7 @@ class _Holding:
         self.extra: dict[str, nn.Module] = {}
         self._item, self._modules, self._job, self._identities = item, modules, job, identities
         self._origin: dict[str, int] = {}
+        self._ignored: dict[int, frozenset[int]] = {}  # by id of a DDP
 
     def part(self, index: int) -> ModulePart:
         module = self._modules[index]
@@ -193,26 +194,24 @@ class _Holding:
     def _tensor(self, found: NamedTensor, tensor: torch.Tensor, index: int, trained_on: tuple[int, ...]) -> None:
         if found.name not in self.names:
             self.names[found.name], self._origin[found.name] = tensor, index
-            self.arrays += _hold_once(self._item, found, tensor, self._job, self._identities, trained_on)
+            self.arrays += self._hold_once(found, tensor, trained_on)
         elif self.names[found.name] is not tensor:
             raise _conflict(self._item, found.name, (self._origin[found.name], index), self._modules)
 
-
-def _hold_once(
-    item: str, found: NamedTensor, tensor: torch.Tensor, job: JobView, identities: Identities, trained_on: tuple[int, ...]
-) -> tuple[HeldArray, ...]:
-    if identities.find(tensor) is not None:
-        identities.alias(tensor, item, found.name)
-        return ()
-    data_parallel = data_parallel_ranks(found.wrappers, found.tensor, name=found.name)
-    if found.role == "buffer":
-        kept = buffers_kept(found.wrappers, sharded=bool(trained_on))
-        holders = holders_of(job, data_parallel=(*data_parallel, *trained_on), kept=kept)
-    else:
-        holders = holders_of(job, data_parallel=data_parallel)
-    held = hold(ArrayId("params", item, found.name, "value"), tensor, role=found.role, job=job, holders=holders)
-    identities.add(KnownTensor(item, found.name, tensor, found.role, held, holders))
-    return held
+    def _hold_once(self, found: NamedTensor, tensor: torch.Tensor, trained_on: tuple[int, ...]) -> tuple[HeldArray, ...]:
+        job, identities = self._job, self._identities
+        if identities.find(tensor) is not None:
+            identities.alias(tensor, self._item, found.name)
+            return ()
+        data_parallel = data_parallel_ranks(found.wrappers, found.tensor, name=found.name, ignored=self._ignored)
+        if found.role == "buffer":
+            kept = buffers_kept(found.wrappers, sharded=bool(trained_on))
+            holders = holders_of(job, data_parallel=(*data_parallel, *trained_on), kept=kept)
+        else:
+            holders = holders_of(job, data_parallel=data_parallel)
+        held = hold(ArrayId("params", self._item, found.name, "value"), tensor, role=found.role, job=job, holders=holders)
+        identities.add(KnownTensor(self._item, found.name, tensor, found.role, held, holders))
+        return held
 
 
 def hold_tensor(item: str, name: str, tensor: torch.Tensor, *, job: JobView, identities: Identities) -> tuple[HeldArray, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.version import MAX_NAME_NBYTES
-from elastickpt.training.elements import is_loaded_instance
+from elastickpt.training.elements import is_loaded_instance, loaded_type
 from elastickpt.training.entries import loads_by_itself, overrides_state_dict, own_state_dict, saves_by_itself
 from elastickpt.training.known_memory import spans_of
 
@@ -63,8 +64,14 @@ class NamedModule:
 
 def wrapped_attribute(module: nn.Module) -> str | None:
     """The attribute under which a wrapper holds the module that it wraps; None for a module that is no wrapper."""
-    for where, cls, attribute in _WRAPPERS:
-        if is_loaded_instance(module, where, cls):
+    return _attribute_of(type(module))
+
+
+@lru_cache(maxsize=1024)  # a class that exists has all of its bases: which modules are loaded later changes nothing
+def _attribute_of(cls: type) -> str | None:
+    for where, name, attribute in _WRAPPERS:
+        wrapper = loaded_type(where, name)
+        if wrapper is not None and issubclass(cls, wrapper):
             return attribute
     return None
 

@@ -131,17 +131,23 @@ def module_of(value: object) -> nn.Module:
     return module
 
 
-def data_parallel_ranks(wrappers: Iterable[nn.Module], tensor: torch.Tensor, *, name: str) -> tuple[int, ...]:
+def data_parallel_ranks(
+    wrappers: Iterable[nn.Module], tensor: torch.Tensor, *, name: str, ignored: dict[int, frozenset[int]]
+) -> tuple[int, ...]:
     """Global ranks, ascending, on which DDP keeps `tensor` equal; () without a DDP, or where DDP ignores it.
 
-    `name` is canonical, for messages. Raises LayoutUnsupported under an FSDP1 wrapper that shards: its flat shards are
-    no boxes.
+    `name` is canonical, for messages; `ignored` keeps, by id of a DDP, the ids of what that ignores. Raises LayoutUnsupported
+    under an FSDP1 wrapper that shards: its flat shards are no boxes.
     """
     ranks: set[int] = set()
     for wrapper in wrappers:
         if is_loaded_instance(wrapper, *_FSDP1):
             _refuse_flat_shards(wrapper, name)
-        if is_loaded_instance(wrapper, *_DDP) and id(tensor) not in _ignored(wrapper):
+        if not is_loaded_instance(wrapper, *_DDP):
+            continue
+        if id(wrapper) not in ignored:
+            ignored[id(wrapper)] = _ignored(wrapper)
+        if id(tensor) not in ignored[id(wrapper)]:
             group = wrapper.process_group
             ranks.update(get_process_group_ranks(group) if isinstance(group, ProcessGroup) else ())
     return tuple(sorted(ranks))

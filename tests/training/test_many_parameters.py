@@ -10,8 +10,12 @@ import pytest
 import torch
 from memory_checkpoint import MemoryCheckpoint
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elastickpt.training.capture import capture
+from elastickpt.training.dtensors import JobView
+from elastickpt.training.modules import hold_module
+from elastickpt.training.parameters import Identities
 from elastickpt.training.restore import bind, hold_models
 
 FEW, MANY = 50, 400  # parameters
@@ -72,4 +76,19 @@ def loading(state: dict[str, Any]) -> Callable[[], object]:
 def test_calls_for_a_parameter_do_not_grow_with_their_number(what: Callable[[dict[str, Any]], Callable[[], object]]) -> None:
     calls_of(what(state_of(FEW)))  # what is imported or asked once
     few, many = (calls_of(what(state_of(count))) / count for count in (FEW, MANY))
+    assert many <= few * 1.05
+
+
+def test_what_ddp_ignores_is_looked_for_once_for_all_parameters() -> None:
+    def holding(parameters: int) -> Callable[[], object]:
+        model = nn.ParameterDict({f"p{k}": nn.Parameter(torch.full((2,), float(k))) for k in range(parameters)})
+        wrapped = DistributedDataParallel.__new__(DistributedDataParallel)  # without its process group, which is not asked
+        nn.Module.__init__(wrapped)
+        wrapped.module = model
+        wrapped.process_group = None
+        wrapped.parameters_to_ignore = {"p0"}
+        return lambda: hold_module("model", wrapped, job=JobView(0, 1), identities=Identities())
+
+    calls_of(holding(FEW))
+    few, many = (calls_of(holding(count)) / count for count in (FEW, MANY))
     assert many <= few * 1.05
