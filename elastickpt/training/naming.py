@@ -64,7 +64,7 @@ class NamedModule:
 
 def wrapped_attribute(module: nn.Module) -> str | None:
     """The attribute under which a wrapper holds the module that it wraps; None for a module that is no wrapper."""
-    return _attribute_of(type(module))
+    return _attribute_of(type(module))  # type: ignore[arg-type]  # classes have hashes, whatever their objects have
 
 
 @lru_cache(maxsize=1024)  # a class that exists has all of its bases: which modules are loaded later changes nothing
