@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from enum import Enum
 from math import inf
 from typing import Any
@@ -192,13 +192,14 @@ class StateColumns:
     def put_groups(self, part: OptimizerPart, prefix: str) -> None:
         """The options of a part's groups, as columns over their parameters."""
         rows: dict[int, list[int]] = {}
+        first: dict[int, TableName] = {}
         for param in part.params:
             rows.setdefault(param.group, []).append(self.rows[param.name])
+            first.setdefault(param.group, param.name)
         for index, group in enumerate(groups_of(part.optimizer)):
             place = group_place(self.item, part.path, index)
-            names = [param.name for param in part.params if param.group == index]
             options = {
-                require_text(self.item, key): self._option(one, f"{place}/{token(key)}", prefix + key, names)
+                require_text(self.item, key): self._option(one, f"{place}/{token(key)}", prefix + key, first.get(index))
                 for key, one in options_of(group)
             }
             if index not in rows:
@@ -206,15 +207,15 @@ class StateColumns:
             for key, value in options.items():
                 self.table.put("hyper", prefix + key, value, rows=rows.get(index, ()))
 
-    def _option(self, value: object, place: str, key: str, names: Sequence[TableName]) -> Value:
+    def _option(self, value: object, place: str, key: str, first: TableName | None) -> Value:
         """An option of a group; large arrays in it are extras, named by the group's first parameter, which it has anywhere."""
         if isinstance(value, Enum):
             return carried_option(value, place)
 
         def leaf(one: object, where: str) -> Value:
-            if not is_large(one) or not names:
+            if not is_large(one) or first is None:
                 return carried_leaf(one, where)
-            name = place_of("param_groups", *names[0], key)[1:] + where[len(place) :]
+            name = place_of("param_groups", *first, key)[1:] + where[len(place) :]
             holders = holders_of(self._job)
             held = hold(ArrayId("extra", self.item, name, ""), as_tensor(one), role="other", job=self._job, holders=holders)
             self.arrays.extend(held)

@@ -21,10 +21,11 @@ from elastickpt.training.restore import bind, hold_models
 FEW, MANY = 50, 400  # parameters
 
 
-def state_of(parameters: int) -> dict[str, Any]:
+def state_of(parameters: int, *, groups: int = 1) -> dict[str, Any]:
     """A model and an optimizer that has stepped."""
     model = nn.ParameterDict({f"p{k}": nn.Parameter(torch.full((2,), float(k))) for k in range(parameters)})
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    every = list(model.values())
+    optimizer = torch.optim.AdamW([{"params": every[k::groups], "lr": 0.1 + k} for k in range(groups)], foreach=False)
     torch.stack([*model.values()]).sum().backward()
     optimizer.step()
     return {"model": model, "optimizer": optimizer}
@@ -76,6 +77,13 @@ def loading(state: dict[str, Any]) -> Callable[[], object]:
 def test_calls_for_a_parameter_do_not_grow_with_their_number(what: Callable[[dict[str, Any]], Callable[[], object]]) -> None:
     calls_of(what(state_of(FEW)))  # what is imported or asked once
     few, many = (calls_of(what(state_of(count))) / count for count in (FEW, MANY))
+    assert many <= few * 1.05
+
+
+@pytest.mark.parametrize("what", [capturing, binding, binding_without_states, loading])
+def test_calls_for_a_group_do_not_grow_with_their_number(what: Callable[[dict[str, Any]], Callable[[], object]]) -> None:
+    calls_of(what(state_of(FEW, groups=FEW)))
+    few, many = (calls_of(what(state_of(count, groups=count))) / count for count in (FEW, MANY))
     assert many <= few * 1.05
 
 
