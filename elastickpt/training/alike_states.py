@@ -1,7 +1,7 @@
 """States of many parameters taking what a checkpoint has of them, in columns: the usual case of `state_binding`.
 
     parameter   live                      in the checkpoint          bound here if
-    weight      exp_avg, exp_avg_sq       arrays of these names      each lies as its parameter, in host memory, and has the
+    weight      exp_avg, exp_avg_sq       arrays of these names      each lies as its parameter, and has the
                                                                      saved shape and element type
                 step                      a field of the table       both are numbers of one element type
 
@@ -11,7 +11,7 @@ is anything more to say of a parameter (another set of states, a tie, a differen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from elastickpt.format.values import ArrayValue
 from elastickpt.training.binder import Binder
 from elastickpt.training.dtensors import DTENSOR
 from elastickpt.training.elements import PLAIN, dtype_name, lie_in_order, lie_plainly, loaded_type
+from elastickpt.training.held import HeldArray
 from elastickpt.training.optimizer_columns import IN_STATE_DICT, PART, PER_RANK
 from elastickpt.training.optimizer_parts import OptimizerPart
-from elastickpt.training.optimizer_states import TableView
+from elastickpt.training.optimizer_states import TableView, beside
 from elastickpt.training.parameters import Lying, OwnedParameter, states_of
 from elastickpt.training.values import tensor_of
 
@@ -70,9 +71,8 @@ def bind_alike(
             rest.append(param)
         else:
             fitting.append(found)
-    tensors = [tensor for one in fitting for tensor in one.tensors]
-    if not (lie_plainly(tensors) and lie_in_order(tensors)):
-        fits = [lie_plainly(one.tensors) and lie_in_order(one.tensors) for one in fitting]
+    if not lie_plainly([tensor for one in fitting for tensor in one.tensors]):
+        fits = [lie_plainly(one.tensors) for one in fitting]
         left = {id(one.param) for one, fit in zip(fitting, fits, strict=True) if not fit} | {id(param) for param in rest}
         rest = [param for param in part.params if id(param) in left]
         fitting = [one for one, fit in zip(fitting, fits, strict=True) if fit]
@@ -81,10 +81,15 @@ def bind_alike(
 
 
 def _bind(binder: Binder, fitting: Sequence[_Fitting]) -> None:
-    boxes: list[Box] = [one.lying.box for one in fitting for _ in one.places]
-    like = [one.lying.held for one in fitting for _ in one.places]
-    places = [place for one in fitting for place in one.places]
-    binder.fill_places(places, boxes, [tensor for one in fitting for tensor in one.tensors], like)
+    columns = fitting
+    if not lie_in_order([tensor for one in fitting for tensor in one.tensors]):
+        columns = [one for one in fitting if lie_in_order(one.tensors)]
+        alone = [one for one in fitting if not lie_in_order(one.tensors)]
+        binder.fill_all([held for one in alone for held in _held(binder, one)])
+    boxes: list[Box] = [one.lying.box for one in columns for _ in one.places]
+    like = [one.lying.held for one in columns for _ in one.places]
+    places = [place for one in columns for place in one.places]
+    binder.fill_places(places, boxes, [tensor for one in columns for tensor in one.tensors], like)
     numbers = [number for one in fitting for number in one.numbers]
     made = {id(value): tensor_of(value) for _, value in numbers}  # one object for all parameters that have this value
 
@@ -95,6 +100,13 @@ def _bind(binder: Binder, fitting: Sequence[_Fitting]) -> None:
 
     if numbers:
         binder.installs.append(fill)
+
+
+def _held(binder: Binder, one: _Fitting) -> Iterator[HeldArray]:
+    """The arrays of states on a device, or with gaps."""
+    for place, tensor in zip(one.places, one.tensors, strict=True):
+        id_, lying = binder.listing.columns.id(place), one.lying
+        yield beside(id_, tensor, lying.held, box=lying.box, shape=lying.shape)
 
 
 class _Kinds:

@@ -71,11 +71,11 @@ def _hold_state(
             return None
         return hold(id_, tensor, role="parameter", job=job, holders=param.known.holders)
     if tuple(local.shape) == lying.box.shape or lying.box.count == 0 == local.numel():
-        return (_beside(id_, local, lying.held, box=lying.box, shape=lying.shape),)
+        return (beside(id_, local, lying.held, box=lying.box, shape=lying.shape),)
     if lying.sharded:
         return None
     whole = tuple(local.shape)
-    held = _beside(id_, local, lying.held, box=Box.whole(whole), shape=whole)
+    held = beside(id_, local, lying.held, box=Box.whole(whole), shape=whole)
     return (replace(held, placements=("R",) * len(held.placements)),)
 
 
@@ -88,7 +88,7 @@ def _same_place(one: DTensorParts, other: DTensorParts | None) -> bool:
     )
 
 
-def _beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, *, box: Box, shape: tuple[int, ...]) -> HeldArray:
+def beside(id_: ArrayId, tensor: torch.Tensor, held: HeldArray, *, box: Box, shape: tuple[int, ...]) -> HeldArray:
     """A plain local tensor that lies in `box` and is shared as its parameter is."""
     if tuple(tensor.shape) != box.shape:  # an empty shard, whose other axes torch leaves at any extent
         tensor = tensor.new_empty(box.shape)
