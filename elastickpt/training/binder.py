@@ -143,7 +143,7 @@ class Binder:
     ) -> None:
         """Makes targets of tensors that `lie_plainly` and `lie_in_order`: of each, the place of its array in the listing's
         columns, the box of that which it is, and what the same ranks hold."""
-        alone: dict[tuple[object, ...], bool] = {}
+        shapes, alone = self.listing.columns.shapes, dict[tuple[object, ...], bool]()
         apart: dict[bool, tuple[list[int], dict[tuple[tuple[int, ...], ...], Box], list[int], list[torch.Tensor]]] = {}
         numbers: dict[tuple[object, ...], int] = {}
         for place, box, tensor, held in zip(places, boxes, tensors, like, strict=True):
@@ -151,9 +151,9 @@ class Binder:
             if (held_alone := alone.get(holders)) is None:
                 held_alone = alone[holders] = held.held_alone
             at, known, box_of, own = apart.setdefault(held_alone, ([], {}, [], []))
-            known.setdefault((box.start, box.stop), box)
+            known.setdefault((box.start, box.stop, shapes[place]), box)
             at.append(place)
-            box_of.append(numbers.setdefault((held_alone, box.start, box.stop), len(known) - 1))
+            box_of.append(numbers.setdefault((held_alone, box.start, box.stop, shapes[place]), len(known) - 1))
             own.append(tensor)
         for held_alone, (at, known, box_of, own) in apart.items():
             self.columns.append(TargetColumns(np.array(at), tuple(known.values()), np.array(box_of), own, held_alone))
