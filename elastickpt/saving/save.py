@@ -31,7 +31,7 @@ from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas, Request, step_of
 from elastickpt.saving.staging import AnyArray, Bytes, PiecePlace, flat_bytes, gather, part_of
 from elastickpt.saving.structures import KnownStructure, propose
-from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, aligned_buffer
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, huge_buffer
 from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.collection import collection_paused
@@ -80,7 +80,7 @@ class LiveTensors(Source):
         """This thread's page-aligned memory, so many bytes of it."""
         found: Bytes | None = getattr(self._buffers, "unit", None)
         if found is None or found.size < nbytes:
-            found = aligned_buffer(nbytes)
+            found = huge_buffer(nbytes)
             self._buffers.unit = found
         return found[:nbytes]
 

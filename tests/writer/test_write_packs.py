@@ -15,16 +15,28 @@ from hypothesis import strategies as st
 
 import elastickpt as ek
 from elastickpt.errors import CapabilityMissing, NoSpace
-from elastickpt.format.arrays import Box
+from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.digest import block_checksum
-from elastickpt.layout.grid import ByteRun
-from elastickpt.layout.packs import place_slots, slots_of
+from elastickpt.layout.packs import PackSlot, place_slots, slots_of
+from elastickpt.saving.staging import Stager, part_of
+from elastickpt.storage.kernel import address_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
-from elastickpt.storage.store import Store
+from elastickpt.storage.store import RangeWriter, Store
+from elastickpt.training.held import HeldArray
 from elastickpt.writer import arena_plan, write_packs
-from elastickpt.writer.arena_plan import PackSpan, spans_of
-from elastickpt.writer.plans import BLOCK_NBYTES, PlannedFile, PlannedPack, PlannedPiece, Slice, whole_pieces
+from elastickpt.writer.arena import Arena, ArenaSource
+from elastickpt.writer.arena_plan import PackSpan, prepare, spans_of
+from elastickpt.writer.plans import (
+    BLOCK_NBYTES,
+    MIN_ARENA_NBYTES,
+    PlannedFile,
+    PlannedPack,
+    PlannedPiece,
+    Slice,
+    WritePlan,
+    whole_pieces,
+)
 from elastickpt.writer.write_files import Bytes, Source, WrittenFolder, unwatched
 
 MIB = 1 << 20
@@ -32,17 +44,27 @@ MIB = 1 << 20
 Held = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+def held_of(held: list[Held]) -> list[Bytes]:
+    """The bytes of these boxes, none of them zero."""
+    random = np.random.default_rng(0)
+    return [random.integers(1, 256, shape, dtype=np.uint8) for shape, _ in held]
+
+
 def pack_of(held: list[Held]) -> tuple[PlannedPack, list[Bytes]]:
     """The pack of these boxes of bytes, each at the beginning of its array, and the bytes of each piece."""
-    slots = [slot for shape, chunk in held for slot in slots_of(Box.whole(shape), shape=shape, chunk_shape=chunk, itemsize=1)]
+    slots: list[PackSlot] = []
+    arrays: list[int] = []
+    for number, (shape, chunk) in enumerate(held):
+        found = list(slots_of(Box.whole(shape), shape=shape, chunk_shape=chunk, itemsize=1))
+        slots += found
+        arrays += [number] * len(found)
     offsets, nbytes = place_slots(slot.nbytes for slot in slots)
-    runs: list[ByteRun] = []
-    for slot, offset in zip(slots, offsets, strict=True):
-        runs += [run.moved(offset) for run in slot.runs]
-    random = np.random.default_rng(0)
-    data = [random.integers(1, 256, run.nbytes, dtype=np.uint8) for run in runs]
-    pieces = tuple(PlannedPiece(0, run.box, run) for run in runs)
-    return PlannedPack("packs/a-00000.bin", nbytes, pieces), data
+    pieces: list[PlannedPiece] = []
+    for slot, offset, number in zip(slots, offsets, arrays, strict=True):
+        pieces += [PlannedPiece(number, run.box, run.moved(offset)) for run in slot.runs]
+    sources = held_of(held)
+    data = [np.ascontiguousarray(part_of(sources[piece.array], piece.local)).reshape(-1) for piece in pieces]
+    return PlannedPack("packs/a-00000.bin", nbytes, tuple(pieces)), data
 
 
 def expected(pack: PlannedPack, data: list[Bytes]) -> bytes:
@@ -97,6 +119,75 @@ def test_a_pack_is_its_pieces_and_zeros(store: Store, case: str) -> None:
     assert store.read("draft/packs/a-00000.bin", 1 << 30) == expected(pack, data)
     blocks = [own[k : k + BLOCK_NBYTES] for own in data for k in range(0, own.size, BLOCK_NBYTES)]
     assert checksums.tolist() == [block_checksum(block.data) for block in blocks]
+
+
+def stage_and_write(store: Store, held: list[Held], pack: PlannedPack, arena: Arena, arena_nbytes: int | None) -> list[int]:
+    """The pack through that arena; how many bytes of it were written from where they were staged."""
+    store.make_directories("draft")
+    plan = WritePlan(tuple(f"p{n}" for n in range(len(held))), (pack,), ())
+    prepared = prepare(plan, (), arena_nbytes=arena_nbytes)
+    stager = Stager(prepared)
+    arrays = [
+        HeldArray(
+            ArraySpec(ArrayId("extra", "t", f"x{n}", ""), own.shape, "uint8"),
+            Box.whole(own.shape),
+            torch.from_numpy(own),
+            "other",
+            "declared",
+            replicas=(0,),
+        )
+        for n, own in enumerate(held_of(held))
+    ]
+    low = arena.memory.ctypes.data
+    in_place: list[int] = []
+    real = store.open_writer
+
+    def open_writer(path: str, nbytes: int | None) -> RangeWriter:
+        found = real(path, nbytes)
+        put = found.write
+
+        def write(offset: int, data: memoryview) -> None:
+            if low <= address_of(data) < low + arena.nbytes:
+                in_place.append(data.nbytes)
+            put(offset, data)
+
+        found.write = write  # type: ignore[method-assign]
+        return found
+
+    store.open_writer = open_writer  # type: ignore[method-assign]
+    for number in range(len(prepared.portions)):
+        arena.empty()
+        stager.stage(arena, number, arrays)
+        source = ArenaSource(arena, unwatched)
+        spans = prepared.spans(number, write_packs.span_nbytes(store))
+        write_packs.write_pack(WrittenFolder(store, "draft", "none", unwatched), pack, spans, source)
+    store.open_writer = real  # type: ignore[method-assign]
+    return in_place
+
+
+@pytest.mark.parametrize("arena_nbytes", [None, MIN_ARENA_NBYTES, 3 * MIB])
+def test_a_pack_out_of_an_arena_is_the_same_whatever_lay_there(store: Store, arena_nbytes: int | None) -> None:
+    """[FRAG-62, FRAG-63]"""
+    if arena_nbytes is not None and store.capabilities.sequential_only:
+        pytest.skip("such a store takes a pack in one portion")
+    arena = Arena.create(64 * MIB)
+    arena.memory[:] = 0xEE
+    for case in [*CASES, *CASES]:
+        pack, data = pack_of(CASES[case])
+        store.remove_tree("draft")
+        stage_and_write(store, CASES[case], pack, arena, arena_nbytes)
+        assert store.read("draft/packs/a-00000.bin", 1 << 30) == expected(pack, data), case
+    arena.close()
+
+
+def test_large_pieces_are_written_from_where_they_were_staged(tmp_path: Path) -> None:
+    """Nothing of them is copied a second time."""
+    held: list[Held] = [((7,), (7,)), ((9 * MIB,), (9 * MIB,)), ((700,), (700,)), ((3 * MIB,), (3 * MIB,))]
+    pack, _ = pack_of(held)
+    arena = Arena.create(2 * pack.nbytes)
+    in_place = stage_and_write(LocalStore(tmp_path), held, pack, arena, None)
+    assert sorted(nbytes for nbytes in in_place if nbytes >= MIB) == [MIB, 3 * MIB, 8 * MIB]
+    arena.close()
 
 
 def _parts(pack: PlannedPack, cuts: list[int]) -> Iterator[tuple[Slice, ...]]:
