@@ -77,7 +77,7 @@ class LiveTensors(Source):
         return into
 
     def _buffer(self, nbytes: int) -> Bytes:
-        """This thread's page-aligned memory, so many bytes of it."""
+        """This thread's memory, so many bytes of it from a page's beginning on, on huge pages where the system has them."""
         found: Bytes | None = getattr(self._buffers, "unit", None)
         if found is None or found.size < nbytes:
             found = huge_buffer(nbytes)

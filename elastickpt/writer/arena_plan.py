@@ -40,8 +40,8 @@ from elastickpt.writer.plans import (
 _PIECE = 6  # integers of a piece beside those of its axes
 _SLICE = 5
 
-# Of a piece in a row, written at once: 1.8 GB of two ranks beside training take 0.93 s with 8 MiB, 1.03 with 2, as an arena's
-# memory reaches the device in many small segments.
+# Of a large piece in a row, written at once, and as much as a `Source` gives at once: 1.8 GB of two ranks beside training take
+# 0.93 s with 8 MiB, 1.03 with 2, as an arena's memory reaches the device in many small segments.
 ROW_NBYTES = 8 << 20
 ROWS_APART = 4  # rows further apart than this many of them are written one by one
 
@@ -249,7 +249,7 @@ def _parts(pack: PlannedFile, slices: Sequence[Slice], most: int, block_nbytes: 
             yield PackPart(at, run, at.start, at.stop, run.offset + at.start, run.offset + at.stop, block, 1)
             block += 1
             continue
-        step = max(most, ROW_NBYTES) if run.in_a_row else max(most // ROWS_APART, block_nbytes)
+        step = ROW_NBYTES if run.in_a_row else max(most // ROWS_APART, block_nbytes)
         for start in range(at.start, at.stop, step):
             stop = min(start + step, at.stop)
             bounds = (run.offset + start, run.offset + stop) if run.in_a_row else (run.place(start), run.place(stop - 1) + 1)
@@ -271,6 +271,7 @@ def _close_together(parts: Iterator[PackPart], most: int) -> Iterator[tuple[Pack
 
 
 def _stands_alone(part: PackPart) -> bool:
+    """Whether it goes past the page cache by itself, and gains nothing by being copied together with others."""
     return part.run.in_a_row and part.stop - part.start >= MIN_DIRECT_NBYTES
 
 

@@ -1,7 +1,8 @@
 """Writes a pack: many pieces, one file. What lies close together in it is put together in memory, and written at once.
 
-A span is at most `span_nbytes` of the pack, gaps included, which are zero. On a device it goes past the page cache from memory
-that lies like the file, modulo the page, so that several threads put together while others wait for their writes.
+A span is what is written at once: several pieces of at most `span_nbytes` of the pack together, gaps included, which are zero,
+or up to `ROW_NBYTES` of a large one. On a device it goes past the page cache from memory that lies like the file, modulo the
+page: where it was staged, or copied to a huge page. So several threads put together while others wait for their writes.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class _Work:
         if (address_of(data.data) - part.begin) % PAGE == 0:  # it lies like the file already
             self._found(part.block, whole_checksums(data.data, self._block_nbytes))
             return self._writer.write(part.begin, data.data)
-        for start in range(0, data.size, SPAN_NBYTES):
+        for start in range(0, data.size, SPAN_NBYTES):  # a huge page at a time
             some = data[start : start + SPAN_NBYTES]
             begin = part.begin + start
             into = self._buffer(begin, begin + some.size)
