@@ -20,7 +20,8 @@ from elastickpt.convert.saved_forms import Delivery, SavedForm
 from elastickpt.convert.words import lattice
 from elastickpt.errors import CheckpointError
 from elastickpt.foreign.file_plans import FilePlan
-from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, PAGE, address_of
+from elastickpt.format.memory_views import address_of
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, PAGE
 from elastickpt.storage.store import RangeWriter, Store
 from elastickpt.writer.write_files import directories_of
 

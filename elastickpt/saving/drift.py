@@ -28,7 +28,6 @@ Equal contents have equal digests of one kind; the two kinds never agree.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -39,6 +38,7 @@ from xxhash import xxh3_128
 from elastickpt.errors import ReplicaConflict
 from elastickpt.format.arrays import ArrayId, Box
 from elastickpt.format.digest import block_checksum
+from elastickpt.format.memory_views import bytes_at
 from elastickpt.format.version import MIB
 from elastickpt.ranks.messages import Message, encode
 from elastickpt.ranks.team import Question, Team
@@ -88,7 +88,7 @@ def host_digest(tensor: torch.Tensor, first: int, last: int) -> bytes:
     address, itemsize = host_address(tensor), tensor.element_size()
     if address is None or first == last:
         return range_digest(host_elements(tensor), first, last)
-    return xxh3_128((ctypes.c_char * ((last - first) * itemsize)).from_address(address + first * itemsize)).digest()
+    return xxh3_128(bytes_at(address + first * itemsize, (last - first) * itemsize, tensor).data).digest()
 
 
 def _device_bytes(sums: Sequence[int]) -> bytes:

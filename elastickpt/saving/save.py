@@ -23,6 +23,7 @@ from elastickpt.commit.attempt import Committed, PathDestination, require_idle
 from elastickpt.commit.draft import require_token
 from elastickpt.commit.outcome import commit
 from elastickpt.errors import RanksFailed
+from elastickpt.format.memory_views import address_of, bytes_at
 from elastickpt.ranks.process_group import Group, job_group, team_of
 from elastickpt.ranks.team import Call, Question, Team
 from elastickpt.saving.agree import Offer
@@ -31,7 +32,7 @@ from elastickpt.saving.pipeline import Pipeline
 from elastickpt.saving.request import CheckpointInfo, PlacementChoice, Replicas, Request, step_of
 from elastickpt.saving.staging import AnyArray, Bytes, PiecePlace, flat_bytes, gather, part_of
 from elastickpt.saving.structures import KnownStructure, propose
-from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, address_of, huge_buffer
+from elastickpt.storage.kernel import MIN_DIRECT_NBYTES, huge_buffer
 from elastickpt.storage.opening import path_in
 from elastickpt.storage.store import Durability, Store
 from elastickpt.training.collection import collection_paused
@@ -107,8 +108,7 @@ class LivePack(LiveTensors):
         base = self._addresses[array]
         if base is None or offset is None:
             return super().take(at, start, stop)
-        memory = (ctypes.c_char * (stop - start)).from_address(base + offset + start)  # of a tensor that `_held` keeps
-        return np.frombuffer(memory, dtype=np.uint8)  # type: ignore[call-overload,no-any-return]  # as in `host_elements`
+        return bytes_at(base + offset + start, stop - start, self._held[array])
 
     def gather(self, slices: Sequence[Slice], places: Sequence[int], into: Bytes) -> None:
         target, memmove, addresses, sources = address_of(into.data), ctypes.memmove, self._addresses, self._places

@@ -19,8 +19,8 @@ from xxhash import xxh3_128
 
 from elastickpt.errors import LimitExceeded, Refused
 from elastickpt.format.arrays import Box
+from elastickpt.format.memory_views import address_of
 from elastickpt.ranks.threads import Pool
-from elastickpt.storage.kernel import address_of
 from elastickpt.training.elements import host_address, host_elements
 from elastickpt.training.held import HeldArray
 from elastickpt.writer.arena import Arena

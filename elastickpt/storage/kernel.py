@@ -20,6 +20,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from elastickpt.format.memory_views import address_of
+
 PAGE = mmap.PAGESIZE
 
 FILE_SYSTEMS = {
@@ -185,14 +187,6 @@ def huge_buffer(nbytes: int) -> npt.NDArray[np.uint8]:
     whole = np.frombuffer(memory, dtype=np.uint8)
     start = -address_of(whole.data) % HUGE_PAGE
     return whole[start : start + nbytes]
-
-
-def address_of(view: memoryview) -> int:
-    """The address of the view's first byte; 0 for an empty view."""
-    if not view.nbytes:
-        return 0
-    address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
-    return address
 
 
 def aligned_inside(offset: int, view: memoryview, *, alignment: int) -> tuple[int, int]:

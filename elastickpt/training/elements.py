@@ -15,7 +15,6 @@ say "no" would cost seconds at every start.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from torch.nn.parameter import is_lazy
 
 from elastickpt.errors import ValueNotCarried
 from elastickpt.format.arrays import DTYPES
+from elastickpt.format.memory_views import Memory, bytes_at
 from elastickpt.format.values import Value
 
 
@@ -239,17 +239,15 @@ def host_elements(tensor: torch.Tensor) -> NDArray[np.generic]:
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), dtype=words)
     if tensor.is_contiguous() and has_memory(tensor):
-        elements = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        elements._tensor = tensor  # type: ignore[attr-defined]  # as below
-        return np.ndarray(tensor.shape, dtype=words, buffer=elements)  # type: ignore[arg-type]  # as below
+        elements: NDArray[np.generic] = np.asarray(Memory(tensor.data_ptr(), tuple(tensor.shape), words.str, owner=tensor))
+        return elements
     storage = tensor.untyped_storage()
-    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    memory._tensor = tensor  # type: ignore[attr-defined]  # the array's base is `memory`, which so keeps the storage
+    memory = bytes_at(storage.data_ptr(), storage.nbytes(), tensor)
     itemsize = tensor.element_size()
     return np.ndarray(
         tuple(tensor.shape),
         dtype=words,
-        buffer=memory,  # type: ignore[arg-type]  # the stub does not know that ctypes arrays are buffers
+        buffer=memory,
         offset=tensor.storage_offset() * itemsize,
         strides=tuple(stride * itemsize for stride in tensor.stride()),
     )

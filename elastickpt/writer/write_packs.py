@@ -15,8 +15,9 @@ import numpy as np
 
 from elastickpt.errors import CapabilityMissing, CheckpointError
 from elastickpt.format.digest import block_checksums, whole_checksums
+from elastickpt.format.memory_views import address_of
 from elastickpt.ranks.threads import Pool
-from elastickpt.storage.kernel import HUGE_PAGE, MIN_DIRECT_NBYTES, address_of, huge_buffer
+from elastickpt.storage.kernel import HUGE_PAGE, MIN_DIRECT_NBYTES, huge_buffer
 from elastickpt.storage.store import RangeWriter, Store
 from elastickpt.writer.arena_plan import ROWS_APART, PackPart, PackSpan
 from elastickpt.writer.plans import BLOCK_NBYTES, PAGE, PlannedFile

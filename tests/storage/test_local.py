@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from elastickpt.errors import CapabilityMissing, MissingFile, NoSpace, PathOccupied, ReadOnly, StorageFailed, Unsafe
+from elastickpt.format.memory_views import address_of
 from elastickpt.storage import kernel, local, ranges
 from elastickpt.storage.kernel import aligned_buffer
 from elastickpt.storage.local import LocalStore
@@ -160,7 +161,7 @@ def test_no_direct_descriptor_is_taken_of_another_file_with_the_name(tmp_path):
 
 def test_aligned_memory_starts_at_a_page_and_is_zero():
     memory = aligned_buffer(12_345)
-    assert kernel.address_of(memoryview(memory)) % kernel.PAGE == 0
+    assert address_of(memoryview(memory)) % kernel.PAGE == 0
     assert (memory.shape, memory.any(), memory.flags.writeable) == ((12_345,), False, True)
 
 

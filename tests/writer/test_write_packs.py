@@ -17,9 +17,9 @@ import elastickpt as ek
 from elastickpt.errors import CapabilityMissing, NoSpace
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box
 from elastickpt.format.digest import block_checksum
+from elastickpt.format.memory_views import address_of
 from elastickpt.layout.packs import PackSlot, place_slots, slots_of
 from elastickpt.saving.staging import Stager, part_of
-from elastickpt.storage.kernel import address_of
 from elastickpt.storage.local import LocalStore
 from elastickpt.storage.memory import MemoryStore
 from elastickpt.storage.store import RangeWriter, Store
