@@ -31,6 +31,7 @@ OTHER_MEMORIES = {  # what a process remembers that is not about the structure o
     "runs/run.py _OPEN": "runs to be closed with the process",
     "runs/run_team.py _COUNTS": "names of teams",
     "saving/async_save.py _GROUPS": "savers of a process group",
+    "storage/several_reads.py _FREE": "the kernel's contexts of threads that ended",
     "training/composites.py _CUTS": "a tensor's class and shape",
     "training/naming.py _NONE": "nothing: it stays empty",
     "training/parameters.py _NO_STATES": "nothing: it stays empty",

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from elastickpt.errors import Malformed
 from elastickpt.format.array_columns import ArrayColumns
 from elastickpt.format.arrays import Box
+from elastickpt.format.memory_views import Memory, address_of, bytes_at
 from elastickpt.format.piece_columns import distinct
 from elastickpt.format.records import ArrayRecord
 from elastickpt.format.strict_reading import IntColumn
@@ -108,6 +109,12 @@ class Targets(Sequence[ReadTarget]):
     def wanted_nbytes(self) -> int:
         return int(self.nbytes.sum())
 
+    @property
+    def addresses(self) -> IntColumn:
+        """Where the bytes of each target begin; valid while it lives."""
+        alone = np.array([address_of(target.data.data) for target in self.alone], dtype=np.int64)
+        return np.concatenate([alone, self.address])
+
     def record_of(self, number: int) -> ArrayRecord:
         """The array of a target."""
         if number < len(self.alone):
@@ -123,10 +130,7 @@ class Targets(Sequence[ReadTarget]):
         if number < len(self.alone):
             return self.alone[number].data
         address = int(self.address[number - len(self.alone)])
-        memory = (ctypes.c_uint8 * int(self.nbytes[number])).from_address(address)
-        memory._owner = self._with(number).owner  # type: ignore[attr-defined]  # the array's base is `memory`
-        data: Bytes = np.frombuffer(memory, dtype=np.uint8)  # type: ignore[call-overload]  # a ctypes array is a buffer
-        return data
+        return bytes_at(address, int(self.nbytes[number]), self._with(number).owner)
 
     def _with(self, number: int) -> WantedColumns:
         return self._columns[bisect_right(self._ends, number)]
@@ -181,25 +185,13 @@ _MOST = 1 << 62  # bytes that an array of numpy may seem to have
 FEW = 4  # copies of one length: no dearer one by one
 
 
-class _Memory:
-    """Elements of so many bytes, one beginning every `step` bytes from an address on; most of them are never touched."""
-
-    def __init__(self, address: int, step: int, count: int, nbytes: int) -> None:
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": (count,),
-            "strides": (step,),
-            "typestr": f"|V{nbytes}",
-            "version": 3,
-        }
-
-
 def scatter(source: memoryview, low: IntColumn, nbytes: IntColumn, address: IntColumn) -> None:
     """Copies `nbytes[k]` bytes from byte `low[k]` of `source` to `address[k]`, for each k; the memory there must be alive.
 
     Copies of one length are one call each: as elements of arrays that begin at the lowest address and at the start of `source`.
     A call for each costs 0.7 µs, and this 0.25.
     """
+    begin = address_of(source)
     for length in distinct(nbytes)[0].tolist():
         mine = nbytes == length
         targets, sources = address[mine], low[mine]
@@ -208,8 +200,9 @@ def scatter(source: memoryview, low: IntColumn, nbytes: IntColumn, address: IntC
         count = (int(targets.max()) - base) // step + 1
         if len(targets) < FEW or count > _MOST // length:
             for start, at in zip(sources.tolist(), targets.tolist(), strict=True):
-                (ctypes.c_uint8 * length).from_address(at)[:] = source[start : start + length]
+                ctypes.memmove(at, begin + start, length)
             continue
         every = int(np.gcd.reduce(sources)) or length
         elements: NDArray[Any] = np.ndarray(((source.nbytes - length) // every + 1,), f"V{length}", source, 0, (every,))
-        np.asarray(_Memory(base, step, count, length))[(targets - base) // step] = elements[sources // every]
+        every_target = np.asarray(Memory(base, (count,), f"|V{length}", (step,), owner=None))  # most of them are never touched
+        every_target[(targets - base) // step] = elements[sources // every]

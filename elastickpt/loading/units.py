@@ -16,7 +16,7 @@ from elastickpt.format.records import ArrayRecord, StoredFile, StoredPiece
 from elastickpt.layout.reads import Direct, place_in_file, segments
 from elastickpt.loading.plan import UNIT_NBYTES, Unit
 from elastickpt.loading.targets import AnyArray, Bytes
-from elastickpt.storage.store import RangeReader, lender
+from elastickpt.storage.store import RangeReader, lending_of
 
 SPAN_RATIO = 4  # rows closer than this are read as one span: a call costs more than the bytes between them
 
@@ -66,7 +66,7 @@ class UnitReader:
             self._read_blocks(reader, unit, unit.start, data)
             return data
         try:
-            lent = np.frombuffer(lender(reader)(unit.piece.offset + unit.start, data.data), dtype=np.uint8)
+            lent = np.frombuffer(lending_of(reader).lend(unit.piece.offset + unit.start, data.data), dtype=np.uint8)
         except WrongLength as error:
             raise holding(error, unit.target.wanted.record) from error
         self._verify_blocks(unit, unit.start, lent)

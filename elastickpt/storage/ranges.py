@@ -6,10 +6,12 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed, Unsafe, WrongLength
 from elastickpt.storage.kernel import (
+    HUGE_PAGE,
     MIN_DIRECT_NBYTES,
     MIN_DIRECT_READ_NBYTES,
     DirectDescriptor,
@@ -18,9 +20,10 @@ from elastickpt.storage.kernel import (
     huge_buffer,
     open_direct,
 )
+from elastickpt.storage.several_reads import read_several
 from elastickpt.storage.store import naming
 
-_LARGEST_ALIGNMENT = 64 << 10  # of a device's blocks
+_TO_THE_END = 0  # as a number of bytes, for `cached_pages`
 _LARGEST_CALL = 64 << 20  # bytes of one system call: a failing or killed writer stops within so much
 _NOT_DIRECT = (
     errno.EINVAL,
@@ -154,6 +157,7 @@ class LocalReader:
         self._path = path
         self._lock = threading.Lock()
         self._may_bypass_cache = may_bypass_cache
+        self._cold = False  # whether the page cache holds nothing of it
         self._direct: DirectDescriptor | None = None
         self._descriptor = -1
         with naming("open to read", path):
@@ -174,11 +178,11 @@ class LocalReader:
             self._read_cached(offset, into, self._read_direct(offset, into))
 
     def lend(self, offset: int, into: memoryview) -> memoryview:
-        """What `store.lender` gives: what comes past the page cache is in this thread's aligned memory until its next read."""
+        """As `store.Lending` says: what comes past the page cache is in this thread's aligned memory until its next read."""
         into = as_bytes(into)
         with naming("read", self._path):
             if not self._may_bypass_cache and os.preadv(self._descriptor, (into,), offset) == into.nbytes:
-                return into  # of a file in memory, whose every unit comes by here
+                return into  # of a file in memory
             if into.nbytes > UNIT_NBYTES:
                 self._read_cached(offset, into, self._read_direct(offset, into))
                 return into
@@ -188,6 +192,41 @@ class LocalReader:
                 return _bounce()[shift : shift + into.nbytes]
             self._read_cached(offset, into, 0)  # also what came short
         return into
+
+    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+        if self._may_bypass_cache:
+            for part in parts:
+                yield self.lend(offset, part)
+                offset += part.nbytes
+            return
+        descriptor, read = self._descriptor, os.preadv
+        with naming("read", self._path):  # once, as those of a file in memory are many and short
+            for part in parts:
+                if read(descriptor, (part,), offset) != part.nbytes:
+                    self._read_cached(offset, part, 0)
+                offset += part.nbytes
+                yield part
+
+    def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
+        nbytes = sum(part.nbytes for part in parts)
+        with naming("read", self._path):
+            if self._direct_for(offset, nbytes) is not None:
+                return False
+            if os.preadv(self._descriptor, parts, offset) != nbytes:
+                for part in parts:
+                    self._read_cached(offset, part, 0)
+                    offset += part.nbytes
+        return True
+
+    def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
+        first, last = ranges[0], ranges[-1]
+        direct = self._direct_for(first[0], last[0] + last[1] - first[0])
+        if direct is None:
+            return None
+        memory, _OF_THREAD.buffer = _bounce(), None  # which an interrupt leaves to the reads that are still under way
+        lent = read_several(direct, ranges, memory)
+        _OF_THREAD.buffer = memory
+        return lent
 
     def close(self) -> None:
         with self._lock:
@@ -208,8 +247,10 @@ class LocalReader:
     def _direct_for(self, offset: int, nbytes: int) -> DirectDescriptor | None:
         if nbytes < MIN_DIRECT_READ_NBYTES or self._nbytes < MIN_DIRECT_NBYTES or not self._may_bypass_cache:
             return None
-        if cached_pages(self._descriptor, offset, nbytes) != 0:
-            return None
+        if not self._cold:
+            if cached_pages(self._descriptor, offset, nbytes) != 0:
+                return None
+            self._cold = cached_pages(self._descriptor, 0, _TO_THE_END) == 0  # then the next reads need not ask
         with self._lock:
             if self._direct is None:
                 self._direct = open_direct(self._path, os.O_RDONLY, beside=self._descriptor)
@@ -272,5 +313,5 @@ def _bounce() -> memoryview:
     """This thread's aligned memory, which lives as long as the thread: small, so that it stays in the core's cache, and on a
     huge page, as the kernel pins it page by page for each read."""
     if _OF_THREAD.buffer is None:
-        _OF_THREAD.buffer = huge_buffer(UNIT_NBYTES + _LARGEST_ALIGNMENT).data
+        _OF_THREAD.buffer = huge_buffer(HUGE_PAGE).data
     return _OF_THREAD.buffer

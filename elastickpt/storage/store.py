@@ -14,10 +14,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from elastickpt.errors import CheckpointError, MissingFile, NoSpace, PathOccupied, ReadOnly, StorageFailed, Unsafe
 
@@ -237,20 +237,51 @@ class Store(Protocol):
         """Whether anything has this name."""
 
 
-Lend = Callable[[int, memoryview], memoryview]
+class Lending(Protocol):
+    """How a reader gives bytes to who looks at them at once. All raise as `read_into` does; memory that is given is one axis of
+    bytes, writable."""
+
+    def lend(self, offset: int, into: memoryview) -> memoryview:
+        """All that `read_into` fills its memory with: `into` itself, or memory of the calling thread's, until its next call of
+        any reader. Who looks at it there, and copies it then, has it in the core's cache both times."""
+
+    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+        """What `lend` gives for each of these, which follow each other in the file; each is read as it is asked for."""
+
+    def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
+        """Fills these with what follows each other in the file, without a copy of its own; False, and nothing was done, if it
+        cannot: then `lend` them. At most 1,024."""
+
+    def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
+        """What `lend` would give of each of several ranges of bytes, (offset, number), in their order, read at once; None, and
+        nothing was done, if that would be no less work: then `lend` each."""
 
 
-def lender(reader: RangeReader) -> Lend:
-    """A function that gives all that `read_into` fills its memory with, and raises as that does: in it, or in memory of the
-    calling thread's, until its next call of any reader. Who looks at it there, and copies it then, has it in the core's cache
-    both times. A reader that reads into memory of its own at first has such a function, `lend`."""
-    own: Lend | None = getattr(reader, "lend", None)  # to ask for a protocol takes 50 µs
+class _Filling:
+    """Of a reader that has no memory of its own."""
 
-    def read(offset: int, into: memoryview) -> memoryview:
-        reader.read_into(offset, into)
+    def __init__(self, reader: RangeReader) -> None:
+        self._reader = reader
+
+    def lend(self, offset: int, into: memoryview) -> memoryview:
+        self._reader.read_into(offset, into)
         return into
 
-    return own or read
+    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+        for part in parts:
+            yield self.lend(offset, part)
+            offset += part.nbytes
+
+    def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
+        return False
+
+    def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
+        return None
+
+
+def lending_of(reader: RangeReader) -> Lending:
+    """The reader's own way, or `read_into`."""
+    return cast("Lending", reader) if hasattr(reader, "lend_each") else _Filling(reader)  # to ask for a protocol takes 50 µs
 
 
 @runtime_checkable

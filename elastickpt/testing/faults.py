@@ -17,11 +17,11 @@ import errno as numbers
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, lender, storage_failure
+from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, lending_of, storage_failure
 
 T = TypeVar("T")
 Mode = Literal["before", "after", "torn"]
@@ -228,7 +228,20 @@ class _Reader:
 
     def lend(self, offset: int, into: memoryview) -> memoryview:
         act = _Act("reader.read_into", self._path, f"{into.nbytes} bytes at {offset}")
-        return self._store._do(act, lambda: lender(self._inner)(offset, into))
+        return self._store._do(act, lambda: lending_of(self._inner).lend(offset, into))
+
+    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+        for part in parts:
+            yield self.lend(offset, part)
+            offset += part.nbytes
+
+    def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
+        act = _Act("reader.read_into", self._path, f"{sum(part.nbytes for part in parts)} bytes at {offset}")
+        return self._store._do(act, lambda: lending_of(self._inner).fill(offset, parts))
+
+    def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
+        act = _Act("reader.read_into", self._path, f"{sum(nbytes for _, nbytes in ranges)} bytes from {ranges[0][0]} on")
+        return self._store._do(act, lambda: lending_of(self._inner).lend_several(ranges))
 
     def close(self) -> None:
         self._store._do(_Act("reader.close", self._path), self._inner.close)

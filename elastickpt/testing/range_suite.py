@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from elastickpt.errors import (
 )
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import aligned_buffer
-from elastickpt.storage.store import Store
+from elastickpt.storage.store import Caching, Store, lending_of
 from elastickpt.testing.lacking import lacks
 
 MIB = 1 << 20
@@ -97,6 +98,37 @@ class RangeSuite:
                 into = bytearray(stop - start)
                 reader.read_into(start, memoryview(into))
                 assert into == bytes(range(start, stop))
+
+    @pytest.mark.parametrize("cache", ["fill", "spare"])
+    def test_every_way_of_lending_gives_what_the_file_holds(self, store: Store, cache: Caching) -> None:
+        whole = np.random.default_rng(2).integers(0, 256, 3 * MIB + 17, dtype=np.uint8).tobytes()
+        store.create("file", whole)
+        ends = (5, 5000, 5000 + 300_000, 2 * MIB, 2 * MIB + 1, len(whole))
+        with closing(store.open_reader("file", cache=cache)) as reader:
+            lending = lending_of(reader)
+            own = [memoryview(bytearray(stop - start)) for start, stop in pairwise(ends)]
+            found = [bytes(lent) for lent in lending.lend_each(ends[0], own)]
+            assert found == [whole[start:stop] for start, stop in pairwise(ends)]
+            assert [bytes(lending.lend(start, own[k])) for k, (start, _) in enumerate(pairwise(ends))] == found
+            filled = [memoryview(bytearray(len(one))) for one in found]
+            if lending.fill(ends[0], filled):
+                assert list(map(bytes, filled)) == found
+            several = lending.lend_several([(start, 3) for start, _ in pairwise(ends)])
+            if several is not None:
+                assert list(map(bytes, several)) == [one[:3] for one in found]
+
+    def test_each_way_of_lending_beyond_the_end_says_what_it_expected_and_found(self, store: Store) -> None:
+        store.create("file", b"0123456789")
+        with closing(store.open_reader("file")) as reader:
+            lending, into = lending_of(reader), memoryview(bytearray(6))
+            for ask in (
+                lambda: lending.lend(5, into),
+                lambda: list(lending.lend_each(2, [into[:3], into])),
+                lambda: lending.fill(2, [into[:3], into]) or lending.lend(5, into),
+                lambda: lending.lend_several([(2, 3), (5, 6)]) or lending.lend(5, into),
+            ):
+                with pytest.raises(WrongLength, match="file: expected at least 11 bytes, found 10"):
+                    ask()
 
     @pytest.mark.parametrize(("offset", "nbytes"), [(0, 11), (5, 6), (10, 1), (1000, 1)])
     def test_a_range_beyond_the_end_says_what_it_expected_and_found(self, store: Store, offset: int, nbytes: int) -> None:

@@ -20,7 +20,7 @@ from simulated import Files, Outcome, State, files, load_from, opened, save_on
 import elastickpt as ek
 from elastickpt.errors import CheckpointError
 from elastickpt.layout import grid, packs, placement
-from elastickpt.loading.fetch import _Fetching
+from elastickpt.loading.read_runs import RunReader
 from elastickpt.saving.request import PlacementChoice
 from elastickpt.saving.save import CheckpointInfo
 from elastickpt.storage.memory import MemoryStore
@@ -297,7 +297,7 @@ def test_damage_of_every_kind_in_every_sort_of_file_is_found_or_harmless(saved: 
 
 
 def test_a_load_that_verifies_no_block_is_seen(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Fetching, "_require_blocks", lambda *args: None)
+    monkeypatch.setattr(RunReader, "_require", lambda *args: None)
     damage = next(damage for damage in damages(saved) if (damage.how, sort_of(damage.path)) == ("flipped", "chunk"))
     with pytest.raises(AssertionError, match="something else was read"):
         judge(saved, damage)

@@ -17,7 +17,7 @@ from elastickpt.loading.fetch import Pace
 LENGTH = 150_001  # floats: nine blocks of 64 KiB and a part of one, or 36 of 16 KiB and a part
 
 
-@pytest.fixture(params=[(1, 64 << 10, 1 << 20), (2, 256 << 10, 300 << 10), (2, 100_000, 8 << 20)])
+@pytest.fixture(params=[(1, 64 << 10, 1 << 20, 0), (2, 256 << 10, 300 << 10, 1 << 20), (2, 100_000, 8 << 20, 300_000)])
 def _pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "pace_of", lambda *_, **__: Pace(*request.param))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 import elastickpt as ek
 from elastickpt.errors import ChecksumMismatch, WrongLength
 from elastickpt.format.arrays import Box
+from elastickpt.format.memory_views import address_of
 from elastickpt.format.piece_columns import FragmentColumns, columns_of
 from elastickpt.format.records import StoredFile, StoredPiece
 from elastickpt.loading.fetch import FetchReport, fetch, pace_of
 from elastickpt.loading.opened import open_records
 from elastickpt.loading.stretches import GAP_NBYTES, Stretches, number_files, runs_of
 from elastickpt.loading.targets import Wanted
-from elastickpt.storage.kernel import HUGE_PAGE, address_of, huge_buffer
+from elastickpt.storage import kernel, ranges
+from elastickpt.storage.kernel import HUGE_PAGE, huge_buffer
 
 BLOCK, UNIT = 65_536, 262_144
 
@@ -144,6 +148,71 @@ def test_a_file_cut_short_after_it_was_planned_is_named(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WrongLength, match=r"expected \d+ bytes \(in the fragment map\), found \d+; it holds array "):
         read(path)
+
+
+# Short reads of a cold file
+
+
+def halves(path: Path) -> tuple[dict[str, np.ndarray], FetchReport]:
+    """Every first half of what is not small, of a file of which nothing is in the page cache."""
+    with open(next((path / "packs").iterdir()), "rb") as pack:
+        os.fsync(pack.fileno())
+        os.posix_fadvise(pack.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if kernel.cached_pages(pack.fileno(), 0, 0) != 0 or not kernel.direct_alignment(pack.fileno()):
+            pytest.skip("needs a kernel that lets go of its page cache, and O_DIRECT at the temporary folder")
+    opened = open_records(path)
+    records = [one for one in opened.records.values() if one.spec.shape[0] == HALVED]
+    made = {one.spec.id.name: np.zeros(HALVED // 2, dtype=np.uint32) for one in records}
+    wanted = [Wanted(one, Box((0,), (HALVED // 2,)), made[one.spec.id.name], cache="spare") for one in records]
+    return made, fetch(opened, wanted)
+
+
+HALVED = 50_000
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ranges were asked for at once, each time."""
+    asked: list[int] = []
+    real = ranges.read_several
+
+    def counted(direct: Any, places: Any, memory: memoryview) -> list[memoryview] | None:
+        asked.append(len(places))
+        return real(direct, places, memory)
+
+    monkeypatch.setattr(ranges, "read_several", counted)
+    return asked
+
+
+@pytest.fixture
+def halved(tmp_path: Path) -> Path:
+    tensors = {f"t{k:03}": torch.arange(HALVED, dtype=torch.int32) + k for k in range(40)}
+    ek.save({"many": tensors}, tmp_path / "c", placement="packed")
+    return tmp_path / "c"
+
+
+def test_short_reads_of_one_cold_file_are_handed_to_the_kernel_together(halved: Path, several: list[int]) -> None:
+    made, report = halves(halved)
+    assert len(made) == 40
+    assert all((np.diff(words) == 1).all() for words in made.values())
+    assert sorted(int(words[0]) for words in made.values()) == list(range(40))
+    assert sum(several) == report.reads == 40
+    assert several == [9, 9, 9, 9, 4]  # of 100,000 bytes and the rest of a block of 16 KiB: up to 1 MiB
+
+
+def test_of_several_short_reads_the_damaged_one_is_named(halved: Path, several: list[int]) -> None:
+    opened = open_records(halved)
+    columns = next(opened.all_fragments())
+    (key,) = [key for key in columns.pieces.arrays if "t017" in key]
+    (place,) = columns.pieces.by_array()[key]
+    piece = columns.pieces.piece_of(place, columns.pieces.box(place))
+    file = halved / columns.files[piece.file].path
+    data = bytearray(file.read_bytes())
+    data[piece.offset + 70_000] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ChecksumMismatch, match=rf"block {70_000 // columns.block_nbytes} of piece .* of array .*t017"):
+        halves(halved)
+    assert several
 
 
 @pytest.mark.parametrize("nbytes", [1, 4096, HUGE_PAGE, HUGE_PAGE + 1])

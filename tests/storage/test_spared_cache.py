@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from elastickpt.errors import StorageFailed, WrongLength
 from elastickpt.format.arrays import ArrayId, ArraySpec, Box, Mesh
-from elastickpt.storage import kernel, ranges
+from elastickpt.storage import kernel, ranges, several_reads
 from elastickpt.storage.local import LocalStore
-from elastickpt.storage.store import lender
+from elastickpt.storage.store import lending_of
 from elastickpt.training.held import HeldArray
 
 MIB = 1 << 20
@@ -152,7 +156,7 @@ def lent(store, monkeypatch, calls, start, stop):
     monkeypatch.setattr(ranges.os, "preadv", calls)
     with closing(store.open_reader("file", cache="spare")) as reader:
         into = bytearray(stop - start)
-        found = lender(reader)(start, memoryview(into))
+        found = lending_of(reader).lend(start, memoryview(into))
         assert found == DATA[start:stop]
         return found.obj is into
 
@@ -178,4 +182,140 @@ def test_small_and_very_large_ranges_are_filled_in(store, monkeypatch, start, st
 def test_lending_beyond_the_end_says_what_it_expected_and_found(store):
     said = pytest.raises(WrongLength, match=rf"file: expected at least {NBYTES + 1} bytes, found {NBYTES}")
     with closing(store.open_reader("file", cache="spare")) as reader, said:
-        lender(reader)(3 * MIB, memoryview(bytearray(NBYTES + 1 - 3 * MIB)))
+        lending_of(reader).lend(3 * MIB, memoryview(bytearray(NBYTES + 1 - 3 * MIB)))
+
+
+# Several reads at once
+
+
+def several(store, *places):
+    """What is lent of these ranges, (offset, number of bytes), or None."""
+    with closing(store.open_reader("file", cache="spare")) as reader:
+        lent = lending_of(reader).lend_several(places)
+        return None if lent is None else list(map(bytes, lent))
+
+
+RANGES = [(700 + 97_000 * k, 40_000 + 11 * k) for k in range(20)]
+HELD = [DATA[start : start + nbytes] for start, nbytes in RANGES]
+
+
+@pytest.fixture
+def contexts(store):
+    """That the system has them."""
+    if several(store, (0, MIB)) is None:
+        pytest.skip("needs io_submit(2)")
+
+
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_several_ranges_are_what_the_file_holds(store, contexts, data):
+    ends = sorted(data.draw(st.lists(st.integers(0, NBYTES), min_size=2, max_size=2 * several_reads.MOST, unique=True)))
+    places = [(start, min(stop - start, 50_000)) for start, stop in zip(ends[::2], ends[1::2], strict=False)]
+    found = several(store, *places)
+    if sum(places[-1]) - places[0][0] < ranges.MIN_DIRECT_READ_NBYTES:
+        assert found is None
+    else:
+        assert found == [DATA[start : start + nbytes] for start, nbytes in places]
+
+
+def test_several_ranges_leave_the_cache_as_it_is(store, contexts, tmp_path):
+    assert several(store, *RANGES) == HELD
+    with open(tmp_path / "file", "rb") as file:
+        assert kernel.cached_pages(file.fileno(), 0, NBYTES) == 0
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(start, 64) for start in range(0, 4096 * (several_reads.MOST + 1), 4096)],
+        [(0, MIB), (MIB + 5, MIB)],
+        [(0, MIB), (NBYTES - 5, 6)],
+    ],
+    ids=["too many", "too large", "beyond the end"],
+)
+def test_what_cannot_be_read_at_once_is_left_to_who_reads_each(store, places):
+    assert several(store, *places) is None
+
+
+def test_what_the_cache_holds_some_of_is_left_to_who_reads_each(store, tmp_path):
+    (tmp_path / "file").read_bytes()
+    assert several(store, *RANGES) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EAGAIN, errno.EPERM])
+def test_a_system_without_contexts_is_asked_for_each(store, monkeypatch, number):
+    def refused(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(several_reads._Context, "__init__", refused)
+    monkeypatch.setattr(several_reads._Context, "usable", False)
+    monkeypatch.setattr(several_reads, "_FREE", [])
+    assert several(store, *RANGES) is None
+    assert several(store, *RANGES) is None
+
+
+def test_a_failed_read_among_several_is_left_to_who_reads_each(store, contexts, monkeypatch):
+    read = several_reads._Context.read
+    monkeypatch.setattr(several_reads._Context, "read", lambda *own: [*read(*own)[:-1], -errno.EIO])
+    assert several(store, *RANGES) is None
+
+
+def test_a_kernel_that_takes_some_of_the_reads_leaves_all_to_who_reads_each(store, contexts, monkeypatch):
+    call, taken = several_reads._Context._call, []
+
+    def takes_three(self, which, *rest):
+        if which != several_reads._SUBMIT:
+            return call(self, which, *rest)
+        taken.append(which)
+        if len(taken) > 1:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return call(self, which, rest[0], ctypes.c_long(3), rest[2])
+
+    monkeypatch.setattr(several_reads._Context, "_call", takes_three)
+    assert (several(store, *RANGES), len(taken)) == (None, 2)
+    monkeypatch.undo()
+    assert several(store, *RANGES) == HELD
+
+
+def test_reads_that_an_interrupt_left_under_way_reach_nobody_else(store, contexts, monkeypatch):
+    call = several_reads._Context._call
+
+    def interrupted(self, which, *rest):
+        if which == several_reads._GET_EVENTS:
+            raise KeyboardInterrupt
+        return call(self, which, *rest)
+
+    monkeypatch.setattr(several_reads._Context, "_call", interrupted)
+    memory, context = ranges._bounce(), several_reads._own_context()
+    with pytest.raises(KeyboardInterrupt):
+        several(store, *RANGES)
+    monkeypatch.undo()
+    assert several(store, *RANGES) == HELD
+    assert several_reads._own_context() is not context
+    assert ranges._bounce() is not memory
+
+
+def test_a_thread_takes_the_context_of_one_that_ended(store, contexts):
+    def used():
+        assert several(store, *RANGES) == HELD
+        return id(several_reads._own_context())
+
+    first, second = (run_in_thread(used) for _ in range(2))
+    assert first == second
+
+
+def run_in_thread(work):
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(work).result()
+
+
+def test_a_process_that_was_forked_off_reads_with_a_context_of_its_own(store, contexts):
+    child = os.fork()
+    if child == 0:
+        right = False
+        try:
+            right = several(store, *RANGES) == HELD
+        finally:
+            os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert several(store, *RANGES) == HELD
