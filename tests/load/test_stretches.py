@@ -128,17 +128,22 @@ def test_small_arrays_of_one_pack_are_read_at_once(path: Path) -> None:
         assert report.reads >= SMALL
 
 
-def test_a_damaged_array_in_a_run_is_named_and_no_other(path: Path) -> None:
-    opened = open_records(path)
-    columns = next(opened.all_fragments())
-    (key,) = [key for key in columns.pieces.arrays if "t077" in key]
+def damaged(path: Path, name: str, at: int) -> tuple[int, int]:
+    """Flips a bit of byte `at` of an array; the block that it is in, and where the array begins in its file."""
+    columns = next(open_records(path).all_fragments())
+    (key,) = [key for key in columns.pieces.arrays if name in key]
     (place,) = columns.pieces.by_array()[key]
     piece = columns.pieces.piece_of(place, columns.pieces.box(place))
     file = path / columns.files[piece.file].path
     data = bytearray(file.read_bytes())
-    data[piece.offset + 100] ^= 1
+    data[piece.offset + at] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ChecksumMismatch, match=rf"block 0 of piece .* of array .*t077.*file offset {piece.offset}\)"):
+    return at // columns.block_nbytes, piece.offset
+
+
+def test_a_damaged_array_in_a_run_is_named_and_no_other(path: Path) -> None:
+    block, offset = damaged(path, "t077", 100)
+    with pytest.raises(ChecksumMismatch, match=rf"block {block} of piece .* of array .*t077.*file offset {offset}\)"):
         read(path)
 
 
@@ -201,16 +206,8 @@ def test_short_reads_of_one_cold_file_are_handed_to_the_kernel_together(halved: 
 
 
 def test_of_several_short_reads_the_damaged_one_is_named(halved: Path, several: list[int]) -> None:
-    opened = open_records(halved)
-    columns = next(opened.all_fragments())
-    (key,) = [key for key in columns.pieces.arrays if "t017" in key]
-    (place,) = columns.pieces.by_array()[key]
-    piece = columns.pieces.piece_of(place, columns.pieces.box(place))
-    file = halved / columns.files[piece.file].path
-    data = bytearray(file.read_bytes())
-    data[piece.offset + 70_000] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ChecksumMismatch, match=rf"block {70_000 // columns.block_nbytes} of piece .* of array .*t017"):
+    block, _ = damaged(halved, "t017", 70_000)
+    with pytest.raises(ChecksumMismatch, match=rf"block {block} of piece .* of array .*t017"):
         halves(halved)
     assert several
 
