@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 class Memory:
     """Elements at an address, as numpy takes them: `np.asarray` of it is a writable view, which keeps it and so its `owner`.
 
-    A ctypes array there would be a type of its own for each length, which takes 8 µs to make and more than 40 to give up.
+    A ctypes array there would be a type of its own for each length, which takes 8 µs to make, and over 40 with giving it up.
     """
 
     __slots__ = ("__array_interface__", "owner")

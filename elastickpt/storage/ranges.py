@@ -21,7 +21,7 @@ from elastickpt.storage.kernel import (
     open_direct,
 )
 from elastickpt.storage.several_reads import read_several
-from elastickpt.storage.store import naming
+from elastickpt.storage.store import naming, one_by_one
 
 _TO_THE_END = 0  # as a number of bytes, for `cached_pages`
 _LARGEST_CALL = 64 << 20  # bytes of one system call: a failing or killed writer stops within so much
@@ -195,9 +195,7 @@ class LocalReader:
 
     def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
         if self._may_bypass_cache:
-            for part in parts:
-                yield self.lend(offset, part)
-                offset += part.nbytes
+            yield from one_by_one(self.lend, offset, parts)
             return
         descriptor, read = self._descriptor, os.preadv
         with naming("read", self._path):  # once, as those of a file in memory are many and short
@@ -224,7 +222,8 @@ class LocalReader:
         if direct is None:
             return None
         memory, _OF_THREAD.buffer = _bounce(), None  # which an interrupt leaves to the reads that are still under way
-        lent = read_several(direct, ranges, memory)
+        with naming("read", self._path):
+            lent = read_several(direct, ranges, memory)
         _OF_THREAD.buffer = memory
         return lent
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, cast, runtime_checkable
@@ -257,6 +257,13 @@ class Lending(Protocol):
         nothing was done, if that would be no less work: then `lend` each."""
 
 
+def one_by_one(lend: Callable[[int, memoryview], memoryview], offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+    """`Lending.lend_each` of a reader that has nothing quicker than `lend`."""
+    for part in parts:
+        yield lend(offset, part)
+        offset += part.nbytes
+
+
 class _Filling:
     """Of a reader that has no memory of its own."""
 
@@ -268,9 +275,7 @@ class _Filling:
         return into
 
     def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        for part in parts:
-            yield self.lend(offset, part)
-            offset += part.nbytes
+        return one_by_one(self.lend, offset, parts)
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
         return False

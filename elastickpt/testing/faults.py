@@ -21,7 +21,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from elastickpt.storage.store import Caching, Capabilities, Entry, RangeReader, RangeWriter, Store, lending_of, storage_failure
+from elastickpt.storage.store import (
+    Caching,
+    Capabilities,
+    Entry,
+    RangeReader,
+    RangeWriter,
+    Store,
+    lending_of,
+    one_by_one,
+    storage_failure,
+)
 
 T = TypeVar("T")
 Mode = Literal["before", "after", "torn"]
@@ -231,9 +241,7 @@ class _Reader:
         return self._store._do(act, lambda: lending_of(self._inner).lend(offset, into))
 
     def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        for part in parts:
-            yield self.lend(offset, part)
-            offset += part.nbytes
+        return one_by_one(self.lend, offset, parts)
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
         act = _Act("reader.read_into", self._path, f"{sum(part.nbytes for part in parts)} bytes at {offset}")

@@ -295,6 +295,23 @@ def test_reads_that_an_interrupt_left_under_way_reach_nobody_else(store, context
     assert ranges._bounce() is not memory
 
 
+def test_memory_that_reads_may_still_fill_is_given_up_where_the_kernel_does_not_say_what_came(store, contexts, monkeypatch):
+    call = several_reads._Context._call
+
+    def silent(self, which, *rest):
+        if which == several_reads._GET_EVENTS:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return call(self, which, *rest)
+
+    monkeypatch.setattr(several_reads._Context, "_call", silent)
+    memory = ranges._bounce()
+    with pytest.raises(StorageFailed, match=r"read .*file"):
+        several(store, *RANGES)
+    monkeypatch.undo()
+    assert ranges._bounce() is not memory
+    assert several(store, *RANGES) == HELD
+
+
 def test_a_thread_takes_the_context_of_one_that_ended(store, contexts):
     def used():
         assert several(store, *RANGES) == HELD
