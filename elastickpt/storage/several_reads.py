@@ -1,8 +1,8 @@
 """Several reads of one file past the page cache, handed to the kernel at once.
 
-A read of its own puts its thread to sleep and, on a virtual machine, rings at the host: 120 reads by each of four ranks took 16.1
-ms of CPU a rank, and about as many bytes in 27 reads 11.6. Linux's older asynchronous calls (io_submit(2)) are asked, as many
-containers forbid io_uring. What refuses them is read one after the other.
+A read of its own puts its thread to sleep and, on a virtual machine, rings at the host: 120 reads by each of four ranks
+took 16.1 ms of CPU a rank, and about as many bytes in 27 reads 11.6. Linux's older asynchronous calls (io_submit(2)) are
+asked, as many containers forbid io_uring. What refuses them is read one after the other.
 """
 
 from __future__ import annotations
