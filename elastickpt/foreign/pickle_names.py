@@ -6,7 +6,6 @@ beside their tensors. Whatever is not of use as an array or a plain value become
 
 from __future__ import annotations
 
-import codecs
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 
@@ -156,11 +155,22 @@ def _set(arguments: tuple[object, ...]) -> object:
     return made
 
 
+_ENCODINGS = {  # of texts that stand for bytes, as they may be spelled; no other name is looked up
+    "latin1": "latin-1",
+    "latin-1": "latin-1",
+    "iso8859-1": "latin-1",
+    "iso-8859-1": "latin-1",
+    "utf8": "utf-8",
+    "utf-8": "utf-8",
+}
+
+
 def _encoded(arguments: tuple[object, ...]) -> object:
-    text, *encoding = arguments
-    if type(text) is not str or [codecs.lookup(str(one)).name for one in encoding] not in ([], ["iso8859-1"], ["utf-8"]):
+    text, *said = arguments
+    encoding = _ENCODINGS.get(str(said[0]).lower().replace("_", "-")) if said else "utf-8"
+    if type(text) is not str or len(said) > 1 or encoding is None:
         raise TypeError("bytes are written as text of one character a byte")
-    return text.encode(codecs.lookup(str(encoding[0])).name if encoding else "utf-8")
+    return text.encode(encoding)
 
 
 def _byte_array(arguments: tuple[object, ...]) -> object:

@@ -252,6 +252,19 @@ def test_numpys_other_arrays_are_not_carried(value) -> None:
         plain(read(pickle.dumps(value)))
 
 
+@pytest.mark.parametrize("encoding", ["latin1", "ISO-8859-1", "iso8859_1", "utf-8"])
+def test_bytes_that_are_written_as_text_are_read(encoding: str) -> None:
+    pickled = b"c_codecs\nencode\n(X\x02\0\0\0abX" + len(encoding).to_bytes(4, "little") + encoding.encode() + b"tR."
+    assert read(pickled) == b"ab"
+
+
+@pytest.mark.parametrize("encoding", ["lauin1", "rot13", "", "../x", "utf-16", "x\0"])
+def test_bytes_in_an_encoding_that_no_pickle_uses_are_refused(encoding: str) -> None:
+    pickled = b"c_codecs\nencode\n(X\x02\0\0\0abX" + len(encoding).to_bytes(4, "little") + encoding.encode() + b"tR."
+    with pytest.raises(Malformed, match=r"_codecs\.encode cannot be made of these arguments"):
+        read(pickled)
+
+
 @given(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from(["flip", "cut", "insert", "remove"]))
 def test_a_mutated_pickle_ends_in_a_value_or_a_typed_error(at, byte, how) -> None:
     value = {"model": OrderedDict(a=torch.Size([1]), b=(1, 2.0, "c")), "args": argparse.Namespace(x=np.arange(2)), "s": {1, 2}}
