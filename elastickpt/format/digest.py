@@ -7,7 +7,7 @@ forgery: integrity of a checkpoint is not its authenticity.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -24,21 +24,18 @@ def file_digest(data: Buffer) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
-def block_checksum(data: Buffer) -> int:
-    """The xxh3-64 of the bytes (any C-contiguous buffer), seed 0, in [0, 2^64). [UCF-41]"""
-    return int(xxhash.xxh3_64_intdigest(data))
+block_checksum: Callable[[Buffer], int] = xxhash.xxh3_64_intdigest
+"""The xxh3-64 of the bytes (any C-contiguous buffer), seed 0, in [0, 2^64). [UCF-41]"""
 
 
 def block_checksums(data: memoryview, blocks: Iterable[tuple[int, int]]) -> list[int]:
     """Those of bytes [start, stop) of a buffer, one after the other."""
-    checksum = xxhash.xxh3_64_intdigest
-    return [checksum(data[start:stop]) for start, stop in blocks]
+    return [block_checksum(data[start:stop]) for start, stop in blocks]
 
 
 def whole_checksums(data: memoryview, block_nbytes: int) -> list[int]:
     """Those of all blocks of a buffer, of which the last one may be shorter."""
-    checksum = xxhash.xxh3_64_intdigest
-    return [checksum(data[start : start + block_nbytes]) for start in range(0, data.nbytes, block_nbytes)]
+    return [block_checksum(data[start : start + block_nbytes]) for start in range(0, data.nbytes, block_nbytes)]
 
 
 _TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')

@@ -1,6 +1,8 @@
-"""Memory by its address, as arrays of numpy."""
+"""Memory by its address, as arrays of numpy and as plain views."""
 
 from __future__ import annotations
+
+import ctypes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +35,24 @@ def bytes_at(address: int, nbytes: int, owner: object) -> NDArray[np.uint8]:
     return found
 
 
+_PYTHON = ctypes.PyDLL(None)  # whose calls keep the interpreter's lock
+_view_of = _PYTHON.PyMemoryView_FromMemory  # of the C API
+_view_of.argtypes, _view_of.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+
+def view_at(address: int, nbytes: int) -> memoryview:
+    """The same as a view that does not keep the memory there: its caller does, for as long as anyone has the view. It takes a
+    fifth of the time."""
+    found: memoryview = _view_of(address, nbytes, _WRITABLE)
+    return found
+
+
 def address_of(view: memoryview) -> int:
     """The address of the view's first byte; 0 for an empty view."""
     if not view.nbytes:
         return 0
+    if not view.readonly:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))  # a tenth of the time that numpy takes
     address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
     return address

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from elastickpt.errors import StateMismatch, WrongLength
 from elastickpt.format.records import ArrayRecord, StoredFile
 from elastickpt.loading.opened import Opened
@@ -21,7 +23,7 @@ from elastickpt.loading.units import Scratch, UnitReader, holding
 from elastickpt.loading.units import Verify as Verify
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.several_reads import MOST
-from elastickpt.storage.store import Caching, KnowsItsMedium, Lending, RangeReader, Store, is_in_memory, lending_of
+from elastickpt.storage.store import KnowsItsMedium, Lending, RangeReader, Store, is_in_memory, lending_of
 
 THREADS = 8  # a cold disk wants several reads under way; warm ones do not mind
 SHARED_THREADS = 4  # of a process beside others on its host: more reads of all together only take turns
@@ -116,11 +118,11 @@ def pace_of(store: Store, *, processes: int = 1) -> Pace:
 class _Open:
     """One file: opened by its first read, closed by its last."""
 
-    def __init__(self, file: StoredFile) -> None:
+    def __init__(self, file: StoredFile, left: int = 0, spared: int = 0) -> None:
         self.lock = threading.Lock()
         self.file = file
-        self.left = 0
-        self.spared = 0  # bytes more that nobody else wants than that others want too
+        self.left = left  # reads
+        self.spared = spared  # bytes more that nobody else wants than that others want too
         self.reader: RangeReader | None = None
         self.lending: Lending | None = None  # of the reader, once it is open
 
@@ -143,17 +145,16 @@ class _Fetching:
         scratch = Scratch()
         self._units = UnitReader(verify, scratch)
         self._runs = RunReader(plan, runs, verify, scratch, unit_nbytes=pace.unit_nbytes)
-        self._files = {file: _Open(file) for file in plan.files}
-        self._of_runs = [self._files[plan.files[number]] for number in runs.file.tolist()]
-        for run, opening in enumerate(self._of_runs):
-            self._expect(opening, self._runs.cache_of(run), self._runs.nbytes[run])
+        spared = np.where(plan.targets.spared[runs.stretches.target[runs.first[:-1]]], runs.nbytes, -runs.nbytes)
+        of_files = (np.bincount(runs.file, weights, len(plan.files)).astype(np.int64).tolist() for weights in (None, spared))
+        files = list(map(_Open, plan.files, *of_files))
+        self._of_runs = [files[number] for number in runs.file.tolist()]
+        self._files = dict(zip(plan.files, files, strict=True))
         for unit in plan.units:
-            self._expect(self._files.setdefault(unit.file, _Open(unit.file)), unit.target.wanted.cache, unit.end - unit.start)
+            opening = self._files.setdefault(unit.file, _Open(unit.file))
+            opening.left += 1
+            opening.spared += (unit.end - unit.start) * (1 if unit.target.wanted.cache == "spare" else -1)
         self._reads = self._in_order(pace.together_nbytes)
-
-    def _expect(self, opening: _Open, cache: Caching, nbytes: int) -> None:
-        opening.left += 1
-        opening.spared += nbytes if cache == "spare" else -nbytes
 
     def _in_order(self, together_nbytes: int) -> list[tuple[int, ...] | Unit]:
         """Numbers of runs, and units, in the order in which they lie; runs of one file together up to so many bytes."""
@@ -225,8 +226,8 @@ class _Fetching:
         lending = opening.lending
         if lending is None:
             lending = lending_of(self._reader(opening, lambda: runs.record_of(read[0])))
-        ranges = [(runs.offset[run], runs.nbytes[run]) for run in read]
-        if len(read) > 1 and (lent := lending.lend_several(ranges)) is not None:
+        lent = None if len(read) == 1 else lending.lend_several([(runs.offset[run], runs.nbytes[run]) for run in read])
+        if lent is not None:
             for run, own in zip(read, lent, strict=True):
                 runs.deliver(run, own)
         else:
@@ -235,4 +236,4 @@ class _Fetching:
                     runs.read(run, lending)
                 except WrongLength as error:
                     raise holding(error, runs.record_of(run)) from error
-        self._done(opening, sum(nbytes for _, nbytes in ranges), len(read))
+        self._done(opening, sum(map(runs.nbytes.__getitem__, read)), len(read))

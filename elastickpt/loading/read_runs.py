@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastickpt.errors import ChecksumMismatch
-from elastickpt.format.digest import block_checksums, whole_checksums
-from elastickpt.format.memory_views import address_of, bytes_at
+from elastickpt.format.digest import block_checksum, block_checksums, whole_checksums
+from elastickpt.format.memory_views import address_of, view_at
 from elastickpt.format.records import ArrayRecord
 from elastickpt.loading.plan import FetchPlan
 from elastickpt.loading.stretches import ReadRuns, repeated
 from elastickpt.loading.targets import Rows, copy_rows, scatter
 from elastickpt.loading.units import Scratch, Verify, mismatch
-from elastickpt.storage.store import Caching, Lending
+from elastickpt.storage.store import MOST_VIEWS, Lending
 
 GIVEN_AWAY_NBYTES = 64 << 10  # a copy of so much lets other threads of Python run meanwhile
+_MANY = 16  # small copies: numpy's way to make many costs 20 µs, and 100 where large copies have emptied the core's cache
 _FILLED_NBYTES = 16 << 10  # the mean of stretches that are read straight to where they belong: each takes 1 µs more so
 
 _copy, _copy_quickly = ctypes.memmove, ctypes.PyDLL(None).memmove  # the second keeps the interpreter's lock
@@ -42,10 +43,6 @@ class RunReader:
     def record_of(self, run: int) -> ArrayRecord:
         """The first array that a run holds anything of."""
         return self._plan.targets.record_of(self._columns.target[self._columns.first[run]])
-
-    def cache_of(self, run: int) -> Caching:
-        """Whether others on this host want that array's bytes."""
-        return self._plan.targets.cache_of(self._columns.target[self._columns.first[run]])
 
     def read(self, run: int, lending: Lending) -> None:
         """Blocking. Raises ChecksumMismatch, and as `lending` does."""
@@ -68,23 +65,22 @@ class RunReader:
             self._hand_out(run, lent)
 
     def _straight(self, run: int, lending: Lending) -> None:
-        """Reads what belongs in a row as it lies, unit by unit: a block is hashed while it is still in the cache."""
+        """Reads what belongs in a row as it lies, some blocks at a call: they are hashed while still in the core's cache."""
         columns, offset, nbytes = self._columns, self.offset[run], self.nbytes[run]
         first = columns.first[run]
-        into, block = bytes_at(columns.address[first], nbytes, self._plan.targets).data, columns.block[first]
-        step = max(self._unit_nbytes // block, 1) * block
-        if nbytes <= step or columns.first[run + 1] > first + 1:
+        address, block = columns.address[first], columns.block[first]
+        into, together = view_at(address, nbytes), min(max(self._unit_nbytes // block, 1), MOST_VIEWS)
+        if nbytes <= together * block or columns.first[run + 1] > first + 1:
             if (lent := lending.lend(offset, into)) is not into:
-                _copy(address_of(into), address_of(lent), nbytes)
+                _copy(address, address_of(lent), nbytes)
             return self._verify_all(run, lent)
-        parts = [into[low : low + step] for low in range(0, nbytes, step)]
-        found: list[int] = []
-        for part, lent in zip(parts, lending.lend_each(offset, parts), strict=True):
-            if self._verify == "on":
-                found += whole_checksums(lent, block)
-            if lent is not part:
-                _copy(address_of(part), address_of(lent), part.nbytes)
-        return self._require(run, found) if self._verify == "on" else None
+        blocks = [into[low : low + block] for low in range(0, nbytes, block)]
+        groups = [blocks[one : one + together] for one in range(0, len(blocks), together)]
+        if self._verify == "off":
+            lending.fill_each(offset, groups, len)
+        else:
+            self._require(run, lending.fill_each(offset, groups, block_checksum))
+        return None
 
     def _fill(self, run: int, lending: Lending) -> bool:
         """Reads stretches to where they belong, and what lies between them nowhere; False where that would be no less work."""
@@ -94,7 +90,7 @@ class RunReader:
         for stretch in range(columns.first[run], columns.first[run + 1]):
             if columns.inside[stretch] > end:
                 parts.append(self._scratch.take(columns.inside[stretch] - end).data)
-            part = bytes_at(columns.address[stretch], columns.nbytes[stretch], self._plan.targets).data
+            part = view_at(columns.address[stretch], columns.nbytes[stretch])
             parts.append(part)
             own.append((part, columns.block[stretch]))
             end = columns.inside[stretch] + columns.nbytes[stretch]
@@ -127,8 +123,7 @@ class RunReader:
             self._require(run, whole_checksums(lent, columns.block[first]))
         else:
             own = slice(columns.checksum_start[first], columns.checksum_start[columns.first[run + 1]])
-            blocks = zip(columns.block_begin[own].tolist(), columns.block_end[own].tolist(), strict=True)
-            self._require(run, block_checksums(lent, blocks))
+            self._require(run, block_checksums(lent, zip(columns.block_begin[own], columns.block_end[own], strict=True)))
 
     def _require(self, run: int, found: list[int]) -> None:
         """Raises ChecksumMismatch unless these are the checksums of all blocks of a run. [FRAG-32]"""
@@ -154,8 +149,6 @@ class _Columns:
     """The columns of runs as lists, which threads go through one by one; those that are taken in slices as they are."""
 
     addresses: NDArray[np.int64]  # as `address`
-    block_begin: NDArray[np.int64]  # of each block, in its run
-    block_end: NDArray[np.int64]
     rows: list[Rows | None]  # of each stretch of which parts of rows are wanted
     target: list[int]
     at: list[int]
@@ -164,12 +157,14 @@ class _Columns:
     wanted: list[int]
     block: list[int]
     inside: list[int]  # where each stretch begins in its run
+    block_begin: list[int]  # of each block, in its run
+    block_end: list[int]
     address: list[int]  # where what is wanted of it belongs
     checksums: list[int]
     checksum_start: list[int]  # of each stretch, and the end of the last one's
     first: list[int]
     straight: list[bool]  # of each run: all of it belongs in a row to one target, as it lies
-    small: list[bool]  # of each run: nothing but small pieces, each of one block and a target in columns
+    small: list[bool]  # of each run: nothing but many small pieces, each of one block and a target in columns
     filled: list[bool]  # of each run: each of its stretches belongs in a row as it lies, and most are not small
 
     @classmethod
@@ -188,10 +183,11 @@ class _Columns:
         follows[1:] &= runs.offsets[1:] == runs.offsets[:-1] + nbytes[:-1]
         follows[runs.first[:-1]] = True
         every = [np.logical_and.reduceat(one, runs.first[:-1]) if len(runs) else one for one in (whole & follows, small, whole)]
+        every[1] &= counts >= _MANY
         every[2] &= runs.nbytes >= counts * _FILLED_NBYTES
         rows: list[Rows | None] = [None] * len(cut)
         for stretch in np.flatnonzero(cut.row).tolist():
             rows[stretch] = Rows(int(cut.row[stretch]), int(cut.width[stretch]), int(cut.step[stretch]))
-        own = (cut.target, cut.at, nbytes, cut.low - cut.start, wanted, runs.block, inside, address)
+        own = (cut.target, cut.at, nbytes, cut.low - cut.start, wanted, runs.block, inside, block_begin, block_end, address)
         lists = (column.tolist() for column in (*own, runs.checksums, checksum_start, runs.first, *every))
-        return cls(address, block_begin, block_end, rows, *lists)
+        return cls(address, rows, *lists)

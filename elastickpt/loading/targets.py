@@ -103,7 +103,7 @@ class Targets(Sequence[ReadTarget]):
             return self.alone[number]
         record, box, data = self.record_of(number), self.boxes[int(self.box[number])], self.data_of(number)
         into = data.view(_WORDS[record.spec.type.itemsize]).reshape(box.shape)
-        return ReadTarget(Wanted(record, box, into, self.cache_of(number)), data)
+        return ReadTarget(Wanted(record, box, into, self._with(number).cache), data)
 
     @property
     def wanted_nbytes(self) -> int:
@@ -115,15 +115,17 @@ class Targets(Sequence[ReadTarget]):
         alone = np.array([address_of(target.data.data) for target in self.alone], dtype=np.int64)
         return np.concatenate([alone, self.address])
 
+    @property
+    def spared(self) -> NDArray[np.bool_]:
+        """Of each target, whether nobody else on this host is known to want its bytes."""
+        alone = np.array([target.wanted.cache == "spare" for target in self.alone], dtype=np.bool_)
+        return np.concatenate([alone, *(np.full(len(one.places), one.cache == "spare") for one in self._columns)])
+
     def record_of(self, number: int) -> ArrayRecord:
         """The array of a target."""
         if number < len(self.alone):
             return self.alone[number].wanted.record
         return self._arrays.record(int(self.place[number]))
-
-    def cache_of(self, number: int) -> Caching:
-        """Whether others on this host want the bytes of a target."""
-        return self.alone[number].wanted.cache if number < len(self.alone) else self._with(number).cache
 
     def data_of(self, number: int) -> Bytes:
         """The bytes of a target."""

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from elastickpt.errors import CheckpointError, MissingFile, StorageFailed, Unsafe, WrongLength
@@ -193,28 +193,31 @@ class LocalReader:
             self._read_cached(offset, into, 0)  # also what came short
         return into
 
-    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+    def fill_each(self, offset: int, groups: Sequence[Sequence[memoryview]], look: Callable[[memoryview], int]) -> list[int]:
         if self._may_bypass_cache:
-            yield from one_by_one(self.lend, offset, parts)
-            return
-        descriptor, read = self._descriptor, os.preadv
+            return one_by_one(self.read_into, offset, groups, look)
+        found: list[int] = []
         with naming("read", self._path):  # once, as those of a file in memory are many and short
-            for part in parts:
-                if read(descriptor, (part,), offset) != part.nbytes:
-                    self._read_cached(offset, part, 0)
-                offset += part.nbytes
-                yield part
+            for group in groups:
+                offset = self._fill(offset, group)
+                found += map(look, group)
+        return found
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
-        nbytes = sum(part.nbytes for part in parts)
         with naming("read", self._path):
-            if self._direct_for(offset, nbytes) is not None:
+            if self._direct_for(offset, sum(map(len, parts))) is not None:
                 return False
-            if os.preadv(self._descriptor, parts, offset) != nbytes:
-                for part in parts:
-                    self._read_cached(offset, part, 0)
-                    offset += part.nbytes
+            self._fill(offset, parts)
         return True
+
+    def _fill(self, offset: int, parts: Sequence[memoryview]) -> int:
+        """Fills views of bytes through the page cache, at one call unless it comes short; where they end in the file."""
+        end = offset + sum(map(len, parts))
+        if offset + os.preadv(self._descriptor, parts, offset) != end:
+            for part in parts:
+                self._read_cached(offset, part, 0)
+                offset += len(part)
+        return end
 
     def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
         first, last = ranges[0], ranges[-1]

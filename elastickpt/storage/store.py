@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, cast, runtime_checkable
@@ -237,6 +237,9 @@ class Store(Protocol):
         """Whether anything has this name."""
 
 
+MOST_VIEWS = 1024  # that one call fills
+
+
 class Lending(Protocol):
     """How a reader gives bytes to who looks at them at once. All raise as `read_into` does; memory that is given is one axis of
     bytes, writable."""
@@ -245,23 +248,33 @@ class Lending(Protocol):
         """All that `read_into` fills its memory with: `into` itself, or memory of the calling thread's, until its next call of
         any reader. Who looks at it there, and copies it then, has it in the core's cache both times."""
 
-    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        """What `lend` gives for each of these, which follow each other in the file; each is read as it is asked for."""
+    def fill_each(self, offset: int, groups: Sequence[Sequence[memoryview]], look: Callable[[memoryview], int]) -> list[int]:
+        """Fills these groups, of at most `MOST_VIEWS` each, with what follows each other in the file, a group at a call if the
+        reader can; what `look` finds in each view while it is still in the core's cache."""
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
         """Fills these with what follows each other in the file, without a copy of its own; False, and nothing was done, if it
-        cannot: then `lend` them. At most 1,024."""
+        cannot: then `lend` them. At most `MOST_VIEWS`."""
 
     def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
         """What `lend` would give of each of several ranges of bytes, (offset, number), in their order, read at once; None, and
         nothing was done, if that would be no less work: then `lend` each."""
 
 
-def one_by_one(lend: Callable[[int, memoryview], memoryview], offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-    """`Lending.lend_each` of a reader that has nothing quicker than `lend`."""
-    for part in parts:
-        yield lend(offset, part)
-        offset += part.nbytes
+def one_by_one(
+    read_into: Callable[[int, memoryview], None],
+    offset: int,
+    groups: Sequence[Sequence[memoryview]],
+    look: Callable[[memoryview], int],
+) -> list[int]:
+    """`Lending.fill_each` of a reader that has nothing quicker than `read_into`."""
+    found: list[int] = []
+    for group in groups:
+        for view in group:
+            read_into(offset, view)
+            offset += len(view)
+            found.append(look(view))
+    return found
 
 
 class _Filling:
@@ -274,8 +287,8 @@ class _Filling:
         self._reader.read_into(offset, into)
         return into
 
-    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        return one_by_one(self.lend, offset, parts)
+    def fill_each(self, offset: int, groups: Sequence[Sequence[memoryview]], look: Callable[[memoryview], int]) -> list[int]:
+        return one_by_one(self._reader.read_into, offset, groups, look)
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
         return False
@@ -286,7 +299,7 @@ class _Filling:
 
 def lending_of(reader: RangeReader) -> Lending:
     """The reader's own way, or `read_into`."""
-    return cast("Lending", reader) if hasattr(reader, "lend_each") else _Filling(reader)  # to ask for a protocol takes 50 µs
+    return cast("Lending", reader) if hasattr(reader, "fill_each") else _Filling(reader)  # to ask for a protocol takes 50 µs
 
 
 @runtime_checkable

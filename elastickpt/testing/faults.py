@@ -17,7 +17,7 @@ import errno as numbers
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -240,8 +240,8 @@ class _Reader:
         act = _Act("reader.read_into", self._path, f"{into.nbytes} bytes at {offset}")
         return self._store._do(act, lambda: lending_of(self._inner).lend(offset, into))
 
-    def lend_each(self, offset: int, parts: Sequence[memoryview]) -> Iterator[memoryview]:
-        return one_by_one(self.lend, offset, parts)
+    def fill_each(self, offset: int, groups: Sequence[Sequence[memoryview]], look: Callable[[memoryview], int]) -> list[int]:
+        return one_by_one(self.read_into, offset, groups, look)
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
         act = _Act("reader.read_into", self._path, f"{sum(part.nbytes for part in parts)} bytes at {offset}")

@@ -8,9 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from elastickpt.errors import (
-    WrongLength,
-)
+from elastickpt.errors import WrongLength
+from elastickpt.format.digest import block_checksum
 from elastickpt.ranks.threads import Pool
 from elastickpt.storage.kernel import aligned_buffer
 from elastickpt.storage.store import Caching, Store, lending_of
@@ -107,9 +106,12 @@ class RangeSuite:
         with closing(store.open_reader("file", cache=cache)) as reader:
             lending = lending_of(reader)
             own = [memoryview(bytearray(stop - start)) for start, stop in pairwise(ends)]
-            found = [bytes(lent) for lent in lending.lend_each(ends[0], own)]
+            found = [bytes(lending.lend(start, own[k])) for k, (start, _) in enumerate(pairwise(ends))]
             assert found == [whole[start:stop] for start, stop in pairwise(ends)]
-            assert [bytes(lending.lend(start, own[k])) for k, (start, _) in enumerate(pairwise(ends))] == found
+            groups = [[memoryview(bytearray(len(one))) for one in found[low:high]] for low, high in ((0, 2), (2, 3), (3, 9))]
+            sums = lending.fill_each(ends[0], groups, block_checksum)
+            assert [bytes(view) for group in groups for view in group] == found
+            assert sums == list(map(block_checksum, found))
             filled = [memoryview(bytearray(len(one))) for one in found]
             if lending.fill(ends[0], filled):
                 assert list(map(bytes, filled)) == found
@@ -123,7 +125,8 @@ class RangeSuite:
             lending, into = lending_of(reader), memoryview(bytearray(6))
             for ask in (
                 lambda: lending.lend(5, into),
-                lambda: list(lending.lend_each(2, [into[:3], into])),
+                lambda: lending.fill_each(2, [[into[:3]], [into]], len),
+                lambda: lending.fill_each(2, [[into[:3], into]], len),
                 lambda: lending.fill(2, [into[:3], into]) or lending.lend(5, into),
                 lambda: lending.lend_several([(2, 3), (5, 6)]) or lending.lend(5, into),
             ):
