@@ -11,38 +11,18 @@ import ctypes
 import errno
 import os
 import platform
+import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from elastickpt.format.memory_views import address_of
-from elastickpt.format.piece_columns import starts
-from elastickpt.format.strict_reading import IntColumn
 from elastickpt.storage.kernel import DirectDescriptor
 
 MOST = 32  # reads at once
 _SETUP, _GET_EVENTS, _SUBMIT = range(3)
 _CALLS = {"x86_64": (206, 208, 209), "aarch64": (0, 4, 2)}  # the system calls' numbers; libc does not wrap them
-_IOCB = np.dtype(
-    [
-        ("data", "<u8"),
-        ("key", "<u4"),
-        ("rw_flags", "<i4"),
-        ("opcode", "<u2"),  # 0 is a read
-        ("priority", "<i2"),
-        ("descriptor", "<u4"),
-        ("address", "<u8"),
-        ("nbytes", "<u8"),
-        ("offset", "<i8"),
-        ("reserved", "<u8"),
-        ("flags", "<u4"),
-        ("event_descriptor", "<u4"),
-    ]
-)
-_EVENT = np.dtype([("data", "<u8"), ("iocb", "<u8"), ("result", "<i8"), ("result2", "<i8")])
+_IOCB = struct.Struct("<QIiHhIQQqQII")  # data, key, flags, opcode (0 is a read), priority, descriptor, address, bytes, offset
+_EVENT = struct.Struct("<QQqq")  # data, iocb, result, result2
 
 
 class _Context:
@@ -58,9 +38,9 @@ class _Context:
         self._calls, self._libc = calls, ctypes.CDLL(None, use_errno=True)
         self._number = ctypes.c_ulong(0)
         self._call(_SETUP, ctypes.c_uint(MOST), ctypes.byref(self._number))
-        self._blocks, self._events = np.zeros(MOST, _IOCB), np.zeros(MOST, _EVENT)
-        self._blocks["data"] = np.arange(MOST)
-        self._pointers = _address(self._blocks) + np.arange(MOST, dtype=np.uint64) * np.uint64(_IOCB.itemsize)
+        self._blocks, self._events = bytearray(MOST * _IOCB.size), bytearray(MOST * _EVENT.size)
+        first, self._events_at = address_of(memoryview(self._blocks)), address_of(memoryview(self._events))
+        self._pointers = (ctypes.c_void_p * MOST)(*range(first, first + len(self._blocks), _IOCB.size))
         self._under_way = 0
         self._process, self._idle = os.getpid(), True
 
@@ -69,17 +49,19 @@ class _Context:
         """Not in a process that was forked off since, nor after an interrupt: what was under way then may still come."""
         return self._idle and self._process == os.getpid()
 
-    def read(self, descriptor: int, addresses: IntColumn, nbytes: IntColumn, offsets: IntColumn) -> list[int]:
-        """Reads `nbytes[k]` bytes at `offsets[k]` to `addresses[k]`; how many came of each, or minus an error number. Blocking.
+    def read(self, descriptor: int, reads: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Reads to an address so many bytes at an offset, for each of `reads`; how many came of each, or minus an error number.
+        Blocking.
 
         Raises OSError where it cannot be known what came."""
         self._idle = False
-        count = len(addresses)
-        blocks = self._blocks[:count]
-        blocks["descriptor"], blocks["address"], blocks["nbytes"], blocks["offset"] = descriptor, addresses, nbytes, offsets
+        count = len(reads)
+        for number, (address, nbytes, offset) in enumerate(reads):
+            at = number * _IOCB.size
+            _IOCB.pack_into(self._blocks, at, number, 0, 0, 0, 0, descriptor, address, nbytes, offset, 0, 0, 0)
         found = [-errno.EAGAIN] * count
         while self._under_way < count:
-            rest = ctypes.c_void_p(_address(self._pointers[self._under_way :]))
+            rest = ctypes.byref(self._pointers, self._under_way * ctypes.sizeof(ctypes.c_void_p))
             try:
                 taken = self._call(_SUBMIT, self._number, ctypes.c_long(count - self._under_way), rest)
             except OSError:
@@ -88,11 +70,11 @@ class _Context:
             if not taken:
                 break
         while self._under_way:
-            least, events = ctypes.c_long(self._under_way), ctypes.c_void_p(_address(self._events))
+            least, events = ctypes.c_long(self._under_way), ctypes.c_void_p(self._events_at)
             ended = self._call(_GET_EVENTS, self._number, least, ctypes.c_long(MOST), events, None)
             self._under_way -= ended
-            for read, _, came, _ in self._events[:ended].tolist():
-                found[read] = came
+            for number, _, came, _ in _EVENT.iter_unpack(memoryview(self._events)[: ended * _EVENT.size]):
+                found[number] = came
         self._idle = True
         return found
 
@@ -138,23 +120,22 @@ def read_several(direct: DirectDescriptor, ranges: Sequence[tuple[int, int]], me
     None where not all of it came or fits, for whatever reason: who reads each by itself learns why. Blocking. After an
     interrupt, and where it raises OSError, as the kernel does not say what came, the memory may still be filled: give it up.
     """
-    offset, nbytes = np.array(ranges, dtype=np.int64).T
-    shift = offset % direct.alignment
-    length = -(-(shift + nbytes) // direct.alignment) * direct.alignment
-    place = starts(length)
-    if len(ranges) > MOST or place[-1] > memory.nbytes:
+    alignment, begin, at = direct.alignment, address_of(memory), 0
+    reads: list[tuple[int, int, int]] = []
+    wanted: list[tuple[int, int, int]] = []  # where the bytes of each begin and end in memory, and how many must come
+    for offset, nbytes in ranges:
+        shift = offset % alignment
+        length = -(-(shift + nbytes) // alignment) * alignment
+        reads.append((begin + at, length, offset - shift))
+        wanted.append((at + shift, at + shift + nbytes, shift + nbytes))
+        at += length
+    if len(ranges) > MOST or at > memory.nbytes:
         return None
-    first = place[:-1] + shift
-    last = first + nbytes
     try:
         context = _own_context()
     except OSError:
         return None
-    came = context.read(direct.descriptor, address_of(memory) + place[:-1], length, offset - shift)
-    if any(came < shift + nbytes):
+    came = context.read(direct.descriptor, reads)
+    if any(got < least for got, (_, _, least) in zip(came, wanted, strict=True)):
         return None
-    return [memory[start:stop] for start, stop in zip(first.tolist(), last.tolist(), strict=True)]
-
-
-def _address(column: NDArray[Any]) -> int:
-    return int(column.__array_interface__["data"][0])
+    return [memory[start:stop] for start, stop, _ in wanted]
