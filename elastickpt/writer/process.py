@@ -55,6 +55,7 @@ from elastickpt.writer.messages import (
 )
 from elastickpt.writer.write_files import WatchBytes
 
+TIDY_S = 0.5  # by then whoever was told of an outcome has gone on
 PROGRESS_S = 0.25
 _DEAF = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)  # what launchers send to all processes of a job: it has to finish first
 
@@ -93,6 +94,7 @@ class _Process:
         self._part: AttemptWorker | None = None  # of the seat of the jobs that come
         self._gone: set[bytes] = set()  # seats of broken teams, by secret: jobs may still come of other ones
         self._sitting, self._opening = threading.Lock(), threading.Lock()
+        self._tidies = False
         self._quitting = False
         self._orphaned = False
 
@@ -206,7 +208,7 @@ class _Process:
             with suppress(PeerGone):
                 self._wire.send(Decided(job, Decision.of("", verdict)))
             self._leave_seats()
-            gc.collect()  # not before: it would keep the commit waiting, 20 ms for 333 arrays
+            self._tidy()
 
         return AttemptWorker(seat, listener, self._store, tell)
 
@@ -235,7 +237,19 @@ class _Process:
         with suppress(PeerGone):
             self._wire.send(answer)
         if self._part is None:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Gives up what is left of a task, in a while: for 333 arrays that takes 4 to 20 ms, which would keep those waiting who
+        wake as they are told, where there are as few cores as writers."""
+
+        def collect() -> None:
+            self._tidies = False
             gc.collect()
+
+        if not self._tidies:
+            self._tidies = True
+            later("elastickpt-tidy", TIDY_S, collect)
 
     def _answer(self, task: _Task) -> PortionDone | JobFailed:
         job = task.write.job
