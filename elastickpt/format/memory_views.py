@@ -42,8 +42,8 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def view_at(address: int, nbytes: int) -> memoryview:
-    """The same as a view that does not keep the memory there: its caller does, for as long as anyone has the view. It takes a
-    fifth of the time."""
+    """shape=[nbytes]: the same as a view that does not keep the memory: its caller does, as long as anyone has it. It takes
+    less than half of the time."""
     found: memoryview = _view_of(address, nbytes, _WRITABLE)
     return found
 
@@ -53,6 +53,6 @@ def address_of(view: memoryview) -> int:
     if not view.nbytes:
         return 0
     if not view.readonly:
-        return ctypes.addressof(ctypes.c_char.from_buffer(view))  # a tenth of the time that numpy takes
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))  # a fifth of the time that numpy takes
     address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
     return address

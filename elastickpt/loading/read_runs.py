@@ -21,7 +21,7 @@ from elastickpt.loading.plan import FetchPlan
 from elastickpt.loading.stretches import ReadRuns, repeated
 from elastickpt.loading.targets import Rows, copy_rows, scatter
 from elastickpt.loading.units import Scratch, Verify, mismatch
-from elastickpt.storage.store import MOST_VIEWS, Lending
+from elastickpt.storage.store import Lending
 
 GIVEN_AWAY_NBYTES = 64 << 10  # a copy of so much lets other threads of Python run meanwhile
 _MANY = 16  # small copies: numpy's way to make many costs 20 µs, and 100 where large copies have emptied the core's cache
@@ -69,7 +69,7 @@ class RunReader:
         columns, offset, nbytes = self._columns, self.offset[run], self.nbytes[run]
         first = columns.first[run]
         address, block = columns.address[first], columns.block[first]
-        into, together = view_at(address, nbytes), min(max(self._unit_nbytes // block, 1), MOST_VIEWS)
+        into, together = view_at(address, nbytes), max(self._unit_nbytes // block, 1)
         if nbytes <= together * block or columns.first[run + 1] > first + 1:
             if (lent := lending.lend(offset, into)) is not into:
                 _copy(address, address_of(lent), nbytes)

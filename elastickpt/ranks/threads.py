@@ -82,6 +82,27 @@ def later(name: str, seconds: float, work: Callable[[], object]) -> None:
     timer.start()
 
 
+class Postponed:
+    """One thing that is done so many seconds after it was asked for, once for all who ask until then."""
+
+    def __init__(self, name: str, seconds: float, work: Callable[[], object]) -> None:
+        self._name, self._seconds, self._work = name, seconds, work
+        self._asking = threading.Lock()
+        self._asked = False
+
+    def ask(self) -> None:
+        """From any thread; not blocking."""
+        with self._asking:
+            asked, self._asked = self._asked, True
+        if not asked:
+            later(self._name, self._seconds, self._begin)
+
+    def _begin(self) -> None:
+        with self._asking:
+            self._asked = False
+        self._work()
+
+
 class Actor:
     """`run` is what the thread does, from `start` on; it calls `wait` and `carry_out` by turns, and `end` when it is over."""
 

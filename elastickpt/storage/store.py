@@ -237,9 +237,6 @@ class Store(Protocol):
         """Whether anything has this name."""
 
 
-MOST_VIEWS = 1024  # that one call fills
-
-
 class Lending(Protocol):
     """How a reader gives bytes to who looks at them at once. All raise as `read_into` does; memory that is given is one axis of
     bytes, writable."""
@@ -249,12 +246,12 @@ class Lending(Protocol):
         any reader. Who looks at it there, and copies it then, has it in the core's cache both times."""
 
     def fill_each(self, offset: int, groups: Sequence[Sequence[memoryview]], look: Callable[[memoryview], int]) -> list[int]:
-        """Fills these groups, of at most `MOST_VIEWS` each, with what follows each other in the file, a group at a call if the
+        """Fills these groups, of at most 1,024 views each, with what follows each other in the file, a group at a call if the
         reader can; what `look` finds in each view while it is still in the core's cache."""
 
     def fill(self, offset: int, parts: Sequence[memoryview]) -> bool:
         """Fills these with what follows each other in the file, without a copy of its own; False, and nothing was done, if it
-        cannot: then `lend` them. At most `MOST_VIEWS`."""
+        cannot: then `lend` them. At most 1,024."""
 
     def lend_several(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview] | None:
         """What `lend` would give of each of several ranges of bytes, (offset, number), in their order, read at once; None, and

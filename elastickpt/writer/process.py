@@ -24,7 +24,7 @@ from elastickpt.commit.links import Seat
 from elastickpt.errors import Cancelled, RankLost
 from elastickpt.ranks.messages import PeerGone
 from elastickpt.ranks.team import failure_of
-from elastickpt.ranks.threads import WorkerThread, later, lower
+from elastickpt.ranks.threads import Postponed, WorkerThread, later, lower
 from elastickpt.storage.store import Store
 from elastickpt.writer.arena import Arena
 from elastickpt.writer.arena_plan import SentStructure, WriterStructure
@@ -94,7 +94,7 @@ class _Process:
         self._part: AttemptWorker | None = None  # of the seat of the jobs that come
         self._gone: set[bytes] = set()  # seats of broken teams, by secret: jobs may still come of other ones
         self._sitting, self._opening = threading.Lock(), threading.Lock()
-        self._tidies = False
+        self._tidy = Postponed("elastickpt-tidy", TIDY_S, gc.collect)
         self._quitting = False
         self._orphaned = False
 
@@ -208,7 +208,7 @@ class _Process:
             with suppress(PeerGone):
                 self._wire.send(Decided(job, Decision.of("", verdict)))
             self._leave_seats()
-            self._tidy()
+            self._tidy.ask()  # at once, for 333 arrays 4 to 20 ms, it would keep who is told from waking, where cores are few
 
         return AttemptWorker(seat, listener, self._store, tell)
 
@@ -237,19 +237,7 @@ class _Process:
         with suppress(PeerGone):
             self._wire.send(answer)
         if self._part is None:
-            self._tidy()
-
-    def _tidy(self) -> None:
-        """Gives up what is left of a task, in a while: for 333 arrays that takes 4 to 20 ms, which would keep those waiting who
-        wake as they are told, where there are as few cores as writers."""
-
-        def collect() -> None:
-            self._tidies = False
-            gc.collect()
-
-        if not self._tidies:
-            self._tidies = True
-            later("elastickpt-tidy", TIDY_S, collect)
+            self._tidy.ask()
 
     def _answer(self, task: _Task) -> PortionDone | JobFailed:
         job = task.write.job
