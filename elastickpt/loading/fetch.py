@@ -146,8 +146,9 @@ class _Fetching:
         self._units = UnitReader(verify, scratch)
         self._runs = RunReader(plan, runs, verify, scratch, unit_nbytes=pace.unit_nbytes)
         spared = np.where(plan.targets.spared[runs.stretches.target[runs.first[:-1]]], runs.nbytes, -runs.nbytes)
-        of_files = (np.bincount(runs.file, weights, len(plan.files)).astype(np.int64).tolist() for weights in (None, spared))
-        files = list(map(_Open, plan.files, *of_files))
+        left = np.bincount(runs.file, minlength=len(plan.files)).tolist()
+        more = np.bincount(runs.file, weights=spared, minlength=len(plan.files)).astype(np.int64).tolist()
+        files = list(map(_Open, plan.files, left, more))
         self._of_runs = [files[number] for number in runs.file.tolist()]
         self._files = dict(zip(plan.files, files, strict=True))
         for unit in plan.units:

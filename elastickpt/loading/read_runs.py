@@ -146,7 +146,7 @@ class RunReader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """The columns of runs as lists, which threads go through one by one; those that are taken in slices as they are."""
+    """The columns of runs as lists, which threads go through one by one; `addresses` once more as numpy takes them."""
 
     addresses: NDArray[np.int64]  # as `address`
     rows: list[Rows | None]  # of each stretch of which parts of rows are wanted
